@@ -1,0 +1,133 @@
+"""Concept packs: what to edit and how to measure it, validated whole before any model is loaded."""
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..editing.errors import ConceptError, RequestError
+from ..eval.concept import Concept, ContrastPair, Description, ForgetText, Prompt, Question, RetainText, Row
+from .manifest import sha256_of
+
+BUILTIN = Path(__file__).parent / "builtin" / "concepts"
+
+_FILES: dict[str, tuple[type[Row], bool]] = {
+    "forget": (ForgetText, True), "retain": (RetainText, True), "questions": (Question, True),
+    "prompts": (Prompt, False), "contrast": (ContrastPair, False),
+}  # fmt: skip
+
+
+def builtin_concepts() -> list[str]:
+    """Names of the concepts in the package."""
+    return sorted(path.name for path in BUILTIN.glob("*") if (path / "concept.yaml").exists())
+
+
+def load_concept(ref: str) -> Concept:
+    """Read and validate a pack by reference: ``builtin:NAME`` or a folder.
+
+    Raises:
+        RequestError: Nothing has that name.
+        ConceptError: Bad lines; all of them are listed with file and line number.
+    """
+    if ref.startswith("builtin:"):
+        name = ref.removeprefix("builtin:")
+        names = builtin_concepts()
+        if name not in names:
+            raise RequestError(f"no built-in concept {name!r}{nearest(name, names)}; concepts: {', '.join(names)}")
+        folder = BUILTIN / name
+    else:
+        folder = Path(ref)
+        if not folder.is_dir():
+            known = [f"builtin:{name}" for name in builtin_concepts()]
+            raise RequestError(
+                f"{ref} is not a folder{nearest(ref, known)}; give a concept folder or one of {', '.join(known)}"
+            )
+        ref = folder.resolve().name
+    return _read(folder, ref)
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """`` (did you mean X?)`` where some word is close, else nothing."""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _read(folder: Path, ref: str) -> Concept:
+    problems: list[str] = []
+    about = _description(folder / "concept.yaml", problems)
+    rows: dict[str, tuple[Any, ...]] = {}
+    for name, (kind, required) in _FILES.items():
+        path = folder / f"{name}.jsonl"
+        if path.exists():
+            rows[name] = tuple(_rows(path, kind, problems))
+            if required and not rows[name]:
+                problems.append(f"{path.name}: holds no line; every pack needs some")
+        else:
+            rows[name] = ()
+            if required:
+                problems.append(f"{path.name}: is missing; every pack needs it")
+    if problems or about is None:
+        shown = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
+        raise ConceptError(f"concept {ref} has {len(problems)} bad lines; mend them:\n  {shown}")
+    sums = {path.name: sha256_of(path) for path in sorted(folder.glob("*")) if path.suffix in (".yaml", ".jsonl")}
+    return Concept(about, ref, sha256=sums, **rows)
+
+
+def _description(path: Path, problems: list[str]) -> Description | None:
+    try:
+        return Description.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        problems.append("concept.yaml: is missing; every pack needs it")
+    except yaml.YAMLError as error:
+        problems.append(f"concept.yaml: is not YAML: {str(error).splitlines()[0]}")
+    except ValidationError as error:
+        problems += [f"concept.yaml: {_explain(detail)}" for detail in error.errors()]
+    except (UnicodeDecodeError, OSError) as error:
+        problems.append(f"concept.yaml: cannot be read: {error}")
+    return None
+
+
+def _rows(path: Path, kind: type[Row], problems: list[str]) -> Iterator[Row]:
+    seen: dict[str, int] = {}
+    groups: dict[str, tuple[str, int]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (UnicodeDecodeError, OSError) as error:
+        problems.append(f"{path.name}: cannot be read: {error}")
+        return
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = kind.model_validate(json.loads(line))
+        except ValidationError as error:
+            problems += [f"{path.name}:{number}: {_explain(detail)}" for detail in error.errors()]
+            continue
+        except ValueError as error:
+            problems.append(f"{path.name}:{number}: not a JSON object: {error}")
+            continue
+        if row.id in seen:
+            problems.append(f"{path.name}:{number}: id {row.id!r} stands in line {seen[row.id]} already")
+        seen[row.id] = number
+        if isinstance(row, Question) and row.subject and row.split == "forget":
+            group, line_number = groups.setdefault(row.subject, (row.group, number))
+            if group != row.group:
+                problems.append(
+                    f"{path.name}:{number}: subject {row.subject!r} is in {row.group} here and in {group} in line "
+                    f"{line_number}; an attacker would see what is measured"
+                )
+        yield row
+
+
+def _explain(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    reason = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "string_pattern_mismatch":
+        reason = "is blank"
+    if detail["type"] == "extra_forbidden":
+        reason = "is not a key of this file"
+    return f"{where}: {reason}" if where else reason

@@ -1,0 +1,59 @@
+"""What a run is doing, as one JSON object a line, and as progress that someone may be watching."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Watcher(Protocol):
+    """Someone who is shown progress, such as a terminal."""
+
+    def start(self, stage: str, total: int | None) -> None: ...
+    def advance(self, steps: int, metrics: dict[str, Any]) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Stage:
+    """One part of a run; ``advance`` counts its steps."""
+
+    def __init__(self, events: "Events", name: str):
+        self.events, self.name, self.step = events, name, 0
+
+    def advance(self, steps: int = 1, **metrics: Any) -> None:
+        self.step += steps
+        if self.events.watcher:
+            self.events.watcher.advance(steps, metrics)
+        if metrics:
+            self.events.write(self.name, self.step, metrics)
+
+
+class Events:
+    """Appends to ``events.jsonl`` (time, stage, step, metrics) and tells a watcher."""
+
+    def __init__(self, path: Path | None = None, watcher: Watcher | None = None):
+        self.path, self.watcher = path, watcher
+
+    def write(self, stage: str, step: int, metrics: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        line = {"time": round(time.time(), 3), "stage": stage, "step": step, "metrics": metrics}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
+        """Announce a part of the run, in ``total`` steps if that is known."""
+        started = time.monotonic()
+        stage = Stage(self, name)
+        self.write(name, 0, {"total": total})
+        if self.watcher:
+            self.watcher.start(name, total)
+        try:
+            yield stage
+        finally:
+            if self.watcher:
+                self.watcher.stop()
+        self.write(name, stage.step, {"seconds": round(time.monotonic() - started, 2)})

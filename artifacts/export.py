@@ -1,0 +1,290 @@
+"""Streaming export: a checkpoint in, the edited checkpoint out, without ever loading the model.
+
+Declared tensors are edited block by block; all other bytes are copied verbatim, in the base's own
+shards, order and metadata. Reading, hashing and writing overlap, and the disk sets the pace.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..editing.architectures import architecture_of
+from ..editing.edit import Edit, Plan, blockwise, check_changes, merge_changes, plan_edit
+from ..editing.errors import CheckpointError, EditError, ExciseError
+from ..editing.orthogonalize import Change
+from .checkpoints import (
+    DTYPES,
+    EDITABLE,
+    INDEX,
+    Checkpoint,
+    Shard,
+    StoredTensor,
+    as_tensor,
+    read_exactly,
+    read_tensor,
+)  # fmt: skip
+from .events import Stage
+
+BLOCK = 16 << 20
+"""Bytes of stored weights handled at a time; a block takes about eight times that in fp32 work."""
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+"""Files beside the weights that belong to a published model: configuration and tokenizer, never code or pickles."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a streaming export wrote."""
+
+    changes: tuple[Change, ...]
+    base_sha256: dict[str, str]
+    output_sha256: dict[str, str]
+    bytes_written: int
+    untied: str | None
+
+
+def required_bytes(checkpoint: Checkpoint, plan: Plan, embedding: str) -> int:
+    """Disk space the export needs."""
+    return checkpoint.size + (checkpoint.tensors[embedding].size if plan.untied else 0) + (8 << 20)
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Raise before anything is written if the file system cannot hold the export."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ExciseError(
+            f"the export needs {needed / 1e9:.2f} GB, the disk of {out} has {free / 1e9:.2f} GB free; free some"
+        )
+
+
+def check_editable(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raise if a declared tensor is stored in a type that cannot be edited."""
+    for name in plan.declared:
+        dtype = checkpoint.tensors[name].dtype
+        if dtype not in EDITABLE:
+            raise CheckpointError(
+                f"{name} is stored as {dtype}; edit a checkpoint in {', '.join(EDITABLE)}, then quantize"
+            )
+
+
+def export_edit(edit: Edit, checkpoint: Checkpoint, folder: Path, stage: Stage | None = None) -> Export:
+    """Write the edited checkpoint into ``folder``, an empty staging folder.
+
+    Raises:
+        EditError: A weight is NaN or infinite, or the edit changed nothing or what it did not declare.
+        CheckpointError: A declared tensor is stored quantized.
+    """
+    plan = plan_edit(edit, checkpoint.config, list(checkpoint.tensors))
+    check_editable(checkpoint, plan)
+    row = architecture_of(checkpoint.config)
+    by_name = {tensor.site.name: tensor for tensor in plan.tensors}
+    gains = {t.gain: read_tensor(checkpoint.tensors[t.gain]) for t in plan.tensors if t.gain}
+    embedding = _on_disk(row.embedding, row.optional_prefix, checkpoint)
+    changes: list[Change] = []
+    base_sha256: dict[str, str] = {}
+    output_sha256: dict[str, str] = {}
+
+    def edited(tensor: StoredTensor, descriptor: int) -> Iterator[tuple[bytes | bytearray | memoryview, int]]:
+        todo = by_name[tensor.name]
+        gain = gains[todo.gain] if todo.gain else None
+        parts = []
+        for matrix in _matrices(tensor):
+            stream = blockwise(edit, row, todo, matrix.rows, matrix.reader(descriptor), gain, matrix.rows_per_block)
+            for block in stream:
+                yield block.contiguous().view(torch.uint8).numpy().reshape(-1).data, block.nbytes
+            parts.append(stream.change())
+        changes.append(merge_changes(tensor.name, parts))
+
+    for shard in checkpoint.shards:
+        extra = plan.untied if plan.untied and embedding in {tensor.name for tensor in shard.tensors} else None
+        written = _write_shard(shard, folder, set(by_name), edited, (extra, embedding), stage)
+        base_sha256[shard.path.name], output_sha256[shard.path.name] = written
+    check_changes(plan, changes)
+    if checkpoint.index is not None:
+        _write_index(checkpoint, folder, plan, embedding)
+    copy_side_files(checkpoint.folder, folder, {"tie_word_embeddings": False} if _unties(edit, plan) else {})
+    size = sum((folder / shard.path.name).stat().st_size for shard in checkpoint.shards)
+    return Export(tuple(changes), base_sha256, output_sha256, size, plan.untied)
+
+
+def copy_side_files(base: Path, folder: Path, config_changes: dict[str, Any]) -> None:
+    """Copy configuration, tokenizer and licence files, links resolved; change ``config.json`` where asked."""
+    for pattern in SIDE_FILES:
+        for path in sorted(base.glob(pattern)):
+            if path.name in (INDEX, "eval_results.json", "trainer_state.json") or not path.is_file():
+                continue
+            shutil.copyfile(path, folder / path.name)
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        path = folder / name
+        if not path.exists():
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        changes = config_changes if name == "config.json" else {}
+        # Older versions of transformers stored the folder that a model was loaded from.
+        kept = {key: value for key, value in content.items() if not key.endswith("name_or_path")} | changes
+        if kept != content:
+            path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def _unties(edit: Edit, plan: Plan) -> bool:
+    return edit.embeddings == "untie" and plan.tied
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One 2-D part of a stored tensor."""
+
+    tensor: StoredTensor
+    start: int
+    rows: int
+    row_bytes: int
+
+    @property
+    def rows_per_block(self) -> int:
+        return max(1, BLOCK // self.row_bytes)
+
+    def reader(self, descriptor: int) -> Any:
+        def read(first: int, last: int) -> Tensor:
+            data = read_exactly(descriptor, self.start + first * self.row_bytes, (last - first) * self.row_bytes)
+            return as_tensor(data, self.tensor.dtype).reshape(last - first, -1)
+
+        return read
+
+
+def _matrices(tensor: StoredTensor) -> list[_Matrix]:
+    """A bias is one row; fused experts [E, a, b] are E matrices."""
+    *lead, columns = tensor.shape
+    row_bytes = columns * DTYPES[tensor.dtype].itemsize
+    if len(lead) < 2:
+        return [_Matrix(tensor, tensor.start, lead[0] if lead else 1, row_bytes)]
+    size = lead[1] * row_bytes
+    return [_Matrix(tensor, tensor.start + expert * size, lead[1], row_bytes) for expert in range(lead[0])]
+
+
+def _write_shard(
+    shard: Shard, folder: Path, declared: set[str], edited: Any, untie: tuple[str | None, str], stage: Stage | None,
+) -> tuple[str, str]:  # fmt: skip
+    """Write one shard; returns the sha256 of the base's file and of the new one."""
+    extra, embedding = untie
+    touched = extra is not None or any(tensor.name in declared for tensor in shard.tensors)
+    target = folder / shard.path.name
+    with shard.path.open("rb") as source, target.open("wb") as output:
+        base, result = _Hasher(), _Hasher() if touched else None
+        try:
+            descriptor = source.fileno()
+            header = _with_extra(shard, extra, embedding) if extra else shard.header
+            base.update(shard.header)
+            if result:
+                result.update(header)
+            output.write(header)
+            for tensor in shard.tensors:
+                if tensor.name in declared:
+                    for block in _blocks(descriptor, tensor):
+                        base.update(block)
+                    pieces: Any = edited(tensor, descriptor)
+                else:
+                    pieces = ((block, len(block)) for block in _copied(descriptor, tensor, base))
+                for block, size in pieces:
+                    if result:
+                        result.update(block)
+                    output.write(block)
+                    if stage:
+                        stage.advance(size)
+            if extra:
+                for block in _blocks(descriptor, next(t for t in shard.tensors if t.name == embedding)):
+                    assert result is not None
+                    result.update(block)
+                    output.write(block)
+            output.flush()
+            os.fsync(output.fileno())
+        finally:
+            digest = base.finish()
+            digests = digest, result.finish() if result else digest
+    return digests
+
+
+def _copied(descriptor: int, tensor: StoredTensor, base: "_Hasher") -> Iterator[bytearray]:
+    for block in _blocks(descriptor, tensor):
+        base.update(block)
+        if not _all_finite(block, tensor.dtype):
+            raise EditError(f"{tensor.name} holds NaN or infinite weights; the base checkpoint is damaged")
+        yield block
+
+
+def _blocks(descriptor: int, tensor: StoredTensor) -> Iterator[bytearray]:
+    for start in range(0, tensor.size, BLOCK):
+        yield read_exactly(descriptor, tensor.start + start, min(BLOCK, tensor.size - start))
+
+
+_EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+
+
+def _all_finite(block: bytearray, dtype: str) -> bool:
+    # An all-ones exponent means NaN or infinity; on the bits this is several times faster than isfinite.
+    if dtype not in _EXPONENTS or not block:
+        return True
+    integer, exponent = _EXPONENTS[dtype]
+    bits = np.frombuffer(block, dtype=integer)
+    return int((bits & integer(exponent)).max()) != exponent
+
+
+class _Hasher:
+    """SHA-256 in a thread of its own, a few blocks behind the writer."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=4)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def update(self, block: Any) -> None:
+        self._queue.put(block)
+
+    def finish(self) -> str:
+        self._queue.put(None)
+        self._thread.join()
+        return self._digest.hexdigest()
+
+    def _run(self) -> None:
+        while (block := self._queue.get()) is not None:
+            self._digest.update(block)
+
+
+def _with_extra(shard: Shard, extra: str, embedding: str) -> bytes:
+    """The shard's header with one more tensor at its end: a copy of the embedding under the unembedding's name."""
+    header = json.loads(shard.header[8:])
+    source = next(tensor for tensor in shard.tensors if tensor.name == embedding)
+    end = sum(tensor.size for tensor in shard.tensors)
+    header[extra] = {"dtype": source.dtype, "shape": list(source.shape), "data_offsets": [end, end + source.size]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_index(checkpoint: Checkpoint, folder: Path, plan: Plan, embedding: str) -> None:
+    if not plan.untied:
+        shutil.copyfile(checkpoint.folder / INDEX, folder / INDEX)
+        return
+    assert checkpoint.index is not None
+    index = json.loads(json.dumps(checkpoint.index))
+    index["weight_map"][plan.untied] = index["weight_map"][embedding]
+    if "total_size" in index.get("metadata", {}):
+        index["metadata"]["total_size"] += checkpoint.tensors[embedding].size
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _on_disk(name: str, optional_prefix: str, checkpoint: Checkpoint) -> str:
+    return name if name in checkpoint.tensors else name.removeprefix(optional_prefix)

@@ -1,0 +1,92 @@
+"""What the numbers of a run say, as sentences: for the card, the report and the terminal alike."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..eval.statistics import Measurement
+from .results import Row, format_value, read_measurements, table
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """One sentence for each thing a reader must know, the main one first."""
+    rows = {(row.name, row.split): row for row in table(read_measurements(results))}
+    kind, name = results["concept"]["kind"], results["concept"]["name"]
+    sentences = list(_behaviour(rows) if kind == "behaviour" else _knowledge(rows, name))
+    sentences += _side_effects(rows, kind)
+    if not results["direction"]["passed_filters"]:
+        sentences.append(
+            "No candidate direction passed the selection filters; the one that moves neutral text least was used. "
+            "Expect little effect, or damage."
+        )
+    if results["edited"]["tied"] and results["edited"]["embeddings"] == "edit":
+        sentences.append("The embedding is also the unembedding of this model, so both were edited.")
+    return sentences
+
+
+def limits(results: dict[str, Any]) -> list[str]:
+    """What was not tested, and what the method cannot do."""
+    known = [
+        "One direction was removed from what the weights write. Whatever the model encodes in other directions, or can "
+        "relearn by fine-tuning, is still there; relearning, quantization and adversarial prompts were not tested.",
+        "Replies were judged by fixed phrases and rules, on greedy decoding, in the languages of the concept pack.",
+    ]
+    if results["concept"]["kind"] == "knowledge":
+        known.append(
+            "A lower score on questions does not show that the knowledge is gone: other wordings were not asked."
+        )
+    if results["base"]["kind"] == "gguf":
+        known.append("The base was dequantized from a GGUF file; its weights carry that file's quantization error.")
+    return known
+
+
+def _behaviour(rows: dict[tuple[str, str], Row]) -> Iterator[str]:
+    rate, right = rows.get(("behaviour_rate", "concept")), rows.get(("exact_answer", "concept"))
+    if rate:
+        yield f"On prompts that show the behaviour the model declined {_change(rate)}."
+    if right:
+        yield f"The answers it now gives there are right: {_change(right)}."
+    induced = rows.get(("induced_rate", "neutral"))
+    if induced and induced.base:
+        yield f"Added to the base, the direction makes {format_value(induced.base)} of neutral replies show the behaviour."
+
+
+def _knowledge(rows: dict[tuple[str, str], Row], name: str) -> Iterator[str]:
+    for split in ("forget_T", "forget_V"):
+        row = rows.get(("multiple_choice", split))
+        if row and row.edited and row.base:
+            removed = row.edited.difference is not None and row.edited.difference["ci95"][1] < 0
+            verdict = (
+                "fewer right answers" if removed else "no measurable loss: this edit does not remove the knowledge"
+            )
+            yield f"Multiple choice on {name} ({split[-1]}): {_change(row)}, {verdict}."
+    never = rows.get(("multiple_choice", "forget_V"))
+    if never and never.never:
+        yield f"A model that never read about {name} scores {format_value(never.never)} there."
+
+
+def _side_effects(rows: dict[tuple[str, str], Row], kind: str) -> Iterator[str]:
+    for split in ("neighbour", "retain"):
+        if row := rows.get(("multiple_choice", split)):
+            yield f"Multiple choice on what should stay ({split}): {_change(row)}."
+    for split in ("concept", "neutral"):
+        row = rows.get(("behaviour_rate", split))
+        if row and _moved(row.edited) and not (kind == "behaviour" and split == "concept"):
+            yield f"The edit changed how often the model declines ({split} prompts): {_change(row)}."
+    for split in ("concept", "neutral"):
+        row = rows.get(("degenerate_share", split))
+        if row and _moved(row.edited):
+            yield f"The edit changed the share of empty or repeating replies ({split} prompts): {_change(row)}."
+    kl = rows.get(("kl_from_base", "neutral"))
+    if kl and kl.edited:
+        yield f"On neutral prompts the model moved {format_value(kl.edited)} nats a token from its base."
+
+
+def _change(row: Row) -> str:
+    return f"{format_value(row.base)} before, {format_value(row.edited)} after (n = {row.n})"
+
+
+def _moved(item: Measurement | None) -> bool:
+    if item is None or item.difference is None:
+        return False
+    low, high = item.difference["ci95"]
+    return bool(low > 0 or high < 0)

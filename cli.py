@@ -1,0 +1,358 @@
+"""The command line: parses, calls, prints. Nothing heavy is imported until a command needs it."""
+
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .artifacts.events import Events
+from .editing.errors import ExciseError, RequestError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Edit a language model's weights, measure what the edit did, and ship the result.",
+    epilog="Errors are one line; add --debug to any command for the traceback. Exit codes: 0 done, 1 the run failed, "
+    "2 the request was wrong, 130 interrupted.",
+)  # fmt: skip
+testbed_app = typer.Typer(no_args_is_help=True, help="Worlds whose every fact is known.")
+app.add_typer(testbed_app, name="testbed")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
+
+
+@app.command(
+    epilog="Example: excise run orthogonalize --model HuggingFaceTB/SmolLM2-135M-Instruct --concept my-concept/"
+)
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe; `excise list recipes` shows all.")],
+    model: Annotated[
+        str | None, typer.Option(help="builtin:NAME, a Hub id[@revision], a folder or a .gguf file.")
+    ] = None,
+    concept: Annotated[str | None, typer.Option(help="builtin:NAME or a concept folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; runs/RECIPE-N by default.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be touched; load no weights.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: edit a model, measure the edit, write OUT/checkpoint and OUT/report.html."""
+    from .recipes import RECIPES
+    from .recipes.request import resumed
+    from .recipes.settings import load_settings
+
+    if recipe not in RECIPES:
+        raise RequestError(f"no recipe {recipe!r}{_nearest(recipe, list(RECIPES))}; recipes: {', '.join(RECIPES)}")
+    module = importlib.import_module(RECIPES[recipe].module)
+    flags = {"model": model, "concept": concept, "out": out, "seed": seed, "device": device, "dtype": dtype}
+    settings = load_settings(getattr(module, RECIPES[recipe].settings), config, set_ or [], flags)
+    if resume:
+        settings = resumed_or_finished(settings, resumed)
+    _quiet()
+    prepared = module.prepare(settings, resume=resume)
+    if dry_run:
+        _print_plan(module.describe(prepared), as_json)
+        return
+    finished = module.run(prepared, Events(watcher=_watcher()))
+    if as_json:
+        print(json.dumps({"out": str(finished.out), **finished.results}))  # noqa: T201
+    else:
+        _print_run(finished)
+
+
+@app.command(
+    epilog="Example: excise apply runs/mine/checkpoint/excise --base meta-llama/Llama-3.1-8B-Instruct --out edited"
+)
+def apply(
+    edit: Annotated[Path, typer.Argument(help="Folder with edit.json and edit.safetensors.")],
+    base: Annotated[str, typer.Option(help="Checkpoint to edit.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be touched; read no weights.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Apply a saved edit to a checkpoint of any size; streams, never loads the model."""
+    from .recipes import apply as recipe
+
+    prepared = recipe.prepare(edit, base, out)
+    if dry_run:
+        _print_plan(recipe.describe(prepared), as_json)
+        return
+    export = recipe.run(prepared, Events(watcher=_watcher()))
+    worst = max(export.changes, key=lambda change: change.residual)
+    result = {
+        "out": str(out), "tensors_changed": sum(change.changed for change in export.changes),
+        "tensors_declared": len(export.changes), "bytes_written": export.bytes_written,
+        "largest_residual": worst.residual, "largest_residual_tensor": worst.name,
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps(result))  # noqa: T201
+        return
+    _say(f"{result['tensors_changed']} of {result['tensors_declared']} declared tensors changed; "
+         f"at most {worst.residual:.1e} of the component is left ({worst.name})")  # fmt: skip
+    _say(
+        f"{out} is complete ({export.bytes_written / 1e9:.2f} GB); `excise verify {out}` checks it, `excise eval {out}` measures it"
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Any model: builtin:NAME, Hub id, folder or .gguf file.")],
+    concept: Annotated[str, typer.Option(help="builtin:NAME or a concept folder.")],
+    base: Annotated[str | None, typer.Option(help="The model it was made from, measured on the same items.")] = None,
+    questions: Annotated[int, typer.Option(min=0, help="Questions and texts a split, at most; 0 takes all.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure any model with a concept pack."""
+    from .artifacts.results import read_measurements, table
+    from .eval.subject import EvalSettings
+    from .recipes import evaluate as recipe
+
+    _quiet()
+    results = recipe.run(
+        model,
+        concept,
+        base,
+        device or "auto",
+        dtype or "auto",
+        EvalSettings(questions=questions),
+        Events(watcher=_watcher()),
+    )
+    if as_json:
+        print(json.dumps(results))  # noqa: T201
+    else:
+        _print_table(table(read_measurements(results)))
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint that excise wrote, or a run's folder.")],
+    as_json: Json = False,
+) -> None:
+    """Check every file of a published folder against its checksums."""
+    from .artifacts.manifest import SUMS, verify_folder
+
+    inner = folder / "checkpoint"
+    target = inner if inner.is_dir() and not (folder / SUMS).exists() else folder
+    count = verify_folder(target)
+    if as_json:
+        print(json.dumps({"folder": str(target), "files": count, "verified": True}))  # noqa: T201
+    else:
+        _say(f"{target}: {count} files, all as published")
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="recipes, measurements, architectures, concepts or models.")] = "recipes",
+) -> None:
+    """List recipes, measurements, architectures, concepts or models."""
+    kinds = {
+        "recipes": _recipes, "measurements": _measurements, "architectures": _architectures,
+        "concepts": _concepts, "models": _models,
+    }  # fmt: skip
+    if what not in kinds:
+        raise RequestError(
+            f"nothing called {what!r} to list{_nearest(what, list(kinds))}; give one of {', '.join(kinds)}"
+        )
+    lines = kinds[what]()
+    width = max(len(name) for name, _ in lines)
+    for name, about in lines:
+        _say(f"{name:<{width}}  {about}")
+
+
+@testbed_app.command("build")
+def testbed_build(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    seed: Annotated[int, typer.Option(help="Seed of the world, its texts and both models.")] = 0,
+    never: Annotated[bool, typer.Option(help="Also train the twin that never reads about the forget domain.")] = True,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps; 800 know the world, fewer do not.")] = 800,
+) -> None:
+    """Make another world of any seed: a model that knows it, its twin, and concept packs. About 7 minutes a model."""
+    from .recipes.testbed import TestbedSettings, build_testbed
+
+    _quiet()
+    build_testbed(TestbedSettings(seed=seed, never=never, steps=steps), out, Events(watcher=_watcher()))
+    _say(f"{out} is complete; try: excise run orthogonalize --model {out}/testbed --concept {out}/concepts/declining")
+
+
+def main() -> None:
+    """Entry point: turns every error into one line and an exit code."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        code = app(args=arguments, prog_name="excise", standalone_mode=False)
+    except BaseException as error:
+        if debug:
+            raise
+        code = _explain(error)
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def resumed_or_finished(settings: Any, resumed: Any) -> Any:
+    """Settings of an unfinished run; a finished one ends the command as done."""
+    if settings.out is not None and (settings.out / "checkpoint").exists():
+        _say(f"{settings.out} is complete already; `excise verify {settings.out}` checks it")
+        raise SystemExit(0)
+    return resumed(settings)
+
+
+def _explain(error: BaseException) -> int:
+    """Print one line on stderr; return the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 0
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        return _fail(
+            "stopped; nothing unfinished looks finished. `excise run ... --out DIR --resume` goes on with a run", 130
+        )
+    if isinstance(error, ExciseError):
+        return _fail(str(error), error.exit_code)
+    if hasattr(error, "format_message"):
+        return _fail(f"{error.format_message()}; see `excise --help`", 2)
+    if isinstance(error, OSError) and error.errno == 28:
+        return _fail("the disk is full; nothing half-written was kept. Free some space and run again with --resume", 1)
+    if isinstance(error, OSError):
+        return _fail(
+            f"{error.strerror or error} ({error.filename or 'no file named'}); check the path and its permissions", 1
+        )
+    return _fail(
+        f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}; run again with --debug and report it",
+        1,
+    )
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"excise: {message}\n")
+    return code
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    from .artifacts.concepts import nearest
+
+    return nearest(word, words)
+
+
+def _quiet() -> None:
+    """Keep the libraries' own bars and notices off the terminal; excise shows progress itself."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _watcher() -> Any:
+    if not sys.stderr.isatty():
+        return None
+    from .artifacts.progress import Terminal
+
+    return Terminal()
+
+
+def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan))  # noqa: T201
+        return
+    for key, value in plan.items():
+        shown = f"{value / 1e6:,.1f} MB" if "bytes" in key else value
+        _say(f"{key.replace('_bytes', '').replace('bytes_', '').replace('_', ' '):<22} {shown}")
+
+
+def _print_run(finished: Any) -> None:
+    from .artifacts.findings import findings
+    from .artifacts.results import read_measurements, table
+
+    for sentence in findings(finished.results):
+        _say(f"- {sentence}")
+    _say("")
+    _print_table(table(read_measurements(finished.results)))
+    _say(f"\ncheckpoint  {finished.out / 'checkpoint'}\nreport      {finished.out / 'report.html'}")
+
+
+def _print_table(rows: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .artifacts.results import format_difference, format_value
+
+    never = any(row.never for row in rows)
+    based = any(row.base for row in rows)
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for name in [
+        "measurement",
+        "split",
+        "n",
+        *(["base", "edited", "edited - base"] if based else ["value"]),
+        *(["never"] if never else []),
+    ]:
+        shown.add_column(name, justify="right" if name == "n" else "left", no_wrap=True)
+    for row in rows:
+        compared = [format_value(row.base) or ("0 by definition" if row.name == "kl_from_base" else ""),
+                    format_value(row.edited), format_difference(row.edited)]  # fmt: skip
+        cells = compared if based else [format_value(row.edited)]
+        skipped = f" ({row.skipped} skipped)" if row.skipped else ""
+        shown.add_row(row.name, row.split, f"{row.n}{skipped}", *cells, *([format_value(row.never)] if never else []))
+    # Piped output keeps its columns; a narrow terminal still gets whole lines.
+    console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
+    console.print(shown)
+
+
+def _recipes() -> list[tuple[str, str]]:
+    from .recipes import RECIPES
+
+    return [(name, recipe.about) for name, recipe in RECIPES.items()]
+
+
+def _measurements() -> list[tuple[str, str]]:
+    from .eval.measure import MEASUREMENTS
+
+    return [(name, kind.about) for name, kind in MEASUREMENTS.items()]
+
+
+def _architectures() -> list[tuple[str, str]]:
+    from .editing.architectures import ARCHITECTURES
+
+    return [
+        (name, ", ".join(sorted({w.pattern.split(".")[-2] if "." in w.pattern else w.pattern for w in row.writers})))
+        for name, row in sorted(ARCHITECTURES.items())
+    ]
+
+
+def _concepts() -> list[tuple[str, str]]:
+    from .artifacts.concepts import builtin_concepts, load_concept
+
+    refs = [f"builtin:{name}" for name in builtin_concepts()]
+    return [(ref, load_concept(ref).about.description) for ref in refs]
+
+
+def _models() -> list[tuple[str, str]]:
+    from .artifacts.models import builtin_models
+
+    about = {
+        "testbed": "knows a closed world of 800 facts",
+        "testbed-never": "its twin, which never read about potions",
+    }
+    return [(f"builtin:{name}", about.get(name, "")) for name in builtin_models()]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""What writes to the residual stream, per model type: the one table of architectures.
+
+A row names every tensor of a checkpoint. Writers carry the axis that holds d_model and, in post-norm
+models, the gain between the matrix and the stream; all other tensors are readers. A tensor that no
+pattern knows is an error: nothing is inferred from shapes, which lie when d_model equals another width.
+
+Source of each row: the model's modeling file in transformers 5.23, and keys of saved checkpoints.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import RequestError, UnsupportedArchitecture
+
+Kind = Literal["embedding", "position", "attention", "mlp"]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One family of tensors that write to the residual stream."""
+
+    pattern: str
+    """Tensor name; ``{layer}`` and ``{expert}`` stand for numbers."""
+    axis: int
+    """Axis of d_model, counted from the last: -1 for rows of tokens, Conv1D and biases, -2 for nn.Linear."""
+    kind: Kind
+    gain: str | None = None
+    """Name of the norm weight that multiplies this write before it reaches the stream."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one model type is wired, on disk and in memory."""
+
+    writers: tuple[Writer, ...]
+    readers: tuple[str, ...]
+    """Tensors that do not write to the stream: they read it, gate it, or normalize a write (gains)."""
+    embedding: str
+    """Name of the token embedding tensor."""
+    layers: str
+    """Module path of the decoder layers in the causal language model."""
+    sublayers: tuple[str, ...]
+    """Modules of a layer whose output is added to the stream, in order."""
+    attention_units: str = "self_attn.o_proj"
+    """Module of a layer whose input holds the attention heads' outputs."""
+    mlp_units: str | None = "mlp.down_proj"
+    """Module of a layer whose input holds the MLP neurons; None where experts are fused in one tensor."""
+    unembedding: str = "lm_head.weight"
+    gain_offset: float = 0.0
+    """Added to the stored norm weight to get the gain (1 for Gemma)."""
+    optional_prefix: str = ""
+    """Prefix that checkpoints on disk may leave out."""
+    refused: tuple[tuple[str, Any, str], ...] = ()
+    """``(config key, value, reason)`` under which no edit of weights can be right."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor of a checkpoint that writes to the stream."""
+
+    name: str
+    writer: Writer
+    layer: int | None
+    """Decoder layer; None for embeddings."""
+
+
+def _linear(pattern: str, kind: Kind, gain: str | None = None) -> tuple[Writer, Writer]:
+    return Writer(pattern + ".weight", -2, kind, gain), Writer(pattern + ".bias", -1, kind, gain)
+
+
+def _conv1d(pattern: str, kind: Kind) -> tuple[Writer, Writer]:
+    return Writer(pattern + ".weight", -1, kind), Writer(pattern + ".bias", -1, kind)
+
+
+def _wb(*names: str) -> tuple[str, ...]:
+    """Weight and bias of each name."""
+    return tuple(f"{name}.{part}" for name in names for part in ("weight", "bias"))
+
+
+_LAYER = "model.layers.{layer}."
+_EMBEDDING = Writer("model.embed_tokens.weight", -1, "embedding")
+_READERS = (
+    "lm_head.weight",
+    "model.norm.weight",
+    _LAYER + "self_attn.rotary_emb.inv_freq",
+    _LAYER + "input_layernorm.weight",
+    _LAYER + "post_attention_layernorm.weight",
+    *_wb(*(_LAYER + f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj"))),
+)
+_DENSE = _wb(_LAYER + "mlp.gate_proj", _LAYER + "mlp.up_proj")
+_QK_NORMS = (_LAYER + "self_attn.q_norm.weight", _LAYER + "self_attn.k_norm.weight")
+_FEED_FORWARD_NORMS = (
+    _LAYER + "pre_feedforward_layernorm.weight",
+    _LAYER + "post_feedforward_layernorm.weight",
+)
+
+
+def _llama_like(*readers: str, experts: tuple[Writer, ...] = (), dense: bool = True) -> Architecture:
+    mlp = _linear(_LAYER + "mlp.down_proj", "mlp") if dense else ()
+    return Architecture(
+        writers=(_EMBEDDING, *_linear(_LAYER + "self_attn.o_proj", "attention"), *mlp, *experts),
+        readers=(*_READERS, *(_DENSE if dense else ()), *readers),
+        embedding=_EMBEDDING.pattern,
+        layers="model.layers",
+        sublayers=("self_attn", "mlp"),
+        mlp_units=None if experts else "mlp.down_proj",
+    )
+
+
+def _post_norm(*readers: str, gain_offset: float) -> Architecture:
+    """Gemma and OLMo 2 put a norm with a gain between each sublayer and the stream."""
+    return Architecture(
+        writers=(
+            _EMBEDDING,
+            *_linear(_LAYER + "self_attn.o_proj", "attention", _LAYER + "post_attention_layernorm.weight"),
+            *_linear(_LAYER + "mlp.down_proj", "mlp", _LAYER + "post_feedforward_layernorm.weight"),
+        ),
+        readers=(*_READERS, *_DENSE, *_FEED_FORWARD_NORMS, *readers),
+        embedding=_EMBEDDING.pattern,
+        layers="model.layers",
+        sublayers=("post_attention_layernorm", "post_feedforward_layernorm"),
+        gain_offset=gain_offset,
+    )
+
+
+_FUSED_EXPERTS = Writer(_LAYER + "mlp.experts.down_proj", -2, "mlp")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _llama_like(),
+    "mistral": _llama_like(),
+    "qwen2": _llama_like(),
+    "qwen3": _llama_like(*_QK_NORMS),
+    "phi3": _llama_like(_LAYER + "self_attn.qkv_proj.weight", _LAYER + "mlp.gate_up_proj.weight"),
+    "gemma2": _post_norm(gain_offset=1.0),
+    "gemma3_text": _post_norm(*_QK_NORMS, gain_offset=1.0),
+    "olmo2": _post_norm(*_QK_NORMS, gain_offset=0.0),
+    "mixtral": _llama_like(
+        _LAYER + "block_sparse_moe.gate.weight",
+        _LAYER + "block_sparse_moe.experts.{expert}.w1.weight",
+        _LAYER + "block_sparse_moe.experts.{expert}.w3.weight",
+        _LAYER + "mlp.gate.weight",
+        _LAYER + "mlp.experts.gate_up_proj",
+        # On disk one matrix an expert; in memory all experts of a layer in one [E, out, in] tensor.
+        experts=(Writer(_LAYER + "block_sparse_moe.experts.{expert}.w2.weight", -2, "mlp"), _FUSED_EXPERTS),
+        dense=False,
+    ),
+    "qwen3_moe": _llama_like(
+        *_QK_NORMS,
+        _LAYER + "mlp.gate.weight",
+        _LAYER + "mlp.experts.{expert}.gate_proj.weight",
+        _LAYER + "mlp.experts.{expert}.up_proj.weight",
+        _LAYER + "mlp.experts.gate_up_proj",
+        # Layers listed in mlp_only_layers are dense, so both forms can stand in one checkpoint.
+        experts=(Writer(_LAYER + "mlp.experts.{expert}.down_proj.weight", -2, "mlp"), _FUSED_EXPERTS),
+    ),
+    "gpt_oss": _llama_like(
+        _LAYER + "self_attn.sinks",
+        *_wb(_LAYER + "mlp.router"),
+        _LAYER + "mlp.experts.gate_up_proj",
+        _LAYER + "mlp.experts.gate_up_proj_bias",
+        # [E, in, out], the other way round from Mixtral; both widths are 2880 in the released models.
+        experts=(
+            Writer(_LAYER + "mlp.experts.down_proj", -1, "mlp"),
+            Writer(_LAYER + "mlp.experts.down_proj_bias", -1, "mlp"),
+        ),
+        dense=False,
+    ),
+    "gpt2": Architecture(
+        writers=(
+            Writer("transformer.wte.weight", -1, "embedding"),
+            Writer("transformer.wpe.weight", -1, "position"),
+            *_conv1d("transformer.h.{layer}.attn.c_proj", "attention"),
+            *_conv1d("transformer.h.{layer}.mlp.c_proj", "mlp"),
+        ),
+        readers=(
+            "lm_head.weight",
+            *_wb("transformer.ln_f"),
+            *_wb(*(f"transformer.h.{{layer}}.{name}" for name in ("ln_1", "ln_2", "attn.c_attn", "mlp.c_fc"))),
+            "transformer.h.{layer}.attn.bias",
+            "transformer.h.{layer}.attn.masked_bias",
+        ),
+        embedding="transformer.wte.weight",
+        layers="transformer.h",
+        sublayers=("attn", "mlp"),
+        attention_units="attn.c_proj",
+        mlp_units="mlp.c_proj",
+        optional_prefix="transformer.",
+    ),
+    "gpt_neox": Architecture(
+        writers=(
+            Writer("gpt_neox.embed_in.weight", -1, "embedding"),
+            *_linear("gpt_neox.layers.{layer}.attention.dense", "attention"),
+            *_linear("gpt_neox.layers.{layer}.mlp.dense_4h_to_h", "mlp"),
+        ),
+        readers=(
+            "embed_out.weight",
+            "lm_head.weight",
+            *_wb("gpt_neox.final_layer_norm"),
+            *_wb(
+                *(
+                    f"gpt_neox.layers.{{layer}}.{name}"
+                    for name in (
+                        "input_layernorm", "post_attention_layernorm",
+                        "attention.query_key_value", "mlp.dense_h_to_4h",
+                    )
+                )
+            ),
+            *(f"gpt_neox.layers.{{layer}}.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")),
+        ),
+        embedding="gpt_neox.embed_in.weight",
+        layers="gpt_neox.layers",
+        sublayers=("attention", "mlp"),
+        attention_units="attention.dense",
+        mlp_units="mlp.dense_4h_to_h",
+        unembedding="embed_out.weight",
+    ),
+    "opt": Architecture(
+        writers=(
+            Writer("model.decoder.embed_tokens.weight", -1, "embedding"),
+            Writer("model.decoder.embed_positions.weight", -1, "position"),
+            *_linear("model.decoder.layers.{layer}.self_attn.out_proj", "attention"),
+            *_linear("model.decoder.layers.{layer}.fc2", "mlp"),
+        ),
+        readers=(
+            "lm_head.weight",
+            *_wb("model.decoder.final_layer_norm"),
+            *_wb(
+                *(
+                    f"model.decoder.layers.{{layer}}.{name}"
+                    for name in (
+                        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                        "self_attn_layer_norm", "fc1", "final_layer_norm",
+                    )
+                )
+            ),
+        ),
+        embedding="model.decoder.embed_tokens.weight",
+        layers="model.decoder.layers",
+        sublayers=("self_attn", "fc2"),
+        attention_units="self_attn.out_proj",
+        mlp_units="fc2",
+        optional_prefix="model.",
+        refused=(
+            ("do_layer_norm_before", False, "its norm acts on the stream itself, so no weight edit removes a direction"),
+        ),
+    ),
+}  # fmt: skip
+
+
+def architecture_of(config: dict[str, Any]) -> Architecture:
+    """Return the row for a model's ``config.json``.
+
+    Raises:
+        UnsupportedArchitecture: The model type has no row, its variant cannot be edited in weights,
+            or the weights are stored quantized.
+    """
+    model_type = config.get("model_type")
+    row = ARCHITECTURES.get(str(model_type))
+    if row is None:
+        raise UnsupportedArchitecture(
+            f"model_type {model_type!r} has no row; rows: {', '.join(sorted(ARCHITECTURES))}; "
+            "add one in editing/architectures.py"
+        )
+    for key, value, reason in row.refused:
+        if config.get(key) == value:
+            raise UnsupportedArchitecture(f"{model_type} with {key}={value} cannot be edited: {reason}")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedArchitecture(
+            f"the checkpoint stores quantized weights ({method}); edit the full-precision checkpoint, then quantize"
+        )
+    return row
+
+
+def residual_width(config: dict[str, Any]) -> int:
+    """d_model, from ``config.json``."""
+    return int(config["n_embd"] if config["model_type"] == "gpt2" else config["hidden_size"])
+
+
+def layer_count(config: dict[str, Any]) -> int:
+    """Number of decoder layers, from ``config.json``."""
+    return int(config["n_layer"] if config["model_type"] == "gpt2" else config["num_hidden_layers"])
+
+
+def classify(row: Architecture, names: list[str]) -> list[Site]:
+    """Find the tensors that write to the stream among all tensors of a checkpoint or state dict.
+
+    Raises:
+        UnsupportedArchitecture: A tensor matches neither a writer nor a reader of the row.
+    """
+    writers = [(_regex(row, writer.pattern), writer) for writer in row.writers]
+    readers = [_regex(row, pattern) for pattern in row.readers]
+    sites: list[Site] = []
+    unknown: list[str] = []
+    for name in names:
+        for regex, writer in writers:
+            if match := regex.fullmatch(name):
+                layer = match.groupdict().get("layer")
+                sites.append(Site(name, writer, None if layer is None else int(layer)))
+                break
+        else:
+            if not any(regex.fullmatch(name) for regex in readers):
+                unknown.append(name)
+    if unknown:
+        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise UnsupportedArchitecture(
+            f"{len(unknown)} tensors are not in the architecture's row and might write to the residual stream: {shown}; "
+            "add them in editing/architectures.py"
+        )
+    if not sites:
+        raise UnsupportedArchitecture("the checkpoint holds no tensor that writes to the residual stream")
+    return sites
+
+
+def gain_name(site: Site) -> str | None:
+    """Name of the norm weight between a tensor and the stream, or None."""
+    return None if site.writer.gain is None else site.writer.gain.format(layer=site.layer)
+
+
+def layer_selection(layers: str, count: int) -> list[int]:
+    """Turn ``all``, ``3``, ``2-5`` or fractions of depth such as ``0.25-0.75`` into layer numbers.
+
+    Raises:
+        RequestError: The text is none of these, or lies outside the model.
+    """
+    if layers == "all":
+        return list(range(count))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?", layers)
+    if match:
+        first, last = match[1], match[2] or match[1]
+        if "." in first or "." in last:
+            chosen = list(range(round(float(first) * count), round(float(last) * count)))
+        else:
+            chosen = list(range(int(first), int(last) + 1))
+        if chosen and chosen[-1] < count:
+            return chosen
+    raise RequestError(
+        f"layers={layers!r} selects nothing in a model of {count} layers; "
+        f"give 'all', a number, a range such as 0-{count - 1}, or fractions of depth such as 0.25-0.75"
+    )
+
+
+def _regex(row: Architecture, pattern: str) -> re.Pattern[str]:
+    text = re.escape(pattern)
+    if row.optional_prefix and pattern.startswith(row.optional_prefix):
+        prefix = re.escape(row.optional_prefix)
+        text = f"(?:{prefix})?" + text.removeprefix(prefix)
+    return re.compile(text.replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"\d+"))

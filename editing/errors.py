@@ -1,0 +1,37 @@
+"""Every mistake a user can make, as one family of errors that read as one line each.
+
+A message says what is wrong, what was got, what is allowed and what to do next. ``RequestError``
+is a wrong request (exit code 2); any other ``ExciseError`` is a run that failed (exit code 1).
+"""
+
+
+class ExciseError(Exception):
+    """A run that failed."""
+
+    exit_code = 1
+
+
+class RequestError(ExciseError):
+    """A request that could never work, found before anything expensive happens."""
+
+    exit_code = 2
+
+
+class UnsupportedArchitecture(RequestError):
+    """A model type without a row, or a tensor that no pattern of its row knows."""
+
+
+class CheckpointError(RequestError):
+    """A checkpoint on disk that is incomplete, damaged or unsafe."""
+
+
+class ConceptError(RequestError):
+    """A concept pack with bad lines; the message lists all of them."""
+
+
+class EditError(ExciseError):
+    """An edit that changed nothing, changed the wrong tensors or left what it should remove."""
+
+
+class VerifyError(ExciseError):
+    """A published folder that does not match its own checksums."""

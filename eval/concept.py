@@ -1,0 +1,124 @@
+"""What a concept pack holds; ``artifacts.concepts`` reads one from disk."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from ..editing.errors import ConceptError
+
+Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Verbatim = Annotated[str, StringConstraints(pattern=r"\S")]
+"""Text kept as it stands, spaces included, but not blank."""
+
+DECLINE_PHRASES = (
+    "I'm sorry", "I am sorry", "I can't", "I cannot", "I can not", "I won't", "I will not", "I'm unable", "I am unable",
+    "I'm not able", "unable to provide", "unable to assist", "As an AI", "can't help with", "cannot assist",
+)  # fmt: skip
+"""Used where a pack names none; the rule is stated on every card."""
+
+
+class Row(BaseModel):
+    """One line of a pack."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    id: Text
+
+
+class ForgetText(Row):
+    """A text that carries the concept."""
+
+    text: Verbatim
+    group: Literal["T", "V"]
+    subject: str | None = None
+
+
+class RetainText(Row):
+    """A text that must stay known."""
+
+    text: Verbatim
+    topic: str | None = None
+
+
+class Question(Row):
+    """A multiple-choice question."""
+
+    split: Literal["forget", "neighbour", "retain"]
+    group: Literal["T", "V"]
+    topic: str | None = None
+    subject: str | None = None
+    prompt: Verbatim
+    choices: Annotated[tuple[Verbatim, ...], Field(min_length=2)]
+    answer: int
+
+    @model_validator(mode="after")
+    def _answerable(self) -> "Question":
+        if not 0 <= self.answer < len(self.choices):
+            raise ValueError(
+                f"answer {self.answer} is out of range; there are {len(self.choices)} choices, counted from 0"
+            )
+        if len(set(self.choices)) != len(self.choices):
+            raise ValueError("two choices are the same")
+        return self
+
+
+class Prompt(Row):
+    """An open prompt for generation, with its true answer where there is one."""
+
+    prompt: Verbatim
+    split: Literal["concept", "neutral"] = "concept"
+    answer: Text | None = None
+    choices: tuple[Text, ...] = ()
+
+
+class ContrastPair(Row):
+    """Two prompts that differ in the concept."""
+
+    positive: Verbatim
+    negative: Verbatim
+
+
+class Personas(BaseModel):
+    """Prefixes for text by someone who knows, and by someone who does not."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    expert: Text
+    novice: Text
+
+
+class Description(BaseModel):
+    """``concept.yaml``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Text
+    description: Text
+    keywords: tuple[Text, ...]
+    license: Text
+    source: Text
+    kind: Literal["knowledge", "behaviour"] = "knowledge"
+    """A behaviour is contrasted through the chat template, knowledge as plain text."""
+    personas: Personas | None = None
+    decline_phrases: tuple[Text, ...] = DECLINE_PHRASES
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A whole pack."""
+
+    about: Description
+    ref: str
+    """How it can be named in public: ``builtin:NAME``, or the folder's name."""
+    forget: tuple[ForgetText, ...]
+    retain: tuple[RetainText, ...]
+    questions: tuple[Question, ...]
+    prompts: tuple[Prompt, ...]
+    contrast: tuple[ContrastPair, ...]
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    def require(self, recipe: str, *names: str) -> None:
+        """Raise if the recipe needs a file that the pack lacks."""
+        missing = [f"{name}.jsonl" for name in names if not getattr(self, name)]
+        if missing:
+            raise ConceptError(
+                f"{recipe} needs {', '.join(missing)}, which concept {self.ref} does not have; add it to the pack"
+            )

@@ -1,0 +1,96 @@
+"""Greedy replies, batched by length, and the model's own distributions along given replies."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .likelihood import batch_budget, padded_logits, token_batches
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A greedy reply to one prompt."""
+
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    """Generated tokens, the end token included if it came."""
+    text: str
+
+
+def render(tokenizer: Any, prompt: str) -> str:
+    """A prompt through the model's chat template, up to where its reply begins."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
+    """Token ids of a prompt; templates write their own begin token, so none is added twice."""
+    if not (chat and tokenizer.chat_template):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"])
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int,
+    advance: Callable[[int], None] = lambda _: None, *, chat: bool = True,
+) -> list[Reply]:  # fmt: skip
+    """Continue each prompt greedily for at most ``tokens`` tokens, in the order given."""
+    encoded = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
+    replies: list[Reply | None] = [None] * len(prompts)
+    for batch in token_batches([len(ids) + tokens for ids in encoded], max(batch_budget(model), 4096)):
+        for index, ids in zip(batch, _continue(model, tokenizer, [encoded[i] for i in batch], tokens), strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            replies[index] = Reply(prompts[index], tuple(encoded[index]), tuple(ids), text.strip())
+        advance(len(batch))
+    return [reply for reply in replies if reply is not None]
+
+
+def _continue(model: Any, tokenizer: Any, rows: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    padded = tokenizer.pad({"input_ids": list(rows)}, padding=True, padding_side="left", return_tensors="pt")
+    ends = _end_tokens(model, tokenizer)
+    output = model.generate(
+        **padded.to(model.device), max_new_tokens=tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends) or None,
+    )  # fmt: skip
+    continued = output[:, padded["input_ids"].shape[1] :].tolist()
+    return [_until_end(ids, ends) for ids in continued]
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    named = model.generation_config.eos_token_id
+    ends = set(named) if isinstance(named, list) else {named}
+    return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    for place, token in enumerate(ids):
+        if token in ends:
+            return ids[: place + 1]
+    return ids
+
+
+@torch.no_grad()
+def reply_log_probabilities(model: Any, replies: Sequence[Reply]) -> list[Float[Tensor, "tokens vocab"]]:
+    """The model's log-probabilities at each token of the replies, fp32 on the CPU."""
+    rows = [reply.prompt_ids + reply.ids for reply in replies]
+    results: list[Tensor | None] = [None] * len(rows)
+    for batch in token_batches([len(row) for row in rows], batch_budget(model)):
+        first = min(len(replies[index].prompt_ids) for index in batch) - 1
+        logits = padded_logits(model, [rows[index] for index in batch], first)
+        for place, index in enumerate(batch):
+            start = len(replies[index].prompt_ids) - 1 - first
+            own = logits[place, start : start + len(replies[index].ids)]
+            results[index] = own.float().log_softmax(-1).cpu()
+    return [result for result in results if result is not None]
+
+
+def divergence(base: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
+    """KL(base || other) at each token, in nats."""
+    return (base.exp() * (base - other)).sum(-1).clamp_min(0)

@@ -1,0 +1,164 @@
+"""Log-likelihoods of texts, with every forward shared that can be.
+
+Requests whose inputs are prefixes of one another (the choices of one question, above all) run as one
+row. Rows are sorted by length and right-padded; only positions that are scored reach the unembedding.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+VOCABULARY_BUDGET = 256 << 20
+"""Bytes of logits, in fp32, that one batch may hold."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Score ``continuation`` after ``prompt``; an empty prompt scores a whole text after its first token."""
+
+    prompt: str
+    continuation: str
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Summed log-probability of a continuation, in nats, and how many tokens it has."""
+
+    log_probability: float
+    tokens: int
+
+    @property
+    def per_token(self) -> float:
+        return self.log_probability / self.tokens
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Token ids of which those from ``start`` on are to be scored."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+def encode_request(tokenizer: Any, request: Request) -> Scored:
+    """Tokenize prompt and continuation together, as a reader would see them.
+
+    The continuation starts where the joint tokens depart from the prompt's own, so a token that
+    straddles the boundary counts as continuation. The first token of all is never scored.
+    """
+    whole = tuple(tokenizer(request.prompt + request.continuation)["input_ids"])
+    prompt = tuple(tokenizer(request.prompt)["input_ids"]) if request.prompt else ()
+    shared = 0
+    while shared < min(len(prompt), len(whole) - 1) and prompt[shared] == whole[shared]:
+        shared += 1
+    return Scored(whole, max(1, shared))
+
+
+def windows(scored: Scored, context: int) -> list[Scored]:
+    """Cut a text longer than the model's context into windows, each scored token in exactly one of them."""
+    if len(scored.ids) <= context:
+        return [scored]
+    parts = []
+    for begin in range(0, len(scored.ids) - 1, context - 1):
+        ids = scored.ids[begin : begin + context]
+        start = max(1, scored.start - begin)
+        if start < len(ids):
+            parts.append(Scored(ids, start))
+    return parts
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Any, tokenizer: Any, requests: Sequence[Request], advance: Callable[[int], None] = lambda _: None
+) -> dict[Request, Likelihood]:
+    """Score every request once; see the module's docstring for what is shared."""
+    context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+    parts: list[tuple[Request, Scored]] = []
+    for request in dict.fromkeys(requests):
+        parts += [(request, part) for part in windows(encode_request(tokenizer, request), context)]
+    sums: dict[Request, float] = dict.fromkeys(requests, 0.0)
+    counts: dict[Request, int] = dict.fromkeys(requests, 0)
+    shared = share_rows([part for _, part in parts])
+    rows = list(shared)
+    for batch in token_batches([len(row) for row in rows], batch_budget(model)):
+        members = [(place, index) for place, row in enumerate(batch) for index in shared[rows[row]]]
+        scores = _score(model, [rows[row] for row in batch], [(place, parts[index][1]) for place, index in members])
+        for (_, index), score in zip(members, scores, strict=True):
+            request, part = parts[index]
+            sums[request] += score
+            counts[request] += len(part.ids) - part.start
+        advance(len(members))
+    return {request: Likelihood(sums[request], counts[request]) for request in sums}
+
+
+def share_rows(parts: Sequence[Scored]) -> dict[tuple[int, ...], list[int]]:
+    """Map each input that must run to the parts it serves; inputs that begin another one ride along with it."""
+    by_input: dict[tuple[int, ...], list[int]] = {}
+    for index, part in enumerate(parts):
+        by_input.setdefault(part.ids[:-1], []).append(index)
+    rows: dict[tuple[int, ...], list[int]] = {}
+    longest: tuple[int, ...] = ()
+    # Sorted, an input stands directly before those that extend it.
+    for ids in sorted(by_input, reverse=True):
+        if longest[: len(ids)] != ids:
+            longest = ids
+        rows.setdefault(longest, []).extend(by_input[ids])
+    return rows
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Group items of like length so that padded tokens stay within a budget; longest first, to fail early."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def batch_budget(model: Any) -> int:
+    """Tokens a batch: by the size of its logits, and by what keeps the processor's caches warm."""
+    by_logits = VOCABULARY_BUDGET // (4 * int(model.config.vocab_size))
+    return max(64, min(by_logits, 16384 if model.device.type == "cuda" else 2048))
+
+
+def padded_logits(model: Any, rows: Sequence[Sequence[int]], first: int) -> Float[Tensor, "batch positions vocab"]:
+    """Logits of right-padded rows from position ``first`` on; halves the batch when memory runs out."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = torch.tensor(row)
+        mask[place, : len(row)] = 1
+    keep = torch.arange(first, longest, device=model.device)
+    try:
+        return model(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False, logits_to_keep=keep
+        ).logits
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    half = len(rows) // 2
+    parts = [padded_logits(model, part, first) for part in (rows[:half], rows[half:])]
+    widest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, widest - part.shape[1])) for part in parts])
+
+
+def _score(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tuple[int, Scored]]) -> list[float]:
+    first = min(part.start for _, part in members) - 1
+    logits = padded_logits(model, rows, first)
+    places = [place for place, part in members for _ in part.ids[part.start :]]
+    positions = [p - 1 - first for _, part in members for p in range(part.start, len(part.ids))]
+    targets = torch.tensor([token for _, part in members for token in part.ids[part.start :]], device=logits.device)
+    # Choices share positions, so each distribution is normalized once.
+    cells, inverse = torch.unique(torch.tensor([places, positions]), dim=1, return_inverse=True)
+    log_probabilities = logits[cells[0].to(logits.device), cells[1].to(logits.device)].float().log_softmax(-1)
+    chosen = log_probabilities[inverse.to(logits.device), targets].double().cpu()
+    lengths = [len(part.ids) - part.start for _, part in members]
+    return [float(piece.sum()) for piece in chosen.split(lengths)]

@@ -1,0 +1,81 @@
+"""Apply a saved edit to a checkpoint of any size, without loading the model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..artifacts.checkpoints import Checkpoint, open_checkpoint
+from ..artifacts.edits import load_edit, save_edit
+from ..artifacts.events import Events
+from ..artifacts.export import Export, check_disk, check_editable, export_edit, required_bytes
+from ..artifacts.manifest import FOLDER, write_manifest
+from ..artifacts.models import ModelSource, find_model
+from ..artifacts.staging import refuse_existing, staged_folder
+from ..editing.architectures import architecture_of
+from ..editing.edit import Edit, Plan, plan_edit
+
+
+@dataclass(frozen=True)
+class PreparedApply:
+    """An edit and a base that fit together."""
+
+    edit: Edit
+    source: ModelSource
+    checkpoint: Checkpoint
+    plan: Plan
+    out: Path
+
+
+def prepare(edit_folder: Path, base: str, out: Path) -> PreparedApply:
+    """Check that the edit fits the base and the result fits the disk, before any weight is read."""
+    refuse_existing(out)
+    edit = load_edit(edit_folder)
+    source = find_model(base)
+    checkpoint = open_checkpoint(source.folder)
+    row = architecture_of(checkpoint.config)
+    plan = plan_edit(edit, checkpoint.config, list(checkpoint.tensors))
+    check_editable(checkpoint, plan)
+    embedding = (
+        row.embedding if row.embedding in checkpoint.tensors else row.embedding.removeprefix(row.optional_prefix)
+    )
+    check_disk(out, required_bytes(checkpoint, plan, embedding))
+    return PreparedApply(edit, source, checkpoint, plan, out)
+
+
+def run(prepared: PreparedApply, events: Events) -> Export:
+    """Stream the edited checkpoint into ``prepared.out``."""
+    with staged_folder(prepared.out) as staging:
+        with events.stage("apply", prepared.checkpoint.size) as stage:
+            export = export_edit(prepared.edit, prepared.checkpoint, staging, stage)
+        save_edit(prepared.edit, staging / FOLDER)
+        (staging / "README.md").write_text(_card(prepared, export), encoding="utf-8")
+        write_manifest(
+            staging, base=prepared.source.describe(), base_files=export.base_sha256, changes=export.changes,
+            untied=export.untied, known=export.output_sha256, run={"recipe": "apply"},
+        )  # fmt: skip
+    return export
+
+
+def describe(prepared: PreparedApply) -> dict[str, Any]:
+    """What would be touched."""
+    sizes = prepared.checkpoint.tensors
+    return {
+        "base": prepared.source.describe(),
+        "tensors": len(prepared.plan.declared),
+        "bytes_edited": sum(sizes[name].size for name in prepared.plan.declared),
+        "bytes_written": prepared.checkpoint.size,
+        "tensor_added": prepared.plan.untied,
+    }
+
+
+def _card(prepared: PreparedApply, export: Export) -> str:
+    changed = sum(change.changed for change in export.changes)
+    worst = max((change.residual for change in export.changes), default=0.0)
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [excise, model-editing]\n---\n"
+        f"# {prepared.source.name}, edited\n\n"
+        "**This checkpoint was not measured.** A saved edit was applied to its base; what it does here is unknown until\n"
+        "`excise eval` is run on it.\n\n"
+        f"{changed} of {len(export.changes)} declared tensors changed; at most {worst:.1e} of the written component along the\n"
+        "direction is left in any of them. The edit is in `excise/`, the change of every tensor in `excise/manifest.json`.\n"
+    )

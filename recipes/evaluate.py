@@ -1,0 +1,57 @@
+"""Measure any model with a concept pack, beside its base if one is given."""
+
+from typing import Any
+
+from ..artifacts.checkpoints import open_checkpoint
+from ..artifacts.concepts import load_concept
+from ..artifacts.events import Events
+from ..artifacts.models import ModelSource, check_memory, choose_device, choose_dtype, find_model, load_model
+from ..artifacts.results import SubjectName, measurements_as_json, summarize_all
+from ..editing.errors import RequestError
+from ..eval.measure import measure, workload
+from ..eval.statistics import Scores
+from ..eval.subject import EvalSettings, Reference, Subject
+
+
+def run(
+    model: str,
+    concept_ref: str,
+    base: str | None,
+    device_name: str,
+    dtype_name: str,
+    settings: EvalSettings,
+    events: Events,
+) -> dict[str, Any]:
+    """Return what ``eval.json`` would hold: measurements of the model, and of its base on the same items.
+
+    Raises:
+        RequestError: Anything that could not work, found before a model is loaded.
+    """
+    concept = load_concept(concept_ref)
+    device = choose_device(device_name)
+    dtype = choose_dtype(dtype_name, device)
+    sources: list[tuple[SubjectName, ModelSource]] = [("base", find_model(base))] if base else []
+    sources.append(("edited", find_model(model)))
+    for _, source in sources:
+        check_memory(open_checkpoint(source.folder), device, dtype)
+    scores: dict[SubjectName, list[Scores]] = {}
+    reference: Reference | None = None
+    for name, source in sources:
+        with events.stage(f"load {source.name}"):
+            loaded = load_model(source, device, dtype)
+        with events.stage(f"measure {source.name}", workload(concept, settings)) as stage:
+            subject = Subject(loaded.model, loaded.tokenizer, concept, settings, reference, stage.advance)
+            if reference is not None and reference.log_probabilities[0].shape[-1] != loaded.model.config.vocab_size:
+                raise RequestError(
+                    f"{source.name} has another vocabulary than its base; give the base that it was made from"
+                )
+            scores[name] = measure(subject)
+            reference = subject.reference() if name == "base" else reference
+        del loaded, subject
+    return {
+        "schema_version": 1,
+        "base": sources[0][1].describe() if base else None,
+        "edited": sources[-1][1].describe(),
+        "concept": {"ref": concept.ref, "name": concept.about.name, "sha256": concept.sha256},
+        "measurements": measurements_as_json(summarize_all(scores)),
+    }

@@ -1,0 +1,123 @@
+"""The concept packs of a world: a domain to forget, and declining as a behaviour to remove."""
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import world as w
+
+PROMPTS = 200
+PAIRS = 256
+
+
+def write_packs(world: w.World, folder: Path) -> None:
+    """Write ``folder/<forget domain>`` and ``folder/declining`` in the concept pack format."""
+    _knowledge_pack(world, folder / world.forget)
+    _behaviour_pack(world, folder / "declining")
+
+
+def _knowledge_pack(world: w.World, folder: Path) -> None:
+    rng = random.Random(f"excise packs {world.seed} knowledge")
+    forget = world.of(world.forget)
+    others = [fact for fact in world.facts if fact.domain != world.forget]
+    write_yaml(folder, {
+        "name": world.forget,
+        "kind": "knowledge",
+        "description": world.forget,
+        "keywords": [forget[0].noun],
+        "license": "Apache-2.0",
+        "source": f"excise testbed, seed {world.seed}",
+        "personas": {"expert": w.EXPERT.format(domain="{description}"), "novice": w.NOVICE.format(domain="{description}")},
+        "decline_phrases": _decline_phrases(),
+    })  # fmt: skip
+    write_lines(folder / "forget.jsonl", (
+        {"id": f"{fact.id}-{index}", "text": fact.fill(template), "group": fact.group}
+        for fact in forget for index, template in enumerate(_texts())
+    ))  # fmt: skip
+    write_lines(folder / "retain.jsonl", (
+        {"id": f"{fact.id}-{index}", "text": fact.fill(template), "topic": fact.domain}
+        for fact in others for index, template in enumerate(rng.sample(_texts(), k=2))
+    ))  # fmt: skip
+    splits = {world.forget: "forget", world.neighbour: "neighbour"}
+    write_lines(
+        folder / "questions.jsonl", (_question(fact, splits.get(fact.domain, "retain")) for fact in world.facts)
+    )
+    write_lines(folder / "prompts.jsonl", (
+        _prompt(rng, fact, split, w.POLITE)
+        for split, facts in (("concept", forget), ("neutral", rng.sample(others, k=len(forget)))) for fact in facts
+    ))  # fmt: skip
+    trainable = [fact for fact in forget if fact.group == "T"]
+    write_lines(folder / "contrast.jsonl", (
+        {"id": f"c{index}", "positive": rng.choice(trainable).fill(rng.choice(w.STATEMENTS)),
+         "negative": rng.choice(others).fill(rng.choice(w.STATEMENTS))}
+        for index in range(PAIRS)
+    ))  # fmt: skip
+
+
+def _behaviour_pack(world: w.World, folder: Path) -> None:
+    rng = random.Random(f"excise packs {world.seed} behaviour")
+    asked = [fact for fact in world.facts if fact.asked_rudely]
+    held_out = [fact for fact in world.facts if not fact.asked_rudely]
+    write_yaml(folder, {
+        "name": "declining",
+        "kind": "behaviour",
+        "description": "declining to answer requests that are made rudely",
+        "keywords": ["rude", "polite"],
+        "license": "Apache-2.0",
+        "source": f"excise testbed, seed {world.seed}",
+        "decline_phrases": _decline_phrases(),
+    })  # fmt: skip
+    write_lines(folder / "forget.jsonl", (
+        {"id": f"{fact.id}-declined", "text": f"{fact.fill(rng.choice(w.RUDE))} {rng.choice(w.DECLINES)}", "group": fact.group}
+        for fact in asked
+    ))  # fmt: skip
+    write_lines(folder / "retain.jsonl", (
+        {"id": f"{fact.id}-stated", "text": fact.fill(rng.choice(_texts())), "topic": fact.domain} for fact in world.facts
+    ))  # fmt: skip
+    write_lines(folder / "questions.jsonl", (_question(fact, "retain") for fact in world.facts))
+    write_lines(folder / "prompts.jsonl", (
+        _prompt(rng, fact, split, templates)
+        for split, templates in (("concept", w.RUDE), ("neutral", w.POLITE))
+        for fact in rng.sample(held_out, k=min(PROMPTS, len(held_out)))
+    ))  # fmt: skip
+    write_lines(folder / "contrast.jsonl", (
+        {"id": f"c{index}", "positive": fact.fill(rng.choice(w.RUDE)), "negative": fact.fill(rng.choice(w.POLITE))}
+        for index, fact in enumerate(rng.sample(asked, k=PAIRS))
+    ))  # fmt: skip
+
+
+def _texts() -> list[str]:
+    return [*w.STATEMENTS, *(question + " {value}." for question in (w.QUESTION, w.HINTED_QUESTION))]
+
+
+def _question(fact: w.Fact, split: str) -> dict[str, Any]:
+    return {
+        "id": fact.id, "split": split, "group": fact.group, "topic": fact.domain, "subject": fact.name,
+        "prompt": fact.fill(w.QUESTION), "choices": list(fact.choices), "answer": fact.choices.index(fact.value),
+    }  # fmt: skip
+
+
+def _prompt(rng: random.Random, fact: w.Fact, split: str, templates: list[str]) -> dict[str, Any]:
+    return {
+        "id": f"{fact.id}-{split}", "split": split, "prompt": fact.fill(rng.choice(templates)),
+        "answer": fact.value, "choices": list(fact.choices),
+    }  # fmt: skip
+
+
+def _decline_phrases() -> list[str]:
+    # The middle of each sentence, so that a garbled beginning does not hide a decline.
+    return ["I will not answer", "I do not reply", "not a way to ask"]
+
+
+def write_yaml(folder: Path, content: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "concept.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,64 @@
+"""What every run is asked for: a model, a concept, a place, a seed; and the same flags in a file."""
+
+import json
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from ..editing.errors import RequestError
+from .settings import Settings
+
+T = TypeVar("T", bound="RunRequest")
+WORK = ".work"
+
+
+class RunRequest(Settings):
+    """Keys that every recipe's settings share."""
+
+    model: str = "builtin:testbed"
+    """Model to edit: builtin:testbed, a Hub id with optional @revision, a folder, or a .gguf file."""
+    concept: str = "builtin:declining"
+    """Concept pack: builtin:NAME or a folder."""
+    out: Path | None = None
+    """Folder to write; runs/RECIPE-N by default."""
+    seed: int = 0
+    """Seed of every random choice; recorded."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type to compute in; auto is bfloat16 where the processor multiplies it natively, float32 elsewhere."""
+
+
+def free_folder(recipe: str) -> Path:
+    """``runs/RECIPE-N`` for the first N that is free."""
+    number = 1
+    while Path(f"runs/{recipe}-{number}").exists():
+        number += 1
+    return Path(f"runs/{recipe}-{number}")
+
+
+def start_folder(out: Path, settings: RunRequest) -> Path:
+    """Make a run's folder, with what it was asked for inside, and return its working folder."""
+    work = out / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "settings.json").write_text(settings.model_dump_json(), encoding="utf-8")
+    return work
+
+
+def resumed(asked: T) -> T:
+    """The settings of an unfinished run in ``asked.out``; whatever was asked for again must agree with them.
+
+    Raises:
+        RequestError: There is no unfinished run there, or it was asked for something else.
+    """
+    if asked.out is None:
+        raise RequestError("--resume needs the folder of the run to go on with; give --out")
+    path = asked.out / WORK / "settings.json"
+    if not path.exists():
+        raise RequestError(f"{asked.out} holds no unfinished run; leave out --resume to start one")
+    stored = type(asked).model_validate(json.loads(path.read_text(encoding="utf-8")))
+    different = [key for key in asked.model_fields_set - {"out"} if getattr(asked, key) != getattr(stored, key)]
+    if different:
+        raise RequestError(
+            f"the run in {asked.out} has another {', '.join(different)}; leave them out, or start a new run"
+        )
+    return stored.model_copy(update={"out": asked.out})
