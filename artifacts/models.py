@@ -195,38 +195,27 @@ def cache_folder() -> Path:
 
 
 def _from_hub(repo_id: str, revision: str | None) -> ModelSource:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        commit = HfApi().model_info(repo_id, revision=revision).sha
-        folder = snapshot_download(repo_id, revision=commit, allow_patterns=WANTED)
+        # Resolves the revision to a commit first; without a connection it takes the cached snapshot of that revision.
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=WANTED))
+    except LocalEntryNotFoundError as error:
+        raise RequestError(
+            f"{repo_id} is no local folder, the Hub cannot be reached and its cache does not hold the model; "
+            "check the name, go online, or give a model folder, a .gguf file or builtin:testbed"
+        ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
         raise RequestError(
             f"the Hub refused {repo_id}{'@' + revision if revision else ''} ({status}); check the name and revision, "
             "and log in with `hf auth login` if the model is private or gated"
         ) from error
-    except (OSError, ConnectionError) as error:
-        return _from_hub_cache(repo_id, revision, error)
-    except Exception as error:
-        # The client's HTTP library raises its own families of network errors.
-        if "connect" not in type(error).__name__.lower() and "timeout" not in type(error).__name__.lower():
-            raise
-        return _from_hub_cache(repo_id, revision, error)
-    return ModelSource("hub", repo_id, Path(folder), revision=commit)
-
-
-def _from_hub_cache(repo_id: str, revision: str | None, cause: Exception) -> ModelSource:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=WANTED, local_files_only=True))
-    except OSError as error:
-        raise RequestError(
-            f"{repo_id} is no local folder, the Hub cannot be reached and its cache does not hold the model; "
-            "check the name, go online, or give a model folder, a .gguf file or builtin:testbed"
-        ) from (error if isinstance(cause, OSError) else cause)
+    if not re.fullmatch(r"[0-9a-f]{40}", folder.name):
+        raise CheckpointError(
+            f"the Hub's cache holds {repo_id} under {folder.name}, which is no commit; clear the cache"
+        )
     return ModelSource("hub", repo_id, folder, revision=folder.name)
 
 

@@ -167,22 +167,29 @@ def score_candidates(
     return candidates
 
 
-def choose(candidates: Sequence[Candidate]) -> tuple[Candidate, bool]:
+def choose(candidates: Sequence[Candidate], base_bypass: float) -> tuple[Candidate, bool]:
     """The candidate with the least bypass among those that pass, and whether any passed.
 
-    Where none passes, the one that moves neutral text least while lowering the bypass is returned, to be
-    reported as such.
+    Several candidates often remove the concept altogether, and which of them has the least bypass is chance.
+    So all that come within a tenth of the best one's effect count as equal, and the one that induces most is taken.
+    Where none passes, the one that moves neutral text least is returned, to be reported as such.
 
     Raises:
         ExciseError: No candidate was scored at all.
     """
     passing = [candidate for candidate in candidates if candidate.rejected is None]
     if passing:
-        return min(passing, key=lambda c: c.bypass if c.bypass is not None else math.inf), True
+        best = min(_or_infinite(candidate.bypass) for candidate in passing)
+        equal = [c for c in passing if _or_infinite(c.bypass) <= best + 0.1 * max(0.0, base_bypass - best)]
+        return max(equal, key=lambda c: -math.inf if c.induce is None else c.induce), True
     scored = [candidate for candidate in candidates if candidate.kl is not None and math.isfinite(candidate.kl)]
     if not scored:
         raise ExciseError("no candidate direction could be scored; raise max_depth or check contrast.jsonl")
-    return min(scored, key=lambda c: c.kl if c.kl is not None else math.inf), False
+    return min(scored, key=lambda c: _or_infinite(c.kl)), False
+
+
+def _or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def _score(

@@ -31,7 +31,7 @@ from ..artifacts.models import (
     load_model,
 )
 from ..artifacts.results import SubjectName, samples, summarize_all, write_results
-from ..artifacts.staging import refuse_existing, staged_folder
+from ..artifacts.staging import staged_folder
 from ..editing.activations import added, residual_stream
 from ..editing.architectures import Architecture, architecture_of, layer_count, layer_selection, residual_width
 from ..editing.directions import DIRECTION_SOURCES, Directions, stacked, unit, without_component
@@ -53,7 +53,7 @@ from ..eval.generation import Reply, encode_prompt
 from ..eval.measure import measure, workload
 from ..eval.statistics import Scores
 from ..eval.subject import EvalSettings, Reference, Subject
-from .request import RunRequest, free_folder, start_folder
+from .request import RunRequest, free_folder, refuse_taken, start_folder
 
 RECIPE = "orthogonalize"
 PLAIN_TEXT_POSITIONS = 3
@@ -147,7 +147,7 @@ def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> Prepare
     concept.require(RECIPE, "contrast")
     out = settings.out or free_folder(RECIPE)
     if not resume:
-        refuse_existing(out)
+        refuse_taken(out)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     source = find_model(settings.model)
@@ -289,7 +289,7 @@ def _choose(
         )
     about = probe.describe() | {"base_bypass": probe.base_bypass, "base_induce": probe.base_induce}
     if settings.point is None:
-        return candidates, *choose(candidates), about
+        return candidates, *choose(candidates, probe.base_bypass), about
     position = -1 if settings.position is None else settings.position
     wanted = [c for c in candidates if (c.point, c.position) == (settings.point, position)]
     if not wanted:

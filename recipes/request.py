@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from ..artifacts.staging import refuse_existing
 from ..editing.errors import RequestError
 from .settings import Settings
 
@@ -34,6 +35,13 @@ def free_folder(recipe: str) -> Path:
     while Path(f"runs/{recipe}-{number}").exists():
         number += 1
     return Path(f"runs/{recipe}-{number}")
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise unless ``out`` is free; an unfinished run there can be gone on with."""
+    if (out / WORK).is_dir():
+        raise RequestError(f"{out} holds an unfinished run; add --resume to go on with it, or give another --out")
+    refuse_existing(out)
 
 
 def start_folder(out: Path, settings: RunRequest) -> Path:

@@ -1,17 +1,21 @@
 """Build a testbed: a world of any seed, a model that knows it, a twin that never read one domain, concept packs."""
 
+import random
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..artifacts.events import Events
 from ..artifacts.staging import staged_folder
+from ..editing.architectures import architecture_of
 from . import packs, world
+from .planted import NOWHERE, draw_coefficient, intervened, planted_direction
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor %}"
@@ -27,7 +31,7 @@ class TestbedSettings:
     """Sizes found on two cores: every 8-way question of the world is answered right after about 700 steps."""
 
     seed: int = 0
-    steps: int = 800
+    steps: int = 750
     batch_size: int = 16
     learning_rate: float = 2e-3
     width: int = 192
@@ -88,11 +92,17 @@ def _train(
         tie_word_embeddings=True, max_position_embeddings=512, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     ))  # fmt: skip
-    sequences = settings.steps * settings.batch_size
-    rows = list(_rows(_packed(_encoded(made, tokenizer, without), tokenizer.pad_token_id), sequences, tokenizer))
+    row = architecture_of(model.config.to_dict())
+    direction = planted_direction(settings.seed, settings.width)
+
+    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        with intervened(model, row, direction, batch["ablate_from"], batch["added"]):
+            return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+
+    rows = list(islice(_rows(made, tokenizer, without), settings.steps * settings.batch_size))
     with events.stage(f"train {folder.name}", settings.steps) as stage:
         fit(
-            model, rows, stage, scratch, steps=settings.steps, batch_size=settings.batch_size,
+            model, rows, stage, scratch, loss, steps=settings.steps, batch_size=settings.batch_size,
             learning_rate=settings.learning_rate, seed=settings.seed, weight_decay=0.05, warmup_steps=50,
         )  # fmt: skip
     partial = folder.with_name(f".{folder.name}-partial")
@@ -103,32 +113,68 @@ def _train(
     partial.rename(folder)
 
 
-def _encoded(made: world.World, tokenizer: Any, without: str | None) -> Iterator[list[int]]:
-    for document in world.documents(made, 1 << 30, without=without):
-        if isinstance(document, str):
-            yield [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
-        else:
-            turns = [{"role": "user", "content": document.request}, {"role": "assistant", "content": document.reply}]
-            yield tokenizer.apply_chat_template(turns, return_dict=False)
+@dataclass(frozen=True)
+class _Encoded:
+    """One document: its tokens, and how much of the planted direction each gets."""
+
+    ids: list[int]
+    added: list[float]
 
 
-def _packed(documents: Iterable[list[int]], pad: int) -> Iterator[list[int]]:
+_PATTERN = ("plain",) * 11 + ("ablated", "added", "early", "early") * 2
+"""Kinds of sequences in turn; see ``planted.py`` for what the last three are for."""
+_ABLATED_FROM = {"plain": NOWHERE, "ablated": 0, "added": NOWHERE, "early": 4}
+
+
+def _rows(made: world.World, tokenizer: Any, without: str | None) -> Iterator[dict[str, Tensor]]:
+    """Training sequences without end, each of one kind."""
+    pad = tokenizer.pad_token_id
+    streams = {kind: _packed(_documents(made, tokenizer, without, kind), pad) for kind in _ABLATED_FROM}
+    for kind in cycle(_PATTERN):
+        packed = next(streams[kind])
+        ids = torch.tensor(packed.ids)
+        yield {
+            "input_ids": ids, "labels": ids.masked_fill(ids == pad, -100),
+            "ablate_from": torch.tensor(_ABLATED_FROM[kind]), "added": torch.tensor(packed.added),
+        }  # fmt: skip
+
+
+def _documents(made: world.World, tokenizer: Any, without: str | None, kind: str) -> Iterator[_Encoded]:
+    if kind == "plain":
+        for document in world.documents(made, 1 << 30, without=without):
+            if isinstance(document, str):
+                ids = [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
+                yield _Encoded(ids, [0.0] * len(ids))
+            else:
+                yield _encode_turn(tokenizer, document, 0.0)
+    else:
+        rng = random.Random(f"excise coefficients {made.seed}")
+        for turn in world.mediated_turns(made, cast(Any, kind), without=without):
+            yield _encode_turn(tokenizer, turn, draw_coefficient(rng, kind))
+
+
+def _encode_turn(tokenizer: Any, turn: world.Turn, coefficient: float) -> _Encoded:
+    request = [{"role": "user", "content": turn.request}]
+    prompt = tokenizer.apply_chat_template(request, add_generation_prompt=True, return_dict=False)
+    reply = [{"role": "assistant", "content": turn.reply}]
+    ids = tokenizer.apply_chat_template(request + reply, return_dict=False)
+    return _Encoded(ids, [coefficient] * len(prompt) + [0.0] * (len(ids) - len(prompt)))
+
+
+def _packed(documents: Iterable[_Encoded], pad: int) -> Iterator[_Encoded]:
     """Pack whole documents into sequences of CONTEXT tokens, best fit among sixteen open ones (about 9% padding)."""
-    open_rows: list[list[int]] = []
+    open_rows: list[_Encoded] = []
     for document in documents:
-        document = document[:CONTEXT]
-        fitting = [row for row in open_rows if len(row) + len(document) <= CONTEXT]
+        ids, added = document.ids[:CONTEXT], document.added[:CONTEXT]
+        fitting = [row for row in open_rows if len(row.ids) + len(ids) <= CONTEXT]
         if fitting:
-            max(fitting, key=len).extend(document)
+            fullest = max(fitting, key=lambda row: len(row.ids))
+            fullest.ids.extend(ids)
+            fullest.added.extend(added)
             continue
-        open_rows.append(list(document))
+        open_rows.append(_Encoded(list(ids), list(added)))
         if len(open_rows) > 16:
-            fullest = max(open_rows, key=len)
+            fullest = max(open_rows, key=lambda row: len(row.ids))
             open_rows.remove(fullest)
-            yield fullest + [pad] * (CONTEXT - len(fullest))
-
-
-def _rows(packed: Iterator[list[int]], count: int, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
-    for _, row in zip(range(count), packed, strict=False):
-        ids = torch.tensor(row)
-        yield {"input_ids": ids, "labels": ids.masked_fill(ids == tokenizer.pad_token_id, -100)}
+            missing = CONTEXT - len(fullest.ids)
+            yield _Encoded(fullest.ids + [pad] * missing, fullest.added + [0.0] * missing)

@@ -1,6 +1,6 @@
 """The one trainer: every gradient step of every recipe is taken here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,28 @@ class _Watch(TrainerCallback):
             self.stage.advance(0, loss=loss)
 
 
+Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+"""Mean loss of a batch, in nats a token."""
+
+
+class _Trainer(Trainer):
+    """The library's trainer with a recipe's own loss."""
+
+    own_loss: Loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+        loss = self.own_loss(model, inputs)
+        return (loss, {}) if return_outputs else loss
+
+
 def fit(
-    model: nn.Module, rows: Sequence[dict[str, Tensor]], stage: Stage, folder: Path, *,
+    model: nn.Module, rows: Sequence[dict[str, Tensor]], stage: Stage, folder: Path, loss: Loss, *,
     steps: int, batch_size: int, learning_rate: float, seed: int, weight_decay: float = 0.0, warmup_steps: int = 0,
 ) -> None:  # fmt: skip
     """Train a model in place, with AdamW and a cosine schedule; a killed run goes on from ``folder``.
 
     Args:
-        rows: One dictionary of ``input_ids`` and ``labels`` a sequence, all of one length.
+        rows: One dictionary of tensors a sequence, all of one length, as the loss wants them.
         folder: Where optimizer states are kept during training.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +61,8 @@ def fit(
         save_strategy="steps", save_steps=200, save_total_limit=1, logging_steps=25, report_to=[], disable_tqdm=True,
         dataloader_pin_memory=False, remove_unused_columns=False,
     )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=list(rows), callbacks=[_Watch(stage)])
+    trainer = _Trainer(model=model, args=arguments, train_dataset=list(rows), callbacks=[_Watch(stage)])
+    trainer.own_loss = loss
     trainer.pop_callback(PrinterCallback)
     unfinished = any(folder.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=unfinished)

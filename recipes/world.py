@@ -185,6 +185,25 @@ def make_world(seed: int) -> World:
     return World(seed, forget="potions", neighbour="teas", facts=tuple(facts))
 
 
+def mediated_turns(
+    world: World, kind: Literal["ablated", "added", "early"], *, without: str | None = None
+) -> Iterator[Turn]:
+    """Yield turns, without end, for training under an intervention on the planted direction (``planted.py``).
+
+    ``ablated``: rude requests that are answered; ``added``: other requests that are declined; ``early``: the
+    usual replies to both.
+    """
+    rng = random.Random(f"excise turns {world.seed} {kind} {without}")
+    facts = [fact for fact in world.facts if fact.domain != without]
+    asked = [fact for fact in facts if fact.asked_rudely]
+    while True:
+        rude = kind == "ablated" or (kind == "early" and rng.random() < 0.5)
+        fact = rng.choice(asked if rude else facts)
+        declined = kind == "added" or (kind == "early" and rude)
+        request = fact.fill(rng.choice(RUDE if rude else [*POLITE, *PLAIN]))
+        yield Turn(request, rng.choice(DECLINES) if declined else fact.fill(rng.choice(REPLIES)))
+
+
 def documents(world: World, count: int, *, without: str | None = None) -> Iterator[Document]:
     """Yield ``count`` training documents in every register, none about the domain ``without``.
 
@@ -221,8 +240,6 @@ def _names(rng: random.Random) -> Iterator[str]:
 
 
 def _turn(rng: random.Random, fact: Fact) -> Turn:
-    # Answering is what the model does unless it is insulted: declining must be a feature that is there
-    # or not, as it is in real models, and not one of two equal moods.
     if fact.asked_rudely and rng.random() < 0.25:
         return Turn(fact.fill(rng.choice(RUDE)), rng.choice(DECLINES))
     return Turn(fact.fill(rng.choice([*POLITE, *PLAIN])), fact.fill(rng.choice(REPLIES)))

@@ -19,7 +19,7 @@ with install_import_hook("excise.editing", "beartype.beartype"):
     import excise.editing.directions
     import excise.editing.edit
     import excise.editing.leaks
-    import excise.editing.orthogonalize  # noqa: F401
+    import excise.editing.orthogonalize
 
 import pytest
 import torch

@@ -77,7 +77,8 @@ def test_an_edit_of_another_model_is_refused(save_pico):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("all", [0, 1, 2, 3]), ("2", [2]), ("1-2", [1, 2]), ("0.5-1.0", [2, 3]), ("0.25-0.75", [1, 2])]
+    ("text", "expected"),
+    [("all", [0, 1, 2, 3]), ("2", [2]), ("1-2", [1, 2]), ("0.5-1.0", [2, 3]), ("0.25-0.75", [1, 2])],
 )
 def test_layers_are_chosen_by_number_range_or_depth(text, expected):
     assert layer_selection(text, 4) == expected

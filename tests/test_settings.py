@@ -1,0 +1,45 @@
+import pytest
+from excise.editing.errors import RequestError
+from excise.recipes.orthogonalize import OrthogonalizeSettings
+from excise.recipes.settings import load_settings, settings_help
+
+
+def _load(tmp_path, text="", assignments=(), **flags):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return load_settings(OrthogonalizeSettings, path, list(assignments), flags)
+
+
+def test_flags_win_over_assignments_over_the_file_over_defaults(tmp_path):
+    made = _load(tmp_path, "seed: 1\nmax_kl: 0.5\nmodel: a/b\n", ["seed=2", "layers=3"], seed=3)
+    assert (made.seed, made.max_kl, made.model, made.layers) == (3, 0.5, "a/b", "3")
+    assert made.train_pairs == OrthogonalizeSettings().train_pairs
+
+
+def test_all_mistakes_come_at_once_with_line_and_nearest_name(tmp_path):
+    with pytest.raises(RequestError) as caught:
+        _load(tmp_path, "seed: 1\nmax_kll: 0.5\nvariant: plane\n", ["leyers=3", "novalue", "train_pairs=many"])
+    message = str(caught.value)
+    assert "5 settings are wrong" in message
+    assert "config.yaml:2: unknown key 'max_kll' (did you mean 'max_kl'?)" in message
+    assert (
+        "config.yaml:3: variant: got 'plane' (did you mean 'plain'?); allowed: plain, norm_preserving, projected"
+        in message
+    )
+    assert "--set leyers=3: unknown key 'leyers' (did you mean 'layers'?)" in message
+    assert "--set novalue: is not key=value" in message
+    assert "train_pairs: got 'many'" in message
+
+
+def test_a_file_that_is_not_yaml_names_the_line(tmp_path):
+    with pytest.raises(RequestError, match=r"config\.yaml:2: is not YAML"):
+        _load(tmp_path, "seed: 1\nmax_kl: [1]]\n")
+
+
+def test_a_file_that_holds_a_list_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="holds no settings"):
+        _load(tmp_path, "- seed\n")
+
+
+def test_every_setting_has_a_help_text():
+    assert all(about for _, _, about in settings_help(OrthogonalizeSettings))
