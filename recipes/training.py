@@ -38,7 +38,9 @@ class _Trainer(Trainer):
 
     own_loss: Loss
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         loss = self.own_loss(model, inputs)
         return (loss, {}) if return_outputs else loss
 
