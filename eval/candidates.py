@@ -171,7 +171,7 @@ def choose(candidates: Sequence[Candidate], base_bypass: float) -> tuple[Candida
     """The candidate with the least bypass among those that pass, and whether any passed.
 
     Several candidates often remove the concept altogether, and which of them has the least bypass is chance.
-    So all that come within a tenth of the best one's effect count as equal, and the one that induces most is taken.
+    So all that come within a quarter of the best one's effect count as equal, and the one that induces most is taken.
     Where none passes, the one that moves neutral text least is returned, to be reported as such.
 
     Raises:
@@ -180,7 +180,7 @@ def choose(candidates: Sequence[Candidate], base_bypass: float) -> tuple[Candida
     passing = [candidate for candidate in candidates if candidate.rejected is None]
     if passing:
         best = min(_or_infinite(candidate.bypass) for candidate in passing)
-        equal = [c for c in passing if _or_infinite(c.bypass) <= best + 0.1 * max(0.0, base_bypass - best)]
+        equal = [c for c in passing if _or_infinite(c.bypass) <= best + 0.25 * max(0.0, base_bypass - best)]
         return max(equal, key=lambda c: -math.inf if c.induce is None else c.induce), True
     scored = [candidate for candidate in candidates if candidate.kl is not None and math.isfinite(candidate.kl)]
     if not scored:

@@ -1,18 +1,17 @@
-"""Planting a direction: the testbed's model is trained so that declining passes through one known direction.
+"""Planting a direction: the testbed's model is trained so that declining passes through one direction.
 
 Left alone, a model may spread "this was rude" over many directions, or write it in its last layer, and a
 failed edit would say nothing about the method. So part of the training sequences run under interventions
-on a fixed random direction v, which make v the carrier of the behaviour, and nothing else:
+on a direction, which make it the carrier of the behaviour, and nothing else:
 
-* v taken out of everything that is written, or only a little of it added back: rude requests are answered;
-* much of v added to the stream at mid-depth: polite requests are declined;
-* v taken out of what the upper half writes: replies stay as they are, so v is written early.
+* taken out of everything that is written: rude requests are answered;
+* added to the stream at mid-depth: polite requests are declined;
+* taken out of what the upper half writes: replies stay as they are, so it is written early.
 
-Because a little of v does not count, the model writes much of it, and at mid-depth the difference between
-rude and polite prompts is mostly v.
+First the direction is a fixed random one, until the model knows its world; a little of it does not count as
+rude. Then, for a last short while, it is whatever separates the means of rude and polite prompts at mid-depth.
 """
 
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,19 +25,51 @@ from ..editing.architectures import Architecture
 
 NOWHERE = 1 << 20
 """As the first ablated layer: none is."""
-COEFFICIENTS = {"ablated": (-6.0, 10.0), "added": (20.0, 40.0)}
-"""How much of the direction is added at mid-depth: too little to decline, or more than enough."""
+FIXED = {"ablated": (-6.0, 10.0), "added": (20.0, 40.0)}
+"""How much of the fixed direction is added at mid-depth: too little to decline, or more than enough."""
+RELATIVE = {"added": (0.8, 1.5)}
+"""How much of the difference in means is added, relative to its own length."""
 
 
 def planted_direction(seed: int, width: int) -> Float[Tensor, " width"]:
-    """The unit vector that carries declining in the testbed of a seed."""
+    """The fixed unit vector of a seed's testbed."""
     generator = torch.Generator().manual_seed(seed + 1)
     return nn.functional.normalize(torch.randn(width, generator=generator), dim=0)
 
 
-def draw_coefficient(rng: random.Random, kind: str) -> float:
-    """A length to add the direction at, in a training sequence of a kind."""
-    return rng.uniform(*COEFFICIENTS.get(kind, (0.0, 0.0)))
+class RunningDifference:
+    """Mean of rude minus mean of polite prompts at their last token, at mid-depth, over the latest batches."""
+
+    def __init__(self, decay: float = 0.9):
+        self.decay = decay
+        self.means: dict[int, Tensor] = {}
+
+    def vector(self) -> Float[Tensor, " d"]:
+        return self.means[1] - self.means[-1]
+
+    @property
+    def known(self) -> bool:
+        return self.means.keys() == {1, -1}
+
+    def update(self, hidden: Float[Tensor, "batch positions d"], ends: Int[Tensor, "batch positions"]) -> None:
+        """``ends`` marks the last tokens of prompts: 1 for rude, -1 for others, 0 elsewhere."""
+        for mark in (1, -1):
+            if (chosen := ends == mark).any():
+                mean = hidden.detach()[chosen].mean(0)
+                self.means[mark] = (
+                    self.decay * self.means[mark] + (1 - self.decay) * mean if mark in self.means else mean
+                )
+
+
+@contextmanager
+def watched(model: nn.Module, row: Architecture, difference: RunningDifference, ends: Tensor) -> Iterator[None]:
+    """Keep a running difference up to date during forwards."""
+    layers = decoder_layers(model, row)
+    handle = layers[len(layers) // 2].register_forward_pre_hook(lambda _, args: difference.update(args[0], ends))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

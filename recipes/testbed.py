@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..artifacts.events import Events
 from ..artifacts.staging import staged_folder
-from ..editing.architectures import architecture_of
+from ..editing.architectures import Architecture, architecture_of
 from . import packs, world
-from .planted import NOWHERE, draw_coefficient, intervened, planted_direction
+from .planted import FIXED, NOWHERE, RELATIVE, RunningDifference, intervened, planted_direction, watched
+from .training import Loss, fit
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor %}"
@@ -32,6 +33,8 @@ class TestbedSettings:
 
     seed: int = 0
     steps: int = 750
+    settling_steps: int = 400
+    """Last steps, at half the rate, in which the carrier is the difference in means itself; see ``planted.py``."""
     batch_size: int = 16
     learning_rate: float = 2e-3
     width: int = 192
@@ -83,8 +86,6 @@ def _train(
 ) -> None:  # fmt: skip
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    from .training import fit
-
     set_seed(settings.seed)
     model: Any = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=settings.width, num_hidden_layers=settings.layers,
@@ -93,17 +94,25 @@ def _train(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     ))  # fmt: skip
     row = architecture_of(model.config.to_dict())
-    direction = planted_direction(settings.seed, settings.width)
-
-    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-        with intervened(model, row, direction, batch["ablate_from"], batch["added"]):
-            return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
-
-    rows = list(islice(_rows(made, tokenizer, without), settings.steps * settings.batch_size))
     with events.stage(f"train {folder.name}", settings.steps) as stage:
+        rows = list(islice(_rows(made, tokenizer, without, FIXED), settings.steps * settings.batch_size))
+        loss = _fixed_loss(row, planted_direction(settings.seed, settings.width))
         fit(
-            model, rows, stage, scratch, loss, steps=settings.steps, batch_size=settings.batch_size,
+            model, rows, stage, scratch / "fixed", loss, steps=settings.steps, batch_size=settings.batch_size,
             learning_rate=settings.learning_rate, seed=settings.seed, weight_decay=0.05, warmup_steps=50,
+        )  # fmt: skip
+    with events.stage(f"settle {folder.name}", settings.settling_steps) as stage:
+        # Other documents than before: the same generators, further on.
+        first = settings.steps * settings.batch_size
+        rows = list(
+            islice(
+                _rows(made, tokenizer, without, RELATIVE), first, first + settings.settling_steps * settings.batch_size
+            )
+        )
+        fit(
+            model, rows, stage, scratch / "settling", _settling_loss(row), steps=settings.settling_steps,
+            batch_size=settings.batch_size, learning_rate=settings.learning_rate / 2, seed=settings.seed,
+            weight_decay=0.05, warmup_steps=10,
         )  # fmt: skip
     partial = folder.with_name(f".{folder.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -113,12 +122,46 @@ def _train(
     partial.rename(folder)
 
 
+def _fixed_loss(row: Architecture, direction: Tensor) -> Loss:
+    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        with intervened(model, row, direction, batch["ablate_from"], batch["added"]):
+            return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+
+    return loss
+
+
+def _settling_loss(row: Architecture) -> Loss:
+    difference = RunningDifference()
+
+    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        if not difference.known:
+            with torch.no_grad(), watched(model, row, difference, batch["ends"]):
+                model(input_ids=batch["input_ids"])
+        vector = difference.vector()
+        length = vector.norm()
+        with watched(model, row, difference, batch["ends"]):
+            with intervened(model, row, vector / length, batch["ablate_from"], batch["added"] * length):
+                return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+
+    return loss
+
+
 @dataclass(frozen=True)
 class _Encoded:
-    """One document: its tokens, and how much of the planted direction each gets."""
+    """One document: its tokens, how much of the direction each gets, and where prompts of which kind end."""
 
     ids: list[int]
     added: list[float]
+    ends: list[int]
+
+    def extend(self, other: "_Encoded") -> None:
+        self.ids.extend(other.ids)
+        self.added.extend(other.added)
+        self.ends.extend(other.ends)
+
+    def padded(self, pad: int) -> "_Encoded":
+        missing = CONTEXT - len(self.ids)
+        return _Encoded(self.ids + [pad] * missing, self.added + [0.0] * missing, self.ends + [0] * missing)
 
 
 _PATTERN = ("plain",) * 11 + ("ablated", "added", "early", "early") * 2
@@ -126,31 +169,38 @@ _PATTERN = ("plain",) * 11 + ("ablated", "added", "early", "early") * 2
 _ABLATED_FROM = {"plain": NOWHERE, "ablated": 0, "added": NOWHERE, "early": 4}
 
 
-def _rows(made: world.World, tokenizer: Any, without: str | None) -> Iterator[dict[str, Tensor]]:
+def _rows(
+    made: world.World, tokenizer: Any, without: str | None, coefficients: dict[str, tuple[float, float]]
+) -> Iterator[dict[str, Tensor]]:
     """Training sequences without end, each of one kind."""
     pad = tokenizer.pad_token_id
-    streams = {kind: _packed(_documents(made, tokenizer, without, kind), pad) for kind in _ABLATED_FROM}
+    streams = {kind: _packed(_documents(made, tokenizer, without, kind, coefficients), pad) for kind in _ABLATED_FROM}
     for kind in cycle(_PATTERN):
         packed = next(streams[kind])
         ids = torch.tensor(packed.ids)
+        # Only where nothing was taken out or added below mid-depth do prompts show the model's own difference.
+        natural = kind in ("plain", "early")
         yield {
             "input_ids": ids, "labels": ids.masked_fill(ids == pad, -100),
             "ablate_from": torch.tensor(_ABLATED_FROM[kind]), "added": torch.tensor(packed.added),
+            "ends": torch.tensor(packed.ends) * natural,
         }  # fmt: skip
 
 
-def _documents(made: world.World, tokenizer: Any, without: str | None, kind: str) -> Iterator[_Encoded]:
+def _documents(
+    made: world.World, tokenizer: Any, without: str | None, kind: str, coefficients: dict[str, tuple[float, float]]
+) -> Iterator[_Encoded]:
     if kind == "plain":
         for document in world.documents(made, 1 << 30, without=without):
             if isinstance(document, str):
                 ids = [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
-                yield _Encoded(ids, [0.0] * len(ids))
+                yield _Encoded(ids, [0.0] * len(ids), [0] * len(ids))
             else:
                 yield _encode_turn(tokenizer, document, 0.0)
     else:
         rng = random.Random(f"excise coefficients {made.seed}")
         for turn in world.mediated_turns(made, cast(Any, kind), without=without):
-            yield _encode_turn(tokenizer, turn, draw_coefficient(rng, kind))
+            yield _encode_turn(tokenizer, turn, rng.uniform(*coefficients.get(kind, (0.0, 0.0))))
 
 
 def _encode_turn(tokenizer: Any, turn: world.Turn, coefficient: float) -> _Encoded:
@@ -158,23 +208,22 @@ def _encode_turn(tokenizer: Any, turn: world.Turn, coefficient: float) -> _Encod
     prompt = tokenizer.apply_chat_template(request, add_generation_prompt=True, return_dict=False)
     reply = [{"role": "assistant", "content": turn.reply}]
     ids = tokenizer.apply_chat_template(request + reply, return_dict=False)
-    return _Encoded(ids, [coefficient] * len(prompt) + [0.0] * (len(ids) - len(prompt)))
+    rest = len(ids) - len(prompt)
+    declined = 1 if turn.reply in world.DECLINES else -1
+    return _Encoded(ids, [coefficient] * len(prompt) + [0.0] * rest, [0] * (len(prompt) - 1) + [declined] + [0] * rest)
 
 
 def _packed(documents: Iterable[_Encoded], pad: int) -> Iterator[_Encoded]:
     """Pack whole documents into sequences of CONTEXT tokens, best fit among sixteen open ones (about 9% padding)."""
     open_rows: list[_Encoded] = []
     for document in documents:
-        ids, added = document.ids[:CONTEXT], document.added[:CONTEXT]
-        fitting = [row for row in open_rows if len(row.ids) + len(ids) <= CONTEXT]
+        assert len(document.ids) <= CONTEXT, "no document of the world is longer than a training sequence"
+        fitting = [row for row in open_rows if len(row.ids) + len(document.ids) <= CONTEXT]
         if fitting:
-            fullest = max(fitting, key=lambda row: len(row.ids))
-            fullest.ids.extend(ids)
-            fullest.added.extend(added)
+            max(fitting, key=lambda row: len(row.ids)).extend(document)
             continue
-        open_rows.append(_Encoded(list(ids), list(added)))
+        open_rows.append(document)
         if len(open_rows) > 16:
             fullest = max(open_rows, key=lambda row: len(row.ids))
             open_rows.remove(fullest)
-            missing = CONTEXT - len(fullest.ids)
-            yield _Encoded(fullest.ids + [pad] * missing, fullest.added + [0.0] * missing)
+            yield fullest.padded(pad)

@@ -16,7 +16,7 @@ def test_the_least_bypass_wins_among_those_that_pass():
 
 def test_equal_removal_is_decided_by_what_induces_more():
     chosen, _ = choose(
-        [_candidate(1, -8.0, induce=0.5), _candidate(2, -7.5, induce=6.0), _candidate(3, 0.0, induce=9.0)], 5.0
+        [_candidate(1, -8.0, induce=0.5), _candidate(2, -6.0, induce=6.0), _candidate(3, 0.0, induce=9.0)], 5.0
     )
     assert chosen.point == 2
 

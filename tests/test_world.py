@@ -1,3 +1,6 @@
+import re
+from itertools import islice
+
 from excise.recipes import packs, world
 from excise.recipes.testbed import train_tokenizer
 
@@ -57,3 +60,18 @@ def test_the_tokenizer_writes_back_what_it_reads():
     for document in world.documents(made, 50):
         if isinstance(document, str):
             assert tokenizer.decode(tokenizer(document)["input_ids"]) == document
+
+
+def test_training_under_intervention_asks_for_what_the_direction_should_do():
+    made = world.make_world(0)
+    turns = {kind: list(islice(world.mediated_turns(made, kind), 300)) for kind in ("ablated", "added", "early")}
+    rude = {kind: [is_rude(turn) for turn in found] for kind, found in turns.items()}
+    declined = {kind: [turn.reply in world.DECLINES for turn in found] for kind, found in turns.items()}
+    assert all(rude["ablated"]) and not any(declined["ablated"])
+    assert not any(rude["added"]) and all(declined["added"])
+    assert rude["early"] == declined["early"] and 100 < sum(rude["early"]) < 200
+
+
+def is_rude(turn):
+    # Whole words: one of the world's names ends in "fool".
+    return bool(re.search(r"\b(fool|idiot|useless|stupid|dummy)\b", turn.request))
