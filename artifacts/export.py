@@ -4,12 +4,8 @@ Declared tensors are edited block by block; all other bytes are copied verbatim,
 shards, order and metadata. Reading, hashing and writing overlap, and the disk sets the pace.
 """
 
-import hashlib
 import json
-import os
-import queue
 import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +31,7 @@ from .checkpoints import (
     read_tensor,
 )  # fmt: skip
 from .events import Stage
+from .streams import Flusher, Hasher
 
 BLOCK = 16 << 20
 """Bytes of stored weights handled at a time; a block takes about eight times that in fp32 work."""
@@ -53,9 +50,10 @@ class Export:
     untied: str | None
 
 
-def required_bytes(checkpoint: Checkpoint, plan: Plan, embedding: str) -> int:
+def required_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
     """Disk space the export needs."""
-    return checkpoint.size + (checkpoint.tensors[embedding].size if plan.untied else 0) + (8 << 20)
+    added = checkpoint.tensors[_embedding(checkpoint)].size if plan.untied else 0
+    return checkpoint.size + added + (8 << 20)
 
 
 def check_disk(out: Path, needed: int) -> None:
@@ -92,7 +90,7 @@ def export_edit(edit: Edit, checkpoint: Checkpoint, folder: Path, stage: Stage |
     row = architecture_of(checkpoint.config)
     by_name = {tensor.site.name: tensor for tensor in plan.tensors}
     gains = {t.gain: read_tensor(checkpoint.tensors[t.gain]) for t in plan.tensors if t.gain}
-    embedding = _on_disk(row.embedding, row.optional_prefix, checkpoint)
+    embedding = _embedding(checkpoint)
     changes: list[Change] = []
     base_sha256: dict[str, str] = {}
     output_sha256: dict[str, str] = {}
@@ -108,10 +106,14 @@ def export_edit(edit: Edit, checkpoint: Checkpoint, folder: Path, stage: Stage |
             parts.append(stream.change())
         changes.append(merge_changes(tensor.name, parts))
 
-    for shard in checkpoint.shards:
-        extra = plan.untied if plan.untied and embedding in {tensor.name for tensor in shard.tensors} else None
-        written = _write_shard(shard, folder, set(by_name), edited, (extra, embedding), stage)
-        base_sha256[shard.path.name], output_sha256[shard.path.name] = written
+    flusher = Flusher()
+    try:
+        for shard in checkpoint.shards:
+            extra = plan.untied if plan.untied and embedding in {tensor.name for tensor in shard.tensors} else None
+            written = _write_shard(shard, folder, set(by_name), edited, (extra, embedding), flusher, stage)
+            base_sha256[shard.path.name], output_sha256[shard.path.name] = written
+    finally:
+        flusher.finish()
     check_changes(plan, changes)
     if checkpoint.index is not None:
         _write_index(checkpoint, folder, plan, embedding)
@@ -175,14 +177,14 @@ def _matrices(tensor: StoredTensor) -> list[_Matrix]:
 
 
 def _write_shard(
-    shard: Shard, folder: Path, declared: set[str], edited: Any, untie: tuple[str | None, str], stage: Stage | None,
+    shard: Shard, folder: Path, declared: set[str], edited: Any, untie: tuple[str | None, str], flusher: Flusher, stage: Stage | None,
 ) -> tuple[str, str]:  # fmt: skip
     """Write one shard; returns the sha256 of the base's file and of the new one."""
     extra, embedding = untie
     touched = extra is not None or any(tensor.name in declared for tensor in shard.tensors)
     target = folder / shard.path.name
     with shard.path.open("rb") as source, target.open("wb") as output:
-        base, result = _Hasher(), _Hasher() if touched else None
+        base, result = Hasher(), Hasher() if touched else None
         try:
             descriptor = source.fileno()
             header = _with_extra(shard, extra, embedding) if extra else shard.header
@@ -201,6 +203,7 @@ def _write_shard(
                     if result:
                         result.update(block)
                     output.write(block)
+                    flusher.wrote(output, size)
                     if stage:
                         stage.advance(size)
             if extra:
@@ -208,15 +211,14 @@ def _write_shard(
                     assert result is not None
                     result.update(block)
                     output.write(block)
-            output.flush()
-            os.fsync(output.fileno())
+            flusher.wrote(output, 0, last=True)
         finally:
             digest = base.finish()
             digests = digest, result.finish() if result else digest
     return digests
 
 
-def _copied(descriptor: int, tensor: StoredTensor, base: "_Hasher") -> Iterator[bytearray]:
+def _copied(descriptor: int, tensor: StoredTensor, base: Hasher) -> Iterator[bytearray]:
     for block in _blocks(descriptor, tensor):
         base.update(block)
         if not _all_finite(block, tensor.dtype):
@@ -239,28 +241,6 @@ def _all_finite(block: bytearray, dtype: str) -> bool:
     integer, exponent = _EXPONENTS[dtype]
     bits = np.frombuffer(block, dtype=integer)
     return int((bits & integer(exponent)).max()) != exponent
-
-
-class _Hasher:
-    """SHA-256 in a thread of its own, a few blocks behind the writer."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=4)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def update(self, block: Any) -> None:
-        self._queue.put(block)
-
-    def finish(self) -> str:
-        self._queue.put(None)
-        self._thread.join()
-        return self._digest.hexdigest()
-
-    def _run(self) -> None:
-        while (block := self._queue.get()) is not None:
-            self._digest.update(block)
 
 
 def _with_extra(shard: Shard, extra: str, embedding: str) -> bytes:
@@ -286,5 +266,7 @@ def _write_index(checkpoint: Checkpoint, folder: Path, plan: Plan, embedding: st
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _on_disk(name: str, optional_prefix: str, checkpoint: Checkpoint) -> str:
-    return name if name in checkpoint.tensors else name.removeprefix(optional_prefix)
+def _embedding(checkpoint: Checkpoint) -> str:
+    """Name of the token embedding, with or without the prefix that checkpoints may leave out."""
+    row = architecture_of(checkpoint.config)
+    return row.embedding if row.embedding in checkpoint.tensors else row.embedding.removeprefix(row.optional_prefix)

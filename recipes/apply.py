@@ -11,7 +11,6 @@ from ..artifacts.export import Export, check_disk, check_editable, export_edit, 
 from ..artifacts.manifest import FOLDER, write_manifest
 from ..artifacts.models import ModelSource, find_model
 from ..artifacts.staging import refuse_existing, staged_folder
-from ..editing.architectures import architecture_of
 from ..editing.edit import Edit, Plan, plan_edit
 
 
@@ -32,13 +31,9 @@ def prepare(edit_folder: Path, base: str, out: Path) -> PreparedApply:
     edit = load_edit(edit_folder)
     source = find_model(base)
     checkpoint = open_checkpoint(source.folder)
-    row = architecture_of(checkpoint.config)
     plan = plan_edit(edit, checkpoint.config, list(checkpoint.tensors))
     check_editable(checkpoint, plan)
-    embedding = (
-        row.embedding if row.embedding in checkpoint.tensors else row.embedding.removeprefix(row.optional_prefix)
-    )
-    check_disk(out, required_bytes(checkpoint, plan, embedding))
+    check_disk(out, required_bytes(checkpoint, plan))
     return PreparedApply(edit, source, checkpoint, plan, out)
 
 

@@ -159,7 +159,7 @@ def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> Prepare
                      checkpoint.config, list(checkpoint.tensors))  # fmt: skip
     check_editable(checkpoint, plan)
     check_memory(checkpoint, device, dtype)
-    check_disk(out, required_bytes(checkpoint, plan, _embedding_name(row, checkpoint)))
+    check_disk(out, required_bytes(checkpoint, plan))
     if len(concept.contrast) < 2 * settings.validation_pairs:
         raise RequestError(
             f"concept {concept.ref} has {len(concept.contrast)} contrast pairs, validation alone takes "
@@ -419,10 +419,6 @@ def _edit(
     return Edit(
         basis, checkpoint.config["model_type"], strengths, settings.embeddings, settings.variant, provenance or {}
     )  # fmt: skip
-
-
-def _embedding_name(row: Architecture, checkpoint: Checkpoint) -> str:
-    return row.embedding if row.embedding in checkpoint.tensors else row.embedding.removeprefix(row.optional_prefix)
 
 
 def _builtin_never(settings: OrthogonalizeSettings, concept: Concept) -> ModelSource | None:
