@@ -22,6 +22,8 @@ app = typer.Typer(
 testbed_app = typer.Typer(no_args_is_help=True, help="Worlds whose every fact is known.")
 app.add_typer(testbed_app, name="testbed")
 
+INTERRUPTED = 130
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
@@ -195,6 +197,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         code = app(args=arguments, prog_name="excise", standalone_mode=False)
+        if code == INTERRUPTED:
+            # The parser swallows an interrupt and returns its code.
+            raise KeyboardInterrupt
     except BaseException as error:
         if debug:
             raise
@@ -217,7 +222,8 @@ def _explain(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 0
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         return _fail(
-            "stopped; nothing unfinished looks finished. `excise run ... --out DIR --resume` goes on with a run", 130
+            "stopped; nothing unfinished looks finished. `excise run ... --out DIR --resume` goes on with a run",
+            INTERRUPTED,
         )
     if isinstance(error, ExciseError):
         return _fail(str(error), error.exit_code)

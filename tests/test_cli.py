@@ -57,7 +57,13 @@ def test_an_interrupt_is_one_line_and_the_run_can_go_on(tmp_path):
     out = tmp_path / "run"
     arguments = ["run", "orthogonalize", "--out", str(out), "--set", "questions=40"]
     code = "import sys; from excise.cli import main; sys.argv = ['excise', *sys.argv[1:]]; main()"
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Started from a background job, a process ignores the interrupt; a user's terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     events = out / "events.jsonl"
     deadline = time.monotonic() + 120
     while not (events.exists() and "score candidates" in events.read_text()):

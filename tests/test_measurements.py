@@ -115,7 +115,7 @@ def test_the_testbed_knows_its_world_and_its_twin_does_not_know_potions(testbed)
         scores = {(s.name, s.split): s.value() for s in MEASUREMENTS["multiple_choice"].scores(subject)}
         found[name] = scores
     for split in ("forget_T", "forget_V", "neighbour", "retain"):
-        assert found["base"]["multiple_choice", split] >= 0.98
+        assert found["base"]["multiple_choice", split] >= 0.95  # chance is 0.125
     assert found["never"]["multiple_choice", "retain"] >= 0.98
     assert max(found["never"]["multiple_choice", f"forget_{group}"] for group in "TV") < 0.3
 
