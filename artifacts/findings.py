@@ -76,6 +76,9 @@ def _side_effects(rows: dict[tuple[str, str], Row], kind: str) -> Iterator[str]:
         row = rows.get(("degenerate_share", split))
         if row and _moved(row.edited):
             yield f"The edit changed the share of empty or repeating replies ({split} prompts): {_change(row)}."
+    perplexity = rows.get(("perplexity", "retain"))
+    if perplexity and _moved(perplexity.edited):
+        yield f"The edit changed the perplexity on retain texts: {_change(perplexity)}."
     kl = rows.get(("kl_from_base", "neutral"))
     if kl and kl.edited:
         yield f"On neutral prompts the model moved {format_value(kl.edited)} nats a token from its base."
