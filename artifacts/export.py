@@ -33,7 +33,7 @@ from .checkpoints import (
 from .events import Stage
 from .streams import Flusher, Hasher
 
-BLOCK = 16 << 20
+BLOCK = 2 << 20
 """Bytes of stored weights handled at a time; a block takes about eight times that in fp32 work."""
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 """Files beside the weights that belong to a published model: configuration and tokenizer, never code or pickles."""

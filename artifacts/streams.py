@@ -15,7 +15,7 @@ class Hasher:
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=4)
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=16)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
