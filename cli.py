@@ -180,9 +180,11 @@ def testbed_build(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     seed: Annotated[int, typer.Option(help="Seed of the world, its texts and both models.")] = 0,
     never: Annotated[bool, typer.Option(help="Also train the twin that never reads about the forget domain.")] = True,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps; 750 know the world, fewer do not.")] = 750,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps of the first phase; with far fewer the world is not known.")
+    ] = 750,
 ) -> None:
-    """Make another world of any seed: a model that knows it, its twin, and concept packs. About 7 minutes a model."""
+    """Make another world of any seed: a model that knows it, its twin, and concept packs. About 10 minutes a model."""
     from .recipes.testbed import TestbedSettings, build_testbed
 
     _quiet()

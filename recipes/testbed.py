@@ -29,7 +29,7 @@ CONTEXT = 128
 
 @dataclass(frozen=True)
 class TestbedSettings:
-    """Sizes found on two cores: every 8-way question of the world is answered right after about 700 steps."""
+    """Sizes found on two cores; the built-in model answers 0.975 to 0.994 of each split of 8-way questions."""
 
     seed: int = 0
     steps: int = 750
