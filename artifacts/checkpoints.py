@@ -1,7 +1,7 @@
 """Safetensors checkpoints on disk, read by their headers: what is there, and whether it is whole and safe."""
 
 import json
-import os
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,24 +132,29 @@ def read_header(path: Path) -> Shard:
 def read_tensor(tensor: StoredTensor) -> Tensor:
     """Read a whole (small) tensor."""
     with tensor.file.open("rb") as file:
-        return as_tensor(read_exactly(file.fileno(), tensor.start, tensor.size), tensor.dtype).reshape(tensor.shape)
+        return as_tensor(mapped(file.fileno(), tensor.start, tensor.size), tensor.dtype).reshape(tensor.shape).clone()
 
 
-def as_tensor(data: bytearray, dtype: str) -> Tensor:
+def as_tensor(data: memoryview, dtype: str) -> Tensor:
     """A flat tensor over a buffer."""
     return torch.frombuffer(data, dtype=DTYPES[dtype]) if data else torch.empty(0, dtype=DTYPES[dtype])
 
 
-def read_exactly(descriptor: int, start: int, size: int) -> bytearray:
-    """Read into a fresh buffer; mapped pages would count as our memory, buffers are freed at once."""
-    buffer = bytearray(size)
-    view, done = memoryview(buffer), 0
-    while done < size:
-        got = os.preadv(descriptor, [view[done:]], start + done)
-        if got == 0:
-            raise CheckpointError("a checkpoint file became shorter while it was read; fetch it again")
-        done += got
-    return buffer
+def mapped(descriptor: int, start: int, size: int) -> memoryview:
+    """Bytes of a file, without a copy; they leave memory with the last reference to them.
+
+    Raises:
+        CheckpointError: The file is shorter than its header said when it was opened.
+    """
+    if size == 0:
+        return memoryview(b"")
+    before = start % mmap.ALLOCATIONGRANULARITY
+    try:
+        # A private writable mapping, because torch warns about buffers that it may not write.
+        pages = mmap.mmap(descriptor, before + size, access=mmap.ACCESS_COPY, offset=start - before)
+    except ValueError as error:
+        raise CheckpointError("a checkpoint file became shorter while it was read; fetch it again") from error
+    return memoryview(pages)[before:]
 
 
 def _entry(path: Path, name: str, entry: dict[str, Any], base: int) -> StoredTensor:

@@ -6,19 +6,19 @@ shards, order and metadata. Reading, hashing and writing overlap, and the disk s
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..editing.architectures import architecture_of
+from ..editing.changes import Change
 from ..editing.edit import Edit, Plan, blockwise, check_changes, merge_changes, plan_edit
 from ..editing.errors import CheckpointError, EditError, ExciseError
-from ..editing.orthogonalize import Change
 from .checkpoints import (
     DTYPES,
     EDITABLE,
@@ -27,11 +27,11 @@ from .checkpoints import (
     Shard,
     StoredTensor,
     as_tensor,
-    read_exactly,
+    mapped,
     read_tensor,
 )  # fmt: skip
 from .events import Stage
-from .streams import Flusher, Hasher
+from .streams import Block, Hasher, Output, one_torch_thread
 
 BLOCK = 2 << 20
 """Bytes of stored weights handled at a time; a block takes about eight times that in fp32 work."""
@@ -95,25 +95,24 @@ def export_edit(edit: Edit, checkpoint: Checkpoint, folder: Path, stage: Stage |
     base_sha256: dict[str, str] = {}
     output_sha256: dict[str, str] = {}
 
-    def edited(tensor: StoredTensor, descriptor: int) -> Iterator[tuple[bytes | bytearray | memoryview, int]]:
+    def edited(tensor: StoredTensor, descriptor: int, base: Hasher) -> Iterator[Block]:
         todo = by_name[tensor.name]
         gain = gains[todo.gain] if todo.gain else None
         parts = []
         for matrix in _matrices(tensor):
-            stream = blockwise(edit, row, todo, matrix.rows, matrix.reader(descriptor), gain, matrix.rows_per_block)
+            read = matrix.reader(descriptor, base)
+            stream = blockwise(edit, row, todo, matrix.rows, read, gain, matrix.rows_per_block)
             for block in stream:
-                yield block.contiguous().view(torch.uint8).numpy().reshape(-1).data, block.nbytes
+                yield block.view(torch.uint8).numpy().reshape(-1).data
             parts.append(stream.change())
         changes.append(merge_changes(tensor.name, parts))
 
-    flusher = Flusher()
-    try:
+    with one_torch_thread():
         for shard in checkpoint.shards:
-            extra = plan.untied if plan.untied and embedding in {tensor.name for tensor in shard.tensors} else None
-            written = _write_shard(shard, folder, set(by_name), edited, (extra, embedding), flusher, stage)
+            copied = next((tensor for tensor in shard.tensors if plan.untied and tensor.name == embedding), None)
+            extra = (plan.untied, copied) if plan.untied and copied else None
+            written = _write_shard(shard, folder / shard.path.name, set(by_name), edited, extra, stage)
             base_sha256[shard.path.name], output_sha256[shard.path.name] = written
-    finally:
-        flusher.finish()
     check_changes(plan, changes)
     if checkpoint.index is not None:
         _write_index(checkpoint, folder, plan, embedding)
@@ -158,9 +157,16 @@ class _Matrix:
     def rows_per_block(self) -> int:
         return max(1, BLOCK // self.row_bytes)
 
-    def reader(self, descriptor: int) -> Any:
+    def reader(self, descriptor: int, base: Hasher) -> Callable[[int, int], Tensor]:
+        """Rows of the matrix; the first time each is read, which is in file order, it is hashed."""
+        hashed = 0
+
         def read(first: int, last: int) -> Tensor:
-            data = read_exactly(descriptor, self.start + first * self.row_bytes, (last - first) * self.row_bytes)
+            nonlocal hashed
+            data = mapped(descriptor, self.start + first * self.row_bytes, (last - first) * self.row_bytes)
+            if first == hashed:
+                base.update(data)
+                hashed = last
             return as_tensor(data, self.tensor.dtype).reshape(last - first, -1)
 
         return read
@@ -177,76 +183,78 @@ def _matrices(tensor: StoredTensor) -> list[_Matrix]:
 
 
 def _write_shard(
-    shard: Shard, folder: Path, declared: set[str], edited: Any, untie: tuple[str | None, str], flusher: Flusher, stage: Stage | None,
+    shard: Shard, target: Path, declared: set[str], edited: Any, extra: tuple[str, StoredTensor] | None, stage: Stage | None,
 ) -> tuple[str, str]:  # fmt: skip
-    """Write one shard; returns the sha256 of the base's file and of the new one."""
-    extra, embedding = untie
+    """Write one shard; returns the sha256 of the base's file and of the new one.
+
+    Args:
+        extra: Name of a tensor to add at the end, and the stored one that it copies.
+    """
     touched = extra is not None or any(tensor.name in declared for tensor in shard.tensors)
-    target = folder / shard.path.name
-    with shard.path.open("rb") as source, target.open("wb") as output:
-        base, result = Hasher(), Hasher() if touched else None
+    with shard.path.open("rb") as source:
+        output, base, result = Output(target), Hasher(), Hasher() if touched else None
         try:
-            descriptor = source.fileno()
-            header = _with_extra(shard, extra, embedding) if extra else shard.header
             base.update(shard.header)
-            if result:
-                result.update(header)
-            output.write(header)
-            for tensor in shard.tensors:
-                if tensor.name in declared:
-                    for block in _blocks(descriptor, tensor):
-                        base.update(block)
-                    pieces: Any = edited(tensor, descriptor)
-                else:
-                    pieces = ((block, len(block)) for block in _copied(descriptor, tensor, base))
-                for block, size in pieces:
-                    if result:
-                        result.update(block)
-                    output.write(block)
-                    flusher.wrote(output, size)
-                    if stage:
-                        stage.advance(size)
-            if extra:
-                for block in _blocks(descriptor, next(t for t in shard.tensors if t.name == embedding)):
-                    assert result is not None
+            for block in _new_blocks(shard, source.fileno(), declared, edited, extra, base):
+                output.write(block)
+                if result:
                     result.update(block)
-                    output.write(block)
-            flusher.wrote(output, 0, last=True)
+                if stage:
+                    stage.advance(len(block))
         finally:
             digest = base.finish()
             digests = digest, result.finish() if result else digest
+            output.close()
     return digests
 
 
-def _copied(descriptor: int, tensor: StoredTensor, base: Hasher) -> Iterator[bytearray]:
-    for block in _blocks(descriptor, tensor):
-        base.update(block)
-        if not _all_finite(block, tensor.dtype):
-            raise EditError(f"{tensor.name} holds NaN or infinite weights; the base checkpoint is damaged")
-        yield block
+def _new_blocks(
+    shard: Shard, descriptor: int, declared: set[str], edited: Any, extra: tuple[str, StoredTensor] | None, base: Hasher
+) -> Iterator[Block]:
+    """The new shard from its first byte to its last; what is read of the base on the way is hashed."""
+    yield _with_extra(shard, *extra) if extra else shard.header
+    finite = FiniteCheck()
+    for tensor in shard.tensors:
+        if tensor.name in declared:
+            yield from edited(tensor, descriptor, base)
+            continue
+        for block in _blocks(descriptor, tensor):
+            base.update(block)
+            if not finite(block, tensor.dtype):
+                raise EditError(f"{tensor.name} holds NaN or infinite weights; the base checkpoint is damaged")
+            yield block
+    if extra:
+        yield from _blocks(descriptor, extra[1])
 
 
-def _blocks(descriptor: int, tensor: StoredTensor) -> Iterator[bytearray]:
+def _blocks(descriptor: int, tensor: StoredTensor) -> Iterator[Block]:
     for start in range(0, tensor.size, BLOCK):
-        yield read_exactly(descriptor, tensor.start + start, min(BLOCK, tensor.size - start))
+        yield mapped(descriptor, tensor.start + start, min(BLOCK, tensor.size - start))
 
 
-_EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+class FiniteCheck:
+    """Whether a stored block is free of NaN and infinities, from its bits."""
+
+    EXPONENTS: ClassVar[dict[str, tuple[Any, int]]] = {
+        "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        self._room = np.empty(BLOCK, dtype=np.uint8)
+
+    def __call__(self, block: Block, dtype: str) -> bool:
+        if dtype not in self.EXPONENTS or not len(block):
+            return True
+        # An all-ones exponent means NaN or infinity; on the bits this is twenty times faster than isfinite.
+        integer, exponent = self.EXPONENTS[dtype]
+        room = self._room[: len(block)].view(integer)
+        np.bitwise_and(np.frombuffer(block, dtype=integer), integer(exponent), out=room)
+        return int(room.max()) != exponent
 
 
-def _all_finite(block: bytearray, dtype: str) -> bool:
-    # An all-ones exponent means NaN or infinity; on the bits this is several times faster than isfinite.
-    if dtype not in _EXPONENTS or not block:
-        return True
-    integer, exponent = _EXPONENTS[dtype]
-    bits = np.frombuffer(block, dtype=integer)
-    return int((bits & integer(exponent)).max()) != exponent
-
-
-def _with_extra(shard: Shard, extra: str, embedding: str) -> bytes:
-    """The shard's header with one more tensor at its end: a copy of the embedding under the unembedding's name."""
+def _with_extra(shard: Shard, extra: str, source: StoredTensor) -> bytes:
+    """The shard's header with one more tensor at its end: a copy of ``source`` under another name."""
     header = json.loads(shard.header[8:])
-    source = next(tensor for tensor in shard.tensors if tensor.name == embedding)
     end = sum(tensor.size for tensor in shard.tensors)
     header[extra] = {"dtype": source.dtype, "shape": list(source.shape), "data_offsets": [end, end + source.size]}
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..editing.changes import Change
 from ..editing.errors import RequestError, VerifyError
-from ..editing.orthogonalize import Change
 
 FOLDER = "excise"
 MANIFEST = f"{FOLDER}/manifest.json"

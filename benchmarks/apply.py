@@ -23,6 +23,8 @@ from excise.artifacts.edits import save_edit
 from excise.editing.edit import Edit
 from safetensors.torch import save_file
 
+REST = 10.0
+"""Seconds between commands."""
 WIDTH, NEURONS, VOCABULARY, SHARD = 4096, 14336, 128256, 2_000_000_000
 
 LOAD_EDIT_SAVE = """
@@ -99,8 +101,13 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
 
 
 def timed(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak resident memory in MB of a command."""
+    """Seconds and peak resident memory in MB of a command, on a machine that has come to rest.
+
+    What a deleted file held is at hand for a moment; virtual machines then give it back to their host,
+    and taking it again costs more than copying. Every command starts after that moment.
+    """
     os.sync()
+    time.sleep(REST)
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

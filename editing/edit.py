@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .architectures import Architecture, Site, architecture_of, classify, gain_name, layer_count, residual_width
+from .changes import WHOLE, Change
 from .errors import EditError, RequestError
-from .orthogonalize import BlockwiseEdit, Change, make_projection
+from .orthogonalize import BlockwiseEdit, make_projection
 
 Variant = Literal["plain", "norm_preserving", "projected"]
 Embeddings = Literal["edit", "skip", "untie"]
@@ -94,7 +95,7 @@ def plan_edit(edit: Edit, config: dict[str, Any], names: list[str]) -> Plan:
 
 def blockwise(
     edit: Edit, row: Architecture, tensor: TensorEdit, rows: int, read: Callable[[int, int], Tensor],
-    gain: Tensor | None, rows_per_block: int = 1 << 30,
+    gain: Tensor | None, rows_per_block: int = WHOLE,
 ) -> BlockwiseEdit:  # fmt: skip
     """The edit of one matrix (or of one bias, as a single row), as a stream of its blocks."""
     if gain is not None:

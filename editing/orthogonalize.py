@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .errors import EditError
+from .changes import WHOLE, Change, Meter, block_ranges, ratio
 
 NEGLIGIBLE_GAIN = 1e-3
 """Gains below this share of their median make the conjugate form divide by almost nothing."""
@@ -35,33 +35,16 @@ class ColumnSums:
     """Sums over d_model for each column; partial sums over blocks of rows add up."""
 
     along_right: Float[Tensor, "k n"]
-    along_left: Float[Tensor, "k n"]
-    squared_norm: Float[Tensor, " n"]
+    along_left: Float[Tensor, "k n"] | None = None
+    """Summed where norms are preserved, as is the next."""
+    squared_norm: Float[Tensor, " n"] | None = None
 
     def __add__(self, other: "ColumnSums") -> "ColumnSums":
-        return ColumnSums(
-            self.along_right + other.along_right,
-            self.along_left + other.along_left,
-            self.squared_norm + other.squared_norm,
-        )
-
-
-@dataclass(frozen=True)
-class Change:
-    """What an edit did to one tensor."""
-
-    name: str
-    form: str
-    strength: float
-    relative_change: float
-    """Frobenius norm of the change over that of the tensor."""
-    largest_change: float
-    """Largest absolute change of one weight."""
-    written: float
-    """Share of what the tensor writes to the stream that lay in the subspace before (0 to 1, root mean square)."""
-    residual: float
-    """What is left of that component, in stored precision, over what it was; 0 where there was none."""
-    changed: bool
+        along_right = self.along_right + other.along_right
+        if self.along_left is None or self.squared_norm is None:
+            return ColumnSums(along_right)
+        assert other.along_left is not None and other.squared_norm is not None
+        return ColumnSums(along_right, self.along_left + other.along_left, self.squared_norm + other.squared_norm)
 
 
 def make_projection(
@@ -94,28 +77,32 @@ def make_projection(
 
 def column_sums(projection: Projection, block: Float[Tensor, "rows n"], rows: slice) -> ColumnSums:
     """What a block of rows of W adds to the sums over all of d_model."""
-    return ColumnSums(projection.right[rows].T @ block, projection.left[rows].T @ block, block.square().sum(0))
+    along_right = projection.right[rows].T @ block
+    if not projection.norm_preserving:
+        return ColumnSums(along_right)
+    return ColumnSums(along_right, projection.left[rows].T @ block, block.square().sum(0))
 
 
 def orthogonalize_rows(
-    projection: Projection, block: Float[Tensor, "rows n"], rows: slice, sums: ColumnSums
+    projection: Projection, block: Float[Tensor, "rows n"], rows: slice, sums: ColumnSums, out: Tensor | None = None
 ) -> Float[Tensor, "rows n"]:
-    """Edit a block of rows of W, given the sums over *all* rows.
+    """Edit a block of rows of W, given the sums over *all* rows, into ``out`` if it is given.
 
     Norm preservation keeps the norm of each column (one per input neuron, or per token), the axis
     that commutes with the projection; scaling along the other axis would put the direction back.
     """
     s, removed = projection.strength, sums.along_right
-    edited = block - s * (projection.left[rows] @ removed)
+    edited = torch.addmm(block, projection.left[rows], removed, alpha=-s, out=out)
     if not projection.norm_preserving:
         return edited
+    assert sums.along_left is not None and sums.squared_norm is not None
     gram = projection.left.T @ projection.left
     remaining = (
         sums.squared_norm - 2 * s * (removed * sums.along_left).sum(0) + s**2 * (removed * (gram @ removed)).sum(0)
     )
     # A column that lies wholly in the subspace has nothing left to scale up.
     scalable = remaining > 1e-6 * sums.squared_norm
-    return edited * torch.where(scalable, (sums.squared_norm / remaining.clamp_min(1e-30)).sqrt(), 1.0)
+    return edited.mul_(torch.where(scalable, (sums.squared_norm / remaining.clamp_min(1e-30)).sqrt(), 1.0))
 
 
 def orthogonalize(weight: Float[Tensor, "d n"], projection: Projection) -> Float[Tensor, "d n"]:
@@ -141,14 +128,14 @@ class BlockwiseEdit:
         projection: Projection,
         seen_by_stream: Float[Tensor, "d k"],
         gain: Float[Tensor, " d"] | None = None,
-        rows_per_block: int = 1 << 30,
+        rows_per_block: int = WHOLE,
     ):
         """``read(start, stop)`` returns rows start:stop in stored dtype; ``seen_by_stream`` is ``D R``."""
         self.name, self.axis, self.read, self.projection = name, axis, read, projection
         self.seen_by_stream, self.gain = seen_by_stream, gain
-        step = max(1, rows_per_block)
-        self.ranges = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-        self._weight = self._difference = self._written = self._before = self._after = self._largest = 0.0
+        self.ranges = block_ranges(rows, rows_per_block)
+        self._meter = Meter(name)
+        self._written = self._before = self._after = 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
         return self._rows_are_writes() if self.axis == -1 else self._columns_are_writes()
@@ -157,58 +144,54 @@ class BlockwiseEdit:
         everything = slice(None)
         for rows in self.ranges:
             stored = self.read(rows.start, rows.stop)
-            block = self._finite(stored).T
+            block = self._meter.widen(stored).T
             sums = column_sums(self.projection, block, everything)
-            edited = orthogonalize_rows(self.projection, block, everything, sums).to(stored.dtype)
-            self._before += float((self.seen_by_stream.T @ block).square().sum())
-            self._after += float((self.seen_by_stream.T @ edited.float()).square().sum())
-            self._count(block, edited, everything)
-            yield edited.T.contiguous()
+            self._before += _squared(self._seen(block, everything, sums))
+            self._count_written(block, everything)
+            room = self._meter.room(stored).T
+            edited = orthogonalize_rows(self.projection, block, everything, sums, room)
+            finished, rounded = self._meter.finish(edited.T, stored.dtype)
+            self._after += _squared(self.seen_by_stream.T @ rounded.T)
+            self._meter.compare(block.T, rounded)
+            yield finished
 
     def _columns_are_writes(self) -> Iterator[Tensor]:
         sums, before, after = None, torch.zeros(()), torch.zeros(())
         for rows in self.ranges:
-            block = self._finite(self.read(rows.start, rows.stop))
+            block = self._meter.widen(self.read(rows.start, rows.stop))
             partial = column_sums(self.projection, block, rows)
             sums = partial if sums is None else sums + partial
-            before = before + self.seen_by_stream[rows].T @ block
+            before = before + self._seen(block, rows, partial)
+            self._count_written(block, rows)
         assert sums is not None
         for rows in self.ranges:
             stored = self.read(rows.start, rows.stop)
-            block = stored.float()
-            edited = orthogonalize_rows(self.projection, block, rows, sums).to(stored.dtype)
-            after = after + self.seen_by_stream[rows].T @ edited.float()
-            self._count(block, edited, rows)
-            yield edited
-        self._before, self._after = float(before.square().sum()), float(after.square().sum())
+            block = self._meter.widen(stored, counted=True)
+            edited = orthogonalize_rows(self.projection, block, rows, sums, self._meter.room(stored))
+            finished, rounded = self._meter.finish(edited, stored.dtype)
+            after = after + self.seen_by_stream[rows].T @ rounded
+            self._meter.compare(block, rounded)
+            yield finished
+        self._before, self._after = _squared(before), _squared(after)
 
-    def _finite(self, stored: Tensor) -> Tensor:
-        block = stored.float()
-        if not torch.isfinite(block).all():
-            raise EditError(f"{self.name} holds NaN or infinite weights; the base checkpoint is damaged")
-        return block
+    def _seen(self, block: Tensor, rows: slice, sums: ColumnSums) -> Tensor:
+        # Except in the folded form, the sums hold what the stream sees already.
+        if self.projection.form != "folded":
+            return sums.along_right
+        return self.seen_by_stream[rows].T @ block
 
-    def _count(self, block: Tensor, edited: Tensor, rows: slice) -> None:
-        difference = edited.float() - block
-        reaching = block if self.gain is None else self.gain[rows, None] * block
-        self._weight += float(block.square().sum())
-        self._written += float(reaching.square().sum())
-        self._difference += float(difference.square().sum())
-        self._largest = max(self._largest, float(difference.abs().max()))
+    def _count_written(self, block: Tensor, rows: slice) -> None:
+        if self.gain is not None:
+            self._written += _squared(self.gain[rows, None] * block)
 
     def change(self) -> Change:
         """What the edit did; valid once every block was taken."""
-        return Change(
-            name=self.name,
-            form=self.projection.form,
-            strength=self.projection.strength,
-            relative_change=_ratio(self._difference, self._weight),
-            largest_change=self._largest,
-            written=_ratio(self._before, self._written),
-            residual=_ratio(self._after, self._before),
-            changed=self._largest > 0,
-        )
+        written = self._meter.weight if self.gain is None else self._written
+        return self._meter.change(
+            self.projection.form, self.projection.strength,
+            written=ratio(self._before, written), residual=ratio(self._after, self._before),
+        )  # fmt: skip
 
 
-def _ratio(squared_part: float, squared_whole: float) -> float:
-    return (squared_part / squared_whole) ** 0.5 if squared_whole > 0 else 0.0
+def _squared(values: Tensor) -> float:
+    return float(values.square().sum())

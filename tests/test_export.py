@@ -8,10 +8,10 @@ from excise.artifacts.checkpoints import open_checkpoint, read_tensor
 from excise.artifacts.export import export_edit
 from excise.editing.activations import residual_stream
 from excise.editing.architectures import architecture_of
+from excise.editing.changes import Change
 from excise.editing.edit import edit_model, plan_edit
 from excise.editing.errors import EditError, RequestError
 from excise.editing.leaks import check_leaks, compare_writes, measure_writes
-from excise.editing.orthogonalize import Change
 from safetensors.torch import load_file, save_file
 
 LOAD = """
