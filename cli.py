@@ -92,17 +92,17 @@ def apply(
         _print_plan(recipe.describe(prepared), as_json)
         return
     export = recipe.run(prepared, Events(watcher=_watcher()))
-    worst = max(export.changes, key=lambda change: change.residual)
+    worst = recipe.worst_residual(export)
     result = {
         "out": str(out), "tensors_changed": sum(change.changed for change in export.changes),
         "tensors_declared": len(export.changes), "bytes_written": export.bytes_written,
-        "largest_residual": worst.residual, "largest_residual_tensor": worst.name,
+        "largest_residual": worst[0] if worst else None, "largest_residual_tensor": worst[1] if worst else None,
     }  # fmt: skip
     if as_json:
         print(json.dumps(result))  # noqa: T201
         return
-    _say(f"{result['tensors_changed']} of {result['tensors_declared']} declared tensors changed; "
-         f"at most {worst.residual:.1e} of the component is left ({worst.name})")  # fmt: skip
+    left = f"; at most {worst[0]:.1e} of the component is left ({worst[1]})" if worst else ""
+    _say(f"{result['tensors_changed']} of {result['tensors_declared']} declared tensors changed{left}")
     _say(
         f"{out} is complete ({export.bytes_written / 1e9:.2f} GB); `excise verify {out}` checks it, `excise eval {out}` measures it"
     )

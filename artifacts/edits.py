@@ -1,37 +1,35 @@
-"""Edits on disk: ``edit.json`` says what, ``edit.safetensors`` holds the subspace."""
+"""Edits on disk: ``edit.json`` says what, ``edit.safetensors`` holds the tensors it is made of."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..editing.edit import Edit
 from ..editing.errors import RequestError
+from ..editing.low_rank import Factors, LowRankUpdate
+from ..editing.weight_edit import WeightEdit
 
 SCHEMA_VERSION = 1
 DESCRIPTION, TENSORS = "edit.json", "edit.safetensors"
+LEFT, RIGHT = ".left", ".right"
 
 
-def save_edit(edit: Edit, folder: Path) -> None:
+def save_edit(edit: WeightEdit, folder: Path) -> None:
     """Write an edit into a folder."""
     from safetensors.torch import save_file
 
+    tensors, description = METHODS[edit.method].pack(edit)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"basis": edit.basis.contiguous()}, folder / TENSORS, metadata={"format": "pt"})
-    content: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "method": "orthogonalize",
-        "model_type": edit.model_type,
-        "width": edit.basis.shape[0],
-        "rank": edit.basis.shape[1],
-        "layer_strengths": list(edit.layer_strengths),
-        "embeddings": edit.embeddings,
-        "variant": edit.variant,
-        "provenance": edit.provenance,
-    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS, {"format": "pt"})
+    content = {"schema_version": SCHEMA_VERSION, "method": edit.method, **description, "provenance": edit.provenance}
     (folder / DESCRIPTION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_edit(folder: Path) -> Edit:
+def load_edit(folder: Path) -> WeightEdit:
     """Read an edit written by ``save_edit``.
 
     Raises:
@@ -49,18 +47,60 @@ def load_edit(folder: Path) -> Edit:
         raise RequestError(f"{folder} holds no {DESCRIPTION}{hint}")
     try:
         content = json.loads(description.read_text(encoding="utf-8"))
-        if content["schema_version"] != SCHEMA_VERSION or content["method"] != "orthogonalize":
+        if content["schema_version"] != SCHEMA_VERSION or content["method"] not in METHODS:
             raise RequestError(
                 f"{description} is a {content['method']} edit of version {content['schema_version']}; "
-                f"this excise applies orthogonalize edits of version {SCHEMA_VERSION}"
+                f"this excise applies edits of version {SCHEMA_VERSION}: {', '.join(METHODS)}"
             )
-        return Edit(
-            basis=load_file(folder / TENSORS)["basis"].float(),
-            model_type=content["model_type"],
-            layer_strengths=tuple(content["layer_strengths"]),
-            embeddings=content["embeddings"],
-            variant=content["variant"],
-            provenance=content["provenance"],
-        )
+        return METHODS[content["method"]].unpack(load_file(folder / TENSORS), content)
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise RequestError(f"the edit in {folder} is damaged ({error}); fetch it again") from error
+
+
+Description = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one kind of edit is stored."""
+
+    pack: Callable[[Any], tuple[dict[str, Tensor], Description]]
+    unpack: Callable[[dict[str, Tensor], Description], WeightEdit]
+
+
+def _pack_subspace(edit: Edit) -> tuple[dict[str, Tensor], Description]:
+    d, k = edit.basis.shape
+    description = {
+        "model_type": edit.model_type, "width": d, "rank": k, "layer_strengths": list(edit.layer_strengths),
+        "embeddings": edit.embeddings, "variant": edit.variant,
+    }  # fmt: skip
+    return {"basis": edit.basis}, description
+
+
+def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
+    return Edit(
+        tensors["basis"].float(), content["model_type"], tuple(content["layer_strengths"]),
+        content["embeddings"], content["variant"], content["provenance"],
+    )  # fmt: skip
+
+
+def _pack_factors(edit: LowRankUpdate) -> tuple[dict[str, Tensor], Description]:
+    tensors = {name + LEFT: factors.left for name, factors in edit.factors.items()}
+    tensors |= {name + RIGHT: factors.right for name, factors in edit.factors.items()}
+    return tensors, {"model_type": edit.model_type, "width": edit.width, "layers": edit.layers}
+
+
+def _unpack_factors(tensors: dict[str, Tensor], content: Description) -> LowRankUpdate:
+    names = sorted(name.removesuffix(LEFT) for name in tensors if name.endswith(LEFT))
+    factors = {name: Factors(tensors[name + LEFT].float(), tensors[name + RIGHT].float()) for name in names}
+    if len(tensors) != 2 * len(factors):
+        raise ValueError(f"{TENSORS} holds {len(tensors)} tensors, not a left and a right factor each")
+    return LowRankUpdate(
+        factors, content["model_type"], content["width"], content["layers"], content["provenance"]
+    )  # fmt: skip
+
+
+METHODS: dict[str, Method] = {
+    "orthogonalize": Method(_pack_subspace, _unpack_subspace),
+    "low_rank": Method(_pack_factors, _unpack_factors),
+}

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..editing.architectures import architecture_of
 from ..editing.changes import Change
-from ..editing.edit import Edit, Plan, blockwise, check_changes, merge_changes, plan_edit
 from ..editing.errors import CheckpointError, EditError, ExciseError
+from ..editing.weight_edit import Plan, WeightEdit, check_changes, merge_changes
 from .checkpoints import (
     DTYPES,
     EDITABLE,
@@ -78,30 +78,29 @@ def check_editable(checkpoint: Checkpoint, plan: Plan) -> None:
             )
 
 
-def export_edit(edit: Edit, checkpoint: Checkpoint, folder: Path, stage: Stage | None = None) -> Export:
+def export_edit(edit: WeightEdit, checkpoint: Checkpoint, folder: Path, stage: Stage | None = None) -> Export:
     """Write the edited checkpoint into ``folder``, an empty staging folder.
 
     Raises:
         EditError: A weight is NaN or infinite, or the edit changed nothing or what it did not declare.
         CheckpointError: A declared tensor is stored quantized.
     """
-    plan = plan_edit(edit, checkpoint.config, list(checkpoint.tensors))
+    plan = edit.plan(checkpoint.config, list(checkpoint.tensors))
     check_editable(checkpoint, plan)
-    row = architecture_of(checkpoint.config)
-    by_name = {tensor.site.name: tensor for tensor in plan.tensors}
-    gains = {t.gain: read_tensor(checkpoint.tensors[t.gain]) for t in plan.tensors if t.gain}
+    by_name = {tensor.name: tensor for tensor in plan.tensors}
     embedding = _embedding(checkpoint)
     changes: list[Change] = []
     base_sha256: dict[str, str] = {}
     output_sha256: dict[str, str] = {}
 
+    def other(name: str) -> Tensor:
+        return read_tensor(checkpoint.tensors[name])
+
     def edited(tensor: StoredTensor, descriptor: int, base: Hasher) -> Iterator[Block]:
-        todo = by_name[tensor.name]
-        gain = gains[todo.gain] if todo.gain else None
         parts = []
-        for matrix in _matrices(tensor):
+        for index, matrix in enumerate(_matrices(tensor)):
             read = matrix.reader(descriptor, base)
-            stream = blockwise(edit, row, todo, matrix.rows, read, gain, matrix.rows_per_block)
+            stream = by_name[tensor.name].stream(index, matrix.rows, read, other, matrix.rows_per_block)
             for block in stream:
                 yield block.view(torch.uint8).numpy().reshape(-1).data
             parts.append(stream.change())
@@ -116,7 +115,7 @@ def export_edit(edit: Edit, checkpoint: Checkpoint, folder: Path, stage: Stage |
     check_changes(plan, changes)
     if checkpoint.index is not None:
         _write_index(checkpoint, folder, plan, embedding)
-    copy_side_files(checkpoint.folder, folder, {"tie_word_embeddings": False} if _unties(edit, plan) else {})
+    copy_side_files(checkpoint.folder, folder, {"tie_word_embeddings": False} if plan.unties else {})
     size = sum((folder / shard.path.name).stat().st_size for shard in checkpoint.shards)
     return Export(tuple(changes), base_sha256, output_sha256, size, plan.untied)
 
@@ -138,10 +137,6 @@ def copy_side_files(base: Path, folder: Path, config_changes: dict[str, Any]) ->
         kept = {key: value for key, value in content.items() if not key.endswith("name_or_path")} | changes
         if kept != content:
             path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-
-
-def _unties(edit: Edit, plan: Plan) -> bool:
-    return edit.embeddings == "untie" and plan.tied
 
 
 @dataclass(frozen=True)

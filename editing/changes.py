@@ -23,10 +23,10 @@ class Change:
     """Frobenius norm of the change over that of the tensor."""
     largest_change: float
     """Largest absolute change of one weight."""
-    written: float
-    """Share of what the tensor writes to the stream that lay in the subspace before (0 to 1, root mean square)."""
-    residual: float
-    """What is left of that component, in stored precision, over what it was; 0 where there was none."""
+    written: float | None
+    """Orthogonalization: share of what the tensor writes to the stream that lay in the subspace before (0 to 1, root mean square)."""
+    residual: float | None
+    """Orthogonalization: what is left of that component, in stored precision, over what it was; 0 where there was none."""
     changed: bool
 
 
@@ -76,7 +76,9 @@ class Meter:
             low, high = torch.aminmax(rounded)
             self.largest = max(self.largest, -float(low), float(high))
 
-    def change(self, form: str, strength: float, *, written: float, residual: float) -> Change:
+    def change(
+        self, form: str, strength: float, *, written: float | None = None, residual: float | None = None
+    ) -> Change:
         """The record of the whole matrix."""
         return Change(
             self.name, form, strength, ratio(self.difference, self.weight), self.largest, written, residual,

@@ -11,14 +11,14 @@ from ..artifacts.export import Export, check_disk, check_editable, export_edit, 
 from ..artifacts.manifest import FOLDER, write_manifest
 from ..artifacts.models import ModelSource, find_model
 from ..artifacts.staging import refuse_existing, staged_folder
-from ..editing.edit import Edit, Plan, plan_edit
+from ..editing.weight_edit import Plan, WeightEdit
 
 
 @dataclass(frozen=True)
 class PreparedApply:
     """An edit and a base that fit together."""
 
-    edit: Edit
+    edit: WeightEdit
     source: ModelSource
     checkpoint: Checkpoint
     plan: Plan
@@ -31,7 +31,7 @@ def prepare(edit_folder: Path, base: str, out: Path) -> PreparedApply:
     edit = load_edit(edit_folder)
     source = find_model(base)
     checkpoint = open_checkpoint(source.folder)
-    plan = plan_edit(edit, checkpoint.config, list(checkpoint.tensors))
+    plan = edit.plan(checkpoint.config, list(checkpoint.tensors))
     check_editable(checkpoint, plan)
     check_disk(out, required_bytes(checkpoint, plan))
     return PreparedApply(edit, source, checkpoint, plan, out)
@@ -63,14 +63,22 @@ def describe(prepared: PreparedApply) -> dict[str, Any]:
     }
 
 
+def worst_residual(export: Export) -> tuple[float, str] | None:
+    """The largest share of a written component that an orthogonalization left, and its tensor; None for other edits."""
+    left = [(change.residual, change.name) for change in export.changes if change.residual is not None]
+    return max(left) if left else None
+
+
 def _card(prepared: PreparedApply, export: Export) -> str:
-    changed = sum(change.changed for change in export.changes)
-    worst = max((change.residual for change in export.changes), default=0.0)
+    changed, worst = sum(change.changed for change in export.changes), worst_residual(export)
+    left = (
+        f"at most {worst[0]:.1e} of the written component along the direction is left in any of them. " if worst else ""
+    )
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [excise, model-editing]\n---\n"
         f"# {prepared.source.name}, edited\n\n"
         "**This checkpoint was not measured.** A saved edit was applied to its base; what it does here is unknown until\n"
         "`excise eval` is run on it.\n\n"
-        f"{changed} of {len(export.changes)} declared tensors changed; at most {worst:.1e} of the written component along the\n"
-        "direction is left in any of them. The edit is in `excise/`, the change of every tensor in `excise/manifest.json`.\n"
+        f"{changed} of {len(export.changes)} declared tensors changed{'; ' + left if left else '. '}"
+        "The edit is in `excise/`, the change of every tensor in `excise/manifest.json`.\n"
     )

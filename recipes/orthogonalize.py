@@ -35,9 +35,10 @@ from ..artifacts.staging import staged_folder
 from ..editing.activations import added, residual_stream
 from ..editing.architectures import Architecture, architecture_of, layer_count, layer_selection, residual_width
 from ..editing.directions import DIRECTION_SOURCES, Directions, stacked, unit, without_component
-from ..editing.edit import Edit, Plan, plan_edit
+from ..editing.edit import Edit
 from ..editing.errors import RequestError
 from ..editing.leaks import Leak, Writes, check_leaks, compare_writes, measure_writes
+from ..editing.weight_edit import Plan
 from ..eval.behaviour import induced
 from ..eval.candidates import (
     BehaviourProbe,
@@ -155,8 +156,8 @@ def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> Prepare
     row = architecture_of(checkpoint.config)
     count = layer_count(checkpoint.config)
     strengths = _strengths(settings, count)
-    plan = plan_edit(_edit(settings, checkpoint, strengths, torch.eye(residual_width(checkpoint.config), 1)),
-                     checkpoint.config, list(checkpoint.tensors))  # fmt: skip
+    unlearned = _edit(settings, checkpoint, strengths, torch.eye(residual_width(checkpoint.config), 1))
+    plan = unlearned.plan(checkpoint.config, list(checkpoint.tensors))
     check_editable(checkpoint, plan)
     check_memory(checkpoint, device, dtype)
     check_disk(out, required_bytes(checkpoint, plan))
@@ -229,6 +230,7 @@ def _study_base(prepared: Prepared, kept: Path, events: Events) -> BaseFindings:
     scores = _measure(subject, "measure base", prepared, events)
     if (kept / "edit.json").exists():
         edit = load_edit(kept)
+        assert isinstance(edit, Edit), "the run itself saved it"
     else:
         edit = _learn(prepared, loaded, events)
         partial = kept.with_name("edit.partial")

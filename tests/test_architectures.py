@@ -3,8 +3,8 @@ import torch
 from conftest import PICO, make_pico, random_edit
 from excise.editing.activations import ablated
 from excise.editing.architectures import ARCHITECTURES, architecture_of, classify, layer_selection
-from excise.editing.edit import edit_model, plan_edit
 from excise.editing.errors import RequestError, UnsupportedArchitecture
+from excise.editing.weight_edit import edit_model
 
 
 def test_every_row_has_a_pico_model():
@@ -73,7 +73,7 @@ def test_an_edit_of_another_model_is_refused(save_pico):
     checkpoint = save_pico("llama")
     edit = random_edit({"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2})
     with pytest.raises(RequestError, match="width 16"):
-        plan_edit(edit, checkpoint.config, list(checkpoint.tensors))
+        edit.plan(checkpoint.config, list(checkpoint.tensors))
 
 
 @pytest.mark.parametrize(

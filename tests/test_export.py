@@ -9,9 +9,9 @@ from excise.artifacts.export import export_edit
 from excise.editing.activations import residual_stream
 from excise.editing.architectures import architecture_of
 from excise.editing.changes import Change
-from excise.editing.edit import edit_model, plan_edit
 from excise.editing.errors import EditError, RequestError
 from excise.editing.leaks import check_leaks, compare_writes, measure_writes
+from excise.editing.weight_edit import edit_model
 from safetensors.torch import load_file, save_file
 
 LOAD = """
@@ -33,7 +33,7 @@ def test_export_removes_the_direction_and_touches_nothing_else(architecture, sav
     checkpoint = save_pico(architecture)
     edit = random_edit(checkpoint.config, rank=2)
     out, export = _export(checkpoint, edit, tmp_path)
-    declared = set(plan_edit(edit, checkpoint.config, list(checkpoint.tensors)).declared)
+    declared = set(edit.plan(checkpoint.config, list(checkpoint.tensors)).declared)
     exported = open_checkpoint(out)
     changed = set()
     for name, tensor in checkpoint.tensors.items():
@@ -145,7 +145,7 @@ def test_an_edit_that_changes_nothing_is_an_error(save_pico, tmp_path):
     first, _ = _export(checkpoint, edit, tmp_path)
     # What has no component left has nothing to lose, up to rounding; make it exact.
     tensors = load_file(first / "model.safetensors")
-    for name in plan_edit(edit, checkpoint.config, list(tensors)).declared:
+    for name in edit.plan(checkpoint.config, list(tensors)).declared:
         tensors[name].zero_()
     save_file(tensors, first / "model.safetensors", metadata={"format": "pt"})
     again = tmp_path / "again"
@@ -168,7 +168,7 @@ def test_an_edit_whose_strengths_are_all_zero_is_refused(save_pico):
     checkpoint = save_pico("llama")
     edit = random_edit(checkpoint.config, embeddings="skip")
     with pytest.raises(RequestError, match="touches no tensor"):
-        plan_edit(type(edit)(edit.basis, "llama", (0.0, 0.0), "skip"), checkpoint.config, list(checkpoint.tensors))
+        type(edit)(edit.basis, "llama", (0.0, 0.0), "skip").plan(checkpoint.config, list(checkpoint.tensors))
 
 
 def test_configs_do_not_carry_the_path_they_came_from(save_pico, tmp_path):

@@ -1,0 +1,94 @@
+"""Low-rank updates as data: ``W <- W + left right`` for named tensors (LoRA: Hu et al. 2021, equation 3)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .architectures import architecture_of
+from .changes import WHOLE, Change, Meter, block_ranges
+from .edit import check_learned_on, ties_embeddings
+from .errors import RequestError
+from .weight_edit import Plan, RowReader, TensorReader
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update of one stored matrix, scale included, in its stored layout."""
+
+    left: Float[Tensor, "rows r"]
+    right: Float[Tensor, "r columns"]
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """A merged adapter: what is added to which tensors of a model."""
+
+    method: ClassVar[str] = "low_rank"
+    factors: dict[str, Factors]
+    """By tensor name, as modules in memory spell it."""
+    model_type: str
+    width: int
+    layers: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def plan(self, config: dict[str, Any], names: Sequence[str]) -> Plan:
+        """Find each tensor in a checkpoint, before reading any.
+
+        Raises:
+            RequestError: The update was learned on another kind of model, or a tensor is not there.
+        """
+        check_learned_on(config, self.model_type, self.width, self.layers)
+        prefix, present = architecture_of(config).optional_prefix, set(names)
+        tensors = []
+        for name, factors in self.factors.items():
+            spellings = [name, name.removeprefix(prefix), prefix + name]
+            found = next((spelling for spelling in spellings if spelling in present), None)
+            if found is None:
+                raise RequestError(f"the base has no tensor {name}; apply the edit to the model it was learned on")
+            tensors.append(UpdatedTensor(found, factors))
+        if not tensors:
+            raise RequestError("the edit holds no update; train it first")
+        return Plan(tensors, None, ties_embeddings(config))
+
+
+@dataclass(frozen=True)
+class UpdatedTensor:
+    """One declared tensor and what is added to it."""
+
+    name: str
+    factors: Factors
+
+    def stream(
+        self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
+    ) -> "BlockwiseUpdate":
+        """The update as a stream of blocks of rows."""
+        if rows != len(self.factors.left):
+            raise RequestError(f"{self.name} has {rows} rows, the update {len(self.factors.left)}; use its own base")
+        return BlockwiseUpdate(self, rows, read, rows_per_block)
+
+
+class BlockwiseUpdate:
+    """``W + left right``, block by block, in fp32 whatever W is stored in."""
+
+    def __init__(self, tensor: UpdatedTensor, rows: int, read: RowReader, rows_per_block: int):
+        self.factors, self.read = tensor.factors, read
+        self.ranges = block_ranges(rows, rows_per_block)
+        self._meter = Meter(tensor.name)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for rows in self.ranges:
+            stored = self.read(rows.start, rows.stop)
+            block = self._meter.widen(stored)
+            room = self._meter.room(stored)
+            edited = torch.addmm(block, self.factors.left[rows], self.factors.right, out=room)
+            finished, rounded = self._meter.finish(edited, stored.dtype)
+            self._meter.compare(block, rounded)
+            yield finished
+
+    def change(self) -> Change:
+        """What the update did; valid once every block was taken."""
+        return self._meter.change("low_rank", 1.0)
