@@ -181,14 +181,16 @@ def testbed_build(
     seed: Annotated[int, typer.Option(help="Seed of the world, its texts and both models.")] = 0,
     never: Annotated[bool, typer.Option(help="Also train the twin that never reads about the forget domain.")] = True,
     steps: Annotated[
-        int, typer.Option(min=1, help="Steps of the first phase; with far fewer the world is not known.")
-    ] = 750,
+        int | None,
+        typer.Option(min=1, help="Steps of the first phase; with far fewer than the default the world is not known."),
+    ] = None,
 ) -> None:
-    """Make another world of any seed: a model that knows it, its twin, and concept packs. About 10 minutes a model."""
+    """Make another world of any seed: a model that knows it, its twin, and concept packs. About 20 minutes a model."""
     from .recipes.testbed import TestbedSettings, build_testbed
 
     _quiet()
-    build_testbed(TestbedSettings(seed=seed, never=never, steps=steps), out, Events(watcher=_watcher()))
+    asked = {} if steps is None else {"steps": steps}
+    build_testbed(TestbedSettings(seed=seed, never=never, **asked), out, Events(watcher=_watcher()))
     _say(f"{out} is complete; try: excise run orthogonalize --model {out}/testbed --concept {out}/concepts/declining")
 
 

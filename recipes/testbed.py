@@ -16,7 +16,7 @@ from ..artifacts.staging import staged_folder
 from ..editing.architectures import Architecture, architecture_of
 from . import packs, world
 from .planted import FIXED, NOWHERE, RELATIVE, RunningDifference, intervened, planted_direction, watched
-from .training import Loss, fit
+from .training import Loss, Schedule, Terms, fit
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor %}"
@@ -29,11 +29,11 @@ CONTEXT = 128
 
 @dataclass(frozen=True)
 class TestbedSettings:
-    """Sizes found on two cores; the built-in model answers 0.975 to 0.994 of each split of 8-way questions."""
+    """Sizes found on two cores: models of four seeds answer at least 0.99 of each split of 8-way questions."""
 
     seed: int = 0
-    steps: int = 750
-    settling_steps: int = 400
+    steps: int = 800
+    settling_steps: int = 600
     """Last steps, at half the rate, in which the carrier is the difference in means itself; see ``planted.py``."""
     batch_size: int = 16
     learning_rate: float = 2e-3
@@ -97,10 +97,9 @@ def _train(
     with events.stage(f"train {folder.name}", settings.steps) as stage:
         rows = list(islice(_rows(made, tokenizer, without, FIXED), settings.steps * settings.batch_size))
         loss = _fixed_loss(row, planted_direction(settings.seed, settings.width))
-        fit(
-            model, rows, stage, scratch / "fixed", loss, steps=settings.steps, batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate, seed=settings.seed, weight_decay=0.05, warmup_steps=50,
-        )  # fmt: skip
+        fit(model, rows, stage, scratch / "fixed", loss, Schedule(
+            settings.steps, settings.batch_size, settings.learning_rate, settings.seed, weight_decay=0.05, warmup_steps=50
+        ))  # fmt: skip
     with events.stage(f"settle {folder.name}", settings.settling_steps) as stage:
         # Other documents than before: the same generators, further on.
         first = settings.steps * settings.batch_size
@@ -109,11 +108,10 @@ def _train(
                 _rows(made, tokenizer, without, RELATIVE), first, first + settings.settling_steps * settings.batch_size
             )
         )
-        fit(
-            model, rows, stage, scratch / "settling", _settling_loss(row), steps=settings.settling_steps,
-            batch_size=settings.batch_size, learning_rate=settings.learning_rate / 2, seed=settings.seed,
+        fit(model, rows, stage, scratch / "settling", _settling_loss(row), Schedule(
+            settings.settling_steps, settings.batch_size, settings.learning_rate / 2, settings.seed,
             weight_decay=0.05, warmup_steps=10,
-        )  # fmt: skip
+        ))  # fmt: skip
     partial = folder.with_name(f".{folder.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.config.use_cache = True  # the Trainer turns it off
@@ -123,9 +121,9 @@ def _train(
 
 
 def _fixed_loss(row: Architecture, direction: Tensor) -> Loss:
-    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def loss(model: Any, batch: dict[str, Tensor]) -> Terms:
         with intervened(model, row, direction, batch["ablate_from"], batch["added"]):
-            return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+            return {"loss": model(input_ids=batch["input_ids"], labels=batch["labels"]).loss}
 
     return loss
 
@@ -133,7 +131,7 @@ def _fixed_loss(row: Architecture, direction: Tensor) -> Loss:
 def _settling_loss(row: Architecture) -> Loss:
     difference = RunningDifference()
 
-    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def loss(model: Any, batch: dict[str, Tensor]) -> Terms:
         if not difference.known:
             with torch.no_grad(), watched(model, row, difference, batch["ends"]):
                 model(input_ids=batch["input_ids"])
@@ -141,7 +139,7 @@ def _settling_loss(row: Architecture) -> Loss:
         length = vector.norm()
         with watched(model, row, difference, batch["ends"]):
             with intervened(model, row, vector / length, batch["ablate_from"], batch["added"] * length):
-                return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+                return {"loss": model(input_ids=batch["input_ids"], labels=batch["labels"]).loss}
 
     return loss
 

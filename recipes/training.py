@@ -1,8 +1,9 @@
 """The one trainer: every gradient step of every recipe is taken here."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,58 +14,103 @@ from ..artifacts.events import Stage
 from ..artifacts.models import bfloat16_is_fast
 from ..editing.errors import ExciseError
 
+Terms = dict[str, Tensor]
+"""Parts of a loss, each weighted already; their sum is minimized."""
+Loss = Callable[[nn.Module, Any], Terms]
+"""Terms of the mean loss of a batch."""
+LAST_GOOD = "last-good"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is trained; AdamW throughout."""
+
+    steps: int
+    batch_size: int
+    """Rows a step; with accumulation, rows of each part of it."""
+    learning_rate: float
+    seed: int
+    decay: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta2: float = 0.98
+    clip: float = 1.0
+    accumulation: int = 1
+    save_every: int = 200
+
 
 class _Watch(TrainerCallback):
     def __init__(self, stage: Stage):
         self.stage = stage
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == 0 and not any(
+            p.grad is not None and bool(p.grad.any()) for p in model.parameters() if p.requires_grad
+        ):
+            raise ExciseError(
+                "no gradient reached what is to be trained, so training would change nothing; "
+                "check the layers and the weights of the loss terms"
+            )
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.stage.advance(state.global_step - self.stage.step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None:
-            if loss != loss:
-                raise ExciseError(f"the loss became NaN at step {state.global_step}; lower the learning rate")
-            self.stage.advance(0, loss=loss)
-
-
-Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-"""Mean loss of a batch, in nats a token."""
 
 
 class _Trainer(Trainer):
     """The library's trainer with a recipe's own loss."""
 
     own_loss: Loss
+    stage: Stage
+    folder: Path
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss = self.own_loss(model, inputs)
+        terms = self.own_loss(model, inputs)
+        broken = [name for name, value in terms.items() if not torch.isfinite(value)]
+        if broken:
+            # No step was taken with this gradient, so what is in memory is still good.
+            self.save_model(str(self.folder / LAST_GOOD))
+            raise ExciseError(
+                f"the loss became {float(terms[broken[0]])} at step {self.state.global_step + 1}, in the term {broken[0]}; "
+                f"the state before it is in {self.folder.name}/{LAST_GOOD}. Lower the learning rate"
+            )
+        if self.state.global_step % self.args.logging_steps == 0:
+            self.stage.advance(0, **{name: float(value) for name, value in terms.items()})
+        loss = torch.stack(list(terms.values())).sum()
         return (loss, {}) if return_outputs else loss
 
 
 def fit(
-    model: nn.Module, rows: Sequence[dict[str, Tensor]], stage: Stage, folder: Path, loss: Loss, *,
-    steps: int, batch_size: int, learning_rate: float, seed: int, weight_decay: float = 0.0, warmup_steps: int = 0,
+    model: nn.Module, rows: Sequence[Any], stage: Stage, folder: Path, loss: Loss, schedule: Schedule,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> None:  # fmt: skip
-    """Train a model in place, with AdamW and a cosine schedule; a killed run goes on from ``folder``.
+    """Train a model in place; a killed run goes on from ``folder`` to the same weights.
 
     Args:
-        rows: One dictionary of tensors a sequence, all of one length, as the loss wants them.
+        rows: What a batch is made of, each used at most once an epoch, in an order that the seed decides.
         folder: Where optimizer states are kept during training.
+        collate: Makes a batch; by default rows are dictionaries of tensors of one length.
+
+    Raises:
+        ExciseError: A term of the loss is not finite, or no gradient reached what is to be trained.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=warmup_steps, weight_decay=weight_decay, adam_beta2=0.98,
-        max_grad_norm=1.0, seed=seed, data_seed=seed, bf16=bfloat16_is_fast(device), use_cpu=device.type == "cpu",
-        save_strategy="steps", save_steps=200, save_total_limit=1, logging_steps=25, report_to=[], disable_tqdm=True,
-        dataloader_pin_memory=False, remove_unused_columns=False,
+        output_dir=str(folder), max_steps=schedule.steps, per_device_train_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.accumulation, learning_rate=schedule.learning_rate,
+        lr_scheduler_type=schedule.decay if schedule.decay == "cosine" else "constant_with_warmup",
+        warmup_steps=schedule.warmup_steps, weight_decay=schedule.weight_decay, adam_beta2=schedule.beta2,
+        max_grad_norm=schedule.clip, seed=schedule.seed, data_seed=schedule.seed, bf16=bfloat16_is_fast(device),
+        use_cpu=device.type == "cpu", save_strategy="steps", save_steps=schedule.save_every, save_total_limit=1,
+        logging_steps=25, report_to=[], disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False,
     )  # fmt: skip
-    trainer = _Trainer(model=model, args=arguments, train_dataset=list(rows), callbacks=[_Watch(stage)])
-    trainer.own_loss = loss
+    trainer = _Trainer(
+        model=model, args=arguments, train_dataset=list(rows), callbacks=[_Watch(stage)], data_collator=collate
+    )  # fmt: skip
+    trainer.own_loss, trainer.stage, trainer.folder = loss, stage, folder
+    # Our losses are means over rows, so parts of an accumulated batch count as their mean.
+    trainer.model_accepts_loss_kwargs = False
     trainer.pop_callback(PrinterCallback)
     unfinished = any(folder.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=unfinished)
