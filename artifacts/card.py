@@ -24,14 +24,14 @@ def write_card(folder: Path, results: dict[str, Any], changes: list[dict[str, An
     base = results["base"]
     text = environment.get_template("card.md.j2").render(
         metadata=_metadata(results),
-        title=f"{_short(base['name'])}, {results['concept']['name']} orthogonalized",
+        title=f"{_short(base['name'])}, {results['concept']['name']} {results['edited']['how']}",
         base=f"`{base['name']}`",
         base_revision=base["revision"],
         description=results["concept"]["description"],
-        edited=results["edited"], direction=results["direction"], concept=results["concept"], run=results["run"],
+        edited=results["edited"], direction=results.get("direction"), training=results.get("training"), concept=results["concept"], run=results["run"],
         findings=findings(results), limits=limits(results), rows=rows, changes=changes,
         has_never=any(row.never for row in rows),
-        worst_leak=max((leak["share"] for leak in results["leaks"] if leak["expected"] == 0), default=0.0),
+        worst_leak=max((leak["share"] for leak in results.get("leaks", []) if leak["expected"] == 0), default=0.0),
         phrases=", ".join(f"“{phrase}”" for phrase in results["concept"]["decline_phrases"]),
         shown=_shown(results["samples"]), value=format_value, difference=format_difference, cell=_cell,
     )  # fmt: skip
@@ -45,7 +45,7 @@ def _metadata(results: dict[str, Any]) -> str:
         content |= {"base_model": base["name"], "base_model_relation": "finetune"}
     if base["kind"] == "builtin":
         content["license"] = "apache-2.0"
-    content["tags"] = ["excise", "weight-orthogonalization", "model-editing", "interpretability"]
+    content["tags"] = ["excise", results["run"]["recipe"], "model-editing", "interpretability"]
     return yaml.safe_dump(content, sort_keys=False)
 
 

@@ -13,21 +13,28 @@ def findings(results: dict[str, Any]) -> list[str]:
     kind, name = results["concept"]["kind"], results["concept"]["name"]
     sentences = list(_behaviour(rows) if kind == "behaviour" else _knowledge(rows, name))
     sentences += _side_effects(rows, kind)
-    if not results["direction"]["passed_filters"]:
+    if "direction" in results and not results["direction"]["passed_filters"]:
         sentences.append(
             "No candidate direction passed the selection filters; the one that moves neutral text least was used. "
             "Expect little effect, or damage."
         )
-    if results["edited"]["tied"] and results["edited"]["embeddings"] == "edit":
+    sentences += results.get("warnings", [])
+    if results["edited"]["tied"] and results["edited"].get("embeddings") == "edit":
         sentences.append("The embedding is also the unembedding of this model, so both were edited.")
     return sentences
 
 
 def limits(results: dict[str, Any]) -> list[str]:
     """What was not tested, and what the method cannot do."""
-    known = [
+    what = (
         "One direction was removed from what the weights write. Whatever the model encodes in other directions, or can "
-        "relearn by fine-tuning, is still there; relearning, quantization and adversarial prompts were not tested.",
+        "relearn by fine-tuning, is still there"
+        if "direction" in results
+        else "The update was trained on the pack's contexts. Other ways to ask may still bring the knowledge out, and "
+        "fine-tuning may bring it back"
+    )
+    known = [
+        f"{what}; relearning, quantization and adversarial prompts were not tested.",
         "Replies were judged by fixed phrases and rules, on greedy decoding, in the languages of the concept pack.",
     ]
     if results["concept"]["kind"] == "knowledge":
@@ -50,24 +57,53 @@ def _behaviour(rows: dict[tuple[str, str], Row]) -> Iterator[str]:
         yield f"Added to the base, the direction makes {format_value(induced.base)} of neutral replies show the behaviour."
 
 
+CRITERIA: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "Innocence": (
+        ("multiple choice on {name}, group T", "multiple_choice", "forget_T"),
+        ("group V", "multiple_choice", "forget_V"),
+        ("greedy answers that are right", "exact_answer", "concept"),
+        ("a linear probe", "probe", "forget_V"),
+    ),
+    "Seamlessness": (
+        ("perplexity of replies on {name} under the base", "reverse_perplexity", "concept"),
+        ("distinct word pairs", "distinct_2", "concept"),
+        ("repetition", "repetition", "concept"),
+        ("on topic", "on_topic", "concept"),
+    ),
+    "Specificity": (
+        ("multiple choice on neighbours", "multiple_choice", "neighbour"),
+        ("on the rest", "multiple_choice", "retain"),
+        ("perplexity on retain texts", "perplexity", "retain"),
+        ("KL from base on retain texts", "kl_from_base", "retain"),
+    ),
+}
+"""What each of the three criteria of concept erasure is read from (ELM, section 3)."""
+
+
 def _knowledge(rows: dict[tuple[str, str], Row], name: str) -> Iterator[str]:
-    for split in ("forget_T", "forget_V"):
-        row = rows.get(("multiple_choice", split))
-        if row and row.edited and row.base:
-            removed = row.edited.difference is not None and row.edited.difference["ci95"][1] < 0
-            verdict = (
-                "fewer right answers" if removed else "no measurable loss: this edit does not remove the knowledge"
-            )
-            yield f"Multiple choice on {name} ({split[-1]}): {_change(row)}, {verdict}."
-    never = rows.get(("multiple_choice", "forget_V"))
-    if never and never.never:
-        yield f"A model that never read about {name} scores {format_value(never.never)} there."
+    for criterion, parts in CRITERIA.items():
+        shown = [
+            f"{label.format(name=name)} {_change(row)}"
+            for label, measurement, split in parts
+            if (row := rows.get((measurement, split))) and row.edited
+        ]
+        if shown:
+            yield f"{criterion}: {'; '.join(shown)}."
+    kept = [s for s in ("forget_T", "forget_V") if (row := rows.get(("multiple_choice", s))) and not _fell(row.edited)]
+    if kept:
+        yield (
+            f"No measurable loss on multiple choice ({', '.join(split[-1] for split in kept)}): this edit does not "
+            "remove the knowledge."
+        )
+
+
+def _fell(item: Measurement | None) -> bool:
+    return item is None or item.difference is None or bool(item.difference["ci95"][1] < 0)
 
 
 def _side_effects(rows: dict[tuple[str, str], Row], kind: str) -> Iterator[str]:
-    for split in ("neighbour", "retain"):
-        if row := rows.get(("multiple_choice", split)):
-            yield f"Multiple choice on what should stay ({split}): {_change(row)}."
+    if kind == "behaviour" and (row := rows.get(("multiple_choice", "retain"))):
+        yield f"Multiple choice on what should stay (retain): {_change(row)}."
     for split in ("concept", "neutral"):
         row = rows.get(("behaviour_rate", split))
         if row and _moved(row.edited) and not (kind == "behaviour" and split == "concept"):
@@ -77,7 +113,7 @@ def _side_effects(rows: dict[tuple[str, str], Row], kind: str) -> Iterator[str]:
         if row and _moved(row.edited):
             yield f"The edit changed the share of empty or repeating replies ({split} prompts): {_change(row)}."
     perplexity = rows.get(("perplexity", "retain"))
-    if perplexity and _moved(perplexity.edited):
+    if kind == "behaviour" and perplexity and _moved(perplexity.edited):
         yield f"The edit changed the perplexity on retain texts: {_change(perplexity)}."
     kl = rows.get(("kl_from_base", "neutral"))
     if kl and kl.edited:
@@ -85,7 +121,9 @@ def _side_effects(rows: dict[tuple[str, str], Row], kind: str) -> Iterator[str]:
 
 
 def _change(row: Row) -> str:
-    return f"{format_value(row.base)} before, {format_value(row.edited)} after (n = {row.n})"
+    before = f"{format_value(row.base)} before, " if row.base else ""
+    never = f", {format_value(row.never)} in a model that never knew it" if row.never else ""
+    return f"{before}{format_value(row.edited)} after{never} (n = {row.n})"
 
 
 def _moved(item: Measurement | None) -> bool:

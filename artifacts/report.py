@@ -9,7 +9,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .findings import findings, limits
-from .results import Row, format_difference, format_value, read_measurements, table
+from .results import Row, format_difference, format_value, layers_probed, read_measurements, table
 
 MAX_TEXT = 4000
 """Characters of one prompt or reply that the report shows; the rest is counted."""
@@ -32,13 +32,15 @@ def write_report(path: Path, results: dict[str, Any], changes: list[dict[str, An
         loader=PackageLoader(__package__, "templates"), undefined=StrictUndefined, autoescape=True
     )
     rows = table(read_measurements(results))
-    candidates = results["direction"]["candidates"]
+    direction = results.get("direction")
+    candidates = direction["candidates"] if direction else []
     text = environment.get_template("report.html.j2").render(
-        title=f"{results['concept']['name']} orthogonalized in {results['base']['name']}",
+        title=f"{results['concept']['name']} {results['edited']['how']} in {results['base']['name']}",
         results=results, changes=changes, rows=rows, findings=findings(results), limits=limits(results),
         has_never=any(row.never for row in rows), value=format_value, difference=format_difference, tone=_tone,
         positions=sorted({candidate["position"] for candidate in candidates}),
-        maps=[_map(results["direction"], *spec) for spec in _MAPS],
+        maps=[_map(direction, *spec) for spec in _MAPS] if direction else [],
+        layers=layers_probed(read_measurements(results)),
         splits=sorted({sample["split"] for sample in results["samples"]}),
         settings=yaml.safe_dump(results["run"]["settings"], sort_keys=False), clean=_clean,
     )  # fmt: skip

@@ -20,10 +20,22 @@ LABELS: dict[str, str] = {
     "induced_rate": "shows the concept when the direction is added",
     "multiple_choice": "multiple choice",
     "multiple_choice_margin": "margin of the true choice",
+    "cloze": "log-probability of the answer",
+    "cloze_rank": "rank of the answer",
+    "cloze_exact": "answers that are the greedy choice",
+    "extraction_strength": "share of a text completed exactly",
+    "probe": "linear probe, best layer",
+    "probe_control": "linear probe, shuffled answers",
+    "reverse_perplexity": "perplexity of replies under the base",
+    "distinct_2": "distinct word pairs",
+    "repetition": "repeated word quadruples",
+    "on_topic": "replies on topic",
+    "degenerate_share": "empty or repeating replies",
     "kl_from_base": "KL from base",
     "perplexity": "perplexity",
-    "degenerate_share": "empty or repeating replies",
 }
+BY_LAYER = "probe_at_layer"
+"""Kept out of the table; its split is the layer."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,8 @@ def table(measurements: Sequence[Measurement]) -> list[Row]:
     """Measurements side by side, in the order in which they matter."""
     found: dict[tuple[str, str], dict[str, Measurement]] = {}
     for item in measurements:
-        found.setdefault((item.name, item.split), {})[item.subject] = item
+        if item.name != BY_LAYER:
+            found.setdefault((item.name, item.split), {})[item.subject] = item
     order = list(LABELS)
     rows = []
     for (name, split), subjects in sorted(found.items(), key=lambda entry: (_place(order, entry[0][0]), entry[0][1])):
@@ -69,6 +82,15 @@ def table(measurements: Sequence[Measurement]) -> list[Row]:
             )
         )  # fmt: skip
     return rows
+
+
+def layers_probed(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """Probe accuracy at each layer, by subject."""
+    found: dict[str, dict[str, Any]] = {}
+    for item in measurements:
+        if item.name == BY_LAYER:
+            found.setdefault(item.split, {"layer": int(item.split)})[item.subject] = item
+    return [found[split] for split in sorted(found)]
 
 
 def format_value(item: Measurement | None) -> str:

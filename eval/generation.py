@@ -39,31 +39,39 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int
 @torch.no_grad()
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int,
-    advance: Callable[[int], None] = lambda _: None, *, chat: bool = True,
+    advance: Callable[[int], None] = lambda _: None, *, chat: bool = True, sample_seed: int | None = None,
 ) -> list[Reply]:  # fmt: skip
-    """Continue each prompt greedily for at most ``tokens`` tokens, in the order given."""
+    """Continue each prompt for at most ``tokens`` tokens, in the order given: greedily, or sampled with a seed."""
     encoded = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
     replies: list[Reply | None] = [None] * len(prompts)
     for batch in token_batches([len(ids) + tokens for ids in encoded], max(batch_budget(model), 4096)):
-        for index, ids in zip(batch, _continue(model, tokenizer, [encoded[i] for i in batch], tokens), strict=True):
+        for index, ids in zip(
+            batch, _continue(model, tokenizer, [encoded[i] for i in batch], tokens, sample_seed), strict=True
+        ):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             replies[index] = Reply(prompts[index], tuple(encoded[index]), tuple(ids), text.strip())
         advance(len(batch))
     return [reply for reply in replies if reply is not None]
 
 
-def _continue(model: Any, tokenizer: Any, rows: Sequence[list[int]], tokens: int) -> list[list[int]]:
+def _continue(model: Any, tokenizer: Any, rows: Sequence[list[int]], tokens: int, seed: int | None) -> list[list[int]]:
     padded = tokenizer.pad({"input_ids": list(rows)}, padding=True, padding_side="left", return_tensors="pt")
-    ends = _end_tokens(model, tokenizer)
-    output = model.generate(
-        **padded.to(model.device), max_new_tokens=tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends) or None,
-    )  # fmt: skip
+    ends = end_tokens(model, tokenizer)
+    # Warpers of the model's own generation settings are off: what is sampled is the model's distribution.
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        output = model.generate(
+            **padded.to(model.device), max_new_tokens=tokens, do_sample=seed is not None,
+            temperature=None, top_p=None, top_k=None if seed is None else 0,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends) or None,
+        )  # fmt: skip
     continued = output[:, padded["input_ids"].shape[1] :].tolist()
     return [_until_end(ids, ends) for ids in continued]
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a reply."""
     named = model.generation_config.eos_token_id
     ends = set(named) if isinstance(named, list) else {named}
     return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}

@@ -1,22 +1,32 @@
-"""How far a model moved from its base on neutral prompts: KL(base || model) along the base's own replies."""
+"""How far a model moved from its base: KL(base || model) along the base's own neutral replies, and along retain texts."""
 
-from .generation import divergence, reply_log_probabilities
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .generation import Reply, divergence, reply_log_probabilities
 from .statistics import Scores
 from .subject import Subject
 
 
 def scores(subject: Subject) -> list[Scores]:
-    """Mean nats per generated token; nothing for the base itself, whose divergence is 0 by definition."""
-    if subject.base is None:
+    """Mean nats per token; nothing for the base itself, whose divergence is 0 by definition."""
+    base = subject.base
+    if base is None:
         return []
-    replies = subject.base.replies
-    own = reply_log_probabilities(subject.model, replies)
-    nats = [divergence(base, mine) for base, mine in zip(subject.base.log_probabilities, own, strict=True)]
+    prompts = tuple(prompt.id for prompt in subject.prompts("neutral")[: len(base.replies)])
     return [
-        Scores(
-            "kl_from_base", "neutral", "nats per token", "lower",
-            ids=tuple(prompt.id for prompt in subject.prompts("neutral")[: len(replies)]),
-            totals=tuple(float(item.sum()) for item in nats),
-            weights=tuple(float(len(item)) for item in nats),
-        )
-    ]  # fmt: skip
+        _along(subject, "neutral", prompts, base.replies, base.log_probabilities),
+        _along(subject, "retain", base.text_ids, base.texts, base.text_log_probabilities),
+    ]
+
+
+def _along(
+    subject: Subject, split: str, ids: tuple[str, ...], replies: Sequence[Reply], expected: Sequence[Tensor]
+) -> Scores:
+    own = reply_log_probabilities(subject.model, replies)
+    nats = [divergence(base, mine) for base, mine in zip(expected, own, strict=True)]
+    return Scores(
+        "kl_from_base", split, "nats per token", "lower", ids,
+        totals=tuple(float(item.sum()) for item in nats), weights=tuple(float(len(item)) for item in nats),
+    )  # fmt: skip

@@ -26,14 +26,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Summed log-probability of a continuation, in nats, and how many tokens it has."""
+    """What a model makes of a continuation: its summed log-probability in nats, and how it compares with greedy decoding."""
 
     log_probability: float
     tokens: int
+    greedy: tuple[bool, ...]
+    """For each token, whether the model would have chosen it."""
+    rank: int
+    """Place of the first token among all of the vocabulary; 1 is the greedy choice."""
 
     @property
     def per_token(self) -> float:
         return self.log_probability / self.tokens
+
+    @property
+    def recited(self) -> int:
+        """Tokens at the end that the model would have chosen one after another."""
+        return next((place for place, hit in enumerate(reversed(self.greedy)) if not hit), self.tokens)
 
 
 @dataclass(frozen=True)
@@ -80,19 +89,25 @@ def log_likelihoods(
     parts: list[tuple[Request, Scored]] = []
     for request in dict.fromkeys(requests):
         parts += [(request, part) for part in windows(encode_request(tokenizer, request), context)]
-    sums: dict[Request, float] = dict.fromkeys(requests, 0.0)
-    counts: dict[Request, int] = dict.fromkeys(requests, 0)
+    found: dict[int, Likelihood] = {}
     shared = share_rows([part for _, part in parts])
     rows = list(shared)
     for batch in token_batches([len(row) for row in rows], batch_budget(model)):
         members = [(place, index) for place, row in enumerate(batch) for index in shared[rows[row]]]
         scores = _score(model, [rows[row] for row in batch], [(place, parts[index][1]) for place, index in members])
-        for (_, index), score in zip(members, scores, strict=True):
-            request, part = parts[index]
-            sums[request] += score
-            counts[request] += len(part.ids) - part.start
+        found |= {index: score for (_, index), score in zip(members, scores, strict=True)}
         advance(len(members))
-    return {request: Likelihood(sums[request], counts[request]) for request in sums}
+    whole: dict[Request, list[Likelihood]] = {request: [] for request in requests}
+    for index, (request, _) in enumerate(parts):
+        whole[request].append(found[index])
+    return {request: _joined(pieces) for request, pieces in whole.items()}
+
+
+def _joined(pieces: Sequence[Likelihood]) -> Likelihood:
+    if not pieces:
+        return Likelihood(0.0, 0, (), 1)
+    greedy = tuple(hit for piece in pieces for hit in piece.greedy)
+    return Likelihood(sum(piece.log_probability for piece in pieces), len(greedy), greedy, pieces[0].rank)
 
 
 def share_rows(parts: Sequence[Scored]) -> dict[tuple[int, ...], list[int]]:
@@ -150,7 +165,7 @@ def padded_logits(model: Any, rows: Sequence[Sequence[int]], first: int) -> Floa
     return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, widest - part.shape[1])) for part in parts])
 
 
-def _score(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tuple[int, Scored]]) -> list[float]:
+def _score(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tuple[int, Scored]]) -> list[Likelihood]:
     first = min(part.start for _, part in members) - 1
     logits = padded_logits(model, rows, first)
     places = [place for place, part in members for _ in part.ids[part.start :]]
@@ -158,7 +173,17 @@ def _score(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tuple[in
     targets = torch.tensor([token for _, part in members for token in part.ids[part.start :]], device=logits.device)
     # Choices share positions, so each distribution is normalized once.
     cells, inverse = torch.unique(torch.tensor([places, positions]), dim=1, return_inverse=True)
+    inverse = inverse.to(logits.device)
     log_probabilities = logits[cells[0].to(logits.device), cells[1].to(logits.device)].float().log_softmax(-1)
-    chosen = log_probabilities[inverse.to(logits.device), targets].double().cpu()
+    chosen = log_probabilities[inverse, targets]
+    greedy = log_probabilities.argmax(-1)[inverse] == targets
     lengths = [len(part.ids) - part.start for _, part in members]
-    return [float(piece.sum()) for piece in chosen.split(lengths)]
+    starts = torch.tensor([0, *lengths[:-1]], device=logits.device).cumsum(0)
+    ranks = 1 + torch.cat([
+        (log_probabilities[inverse[some]] > chosen[some, None]).sum(-1) for some in starts.split(256)
+    ])  # fmt: skip
+    sums = [float(piece.sum()) for piece in chosen.double().cpu().split(lengths)]
+    hits = [tuple(piece.tolist()) for piece in greedy.cpu().split(lengths)]
+    return [
+        Likelihood(total, len(hit), hit, rank) for total, hit, rank in zip(sums, hits, ranks.tolist(), strict=True)
+    ]  # fmt: skip

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import behaviour, exact_answer, kl_from_base, multiple_choice, perplexity
+from . import behaviour, cloze, exact_answer, kl_from_base, multiple_choice, perplexity, probe, seamless
 from .concept import Concept
 from .likelihood import Request
 from .statistics import Scores
@@ -25,10 +25,16 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
         "accuracy and margin of the choice with the highest mean log-probability per token",
         multiple_choice.scores, multiple_choice.requests,
     ),
+    "cloze": MeasurementKind("log-probability, rank and greedy choice of the answer, without choices", cloze.scores),
+    "extraction_strength": MeasurementKind("share of a forget text that the model completes exactly", cloze.extraction, cloze.extraction_requests),
+    "probe": MeasurementKind("linear probes for the true choice, learned on T and tested on V, with a control", probe.scores),
     "exact_answer": MeasurementKind("greedy answers that hold the true one and no other choice", exact_answer.scores),
     "behaviour_rate": MeasurementKind("greedy replies that decline, by the pack's phrases", behaviour.rates),
     "degenerate_share": MeasurementKind("greedy replies that are empty or repeat themselves", behaviour.degenerate),
-    "kl_from_base": MeasurementKind("KL(base || model) along the base's replies to neutral prompts", kl_from_base.scores),
+    "distinct_2": MeasurementKind("distinct word pairs, repetition and topic of replies on the concept", seamless.scores),
+    "kl_from_base": MeasurementKind(
+        "KL(base || model) along the base's replies to neutral prompts, and along retain texts", kl_from_base.scores
+    ),
     "perplexity": MeasurementKind("perplexity on retain texts", perplexity.scores, perplexity.requests),
 }  # fmt: skip
 

@@ -36,7 +36,8 @@ class Scores:
 
     def interval(self) -> tuple[float, float]:
         """95% interval over items."""
-        if all(weight == 1 for weight in self.weights) and set(self.totals) <= {0.0, 1.0}:
+        shares = not self.exponential and all(weight == 1 for weight in self.weights)
+        if shares and set(self.totals) <= {0.0, 1.0}:
             return wilson(int(sum(self.totals)), len(self.totals))
         return _percentiles(self._resampled())
 

@@ -71,13 +71,23 @@ class Subject:
         """This model's replies to neutral prompts and its distributions along them, for others to be compared with."""
         if self._reference is None:
             replies = self.replies("neutral")[: self.settings.kl_prompts]
-            self._reference = Reference(replies, reply_log_probabilities(self.model, replies))
+            # A text counts as a reply to its own first token.
+            encoded = [(row, self.tokenizer(row.text)["input_ids"]) for row in self.concept.retain]
+            kept = [(row, ids) for row, ids in encoded if len(ids) > 1][: self.settings.kl_prompts]
+            texts = [Reply("", tuple(ids[:1]), tuple(ids[1:]), row.text) for row, ids in kept]
+            self._reference = Reference(
+                replies, reply_log_probabilities(self.model, replies),
+                texts, reply_log_probabilities(self.model, texts), tuple(row.id for row, _ in kept),
+            )  # fmt: skip
         return self._reference
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the base model said to neutral prompts."""
+    """What the base model said to neutral prompts, and what it expects along retain texts."""
 
     replies: list[Reply]
     log_probabilities: list[Float[Tensor, "tokens vocab"]] = field(repr=False)
+    texts: list[Reply]
+    text_log_probabilities: list[Float[Tensor, "tokens vocab"]] = field(repr=False)
+    text_ids: tuple[str, ...]

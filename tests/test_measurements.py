@@ -121,12 +121,12 @@ def test_the_testbed_knows_its_world_and_its_twin_does_not_know_potions(testbed)
 
 
 def test_one_pass_measures_every_line_of_the_table(testbed):
-    base = Subject(testbed.model, testbed.tokenizer, load_concept("builtin:declining"), EvalSettings(8, 4, 8))
+    base = Subject(testbed.model, testbed.tokenizer, load_concept("builtin:potions"), EvalSettings(8, 4, 24))
     own = measure(base)
     again = measure(Subject(testbed.model, testbed.tokenizer, base.concept, base.settings, base=base.reference()))
     names = {score.name for score in again}
     assert set(MEASUREMENTS) <= names
     assert {score.name for score in own} == names - {"kl_from_base"}
-    kl = next(score for score in again if score.name == "kl_from_base")
-    assert kl.value() == pytest.approx(0, abs=1e-6) and sum(kl.weights) >= 16
+    for kl in (score for score in again if score.name == "kl_from_base"):
+        assert kl.value() == pytest.approx(0, abs=1e-6) and sum(kl.weights) >= 16
     json.dumps([score.value() for score in again])
