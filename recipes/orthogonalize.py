@@ -1,8 +1,6 @@
 """Take a direction out of a model's weights: find it, choose it, remove it, check it, measure it, export it."""
 
 import gc
-import json
-import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,30 +12,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..artifacts import card, report
-from ..artifacts.checkpoints import DTYPES, Checkpoint, open_checkpoint
-from ..artifacts.concepts import load_concept
-from ..artifacts.edits import load_edit, save_edit
+from ..artifacts.checkpoints import Checkpoint
+from ..artifacts.edits import load_edit
 from ..artifacts.events import Events
-from ..artifacts.export import Export, check_disk, check_editable, export_edit, required_bytes
-from ..artifacts.manifest import FOLDER, write_manifest
-from ..artifacts.models import (
-    LoadedModel,
-    ModelSource,
-    check_memory,
-    choose_device,
-    choose_dtype,
-    find_model,
-    load_model,
-)
-from ..artifacts.results import SubjectName, samples, summarize_all, write_results
-from ..artifacts.staging import staged_folder
+from ..artifacts.models import LoadedModel
 from ..editing.activations import added, residual_stream
-from ..editing.architectures import Architecture, architecture_of, layer_count, layer_selection, residual_width
+from ..editing.architectures import layer_selection, residual_width
 from ..editing.directions import DIRECTION_SOURCES, Directions, stacked, unit, without_component
 from ..editing.edit import Edit
 from ..editing.errors import RequestError
-from ..editing.leaks import Leak, Writes, check_leaks, compare_writes, measure_writes
+from ..editing.leaks import Writes, check_leaks, compare_writes, measure_writes
 from ..editing.weight_edit import Plan
 from ..eval.behaviour import induced
 from ..eval.candidates import (
@@ -49,19 +33,19 @@ from ..eval.candidates import (
     choose,
     score_candidates,
 )  # fmt: skip
-from ..eval.concept import Concept, ContrastPair
-from ..eval.generation import Reply, encode_prompt
-from ..eval.measure import measure, workload
+from ..eval.concept import ContrastPair
+from ..eval.generation import encode_prompt
 from ..eval.statistics import Scores
-from ..eval.subject import EvalSettings, Reference, Subject
-from .request import RunRequest, free_folder, refuse_taken, start_folder
+from ..eval.subject import Subject
+from . import pipeline
+from .pipeline import Finished, Inspection, Job, Measured, MeasuredRun
+from .request import start_folder
 
 RECIPE = "orthogonalize"
 PLAIN_TEXT_POSITIONS = 3
-SAMPLES = 40
 
 
-class OrthogonalizeSettings(RunRequest):
+class OrthogonalizeSettings(MeasuredRun):
     """Settings of weight orthogonalization (Arditi et al. 2024, unless another source is named)."""
 
     direction_source: Literal["difference_in_means"] = "difference_in_means"
@@ -92,49 +76,24 @@ class OrthogonalizeSettings(RunRequest):
     """norm_preserving keeps the norm of every column; projected first takes the negative prompts' mean out of the direction."""
     leak_tolerance: float = 0.05
     """Share of a sublayer's written component that may remain after the edit."""
-    reply_tokens: int = 24
-    """Greedy tokens a reply."""
-    kl_prompts: int = 64
-    """Neutral prompts for the divergence from the base."""
-    questions: int = 0
-    """Questions and retain texts a split to measure, at most; 0 takes all."""
-    never: str | None = None
-    """A model that never knew the concept, measured beside base and edited."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that was checked as far as it can be without reading a weight."""
+    """A checked request and what it will change."""
 
+    job: Job
     settings: OrthogonalizeSettings
-    source: ModelSource
-    checkpoint: Checkpoint
-    concept: Concept
-    row: Architecture
     plan: Plan
     strengths: tuple[float, ...]
-    device: torch.device
-    dtype: torch.dtype
-    never: ModelSource | None
-    out: Path
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A finished run."""
-
-    out: Path
-    results: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class BaseFindings:
+class StudiedBase:
     """All that the run needs of the base model once it is unloaded."""
 
     edit: Edit
-    scores: list[Scores]
-    replies: dict[str, list[Reply]]
-    reference: Reference
+    measured: Measured
     writes: list[Writes]
 
 
@@ -144,110 +103,69 @@ def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> Prepare
     Raises:
         RequestError: Anything that could not work.
     """
-    concept = load_concept(settings.concept)
-    concept.require(RECIPE, "contrast")
-    out = settings.out or free_folder(RECIPE)
-    if not resume:
-        refuse_taken(out)
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    source = find_model(settings.model)
-    checkpoint = open_checkpoint(source.folder)
-    row = architecture_of(checkpoint.config)
-    count = layer_count(checkpoint.config)
-    strengths = _strengths(settings, count)
-    unlearned = _edit(settings, checkpoint, strengths, torch.eye(residual_width(checkpoint.config), 1))
-    plan = unlearned.plan(checkpoint.config, list(checkpoint.tensors))
-    check_editable(checkpoint, plan)
-    check_memory(checkpoint, device, dtype)
-    check_disk(out, required_bytes(checkpoint, plan))
-    if len(concept.contrast) < 2 * settings.validation_pairs:
+    job = pipeline.check(RECIPE, settings, ["contrast"], resume=resume)
+    strengths = _strengths(settings, job.layers)
+    unlearned = _edit(settings, job.checkpoint, strengths, torch.eye(residual_width(job.checkpoint.config), 1))
+    plan = unlearned.plan(job.checkpoint.config, list(job.checkpoint.tensors))
+    pipeline.check_plan(job, plan)
+    if len(job.concept.contrast) < 2 * settings.validation_pairs:
         raise RequestError(
-            f"concept {concept.ref} has {len(concept.contrast)} contrast pairs, validation alone takes "
+            f"concept {job.concept.ref} has {len(job.concept.contrast)} contrast pairs, validation alone takes "
             f"{settings.validation_pairs}; lower validation_pairs or add pairs"
         )
-    never = find_model(settings.never) if settings.never else _builtin_never(settings, concept)
-    return Prepared(settings, source, checkpoint, concept, row, plan, strengths, device, dtype, never, out)
+    return Prepared(job, settings, plan, strengths)
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:
     """What a run would touch and take."""
-    sizes, count = prepared.checkpoint.tensors, len(prepared.strengths)
-    plan, settings = prepared.plan, prepared.settings
-    elements = sum(tensor.size // DTYPES[tensor.dtype].itemsize for tensor in sizes.values())
-    return {
-        "recipe": RECIPE, "out": str(prepared.out), "base": prepared.source.describe(), "concept": prepared.concept.ref,
-        "tensors_to_change": len(plan.declared), "tensors": len(sizes), "tensor_added": plan.untied,
-        "bytes_to_change": sum(sizes[name].size for name in plan.declared), "bytes_to_write": prepared.checkpoint.size,
-        "memory_bytes": elements * prepared.dtype.itemsize, "dtype": str(prepared.dtype).removeprefix("torch."),
-        "device": str(prepared.device), "candidate_points": int(settings.max_depth * count),
-        "items_measured": workload(prepared.concept, _eval_settings(settings)), "gradient_steps": 0,
-        "first_tensors": list(plan.declared[:3]),
-    }  # fmt: skip
+    points = int(prepared.settings.max_depth * len(prepared.strengths))
+    return pipeline.describe(prepared.job, prepared.plan, candidate_points=points, gradient_steps=0)
 
 
 def run(prepared: Prepared, events: Events) -> Finished:
-    """Do the whole run. ``prepared.out`` gets ``checkpoint/``, ``report.html`` and ``events.jsonl``."""
-    out, settings = prepared.out, prepared.settings
-    work = start_folder(out, settings)
-    events.path = out / "events.jsonl"
-
+    """Do the whole run. The run's folder gets ``checkpoint/``, ``report.html`` and ``events.jsonl``."""
+    job, settings = prepared.job, prepared.settings
+    work = start_folder(job.out, settings)
+    events.path = job.out / "events.jsonl"
     base = _study_base(prepared, work / "edit", events)
-    scores: dict[SubjectName, Sequence[Scores]] = {"base": base.scores}
-    with staged_folder(out / "checkpoint") as staging:
-        with events.stage("export", prepared.checkpoint.size) as stage:
-            export = export_edit(base.edit, prepared.checkpoint, staging, stage)
-        edited, leaks = _measure_edited(prepared, base, staging, events)
-        scores["edited"] = edited.scores
-        if prepared.never is not None:
-            scores["never"] = _measure_never(prepared, prepared.never, base, events)
-        measurements = summarize_all(scores)
-        save_edit(base.edit, staging / FOLDER)
-        results = write_results(staging, _about(prepared, base, export, leaks, edited.replies), measurements)
-        card.write_card(staging, results, asdict_changes(export))
-        write_manifest(
-            staging, base=prepared.source.describe(), base_files=export.base_sha256, changes=export.changes,
-            untied=export.untied, known=export.output_sha256, run=results["run"],
-        )  # fmt: skip
-        report.write_report(out / "report.html", results, asdict_changes(export))
+
+    def inspect(loaded: LoadedModel, subject: Subject) -> Inspection:
+        after = measure_writes(loaded.model, job.row, base.edit.basis, _leak_inputs(prepared, loaded))
+        embedding_strength = 0.0 if settings.embeddings == "skip" else 1.0
+        leaks = compare_writes(base.writes, after, prepared.strengths, embedding_strength)
+        check_leaks(leaks, settings.leak_tolerance)
+        scores = [_induce(prepared, loaded, base.edit, events, "induce on edited")]
+        return Inspection(scores, {"leaks": [asdict(leak) for leak in leaks]})
+
+    about = {
+        "edited": {
+            "how": "orthogonalized", "variant": settings.variant, "embeddings": settings.embeddings,
+            "layer_strengths": list(prepared.strengths),
+        },
+        "direction": {**base.edit.provenance},
+        "leak_tolerance": settings.leak_tolerance,
+    }  # fmt: skip
+    finished = pipeline.publish(job, base.edit, base.measured, about, events, inspect)
     shutil.rmtree(work)
-    return Finished(out, results)
+    return finished
 
 
-@dataclass(frozen=True)
-class EditedFindings:
-    """What was measured on the edited checkpoint, re-opened from disk."""
-
-    scores: list[Scores]
-    replies: dict[str, list[Reply]]
-
-
-def _study_base(prepared: Prepared, kept: Path, events: Events) -> BaseFindings:
+def _study_base(prepared: Prepared, kept: Path, events: Events) -> StudiedBase:
     """Measure the base, learn candidates, choose one; the edit is kept for a resumed run."""
-    with events.stage("load base"):
-        loaded = load_model(prepared.source, prepared.device, prepared.dtype)
-    subject = _subject(prepared, loaded)
-    scores = _measure(subject, "measure base", prepared, events)
-    if (kept / "edit.json").exists():
-        edit = load_edit(kept)
-        assert isinstance(edit, Edit), "the run itself saved it"
-    else:
-        edit = _learn(prepared, loaded, events)
-        partial = kept.with_name("edit.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        save_edit(edit, partial)
-        os.rename(partial, kept)
-    scores.append(_induce(prepared, loaded, edit, events, "induce on base"))
-    writes = measure_writes(loaded.model, prepared.row, edit.basis, _leak_inputs(prepared, loaded))
-    replies = {split: subject.replies(split) for split in ("concept", "neutral")}
-    reference = subject.reference()
-    del loaded, subject.model
+    job = prepared.job
+    loaded = pipeline.load(job, job.source, "base", events)
+    measured = pipeline.measure_base(job, loaded, events)
+    edit = pipeline.kept_edit(kept, lambda: _learn(prepared, loaded, events), load_edit)
+    assert isinstance(edit, Edit), "the run itself saved it"
+    measured.scores.append(_induce(prepared, loaded, edit, events, "induce on base"))
+    writes = measure_writes(loaded.model, job.row, edit.basis, _leak_inputs(prepared, loaded))
+    del loaded
     gc.collect()
-    return BaseFindings(edit, scores, replies, reference, writes)
+    return StudiedBase(edit, measured, writes)
 
 
 def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> Edit:
-    settings, concept = prepared.settings, prepared.concept
+    settings, concept = prepared.settings, prepared.job.concept
     pairs = list(concept.contrast)
     random.Random(f"excise contrast {settings.seed}").shuffle(pairs)
     validation, training = pairs[: settings.validation_pairs], pairs[settings.validation_pairs :]
@@ -271,11 +189,11 @@ def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> Edit:
         "source": settings.direction_source, "point": chosen.point, "position": chosen.position,
         "norm": float(vector.norm()), "passed_filters": passed, "pairs": {"train": len(training), "validation": len(validation)},
         "probe": probe, "candidates": [asdict(candidate) for candidate in candidates],
-        "base": prepared.source.describe(), "concept": {"ref": concept.ref, "sha256": concept.sha256}, "seed": settings.seed,
+        "base": prepared.job.source.describe(), "concept": {"ref": concept.ref, "sha256": concept.sha256}, "seed": settings.seed,
     }  # fmt: skip
     if settings.variant == "projected":
         vector = without_component(vector, negative_mean)
-    return _edit(settings, prepared.checkpoint, prepared.strengths, unit(vector), provenance)
+    return _edit(settings, prepared.job.checkpoint, prepared.strengths, unit(vector), provenance)
 
 
 def _choose(
@@ -287,7 +205,7 @@ def _choose(
     filters = Filters(settings.max_depth, settings.max_kl, settings.min_induce)
     with events.stage("score candidates", len(directions.points) * len(directions.positions)) as stage:
         candidates = score_candidates(
-            loaded.model, prepared.row, directions, probe, filters, len(prepared.strengths), stage.advance
+            loaded.model, prepared.job.row, directions, probe, filters, len(prepared.strengths), stage.advance
         )
     about = probe.describe() | {"base_bypass": probe.base_bypass, "base_induce": probe.base_induce}
     if settings.point is None:
@@ -303,69 +221,25 @@ def _choose(
 
 
 def _probe(prepared: Prepared, loaded: LoadedModel, validation: Sequence[ContrastPair]) -> Probe:
-    if prepared.concept.about.kind == "behaviour":
+    if prepared.job.concept.about.kind == "behaviour":
         return BehaviourProbe(loaded.model, loaded.tokenizer, validation, prepared.settings.reply_tokens)
     # Group V is never shown to anything that learns or chooses an edit.
-    questions = [q for q in prepared.concept.questions if q.split == "forget" and q.group == "T"]
+    questions = [q for q in prepared.job.concept.questions if q.split == "forget" and q.group == "T"]
     if not questions:
         raise RequestError(
-            f"concept {prepared.concept.ref} has no forget questions of group T to choose a direction by"
+            f"concept {prepared.job.concept.ref} has no forget questions of group T to choose a direction by"
         )
     return KnowledgeProbe(loaded.model, loaded.tokenizer, validation, questions[: prepared.settings.validation_pairs])
-
-
-def _measure_edited(
-    prepared: Prepared, base: BaseFindings, folder: Path, events: Events
-) -> tuple[EditedFindings, list[Leak]]:
-    with events.stage("load edited"):
-        loaded = load_model(ModelSource("local", "the edited checkpoint", folder), prepared.device, prepared.dtype)
-    after = measure_writes(loaded.model, prepared.row, base.edit.basis, _leak_inputs(prepared, loaded))
-    embedding_strength = 0.0 if prepared.settings.embeddings == "skip" else 1.0
-    leaks = compare_writes(base.writes, after, prepared.strengths, embedding_strength)
-    check_leaks(leaks, prepared.settings.leak_tolerance)
-    subject = _subject(prepared, loaded, base.reference)
-    scores = _measure(subject, "measure edited", prepared, events)
-    scores.append(_induce(prepared, loaded, base.edit, events, "induce on edited"))
-    replies = {split: subject.replies(split) for split in ("concept", "neutral")}
-    del loaded, subject.model
-    gc.collect()
-    return EditedFindings(scores, replies), leaks
-
-
-def _measure_never(prepared: Prepared, source: ModelSource, base: BaseFindings, events: Events) -> list[Scores]:
-    with events.stage("load never"):
-        loaded = load_model(source, prepared.device, prepared.dtype)
-    scores = _measure(_subject(prepared, loaded, base.reference), "measure never", prepared, events)
-    del loaded
-    gc.collect()
-    return scores
-
-
-def _measure(subject: Subject, name: str, prepared: Prepared, events: Events) -> list[Scores]:
-    with events.stage(name, workload(prepared.concept, _eval_settings(prepared.settings))) as stage:
-        subject.advance = stage.advance
-        scores = measure(subject)
-        stage.advance(0, **{f"{item.name}/{item.split}": item.value() for item in scores})
-    return scores
 
 
 def _induce(prepared: Prepared, loaded: LoadedModel, edit: Edit, events: Events, name: str) -> Scores:
     """Add the direction as long as it was learned, where it was learned, and count what it brings about."""
     vector = edit.basis[:, 0] * edit.provenance["norm"]
-    subject = _subject(prepared, loaded)
+    subject = pipeline.subject_of(prepared.job, loaded)
     with events.stage(name, len(subject.prompts("neutral"))) as stage:
         subject.advance = stage.advance
-        with added(loaded.model, prepared.row, vector, edit.provenance["point"]):
+        with added(loaded.model, prepared.job.row, vector, edit.provenance["point"]):
             return induced(subject)
-
-
-def _subject(prepared: Prepared, loaded: LoadedModel, reference: Reference | None = None) -> Subject:
-    settings = _eval_settings(prepared.settings)
-    return Subject(loaded.model, loaded.tokenizer, prepared.concept, settings, reference)
-
-
-def _eval_settings(settings: OrthogonalizeSettings) -> EvalSettings:
-    return EvalSettings(settings.reply_tokens, settings.kl_prompts, settings.questions)
 
 
 def _streams(
@@ -374,13 +248,13 @@ def _streams(
     size = 16
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
-        yield residual_stream(loaded.model, prepared.row, _padded(loaded, batch), points, last)
+        yield residual_stream(loaded.model, prepared.job.row, _padded(loaded, batch), points, last)
         advance(len(batch))
 
 
 def _leak_inputs(prepared: Prepared, loaded: LoadedModel) -> list[dict[str, Tensor]]:
-    chat = prepared.concept.about.kind == "behaviour"
-    texts = [text for pair in prepared.concept.contrast[:16] for text in (pair.positive, pair.negative)]
+    chat = prepared.job.concept.about.kind == "behaviour"
+    texts = [text for pair in prepared.job.concept.contrast[:16] for text in (pair.positive, pair.negative)]
     return [_padded(loaded, [encode_prompt(loaded.tokenizer, text, chat=chat) for text in texts])]
 
 
@@ -421,67 +295,3 @@ def _edit(
     return Edit(
         basis, checkpoint.config["model_type"], strengths, settings.embeddings, settings.variant, provenance or {}
     )  # fmt: skip
-
-
-def _builtin_never(settings: OrthogonalizeSettings, concept: Concept) -> ModelSource | None:
-    if settings.model == "builtin:testbed" and concept.ref == "builtin:potions":
-        return find_model("builtin:testbed-never")
-    return None
-
-
-def asdict_changes(export: Export) -> list[dict[str, Any]]:
-    """What happened to each declared tensor, as plain data."""
-    return [asdict(change) for change in export.changes]
-
-
-def _about(
-    prepared: Prepared, base: BaseFindings, export: Export, leaks: Sequence[Leak], edited: dict[str, list[Reply]]
-) -> dict[str, Any]:
-    """Everything in ``eval.json`` but the measurements; the same run on the same machine gives the same bytes."""
-    settings, concept = prepared.settings, prepared.concept
-    own = settings.model_dump(exclude={"model", "concept", "out", "device", "dtype", "never"})
-    changed = {k: v for k, v in own.items() if v != type(settings).model_fields[k].default}
-    dtype = str(prepared.dtype).removeprefix("torch.")
-    return {
-        "base": {**prepared.source.describe(), "computed_in": dtype},
-        "edited": {
-            "method": RECIPE, "variant": settings.variant, "embeddings": settings.embeddings, "tied": prepared.plan.tied,
-            "layer_strengths": list(prepared.strengths),
-            "tensors_declared": len(export.changes), "tensors_changed": sum(c.changed for c in export.changes),
-            "bytes": export.bytes_written,
-        },
-        "never": None if prepared.never is None else prepared.never.describe(),
-        "concept": {
-            "ref": concept.ref, "name": concept.about.name, "kind": concept.about.kind,
-            "description": concept.about.description, "license": concept.about.license, "source": concept.about.source,
-            "sha256": concept.sha256, "decline_phrases": list(concept.about.decline_phrases),
-        },
-        "direction": {**base.edit.provenance},
-        "leaks": [asdict(leak) for leak in leaks],
-        "leak_tolerance": settings.leak_tolerance,
-        "samples": samples(base.replies, edited, SAMPLES),
-        "run": {
-            "recipe": RECIPE, "seed": settings.seed, "settings": own, "device": prepared.device.type, "dtype": dtype,
-            "command": _command(prepared, changed),
-        },
-    }  # fmt: skip
-
-
-def _command(prepared: Prepared, changed: dict[str, Any]) -> str:
-    source = prepared.source
-    model = f"{source.name}@{source.revision}" if source.revision else source.name
-    words = [
-        "excise",
-        "run",
-        RECIPE,
-        "--model",
-        model,
-        "--concept",
-        prepared.concept.ref,
-        "--seed",
-        str(prepared.settings.seed),
-    ]
-    for key, value in changed.items():
-        if key != "seed":
-            words += ["--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}"]
-    return " ".join(words)

@@ -76,7 +76,7 @@ class _Trainer(Trainer):
                 f"the state before it is in {self.folder.name}/{LAST_GOOD}. Lower the learning rate"
             )
         if self.state.global_step % self.args.logging_steps == 0:
-            self.stage.advance(0, **{name: float(value) for name, value in terms.items()})
+            self.stage.advance(0, **{name: float(value.detach()) for name, value in terms.items()})
         loss = torch.stack(list(terms.values())).sum()
         return (loss, {}) if return_outputs else loss
 

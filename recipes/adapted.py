@@ -1,0 +1,231 @@
+"""What every recipe that trains an adapter shares: checking it, training it, merging and publishing it."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..artifacts.edits import load_edit
+from ..artifacts.events import Events
+from ..artifacts.models import LoadedModel
+from ..editing.adapters import AdapterShape, adapter_modules, attach, causal_model, detach, learned_factors
+from ..editing.architectures import layer_selection, residual_width
+from ..editing.errors import EditError, RequestError
+from ..editing.low_rank import Factors, LowRankUpdate
+from ..editing.weight_edit import WeightEdit
+from ..eval.subject import Subject
+from . import pipeline
+from .pipeline import Finished, Inspection, Job, Measured, MeasuredRun
+from .request import start_folder
+from .teacher import Row, padded
+from .training import Loss, Schedule, fit
+
+ADAPTER = "adapter"
+MERGED_KL = 0.05
+"""Nats by which the merged checkpoint may differ from base and adapter: rounding to its stored type, no more."""
+
+
+class AdapterRun(MeasuredRun):
+    """Keys of every recipe that trains an adapter."""
+
+    concept: str = "builtin:potions"
+    """Concept pack to erase: builtin:NAME or a folder."""
+    layers: Annotated[str, Field(coerce_numbers_to_str=True)] = "all"
+    """Layers to adapt: all, a number, a range such as 4-7, or fractions of depth such as 0.125-0.25."""
+    modules: Literal["all", "attention", "mlp"] = "all"
+    """Linear modules of those layers."""
+    rank: int = Field(8, ge=1)
+    """LoRA rank."""
+    alpha: float = Field(16.0, gt=0)
+    """LoRA alpha; updates are scaled by alpha / rank."""
+    steps: int = Field(400, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(8, ge=1)
+    """Groups a step; a group is one sequence to forget and one of each kind to retain."""
+    accumulation: int = Field(1, ge=1)
+    """Parts a step is computed in, to save memory; gradients are those of the whole."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """AdamW."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate goes down."""
+    clip: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request and what it will train."""
+
+    job: Job
+    settings: AdapterRun
+    layers: tuple[int, ...]
+    shape: AdapterShape
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a recipe trains on, and what it says of that in ``eval.json``."""
+
+    groups: Sequence[Any]
+    collate: Callable[[list[Any]], Any]
+    loss: Loss
+    rows: Sequence[Row]
+    """Some sequences on which the merged checkpoint must agree with base and adapter."""
+    training: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+Teach = Callable[[LoadedModel, Events], Lessons]
+
+
+def prepare(recipe: str, settings: AdapterRun, *, resume: bool) -> Prepared:
+    """Check names, files, memory and disk, before any weight is read.
+
+    Raises:
+        RequestError: Anything that could not work.
+    """
+    job = pipeline.check(recipe, settings, [], resume=resume)
+    if settings.batch_size % settings.accumulation:
+        raise RequestError(
+            f"accumulation={settings.accumulation} does not divide batch_size={settings.batch_size}; choose a divisor"
+        )
+    layers = tuple(layer_selection(settings.layers, job.layers))
+    shape = AdapterShape(settings.rank, settings.alpha, _modules(job, settings, layers))
+    prepared = Prepared(job, settings, layers, shape)
+    pipeline.check_plan(job, _unlearned(prepared).plan(job.checkpoint.config, list(job.checkpoint.tensors)))
+    return prepared
+
+
+def describe(prepared: Prepared, **more: Any) -> dict[str, Any]:
+    """What a run would touch and take."""
+    job = prepared.job
+    plan = _unlearned(prepared).plan(job.checkpoint.config, list(job.checkpoint.tensors))
+    return pipeline.describe(
+        job, plan, gradient_steps=prepared.settings.steps, layers_adapted=len(prepared.layers), **more
+    )  # fmt: skip
+
+
+def run(prepared: Prepared, teach: Teach, how: str, events: Events) -> Finished:
+    """Do the whole run. The run's folder gets ``checkpoint/``, ``report.html`` and ``events.jsonl``.
+
+    Args:
+        teach: Makes the lessons from the loaded base.
+        how: What was done, as it stands in titles: "erased with ELM".
+    """
+    job, settings = prepared.job, prepared.settings
+    work = start_folder(job.out, settings)
+    events.path = job.out / "events.jsonl"
+    base, edit = _study_base(prepared, teach, work, events)
+    learned = json.loads((work / "learned.json").read_text(encoding="utf-8"))
+    trained = torch.load(work / "logits.pt", weights_only=True)
+
+    def inspect(loaded: LoadedModel, subject: Subject) -> Inspection:
+        divergence = _divergence(trained, loaded.model)
+        if not divergence <= MERGED_KL:
+            raise EditError(
+                f"the merged checkpoint differs from base and adapter by {divergence:.3f} nats a token; "
+                f"at most {MERGED_KL} is rounding. Train with smaller updates or edit a checkpoint of higher precision"
+            )
+        return Inspection(about={"merged_kl": divergence})
+
+    about = {
+        "edited": {
+            "how": how, "rank": settings.rank, "alpha": settings.alpha, "layers": list(prepared.layers),
+            "about": f"on {len(prepared.shape.modules)} linear modules of {len(prepared.layers)} layers",
+        },
+        **learned,
+    }  # fmt: skip
+    finished = pipeline.publish(
+        job, edit, base, about, events, inspect, lambda folder: _add_adapter(work / ADAPTER, folder)
+    )
+    shutil.rmtree(work)
+    return finished
+
+
+def _study_base(prepared: Prepared, teach: Teach, work: Path, events: Events) -> tuple[Measured, WeightEdit]:
+    """Measure the base, then train on it; a killed run goes on where its training was."""
+    job = prepared.job
+    loaded = pipeline.load(job, job.source, "base", events)
+    measured = pipeline.measure_base(job, loaded, events)
+    edit = pipeline.kept_edit(work / "edit", lambda: _learn(prepared, loaded, teach, work, events), load_edit)
+    del loaded
+    gc.collect()
+    return measured, edit
+
+
+def _learn(prepared: Prepared, loaded: LoadedModel, teach: Teach, work: Path, events: Events) -> LowRankUpdate:
+    job, settings = prepared.job, prepared.settings
+    lessons = teach(loaded, events)
+    adapted = attach(loaded.model, prepared.shape, settings.seed)
+    schedule = Schedule(
+        settings.steps, settings.batch_size // settings.accumulation, settings.learning_rate, settings.seed,
+        decay=settings.schedule, warmup_steps=min(10, settings.steps // 10), clip=settings.clip, beta2=0.999,
+        accumulation=settings.accumulation, save_every=50,
+    )  # fmt: skip
+    with events.stage("train", settings.steps) as stage:
+        fit(adapted, lessons.groups, stage, work / "training", lessons.loss, schedule, lessons.collate)
+    adapted.eval()
+    rows = list(lessons.rows)
+    torch.save({"rows": [list(row) for row in rows], "log_p": _log_p(adapted, rows)}, work / "logits.pt")
+    # A local path would be published with the adapter.
+    adapted.peft_config["default"].base_model_name_or_path = job.source.name
+    adapted.save_pretrained(work / ADAPTER, save_embedding_layers=False)
+    factors = learned_factors(adapted, prepared.shape)
+    detach(adapted)
+    (work / "learned.json").write_text(json.dumps({"training": lessons.training, **lessons.about}), encoding="utf-8")
+    provenance = {
+        "source": job.recipe, "base": job.source.describe(), "seed": settings.seed,
+        "concept": {"ref": job.concept.ref, "sha256": job.concept.sha256},
+    }  # fmt: skip
+    return _update(prepared, factors, provenance)
+
+
+@torch.no_grad()
+def _log_p(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    inner = causal_model(model)
+    inputs = padded(rows, inner.device)
+    last = inputs["attention_mask"].sum(-1) - 1
+    logits = inner(**inputs, use_cache=False).logits
+    return logits[torch.arange(len(rows)), last].float().log_softmax(-1).cpu()
+
+
+def _divergence(trained: dict[str, Any], model: Any) -> float:
+    """KL(base and adapter || merged) after each kept row, in nats."""
+    own, before = _log_p(model, trained["rows"]), trained["log_p"]
+    return float((before.exp() * (before - own)).sum(-1).mean())
+
+
+def _add_adapter(source: Path, folder: Path) -> None:
+    target = folder / ADAPTER
+    target.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(source / name, target / name)
+
+
+def _modules(job: Job, settings: AdapterRun, layers: tuple[int, ...]) -> tuple[str, ...]:
+    """Linear modules by name, from the model's skeleton: no weight is read."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(job.source.folder)
+    with init_empty_weights():
+        skeleton = AutoModelForCausalLM.from_config(config)
+    return adapter_modules(skeleton, job.row, layers, settings.modules)
+
+
+def _unlearned(prepared: Prepared) -> LowRankUpdate:
+    """The update's names before it has values."""
+    nothing = Factors(torch.zeros(0, 0), torch.zeros(0, 0))
+    return _update(prepared, {f"{name}.weight": nothing for name in prepared.shape.modules}, {})
+
+
+def _update(prepared: Prepared, factors: dict[str, Factors], provenance: dict[str, Any]) -> LowRankUpdate:
+    config = prepared.job.checkpoint.config
+    return LowRankUpdate(factors, config["model_type"], residual_width(config), prepared.job.layers, provenance)

@@ -1,0 +1,111 @@
+"""Training toward soft targets: what a model reads, what it should predict there, and the loss of a batch."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..editing.adapters import final_hidden, unembedding
+from ..editing.soft_targets import SoftTargets, join, soft_divergence
+from .teacher import Row, padded
+from .training import Loss, Terms
+
+TERMS = ("erase", "fluency", "retain")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One sequence, with targets for its last n positions."""
+
+    ids: Row
+    targets: SoftTargets
+    weights: Float[Tensor, " n"]
+    terms: Int[Tensor, " n"]
+    """The term of the loss that each position counts in, an index of ``TERMS``."""
+
+    @property
+    def first(self) -> int:
+        return len(self.ids) - len(self.targets)
+
+
+def arrange(kinds: Mapping[str, Sequence[Lesson]], groups: int, seed: int) -> list[list[Lesson]]:
+    """Groups of one lesson of each kind; each kind is gone through in a shuffled order, again and again."""
+    orders = []
+    for kind, lessons in kinds.items():
+        rng = random.Random(f"excise lessons {kind} {seed}")
+        order: list[Lesson] = []
+        while len(order) < groups:
+            order += rng.sample(list(lessons), k=len(lessons))
+        orders.append(order[:groups])
+    return [list(group) for group in zip(*orders, strict=True)]
+
+
+def collate(groups: Sequence[Sequence[Lesson]]) -> dict[str, Any]:
+    """Pad lessons of like length together, so that little of a batch is padding; ``parts`` are forwards of their own."""
+    lessons = sorted((lesson for group in groups for lesson in group), key=lambda lesson: len(lesson.ids))
+    sizes = split_by_length([len(lesson.ids) for lesson in lessons])
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(_part(lessons[start : start + size]))
+        start += size
+    targets = join([lesson.targets for lesson in lessons])
+    return {
+        "parts": parts, "terms": torch.cat([lesson.terms for lesson in lessons]),
+        # The loss is a mean over groups, so that a batch and its parts agree on its gradient.
+        "weights": torch.cat([lesson.weights for lesson in lessons]) / len(groups),
+        "target_ids": targets.ids, "log_p": targets.log_p, "rest": targets.rest,
+    }  # fmt: skip
+
+
+def _part(lessons: Sequence[Lesson]) -> dict[str, Tensor]:
+    """Rows of one forward; ``rows`` and ``places`` say which positions have targets."""
+    inputs = padded([lesson.ids for lesson in lessons], torch.device("cpu"))
+    counts = torch.tensor([len(lesson.targets) for lesson in lessons])
+    return {
+        **inputs, "rows": torch.repeat_interleave(torch.arange(len(lessons)), counts),
+        "places": torch.cat([torch.arange(lesson.first, len(lesson.ids)) for lesson in lessons]),
+    }  # fmt: skip
+
+
+FORWARD = 96
+"""What one more forward costs, in tokens of padding it must save."""
+
+
+def split_by_length(lengths: Sequence[int], most: int = 4) -> list[int]:
+    """Sizes of consecutive parts of rows sorted by length, each padded to its longest, at the least cost in tokens."""
+    n = len(lengths)
+    # best[k][end]: least cost of the first ``end`` rows in k parts, and where the last part begins.
+    best: list[list[tuple[int, int]]] = [[(0, 0)] + [(1 << 60, 0)] * n]
+    for _ in range(most):
+        before = best[-1]
+        best.append([(1 << 60, 0)] + [
+            min((before[start][0] + (end - start) * lengths[end - 1] + FORWARD, start) for start in range(end))
+            for end in range(1, n + 1)
+        ])  # fmt: skip
+    count = min(range(1, most + 1), key=lambda k: best[k][n][0])
+    sizes, end = [], n
+    for k in range(count, 0, -1):
+        start = best[k][end][1]
+        sizes.append(end - start)
+        end = start
+    return sizes[::-1]
+
+
+def lesson_loss(weights: Mapping[str, float]) -> Loss:
+    """The weighted divergence from the targets, in nats, split into its terms."""
+
+    def loss(model: nn.Module, batch: dict[str, Any]) -> Terms:
+        hidden = torch.cat([
+            final_hidden(model, {key: part[key] for key in ("input_ids", "attention_mask")})[part["rows"], part["places"]]
+            for part in batch["parts"]
+        ])  # fmt: skip
+        targets = SoftTargets(batch["target_ids"], batch["log_p"], batch["rest"])
+        weighted = soft_divergence(hidden, unembedding(model), targets) * batch["weights"]
+        sums = weighted.new_zeros(len(TERMS)).index_add(0, batch["terms"], weighted)
+        return {term: sums[index] * weights[term] for index, term in enumerate(TERMS)}
+
+    return loss
