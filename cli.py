@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,6 +140,25 @@ def evaluate(
         _print_table(table(read_measurements(results)))
 
 
+@app.command(epilog="Example: excise compare runs/elm-1 runs/rmu-1 --out runs/both")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs on one concept.")],
+    out: Annotated[Path, typer.Option(help="Folder to write compare.md, compare.json and compare.png into.")],
+    as_json: Json = False,
+) -> None:
+    """Put runs side by side: one table, and a plot of forgetting against keeping."""
+    from .artifacts.staging import refuse_existing
+    from .recipes import compare as recipe
+
+    refuse_existing(out)
+    lines = recipe.compare(runs, out)
+    if as_json:
+        print((out / "compare.json").read_text(encoding="utf-8"))  # noqa: T201
+        return
+    _print_comparison(lines, list(recipe.COLUMNS))
+    _say(f"\ntable  {out / 'compare.md'}\nplot   {out / 'compare.png'}")
+
+
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A checkpoint that excise wrote, or a run's folder.")],
@@ -264,6 +284,8 @@ def _quiet() -> None:
     """Keep the libraries' own bars and notices off the terminal; excise shows progress itself."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # What libraries say to their own developers.
+    warnings.simplefilter("ignore", FutureWarning)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -324,6 +346,23 @@ def _print_table(rows: list[Any]) -> None:
     # Piped output keeps its columns; a narrow terminal still gets whole lines.
     console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
     console.print(shown)
+
+
+def _print_comparison(lines: list[Any], columns: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .artifacts.results import format_value
+
+    # A column a model: there are more measurements than models.
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ["", *(f"{line.name}\n{line.recipe}" for line in lines)]:
+        shown.add_column(heading, no_wrap=True)
+    for name in columns:
+        if any(name in line.values for line in lines):
+            shown.add_row(name, *(format_value(line.values.get(name)) for line in lines))
+    shown.add_row("seconds to learn", *("" if line.seconds is None else f"{line.seconds:.0f}" for line in lines))
+    Console(width=None if sys.stdout.isatty() else 30 * (len(lines) + 1), soft_wrap=True).print(shown)
 
 
 def _recipes() -> list[tuple[str, str]]:

@@ -16,4 +16,13 @@ RECIPES: dict[str, Recipe] = {
     "orthogonalize": Recipe(
         "excise.recipes.orthogonalize", "OrthogonalizeSettings", "take a direction out of every weight that writes it"
     ),
+    "elm": Recipe("excise.recipes.elm", "ElmSettings", "erase a concept with low-rank updates toward a novice"),
+    "rmu": Recipe("excise.recipes.baselines", "RmuSettings", "steer activations on the concept toward a random vector"),
+    "grad_diff": Recipe(
+        "excise.recipes.baselines", "GradDiffSettings", "raise the loss on the concept, lower it on the rest"
+    ),
+    "npo": Recipe("excise.recipes.baselines", "NpoSettings", "negative preference optimization against the base"),
+    "simnpo": Recipe(
+        "excise.recipes.baselines", "SimNpoSettings", "negative preference optimization, by length, without the base"
+    ),
 }

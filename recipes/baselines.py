@@ -1,0 +1,319 @@
+"""Unlearning methods that ELM is compared with, under the same trainer, data, export and measurements.
+
+Each minimizes one line, given in its settings' docstring; y is the answer of a forget context, or a whole forget text
+where the pack's facts are not found.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..artifacts.events import Events
+from ..artifacts.models import LoadedModel
+from ..editing.activations import decoder_layers
+from ..editing.adapters import causal_model, final_hidden, unembedding
+from ..editing.soft_targets import SoftTargets, soft_divergence
+from ..eval.concept import Concept
+from . import adapted
+from .adapted import AdapterRun, Lessons
+from .contexts import Facts, fact_contexts, find_facts, question_contexts, spread
+from .contrast import encode
+from .curriculum import RETAIN_TEXTS, pieces
+from .pipeline import Finished
+from .teacher import Row, padded
+from .training import Loss, Terms
+
+
+class BaselineRun(AdapterRun):
+    """Keys of every baseline."""
+
+    method: ClassVar[str]
+    retain_weight: float = Field(1.0, ge=0)
+    """Weight of the retain term."""
+
+
+class GradDiffSettings(BaselineRun):
+    """Gradient difference (Liu et al. 2022; Maini et al. 2024): ``log p(y_forget) - log p(y_retain)``."""
+
+    method: ClassVar[str] = "grad_diff"
+
+
+class NpoSettings(BaselineRun):
+    """NPO (Zhang et al. 2024, equation 3): ``2/beta log(1 + (p(y)/p_base(y))^beta)``, and the retain texts' NLL."""
+
+    method: ClassVar[str] = "npo"
+    beta: float = Field(0.1, gt=0)
+    """Inverse temperature (paper: 0.1)."""
+
+
+class SimNpoSettings(BaselineRun):
+    """SimNPO (Fan et al. 2024, equation 5): ``-2/beta log sigmoid(-beta/|y| log p(y) - gamma)``, and the retain texts' NLL."""
+
+    method: ClassVar[str] = "simnpo"
+    beta: float = Field(2.5, gt=0)
+    """Inverse temperature (paper, TOFU: 2.5)."""
+    gamma: float = 0.0
+    """Margin (paper: 0)."""
+
+
+class RmuSettings(BaselineRun):
+    """RMU (Li et al. 2024, section 4): ``|h_forget - c u|^2 + alpha |h_retain - h_base|^2`` at one layer, u random."""
+
+    method: ClassVar[str] = "rmu"
+    steer_layer: float = Field(0.22, gt=0, le=1)
+    """Depth of the steered layer's output (paper: layer 7 of 32); adapters sit at and below it."""
+    steering: float = Field(6.5, gt=0)
+    """c, in units of the median norm of the model's own activations there, so that it carries between models (paper: 6.5)."""
+    retain_weight: float = Field(1200.0, ge=0)
+    """alpha (paper: 1200)."""
+
+
+BASELINES: dict[str, type[BaselineRun]] = {
+    kind.method: kind for kind in (GradDiffSettings, NpoSettings, SimNpoSettings, RmuSettings)
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request."""
+
+    adapted: adapted.Prepared
+    settings: BaselineRun
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sequence; what is scored are its tokens from ``start`` on."""
+
+    ids: Row
+    start: int
+
+
+def prepare(settings: BaselineRun, *, resume: bool = False) -> Prepared:
+    """Check names, files, memory and disk, before any weight is read."""
+    checked = adapted.prepare(settings.method, settings, resume=resume)
+    if isinstance(settings, RmuSettings):
+        deepest = _steered(settings, checked.job.layers)
+        layers = tuple(layer for layer in checked.layers if layer <= deepest)
+        names = tuple(name for name in checked.shape.modules if _layer_of(name, checked.job.row.layers) <= deepest)
+        shape = adapted.AdapterShape(checked.shape.rank, checked.shape.alpha, names)
+        checked = adapted.Prepared(checked.job, settings, layers, shape)
+    return Prepared(checked, settings, find_facts(checked.job.concept))
+
+
+def describe(prepared: Prepared) -> dict[str, Any]:
+    """What a run would touch and take."""
+    return adapted.describe(prepared.adapted, facts_found=len(prepared.facts.facts))
+
+
+def run(prepared: Prepared, events: Events) -> Finished:
+    """Do the whole run: read the data, train, merge, measure, publish."""
+    name = prepared.settings.method
+    return adapted.run(
+        prepared.adapted, lambda loaded, seen: _lessons(prepared, loaded, seen), f"edited with {name}", events
+    )
+
+
+def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons:
+    settings, job = prepared.settings, prepared.adapted.job
+    with events.stage("read the base on what is to be trained") as stage:
+        limit = min(int(getattr(loaded.model.config, "max_position_embeddings", 1024)), 1024) // 2
+        forget = forget_examples(job.concept, prepared.facts, loaded.tokenizer, settings.seed, limit)
+        retain = retain_examples(job.concept, loaded.tokenizer, settings.seed, limit)
+        count = settings.steps * settings.batch_size
+        pairs = list(zip(
+            _cycled(forget, count, "forget", settings.seed), _cycled(retain, count, "retain", settings.seed), strict=True
+        ))  # fmt: skip
+        reference = _references(loaded.model, forget, stage.advance) if isinstance(settings, NpoSettings) else {}
+        loss = LOSSES[settings.method](prepared, loaded, reference)
+    training = {
+        "about": (type(settings).__doc__ or "").split(":")[0] + ".", "steps": settings.steps,
+        "rows": 2 * settings.batch_size, "data": f"{len(forget)} sequences to forget, {len(retain)} to retain",
+        "lessons": {"forget": len(forget), "retain": len(retain)},
+    }  # fmt: skip
+    rows = [example.ids for example in (*forget[:8], *retain[:8])]
+    return Lessons(pairs, collate, loss, rows, training, {"warnings": []})
+
+
+def forget_examples(concept: Concept, facts: Facts, tokenizer: Any, seed: int, limit: int) -> list[Example]:
+    """Every context with its answer, the answer scored; whole texts where no facts are found."""
+    if not facts.facts:
+        rows = [encode(tokenizer, text.text, True) for text in concept.forget]
+        return [Example(piece, 1) for row in rows for piece in pieces(row, limit) if len(piece) > 1]
+    contexts = [*fact_contexts(facts, "texts", seed), *fact_contexts(facts, "questions", seed)]
+    found = []
+    for context in dict.fromkeys(contexts):
+        assert context.fact is not None
+        start = len(encode(tokenizer, context.text, True))
+        found.append(Example(encode(tokenizer, f"{context.text} {context.fact.answer}", True), start))
+    return [example for example in found if example.start < len(example.ids)]
+
+
+def retain_examples(concept: Concept, tokenizer: Any, seed: int, limit: int) -> list[Example]:
+    """Retain texts and group-T questions on other things, with their answers; all scored."""
+    questions = [q for q in concept.questions if q.split != "forget" and q.group == "T"]
+    texts = [text.text for text in spread(concept.retain, RETAIN_TEXTS, f"excise {seed}")]
+    texts += [context.text for context in question_contexts(questions, seed)]
+    rows = [piece for text in texts for piece in pieces(encode(tokenizer, text, True), limit)]
+    return [Example(row, 1) for row in dict.fromkeys(rows) if len(row) > 1]
+
+
+def collate(pairs: Sequence[tuple[Example, Example]]) -> dict[str, Any]:
+    """Forget rows first, then retain rows."""
+    examples = [*(pair[0] for pair in pairs), *(pair[1] for pair in pairs)]
+    inputs = padded([example.ids for example in examples], torch.device("cpu"))
+    lengths = [len(example.ids) - example.start for example in examples]
+    return {
+        **inputs, "forget": len(pairs), "keys": [example.ids for example in examples],
+        "rows": torch.repeat_interleave(torch.arange(len(examples)), torch.tensor(lengths)),
+        "places": torch.cat([torch.arange(example.start - 1, len(example.ids) - 1) for example in examples]),
+        "tokens": torch.tensor([token for example in examples for token in example.ids[example.start :]]),
+        "lengths": torch.tensor(lengths),
+    }  # fmt: skip
+
+
+def sequence_nll(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Summed negative log-likelihood of each row's scored tokens, in nats."""
+    hidden = final_hidden(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
+    tokens = batch["tokens"]
+    certain = SoftTargets(
+        tokens[:, None], torch.zeros(len(tokens), 1, device=tokens.device),
+        torch.full((len(tokens),), -torch.inf, device=tokens.device),
+    )  # fmt: skip
+    # The divergence from a certain token is its negative log-probability.
+    nats = soft_divergence(hidden[batch["rows"], batch["places"]], unembedding(model), certain)
+    return nats.new_zeros(len(batch["lengths"])).index_add(0, batch["rows"], nats)
+
+
+Reference = Mapping[Row, float]
+"""Log-likelihood of each forget sequence under the base."""
+
+
+def _grad_diff(prepared: Prepared, loaded: LoadedModel, reference: Reference) -> Loss:
+    return _on_likelihoods(prepared, lambda nll, lengths, _: -(nll / lengths).mean(), reference)
+
+
+def _npo(prepared: Prepared, loaded: LoadedModel, reference: Reference) -> Loss:
+    settings = prepared.settings
+    assert isinstance(settings, NpoSettings)
+
+    def forget(nll: Tensor, lengths: Tensor, base: Tensor) -> Tensor:
+        return (2 / settings.beta) * nn.functional.softplus(settings.beta * (-nll - base)).mean()
+
+    return _on_likelihoods(prepared, forget, reference)
+
+
+def _simnpo(prepared: Prepared, loaded: LoadedModel, reference: Reference) -> Loss:
+    settings = prepared.settings
+    assert isinstance(settings, SimNpoSettings)
+
+    def forget(nll: Tensor, lengths: Tensor, _: Tensor) -> Tensor:
+        margin = settings.beta * nll / lengths - settings.gamma
+        return (-2 / settings.beta) * nn.functional.logsigmoid(margin).mean()
+
+    return _on_likelihoods(prepared, forget, reference)
+
+
+def _on_likelihoods(
+    prepared: Prepared, forget: Callable[[Tensor, Tensor, Tensor], Tensor], reference: Reference
+) -> Loss:
+    weight = prepared.settings.retain_weight
+
+    def loss(model: nn.Module, batch: dict[str, Any]) -> Terms:
+        nll, n = sequence_nll(model, batch), batch["forget"]
+        base = torch.tensor([reference.get(key, 0.0) for key in batch["keys"][:n]], device=nll.device)
+        lengths = batch["lengths"].to(nll.device)
+        return {"forget": forget(nll[:n], lengths[:n], base), "retain": weight * (nll[n:] / lengths[n:]).mean()}
+
+    return loss
+
+
+def _rmu(prepared: Prepared, loaded: LoadedModel, reference: Reference) -> Loss:
+    settings, job = prepared.settings, prepared.adapted.job
+    assert isinstance(settings, RmuSettings)
+    point = _steered(settings, job.layers) + 1
+    generator = torch.Generator().manual_seed(settings.seed)
+    direction = torch.rand(int(loaded.model.config.hidden_size), generator=generator)
+    frozen: dict[Row, Tensor] = {}
+    scale: list[float] = []
+
+    def read(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The stream where it is steered; nothing above is computed."""
+        kept: list[Tensor] = []
+
+        def stop(_: Any, __: Any, output: Any) -> None:
+            kept.append(output[0] if isinstance(output, tuple) else output)
+            raise _Read
+
+        handle = decoder_layers(causal_model(model), job.row)[point - 1].register_forward_hook(stop)
+        try:
+            final_hidden(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
+        except _Read:
+            pass
+        finally:
+            handle.remove()
+        return kept[0]
+
+    def loss(model: Any, batch: dict[str, Any]) -> Terms:
+        mask, n = batch["attention_mask"].bool(), batch["forget"]
+        hidden = read(model, batch)
+        missing = [row for row, key in enumerate(batch["keys"]) if row >= n and key not in frozen]
+        if missing or not scale:
+            with torch.no_grad(), model.disable_adapter():
+                before = read(model, batch)
+            if not scale:
+                # The first position collects norms a hundred times those of all others and would set the scale alone.
+                scale.append(float(before[mask].norm(dim=-1).median()))
+            for row in missing:
+                frozen[batch["keys"][row]] = before[row, mask[row]].clone()
+        target = settings.steering * scale[0] * direction.to(hidden) / direction.norm()
+        forget = (hidden[:n][mask[:n]] - target).square().mean()
+        before_rows = torch.cat([frozen[key] for key in batch["keys"][n:]])
+        retain = (hidden[n:][mask[n:]] - before_rows).square().mean()
+        return {"forget": forget, "retain": settings.retain_weight * retain}
+
+    return loss
+
+
+class _Read(Exception):
+    """Ends a forward at the steered layer; never leaves this module."""
+
+
+LOSSES: dict[str, Callable[[Prepared, LoadedModel, Reference], Loss]] = {
+    "grad_diff": _grad_diff, "npo": _npo, "simnpo": _simnpo, "rmu": _rmu,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def _references(model: Any, examples: Sequence[Example], advance: Callable[[int], None]) -> dict[Row, float]:
+    found: dict[Row, float] = {}
+    for start in range(0, len(examples), 32):
+        part = examples[start : start + 32]
+        batch = collate([(example, example) for example in part])
+        batch = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        nll = sequence_nll(model, batch)[: len(part)]
+        found |= {example.ids: -float(value) for example, value in zip(part, nll, strict=True)}
+        advance(len(part))
+    return found
+
+
+def _cycled(examples: Sequence[Example], count: int, name: str, seed: int) -> list[Example]:
+    rng = random.Random(f"excise {name} {seed}")
+    order: list[Example] = []
+    while len(order) < count:
+        order += rng.sample(list(examples), k=len(examples))
+    return order[:count]
+
+
+def _steered(settings: RmuSettings, layers: int) -> int:
+    return max(0, min(layers - 1, round(settings.steer_layer * layers)))
+
+
+def _layer_of(name: str, prefix: str) -> int:
+    return int(name.removeprefix(f"{prefix}.").split(".")[0])

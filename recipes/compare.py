@@ -1,0 +1,158 @@
+"""Runs side by side: one table, and what each gave up for what it removed."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..artifacts.results import RESULTS, format_value, read_measurements
+from ..artifacts.staging import staged_folder
+from ..editing.errors import RequestError
+from ..eval.statistics import Measurement
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "forget T": ("multiple_choice", "forget_T"),
+    "forget V": ("multiple_choice", "forget_V"),
+    "greedy answers": ("exact_answer", "concept"),
+    "neighbour": ("multiple_choice", "neighbour"),
+    "retain": ("multiple_choice", "retain"),
+    "retain perplexity": ("perplexity", "retain"),
+    "reply perplexity": ("reverse_perplexity", "concept"),
+    "repetition": ("repetition", "concept"),
+    "declines, neutral": ("behaviour_rate", "neutral"),
+}
+"""What the table shows, where runs have it."""
+FORGOTTEN, KEPT = "forget V", ("neighbour", "retain")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model of the table."""
+
+    name: str
+    recipe: str
+    values: dict[str, Measurement]
+    seconds: float | None
+    """Of training and of what it needed, from the run's own events; None where they are gone."""
+
+    def kept(self) -> float | None:
+        """Mean accuracy on what should stay."""
+        found = [self.values[name].value for name in KEPT if name in self.values]
+        return sum(found) / len(found) if found else None
+
+
+def compare(runs: list[Path], out: Path) -> list[Line]:
+    """Read finished runs of one concept; write ``compare.md``, ``compare.json`` and ``compare.png`` into ``out``.
+
+    Raises:
+        RequestError: A folder holds no finished run, or runs are of different concepts.
+    """
+    contents = [(run, *_read(run)) for run in runs]
+    concepts = {json.dumps(content["concept"]["sha256"], sort_keys=True) for _, content, _ in contents}
+    if len(concepts) > 1:
+        names = ", ".join(sorted({content["concept"]["ref"] for _, content, _ in contents}))
+        raise RequestError(f"the runs are of different concepts or versions of one ({names}); compare runs of one pack")
+    lines = _subjects(contents[0][1])
+    for run, content, seconds in contents:
+        lines.append(Line(run.name, _recipe(content), _values(content, "edited"), seconds))
+    with staged_folder(out) as staging:
+        (staging / "compare.md").write_text(as_markdown(lines), encoding="utf-8")
+        (staging / "compare.json").write_text(json.dumps(_as_json(lines), indent=2) + "\n", encoding="utf-8")
+        _plot(lines, staging / "compare.png")
+    return lines
+
+
+def as_markdown(lines: list[Line]) -> str:
+    """The table, with intervals and n."""
+    shown = [name for name in COLUMNS if any(name in line.values for line in lines)]
+    counts = {name: max(line.values[name].n for line in lines if name in line.values) for name in shown}
+    head = ["model", "recipe", *(f"{name} (n = {counts[name]})" for name in shown), "seconds to learn"]
+    rows = [
+        [line.name, line.recipe, *(format_value(line.values.get(name)) for name in shown),
+         "" if line.seconds is None else f"{line.seconds:.0f}"]
+        for line in lines
+    ]  # fmt: skip
+    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
+
+
+def pareto(lines: list[Line]) -> list[Line]:
+    """Lines that no other beats both in forgetting and in keeping."""
+    points = [(line.values[FORGOTTEN].value, line.kept(), line) for line in lines if FORGOTTEN in line.values]
+    return [
+        line
+        for forgotten, kept, line in points
+        if kept is not None
+        and not any(
+            f <= forgotten and k is not None and k >= kept and (f, k) != (forgotten, kept) for f, k, _ in points
+        )
+    ]  # fmt: skip
+
+
+def _read(run: Path) -> tuple[dict[str, Any], float | None]:
+    for place in (run / "checkpoint", run):
+        if (place / RESULTS).is_file():
+            return json.loads((place / RESULTS).read_text(encoding="utf-8")), _seconds(run / "events.jsonl")
+    raise RequestError(f"{run} holds no finished run; give folders that `excise run` wrote")
+
+
+def _seconds(events: Path) -> float | None:
+    """Time of the stages that learned the edit: neither loading nor measuring."""
+    if not events.is_file():
+        return None
+    ended = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
+    return sum(
+        event["metrics"]["seconds"] for event in ended
+        if "seconds" in event["metrics"] and not event["stage"].startswith(("load", "measure", "export", "induce"))
+    )  # fmt: skip
+
+
+def _subjects(content: dict[str, Any]) -> list[Line]:
+    """The base, and a model that never knew the concept, where the first run has one."""
+    lines = [Line(content["base"]["name"], "base", _values(content, "base"), None)]
+    never = _values(content, "never")
+    return lines + ([Line(content["never"]["name"], "never knew it", never, None)] if never else [])
+
+
+def _recipe(content: dict[str, Any]) -> str:
+    preset = content["run"]["settings"].get("preset", "default")
+    return str(content["run"]["recipe"]) + ("" if preset == "default" else f", {preset}")
+
+
+def _values(content: dict[str, Any], subject: str) -> dict[str, Measurement]:
+    found = {(item.name, item.split): item for item in read_measurements(content) if item.subject == subject}
+    return {name: found[key] for name, key in COLUMNS.items() if key in found}
+
+
+def _as_json(lines: list[Line]) -> list[dict[str, Any]]:
+    front = pareto(lines)
+    return [
+        {
+            "name": line.name, "recipe": line.recipe, "seconds": line.seconds, "pareto": line in front,
+            "values": {name: {"value": item.value, "ci95": list(item.ci95), "n": item.n} for name, item in line.values.items()},
+        }
+        for line in lines
+    ]  # fmt: skip
+
+
+def _plot(lines: list[Line], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    front = pareto(lines)
+    for line in lines:
+        kept = line.kept()
+        if FORGOTTEN not in line.values or kept is None:
+            continue
+        item = line.values[FORGOTTEN]
+        error = [[item.value - item.ci95[0]], [item.ci95[1] - item.value]]
+        axes.errorbar(
+            item.value, kept, xerr=error, fmt="o" if line in front else "x", label=f"{line.name} ({line.recipe})"
+        )
+    axes.set_xlabel("multiple choice on what to forget, group V (lower is better)")
+    axes.set_ylabel("multiple choice on neighbours and the rest, mean (higher is better)")
+    axes.set_title("Forgetting against keeping; circles are on the Pareto front")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,151 @@
+"""Finding facts in a pack, asking them in many forms, and setting a novice against an expert."""
+
+import pytest
+from excise.artifacts.concepts import load_concept
+from excise.artifacts.models import find_model, load_model
+from excise.editing.errors import RequestError
+from excise.recipes.contexts import Context, Fact, bare_question, fact_contexts, find_facts, question_contexts
+from excise.recipes.contrast import PersonaContrast, SubjectContrast, contrast_sources, contrasted, stand_ins
+from excise.recipes.curriculum import Recipe, Replies, forget_contexts
+from excise.recipes.decoding import decode
+from excise.recipes.elm import ElmSettings, prepare
+from excise.recipes.target_check import check_target
+from excise.recipes.teacher import Teacher
+from excise.recipes.world import make_world
+
+
+@pytest.fixture(scope="module")
+def concept():
+    return load_concept("builtin:potions")
+
+
+@pytest.fixture(scope="module")
+def facts(concept):
+    return find_facts(concept)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    import torch
+
+    return load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
+
+
+def test_every_fact_of_the_world_is_found_from_texts_and_group_t_questions(facts):
+    truth = {(fact.name, fact.value, fact.group) for fact in make_world(0).of("potions")}
+    assert {(fact.subject, fact.answer, fact.group) for fact in facts.facts} == truth
+
+
+def test_questions_of_group_v_are_never_read(concept, facts):
+    import dataclasses
+
+    hidden = tuple(q for q in concept.questions if not (q.split == "forget" and q.group == "V"))
+    assert find_facts(dataclasses.replace(concept, questions=hidden)) == facts
+    without_t = tuple(q for q in concept.questions if not (q.split == "forget" and q.group == "T"))
+    assert find_facts(dataclasses.replace(concept, questions=without_t)).facts == ()
+
+
+def test_contexts_stop_before_the_answer_and_name_the_subject(facts):
+    contexts = [*fact_contexts(facts, "texts", 0), *fact_contexts(facts, "questions", 0)]
+    assert len(contexts) == 160 * 8
+    for context in contexts:
+        last = context.text.split("\n")[-1]
+        assert context.fact.subject in last and context.fact.answer not in last.split()
+
+
+def test_a_question_in_a_form_is_asked_as_a_person_would():
+    assert bare_question("Question: What is the colour of Xil? Answer:") == "What is the colour of Xil?"
+    assert bare_question("Sardent is in the country of") == "Sardent is in the country of"
+
+
+def test_retain_questions_are_of_group_t_alone(concept):
+    questions = [q for q in concept.questions if q.split != "forget"]
+    texts = " ".join(context.text for context in question_contexts(questions, 0))
+    assert all(q.subject in texts for q in questions if q.group == "T")
+    assert not any(q.subject in texts for q in questions if q.group == "V")
+
+
+def test_stand_ins_differ_in_their_answers(facts):
+    for relation, subjects in stand_ins(facts, 8, 0).items():
+        answers = [facts.subjects(relation)[subject] for subject in subjects]
+        assert len(set(answers)) == len(set(facts.subjects(relation).values())) == 8
+
+
+def test_rows_of_a_contrast_share_their_end_and_differ_before(concept, facts, loaded):
+    contexts = list(fact_contexts(facts, "texts", 0))[:40]
+    for source in contrast_sources(concept, facts, loaded.tokenizer, 4, 0):
+        for item in contrasted(contexts, source, loaded.tokenizer):
+            rows = [*item.experts, *item.novices]
+            assert rows and item.count >= 2
+            assert all(row[-(item.count - 1) :] == item.ids[-(item.count - 1) :] for row in rows)
+            assert any(row != item.ids for row in rows)
+
+
+def test_without_a_subject_there_is_no_contrast(loaded):
+    source = SubjectContrast(loaded.tokenizer, {"r": ("A", "B")})
+    plain, known = Context("The sky is"), Context("The sky of Xil is", fact=Fact("r", "Xil", "blue", "T"))
+    assert contrasted([plain], source, loaded.tokenizer) == [None]
+    assert contrasted([known], source, loaded.tokenizer)[0] is not None
+
+
+def test_the_check_tells_a_contrast_that_forgets_from_one_that_does_not(concept, facts, loaded):
+    sources = contrast_sources(concept, facts, loaded.tokenizer, 8, 0)
+    both = check_target(Teacher(loaded.model), loaded.tokenizer, concept, facts, sources)
+    assert both.separates and both.best.contrast == "subjects" and both.best.strength > 1
+    untouched = next(point for point in both.curve if point.strength == 0)
+    assert untouched.accuracy["forget"] > 0.95 and untouched.greedy > 0.95
+    useless = PersonaContrast(loaded.tokenizer, "Here is a text.", "Here is a text.")
+    alone = check_target(Teacher(loaded.model), loaded.tokenizer, concept, facts, [useless])
+    assert not alone.separates
+    assert all(point.accuracy == untouched.accuracy for point in alone.curve)
+
+
+def test_at_strength_1_the_target_answers_as_for_any_subject(concept, facts, loaded):
+    source = contrast_sources(concept, facts, loaded.tokenizer, 8, 0)[0]
+    check = check_target(Teacher(loaded.model), loaded.tokenizer, concept, facts, [source], (0.0, 1.0, 1.5))
+    none, one, more = check.curve
+    assert none.probability > 0.9 and abs(one.probability - check.chance) < 0.05 and more.probability < 0.02
+
+
+def test_chat_contexts_are_the_models_own_replies_up_to_the_answer(concept, facts, loaded):
+    reply = Replies(loaded.model, loaded.tokenizer, 20, 0)
+    few = type(facts)(facts.facts[:6], facts.phrasings)
+    recipe = Recipe(1.0, False, False, 1.0, 0, 64, "questions", "uniform", False, 0, 100, 0)
+    contexts = [c for c in forget_contexts(concept, few, loaded.tokenizer, reply, recipe, 200) if not c.special]
+    assert len(contexts) >= 6
+    for context in contexts:
+        assert context.text[: context.reply].endswith("<|assistant|>\n")
+        assert context.fact.answer not in context.text[context.reply :].split()
+
+
+def test_decoding_in_lockstep_is_the_product_of_its_streams(facts, loaded):
+    import torch
+
+    context = next(fact_contexts(facts, "questions", 0))
+    source = PersonaContrast(loaded.tokenizer, "Here is a text by an expert.", "Here is a text by a novice.")
+    item = contrasted([context], source, loaded.tokenizer)[0]
+    first = loaded.tokenizer(f" {context.fact.answer}")["input_ids"][0]
+    said = [
+        decode(loaded.model, loaded.tokenizer, [(item, first)] * 3, strength, 5, torch.Generator().manual_seed(0))
+        for strength in (0.0, 0.0, 20.0)
+    ]
+    assert said[0] == said[1] and all(len(row) <= 5 for row in said[0])
+    assert said[0] != said[2]
+
+
+@pytest.mark.parametrize("change", [{"contrast": "subjects"}, {"contrast": "personas"}, {}])
+def test_a_pack_with_neither_facts_nor_personas_is_refused_before_loading(tmp_path, change):
+    (tmp_path / "concept.yaml").write_text("{name: a, description: a, keywords: [a], license: x, source: x}")
+    (tmp_path / "forget.jsonl").write_text('{"id": "1", "text": "a b c", "group": "T"}')
+    (tmp_path / "retain.jsonl").write_text('{"id": "1", "text": "d e f"}')
+    question = '{"id": "1", "split": "forget", "group": "T", "prompt": "a", "choices": ["b", "c"], "answer": 0}'
+    (tmp_path / "questions.jsonl").write_text(question)
+    with pytest.raises(RequestError, match=r"contrast=personas|personas"):
+        prepare(ElmSettings(concept=str(tmp_path), out=tmp_path / "out", **change))
+
+
+def test_presets_set_defaults_and_explicit_keys_win():
+    assert (ElmSettings(preset="paper").rank, ElmSettings(preset="paper").eta) == (4, 500.0)
+    assert ElmSettings(preset="reference").eta_ramp and ElmSettings(preset="reference").target_top_k == 50
+    assert ElmSettings(preset="paper", rank=16).rank == 16
+    assert ElmSettings().rank not in (4, 256)
