@@ -12,6 +12,8 @@ def findings(results: dict[str, Any]) -> list[str]:
     rows = {(row.name, row.split): row for row in table(read_measurements(results))}
     kind, name = results["concept"]["kind"], results["concept"]["name"]
     sentences = list(_behaviour(rows) if kind == "behaviour" else _knowledge(rows, name))
+    if "target_check" in results:
+        sentences += _below_chance(rows, results["target_check"]["chance"])
     sentences += _side_effects(rows, kind)
     if "direction" in results and not results["direction"]["passed_filters"]:
         sentences.append(
@@ -83,7 +85,7 @@ CRITERIA: dict[str, tuple[tuple[str, str, str], ...]] = {
 def _knowledge(rows: dict[tuple[str, str], Row], name: str) -> Iterator[str]:
     for criterion, parts in CRITERIA.items():
         shown = [
-            f"{label.format(name=name)} {_change(row)}"
+            f"{label.format(name=name)} {_brief(row)}"
             for label, measurement, split in parts
             if (row := rows.get((measurement, split))) and row.edited
         ]
@@ -95,6 +97,19 @@ def _knowledge(rows: dict[tuple[str, str], Row], name: str) -> Iterator[str]:
             f"No measurable loss on multiple choice ({', '.join(split[-1] for split in kept)}): this edit does not "
             "remove the knowledge."
         )
+
+
+def _below_chance(rows: dict[tuple[str, str], Row], chance: float) -> Iterator[str]:
+    """Say so where the truth is avoided: whoever looks for what a model avoids finds it."""
+    for split in ("forget_T", "forget_V"):
+        row = rows.get(("multiple_choice", split))
+        if row is None or row.edited is None or row.edited.ci95[1] >= chance:
+            continue
+        if row.never is None or row.edited.value < row.never.ci95[0]:
+            yield (
+                f"Group {split[-1]} is answered below chance ({format_value(row.edited)}, chance {chance:.3f}): the true answer "
+                "is avoided rather than unknown, which gives it away to whoever looks for it; one_sided=true ends at chance."
+            )
 
 
 def _fell(item: Measurement | None) -> bool:
@@ -122,8 +137,13 @@ def _side_effects(rows: dict[tuple[str, str], Row], kind: str) -> Iterator[str]:
 
 def _change(row: Row) -> str:
     before = f"{format_value(row.base)} before, " if row.base else ""
-    never = f", {format_value(row.never)} in a model that never knew it" if row.never else ""
-    return f"{before}{format_value(row.edited)} after{never} (n = {row.n})"
+    return f"{before}{format_value(row.edited)} after (n = {row.n})"
+
+
+def _brief(row: Row) -> str:
+    before = f"{format_value(row.base)} → " if row.base else ""
+    never = f"never {format_value(row.never)}, " if row.never else ""
+    return f"{before}{format_value(row.edited)} ({never}n = {row.n})"
 
 
 def _moved(item: Measurement | None) -> bool:

@@ -27,7 +27,7 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
     ),
     "cloze": MeasurementKind("log-probability, rank and greedy choice of the answer, without choices", cloze.scores),
     "extraction_strength": MeasurementKind("share of a forget text that the model completes exactly", cloze.extraction, cloze.extraction_requests),
-    "probe": MeasurementKind("linear probes for the true choice, learned on T and tested on V, with a control", probe.scores),
+    "probe": MeasurementKind("linear probes for the answer, learned on T and tested on V, with a control", probe.scores),
     "exact_answer": MeasurementKind("greedy answers that hold the true one and no other choice", exact_answer.scores),
     "behaviour_rate": MeasurementKind("greedy replies that decline, by the pack's phrases", behaviour.rates),
     "degenerate_share": MeasurementKind("greedy replies that are empty or repeat themselves", behaviour.degenerate),

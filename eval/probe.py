@@ -1,7 +1,8 @@
-"""Linear probes: whether a layer still holds which choice is true, whatever the model says.
+"""Linear probes: whether a layer still holds the answer, whatever the model says.
 
-A ridge regression on the residual stream at the end of "question choice" learns on group T which choice is true, and is
-tested on group V. Its control learns shuffled answers (Hewitt and Liang 2019): what it scores is chance and its own capacity.
+A ridge regression learns on group T to map the residual stream at the end of a question to the unembedding of its answer's
+first token, and is tested on group V: the answer is the choice nearest to what it predicts, so answers that T never had can
+be found too. Its control learns shuffled answers (Hewitt and Liang 2019): what it scores is chance and its own capacity.
 """
 
 import random
@@ -15,14 +16,14 @@ from torch import Tensor
 from ..editing.activations import residual_stream
 from ..editing.architectures import architecture_of
 from .concept import Question
-from .likelihood import batch_budget, token_batches
+from .likelihood import batch_budget, encode_request, token_batches
 from .multiple_choice import questions_by_split, requests_of
 from .statistics import Scores
 from .subject import Subject
 
 POINTS = 9
 """Points of the stream that are probed, at most, evenly spread from the first layer's input to the last one's output."""
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+PENALTIES = (1e-2, 1e-1, 1.0, 10.0)
 """Ridge penalties in units of the mean squared length of a sample; chosen by cross-validation on group T."""
 FOLDS = 4
 ENOUGH = 20
@@ -31,13 +32,12 @@ ENOUGH = 20
 
 @dataclass(frozen=True)
 class Asked:
-    """Questions as samples: one for each choice, centred on its question's mean."""
+    """Questions with what a probe reads, and what it may answer."""
 
-    features: Float[Tensor, "points samples d"]
-    question: Tensor
-    """Of each sample, the number of its question."""
+    states: Float[Tensor, "points questions d"]
+    choices: list[Float[Tensor, "choices d"]]
+    """Unembedding of each choice's first token."""
     answers: list[int]
-    choices: list[int]
 
 
 def scores(subject: Subject) -> list[Scores]:
@@ -49,7 +49,7 @@ def scores(subject: Subject) -> list[Scores]:
     points = _points(subject)
     learned, asked = _read(subject, training, points), _read(subject, testing, points)
     rng = random.Random("excise probe control")
-    shuffled = [rng.randrange(count) for count in learned.choices]
+    shuffled = [rng.randrange(len(choices)) for choices in learned.choices]
     ids = tuple(question.id for question in testing)
     best, results = (-1.0, points[0]), {}
     for index, point in enumerate(points):
@@ -71,43 +71,48 @@ def _points(subject: Subject) -> list[int]:
     return sorted({round(place * layers / (count - 1)) for place in range(count)})
 
 
+@torch.no_grad()
 def _read(subject: Subject, questions: Sequence[Question], points: Sequence[int]) -> Asked:
-    texts = [request.prompt + request.continuation for question in questions for request in requests_of(question)]
-    rows = [subject.tokenizer(text)["input_ids"] for text in texts]
+    rows = [subject.tokenizer(question.prompt)["input_ids"] for question in questions]
     row = architecture_of(subject.model.config.to_dict())
-    width = int(subject.model.config.hidden_size)
-    features = torch.empty(len(points), len(rows), width)
+    states = torch.empty(len(points), len(rows), int(subject.model.config.hidden_size))
     for batch in token_batches([len(ids) for ids in rows], 4 * batch_budget(subject.model)):
         padded = subject.tokenizer.pad(
             {"input_ids": [rows[i] for i in batch]}, padding=True, padding_side="left", return_tensors="pt"
         )  # fmt: skip
         inputs = {key: padded[key].to(subject.model.device) for key in ("input_ids", "attention_mask")}
-        features[:, batch] = residual_stream(subject.model, row, inputs, points, 1)[:, :, 0].float().cpu()
-    choices = [len(question.choices) for question in questions]
-    question = torch.repeat_interleave(torch.arange(len(questions)), torch.tensor(choices))
-    sums = torch.zeros(len(points), len(questions), width).index_add(1, question, features)
-    features = features - (sums / torch.tensor(choices)[:, None])[:, question]
-    return Asked(features, question, [question.answer for question in questions], choices)
+        states[:, batch] = residual_stream(subject.model, row, inputs, points, 1)[:, :, 0].float().cpu()
+    unembedding = subject.model.get_output_embeddings().weight
+    choices = []
+    for question in questions:
+        scored = [encode_request(subject.tokenizer, request) for request in requests_of(question)]
+        choices.append(unembedding[[part.ids[part.start] for part in scored]].float().cpu())
+    return Asked(states, choices, [question.answer for question in questions])
 
 
 def fit_probe(learned: Asked, asked: Asked, index: int, answers: Sequence[int]) -> tuple[float, list[bool]]:
     """Fit a probe at one point: the accuracy that cross-validation on T expects, and which questions of V it answers rightly."""
-    x, y = learned.features[index].double(), _indicator(learned, answers)
-    scale = x.square().sum(-1).mean()
-    folds = learned.question % FOLDS
+    mean, spread = learned.states[index].mean(0), learned.states[index].std(0) + 1e-6
+    x, tested = ((part.states[index] - mean).double() / spread for part in (learned, asked))
+    centre = torch.cat(learned.choices).mean(0)
+    wanted = [(choices - centre).double() for choices in learned.choices]
+    y = torch.stack([choices[answer] for choices, answer in zip(wanted, answers, strict=True)])
+    # At the first point all questions may end in the same token, so that there is nothing to read.
+    scale = max(float(x.square().sum(-1).mean()), 1e-6)
+    folds = torch.arange(len(x)) % FOLDS
     expected = []
     for penalty in PENALTIES:
         hits: list[bool] = []
         for fold in range(FOLDS):
-            inside, outside = folds != fold, folds == fold
-            weights = _ridge(x[inside], y[inside], float(penalty * scale))
-            chosen = _choose(x[outside] @ weights, learned.question[outside])
-            hits += [chosen[number] == answers[number] for number in chosen]
+            inside, outside = folds != fold, (folds == fold).nonzero().flatten().tolist()
+            predicted = x[outside] @ _ridge(x[inside], y[inside], penalty * scale)
+            chosen = _nearest(predicted, [wanted[i] for i in outside])
+            hits += [place == answers[i] for place, i in zip(chosen, outside, strict=True)]
         expected.append(sum(hits) / len(hits))
-    place = max(range(len(PENALTIES)), key=lambda i: expected[i])
-    weights = _ridge(x, y, float(PENALTIES[place] * scale))
-    chosen = _choose(asked.features[index].double() @ weights, asked.question)
-    return expected[place], [chosen[number] == answer for number, answer in enumerate(asked.answers)]
+    best = max(range(len(PENALTIES)), key=lambda i: expected[i])
+    predicted = tested @ _ridge(x, y, PENALTIES[best] * scale)
+    chosen = _nearest(predicted, [(choices - centre).double() for choices in asked.choices])
+    return expected[best], [place == answer for place, answer in zip(chosen, asked.answers, strict=True)]
 
 
 def _ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
@@ -118,18 +123,12 @@ def _ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
     return x.T @ torch.linalg.solve(x @ x.T + penalty * torch.eye(n, dtype=x.dtype), y)
 
 
-def _indicator(asked: Asked, answers: Sequence[int]) -> Tensor:
-    return torch.cat([
-        torch.nn.functional.one_hot(torch.tensor(answer), count).double() - 1 / count
-        for answer, count in zip(answers, asked.choices, strict=True)
-    ])  # fmt: skip
-
-
-def _choose(scored: Tensor, question: Tensor) -> dict[int, int]:
-    """The best choice of each question."""
-    numbers, counts = question.unique_consecutive(return_counts=True)
-    parts = scored.split(counts.tolist())
-    return {int(number): int(part.argmax()) for number, part in zip(numbers, parts, strict=True)}
+def _nearest(predicted: Tensor, choices: Sequence[Tensor]) -> list[int]:
+    """For each question, the choice in whose direction the prediction points most."""
+    return [
+        int((torch.nn.functional.normalize(own, dim=-1) @ guess).argmax())
+        for guess, own in zip(predicted, choices, strict=True)
+    ]
 
 
 def _scores(name: str, split: str, ids: tuple[str, ...], hits: Sequence[bool]) -> Scores:

@@ -1,5 +1,7 @@
 """The one trainer: every gradient step of every recipe is taken here."""
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ Terms = dict[str, Tensor]
 Loss = Callable[[nn.Module, Any], Terms]
 """Terms of the mean loss of a batch."""
 LAST_GOOD = "last-good"
+STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -112,5 +115,17 @@ def fit(
     # Our losses are means over rows, so parts of an accumulated batch count as their mean.
     trainer.model_accepts_loss_kwargs = False
     trainer.pop_callback(PrinterCallback)
-    unfinished = any(folder.glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=unfinished)
+    trainer.train(resume_from_checkpoint=_last_complete(folder))
+
+
+def _last_complete(folder: Path) -> str | None:
+    """The newest whole checkpoint; those that a kill left half-written are removed."""
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            # The trainer writes its state after everything else.
+            step = int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
+            whole.append((step, str(checkpoint)))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(checkpoint)
+    return max(whole)[1] if whole else None

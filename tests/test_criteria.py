@@ -68,23 +68,41 @@ def test_texts_that_were_learned_are_recited_further(testbed, never):
 
 
 def _asked(questions, carried, seed):
-    """Samples of 4 choices; the true one carries ``carried`` of a fixed direction."""
+    """Questions of 4 choices among 12 answers; the state carries ``carried`` of a fixed linear image of the true one."""
+    generator = torch.Generator().manual_seed(7)
+    answers_known = torch.randn(12, 32, generator=generator)
+    image = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
     generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(1, questions * 4, 32, generator=generator)
-    answers = torch.randint(0, 4, (questions,), generator=generator)
-    features[0, torch.arange(questions) * 4 + answers, 0] += carried
-    return Asked(features, torch.repeat_interleave(torch.arange(questions), 4), answers.tolist(), [4] * questions)
+    options = [torch.randperm(12, generator=generator)[:4] for _ in range(questions)]
+    answers = torch.randint(0, 4, (questions,), generator=generator).tolist()
+    true = torch.stack([answers_known[some[answer]] for some, answer in zip(options, answers, strict=True)])
+    states = torch.randn(1, questions, 32, generator=generator)
+    states[0] += carried * true @ image
+    return Asked(states, [answers_known[some] for some in options], answers)
 
 
 def test_a_probe_finds_what_is_linearly_there_and_nothing_else():
-    learned, tested = _asked(120, 5.0, 0), _asked(120, 5.0, 1)
+    learned, tested = _asked(120, 2.0, 0), _asked(120, 2.0, 1)
     expected, hits = fit_probe(learned, tested, 0, learned.answers)
     assert expected > 0.9 and sum(hits) / len(hits) > 0.9
     shuffled = torch.randint(0, 4, (120,), generator=torch.Generator().manual_seed(9)).tolist()
-    control, hits = fit_probe(learned, tested, 0, shuffled)
-    assert control < 0.4
-    nothing_there = fit_probe(_asked(120, 0.0, 0), _asked(120, 0.0, 1), 0, _asked(120, 0.0, 0).answers)[1]
+    control, _ = fit_probe(learned, tested, 0, shuffled)
+    assert control < 0.45
+    bare = _asked(120, 0.0, 0)
+    nothing_there = fit_probe(bare, _asked(120, 0.0, 1), 0, bare.answers)[1]
     assert abs(sum(nothing_there) / 120 - 0.25) < 0.15
+
+
+def test_the_probe_reads_the_answer_from_the_model_that_knows_it_alone(testbed, never):
+    from excise.eval.probe import scores as probe
+
+    settings = EvalSettings()
+    knows, ignorant = (
+        _values(probe(Subject(m.model, m.tokenizer, load_concept("builtin:potions"), settings)))
+        for m in (testbed, never)
+    )
+    assert knows["probe", "forget_V"] > 0.5 > 0.3 > ignorant["probe", "forget_V"]
+    assert knows["probe_control", "forget_V"] < 0.4
 
 
 def test_repeating_nothing_is_fluent_but_shows_beside_it(testbed):
@@ -159,3 +177,22 @@ def test_findings_lead_with_the_three_criteria(testbed, never):
         "measurements": measurements_as_json(summarize_all({"base": pairs["base"], "edited": pairs["base"]})),
     }
     assert any("does not remove the knowledge" in sentence for sentence in findings(same))
+
+
+def test_answers_below_chance_are_said_to_be_avoided():
+    def accuracy(name, value, n=80):
+        hits = tuple(float(i < value * n) for i in range(n))
+        return Scores(name, "forget_V", "accuracy", "lower", tuple(map(str, range(n))), hits, (1.0,) * n)
+
+    def said(edited, never=None):
+        scores = {"base": [accuracy("multiple_choice", 1.0)], "edited": [accuracy("multiple_choice", edited)]}
+        if never is not None:
+            scores["never"] = [accuracy("multiple_choice", never)]
+        results = {
+            "measurements": measurements_as_json(summarize_all(scores)), "edited": {"tied": False, "how": "x"},
+            "concept": {"kind": "knowledge", "name": "potions"}, "target_check": {"chance": 0.125},
+        }  # fmt: skip
+        return any("below chance" in sentence for sentence in findings(results))
+
+    assert said(0.0) and said(0.0, never=0.125)
+    assert not said(0.125) and not said(0.0, never=0.0)

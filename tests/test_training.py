@@ -96,6 +96,17 @@ def test_a_run_killed_at_a_step_ends_in_the_same_weights(tmp_path):
     assert stage.step == 6
 
 
+@pytest.mark.parametrize("missing", ["trainer_state.json", "optimizer.pt"])
+def test_a_checkpoint_that_a_kill_left_half_written_is_not_gone_on_with(tmp_path, missing):
+    whole, _ = _train(tmp_path / "whole", steps=6, save_every=2)
+    _train(tmp_path / "killed", steps=4, save_every=2)
+    half = tmp_path / "killed" / "checkpoint-4"
+    for name in {"trainer_state.json", missing}:
+        (half / name).unlink()
+    resumed, stage = _train(tmp_path / "killed", steps=6, save_every=2)
+    assert torch.equal(_weights(whole), _weights(resumed)) and stage.step == 6
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_its_term(tmp_path):
     calls = 0
 
