@@ -8,7 +8,9 @@ from ..artifacts.events import Events
 from ..artifacts.models import ModelSource, check_memory, choose_device, choose_dtype, find_model, load_model
 from ..artifacts.results import SubjectName, measurements_as_json, summarize_all
 from ..editing.errors import RequestError
+from ..eval.generation import Reply
 from ..eval.measure import measure, workload
+from ..eval.seamless import reverse_perplexity
 from ..eval.statistics import Scores
 from ..eval.subject import EvalSettings, Reference, Subject
 
@@ -35,6 +37,7 @@ def run(
     for _, source in sources:
         check_memory(open_checkpoint(source.folder), device, dtype)
     scores: dict[SubjectName, list[Scores]] = {}
+    replies: dict[SubjectName, list[Reply]] = {}
     reference: Reference | None = None
     for name, source in sources:
         with events.stage(f"load {source.name}"):
@@ -47,7 +50,14 @@ def run(
                 )
             scores[name] = measure(subject)
             reference = subject.reference() if name == "base" else reference
+            replies[name] = subject.replies("concept")
         del loaded, subject
+    if base and concept.about.kind == "knowledge" and replies["base"]:
+        with events.stage("let the base read the replies"):
+            judge = load_model(sources[0][1], device, dtype)
+            ids = [prompt.id for prompt in concept.prompts if prompt.split == "concept"]
+            for name, said in replies.items():
+                scores[name].append(reverse_perplexity(judge.model, judge.tokenizer, ids, said))
     return {
         "schema_version": 1,
         "base": sources[0][1].describe() if base else None,

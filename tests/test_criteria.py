@@ -196,3 +196,17 @@ def test_answers_below_chance_are_said_to_be_avoided():
 
     assert said(0.0) and said(0.0, never=0.125)
     assert not said(0.125) and not said(0.0, never=0.0)
+
+
+def test_eval_alone_lets_the_base_read_the_replies():
+    from excise.artifacts.events import Events
+    from excise.recipes import evaluate
+
+    settings = EvalSettings(reply_tokens=8, kl_prompts=4, questions=8)
+    found = evaluate.run(
+        "builtin:testbed-never", "builtin:potions", "builtin:testbed", "cpu", "float32", settings, Events()
+    )
+    judged = [m for m in found["measurements"] if m["name"] == "reverse_perplexity"]
+    assert [m["subject"] for m in judged] == ["base", "edited"] and judged[1]["value"] > judged[0]["value"] > 1
+    alone = evaluate.run("builtin:testbed-never", "builtin:potions", None, "cpu", "float32", settings, Events())
+    assert not [m for m in alone["measurements"] if m["name"] == "reverse_perplexity"]
