@@ -207,6 +207,8 @@ def test_eval_alone_lets_the_base_read_the_replies():
         "builtin:testbed-never", "builtin:potions", "builtin:testbed", "cpu", "float32", settings, Events()
     )
     judged = [m for m in found["measurements"] if m["name"] == "reverse_perplexity"]
-    assert [m["subject"] for m in judged] == ["base", "edited"] and judged[1]["value"] > judged[0]["value"] > 1
+    assert [m["subject"] for m in judged] == ["base", "edited"]
+    # Two models say different things, and neither is read as certain.
+    assert judged[0]["value"] != judged[1]["value"] and min(m["value"] for m in judged) > 1
     alone = evaluate.run("builtin:testbed-never", "builtin:potions", None, "cpu", "float32", settings, Events())
     assert not [m for m in alone["measurements"] if m["name"] == "reverse_perplexity"]
