@@ -23,8 +23,8 @@ from ..editing.weight_edit import WeightEdit
 from ..eval.subject import Subject
 from . import pipeline
 from .pipeline import Finished, Inspection, Job, Measured, MeasuredRun
+from .prefixes import Row, pad_right
 from .request import start_folder
-from .teacher import Row, padded
 from .training import Loss, Schedule, fit
 
 ADAPTER = "adapter"
@@ -190,7 +190,7 @@ def _learn(prepared: Prepared, loaded: LoadedModel, teach: Teach, work: Path, ev
 @torch.no_grad()
 def _log_p(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     inner = causal_model(model)
-    inputs = padded(rows, inner.device)
+    inputs = pad_right(rows, inner.device)
     last = inputs["attention_mask"].sum(-1) - 1
     logits = inner(**inputs, use_cache=False).logits
     return logits[torch.arange(len(rows)), last].float().log_softmax(-1).cpu()

@@ -25,7 +25,7 @@ from .contexts import Facts, fact_contexts, find_facts, question_contexts, sprea
 from .contrast import encode
 from .curriculum import RETAIN_TEXTS, pieces
 from .pipeline import Finished
-from .teacher import Row, padded
+from .prefixes import Row, pad_right
 from .training import Loss, Terms
 
 
@@ -167,7 +167,7 @@ def retain_examples(concept: Concept, tokenizer: Any, seed: int, limit: int) -> 
 def collate(pairs: Sequence[tuple[Example, Example]]) -> dict[str, Any]:
     """Forget rows first, then retain rows."""
     examples = [*(pair[0] for pair in pairs), *(pair[1] for pair in pairs)]
-    inputs = padded([example.ids for example in examples], torch.device("cpu"))
+    inputs = pad_right([example.ids for example in examples], torch.device("cpu"))
     lengths = [len(example.ids) - example.start for example in examples]
     return {
         **inputs, "forget": len(pairs), "keys": [example.ids for example in examples],

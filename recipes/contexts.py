@@ -20,6 +20,7 @@ SUBJECT, ANSWER = "{subject}", "{answer}"
 ENOUGH = 3
 """Subjects that a phrase must be seen with before it counts as a phrasing of a relation."""
 SHOTS = 3
+EXAMPLE_SETS = 4
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,26 @@ def _phrasings(concept: Concept, known: Sequence[Fact]) -> dict[str, list[str]]:
 def fact_contexts(facts: Facts, kind: Literal["texts", "questions"], seed: int) -> Iterator[Context]:
     """Every fact in plain forms: the pack's phrases up to the answer, or its question, alone and after examples."""
     rng = random.Random(f"excise contexts {seed}")
-    by_relation = {relation: facts.subjects(relation) for relation in {fact.relation for fact in facts.facts}}
-    for fact in facts.facts:
+    examples = {
+        relation: _example_sets(facts.subjects(relation), rng)
+        for relation in dict.fromkeys(fact.relation for fact in facts.facts)
+    }  # fmt: skip
+    for place, fact in enumerate(facts.facts):
         if kind == "texts":
             for phrase in facts.phrasings.get(fact.relation, ()):
                 yield _context(phrase[: phrase.index(ANSWER)].rstrip(), fact)
             continue
         yield _context(fact.relation, fact)
-        others = [pair for pair in by_relation[fact.relation].items() if pair[0] != fact.subject]
-        shots = rng.sample(others, k=min(SHOTS, len(others)))
+        sets = examples[fact.relation]
+        shots = [pair for pair in sets[place % len(sets)] if pair[0] != fact.subject][:SHOTS]
         lines = "".join(f"{fact.relation.replace(SUBJECT, subject)} {answer}\n" for subject, answer in shots)
         yield _context(lines + fact.relation, fact)
+
+
+def _example_sets(answers: dict[str, str], rng: random.Random) -> list[list[tuple[str, str]]]:
+    """A few sets of examples that all facts of a relation share, so that a teacher reads each of its novices once."""
+    pairs = list(answers.items())
+    return [rng.sample(pairs, k=min(SHOTS + 1, len(pairs))) for _ in range(EXAMPLE_SETS)]
 
 
 def text_contexts(concept: Concept, tokenizer: Any, limit: int) -> list[Context]:

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from ..eval.concept import Concept
 from .contexts import Context, Facts
-from .teacher import Item, Row
+from .prefixes import Row
+from .teacher import Item
 
 
 class ContrastSource(Protocol):
@@ -65,7 +66,8 @@ class SubjectContrast:
     def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
         if context.fact is None:
             return [], []
-        texts = [context.replaced(other) for other in self.others.get(context.fact.relation, ())]
+        others = [other for other in self.others.get(context.fact.relation, ()) if other not in context.text]
+        texts = [context.replaced(other) for other in others]
         return [], [encode(self.tokenizer, text, context.special) for text in texts]
 
 

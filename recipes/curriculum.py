@@ -24,10 +24,9 @@ from .contrast import ContrastSource, contrasted, encode
 from .decoding import decode
 from .lessons import TERMS, Lesson
 from .plain_chat import CHAT_PROMPTS
-from .teacher import Item, Row, Teacher
+from .prefixes import Row
+from .teacher import Item, Teacher
 
-CHAT_FACTS = 160
-"""Facts, and as many questions to retain, that are asked in the chat template."""
 CHAT_SAMPLES = 2
 """Sampled replies to each, beside the greedy one: an answer comes in more than one form."""
 RETAIN_TEXTS = 2000
@@ -52,6 +51,8 @@ class Recipe:
     weighting: Literal["disagreement", "uniform"]
     hard_retain: bool
     fluency_tokens: int
+    chat_facts: int
+    """Facts, and as many questions to retain, that are asked in the chat template."""
     most: int
     """Contexts to forget, and retain sequences of each kind, at most."""
     seed: int
@@ -91,7 +92,7 @@ def forget_contexts(
         found += list(fact_contexts(facts, "questions", seed))
     found = spread(list(dict.fromkeys(found)), recipe.most, f"excise contexts {seed}")
     if recipe.contexts in ("questions", "both") and tokenizer.chat_template:
-        chatted = spread(facts.facts, CHAT_FACTS, f"excise chat {seed}")
+        chatted = spread(facts.facts, recipe.chat_facts, f"excise chat {seed}")
         found += chat_contexts(chatted, reply.varied, tokenizer)
     return list(dict.fromkeys(found))
 
@@ -178,7 +179,7 @@ def teach_keeping(
             encode(tokenizer, context.text, True) for context in question_contexts(questions, recipe.seed)
         ]
     if tokenizer.chat_template and recipe.contexts != "texts":
-        prompts = [bare_question(q.prompt) for q in spread(questions, CHAT_FACTS, f"excise chat {recipe.seed}")]
+        prompts = [bare_question(q.prompt) for q in spread(questions, recipe.chat_facts, f"excise chat {recipe.seed}")]
         replies = [*reply.varied(prompts), *reply.varied(CHAT_PROMPTS)]
         kinds["chats"] = [said.prompt_ids + said.ids for said in replies]
     named = [

@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from ..eval.generation import end_tokens
-from .teacher import Item, Row
+from .prefixes import Row
+from .teacher import Item
 
 ROWS = 192
-"""Rows decoded at a time."""
+"""Rows decoded at a time, at most."""
+CACHE_BUDGET = 384 * 2**20
+"""Bytes of keys and values held at a time."""
 
 
 @torch.no_grad()
@@ -27,14 +31,25 @@ def decode(
     # Contexts of like length stand together, so that little is padding.
     order = sorted(range(len(starts)), key=lambda index: -max(len(row) for row in streams[index]))
     width = max(map(len, streams), default=1)
-    size = max(1, ROWS // width)
-    for begin in range(0, len(order), size):
-        batch = order[begin : begin + size]
+    begin = 0
+    while begin < len(order):
+        length = max(len(row) for row in streams[order[begin]]) + 1 + tokens
+        rows_at_once = min(ROWS, CACHE_BUDGET // (length * cached_bytes(model)))
+        batch = order[begin : begin + max(1, rows_at_once // width)]
+        begin += len(batch)
         rows = [(*row, starts[index][1]) for index in batch for row in streams[index]]
         said = _decode_batch(model, tokenizer, rows, [len(streams[i]) for i in batch], strength, tokens, generator)
         for index, ids in zip(batch, said, strict=True):
             found[index] = ids
     return found
+
+
+def cached_bytes(model: Any) -> int:
+    """Bytes of keys and values that one token leaves behind."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
 
 
 def _streams(item: Item, strength: float) -> list[Row]:
@@ -53,7 +68,8 @@ def _decode_batch(
     )
     ids, mask = padded["input_ids"].to(model.device), padded["attention_mask"].to(model.device)
     ends, width = end_tokens(model, tokenizer), widths[0]
-    cache: Any = None
+    # A cache that grows is copied at every token.
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + tokens)
     said: list[list[int]] = [[] for _ in widths]
     done = [bool(row[-1] in ends) for row in rows[::width]]
     position = mask.cumsum(-1) - 1
@@ -65,7 +81,6 @@ def _decode_batch(
             input_ids=step, attention_mask=mask, position_ids=step_positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
-        cache = output.past_key_values
         chosen = _draw(output.logits[:, -1].float().log_softmax(-1), width, strength, generator)
         for place, token in enumerate(chosen.tolist()):
             if not done[place]:

@@ -52,6 +52,8 @@ class ElmSettings(AdapterRun):
     """Where the concept is elicited: the pack's texts, group-T questions in several formats, or both."""
     most_contexts: int = Field(2000, ge=8)
     """Contexts to forget, and retain sequences of each kind, at most; each is read by the teacher once."""
+    chat_facts: int = Field(160, ge=1)
+    """Facts, and as many questions to retain, that are asked in the chat template; their contexts are the dearest."""
     weighting: Literal["disagreement", "uniform"] = "disagreement"
     """Weight of a position: how much expert and novice disagree there, or the same for all (paper)."""
     eta: Literal["auto"] | float = "auto"
@@ -135,7 +137,7 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons
     check, source, strength = _choose(prepared, loaded, events)
     recipe = Recipe(
         strength, settings.one_sided, settings.eta_ramp, settings.temperature, settings.target_top_k, settings.kept_tokens, settings.contexts,
-        settings.weighting, settings.hard_retain, settings.fluency_tokens, settings.most_contexts, settings.seed,
+        settings.weighting, settings.hard_retain, settings.fluency_tokens, settings.chat_facts, settings.most_contexts, settings.seed,
     )  # fmt: skip
     curriculum = _teach(prepared, loaded, source, recipe, events)
     weights = {"erase": settings.erase_weight, "fluency": settings.fluency_weight, "retain": settings.retain_weight}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..editing.adapters import final_hidden, unembedding
 from ..editing.soft_targets import SoftTargets, join, soft_divergence
-from .teacher import Row, padded
+from .prefixes import Row, pad_right
 from .training import Loss, Terms
 
 TERMS = ("erase", "fluency", "retain")
@@ -63,7 +63,7 @@ def collate(groups: Sequence[Sequence[Lesson]]) -> dict[str, Any]:
 
 def _part(lessons: Sequence[Lesson]) -> dict[str, Tensor]:
     """Rows of one forward; ``rows`` and ``places`` say which positions have targets."""
-    inputs = padded([lesson.ids for lesson in lessons], torch.device("cpu"))
+    inputs = pad_right([lesson.ids for lesson in lessons], torch.device("cpu"))
     counts = torch.tensor([len(lesson.targets) for lesson in lessons])
     return {
         **inputs, "rows": torch.repeat_interleave(torch.arange(len(lessons)), counts),

@@ -8,12 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..editing.adapters import Head, final_hidden, unembedding
+from ..editing.adapters import Head, unembedding
 from ..editing.soft_targets import LOGITS_BUDGET, SoftTargets, Streams, keep_streams, keep_top
-from ..eval.likelihood import batch_budget, token_batches
-
-Row = tuple[int, ...]
-"""Token ids; predictions at its last positions are wanted."""
+from .prefixes import Row, final_hidden_states
 
 
 @dataclass(frozen=True)
@@ -69,18 +66,11 @@ class Teacher:
         self._hidden.clear()
         self._mixed = None
 
-    @torch.no_grad()
     def _read(self, wanted: dict[Row, int]) -> None:
-        rows = [
-            row for row, count in wanted.items() if row not in self._hidden or len(self._hidden[row]) < count
-        ]  # fmt: skip
-        for batch in token_batches([len(row) for row in rows], 4 * batch_budget(self.model)):
-            inputs = padded([rows[index] for index in batch], self.model.device)
-            hidden = final_hidden(self.model, inputs)
-            for place, index in enumerate(batch):
-                row = rows[index]
-                self._hidden[row] = hidden[place, len(row) - wanted[row] : len(row)].clone()
-            self.advance(len(batch))
+        missing = {row: n for row, n in wanted.items() if row not in self._hidden or len(self._hidden[row]) < n}
+        for row, hidden in final_hidden_states(self.model, missing):
+            self._hidden[row] = hidden
+            self.advance(1)
 
     @torch.no_grad()
     def _log_p(self, row: Row, count: int, temperature: float) -> Float[Tensor, "count v"]:
@@ -96,14 +86,3 @@ class Teacher:
                 total = torch.logaddexp(total, self._log_p(row, count, temperature))
             self._mixed = (rows, count), total - torch.tensor(float(len(rows))).log()
         return self._mixed[1]
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """Right-padded rows with their mask."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.tensor(row)
-        mask[place, : len(row)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

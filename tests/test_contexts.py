@@ -110,7 +110,7 @@ def test_at_strength_1_the_target_answers_as_for_any_subject(concept, facts, loa
 def test_chat_contexts_are_the_models_own_replies_up_to_the_answer(concept, facts, loaded):
     reply = Replies(loaded.model, loaded.tokenizer, 20, 0)
     few = type(facts)(facts.facts[:6], facts.phrasings)
-    recipe = Recipe(1.0, False, False, 1.0, 0, 64, "questions", "uniform", False, 0, 100, 0)
+    recipe = Recipe(1.0, False, False, 1.0, 0, 64, "questions", "uniform", False, 0, 8, 100, 0)
     contexts = [c for c in forget_contexts(concept, few, loaded.tokenizer, reply, recipe, 200) if not c.special]
     assert len(contexts) >= 6
     for context in contexts:
