@@ -90,8 +90,13 @@ class LoadedModel:
         return self.model.device
 
 
-def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def load_model(
+    source: ModelSource, device: torch.device, dtype: torch.dtype, *, bits: Literal[4, 16] = 16
+) -> LoadedModel:
     """Load weights in evaluation mode: safetensors only, no remote code, no tensor missing, unexpected or reshaped.
+
+    Args:
+        bits: 4 quantizes to bitsandbytes NF4 while loading, on a GPU.
 
     Raises:
         CheckpointError: The weights and the configuration do not fit together, or there is no tokenizer.
@@ -104,7 +109,7 @@ def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype) ->
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            local_files_only=True, output_loading_info=True,
+            local_files_only=True, output_loading_info=True, **_quantized(bits, device, dtype),
         )  # fmt: skip
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{source.name} does not load: {_one_line(error)}") from error
@@ -116,6 +121,17 @@ def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype) ->
                 "transformers would go on with random weights; fetch the checkpoint again"
             )
     return LoadedModel(model.to(device).eval(), tokenizer, source)
+
+
+def _quantized(bits: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    if bits == 16:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )  # fmt: skip
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def load_tokenizer(source: ModelSource) -> Any:

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from ..artifacts.edits import load_edit
 from ..artifacts.events import Events
-from ..artifacts.models import LoadedModel
+from ..artifacts.models import LoadedModel, load_model
 from ..editing.adapters import AdapterShape, adapter_modules, attach, causal_model, detach, learned_factors
 from ..editing.architectures import layer_selection, residual_width
 from ..editing.errors import EditError, RequestError
 from ..editing.low_rank import Factors, LowRankUpdate
 from ..editing.weight_edit import WeightEdit
+from ..eval.concept import Concept
 from ..eval.subject import Subject
 from . import pipeline
+from .overlap import without_overlap
 from .pipeline import Finished, Inspection, Job, Measured, MeasuredRun
 from .prefixes import Row, pad_right
 from .request import start_folder
@@ -57,6 +59,10 @@ class AdapterRun(MeasuredRun):
     """How the learning rate goes down."""
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 does not clip."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: the same gradients in less memory."""
+    base_bits: Literal[4, 16] = 16
+    """4 trains on a bitsandbytes NF4 base (GPU only); the update is merged into the checkpoint at its full precision."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,9 @@ class Prepared:
     settings: AdapterRun
     layers: tuple[int, ...]
     shape: AdapterShape
+    concept: Concept
+    """The job's concept without retain texts that repeat forget texts, which nothing could learn to keep."""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,9 +105,15 @@ def prepare(recipe: str, settings: AdapterRun, *, resume: bool) -> Prepared:
         raise RequestError(
             f"accumulation={settings.accumulation} does not divide batch_size={settings.batch_size}; choose a divisor"
         )
+    if settings.base_bits == 4 and job.device.type != "cuda":
+        raise RequestError(
+            f"base_bits=4 trains on a GPU, the device is {job.device}: on CPUs bitsandbytes gives silently wrong gradients "
+            "once a 4-bit model was evaluated; use base_bits=16"
+        )
+    concept, warnings = without_overlap(job.concept)
     layers = tuple(layer_selection(settings.layers, job.layers))
     shape = AdapterShape(settings.rank, settings.alpha, _modules(job, settings, layers))
-    prepared = Prepared(job, settings, layers, shape)
+    prepared = Prepared(job, settings, layers, shape, concept, warnings)
     pipeline.check_plan(job, _unlearned(prepared).plan(job.checkpoint.config, list(job.checkpoint.tensors)))
     return prepared
 
@@ -154,6 +169,11 @@ def _study_base(prepared: Prepared, teach: Teach, work: Path, events: Events) ->
     job = prepared.job
     loaded = pipeline.load(job, job.source, "base", events)
     measured = pipeline.measure_base(job, loaded, events)
+    if prepared.settings.base_bits == 4:
+        del loaded
+        gc.collect()
+        with events.stage("load the base in 4 bits"):
+            loaded = load_model(job.source, job.device, job.dtype, bits=4)
     edit = pipeline.kept_edit(work / "edit", lambda: _learn(prepared, loaded, teach, work, events), load_edit)
     del loaded
     gc.collect()
@@ -163,6 +183,8 @@ def _study_base(prepared: Prepared, teach: Teach, work: Path, events: Events) ->
 def _learn(prepared: Prepared, loaded: LoadedModel, teach: Teach, work: Path, events: Events) -> LowRankUpdate:
     job, settings = prepared.job, prepared.settings
     lessons = teach(loaded, events)
+    if settings.gradient_checkpointing:
+        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     adapted = attach(loaded.model, prepared.shape, settings.seed)
     schedule = Schedule(
         settings.steps, settings.batch_size // settings.accumulation, settings.learning_rate, settings.seed,
@@ -172,6 +194,8 @@ def _learn(prepared: Prepared, loaded: LoadedModel, teach: Teach, work: Path, ev
     with events.stage("train", settings.steps) as stage:
         fit(adapted, lessons.groups, stage, work / "training", lessons.loss, schedule, lessons.collate)
     adapted.eval()
+    if settings.gradient_checkpointing:
+        loaded.model.gradient_checkpointing_disable()
     rows = list(lessons.rows)
     torch.save({"rows": [list(row) for row in rows], "log_p": _log_p(adapted, rows)}, work / "logits.pt")
     # A local path would be published with the adapter.

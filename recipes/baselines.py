@@ -4,6 +4,7 @@ Each minimizes one line, given in its settings' docstring; y is the answer of a 
 where the pack's facts are not found.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def prepare(settings: BaselineRun, *, resume: bool = False) -> Prepared:
         layers = tuple(layer for layer in checked.layers if layer <= deepest)
         names = tuple(name for name in checked.shape.modules if _layer_of(name, checked.job.row.layers) <= deepest)
         shape = adapted.AdapterShape(checked.shape.rank, checked.shape.alpha, names)
-        checked = adapted.Prepared(checked.job, settings, layers, shape)
+        checked = dataclasses.replace(checked, layers=layers, shape=shape)
     return Prepared(checked, settings, find_facts(checked.job.concept))
 
 
@@ -121,11 +122,11 @@ def run(prepared: Prepared, events: Events) -> Finished:
 
 
 def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons:
-    settings, job = prepared.settings, prepared.adapted.job
+    settings, concept = prepared.settings, prepared.adapted.concept
     with events.stage("read the base on what is to be trained") as stage:
         limit = min(int(getattr(loaded.model.config, "max_position_embeddings", 1024)), 1024) // 2
-        forget = forget_examples(job.concept, prepared.facts, loaded.tokenizer, settings.seed, limit)
-        retain = retain_examples(job.concept, loaded.tokenizer, settings.seed, limit)
+        forget = forget_examples(concept, prepared.facts, loaded.tokenizer, settings.seed, limit)
+        retain = retain_examples(concept, loaded.tokenizer, settings.seed, limit)
         count = settings.steps * settings.batch_size
         pairs = list(zip(
             _cycled(forget, count, "forget", settings.seed), _cycled(retain, count, "retain", settings.seed), strict=True
@@ -138,7 +139,7 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons
         "lessons": {"forget": len(forget), "retain": len(retain)},
     }  # fmt: skip
     rows = [example.ids for example in (*forget[:8], *retain[:8])]
-    return Lessons(pairs, collate, loss, rows, training, {"warnings": []})
+    return Lessons(pairs, collate, loss, rows, training, {"warnings": list(prepared.adapted.warnings)})
 
 
 def forget_examples(concept: Concept, facts: Facts, tokenizer: Any, seed: int, limit: int) -> list[Example]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..eval.concept import Concept
-from .contexts import Context, Facts
+from .contexts import SUBJECT, Context, Facts
 from .prefixes import Row
 from .teacher import Item
 
@@ -71,6 +71,42 @@ class SubjectContrast:
         return [], [encode(self.tokenizer, text, context.special) for text in texts]
 
 
+@dataclass(frozen=True)
+class ExampleContrast:
+    """The same text after examples: right ones for the expert, the same with their answers shuffled for the novice.
+
+    Shuffled answers tell a model that subject and answer have nothing to do with each other, in the form it is asked in.
+    """
+
+    tokenizer: Any
+    examples: dict[str, tuple[tuple[str, str], ...]]
+    """By relation, subjects with their answers."""
+    name: str = "examples"
+    lasting: bool = False
+
+    def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
+        pairs = [
+            pair for pair in self.examples.get(context.fact.relation if context.fact else "", ())
+            if pair[0] not in context.text
+        ]  # fmt: skip
+        if len({answer for _, answer in pairs}) < 2:
+            return [], []
+        answers = [answer for _, answer in pairs]
+        # A rotation gives as few subjects as possible their own answer.
+        turn = max(range(1, len(pairs)), key=lambda t: sum(a != answers[i - t] for i, a in enumerate(answers)))
+        shuffled = [(subject, answers[place - turn]) for place, (subject, _) in enumerate(pairs)]
+        expert, novice = (
+            encode(self.tokenizer, context.introduced(_lines(context, some)), context.special)
+            for some in (pairs, shuffled)
+        )
+        return [expert], [novice]
+
+
+def _lines(context: Context, pairs: Sequence[tuple[str, str]]) -> str:
+    assert context.fact is not None
+    return "".join(f"{context.fact.relation.replace(SUBJECT, subject)} {answer}\n" for subject, answer in pairs)
+
+
 def stand_ins(facts: Facts, count: int, seed: int) -> dict[str, tuple[str, ...]]:
     """For each relation, subjects that differ in their answers as far as possible."""
     rng = random.Random(f"excise stand-ins {seed}")
@@ -97,6 +133,11 @@ def contrast_sources(
     others = stand_ins(facts, stand_in_count, seed)
     if any(len(subjects) > 1 for subjects in others.values()):
         sources.append(SubjectContrast(tokenizer, others))
+        examples = {
+            relation: tuple((subject, facts.subjects(relation)[subject]) for subject in subjects)
+            for relation, subjects in others.items()
+        }  # fmt: skip
+        sources.append(ExampleContrast(tokenizer, examples))
     if concept.about.personas:
         expert, novice = (
             text.replace("{description}", concept.about.description)

@@ -192,11 +192,11 @@ def teach_keeping(
         skipped += len(whole) - len(clean)
         if clean:
             own = teacher.top(clean, [0] * len(clean), recipe.kept)
-            found[kind] = [_kept(row, targets, recipe, len(kinds)) for row, targets in zip(clean, own, strict=True)]
+            found[kind] = [keep(row, targets, recipe, len(kinds)) for row, targets in zip(clean, own, strict=True)]
     return found, skipped
 
 
-def _kept(row: Row, own: SoftTargets, recipe: Recipe, kinds: int) -> Lesson:
+def keep(row: Row, own: SoftTargets, recipe: Recipe, kinds: int) -> Lesson:
     """A sequence to keep; one of each kind is in a group, so that the term is their mean."""
     n = len(row)
     weights = torch.full((n,), 1 / (n * kinds))

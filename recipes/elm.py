@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ..artifacts.events import Events
-from ..artifacts.models import LoadedModel
+from ..artifacts.kept import KeptTensors, scope_of
+from ..artifacts.models import LoadedModel, cache_folder
 from ..editing.errors import EditError, RequestError
 from . import adapted
 from .adapted import AdapterRun, Lessons
@@ -46,8 +47,9 @@ class ElmSettings(AdapterRun):
 
     preset: Literal["default", "paper", "reference"] = "default"
     """paper and reference set other defaults, as published and as in the authors' code; keys given explicitly win."""
-    contrast: Literal["auto", "subjects", "personas"] = "auto"
-    """Novice: the mean over other subjects in the same words, or a persona (paper); auto takes what the target check prefers."""
+    contrast: Literal["auto", "subjects", "personas", "examples"] = "auto"
+    """Novice: the mean over other subjects in the same words, a persona (paper), or examples whose answers are shuffled
+    against examples that are right; auto takes what the target check prefers."""
     contexts: Literal["both", "texts", "questions"] = "both"
     """Where the concept is elicited: the pack's texts, group-T questions in several formats, or both."""
     most_contexts: int = Field(2000, ge=8)
@@ -108,7 +110,7 @@ def prepare(settings: ElmSettings, *, resume: bool = False) -> Prepared:
     checked = adapted.prepare(RECIPE, settings, resume=resume)
     concept = checked.job.concept
     facts = find_facts(concept)
-    if settings.contrast == "subjects" and not facts.phrasings:
+    if settings.contrast in ("subjects", "examples") and not facts.phrasings:
         raise RequestError(
             f"concept {concept.ref} has no facts to exchange subjects in: group-T forget questions need a subject that "
             "their prompt names, and texts that state their answers; use contrast=personas"
@@ -150,7 +152,7 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons
     return Lessons(
         arrange(curriculum.lessons, settings.steps * settings.batch_size, settings.seed), collate, lesson_loss(weights),
         [lesson.ids for lessons in curriculum.lessons.values() for lesson in lessons[:8]], training,
-        {"target_check": check.describe(), "warnings": _warnings(check, curriculum)},
+        {"target_check": check.describe(), "warnings": [*prepared.adapted.warnings, *_warnings(check, curriculum)]},
     )  # fmt: skip
 
 
@@ -162,7 +164,12 @@ def _choose(prepared: Prepared, loaded: LoadedModel, events: Events) -> tuple[Ta
         sources = [source for source in sources if source.name == settings.contrast]
     with events.stage("check the target") as stage:
         check = check_target(
-            Teacher(loaded.model), loaded.tokenizer, job.concept, prepared.facts, sources, one_sided=settings.one_sided
+            Teacher(loaded.model, stage.advance, _kept(prepared, loaded)),
+            loaded.tokenizer,
+            job.concept,
+            prepared.facts,
+            sources,
+            one_sided=settings.one_sided,
         )
         stage.advance(0, forget=check.best.accuracy["forget"], strength=check.best.strength)
     source = next(source for source in sources if source.name == check.best.contrast)
@@ -173,18 +180,26 @@ def _teach(
     prepared: Prepared, loaded: LoadedModel, source: ContrastSource, recipe: Recipe, events: Events
 ) -> Curriculum:
     """All lessons, each teacher's prediction computed once."""
-    job, tokenizer = prepared.adapted.job, loaded.tokenizer
+    job, concept, tokenizer = prepared.adapted.job, prepared.adapted.concept, loaded.tokenizer
     limit = min(int(getattr(loaded.model.config, "max_position_embeddings", 1024)), 1024) // 2
     reply = Replies(loaded.model, tokenizer, job.settings.reply_tokens, recipe.seed)
     with events.stage("read the teacher") as stage:
-        contexts = forget_contexts(job.concept, _facts_for(prepared, source), tokenizer, reply, recipe, limit)
-        teacher = Teacher(loaded.model, stage.advance)
+        contexts = forget_contexts(concept, _facts_for(prepared, source), tokenizer, reply, recipe, limit)
+        teacher = Teacher(loaded.model, stage.advance, _kept(prepared, loaded))
         forget, without, left_over = teach_forgetting(teacher, tokenizer, contexts, source, recipe)
         teacher.forget()
-        keep, skipped = teach_keeping(teacher, tokenizer, job.concept, prepared.facts, reply, recipe, limit)
+        keep, skipped = teach_keeping(teacher, tokenizer, concept, prepared.facts, reply, recipe, limit)
     if not forget:
         raise EditError(f"no context of concept {job.concept.ref} has a contrast under {source.name}; try another")
     return Curriculum({"forget": forget, **keep}, len(contexts), without, left_over, skipped)
+
+
+def _kept(prepared: Prepared, loaded: LoadedModel) -> KeptTensors | None:
+    """Where the teacher's work is kept; a 4-bit base computes something else and is not kept."""
+    job = prepared.adapted.job
+    if prepared.settings.base_bits != 16:
+        return None
+    return KeptTensors(cache_folder() / "teacher", scope_of(job.source.folder, job.dtype, job.device))
 
 
 def _facts_for(prepared: Prepared, source: ContrastSource) -> Facts:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..artifacts.kept import KeptTensors
 from ..editing.adapters import Head, unembedding
 from ..editing.soft_targets import LOGITS_BUDGET, SoftTargets, Streams, keep_streams, keep_top
 from .prefixes import Row, final_hidden_states
@@ -25,10 +26,14 @@ class Item:
 
 
 class Teacher:
-    """A frozen model that remembers what it computed."""
+    """A frozen model that remembers what it computed, on disk too where a place is given.
 
-    def __init__(self, model: Any, advance: Callable[[int], None] = lambda _: None):
-        self.model, self.advance = model, advance
+    What is remembered are final hidden states, from which distributions are exact: a sweep over the strength, the
+    temperature, ranks, layers, rates or weights reads every context that it shares with an earlier run from disk.
+    """
+
+    def __init__(self, model: Any, advance: Callable[[int], None] = lambda _: None, kept: KeptTensors | None = None):
+        self.model, self.advance, self.kept = model, advance, kept
         self._hidden: dict[Row, Tensor] = {}
         self._mixed: tuple[tuple[tuple[Row, ...], int], Tensor] | None = None
 
@@ -68,9 +73,20 @@ class Teacher:
 
     def _read(self, wanted: dict[Row, int]) -> None:
         missing = {row: n for row, n in wanted.items() if row not in self._hidden or len(self._hidden[row]) < n}
+        if not missing:
+            return
+        key = sorted(missing.items())
+        kept = self.kept.get(key) if self.kept else None
+        if kept is not None:
+            parts = kept["hidden"].to(self.model.device).split([n for _, n in key])
+            self._hidden.update(zip((row for row, _ in key), parts, strict=True))
+            self.advance(len(key))
+            return
         for row, hidden in final_hidden_states(self.model, missing):
             self._hidden[row] = hidden
             self.advance(1)
+        if self.kept:
+            self.kept.put({"hidden": torch.cat([self._hidden[row] for row, _ in key]).cpu()}, key)
 
     @torch.no_grad()
     def _log_p(self, row: Row, count: int, temperature: float) -> Float[Tensor, "count v"]:

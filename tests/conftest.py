@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What other versions of the code kept must not decide what is tested.
+_CACHE = tempfile.TemporaryDirectory(prefix="excise-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 from jaxtyping import install_import_hook
 

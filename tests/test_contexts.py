@@ -149,3 +149,51 @@ def test_presets_set_defaults_and_explicit_keys_win():
     assert ElmSettings(preset="reference").eta_ramp and ElmSettings(preset="reference").target_top_k == 50
     assert ElmSettings(preset="paper", rank=16).rank == 16
     assert ElmSettings().rank not in (4, 256)
+
+
+def test_examples_with_shuffled_answers_tell_a_novice_nothing(concept, facts, loaded):
+    source = next(s for s in contrast_sources(concept, facts, loaded.tokenizer, 8, 0) if s.name == "examples")
+    context = next(context for context in fact_contexts(facts, "questions", 0) if "\n" not in context.text)
+    (expert,), (novice,) = source.rows(context)
+    assert sorted(expert) == sorted(novice) and expert != novice
+    end = len(loaded.tokenizer(context.text, add_special_tokens=False)["input_ids"])
+    assert expert[-end:] == novice[-end:]
+    assert source.rows(Context("The sky is")) == ([], [])
+
+
+def test_what_a_teacher_read_is_kept_and_read_back_without_the_model(concept, facts, loaded, tmp_path, monkeypatch):
+    import torch
+    from excise.artifacts.kept import KeptTensors
+    from excise.recipes import teacher as module
+
+    rows = [tuple(loaded.tokenizer(text.text)["input_ids"]) for text in concept.forget[:6]]
+    kept = KeptTensors(tmp_path / "kept", "this model")
+    first = Teacher(loaded.model, kept=kept).top(rows, [0] * len(rows), 16)
+    calls = []
+    monkeypatch.setattr(module, "final_hidden_states", lambda *_: calls.append(1) or iter(()))
+    second = Teacher(loaded.model, kept=kept).top(rows, [0] * len(rows), 16)
+    assert not calls
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.log_p, other.log_p)
+    # Another model's work is not taken for this one's, and a broken file counts as none.
+    assert KeptTensors(tmp_path / "kept", "another").get(sorted({row: len(row) for row in rows}.items())) is None
+    for path in (tmp_path / "kept").glob("*"):
+        path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(KeyError):
+        Teacher(loaded.model, kept=kept).top(rows, [0] * len(rows), 16)
+    assert calls
+
+
+def test_kept_tensors_make_room_for_new_ones(tmp_path):
+    import os
+
+    import torch
+    from excise.artifacts.kept import KeptTensors
+
+    kept = KeptTensors(tmp_path, "a model", budget=3000)
+    for place in range(4):
+        kept.put({"x": torch.full((200,), float(place))}, place)
+        for age, path in enumerate(sorted(tmp_path.glob("*"), key=lambda p: p.stat().st_mtime, reverse=True)):
+            os.utime(path, (10**9 - age, 10**9 - age))
+    assert kept.get(0) is None and kept.get(3)["x"][0] == 3
+    assert sum(path.stat().st_size for path in tmp_path.glob("*")) <= 3000

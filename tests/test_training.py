@@ -69,6 +69,23 @@ def test_accumulated_parts_give_the_gradient_of_the_whole(tmp_path):
     assert not torch.allclose(_weights(whole), _weights(less), atol=1e-3)
 
 
+def test_checkpointed_activations_give_the_same_gradients_and_are_computed_again():
+    found = {}
+    for checkpointed in (False, True):
+        adapted, calls = _adapted(), []
+        if checkpointed:
+            adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        layer = adapted.get_base_model().model.layers[0].mlp
+        layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        adapted.train()
+        batch = collate([[lesson] for lesson in _lessons(3)])
+        torch.stack(list(lesson_loss(WEIGHTS)(adapted, batch).values())).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad])
+        found[checkpointed] = gradients, len(calls) / len(batch["parts"])
+    assert torch.allclose(found[False][0], found[True][0], atol=1e-6) and found[True][0].norm() > 1e-3
+    assert (found[False][1], found[True][1]) == (1, 2)
+
+
 def test_padding_and_company_in_a_batch_change_no_loss():
     model, lessons = make_pico("llama"), _lessons(6)
     loss = lesson_loss(WEIGHTS)

@@ -1,0 +1,303 @@
+"""Seconds and memory of an ELM step, against a plain loop that does the same work as the method's published code does it.
+
+    python benchmarks/elm.py MODEL [--rounds 3] [--lengths lines,texts]
+
+Both train rank 4 on layers 4 to 7 with 12 sequences a step: 4 to forget, 4 to retain, 4 continuations (where a
+continuation follows its forget text, excise reads both as one row). The plain loop takes them one at a time: separate
+forwards of bare, expert, novice and retain, targets over the whole vocabulary in float64, three streams decoded in turn
+for each sample. Three ways to treat the fluency term: decoded for every step, sampled beforehand, none. Each
+measurement is a process of its own, interleaved; the teacher's work is charged to both at every step.
+"""
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+Spent = tuple[dict[str, float], float]
+"""Seconds by part of all steps, and the matrix multiplications' own."""
+GROUPS = 4
+NEW_TOKENS = 100
+MODES = ("decoded", "pre-generated", "none")
+STEPS = {"excise": {"lines": 12, "texts": 4}, "plain": {"lines": 2, "texts": 1}}
+EXPERT = "The following was written by an expert on potions, with detailed knowledge of every one of them. "
+NOVICE = "The following was written by somebody who has never heard of potions and knows nothing about them. "
+
+
+def main() -> None:
+    """Run every pairing and print medians with ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lengths", default="lines,texts")
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--worker", nargs=3, metavar=("SIDE", "LENGTH", "MODE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(measure(options.model, *options.worker)))
+        return
+    print(f"{'':24}{'s a step':>28}{'peak MB':>22}")
+    print(f"{'':24}{'excise':>10}{'plain':>10}{'ratio':>8}{'excise':>12}{'plain':>10}")
+    for length in options.lengths.split(","):
+        for mode in options.modes.split(","):
+            found: dict[str, list[dict[str, Any]]] = {"excise": [], "plain": []}
+            for _ in range(options.rounds):
+                for side, results in found.items():
+                    results.append(_in_process(options.model, side, length, mode))
+            report(f"{length}, {mode}", found)
+
+
+def report(name: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    """One line of medians, and where the time of an excise step goes."""
+    middle = {side: statistics.median(r["seconds"] for r in results) for side, results in found.items()}
+    memory = {side: max(r["peak"] for r in results) for side, results in found.items()}
+    ratios = sorted(p["seconds"] / e["seconds"] for e, p in zip(found["excise"], found["plain"], strict=True))
+    ratio = statistics.median(ratios)
+    print(
+        f"{name:24}{middle['excise']:10.2f}{middle['plain']:10.2f}{ratio:7.1f}x"
+        f"{memory['excise']:12.0f}{memory['plain']:10.0f}   ratios {', '.join(f'{r:.1f}' for r in ratios)}"
+    )
+    parts = found["excise"][0]["parts"]
+    whole = sum(parts.values())
+    shares = ", ".join(f"{part} {value / whole:.0%}" for part, value in parts.items())
+    print(f"{'':24}{shares}; {whole / found['excise'][0]['floor']:.1f}x the matrix-multiply floor", flush=True)
+
+
+def measure(ref: str, side: str, length: str, mode: str) -> dict[str, Any]:
+    """Seconds an optimizer step and peak memory of one side, in this process."""
+    import torch
+    from excise.artifacts.models import find_model, load_model
+
+    loaded = load_model(find_model(ref), torch.device("cpu"), torch.float32)
+    steps = STEPS[side][length]
+    rng = random.Random(0)
+    texts = [make_text(loaded.tokenizer, length, rng) for _ in range(2 * GROUPS * steps)]
+    run = excise_steps if side == "excise" else plain_steps
+    parts, floor = run(loaded, texts[: GROUPS * steps], texts[GROUPS * steps :], mode, steps)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "seconds": sum(parts.values()) / steps,
+        "peak": peak,
+        "parts": {k: v / steps for k, v in parts.items()},
+        "floor": floor / steps,
+    }
+
+
+def make_text(tokenizer: Any, length: str, rng: random.Random) -> str:
+    """A line of about 13 tokens, or a text of 150 to 250."""
+    from excise.artifacts.concepts import load_concept
+
+    lines = [text.text for text in load_concept("builtin:potions").forget]
+    text = rng.choice(lines)
+    wanted = 1 if length == "lines" else rng.randint(150, 250)
+    while len(tokenizer(text)["input_ids"]) < wanted:
+        text = f"{text} {rng.choice(lines)}"
+    return text
+
+
+def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, steps: int) -> Spent:
+    """The recipe's own parts: streams, decoding, lessons, loss."""
+    import torch
+    from excise.recipes.lessons import collate, lesson_loss
+
+    watch = _Watch()
+    with watch("teacher and decoding" if mode == "decoded" else "teacher"):
+        lessons, kept = _lessons(loaded, forget, retain, mode)
+    model, optimizer = _adapter(loaded)
+    loss = lesson_loss({"erase": 1.0, "fluency": 1.0, "retain": 1.0})
+    for step in range(steps):
+        chosen = slice(step * GROUPS, (step + 1) * GROUPS)
+        groups = [list(pair) for pair in zip(lessons[chosen], kept[chosen], strict=True)]
+        with watch("student forward and loss"):
+            total = torch.stack(list(loss(model, collate(groups)).values())).sum()
+        with watch("student backward"):
+            total.backward()
+        with watch("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+    read = sum(len(lesson.ids) for lesson in [*lessons, *kept])
+    return watch.spent, _floor(loaded.model, read + 2 * sum(len(lesson.ids) for lesson in lessons), read)
+
+
+def _lessons(loaded: Any, forget: list[str], retain: list[str], mode: str) -> tuple[list[Any], list[Any]]:
+    from excise.recipes import curriculum
+    from excise.recipes.contexts import Context
+    from excise.recipes.contrast import PersonaContrast, encode
+    from excise.recipes.teacher import Teacher
+
+    recipe = curriculum.Recipe(
+        strength=3.0, one_sided=False, ramp=False, temperature=1.0, top_k=0, kept=128, contexts="texts",
+        weighting="uniform", hard_retain=False, fluency_tokens=0 if mode == "none" else NEW_TOKENS - 1, chat_facts=1,
+        most=10**6, seed=0,
+    )  # fmt: skip
+    if mode == "pre-generated":
+        rng = random.Random(0)
+        curriculum.decode = lambda *_: [tuple(rng.choices(range(1000, 9000), k=NEW_TOKENS - 1)) for _ in forget]
+    teacher, tokenizer = Teacher(loaded.model), loaded.tokenizer
+    source = PersonaContrast(tokenizer, EXPERT, NOVICE)
+    lessons, _, _ = curriculum.teach_forgetting(teacher, tokenizer, [Context(text) for text in forget], source, recipe)
+    rows = [encode(tokenizer, text, True) for text in retain]
+    own = teacher.top(rows, [0] * len(rows), recipe.kept)
+    return lessons, [curriculum.keep(row, targets, recipe, 1) for row, targets in zip(rows, own, strict=True)]
+
+
+def plain_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, steps: int) -> Spent:
+    """One sequence at a time, as the published code goes about it."""
+    loop = PlainLoop(loaded)
+    for step in range(steps):
+        for place in range(step * GROUPS, (step + 1) * GROUPS):
+            loop.learn(forget[place], retain[place], mode)
+        loop.update()
+    return loop.watch.spent, 0.0
+
+
+class PlainLoop:
+    """Batch 1, separate forwards, whole-vocabulary targets in float64, three streams decoded for each sample."""
+
+    def __init__(self, loaded: Any):
+        self.model, self.optimizer = _adapter(loaded)
+        self.tokenizer, self.watch = loaded.tokenizer, _Watch()
+
+    def learn(self, forget: str, retain: str, mode: str) -> None:
+        """Gradients of one sequence of each kind."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        with self.watch("teacher"):
+            target = self.target(forget)
+            hard = self.frozen(self.ids(retain)).argmax(-1)
+        with self.watch("student"):
+            cross_entropy(self.logits(self.ids(forget)), target).backward()
+            cross_entropy(self.logits(self.ids(retain)), hard).backward()
+        if mode == "none":
+            return
+        said = torch.randint(1000, 9000, (1, NEW_TOKENS))
+        if mode == "decoded":
+            with self.watch("decoding"):
+                said = self.sample(forget)
+        with self.watch("student"):
+            whole = torch.cat([self.ids(forget), said], -1)
+            cross_entropy(self.logits(whole)[-NEW_TOKENS - 1 : -1], said[0]).backward()
+
+    def update(self) -> None:
+        """One optimizer step."""
+        with self.watch("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def ids(self, text: str) -> Any:
+        """Token ids [1, n]."""
+        import torch
+
+        return torch.tensor([self.tokenizer(text)["input_ids"]])
+
+    def logits(self, ids: Any) -> Any:
+        """Logits [n, v]."""
+        return self.model(input_ids=ids, use_cache=False).logits[0]
+
+    def frozen(self, ids: Any) -> Any:
+        """Logits without the adapter."""
+        import torch
+
+        with torch.no_grad(), self.model.disable_adapter():
+            return self.logits(ids)
+
+    def target(self, text: str) -> Any:
+        """The edited distribution at every position: a strength that grows from 1 to 1000, the 50 likeliest tokens."""
+        import torch
+
+        bare = self.ids(text)
+        n = bare.shape[1]
+        own, expert, novice = (
+            (self.frozen(ids)[-n:].double() / 1.2).log_softmax(-1)
+            for ids in (bare, self.ids(EXPERT + text), self.ids(NOVICE + text))
+        )
+        edited = own + torch.linspace(1, 1000, n)[:, None] * (novice - expert)
+        top = edited.topk(50, -1)
+        return torch.full_like(edited, -torch.inf).scatter(-1, top.indices, top.values).softmax(-1).float()
+
+    def sample(self, text: str) -> Any:
+        """A continuation [1, n] from three streams, each a model call of its own."""
+        import torch
+
+        caches: list[Any] = [None, None, None]
+        steps, said = [self.ids(text), self.ids(EXPERT), self.ids(NOVICE)], []
+        with torch.no_grad(), self.model.disable_adapter():
+            for _ in range(NEW_TOKENS):
+                scores = []
+                for place in range(3):
+                    output = self.model(input_ids=steps[place], past_key_values=caches[place], use_cache=True)
+                    caches[place] = output.past_key_values
+                    scores.append(output.logits[0, -1].double().log_softmax(-1))
+                token = torch.multinomial((scores[0] + 3 * (scores[2] - scores[1])).softmax(-1), 1)
+                said.append(int(token))
+                steps = [token[None]] * 3
+        return torch.tensor([said])
+
+
+class _Watch:
+    """Adds up seconds by part."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    def __call__(self, part: str) -> "_Watch":
+        self.part = part
+        return self
+
+    def __enter__(self) -> None:
+        self.started, self.name = time.perf_counter(), self.part
+
+    def __exit__(self, *_: object) -> None:
+        self.spent[self.name] = self.spent.get(self.name, 0.0) + time.perf_counter() - self.started
+
+
+def _adapter(loaded: Any) -> tuple[Any, Any]:
+    import torch
+    from excise.editing.adapters import AdapterShape, adapter_modules, attach
+    from excise.editing.architectures import architecture_of
+
+    row = architecture_of(loaded.model.config.to_dict())
+    model = attach(
+        loaded.model, AdapterShape(4, 16.0, adapter_modules(loaded.model, row, (4, 5, 6, 7), "all")), 0
+    )  # fmt: skip
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5)
+
+
+def _floor(model: Any, teacher: int, student: int) -> float:
+    """Seconds that matrix multiplications of the same sizes take alone: teacher and student forward, student backward."""
+    import torch
+
+    shapes = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    rows, seconds = 512, 0.0
+    for shape in dict.fromkeys(shapes):
+        x, w = torch.randn(rows, shape[1]), torch.randn(*shape)
+        x @ w.T
+        started = time.perf_counter()
+        for _ in range(3):
+            x @ w.T
+        seconds += (time.perf_counter() - started) / 3 / rows * shapes.count(shape)
+    return seconds * (teacher + 2 * student)
+
+
+def _in_process(ref: str, side: str, length: str, mode: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as place:
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).resolve()), ref, "--worker", side, length, mode],
+            capture_output=True, text=True, cwd=place, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    main()
