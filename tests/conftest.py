@@ -1,7 +1,9 @@
 """Random two-layer models of every architecture row, and folders to export them into."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,8 +14,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What other versions of the code kept must not decide what is tested.
-_CACHE = tempfile.TemporaryDirectory(prefix="excise-tests-")
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="excise-tests-")
 
 from jaxtyping import install_import_hook
 
@@ -32,6 +33,7 @@ from excise.editing.architectures import layer_count, residual_width
 from excise.editing.edit import Edit
 from transformers import AutoConfig, AutoModelForCausalLM
 
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 _BASE: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 64,

@@ -74,9 +74,9 @@ def test_checkpointed_activations_give_the_same_gradients_and_are_computed_again
     for checkpointed in (False, True):
         adapted, calls = _adapted(), []
         if checkpointed:
-            adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
         layer = adapted.get_base_model().model.layers[0].mlp
-        layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         adapted.train()
         batch = collate([[lesson] for lesson in _lessons(3)])
         torch.stack(list(lesson_loss(WEIGHTS)(adapted, batch).values())).sum().backward()
