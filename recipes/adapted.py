@@ -184,7 +184,7 @@ def _learn(prepared: Prepared, loaded: LoadedModel, teach: Teach, work: Path, ev
     job, settings = prepared.job, prepared.settings
     lessons = teach(loaded, events)
     if settings.gradient_checkpointing:
-        loaded.model.activation_checkpointing_enable({"use_reentrant": False})
+        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     adapted = attach(loaded.model, prepared.shape, settings.seed)
     schedule = Schedule(
         settings.steps, settings.batch_size // settings.accumulation, settings.learning_rate, settings.seed,
@@ -195,7 +195,7 @@ def _learn(prepared: Prepared, loaded: LoadedModel, teach: Teach, work: Path, ev
         fit(adapted, lessons.groups, stage, work / "training", lessons.loss, schedule, lessons.collate)
     adapted.eval()
     if settings.gradient_checkpointing:
-        loaded.model.activation_checkpointing_disable()
+        loaded.model.gradient_checkpointing_disable()
     rows = list(lessons.rows)
     torch.save({"rows": [list(row) for row in rows], "log_p": _log_p(adapted, rows)}, work / "logits.pt")
     # A local path would be published with the adapter.
