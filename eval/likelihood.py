@@ -94,7 +94,7 @@ def log_likelihoods(
     rows = list(shared)
     for batch in token_batches([len(row) for row in rows], batch_budget(model)):
         members = [(place, index) for place, row in enumerate(batch) for index in shared[rows[row]]]
-        scores = _score(model, [rows[row] for row in batch], [(place, parts[index][1]) for place, index in members])
+        scores = score_rows(model, [rows[row] for row in batch], [(place, parts[index][1]) for place, index in members])
         found |= {index: score for (_, index), score in zip(members, scores, strict=True)}
         advance(len(members))
     whole: dict[Request, list[Likelihood]] = {request: [] for request in requests}
@@ -143,19 +143,23 @@ def batch_budget(model: Any) -> int:
     return max(64, min(by_logits, 16384 if model.device.type == "cuda" else 2048))
 
 
-def padded_logits(model: Any, rows: Sequence[Sequence[int]], first: int) -> Float[Tensor, "batch positions vocab"]:
-    """Logits of right-padded rows from position ``first`` on; halves the batch when memory runs out."""
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """Right-padded rows with their mask."""
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for place, row in enumerate(rows):
         ids[place, : len(row)] = torch.tensor(row)
         mask[place, : len(row)] = 1
-    keep = torch.arange(first, longest, device=model.device)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def padded_logits(model: Any, rows: Sequence[Sequence[int]], first: int) -> Float[Tensor, "batch positions vocab"]:
+    """Logits of right-padded rows from position ``first`` on; halves the batch when memory runs out."""
+    inputs = pad_right(rows, model.device)
+    keep = torch.arange(first, inputs["input_ids"].shape[1], device=model.device)
     try:
-        return model(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False, logits_to_keep=keep
-        ).logits
+        return model(**inputs, use_cache=False, logits_to_keep=keep).logits
     except torch.OutOfMemoryError:
         if len(rows) == 1:
             raise
@@ -165,7 +169,8 @@ def padded_logits(model: Any, rows: Sequence[Sequence[int]], first: int) -> Floa
     return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, widest - part.shape[1])) for part in parts])
 
 
-def _score(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tuple[int, Scored]]) -> list[Likelihood]:
+def score_rows(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tuple[int, Scored]]) -> list[Likelihood]:
+    """Run rows once and score what each member, a row's place with a part of it, asks for."""
     first = min(part.start for _, part in members) - 1
     logits = padded_logits(model, rows, first)
     places = [place for place, part in members for _ in part.ids[part.start :]]

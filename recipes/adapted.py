@@ -21,11 +21,12 @@ from ..editing.errors import EditError, RequestError
 from ..editing.low_rank import Factors, LowRankUpdate
 from ..editing.weight_edit import WeightEdit
 from ..eval.concept import Concept
+from ..eval.likelihood import pad_right
 from ..eval.subject import Subject
 from . import pipeline
 from .overlap import without_overlap
 from .pipeline import Finished, Inspection, Job, Measured, MeasuredRun
-from .prefixes import Row, pad_right
+from .prefixes import Row
 from .request import start_folder
 from .training import Loss, Schedule, fit
 

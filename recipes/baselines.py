@@ -20,13 +20,14 @@ from ..editing.activations import decoder_layers
 from ..editing.adapters import causal_model, final_hidden, unembedding
 from ..editing.soft_targets import SoftTargets, soft_divergence
 from ..eval.concept import Concept
+from ..eval.likelihood import pad_right
 from . import adapted
 from .adapted import AdapterRun, Lessons
 from .contexts import Facts, fact_contexts, find_facts, question_contexts, spread
 from .contrast import encode
 from .curriculum import RETAIN_TEXTS, pieces
 from .pipeline import Finished
-from .prefixes import Row, pad_right
+from .prefixes import Row
 from .training import Loss, Terms
 
 

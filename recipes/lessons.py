@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..editing.adapters import final_hidden, unembedding
 from ..editing.soft_targets import SoftTargets, join, soft_divergence
-from .prefixes import Row, pad_right
+from ..eval.likelihood import pad_right
+from .prefixes import Row
 from .training import Loss, Terms
 
 TERMS = ("erase", "fluency", "retain")

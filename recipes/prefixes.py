@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..editing.adapters import causal_model
-from ..eval.likelihood import batch_budget, token_batches
+from ..eval.likelihood import batch_budget, pad_right, token_batches
 
 Row = tuple[int, ...]
 """Token ids."""
@@ -65,17 +65,6 @@ def group_by_prefix(rows: Sequence[Row], counts: Sequence[int]) -> list[tuple[in
             shared, members = 0, [index]
     close()
     return ([(0, alone)] if alone else []) + found
-
-
-def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """Right-padded rows with their mask."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.tensor(row)
-        mask[place, : len(row)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def _common(one: Row, other: Row) -> int:

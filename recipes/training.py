@@ -40,23 +40,42 @@ class Schedule:
     clip: float = 1.0
     accumulation: int = 1
     save_every: int = 200
+    """Steps between states that a killed run goes on from; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with a learning rate of their own."""
+
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
 
 
 class _Watch(TrainerCallback):
-    def __init__(self, stage: Stage):
-        self.stage = stage
+    def __init__(
+        self, stage: Stage, groups: Sequence[Group] = (), clip: float = 0.0,
+        after_step: Callable[[int], None] | None = None,
+    ):  # fmt: skip
+        self.stage, self.groups, self.clip, self.after_step = stage, groups, clip, after_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if state.global_step == 0 and not any(
-            p.grad is not None and bool(p.grad.any()) for p in model.parameters() if p.requires_grad
-        ):
+        for group in self.groups if self.clip else ():
+            nn.utils.clip_grad_norm_(group.parameters, self.clip)
+        own = [p for group in self.groups for p in group.parameters]
+        trained = own or [p for p in model.parameters() if p.requires_grad]
+        if state.global_step == 0 and not any(p.grad is not None and bool(p.grad.any()) for p in trained):
             raise ExciseError(
                 "no gradient reached what is to be trained, so training would change nothing; "
                 "check the layers and the weights of the loss terms"
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for parameter in (p for group in self.groups for p in group.parameters):
+            # The trainer knows of the model's own parameters alone.
+            parameter.grad = None
         self.stage.advance(state.global_step - self.stage.step)
+        if self.after_step:
+            self.after_step(state.global_step)
 
 
 class _Trainer(Trainer):
@@ -86,7 +105,8 @@ class _Trainer(Trainer):
 
 def fit(
     model: nn.Module, rows: Sequence[Any], stage: Stage, folder: Path, loss: Loss, schedule: Schedule,
-    collate: Callable[[list[Any]], Any] | None = None,
+    collate: Callable[[list[Any]], Any] | None = None, groups: Sequence[Group] = (),
+    after_step: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
     """Train a model in place; a killed run goes on from ``folder`` to the same weights.
 
@@ -94,6 +114,8 @@ def fit(
         rows: What a batch is made of, each used at most once an epoch, in an order that the seed decides.
         folder: Where optimizer states are kept during training.
         collate: Makes a batch; by default rows are dictionaries of tensors of one length.
+        groups: Parameters that are trained beside each other, each with a learning rate and a clipping of its own.
+        after_step: Called with the number of steps taken, after each.
 
     Raises:
         ExciseError: A term of the loss is not finite, or no gradient reached what is to be trained.
@@ -104,18 +126,28 @@ def fit(
         gradient_accumulation_steps=schedule.accumulation, learning_rate=schedule.learning_rate,
         lr_scheduler_type=schedule.decay if schedule.decay == "cosine" else "constant_with_warmup",
         warmup_steps=schedule.warmup_steps, weight_decay=schedule.weight_decay, adam_beta2=schedule.beta2,
-        max_grad_norm=schedule.clip, seed=schedule.seed, data_seed=schedule.seed, bf16=bfloat16_is_fast(device),
-        use_cpu=device.type == "cpu", save_strategy="steps", save_steps=schedule.save_every, save_total_limit=1,
+        max_grad_norm=0.0 if groups else schedule.clip, seed=schedule.seed, data_seed=schedule.seed, bf16=bfloat16_is_fast(device),
+        use_cpu=device.type == "cpu", save_strategy="steps" if schedule.save_every else "no",
+        save_steps=schedule.save_every or 500, save_total_limit=1,
         logging_steps=25, report_to=[], disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False,
     )  # fmt: skip
+    optimizer = _grouped(groups, schedule) if groups else None
     trainer = _Trainer(
-        model=model, args=arguments, train_dataset=list(rows), callbacks=[_Watch(stage)], data_collator=collate
+        model=model, args=arguments, train_dataset=list(rows), data_collator=collate, optimizers=(optimizer, None),
+        callbacks=[_Watch(stage, groups, schedule.clip, after_step)],
     )  # fmt: skip
     trainer.own_loss, trainer.stage, trainer.folder = loss, stage, folder
     # Our losses are means over rows, so parts of an accumulated batch count as their mean.
     trainer.model_accepts_loss_kwargs = False
     trainer.pop_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_complete(folder))
+
+
+def _grouped(groups: Sequence[Group], schedule: Schedule) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [{"params": list(group.parameters), "lr": group.learning_rate} for group in groups],
+        betas=(0.9, schedule.beta2), weight_decay=schedule.weight_decay,
+    )  # fmt: skip
 
 
 def _last_complete(folder: Path) -> str | None:
