@@ -140,6 +140,53 @@ def evaluate(
         _print_table(table(read_measurements(results)))
 
 
+@app.command(
+    epilog="Example: excise audit runs/elm-1 --concept builtin:potions --base builtin:testbed --out audits/elm"
+)
+def audit(
+    model: Annotated[str, typer.Argument(help="The model to audit, or the folder of a run.")],
+    concept: Annotated[str | None, typer.Option(help="builtin:NAME or a concept folder.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model it was made from.")] = None,
+    never: Annotated[
+        str | None, typer.Option(help="A model that never knew; without one, new facts are taught.")
+    ] = None,
+    attacks: Annotated[
+        str | None, typer.Option(help="Names, comma-separated; `excise list attacks` shows all.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="quick, standard or long.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; runs/audit-N by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be attacked; load no weights.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished audit in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Does an edit hold? Attack the model, its base and one that never knew, and judge."""
+    from .recipes import audit as recipe
+    from .recipes.request import resumed
+    from .recipes.settings import load_settings
+
+    inner = Path(model) / "checkpoint"
+    flags = {
+        "model": str(inner) if inner.is_dir() else model, "concept": concept, "base": base, "never": never, "out": out,
+        "attacks": attacks.split(",") if attacks else None, "budget": budget, "seed": seed, "device": device, "dtype": dtype,
+    }  # fmt: skip
+    settings = load_settings(recipe.AuditSettings, None, [], flags)
+    if resume:
+        settings = resumed(settings)
+    _quiet()
+    prepared = recipe.prepare(settings, resume=resume)
+    if dry_run:
+        _print_plan(recipe.describe(prepared), as_json)
+        return
+    results = recipe.run(prepared, Events(watcher=_watcher()))
+    if as_json:
+        print(json.dumps({"out": str(prepared.out), **results}))  # noqa: T201
+    else:
+        _print_audit(results, prepared.out)
+
+
 @app.command(epilog="Example: excise compare runs/elm-1 runs/rmu-1 --out runs/both")
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs on one concept.")],
@@ -178,12 +225,14 @@ def verify(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="recipes, measurements, architectures, concepts or models.")] = "recipes",
+    what: Annotated[
+        str, typer.Argument(help="recipes, measurements, attacks, architectures, concepts or models.")
+    ] = "recipes",
 ) -> None:
-    """List recipes, measurements, architectures, concepts or models."""
+    """List recipes, measurements, attacks, architectures, concepts or models."""
     kinds = {
         "recipes": _recipes, "measurements": _measurements, "architectures": _architectures,
-        "concepts": _concepts, "models": _models,
+        "concepts": _concepts, "models": _models, "attacks": _attacks,
     }  # fmt: skip
     if what not in kinds:
         raise RequestError(
@@ -348,6 +397,31 @@ def _print_table(rows: list[Any]) -> None:
     console.print(shown)
 
 
+def _print_audit(results: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .artifacts.audit_report import HEADLINES, best, estimate, tokens
+
+    _say(f"{HEADLINES[results['verdict']]}.")
+    for reason in results["reasons"]:
+        _say(f"- {reason}")
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("attack", "base", "edited", "never", "share regained", "leak", "tokens to 50%"):
+        shown.add_column(name, no_wrap=True)
+    untouched = [f"{results['untouched'][name]:.3f}" for name in ("base", "edited", "never")]
+    shown.add_row("none", *untouched)
+    for attack in results["attacks"]:
+        values = [best(attack, name) for name in ("base", "edited", "never")]
+        reached = tokens(attack, "t50") if len(attack["curve"]) > 1 else ""
+        shown.add_row(attack["name"], *values, estimate(attack["regained"]), estimate(attack["rtt_leak"]), reached)
+    _say("")
+    Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True).print(shown)
+    for gap in results["gaps"]:
+        _say(f"not tested: {gap}")
+    _say(f"\naudit   {out / 'audit.json'}\nreport  {out / 'report.html'}\ncard    {out / 'card.md'}")
+
+
 def _print_comparison(lines: list[Any], columns: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -375,6 +449,12 @@ def _measurements() -> list[tuple[str, str]]:
     from .eval.measure import MEASUREMENTS
 
     return [(name, kind.about) for name, kind in MEASUREMENTS.items()]
+
+
+def _attacks() -> list[tuple[str, str]]:
+    from .recipes.attacks import ATTACKS
+
+    return [(name, attack.about) for name, attack in ATTACKS.items()]
 
 
 def _architectures() -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Several independent attackers on one frozen model, trained in the same forward.
 
-The rows of a batch are divided into equal groups, one an attacker; each group sees its own parameters. What is
-shared is the frozen model's work. Three kinds: low-rank adapters (Hu et al. 2021), soft prompts (Lester et al. 2021)
+Every row of a batch belongs to one attacker and sees that attacker's parameters alone. What is shared is the frozen
+model's work. Three kinds: low-rank adapters (Hu et al. 2021), soft prompts (Lester et al. 2021)
 and one vector added to the residual stream (a universal latent perturbation).
 """
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from .activations import decoder_layers, first
@@ -21,8 +22,8 @@ class Attackers:
 
     def __init__(self, count: int):
         self.count = count
-        self.alone: int | None = None
-        """The attacker that all rows belong to; None where a batch holds equal groups of all."""
+        self.assigned: Int[Tensor, " rows"] | int = 0
+        """The attacker of each row, or the one that all rows belong to."""
         self.owned: list[list[nn.Parameter]] = [[] for _ in range(count)]
         self.prefix = 0
         """Tokens in front of every row whose embeddings the attackers own."""
@@ -30,11 +31,11 @@ class Attackers:
     @contextmanager
     def only(self, attacker: int) -> Iterator[None]:
         """All rows belong to one attacker."""
-        before, self.alone = self.alone, attacker
+        before, self.assigned = self.assigned, attacker
         try:
             yield
         finally:
-            self.alone = before
+            self.assigned = before
 
     def own(self, shape: Sequence[int], seeds: Sequence[int], spread: float) -> list[nn.Parameter]:
         """A new fp32 parameter for each attacker, drawn with its own seed."""
@@ -46,12 +47,12 @@ class Attackers:
         return made
 
     def mine(self, values: Sequence[nn.Parameter], rows: int) -> Tensor:
-        """Each row's parameter [groups, ...], to be used on rows in as many equal groups."""
-        if self.alone is not None:
-            return values[self.alone][None]
-        if rows % self.count:
-            raise ValueError(f"{rows} rows cannot be divided among {self.count} attackers")
-        return torch.stack(list(values))
+        """Each row's parameter [rows, ...]; [1, ...] where all rows have the same."""
+        if isinstance(self.assigned, int):
+            return values[self.assigned][None]
+        if len(self.assigned) != rows:
+            raise ValueError(f"{rows} rows, but {len(self.assigned)} were assigned to attackers")
+        return torch.stack(list(values))[self.assigned]
 
 
 class SideBySide(nn.Module):
@@ -69,9 +70,8 @@ class SideBySide(nn.Module):
         own: Tensor = self.inner(x)
         down = self.attackers.mine(list(self.down), len(x))
         up = self.attackers.mine(list(self.up), len(x))
-        grouped = x.reshape(len(down), -1, x.shape[-1]).to(down.dtype)
-        added = (grouped @ down.mT) @ up.mT * self.scale
-        return own + added.reshape(own.shape).to(own.dtype)
+        added = (x.to(down.dtype) @ down.mT) @ up.mT * self.scale
+        return own + added.to(own.dtype)
 
 
 def linear_widths(module: nn.Module) -> tuple[int, int]:
@@ -112,8 +112,7 @@ def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iter
 
     def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         own = attackers.mine(values, len(output)).to(output)
-        each = own.repeat_interleave(len(output) // len(own), 0)
-        return torch.cat([each, output[:, tokens:]], 1)
+        return torch.cat([own.expand(len(output), -1, -1), output[:, tokens:]], 1)
 
     handle = embedding.register_forward_hook(put)
     with _frozen(model):
@@ -133,7 +132,7 @@ def latent_attackers(model: nn.Module, row: Architecture, layer: int, seeds: Seq
     def add(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = first(output)
         own = attackers.mine(values, len(hidden)).to(hidden)
-        changed = hidden + own.repeat_interleave(len(hidden) // len(own), 0)[:, None]
+        changed = hidden + own[:, None]
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = decoder_layers(model, row)[layer].register_forward_hook(add)

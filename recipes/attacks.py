@@ -14,24 +14,24 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..artifacts.events import Stage
-from ..editing.adapters import adapter_modules, final_hidden, unembedding
+from ..editing.adapters import adapter_modules, final_hidden
 from ..editing.architectures import architecture_of, layer_count
 from ..editing.errors import EditError
 from ..editing.rounding import changed_weights, linear_weights, restore, round_to_nearest
 from ..editing.side_by_side import Attackers, latent_attackers, low_rank_attackers, soft_prompt_attackers
-from ..editing.soft_targets import SoftTargets, soft_divergence
 from ..eval.concept import Concept, Question
 from ..eval.exam import Exam
 from ..eval.likelihood import pad_right
 from ..eval.probe import scores as probe_scores
 from ..eval.recovery import Attacked
 from ..eval.subject import EvalSettings, Subject
-from .baselines import Example, retain_examples
+from .baselines import Example, retain_examples, token_nats
 from .contexts import Fact, Facts, fact_contexts, question_contexts
 from .contrast import encode
+from .lessons import split_by_length
 from .training import Group, Schedule, Terms, fit
 
 SHOTS = 5
@@ -329,29 +329,30 @@ class _Run:
         ]
 
     def _collate(self, places: Sequence["_Place"]) -> dict[str, Any]:
-        """Equal groups of rows, one an attacker."""
+        """Every attacker's sequences, those of like length padded together."""
         prefix = (0,) * self.attackers.prefix
-        examples = [order[place.number] for order in self.orders for place in places]
-        shifted = [Example((*prefix, *e.ids), e.start + len(prefix)) for e in examples]
-        inputs = pad_right([example.ids for example in shifted], torch.device("cpu"))
-        lengths = torch.tensor([len(example.ids) - example.start for example in shifted])
-        return {
-            **inputs, "rows": torch.repeat_interleave(torch.arange(len(shifted)), lengths),
-            "places": torch.cat([torch.arange(e.start - 1, len(e.ids) - 1) for e in shifted]),
-            "tokens": torch.tensor([token for e in shifted for token in e.ids[e.start :]]), "lengths": lengths,
-        }  # fmt: skip
+        rows = [
+            (attacker, Example((*prefix, *example.ids), example.start + len(prefix)))
+            for attacker, order in enumerate(self.orders) for example in (order[place.number] for place in places)
+        ]  # fmt: skip
+        rows.sort(key=lambda row: len(row[1].ids))
+        parts, start = [], 0
+        for size in split_by_length([len(example.ids) for _, example in rows]):
+            parts.append(_part(rows[start : start + size]))
+            start += size
+        return {"parts": parts, "each": len(places)}
 
     def _loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
         """Each attacker's mean negative log-likelihood; one that is not finite is taken out."""
-        hidden = final_hidden(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
-        tokens, lengths = batch["tokens"], batch["lengths"]
-        certain = SoftTargets(
-            tokens[:, None], torch.zeros(len(tokens), 1, device=tokens.device),
-            torch.full((len(tokens),), -torch.inf, device=tokens.device),
-        )  # fmt: skip
-        nats = soft_divergence(hidden[batch["rows"], batch["places"]], unembedding(model), certain)
-        each = nats.new_zeros(len(lengths)).index_add(0, batch["rows"], nats) / lengths
-        losses = each.unflatten(0, (len(self.plans), -1)).mean(-1)
+        losses = 0.0
+        for part in batch["parts"]:
+            self.attackers.assigned = part["attackers"]
+            hidden = final_hidden(model, {key: part[key] for key in ("input_ids", "attention_mask")})
+            nats = token_nats(hidden[part["rows"], part["places"]], model, part["tokens"])
+            lengths = part["lengths"]
+            each = nats.new_zeros(len(lengths)).index_add(0, part["rows"], nats) / lengths
+            losses = losses + each.new_zeros(len(self.plans)).index_add(0, part["attackers"], each) / batch["each"]
+        assert isinstance(losses, Tensor)
         self.bad |= {place for place, value in enumerate(losses.tolist()) if not math.isfinite(value)}
         good = [place for place in range(len(self.plans)) if place not in self.bad]
         if not good:
@@ -381,6 +382,19 @@ class _Run:
         per = self.budget.batch
         seen = np.asarray([np.cumsum([0, *(len(e.ids) for e in order)]) for order in self.orders]).mean(0)
         return tuple(int(seen[step * per]) for step in self.budget.marks)
+
+
+def _part(rows: Sequence[tuple[int, Example]]) -> dict[str, Any]:
+    """One forward's rows."""
+    examples = [example for _, example in rows]
+    lengths = torch.tensor([len(example.ids) - example.start for example in examples])
+    return {
+        **pad_right([example.ids for example in examples], torch.device("cpu")),
+        "attackers": torch.tensor([attacker for attacker, _ in rows]), "lengths": lengths,
+        "rows": torch.repeat_interleave(torch.arange(len(rows)), lengths),
+        "places": torch.cat([torch.arange(e.start - 1, len(e.ids) - 1) for e in examples]),
+        "tokens": torch.tensor([token for e in examples for token in e.ids[e.start :]]),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

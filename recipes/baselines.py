@@ -183,14 +183,17 @@ def collate(pairs: Sequence[tuple[Example, Example]]) -> dict[str, Any]:
 def sequence_nll(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Summed negative log-likelihood of each row's scored tokens, in nats."""
     hidden = final_hidden(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
-    tokens = batch["tokens"]
+    nats = token_nats(hidden[batch["rows"], batch["places"]], model, batch["tokens"])
+    return nats.new_zeros(len(batch["lengths"])).index_add(0, batch["rows"], nats)
+
+
+def token_nats(hidden: Tensor, model: nn.Module, tokens: Tensor) -> Tensor:
+    """Negative log-probability of each token, in nats: the divergence from a certain one."""
     certain = SoftTargets(
         tokens[:, None], torch.zeros(len(tokens), 1, device=tokens.device),
         torch.full((len(tokens),), -torch.inf, device=tokens.device),
     )  # fmt: skip
-    # The divergence from a certain token is its negative log-probability.
-    nats = soft_divergence(hidden[batch["rows"], batch["places"]], unembedding(model), certain)
-    return nats.new_zeros(len(batch["lengths"])).index_add(0, batch["rows"], nats)
+    return soft_divergence(hidden, unembedding(model), certain)
 
 
 Reference = Mapping[Row, float]

@@ -1,0 +1,91 @@
+"""An audit as a page that opens offline, and as a section of a card; both say what ``audit.json`` says."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+COLOURS = {"base": "#2456a6", "suppressed": "#b07a00", "edited": "#a3312a", "never": "#0a6b4f"}
+HEADLINES = {
+    "comes_back": "It comes back",
+    "resists": "It resists, but more is left than in a model that never knew",
+    "like_never_learned": "Like a model that never learned it",
+    "inconclusive": "Inconclusive",
+}
+
+
+def write_report(path: Path, results: dict[str, Any]) -> None:
+    """Write the audit's own page."""
+    environment = Environment(
+        loader=PackageLoader(__package__, "templates"), undefined=StrictUndefined, autoescape=True
+    )
+    curves = [attack for attack in results["attacks"] if len(attack["curve"]) > 1]
+    text = environment.get_template("audit.html.j2").render(
+        results=results, headline=HEADLINES[results["verdict"]], speed=speed(results["speed_up"]), figure=_figure,
+        curves=curves, plain=[attack for attack in results["attacks"] if len(attack["curve"]) == 1], best=best,
+        estimate=estimate, tokens=tokens,
+    )  # fmt: skip
+    path.write_text(text, encoding="utf-8")
+
+
+def card_section(results: dict[str, Any]) -> str:
+    """The audit as a card's section, in Markdown."""
+    environment = Environment(
+        loader=PackageLoader(__package__, "templates"), undefined=StrictUndefined, autoescape=False, trim_blocks=True
+    )
+    return environment.get_template("audit.md.j2").render(
+        results=results, headline=HEADLINES[results["verdict"]], speed=speed(results["speed_up"]), best=best,
+        estimate=estimate, tokens=tokens,
+    )  # fmt: skip
+
+
+def speed(found: dict[str, Any]) -> str:
+    """The headline figure as words."""
+    if found["value"] is None:
+        return "not measurable: nobody relearned half of it within the budget"
+    return f"{estimate(found)} times as fast as learning it afresh"
+
+
+def estimate(found: dict[str, Any] | None) -> str:
+    """A value with its interval; an open end is censored."""
+    if found is None or found["value"] is None:
+        return "—"
+    low, high = ("…" if end is None else f"{end:.2f}" for end in found["ci95"])
+    return f"{found['bound']}{found['value']:.2f} [{low}, {high}]"
+
+
+def best(attack: dict[str, Any], subject: str) -> str:
+    """The highest accuracy of a subject under an attack."""
+    values = [point[subject] for point in attack["curve"] if subject in point]
+    return f"{max(values):.3f}" if values else ""
+
+
+def tokens(attack: dict[str, Any], key: str) -> str:
+    """Tokens to a mark, or more than were given."""
+    return f"{attack[key]:,.0f}" if attack[key] is not None else f"> {attack['censored_at']:,}"
+
+
+def _figure(attack: dict[str, Any], chance: float) -> str:
+    """A recovery curve as SVG, without any text of a model in it."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 2.9), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    for subject, colour in COLOURS.items():
+        points = [(p["tokens"] + 1, p[subject]) for p in attack["curve"] if subject in p]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=subject)
+    axes.axhline(chance, color="#888", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("tokens seen by the attacker")
+    axes.set_ylabel("right on group V")
+    axes.legend(fontsize=7, loc="best")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    svg = drawn.getvalue().decode()
+    return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)

@@ -1,0 +1,400 @@
+"""Does an edit hold? The same attacks on base, edited model, a model that never knew, and one that merely hides it."""
+
+import gc
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..artifacts import audit_report
+from ..artifacts.checkpoints import Checkpoint, open_checkpoint
+from ..artifacts.concepts import load_concept, nearest
+from ..artifacts.events import Events
+from ..artifacts.models import (
+    LoadedModel,
+    ModelSource,
+    available_memory,
+    builtin_models,
+    check_memory,
+    choose_device,
+    choose_dtype,
+    find_model,
+    load_model,
+    load_tokenizer,
+)
+from ..editing.adapters import adapter_modules
+from ..editing.architectures import architecture_of, layer_count
+from ..editing.errors import RequestError
+from ..editing.side_by_side import low_rank_attackers
+from ..eval.concept import Concept, Question
+from ..eval.exam import Exam
+from ..eval.recovery import Attacked, Scale, questions_needed
+from ..eval.verdict import Compared, furthest, judge
+from .attacks import ATTACKS, BUDGETS, Budget, Material, Trained, novel_facts, trained, untrained
+from .contexts import Facts, find_facts
+from .hiding import hide
+from .request import RunRequest, free_folder, refuse_taken, start_folder
+
+SCHEMA_VERSION = 1
+FEWEST = 20
+"""Questions of group V below which no audit is made."""
+UTILITY = 200
+"""Questions on other things that show whether the model still works, at most."""
+NOVEL = "facts that nobody knows"
+
+
+class AuditSettings(RunRequest):
+    """What to audit, against what, and how hard."""
+
+    model: str
+    """Model to audit: any, edited here or elsewhere."""
+    concept: str = "builtin:potions"
+    base: str = "builtin:testbed"
+    """The model it was made from."""
+    never: str | None = None
+    """A model that never knew the concept; without one, facts that nobody knows are learned instead."""
+    attacks: tuple[str, ...] = ()
+    """Names of attacks; none takes those of the budget."""
+    budget: Literal["quick", "standard", "long"] = "quick"
+    """How long: minutes, tens of minutes, hours."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request."""
+
+    settings: AuditSettings
+    sources: dict[str, ModelSource]
+    """By subject: base, edited, and never where there is one."""
+    concept: Concept
+    facts: Facts
+    questions: tuple[Question, ...]
+    """Of group V."""
+    attacks: tuple[str, ...]
+    budget: Budget
+    device: torch.device
+    dtype: torch.dtype
+    out: Path
+    gaps: tuple[str, ...] = ()
+    """What cannot be tested here, and why."""
+
+
+def prepare(settings: AuditSettings, *, resume: bool = False) -> Prepared:
+    """Check names, files, memory and whether the models belong together, before any weight is read.
+
+    Raises:
+        RequestError: Anything that could not work.
+    """
+    concept = load_concept(settings.concept)
+    questions = tuple(q for q in concept.questions if q.split == "forget" and q.group == "V")
+    facts = find_facts(concept)
+    _check_concept(concept, questions, facts)
+    budget = BUDGETS[settings.budget]
+    attacks = settings.attacks or budget.attacks
+    unknown = [name for name in attacks if name not in ATTACKS]
+    if unknown:
+        raise RequestError(
+            f"no attack {unknown[0]!r}{nearest(unknown[0], list(ATTACKS))}; attacks: {', '.join(ATTACKS)}"
+        )
+    out = settings.out or free_folder("audit")
+    if not resume:
+        refuse_taken(out)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    base = find_model(settings.base)
+    sources = {"base": base, "edited": find_model(settings.model)}
+    never = settings.never or _builtin_never(settings)
+    if never:
+        sources["never"] = find_model(never)
+    checkpoints = {name: open_checkpoint(source.folder) for name, source in sources.items()}
+    for name, source in sources.items():
+        check_memory(checkpoints[name], device, dtype)
+        _check_descent(name, source, checkpoints[name], base, checkpoints["base"])
+    kept, gaps = _affordable(attacks, checkpoints["base"], device)
+    return Prepared(settings, sources, concept, facts, questions, kept, budget, device, dtype, out, gaps)
+
+
+def describe(prepared: Prepared) -> dict[str, Any]:
+    """What an audit would do."""
+    budget = prepared.budget
+    training = [name for name in prepared.attacks if ATTACKS[name].tier > 0]
+    return {
+        "recipe": "audit", "out": str(prepared.out), "models": {name: s.name for name, s in prepared.sources.items()},
+        "floor": "never" if "never" in prepared.sources else NOVEL, "questions": len(prepared.questions),
+        "attacks": list(prepared.attacks), "attackers_that_train": sum(
+            budget.seeds * len(budget.rates[ATTACKS[name].method]) for name in training
+        ) * 4, "steps_each": budget.steps, "gaps": list(prepared.gaps),
+    }  # fmt: skip
+
+
+def run(prepared: Prepared, events: Events) -> dict[str, Any]:
+    """Attack every model, compare, judge, and write ``audit.json`` and ``report.html``.
+
+    A killed audit goes on at the attack it was in.
+    """
+    work = start_folder(prepared.out, prepared.settings)
+    events.path = prepared.out / "events.jsonl"
+    store = _Store(work / "attacked")
+    utility = {}
+    for subject in ("base", "edited", "never"):
+        if subject not in prepared.sources or store.complete(subject, prepared):
+            utility[subject] = store.utility(subject)
+            continue
+        with events.stage(f"load {subject}"):
+            loaded = load_model(prepared.sources[subject], prepared.device, prepared.dtype)
+        material = Material.of(
+            prepared.concept, prepared.facts, loaded.tokenizer, prepared.questions, prepared.settings.seed
+        )  # fmt: skip
+        utility[subject] = store.keep_utility(subject, _utility(loaded, prepared.concept))
+        _attack(subject, loaded, material, prepared, store, work, events)
+        if subject == "base":
+            _attack_controls(loaded, material, prepared, store, work, events)
+        del loaded
+        gc.collect()
+    results = _conclude(prepared, store, utility)
+    (prepared.out / "audit.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    audit_report.write_report(prepared.out / "report.html", results)
+    (prepared.out / "card.md").write_text(audit_report.card_section(results), encoding="utf-8")
+    shutil.rmtree(work)
+    return results
+
+
+def _attack(
+    subject: str, loaded: LoadedModel, material: Material, prepared: Prepared, store: "_Store", work: Path, events: Events
+) -> None:  # fmt: skip
+    """All attacks on one model; those that are kept already are not made again."""
+    model, budget = loaded.model, prepared.budget
+    if not store.has(subject, "untouched"):
+        store.keep(subject, "untouched", _once(material.exam.hits(model)))
+    plain = [name for name in prepared.attacks if ATTACKS[name].tier == 0 and not store.has(subject, name)]
+    if plain:
+        with events.stage(f"question {subject}", len(plain)) as stage:
+            for name in plain:
+                store.keep(subject, name, Trained({0.0: untrained(model, ATTACKS[name], material)}, 0))
+                stage.advance()
+    training = [name for name in prepared.attacks if ATTACKS[name].tier > 0 and not store.has(subject, name)]
+    for method in dict.fromkeys(ATTACKS[name].method for name in training):
+        names = [name for name in training if ATTACKS[name].method == method]
+        exams = len(names) * len(budget.rates[method]) * budget.seeds * len(budget.marks)
+        with events.stage(f"attack {subject}: {', '.join(names)}", exams) as stage:
+            found = trained(model, names, material, budget, prepared.settings.seed, stage, work)
+        for name, result in found.items():
+            store.keep(subject, name, result)
+
+
+def _attack_controls(
+    loaded: LoadedModel, material: Material, prepared: Prepared, store: "_Store", work: Path, events: Events
+) -> None:
+    """A model that merely hides its knowledge; and, without a model that never knew, the base on facts nobody knows."""
+    training = tuple(name for name in prepared.attacks if ATTACKS[name].tier == 2 and ATTACKS[name].method == "lora")
+    if training and not store.complete("suppressed", replace(prepared, attacks=training)):
+        with _hidden(loaded, material, prepared, work, events):
+            _attack("suppressed", loaded, material, replace(prepared, attacks=training), store, work, events)
+    if "never" in prepared.sources or store.complete("never", prepared):
+        return
+    facts, questions = novel_facts(prepared.facts, prepared.concept.questions, prepared.settings.seed)
+    asked = tuple(q for q in questions if q.split == "forget")
+    concept = replace(
+        prepared.concept,
+        questions=(*asked, *(q for q in prepared.concept.questions if q.split != "forget")),
+        forget=_retold(facts, prepared.concept),
+    )
+    novel = Material.of(
+        concept, facts, loaded.tokenizer, [q for q in asked if q.group == "V"], prepared.settings.seed
+    )  # fmt: skip
+    _attack("never", loaded, novel, prepared, store, work, events)
+
+
+@contextmanager
+def _hidden(loaded: LoadedModel, material: Material, prepared: Prepared, work: Path, events: Events) -> Iterator[None]:
+    """The base with a small update of its last layer that gives wrong answers: all it knew is still below."""
+    config = loaded.model.config.to_dict()
+    modules = adapter_modules(loaded.model, architecture_of(config), [layer_count(config) - 1])
+    with low_rank_attackers(loaded.model, modules, 8, 16.0, [prepared.settings.seed]) as attackers:
+        with events.stage("make a model that hides it") as stage:
+            hide(loaded.model, attackers, material, prepared.settings.seed, stage, work)
+        yield
+
+
+def _conclude(prepared: Prepared, store: "_Store", utility: dict[str, float | None]) -> dict[str, Any]:
+    compared = []
+    base = store.get("base", "untouched").by_rate[0.0]
+    exam_chance = sum(1 / len(q.choices) for q in prepared.questions) / len(prepared.questions)
+    scale = Scale(exam_chance, float(base.accuracy[0]))
+    for name in prepared.attacks:
+        found = {subject: store.get(subject, name) for subject in ("base", "edited", "never")}
+        control = store.get("suppressed", name) if store.has("suppressed", name) else None
+        chosen = {subject: furthest(result.by_rate) for subject, result in found.items()}
+        if any(np.isnan(attacked.hits).any() for _, attacked in chosen.values()):
+            continue
+        compared.append(Compared(
+            name, ATTACKS[name].tier, ATTACKS[name].known, chosen["base"][1], chosen["edited"][1], _matched(chosen["never"][1], base),
+            furthest(control.by_rate)[1] if control else None,
+            {subject: rate for subject, (rate, _) in chosen.items()}, sum(result.diverged for result in found.values()),
+        ))  # fmt: skip
+    floor_kind = "the model that never knew" if "never" in prepared.sources else f"the base, on {NOVEL},"
+    kept = (utility["base"], utility["edited"])
+    judged = judge(compared, scale, kept if None not in kept else None, floor_kind)  # type: ignore[arg-type]
+    return {
+        "schema_version": SCHEMA_VERSION, "verdict": judged.verdict, "reasons": judged.reasons,
+        "speed_up": judged.speed_up.describe(),
+        "controls": {**judged.controls, "floor_is": "never" if "never" in prepared.sources else NOVEL},
+        "attacks": [one.describe(scale) | {"about": ATTACKS[one.name].about} for one in compared],
+        "untouched": {s: float(store.get(s, "untouched").by_rate[0.0].accuracy[0]) for s in ("base", "edited", "never")},
+        "n": len(prepared.questions), "gaps": list(prepared.gaps),
+        "concept": {"ref": prepared.concept.ref, "name": prepared.concept.about.name, "sha256": prepared.concept.sha256},
+        "models": {name: source.describe() for name, source in prepared.sources.items()},
+        "settings": prepared.settings.model_dump(mode="json", exclude={"out", "model", "base", "never", "concept"})
+        | {"steps": prepared.budget.steps, "batch": prepared.budget.batch, "seeds": prepared.budget.seeds},
+    }  # fmt: skip
+
+
+def _matched(floor: Attacked, base: Attacked) -> Attacked:
+    """A floor on other questions is paired with as many of its own."""
+    n, wanted = floor.hits.shape[2], base.hits.shape[2]
+    if n == wanted:
+        return floor
+    places = np.resize(np.arange(n), wanted)
+    return Attacked(floor.steps, floor.tokens, floor.hits[:, :, places])
+
+
+class _Store:
+    """What was attacked already, so that a killed audit goes on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def has(self, subject: str, name: str) -> bool:
+        return self._path(subject, name).exists()
+
+    def complete(self, subject: str, prepared: Prepared) -> bool:
+        return all(self.has(subject, name) for name in ("untouched", *prepared.attacks))
+
+    def keep(self, subject: str, name: str, result: Trained) -> None:
+        content = {
+            "diverged": result.diverged,
+            "by_rate": [
+                {"rate": rate, "steps": one.steps, "tokens": one.tokens, "hits": one.hits.tolist()}
+                for rate, one in result.by_rate.items()
+            ],
+        }
+        self._write(self._path(subject, name), content)
+
+    def get(self, subject: str, name: str) -> Trained:
+        content = json.loads(self._path(subject, name).read_text(encoding="utf-8"))
+        return Trained(
+            {
+                one["rate"]: Attacked(tuple(one["steps"]), tuple(one["tokens"]), np.asarray(one["hits"], dtype=float))
+                for one in content["by_rate"]
+            },
+            content["diverged"],
+        )
+
+    def keep_utility(self, subject: str, value: float | None) -> float | None:
+        self._write(self.folder / f"{subject}-utility.json", value)
+        return value
+
+    def utility(self, subject: str) -> float | None:
+        path = self.folder / f"{subject}-utility.json"
+        found: float | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return found
+
+    def _path(self, subject: str, name: str) -> Path:
+        return self.folder / f"{subject}-attack-{name}.json"
+
+    def _write(self, path: Path, content: Any) -> None:
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(path)
+
+
+def _once(hits: Sequence[float]) -> Trained:
+    return Trained({0.0: Attacked((0,), (0,), np.asarray(hits, dtype=float)[None, None])}, 0)
+
+
+def _utility(loaded: LoadedModel, concept: Concept) -> float | None:
+    """Accuracy on everything else."""
+    others = [q for q in concept.questions if q.split != "forget"][:: max(1, len(concept.questions) // UTILITY)]
+    if not others:
+        return None
+    hits = Exam(loaded.tokenizer, others).hits(loaded.model)
+    return sum(hits) / len(hits)
+
+
+def _retold(facts: Facts, concept: Concept) -> tuple[Any, ...]:
+    """The pack's texts about facts that nobody knows, for attacks that quote texts."""
+    found = []
+    for number, fact in enumerate(facts.facts):
+        for wording in facts.phrasings.get(fact.relation, ())[:1]:
+            text = wording.replace("{subject}", fact.subject).replace("{answer}", fact.answer)
+            found.append(
+                concept.forget[0].model_copy(update={"id": f"novel-{number}", "text": text, "group": fact.group})
+            )
+    return tuple(found)
+
+
+def _check_concept(concept: Concept, questions: Sequence[Question], facts: Facts) -> None:
+    if concept.about.kind != "knowledge":
+        raise RequestError(
+            f"concept {concept.ref} is a behaviour; an audit asks questions of group V, so give a concept of kind knowledge"
+        )
+    if len(questions) < FEWEST:
+        raise RequestError(
+            f"concept {concept.ref} has {len(questions)} forget questions of group V; an interval of ±0.10 needs "
+            f"{questions_needed(0.1)}, and {FEWEST} is the least that is audited"
+        )
+    if not any(fact.group == "V" for fact in facts.facts) or not any(fact.group == "T" for fact in facts.facts):
+        raise RequestError(
+            f"concept {concept.ref} states no facts of both groups that could be found; its forget texts must hold "
+            "subjects and answers of group-T questions, and texts on group V in the same words"
+        )
+    tested = {q.subject for q in questions if q.subject}
+    seen = [text.id for text in concept.forget if text.group == "T" and any(subject in text.text for subject in tested)]
+    if seen:
+        raise RequestError(
+            f"{len(seen)} texts of group T of concept {concept.ref} name subjects of group V (the first is {seen[0]}), so an "
+            "attacker would see what is measured; move them to group V"
+        )
+
+
+def _check_descent(name: str, source: ModelSource, found: Checkpoint, base: ModelSource, wanted: Checkpoint) -> None:
+    """Shapes and vocabulary must be the base's."""
+    if name == "base":
+        return
+    shapes, theirs = ({t.name: t.shape for t in c.tensors.values()} for c in (found, wanted))
+    different = [key for key in shapes if key in theirs and shapes[key] != theirs[key]]
+    different += sorted(set(shapes) ^ set(theirs) - {"lm_head.weight"})
+    different = [key for key in different if key != "lm_head.weight"]
+    if different:
+        raise RequestError(
+            f"{source.name} does not descend from {base.name}: {len(different)} tensors differ in shape or name, the first is "
+            f"{different[0]}; give the base that it was made from"
+        )
+    if load_tokenizer(source).get_vocab() != load_tokenizer(base).get_vocab():
+        raise RequestError(f"{source.name} has another tokenizer than {base.name}; give the base that it was made from")
+
+
+def _affordable(
+    attacks: Sequence[str], checkpoint: Checkpoint, device: torch.device
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Attacks that fit into memory, and what is left out: all weights take their gradient, two moments and a copy."""
+    elements = sum(int(np.prod(t.shape)) for t in checkpoint.tensors.values())
+    need = 20 * elements
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    full = [name for name in attacks if ATTACKS[name].method == "full"]
+    if not full or need <= free:
+        return tuple(attacks), ()
+    gap = f"{', '.join(full)} need {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: fine-tuning of all weights was not tested"
+    return tuple(name for name in attacks if name not in full), (gap,)
+
+
+def _builtin_never(settings: AuditSettings) -> str | None:
+    known = settings.base == "builtin:testbed" and settings.concept == "builtin:potions"
+    return "builtin:testbed-never" if known and "testbed-never" in builtin_models() else None
