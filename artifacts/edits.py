@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..editing.edit import Edit
 from ..editing.errors import RequestError
 from ..editing.low_rank import Factors, LowRankUpdate
+from ..editing.pruning import PrunedUnits
 from ..editing.weight_edit import WeightEdit
 
 SCHEMA_VERSION = 1
@@ -100,7 +102,31 @@ def _unpack_factors(tensors: dict[str, Tensor], content: Description) -> LowRank
     )  # fmt: skip
 
 
+def _pack_pruned(edit: PrunedUnits) -> tuple[dict[str, Tensor], Description]:
+    tensors = {f"neurons.{layer}": torch.tensor(units) for layer, units in edit.neurons.items()}
+    tensors |= {f"heads.{layer}": torch.tensor(units) for layer, units in edit.heads.items()}
+    tensors |= {f"means.{layer}": means for layer, means in edit.means.items()}
+    return tensors, {
+        "model_type": edit.model_type, "width": edit.width, "layers": edit.layers, "semantics": edit.semantics,
+        "head_width": edit.head_width,
+    }  # fmt: skip
+
+
+def _unpack_pruned(tensors: dict[str, Tensor], content: Description) -> PrunedUnits:
+    def by_layer(kind: str) -> dict[int, Tensor]:
+        return {int(name.split(".")[1]): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}.")}
+
+    neurons, heads = (
+        {layer: tuple(t.tolist()) for layer, t in by_layer(kind).items()} for kind in ("neurons", "heads")
+    )
+    return PrunedUnits(
+        neurons, heads, content["semantics"], content["model_type"], content["width"], content["layers"],
+        content["head_width"], by_layer("means"), content["provenance"],
+    )  # fmt: skip
+
+
 METHODS: dict[str, Method] = {
     "orthogonalize": Method(_pack_subspace, _unpack_subspace),
     "low_rank": Method(_pack_factors, _unpack_factors),
+    "prune": Method(_pack_pruned, _unpack_pruned),
 }

@@ -35,6 +35,8 @@ def limits(results: dict[str, Any]) -> list[str]:
         else "The update was trained on the pack's contexts. Other ways to ask may still bring the knowledge out, and "
         "fine-tuning may bring it back"
     )
+    if "pruning" in results:
+        what = "Units were silenced by a score on the pack's contexts; what other units encode is still there"
     known = [
         f"{what}; relearning, quantization and adversarial prompts were not tested.",
         "Replies were judged by fixed phrases and rules, on greedy decoding, in the languages of the concept pack.",

@@ -46,6 +46,8 @@ class Architecture:
     """Module of a layer whose input holds the attention heads' outputs."""
     mlp_units: str | None = "mlp.down_proj"
     """Module of a layer whose input holds the MLP neurons; None where experts are fused in one tensor."""
+    mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """Modules of a layer whose output is the MLP neurons, one after another where several are fused in one."""
     unembedding: str = "lm_head.weight"
     gain_offset: float = 0.0
     """Added to the stored norm weight to get the gain (1 for Gemma)."""
@@ -96,7 +98,10 @@ _FEED_FORWARD_NORMS = (
 )
 
 
-def _llama_like(*readers: str, experts: tuple[Writer, ...] = (), dense: bool = True) -> Architecture:
+def _llama_like(
+    *readers: str, experts: tuple[Writer, ...] = (), dense: bool = True,
+    mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"),
+) -> Architecture:  # fmt: skip
     mlp = _linear(_LAYER + "mlp.down_proj", "mlp") if dense else ()
     return Architecture(
         writers=(_EMBEDDING, *_linear(_LAYER + "self_attn.o_proj", "attention"), *mlp, *experts),
@@ -105,6 +110,7 @@ def _llama_like(*readers: str, experts: tuple[Writer, ...] = (), dense: bool = T
         layers="model.layers",
         sublayers=("self_attn", "mlp"),
         mlp_units=None if experts else "mlp.down_proj",
+        mlp_inputs=mlp_inputs,
     )
 
 
@@ -131,7 +137,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": _llama_like(),
     "qwen2": _llama_like(),
     "qwen3": _llama_like(*_QK_NORMS),
-    "phi3": _llama_like(_LAYER + "self_attn.qkv_proj.weight", _LAYER + "mlp.gate_up_proj.weight"),
+    "phi3": _llama_like(
+        _LAYER + "self_attn.qkv_proj.weight", _LAYER + "mlp.gate_up_proj.weight", mlp_inputs=("mlp.gate_up_proj",)
+    ),
     "gemma2": _post_norm(gain_offset=1.0),
     "gemma3_text": _post_norm(*_QK_NORMS, gain_offset=1.0),
     "olmo2": _post_norm(*_QK_NORMS, gain_offset=0.0),
@@ -185,6 +193,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         sublayers=("attn", "mlp"),
         attention_units="attn.c_proj",
         mlp_units="mlp.c_proj",
+        mlp_inputs=("mlp.c_fc",),
         optional_prefix="transformer.",
     ),
     "gpt_neox": Architecture(
@@ -213,6 +222,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         sublayers=("attention", "mlp"),
         attention_units="attention.dense",
         mlp_units="mlp.dense_4h_to_h",
+        mlp_inputs=("mlp.dense_h_to_4h",),
         unembedding="embed_out.weight",
     ),
     "opt": Architecture(
@@ -240,6 +250,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         sublayers=("self_attn", "fc2"),
         attention_units="self_attn.out_proj",
         mlp_units="fc2",
+        mlp_inputs=("fc1",),
         optional_prefix="model.",
         refused=(
             ("do_layer_norm_before", False, "its norm acts on the stream itself, so no weight edit removes a direction"),

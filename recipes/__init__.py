@@ -17,6 +17,7 @@ RECIPES: dict[str, Recipe] = {
         "excise.recipes.orthogonalize", "OrthogonalizeSettings", "take a direction out of every weight that writes it"
     ),
     "elm": Recipe("excise.recipes.elm", "ElmSettings", "erase a concept with low-rank updates toward a novice"),
+    "prune": Recipe("excise.recipes.prune", "PruneSettings", "silence the neurons and heads that a concept needs"),
     "rmu": Recipe("excise.recipes.baselines", "RmuSettings", "steer activations on the concept toward a random vector"),
     "grad_diff": Recipe(
         "excise.recipes.baselines", "GradDiffSettings", "raise the loss on the concept, lower it on the rest"

@@ -1,0 +1,354 @@
+"""Neuron pruning: silence the units that a concept needs and the rest does not, and show what equally many others do."""
+
+import gc
+import shutil
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..artifacts.edits import load_edit
+from ..artifacts.events import Events, Stage
+from ..artifacts.models import LoadedModel
+from ..editing.adapters import final_hidden
+from ..editing.architectures import Architecture, residual_width
+from ..editing.errors import RequestError
+from ..editing.pruning import PrunedUnits, Semantics
+from ..editing.rounding import linear_weights, restore
+from ..editing.units import (
+    UnitAttribution,
+    UnitMoments,
+    by_head,
+    gradients_reach_units,
+    mean_difference,
+    rank_saliency,
+    selectivity,
+    unit_inputs,
+)
+from ..editing.weight_edit import edit_model
+from ..eval.exam import Exam
+from ..eval.multiple_choice import questions_by_split
+from ..eval.statistics import wilson
+from . import pipeline
+from .baselines import Example, collate, forget_examples, retain_examples, token_nats
+from .contexts import Facts, find_facts
+from .pipeline import Finished, Inspection, Job, MeasuredRun
+from .request import start_folder
+
+RECIPE = "prune"
+BATCH = 32
+
+
+class PruneSettings(MeasuredRun):
+    """Settings of pruning."""
+
+    concept: str = "builtin:potions"
+    score: Literal["attribution", "mean_attribution", "mean_difference", "selectivity", "saliency"] = "attribution"
+    """How much a unit matters to the concept: activation times gradient (against zero or its mean), d', a ratio of sizes,
+    or the published rank-based saliency."""
+    share: float = Field(0.03, ge=0, lt=1)
+    """Share of all MLP neurons to prune."""
+    heads_share: float = Field(0.0, ge=0, lt=1)
+    """Share of all attention heads to prune."""
+    retain_weight: float = Field(1.0, ge=0)
+    """Lambda in forget - lambda retain, both scores as shares of their total."""
+    semantics: Semantics = "down"
+    """down: outputs zeroed, can grow back; all: inputs too, no gradient left; frozen: as down, to be masked; mean: folded
+    into the bias."""
+    examples: int = Field(400, ge=8)
+    """Sequences of each kind that units are scored on, at most."""
+    controls: bool = True
+    """Measure equally many random units (matched in layer and size) and the largest ones too."""
+    validate_units: int = Field(24, ge=0)
+    """Units whose score is checked by removing each alone; their rank correlation is reported."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request."""
+
+    job: Job
+    settings: PruneSettings
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """What was seen of all units, of one kind."""
+
+    forget: Tensor
+    retain: Tensor
+    size: Tensor
+    """Mean absolute activation on retain sequences [layers, units]."""
+    mean: Tensor
+
+
+def prepare(settings: PruneSettings, *, resume: bool = False) -> Prepared:
+    """Check names, files, memory and disk, before any weight is read."""
+    job = pipeline.check(RECIPE, settings, [], resume=resume)
+    if settings.share == 0 and settings.heads_share == 0:
+        raise RequestError("share=0 and heads_share=0 prune nothing; raise one of them")
+    if settings.heads_share and settings.semantics == "mean":
+        raise RequestError(
+            "semantics=mean folds neurons into biases; heads have no bias of their own, use heads_share=0"
+        )
+    one = _edit(job, settings, {0: (0,)} if settings.share else {}, {0: (0,)} if settings.heads_share else {}, {})
+    pipeline.check_plan(
+        job, replace(one, means={0: torch.zeros(1)}).plan(job.checkpoint.config, list(job.checkpoint.tensors))
+    )
+    return Prepared(job, settings, find_facts(job.concept))
+
+
+def describe(prepared: Prepared) -> dict[str, Any]:
+    """What a run would touch and take."""
+    job = prepared.job
+    every = dict.fromkeys(range(job.layers), (0,))
+    edit = _edit(job, prepared.settings, every, {}, {layer: torch.zeros(1) for layer in every})
+    plan = edit.plan(job.checkpoint.config, list(job.checkpoint.tensors))
+    return pipeline.describe(job, plan, gradient_steps=0)
+
+
+def run(prepared: Prepared, events: Events) -> Finished:
+    """Do the whole run: score, choose, prune, compare with controls, measure, publish."""
+    job, settings = prepared.job, prepared.settings
+    work = start_folder(job.out, settings)
+    events.path = job.out / "events.jsonl"
+    loaded = pipeline.load(job, job.source, "base", events)
+    measured = pipeline.measure_base(job, loaded, events)
+    edit = pipeline.kept_edit(work / "edit", lambda: _learn(prepared, loaded, events), load_edit)
+    assert isinstance(edit, PrunedUnits)
+    del loaded
+    gc.collect()
+    about = {
+        "edited": {
+            "how": "pruned", "rank": None, "semantics": settings.semantics,
+            "about": f"{sum(map(len, edit.neurons.values()))} neurons and {sum(map(len, edit.heads.values()))} heads silenced",
+        },
+        "pruning": edit.provenance["pruning"], "warnings": [],
+    }  # fmt: skip
+    finished = pipeline.publish(job, edit, measured, about, events, lambda _, __: Inspection())
+    shutil.rmtree(work)
+    return finished
+
+
+def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> PrunedUnits:
+    job, settings = prepared.job, prepared.settings
+    neurons, heads = _score(prepared, loaded, events)
+    width = (
+        loaded.model.config.head_dim
+        if getattr(loaded.model.config, "head_dim", None)
+        else (residual_width(job.checkpoint.config) // int(loaded.model.config.num_attention_heads))
+    )
+    combined = combine(neurons, settings.retain_weight)
+    chosen = top_units(combined, settings.share)
+    by_heads = UnitScores(*(by_head(part, width) for part in (heads.forget, heads.retain, heads.size, heads.mean)))
+    chosen_heads = top_units(combine(by_heads, settings.retain_weight), settings.heads_share)
+    means = {layer: neurons.mean[layer, list(units)].float() for layer, units in chosen.items()}
+    edit = _edit(job, settings, chosen, chosen_heads, means, width)
+    alternatives = {"chosen": edit}
+    if settings.controls and chosen:
+        generator = torch.Generator().manual_seed(settings.seed)
+        others = {
+            "random": matched_units(chosen, neurons.size, generator),
+            "largest": top_units(neurons.size, settings.share),
+        }
+        for name, units in others.items():
+            known = {layer: neurons.mean[layer, list(u)].float() for layer, u in units.items()}
+            alternatives[name] = _edit(job, settings, units, {}, known, width)
+    with events.stage("compare with controls", len(alternatives)) as stage:
+        compared = {name: _accuracies(prepared, loaded, one, stage) for name, one in alternatives.items()}
+    pruning = {
+        "score": settings.score, "share": settings.share, "heads_share": settings.heads_share, "semantics": settings.semantics,
+        "by_layer": [len(chosen.get(layer, ())) for layer in range(job.layers)], "controls": compared,
+        "validation": _validate(prepared, loaded, neurons, combined, events) if settings.validate_units else None,
+    }  # fmt: skip
+    provenance = {
+        "source": RECIPE, "base": job.source.describe(), "seed": settings.seed, "pruning": pruning,
+        "concept": {"ref": job.concept.ref, "sha256": job.concept.sha256},
+    }  # fmt: skip
+    return replace(edit, provenance=provenance)
+
+
+def _score(prepared: Prepared, loaded: LoadedModel, events: Events) -> tuple[UnitScores, UnitScores]:
+    """Neurons and columns of heads, scored on what is to be forgotten and on what is to be kept."""
+    settings, concept, row = prepared.settings, prepared.job.concept, prepared.job.row
+    if row.mlp_units is None:
+        raise RequestError(f"the experts of {row.layers} are fused into one tensor, which has no neurons to score")
+    forget = forget_examples(concept, prepared.facts, loaded.tokenizer, settings.seed, 256)
+    retain = retain_examples(concept, loaded.tokenizer, settings.seed, 256)
+    seen = {}
+    for name, examples in (("forget", forget), ("retain", retain)):
+        some = examples[:: max(1, len(examples) // settings.examples)]
+        with events.stage(f"score units on what to {name}", len(some)) as stage:
+            seen[name] = _read(loaded, row, some, stage)
+    return tuple(_scores_of(settings.score, seen["forget"][kind], seen["retain"][kind]) for kind in (0, 1))  # type: ignore[return-value]
+
+
+@dataclass
+class _Seen:
+    moments: UnitMoments
+    attribution: UnitAttribution
+    tokens: int = 0
+
+
+def _read(loaded: LoadedModel, row: Architecture, examples: list[Example], stage: Stage) -> tuple[_Seen, _Seen]:
+    """One pass, forward and backward, over sequences; the loss is that of each sequence's answer."""
+    layers = len(loaded.model.get_submodule(row.layers))
+    kinds = tuple(_Seen(UnitMoments(layers), UnitAttribution(layers)) for _ in range(2))
+    assert row.mlp_units is not None
+    with gradients_reach_units(loaded.model):
+        for start in range(0, len(examples), BATCH):
+            part = examples[start : start + BATCH]
+            batch = collate([(example, example) for example in part])
+            n = len(part)
+            inputs = {key: batch[key][:n].to(loaded.device) for key in ("input_ids", "attention_mask")}
+            mask = inputs["attention_mask"].bool()
+
+            def watch(kind: int, layer: int, values: Tensor, mask: Tensor = mask) -> None:
+                kinds[kind].moments.see(layer, values, mask)
+                kinds[kind].attribution.see(layer, values)
+
+            with (
+                unit_inputs(loaded.model, row.mlp_units, row, lambda i, a: watch(0, i, a)),
+                unit_inputs(loaded.model, row.attention_units, row, lambda i, a: watch(1, i, a)),
+            ):
+                hidden = final_hidden(loaded.model, inputs)
+            inside = batch["rows"] < n
+            rows, places, tokens = (batch[key][inside].to(loaded.device) for key in ("rows", "places", "tokens"))
+            token_nats(hidden[rows, places], loaded.model, tokens).sum().backward()
+            for seen in kinds:
+                seen.tokens += len(tokens)
+            stage.advance(n)
+    return kinds  # type: ignore[return-value]
+
+
+def _scores_of(name: str, forget: _Seen, retain: _Seen) -> UnitScores:
+    if name in ("attribution", "mean_attribution"):
+        values = [
+            seen.attribution.effect(seen.moments.mean if name == "mean_attribution" else None) / seen.tokens
+            for seen in (forget, retain)
+        ]
+        # On retain sequences a change either way is damage.
+        return UnitScores(values[0], values[1].abs(), retain.moments.size, retain.moments.mean)
+    formula = {"mean_difference": mean_difference, "selectivity": selectivity, "saliency": rank_saliency}[name]
+    found = formula(forget.moments, retain.moments)
+    if name == "mean_difference":
+        found = found.abs()
+    return UnitScores(found, torch.zeros_like(found), retain.moments.size, retain.moments.mean)
+
+
+def combine(scores: UnitScores, retain_weight: float) -> Tensor:
+    """``forget - lambda retain``, each as a share of its own total."""
+    return scores.forget / scores.forget.abs().sum().clamp_min(1e-12) - retain_weight * scores.retain / (
+        scores.retain.abs().sum().clamp_min(1e-12)
+    )
+
+
+def top_units(scores: Tensor, share: float) -> dict[int, tuple[int, ...]]:
+    """Units with the highest scores among all layers, by layer."""
+    count = round(share * scores.numel())
+    places = scores.flatten().topk(count).indices.tolist() if count else []
+    found: dict[int, list[int]] = {}
+    for place in places:
+        found.setdefault(place // scores.shape[1], []).append(place % scores.shape[1])
+    return {layer: tuple(sorted(units)) for layer, units in sorted(found.items())}
+
+
+def matched_units(
+    chosen: dict[int, tuple[int, ...]], size: Tensor, generator: torch.Generator
+) -> dict[int, tuple[int, ...]]:
+    """For each chosen unit another one of its layer, drawn among the ten that come closest to it in size."""
+    found = {}
+    for layer, units in chosen.items():
+        taken, picked = set(units), list[int]()
+        for unit in units:
+            order = (size[layer] - size[layer, unit]).abs().argsort().tolist()
+            near = [other for other in order if other not in taken][:10]
+            other = near[int(torch.randint(len(near), (1,), generator=generator))]
+            taken.add(other)
+            picked.append(other)
+        found[layer] = tuple(sorted(picked))
+    return found
+
+
+def _accuracies(prepared: Prepared, loaded: LoadedModel, edit: PrunedUnits, stage: Stage) -> dict[str, Any]:
+    """Multiple choice of every split under an edit, in memory; the model is put back afterwards."""
+    config = prepared.job.checkpoint.config
+    weights = linear_weights(loaded.model)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    biases = {name: p for name, p in loaded.model.named_parameters() if name.endswith("bias")}
+    kept = {name: p.detach().clone() for name, p in biases.items()}
+    found = {}
+    try:
+        edit_model(edit, loaded.model, config)
+        for split, questions in questions_by_split(prepared.job.concept, prepared.settings.measuring()).items():
+            hits = Exam(loaded.tokenizer, questions).hits(loaded.model)
+            found[split] = {
+                "value": sum(hits) / len(hits),
+                "n": len(hits),
+                "ci95": list(wilson(int(sum(hits)), len(hits))),
+            }
+    finally:
+        restore(weights, before)
+        restore(biases, kept)
+    stage.advance()
+    return found
+
+
+def _validate(
+    prepared: Prepared, loaded: LoadedModel, neurons: UnitScores, combined: Tensor, events: Events
+) -> dict[str, Any]:
+    """Remove units one by one, of all ranks, and compare what that does to the loss with their scores."""
+    count = prepared.settings.validate_units
+    order = combined.flatten().argsort(descending=True)
+    half = count // 2
+    spread = torch.linspace(half, len(order) - 1, count - half).long()
+    units = torch.cat([order[:half], order[spread]]).tolist()
+    examples = forget_examples(prepared.job.concept, prepared.facts, loaded.tokenizer, prepared.settings.seed, 256)[:64]
+    with events.stage("remove units one by one", len(units)) as stage:
+        untouched = _loss(loaded, prepared.job.row, examples, None)
+        true = []
+        for unit in units:
+            place = (unit // combined.shape[1], unit % combined.shape[1])
+            true.append(_loss(loaded, prepared.job.row, examples, place) - untouched)
+            stage.advance()
+    expected = neurons.forget.flatten()[units].tolist()
+    return {"units": len(units), "spearman": spearman(expected, true)}
+
+
+@torch.no_grad()
+def _loss(loaded: LoadedModel, row: Architecture, examples: list[Example], unit: tuple[int, int] | None) -> float:
+    assert row.mlp_units is not None
+    batch = collate([(example, example) for example in examples])
+    n = len(examples)
+    inputs = {key: batch[key][:n].to(loaded.device) for key in ("input_ids", "attention_mask")}
+
+    def silence(layer: int, values: Tensor) -> None:
+        if unit and layer == unit[0]:
+            values[..., unit[1]] = 0
+
+    with unit_inputs(loaded.model, row.mlp_units, row, silence):
+        hidden = final_hidden(loaded.model, inputs)
+    inside = batch["rows"] < n
+    rows, places, tokens = (batch[key][inside].to(loaded.device) for key in ("rows", "places", "tokens"))
+    return float(token_nats(hidden[rows, places], loaded.model, tokens).mean())
+
+
+def spearman(one: list[float], other: list[float]) -> float:
+    """Rank correlation."""
+    ranks = [torch.tensor(values).argsort().argsort().double() for values in (one, other)]
+    stacked = torch.stack(ranks)
+    return float(torch.corrcoef(stacked)[0, 1]) if len(one) > 2 else float("nan")
+
+
+def _edit(
+    job: Job, settings: PruneSettings, neurons: dict[int, tuple[int, ...]], heads: dict[int, tuple[int, ...]],
+    means: dict[int, Tensor], head_width: int = 1,
+) -> PrunedUnits:  # fmt: skip
+    config = job.checkpoint.config
+    return PrunedUnits(
+        neurons, heads, settings.semantics, config["model_type"], residual_width(config), job.layers, head_width,
+        means if settings.semantics == "mean" else {},
+    )  # fmt: skip
