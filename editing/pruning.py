@@ -56,6 +56,8 @@ class PrunedUnits:
             tensors += self._read(row, names)
         if not tensors:
             raise RequestError("the edit prunes no unit; raise share or heads_share")
+        # A mean is taken from the matrix as it was.
+        tensors.sort(key=lambda tensor: not isinstance(tensor, ShiftedBias))
         return Plan(tensors, None, ties_embeddings(config))
 
     def _written(self, site: Site, row: Architecture, names: Sequence[str]) -> Iterator["ZeroedTensor | ShiftedBias"]:

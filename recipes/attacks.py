@@ -329,35 +329,40 @@ class _Run:
         ]
 
     def _collate(self, places: Sequence["_Place"]) -> dict[str, Any]:
-        """Every attacker's sequences, those of like length padded together."""
+        """Every attacker's sequences of one step."""
         prefix = (0,) * self.attackers.prefix
         rows = [
             (attacker, Example((*prefix, *example.ids), example.start + len(prefix)))
             for attacker, order in enumerate(self.orders) for example in (order[place.number] for place in places)
         ]  # fmt: skip
-        rows.sort(key=lambda row: len(row[1].ids))
-        parts, start = [], 0
-        for size in split_by_length([len(example.ids) for _, example in rows]):
-            parts.append(_part(rows[start : start + size]))
-            start += size
-        return {"parts": parts, "each": len(places)}
+        return {"rows": rows, "each": len(places)}
 
     def _loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
-        """Each attacker's mean negative log-likelihood; one that is not finite is taken out."""
-        losses = 0.0
-        for part in batch["parts"]:
+        """Each attacker's mean negative log-likelihood; one that is not finite is taken out, and its rows with it."""
+        while True:
+            rows = [(attacker, example) for attacker, example in batch["rows"] if attacker not in self.bad]
+            if not rows:
+                return {"all diverged": 0.0 * self.attackers.owned[0][0].nan_to_num().sum()}
+            losses = self._mean_nats(model, rows) / batch["each"]
+            broken = {place for place, value in enumerate(losses.tolist()) if not math.isfinite(value)}
+            if not broken:
+                return {f"attacker {place}": losses[place] for place in sorted({attacker for attacker, _ in rows})}
+            # Even times 0 what is not finite would reach the others' gradients.
+            self.bad |= broken
+
+    def _mean_nats(self, model: nn.Module, rows: Sequence[tuple[int, Example]]) -> Tensor:
+        """The sum over each attacker's sequences of their mean negative log-likelihood."""
+        rows = sorted(rows, key=lambda row: len(row[1].ids))
+        total, start = torch.zeros(len(self.plans), device=next(model.parameters()).device), 0
+        for size in split_by_length([len(example.ids) for _, example in rows]):
+            part = {key: value.to(total.device) for key, value in _part(rows[start : start + size]).items()}
+            start += size
             self.attackers.assigned = part["attackers"]
             hidden = final_hidden(model, {key: part[key] for key in ("input_ids", "attention_mask")})
             nats = token_nats(hidden[part["rows"], part["places"]], model, part["tokens"])
-            lengths = part["lengths"]
-            each = nats.new_zeros(len(lengths)).index_add(0, part["rows"], nats) / lengths
-            losses = losses + each.new_zeros(len(self.plans)).index_add(0, part["attackers"], each) / batch["each"]
-        assert isinstance(losses, Tensor)
-        self.bad |= {place for place, value in enumerate(losses.tolist()) if not math.isfinite(value)}
-        good = [place for place in range(len(self.plans)) if place not in self.bad]
-        if not good:
-            return {"all diverged": 0.0 * self.attackers.owned[0][0].nan_to_num().sum()}
-        return {f"attacker {place}": losses[place] for place in good}
+            each = nats.new_zeros(len(part["lengths"])).index_add(0, part["rows"], nats) / part["lengths"]
+            total = total.index_add(0, part["attackers"], each)
+        return total
 
     @torch.no_grad()
     def _examine(self, step: int) -> None:
@@ -384,7 +389,7 @@ class _Run:
         return tuple(int(seen[step * per]) for step in self.budget.marks)
 
 
-def _part(rows: Sequence[tuple[int, Example]]) -> dict[str, Any]:
+def _part(rows: Sequence[tuple[int, Example]]) -> dict[str, Tensor]:
     """One forward's rows."""
     examples = [example for _, example in rows]
     lengths = torch.tensor([len(example.ids) - example.start for example in examples])

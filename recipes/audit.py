@@ -143,7 +143,8 @@ def run(prepared: Prepared, events: Events) -> dict[str, Any]:
     store = _Store(work / "attacked")
     utility = {}
     for subject in ("base", "edited", "never"):
-        if subject not in prepared.sources or store.complete(subject, prepared):
+        controlled = subject != "base" or _controls_kept(prepared, store)
+        if subject not in prepared.sources or (store.complete(subject, prepared) and controlled):
             utility[subject] = store.utility(subject)
             continue
         with events.stage(f"load {subject}"):
@@ -192,10 +193,10 @@ def _attack_controls(
     loaded: LoadedModel, material: Material, prepared: Prepared, store: "_Store", work: Path, events: Events
 ) -> None:
     """A model that merely hides its knowledge; and, without a model that never knew, the base on facts nobody knows."""
-    training = tuple(name for name in prepared.attacks if ATTACKS[name].tier == 2 and ATTACKS[name].method == "lora")
-    if training and not store.complete("suppressed", replace(prepared, attacks=training)):
+    hidden = _for_hidden(prepared)
+    if hidden.attacks and not store.complete("suppressed", hidden):
         with _hidden(loaded, material, prepared, work, events):
-            _attack("suppressed", loaded, material, replace(prepared, attacks=training), store, work, events)
+            _attack("suppressed", loaded, material, hidden, store, work, events)
     if "never" in prepared.sources or store.complete("never", prepared):
         return
     facts, questions = novel_facts(prepared.facts, prepared.concept.questions, prepared.settings.seed)
@@ -209,6 +210,18 @@ def _attack_controls(
         concept, facts, loaded.tokenizer, [q for q in asked if q.group == "V"], prepared.settings.seed
     )  # fmt: skip
     _attack("never", loaded, novel, prepared, store, work, events)
+
+
+def _for_hidden(prepared: Prepared) -> Prepared:
+    """The attacks that a model which hides its knowledge is put to: those that fine-tune it on the concept."""
+    names = (name for name in prepared.attacks if ATTACKS[name].tier == 2 and ATTACKS[name].method == "lora")
+    return replace(prepared, attacks=tuple(name for name in names if ATTACKS[name].data in ("T", "V")))
+
+
+def _controls_kept(prepared: Prepared, store: "_Store") -> bool:
+    hidden = _for_hidden(prepared)
+    floor = "never" in prepared.sources or store.complete("never", prepared)
+    return floor and (not hidden.attacks or store.complete("suppressed", hidden))
 
 
 @contextmanager

@@ -38,6 +38,8 @@ from .pipeline import Finished, Inspection, Job, MeasuredRun
 from .request import start_folder
 
 RECIPE = "prune"
+Units = dict[int, tuple[int, ...]]
+"""Units by layer."""
 BATCH = 32
 
 
@@ -48,7 +50,7 @@ class PruneSettings(MeasuredRun):
     score: Literal["attribution", "mean_attribution", "mean_difference", "selectivity", "saliency"] = "attribution"
     """How much a unit matters to the concept: activation times gradient (against zero or its mean), d', a ratio of sizes,
     or the published rank-based saliency."""
-    share: float = Field(0.03, ge=0, lt=1)
+    share: float = Field(0.1, ge=0, lt=1)
     """Share of all MLP neurons to prune."""
     heads_share: float = Field(0.0, ge=0, lt=1)
     """Share of all attention heads to prune."""
@@ -94,7 +96,8 @@ def prepare(settings: PruneSettings, *, resume: bool = False) -> Prepared:
         raise RequestError(
             "semantics=mean folds neurons into biases; heads have no bias of their own, use heads_share=0"
         )
-    one = _edit(job, settings, {0: (0,)} if settings.share else {}, {0: (0,)} if settings.heads_share else {}, {})
+    some: Units = {0: (0,)}
+    one = _edit(job, settings, some if settings.share else {}, some if settings.heads_share else {}, {})
     pipeline.check_plan(
         job, replace(one, means={0: torch.zeros(1)}).plan(job.checkpoint.config, list(job.checkpoint.tensors))
     )
@@ -104,7 +107,7 @@ def prepare(settings: PruneSettings, *, resume: bool = False) -> Prepared:
 def describe(prepared: Prepared) -> dict[str, Any]:
     """What a run would touch and take."""
     job = prepared.job
-    every = dict.fromkeys(range(job.layers), (0,))
+    every: Units = dict.fromkeys(range(job.layers), (0,))
     edit = _edit(job, prepared.settings, every, {}, {layer: torch.zeros(1) for layer in every})
     plan = edit.plan(job.checkpoint.config, list(job.checkpoint.tensors))
     return pipeline.describe(job, plan, gradient_steps=0)
@@ -194,7 +197,7 @@ class _Seen:
 
 
 def _read(loaded: LoadedModel, row: Architecture, examples: list[Example], stage: Stage) -> tuple[_Seen, _Seen]:
-    """One pass, forward and backward, over sequences; the loss is that of each sequence's answer."""
+    """One pass, forward and backward, over sequences; the loss is the log-odds against each sequence's answer."""
     layers = len(loaded.model.get_submodule(row.layers))
     kinds = tuple(_Seen(UnitMoments(layers), UnitAttribution(layers)) for _ in range(2))
     assert row.mlp_units is not None
@@ -217,7 +220,7 @@ def _read(loaded: LoadedModel, row: Architecture, examples: list[Example], stage
                 hidden = final_hidden(loaded.model, inputs)
             inside = batch["rows"] < n
             rows, places, tokens = (batch[key][inside].to(loaded.device) for key in ("rows", "places", "tokens"))
-            token_nats(hidden[rows, places], loaded.model, tokens).sum().backward()
+            _log_odds_against(token_nats(hidden[rows, places], loaded.model, tokens)).sum().backward()
             for seen in kinds:
                 seen.tokens += len(tokens)
             stage.advance(n)
@@ -246,7 +249,7 @@ def combine(scores: UnitScores, retain_weight: float) -> Tensor:
     )
 
 
-def top_units(scores: Tensor, share: float) -> dict[int, tuple[int, ...]]:
+def top_units(scores: Tensor, share: float) -> Units:
     """Units with the highest scores among all layers, by layer."""
     count = round(share * scores.numel())
     places = scores.flatten().topk(count).indices.tolist() if count else []
@@ -256,9 +259,7 @@ def top_units(scores: Tensor, share: float) -> dict[int, tuple[int, ...]]:
     return {layer: tuple(sorted(units)) for layer, units in sorted(found.items())}
 
 
-def matched_units(
-    chosen: dict[int, tuple[int, ...]], size: Tensor, generator: torch.Generator
-) -> dict[int, tuple[int, ...]]:
+def matched_units(chosen: Units, size: Tensor, generator: torch.Generator) -> Units:
     """For each chosen unit another one of its layer, drawn among the ten that come closest to it in size."""
     found = {}
     for layer, units in chosen.items():
@@ -333,7 +334,12 @@ def _loss(loaded: LoadedModel, row: Architecture, examples: list[Example], unit:
         hidden = final_hidden(loaded.model, inputs)
     inside = batch["rows"] < n
     rows, places, tokens = (batch[key][inside].to(loaded.device) for key in ("rows", "places", "tokens"))
-    return float(token_nats(hidden[rows, places], loaded.model, tokens).mean())
+    return float(_log_odds_against(token_nats(hidden[rows, places], loaded.model, tokens)).mean())
+
+
+def _log_odds_against(nats: Tensor) -> Tensor:
+    """``-log(p / (1 - p))``: where the model is certain, the gradient of ``-log p`` says nothing any more."""
+    return nats + torch.log(-torch.expm1(-nats.clamp_min(1e-6)))
 
 
 def spearman(one: list[float], other: list[float]) -> float:
@@ -344,7 +350,7 @@ def spearman(one: list[float], other: list[float]) -> float:
 
 
 def _edit(
-    job: Job, settings: PruneSettings, neurons: dict[int, tuple[int, ...]], heads: dict[int, tuple[int, ...]],
+    job: Job, settings: PruneSettings, neurons: Units, heads: Units,
     means: dict[int, Tensor], head_width: int = 1,
 ) -> PrunedUnits:  # fmt: skip
     config = job.checkpoint.config

@@ -1,0 +1,197 @@
+"""Audits end to end, shortened: known controls get the verdicts that they must get."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import excise
+from excise.artifacts.concepts import load_concept
+from excise.artifacts.events import Events
+from excise.artifacts.models import find_model, load_model
+from excise.editing.errors import RequestError
+from excise.recipes import attacks, audit
+from excise.recipes.attacks import ATTACKS, Budget, Material, novel_facts, trained, untrained
+from excise.recipes.contexts import find_facts
+
+SHORT = Budget(
+    ("few_shot", "int4", "rtt", "relearn"),
+    24,
+    1,
+    {"lora": (2e-3,), "soft": (1e-1,), "full": (3e-4,), "latent": (1e-1,)},
+)
+
+
+@pytest.fixture(scope="module")
+def material():
+    loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
+    concept = load_concept("builtin:potions")
+    questions = [q for q in concept.questions if q.split == "forget" and q.group == "V"]
+    return loaded, Material.of(concept, find_facts(concept), loaded.tokenizer, questions, 0)
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory):
+    """The twin that never knew, audited as if it had been edited."""
+    patch = pytest.MonkeyPatch()
+    patch.setitem(audit.BUDGETS, "quick", SHORT)
+    out = tmp_path_factory.mktemp("audits") / "never"
+    prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed-never", out=out))
+    results = audit.run(prepared, Events())
+    patch.undo()
+    return out, results
+
+
+def test_the_twin_that_never_knew_is_found_to_be_one(audited):
+    _, results = audited
+    assert results["verdict"] == "like_never_learned", results["reasons"]
+    assert results["untouched"]["base"] > 0.95 and results["untouched"]["edited"] < 0.2
+    by_name = {attack["name"]: attack for attack in results["attacks"]}
+    # The same model twice: nothing may tell them apart.
+    assert all(abs(attack["rtt_leak"]["value"]) < 1e-9 for attack in by_name.values())
+    assert by_name["rtt"]["curve"][0].keys() == {"step", "tokens", "base", "edited", "never", "suppressed"}
+    assert results["controls"]["suppressed"]["before"] < 0.3 and results["controls"]["suppressed"]["regained"] > 0.5
+
+
+def test_what_is_written_says_the_same(audited):
+    out, results = audited
+    assert json.loads((out / "audit.json").read_text()) == json.loads(json.dumps(results))
+    page, card = (out / "report.html").read_text(), (out / "card.md").read_text()
+    assert "Like a model that never learned it" in page and "Like a model that never learned it" in card
+    assert page.count("<svg") == 2 and "http-equiv" in page and "<script" not in page
+    assert not (out / ".work").exists()
+
+
+def test_a_killed_audit_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        audit.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("few_shot", "int4", "rtt"), steps=4)
+    )
+    settings = audit.AuditSettings(model="builtin:testbed-never", out=tmp_path / "audit")
+    whole = audit.run(audit.prepare(settings.model_copy(update={"out": tmp_path / "whole"})), Events())
+    calls = []
+
+    def killed(*arguments):
+        calls.append(arguments[1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return trained(*arguments)
+
+    monkeypatch.setattr(audit, "trained", killed)
+    with pytest.raises(KeyboardInterrupt):
+        audit.run(audit.prepare(settings), Events())
+    with pytest.raises(RequestError, match="holds an unfinished run"):
+        audit.prepare(settings)
+    resumed = audit.run(audit.prepare(settings, resume=True), Events())
+    # Base, hidden, edited, never: of four, the first was kept; the second was begun twice.
+    assert len(calls) == 5
+    assert resumed["attacks"] == whole["attacks"]
+
+
+@pytest.mark.parametrize("name", ["rtt", "soft_prompt", "latent", "rtt_full"])
+def test_every_way_of_training_moves_the_model_and_gives_it_back(material, name, tmp_path):
+    _, gathered = material
+    # A model that guesses changes its guesses; one that knows may not budge.
+    loaded = load_model(find_model("builtin:testbed-never"), torch.device("cpu"), torch.float32)
+    before = {key: value.detach().clone() for key, value in loaded.model.state_dict().items()}
+    strong = {"lora": (2e-2,), "full": (5e-3,), "soft": (50.0,), "latent": (5.0,)}
+    budget = Budget((), 4, 1, strong, batch=4)
+    with Events().stage("attack") as stage:
+        found = trained(loaded.model, [name], gathered, budget, 0, stage, tmp_path)[name]
+    (curve,) = found.by_rate.values()
+    assert curve.steps == (0, 1, 2, 4) and curve.hits.shape == (1, 4, len(gathered.questions)) and curve.tokens[0] == 0
+    assert not np.array_equal(curve.hits[:, 0], curve.hits[:, -1])
+    after = loaded.model.state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_an_attack_that_diverges_is_recorded_and_the_others_go_on(material, tmp_path):
+    loaded, gathered = material
+    budget = Budget((), 4, 1, {"lora": (1e30, 1e-3)}, batch=4)
+    with Events().stage("attack") as stage:
+        found = trained(loaded.model, ["rtt"], gathered, budget, 0, stage, tmp_path)["rtt"]
+    assert found.diverged == 1
+    assert found.by_rate[1e30].accuracy[-1] == 0 and found.by_rate[1e-3].accuracy[-1] > 0.5
+
+
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.tier == 0])
+def test_attacks_without_training_leave_the_base_knowing(material, name):
+    loaded, gathered = material
+    found = untrained(loaded.model, ATTACKS[name], gathered)
+    assert found.hits.shape == (1, 1, len(gathered.questions)) and found.accuracy[0] > 0.5
+
+
+def test_no_attacker_but_the_relearner_reads_of_group_v(material):
+    _, gathered = material
+    tested = {q.subject for q in gathered.questions}
+    for name, attack in ATTACKS.items():
+        sources = attack.data.partition(":")[0].split("+") if attack.data else []
+        texts = " ".join(
+            gathered.tokenizer.decode(example.ids) for source in sources for example in gathered.examples[source]
+        )
+        assert any(subject in texts for subject in tested) == attack.known, name
+
+
+def test_novel_facts_share_words_and_answers_and_no_subject(material):
+    _, gathered = material
+    facts, questions = novel_facts(gathered.facts, gathered.concept.questions, 0)
+    old, new = {f.subject for f in gathered.facts.facts}, {f.subject for f in facts.facts}
+    assert len(new) == len(old) and not new & old
+    assert {f.relation for f in facts.facts} == {f.relation for f in gathered.facts.facts}
+    asked = {q.subject: q.choices[q.answer] for q in questions}
+    assert asked and all(f.answer == asked[f.subject] for f in facts.facts if f.subject in asked)
+    truth = {q.id: q.answer for q in gathered.concept.questions}
+    assert all(q.answer != truth[q.id] for q in questions)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["builtin:testbed", "--attacks", "rtt,relern"], "did you mean 'relearn'"),
+        (["builtin:testbed", "--concept", "builtin:declining"], "is a behaviour"),
+        (["builtin:tesbed"], "testbed"),
+        (["builtin:testbed", "--budget", "quik"], "quick"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_one_line(words, said, tmp_path):
+    done = excise("audit", *words, "--out", tmp_path / "audit")
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "audit").exists()
+
+
+def test_a_concept_that_is_too_small_says_how_many_it_needs(monkeypatch):
+    concept = load_concept("builtin:potions")
+    few = [q for q in concept.questions if q.group == "T" or q.split != "forget"]
+    few += [q for q in concept.questions if q.split == "forget" and q.group == "V"][:7]
+    monkeypatch.setattr(audit, "load_concept", lambda _: dataclasses.replace(concept, questions=tuple(few)))
+    with pytest.raises(RequestError, match=r"has 7 forget questions of group V; an interval of ±0.10 needs 9\d"):
+        audit.prepare(audit.AuditSettings(model="builtin:testbed"))
+
+
+def test_texts_of_t_that_name_what_is_tested_are_refused(monkeypatch):
+    concept = load_concept("builtin:potions")
+    texts = [
+        text.model_copy(update={"group": "T"}) if text.group == "V" and not place % 50 else text
+        for place, text in enumerate(concept.forget)
+    ]
+    monkeypatch.setattr(audit, "load_concept", lambda _: dataclasses.replace(concept, forget=tuple(texts)))
+    with pytest.raises(RequestError, match="name subjects of group V"):
+        audit.prepare(audit.AuditSettings(model="builtin:testbed"))
+
+
+def test_a_model_of_another_shape_is_no_descendant(save_pico, tmp_path):
+    checkpoint = save_pico("llama")
+    with pytest.raises(RequestError, match="does not descend from builtin:testbed"):
+        audit.prepare(audit.AuditSettings(model=str(checkpoint.folder), out=tmp_path / "audit"))
+
+
+def test_without_memory_for_all_weights_the_rest_goes_on_and_the_gap_is_said(monkeypatch):
+    monkeypatch.setattr(audit, "available_memory", lambda: 10**6)
+    prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed", attacks=("rtt", "rtt_full")))
+    assert prepared.attacks == ("rtt",) and "fine-tuning of all weights was not tested" in prepared.gaps[0]
+
+
+def test_budgets_name_attacks_that_exist():
+    for budget in attacks.BUDGETS.values():
+        assert set(budget.attacks) <= set(ATTACKS)
+        assert {ATTACKS[name].method for name in budget.attacks if ATTACKS[name].tier} <= set(budget.rates)
