@@ -13,6 +13,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the processor; so do the commands that they start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What other versions of the code kept must not decide what is tested.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="excise-tests-")
 
