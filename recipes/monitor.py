@@ -1,0 +1,309 @@
+"""Watching a concept come back while a model trains: a callback for any ``transformers.Trainer``.
+
+    from excise.recipes.monitor import RelearningMonitor
+    trainer.add_callback(RelearningMonitor("builtin:potions", tokenizer, out="watched"))
+
+At log-spaced steps it asks the concept's questions of group V and measures every MLP neuron's effect size between texts
+on the concept and others. Effect sizes are absolute, so that a concept which grows weaker everywhere is seen to; ranks
+alone cannot show that (Lo et al. 2024 as implemented). Where the concept sits is always compared with the same units
+before training: without that control, pruning itself looks like relocation.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..artifacts.concepts import load_concept
+from ..artifacts.edits import load_edit
+from ..editing.adapters import causal_model, final_hidden
+from ..editing.architectures import Architecture, architecture_of
+from ..editing.errors import RequestError
+from ..editing.pruning import PrunedUnits, ZeroedTensor
+from ..editing.units import UnitMoments, mean_difference, unit_inputs
+from ..eval.concept import Concept
+from ..eval.exam import Exam
+from ..eval.likelihood import pad_right
+from ..eval.statistics import wilson
+
+TEXTS = 64
+"""Texts of each kind whose activations are read."""
+QUESTIONS = 40
+"""Questions of each split, at most."""
+TOP = 0.01
+"""Share of units whose overlap is followed."""
+TRACKED = 16
+"""Pruned units, and as many successors, whose tokens are compared."""
+TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen at one step; the same keys as an event."""
+
+    step: int
+    accuracy: dict[str, Any]
+    """Of group V: value, n, ci95."""
+    cloze: float
+    """Mean log-probability of the true answers, nats."""
+    utility: float
+    """Accuracy on everything else."""
+    effect: Float[Tensor, "layers units"] = field(repr=False)
+    """d' of each neuron, concept against the rest."""
+    regrowth: float
+    """Norm of what pruned units write, over that of all units."""
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    """Tokens on which followed units are most active."""
+
+    def mass(self, kept: Tensor) -> list[float]:
+        """Mean squared d' of each layer's units that are kept."""
+        return [
+            float(row[keep].square().mean()) if keep.any() else 0.0 for row, keep in zip(self.effect, kept, strict=True)
+        ]
+
+
+class RelearningMonitor(TrainerCallback):
+    """Records recovery, where a concept sits and what grows back, and leaves the training as it was.
+
+    Args:
+        concept: A pack by reference, or a loaded one.
+        tokenizer: Of the model that is trained.
+        pruned: A prune run, its checkpoint or its edit, whose units are followed.
+        out: Folder for ``monitor.jsonl`` and plots; nothing is written without one.
+        every: Steps at which to look; powers of two by default.
+    """
+
+    def __init__(
+        self, concept: str | Concept, tokenizer: Any, *, pruned: str | Path | PrunedUnits | None = None,
+        out: str | Path | None = None, every: Sequence[int] | None = None, questions: int = QUESTIONS, texts: int = TEXTS,
+    ):  # fmt: skip
+        self.concept = load_concept(concept) if isinstance(concept, str) else concept
+        self.tokenizer, self.every, self.out = tokenizer, every, None if out is None else Path(out)
+        self.pruned = _pruned(pruned)
+        self.seen: list[Seen] = []
+        asked = [q for q in self.concept.questions if q.split == "forget" and q.group == "V"]
+        others = [q for q in self.concept.questions if q.split != "forget"]
+        if not asked:
+            raise RequestError(f"concept {self.concept.ref} has no forget questions of group V to watch")
+        rng = random.Random("excise monitor")
+        self.exam = Exam(tokenizer, rng.sample(asked, k=min(questions, len(asked))))
+        self.control = Exam(tokenizer, rng.sample(others, k=min(questions, len(others)))) if others else None
+        pools = [text.text for text in self.concept.forget], [text.text for text in self.concept.retain]
+        self.rows = [
+            [tuple(tokenizer(text)["input_ids"][:128]) for text in rng.sample(pool, k=min(texts, len(pool)))] for pool in pools
+        ]  # fmt: skip
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.look(model, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        step = state.global_step
+        wanted = step in self.every if self.every is not None else step & (step - 1) == 0
+        if wanted or step == state.max_steps:
+            self.look(model, step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.out is not None:
+            self.plot(self.out)
+
+    def look(self, model: Any, step: int) -> Seen:
+        """Measure now; mode, random states and gradients are left as they were."""
+        inner = causal_model(model)
+        row = architecture_of(inner.config.to_dict())
+        if row.mlp_units is None:
+            raise RequestError("the experts of this model are fused into one tensor, which has no neurons to watch")
+        with _undisturbed(model), torch.no_grad():
+            hits = self.exam.hits(inner)
+            answers = np.log(np.maximum(self.exam.answer_probabilities(inner), 1e-30))
+            utility = self.control.hits(inner) if self.control else (float("nan"),)
+            effect, tokens = self._effects(inner, row)
+            found = Seen(
+                step, {"value": sum(hits) / len(hits), "n": len(hits), "ci95": wilson(int(sum(hits)), len(hits))},
+                float(answers.mean()), sum(utility) / len(utility), effect, self._regrowth(inner, row), tokens,
+            )  # fmt: skip
+        self.seen.append(found)
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with (self.out / "monitor.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.event(found)) + "\n")
+        return found
+
+    def event(self, seen: Seen) -> dict[str, Any]:
+        """One look, beside the first: what changed, and against which control."""
+        first, kept = self.seen[0], self._kept(seen.effect)
+        now, then = seen.effect.abs().flatten(), first.effect.abs().flatten()
+        inside = kept.flatten()
+        return {
+            "step": seen.step, "accuracy": seen.accuracy, "cloze": seen.cloze, "utility": seen.utility,
+            "mass_by_layer": seen.mass(kept), "centre_of_mass": centre(seen.mass(kept)),
+            # The same surviving units before training: what pruning alone did to the picture.
+            "centre_of_mass_before": centre(first.mass(kept)), "regrowth": seen.regrowth,
+            "overlap_of_top": overlap(now[inside], then[inside]), "rank_correlation": rank_correlation(now[inside], then[inside]),
+            "similarity_of_tokens": self._similarity(seen),
+        }  # fmt: skip
+
+    def plot(self, out: Path) -> None:
+        """Write ``recovery.png`` and ``saliency.png`` (layer by step)."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        events = [self.event(seen) for seen in self.seen]
+        steps = [event["step"] + 1 for event in events]
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, middle, right = figure.subplots(1, 3)
+        values = [event["accuracy"]["value"] for event in events]
+        ends = [event["accuracy"]["ci95"] for event in events]
+        left.fill_between(steps, [low for low, _ in ends], [high for _, high in ends], alpha=0.2)
+        left.plot(steps, values, marker="o", label=f"group V (n = {events[0]['accuracy']['n']})")
+        left.plot(steps, [event["utility"] for event in events], label="everything else")
+        left.axhline(self.exam.chance, linestyle=":", color="#888")
+        left.set(xscale="log", xlabel="step + 1", ylabel="multiple choice", ylim=(-0.03, 1.03), title="Recovery")
+        left.legend(fontsize=7)
+        mass = np.array([event["mass_by_layer"] for event in events]).T
+        image = middle.imshow(mass, aspect="auto", origin="lower", cmap="viridis")
+        middle.set(xlabel="look", ylabel="layer", title="Mean squared d' of neurons")
+        middle.set_xticks(range(len(steps)), [str(event["step"]) for event in events])
+        figure.colorbar(image, ax=middle)
+        right.plot(steps, [event["centre_of_mass"] for event in events], marker="o", label="now")
+        right.plot(
+            steps, [event["centre_of_mass_before"] for event in events], linestyle="--", label="same units before"
+        )
+        right.set(xscale="log", xlabel="step + 1", ylabel="layer", title="Where the concept sits")
+        right.legend(fontsize=7)
+        out.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out / "recovery.png", dpi=130)
+
+    def _effects(self, model: Any, row: Architecture) -> tuple[Tensor, dict[str, list[int]]]:
+        """d' of each neuron, and the tokens of those that are followed."""
+        assert row.mlp_units is not None
+        layers = len(model.get_submodule(row.layers))
+        moments = [UnitMoments(layers) for _ in self.rows]
+        followed = self._followed()
+        sums = {unit: torch.zeros(int(model.config.vocab_size), dtype=torch.float64) for unit in followed}
+        counts = torch.zeros(int(model.config.vocab_size), dtype=torch.float64)
+        for kind, rows in enumerate(self.rows):
+            for start in range(0, len(rows), 32):
+                inputs = pad_right(rows[start : start + 32], model.device)
+                mask = inputs["attention_mask"].bool()
+                ids = inputs["input_ids"][mask].cpu()
+                counts.index_add_(0, ids, torch.ones(len(ids), dtype=torch.float64))
+
+                def see(layer: int, values: Tensor, kind: int = kind, mask: Tensor = mask, ids: Tensor = ids) -> None:
+                    moments[kind].see(layer, values, mask)
+                    for unit in sums:
+                        if unit[0] == layer:
+                            sums[unit].index_add_(0, ids, values[..., unit[1]][mask].double().cpu())
+
+                with unit_inputs(model, row.mlp_units, row, see):
+                    final_hidden(model, inputs)
+        effect = mean_difference(*moments).float().cpu()
+        seen = counts > 0
+        tokens = {
+            f"{layer}.{unit}": torch.where(seen, total / counts.clamp_min(1), -torch.inf).topk(TOKENS).indices.tolist()
+            for (layer, unit), total in sums.items()
+        }  # fmt: skip
+        return effect, tokens
+
+    def _followed(self) -> list[tuple[int, int]]:
+        """Pruned units, and the survivors that were strongest at the first look."""
+        gone = (
+            [(layer, unit) for layer, units in self.pruned.neurons.items() for unit in units][:TRACKED]
+            if self.pruned
+            else []
+        )
+        if not self.seen:
+            return gone
+        first = self.seen[0].effect.abs() * self._kept(self.seen[0].effect)
+        strongest = first.flatten().topk(min(TRACKED, first.numel())).indices.tolist()
+        return [*gone, *((place // first.shape[1], place % first.shape[1]) for place in strongest)]
+
+    def _kept(self, effect: Tensor) -> Tensor:
+        """Units that were not pruned."""
+        kept = torch.ones(effect.shape, dtype=torch.bool)
+        for layer, units in self.pruned.neurons.items() if self.pruned else ():
+            kept[layer, list(units)] = False
+        return kept
+
+    def _regrowth(self, model: Any, row: Architecture) -> float:
+        if self.pruned is None:
+            return 0.0
+        parameters = dict(model.named_parameters())
+        names = [name.replace(".base_layer", "") for name in parameters]
+        by_name = dict(zip(names, parameters.values(), strict=True))
+        whole = part = 0.0
+        for tensor in self.pruned.plan(model.config.to_dict(), names).tensors:
+            if isinstance(tensor, ZeroedTensor) and by_name[tensor.name].dim() == 2:
+                weight = by_name[tensor.name].detach().float()
+                places = torch.tensor(tensor.units, device=weight.device)
+                part += float(weight.index_select(tensor.axis, places).square().sum())
+                whole += float(weight.square().sum())
+        return (part / max(whole, 1e-30)) ** 0.5
+
+    def _similarity(self, seen: Seen) -> float | None:
+        """Mean overlap of the tokens that followed units answer to, now and when first seen (Jaccard)."""
+        shares = []
+        for unit, tokens in seen.tokens.items():
+            before = next((one.tokens[unit] for one in self.seen if unit in one.tokens), tokens)
+            shares.append(len(set(tokens) & set(before)) / len(set(tokens) | set(before)))
+        return sum(shares) / len(shares) if shares else None
+
+
+def centre(mass: Sequence[float]) -> float:
+    """Mean layer, weighted by mass."""
+    total = sum(mass)
+    return sum(layer * value for layer, value in enumerate(mass)) / total if total else 0.0
+
+
+def overlap(one: Tensor, other: Tensor, share: float = TOP) -> float:
+    """Share of the top units of one that are among the top units of the other."""
+    count = max(1, int(share * len(one)))
+    tops = [set(values.topk(count).indices.tolist()) for values in (one, other)]
+    return len(tops[0] & tops[1]) / count
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Spearman's."""
+    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _pruned(given: str | Path | PrunedUnits | None) -> PrunedUnits | None:
+    if given is None or isinstance(given, PrunedUnits):
+        return given
+    place = Path(given)
+    for folder in (place / "checkpoint" / "excise", place / "excise", place):
+        if (folder / "edit.json").exists():
+            edit = load_edit(folder)
+            if not isinstance(edit, PrunedUnits):
+                raise RequestError(f"{given} holds a {edit.method} edit; give a prune run")
+            return edit
+    raise RequestError(f"{given} holds no edit; give a prune run, its checkpoint or its edit folder")
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Evaluation mode, with every module's mode and all random states put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    on_device = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if on_device:
+            torch.cuda.set_rng_state_all(on_device)
