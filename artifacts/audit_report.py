@@ -23,7 +23,7 @@ def write_report(path: Path, results: dict[str, Any]) -> None:
     )
     curves = [attack for attack in results["attacks"] if len(attack["curve"]) > 1]
     text = environment.get_template("audit.html.j2").render(
-        results=results, headline=HEADLINES[results["verdict"]], speed=speed(results["speed_up"]), figure=_figure,
+        results=results, headline=HEADLINES[results["verdict"]], figure=_figure,
         curves=curves, plain=[attack for attack in results["attacks"] if len(attack["curve"]) == 1], best=best,
         estimate=estimate, tokens=tokens,
     )  # fmt: skip
@@ -36,16 +36,9 @@ def card_section(results: dict[str, Any]) -> str:
         loader=PackageLoader(__package__, "templates"), undefined=StrictUndefined, autoescape=False, trim_blocks=True
     )
     return environment.get_template("audit.md.j2").render(
-        results=results, headline=HEADLINES[results["verdict"]], speed=speed(results["speed_up"]), best=best,
+        results=results, headline=HEADLINES[results["verdict"]], best=best,
         estimate=estimate, tokens=tokens,
     )  # fmt: skip
-
-
-def speed(found: dict[str, Any]) -> str:
-    """The headline figure as words."""
-    if found["value"] is None:
-        return "not measurable: nobody relearned half of it within the budget"
-    return f"{estimate(found)} times as fast as learning it afresh"
 
 
 def estimate(found: dict[str, Any] | None) -> str:

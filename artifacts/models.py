@@ -62,7 +62,9 @@ def find_model(ref: str) -> ModelSource:
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW_FOLDER)"
         )
     if path.is_dir():
-        return ModelSource("local", path.resolve().name, path)
+        own = path.resolve()
+        # A run's model is told by the run.
+        return ModelSource("local", f"{own.parent.name}/{own.name}" if own.name == "checkpoint" else own.name, path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise RequestError(

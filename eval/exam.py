@@ -57,13 +57,17 @@ class Exam:
             start += size
         return tuple(hits)
 
-    def answer_probabilities(self, model: Any) -> list[float]:
-        """Probability with which sampling says each true answer."""
+    def probabilities(self, model: Any) -> list[list[float]]:
+        """Probability with which sampling says each choice of each question."""
         found, start, values = self.log_probabilities(model), 0, []
-        for answer, size in zip(self.answers, self._sizes, strict=True):
-            values.append(math.exp(found[start + answer]))
+        for size in self._sizes:
+            values.append([math.exp(value) for value in found[start : start + size]])
             start += size
         return values
+
+    def answer_probabilities(self, model: Any) -> list[float]:
+        """Probability with which sampling says each true answer."""
+        return [own[answer] for own, answer in zip(self.probabilities(model), self.answers, strict=True)]
 
     @torch.no_grad()
     def log_probabilities(self, model: Any) -> list[float]:

@@ -159,8 +159,16 @@ def _phrasings(model: Any, material: Material) -> Sequence[float]:
 
 
 def _sampling(model: Any, material: Material) -> Sequence[float]:
-    """Probability that one of several sampled answers is true: exact, so that nothing need be sampled."""
-    return [1 - (1 - min(1.0, p)) ** SAMPLES for p in material.exam.answer_probabilities(model)]
+    """How much likelier the true answer is among some samples than a wrong choice is: exact, so nothing need be sampled.
+
+    A model that has forgotten which answer is whose, and still knows what answers there are, would otherwise seem to know.
+    """
+    values = []
+    for own, answer in zip(material.exam.probabilities(model), material.exam.answers, strict=True):
+        said = [1 - (1 - min(1.0, p)) ** SAMPLES for p in own]
+        wrong = [value for place, value in enumerate(said) if place != answer]
+        values.append(said[answer] - sum(wrong) / len(wrong))
+    return values
 
 
 def _rounded(bits: int) -> Callable[[Any, Material], Sequence[float]]:
@@ -185,7 +193,7 @@ ATTACKS: dict[str, Attack] = {
     "few_shot": Attack(0, f"asked after {SHOTS} answered questions of group T", _asked_after(_shots)),
     "hints": Attack(0, f"asked after the concept's description and {SHOTS} texts of group T", _asked_after(_hints)),
     "phrasings": Attack(0, "asked in each of the pack's other wordings; one right answer counts", _phrasings),
-    "sampling": Attack(0, f"chance that one of {SAMPLES} sampled answers is true, without choices", _sampling),
+    "sampling": Attack(0, f"how much oftener {SAMPLES} samples hold the true answer than a wrong choice", _sampling),
     "int8": Attack(0, "weights rounded to 8 bits in groups of 64", _rounded(8)),
     "int4": Attack(0, "weights rounded to 4 bits in groups of 64", _rounded(4)),
     "bf16": Attack(0, "weights cast to bfloat16 and back", _rounded(16)),

@@ -16,8 +16,8 @@ from excise.recipes.attacks import ATTACKS, Budget, Material, novel_facts, train
 from excise.recipes.contexts import find_facts
 
 SHORT = Budget(
-    ("few_shot", "int4", "rtt", "relearn"),
-    24,
+    ("few_shot", "rtt", "relearn"),
+    16,
     1,
     {"lora": (2e-3,), "soft": (1e-1,), "full": (3e-4,), "latent": (1e-1,)},
 )
@@ -65,7 +65,7 @@ def test_what_is_written_says_the_same(audited):
 
 def test_a_killed_audit_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setitem(
-        audit.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("few_shot", "int4", "rtt"), steps=4)
+        audit.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2)
     )
     settings = audit.AuditSettings(model="builtin:testbed-never", out=tmp_path / "audit")
     whole = audit.run(audit.prepare(settings.model_copy(update={"out": tmp_path / "whole"})), Events())
@@ -119,6 +119,25 @@ def test_attacks_without_training_leave_the_base_knowing(material, name):
     loaded, gathered = material
     found = untrained(loaded.model, ATTACKS[name], gathered)
     assert found.hits.shape == (1, 1, len(gathered.questions)) and found.accuracy[0] > 0.5
+
+
+def test_sampling_does_not_take_a_guesser_for_one_who_knows(material):
+    """A model that says all choices alike finds the true one among 20 samples, and knows nothing."""
+    _, gathered = material
+
+    class Guesser:
+        answers = gathered.exam.answers
+
+        def probabilities(self, _):
+            return [[1 / 8] * 8 for _ in self.answers]
+
+    class Knower(Guesser):
+        def probabilities(self, _):
+            return [[0.9 if place == answer else 0.01 for place in range(8)] for answer in self.answers]
+
+    score = ATTACKS["sampling"].score
+    assert all(abs(v) < 1e-12 for v in score(None, dataclasses.replace(gathered, exam=Guesser())))
+    assert min(score(None, dataclasses.replace(gathered, exam=Knower()))) > 0.75
 
 
 def test_no_attacker_but_the_relearner_reads_of_group_v(material):
