@@ -1,12 +1,18 @@
 """An audit as a page that opens offline, and as a section of a card; both say what ``audit.json`` says."""
 
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from .card import CARD
+from .manifest import FOLDER, amend_folder
+
+AUDIT = f"{FOLDER}/audit.json"
+SECTION = "## Does it hold?"
 COLOURS = {"base": "#2456a6", "suppressed": "#b07a00", "edited": "#a3312a", "never": "#0a6b4f"}
 HEADLINES = {
     "comes_back": "It comes back",
@@ -39,6 +45,21 @@ def card_section(results: dict[str, Any]) -> str:
         results=results, headline=HEADLINES[results["verdict"]], best=best,
         estimate=estimate, tokens=tokens,
     )  # fmt: skip
+
+
+def amend_card(folder: Path, results: dict[str, Any]) -> None:
+    """Put the audit into a published checkpoint: its figures, and a section of its card in place of an older one."""
+    card = (folder / CARD).read_text(encoding="utf-8")
+    section = card_section(results)
+    before, _, after = card.partition(SECTION)
+    if after:
+        # The older section ends where the next one begins.
+        _, mark, rest = after.partition("\n## ")
+        after = mark.lstrip("\n") + rest
+    else:
+        before, mark, rest = card.partition("## Samples\n")
+        after = mark + rest
+    amend_folder(folder, {CARD: f"{before}{section}\n{after}", AUDIT: json.dumps(results, indent=1) + "\n"})
 
 
 def estimate(found: dict[str, Any] | None) -> str:

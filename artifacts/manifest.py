@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from ..editing.changes import Change
 from ..editing.errors import RequestError, VerifyError
+from .staging import sync
 
 FOLDER = "excise"
 MANIFEST = f"{FOLDER}/manifest.json"
@@ -99,6 +101,38 @@ def verify_folder(folder: Path) -> int:
     if problems:
         raise VerifyError(f"{folder.name} is not as it was published: {'; '.join(problems[:5])}; fetch it again")
     return len(actual) + 1
+
+
+def amend_folder(folder: Path, texts: dict[str, str]) -> None:
+    """Add or replace text files of a published folder, checksums included.
+
+    The amended folder is made whole beside the old one, which shares its weights, and takes its place.
+
+    Raises:
+        VerifyError: The folder was not as it was published.
+    """
+    verify_folder(folder)
+    staging, before = folder.with_name(f".{folder.name}.amended"), folder.with_name(f".{folder.name}.before")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(folder, staging, copy_function=os.link)
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    for name, text in texts.items():
+        _write_anew(staging / name, text)
+        manifest["files"][name] = {"size": (staging / name).stat().st_size, "sha256": sha256_of(staging / name)}
+    _write_anew(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    sums = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    _write_anew(staging / SUMS, _sums_text(sums | {MANIFEST: sha256_of(staging / MANIFEST)}))
+    for path in staging.rglob("*"):
+        sync(path)
+    os.rename(folder, before)
+    os.rename(staging, folder)
+    shutil.rmtree(before)
+
+
+def _write_anew(path: Path, text: str) -> None:
+    """Write a file that shares nothing with the one that stood there."""
+    path.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from ..artifacts import audit_report
 from ..artifacts.checkpoints import Checkpoint, open_checkpoint
 from ..artifacts.concepts import load_concept, nearest
 from ..artifacts.events import Events
+from ..artifacts.manifest import verify_folder
 from ..artifacts.models import (
     LoadedModel,
     ModelSource,
@@ -63,6 +64,8 @@ class AuditSettings(RunRequest):
     """Names of attacks; none takes those of the budget."""
     budget: Literal["quick", "standard", "long"] = "quick"
     """How long: minutes, tens of minutes, hours."""
+    card: bool = False
+    """Also put the audit into the audited checkpoint, which excise must have made: a section of its card, and its figures."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> Prepared:
     for name, source in sources.items():
         check_memory(checkpoints[name], device, dtype)
         _check_descent(name, source, checkpoints[name], base, checkpoints["base"])
+    if settings.card:
+        verify_folder(sources["edited"].folder)
     kept, gaps = _affordable(attacks, checkpoints["base"], device)
     return Prepared(settings, sources, concept, facts, questions, kept, budget, device, dtype, out, gaps)
 
@@ -162,6 +167,8 @@ def run(prepared: Prepared, events: Events) -> dict[str, Any]:
     (prepared.out / "audit.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     audit_report.write_report(prepared.out / "report.html", results)
     (prepared.out / "card.md").write_text(audit_report.card_section(results), encoding="utf-8")
+    if prepared.settings.card:
+        audit_report.amend_card(prepared.sources["edited"].folder, results)
     shutil.rmtree(work)
     return results
 
@@ -263,7 +270,7 @@ def _conclude(prepared: Prepared, store: "_Store", utility: dict[str, float | No
         "n": len(prepared.questions), "gaps": list(prepared.gaps),
         "concept": {"ref": prepared.concept.ref, "name": prepared.concept.about.name, "sha256": prepared.concept.sha256},
         "models": {name: source.describe() for name, source in prepared.sources.items()},
-        "settings": prepared.settings.model_dump(mode="json", exclude={"out", "model", "base", "never", "concept"})
+        "settings": prepared.settings.model_dump(mode="json", exclude={"out", "model", "base", "never", "concept", "card"})
         | {"steps": prepared.budget.steps, "batch": prepared.budget.batch, "seeds": prepared.budget.seeds},
     }  # fmt: skip
 

@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import excise
+from excise.artifacts import audit_report
+from excise.artifacts.checkpoints import open_checkpoint
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
+from excise.artifacts.export import export_edit
+from excise.artifacts.manifest import verify_folder, write_manifest
 from excise.artifacts.models import find_model, load_model
-from excise.editing.errors import RequestError
+from excise.artifacts.staging import staged_folder
+from excise.editing.errors import RequestError, VerifyError
+from excise.editing.pruning import PrunedUnits
 from excise.recipes import attacks, audit
 from excise.recipes.attacks import ATTACKS, Budget, Material, novel_facts, trained, untrained
 from excise.recipes.contexts import find_facts
@@ -63,10 +69,35 @@ def test_what_is_written_says_the_same(audited):
     assert not (out / ".work").exists()
 
 
+def test_a_card_takes_in_its_audit_and_a_newer_one_replaces_it(audited, tmp_path):
+    """On a checkpoint that excise made: here, an edit that changes a little."""
+    _, results = audited
+    source = find_model("builtin:testbed")
+    edit = PrunedUnits({0: (1, 2)}, {}, "down", "llama", 192, 8, 1)
+    folder = tmp_path / "checkpoint"
+    with staged_folder(folder) as staging:
+        export = export_edit(edit, open_checkpoint(source.folder), staging)
+        (staging / "README.md").write_text("# A model\n\n## Samples\n\nsome\n\n## Limits\n\nmany\n")
+        write_manifest(
+            staging, base=source.describe(), base_files=export.base_sha256, changes=export.changes, untied=None,
+            known=export.output_sha256, run={},
+        )  # fmt: skip
+    audit_report.amend_card(folder, results)
+    once = (folder / "README.md").read_text()
+    assert once.index("## Does it hold?") < once.index("## Samples") < once.index("## Limits")
+    assert "Like a model that never learned it" in once and verify_folder(folder) > 4
+    audit_report.amend_card(folder, {**results, "verdict": "comes_back"})
+    twice = (folder / "README.md").read_text()
+    assert twice == once.replace("Like a model that never learned it", "It comes back")
+    assert json.loads((folder / "excise" / "audit.json").read_text())["verdict"] == "comes_back"
+    assert verify_folder(folder) > 4 and sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(VerifyError):
+        audit_report.amend_card(folder, results)
+
+
 def test_a_killed_audit_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        audit.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2)
-    )
+    monkeypatch.setitem(audit.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
     settings = audit.AuditSettings(model="builtin:testbed-never", out=tmp_path / "audit")
     whole = audit.run(audit.prepare(settings.model_copy(update={"out": tmp_path / "whole"})), Events())
     calls = []
