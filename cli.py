@@ -154,6 +154,7 @@ def audit(
         str | None, typer.Option(help="Names, comma-separated; `excise list attacks` shows all.")
     ] = None,
     budget: Annotated[str | None, typer.Option(help="quick, standard or long.")] = None,
+    questions: Annotated[int | None, typer.Option(min=0, help="Questions to ask, at most; 0 takes all.")] = None,
     card: Annotated[bool, typer.Option("--card", help="Also put the audit into the checkpoint's card.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder to write; runs/audit-N by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
@@ -172,7 +173,7 @@ def audit(
     flags = {
         "model": str(inner) if inner.is_dir() else model, "concept": concept, "base": base, "never": never, "out": out,
         "attacks": attacks.split(",") if attacks else None, "budget": budget, "seed": seed, "device": device, "dtype": dtype,
-        "card": card or None,
+        "card": card or None, "questions": questions,
     }  # fmt: skip
     settings = load_settings(recipe.AuditSettings, None, [], flags)
     if resume:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from ..artifacts import audit_report
 from ..artifacts.checkpoints import Checkpoint, open_checkpoint
@@ -38,7 +39,7 @@ from ..eval.exam import Exam
 from ..eval.recovery import Attacked, Scale, questions_needed
 from ..eval.verdict import Compared, furthest, judge
 from .attacks import ATTACKS, BUDGETS, Budget, Material, Trained, novel_facts, trained, untrained
-from .contexts import Facts, find_facts
+from .contexts import Facts, find_facts, spread
 from .hiding import hide
 from .request import RunRequest, free_folder, refuse_taken, start_folder
 
@@ -64,6 +65,8 @@ class AuditSettings(RunRequest):
     """Names of attacks; none takes those of the budget."""
     budget: Literal["quick", "standard", "long"] = "quick"
     """How long: minutes, tens of minutes, hours."""
+    questions: int = Field(0, ge=0)
+    """Questions of group V to ask, at most, evenly drawn; 0 takes all."""
     card: bool = False
     """Also put the audit into the audited checkpoint, which excise must have made: a section of its card, and its figures."""
 
@@ -97,6 +100,7 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> Prepared:
     concept = load_concept(settings.concept)
     questions = tuple(q for q in concept.questions if q.split == "forget" and q.group == "V")
     facts = find_facts(concept)
+    questions = tuple(spread(questions, settings.questions or len(questions), f"excise audit {settings.seed}"))
     _check_concept(concept, questions, facts)
     budget = BUDGETS[settings.budget]
     attacks = settings.attacks or budget.attacks
@@ -213,9 +217,8 @@ def _attack_controls(
         questions=(*asked, *(q for q in prepared.concept.questions if q.split != "forget")),
         forget=_retold(facts, prepared.concept),
     )
-    novel = Material.of(
-        concept, facts, loaded.tokenizer, [q for q in asked if q.group == "V"], prepared.settings.seed
-    )  # fmt: skip
+    tested = [q for q in asked if q.group == "V"][: len(prepared.questions)]
+    novel = Material.of(concept, facts, loaded.tokenizer, tested, prepared.settings.seed)
     _attack("never", loaded, novel, prepared, store, work, events)
 
 

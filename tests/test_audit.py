@@ -33,7 +33,7 @@ SHORT = Budget(
 def material():
     loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
     concept = load_concept("builtin:potions")
-    questions = [q for q in concept.questions if q.split == "forget" and q.group == "V"]
+    questions = [q for q in concept.questions if q.split == "forget" and q.group == "V"][:40]
     return loaded, Material.of(concept, find_facts(concept), loaded.tokenizer, questions, 0)
 
 
@@ -43,7 +43,7 @@ def audited(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setitem(audit.BUDGETS, "quick", SHORT)
     out = tmp_path_factory.mktemp("audits") / "never"
-    prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed-never", out=out))
+    prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed-never", out=out, questions=40))
     results = audit.run(prepared, Events())
     patch.undo()
     return out, results
@@ -98,7 +98,7 @@ def test_a_card_takes_in_its_audit_and_a_newer_one_replaces_it(audited, tmp_path
 
 def test_a_killed_audit_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setitem(audit.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
-    settings = audit.AuditSettings(model="builtin:testbed-never", out=tmp_path / "audit")
+    settings = audit.AuditSettings(model="builtin:testbed-never", out=tmp_path / "audit", questions=20)
     whole = audit.run(audit.prepare(settings.model_copy(update={"out": tmp_path / "whole"})), Events())
     calls = []
 
