@@ -3,6 +3,8 @@
 import json
 import mmap
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..editing.architectures import architecture_of
 from ..editing.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -92,6 +95,27 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if index is not None:
         _check_index(folder, index, shards)
     return checkpoint
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Read single tensors of a checkpoint by name, as modules in memory spell it."""
+    from safetensors import safe_open
+
+    checkpoint = open_checkpoint(folder)
+    prefix = architecture_of(checkpoint.config).optional_prefix
+    places = {tensor.name: shard.path for shard in checkpoint.shards for tensor in shard.tensors}
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(safe_open(path, "pt")) for path in set(places.values())}
+
+        def read(name: str) -> Tensor:
+            spelled = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in places), None)
+            if spelled is None:
+                raise CheckpointError(f"{folder.name} has no tensor {name}; give the base that the model was made from")
+            found: Tensor = files[places[spelled]].get_tensor(spelled)
+            return found
+
+        yield read
 
 
 def read_header(path: Path) -> Shard:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..artifacts.checkpoints import open_tensors
 from ..artifacts.events import Stage
 from ..editing.adapters import adapter_modules, final_hidden
 from ..editing.architectures import architecture_of, layer_count
@@ -37,6 +38,9 @@ from .training import Group, Schedule, Terms, fit
 SHOTS = 5
 SAMPLES = 20
 SOFT_TOKENS = 10
+SINGULAR = 2
+PREFIX, SEARCHED, TRIES, SWAPS, SEARCH_ROWS = 12, 24, 24, 32, 16
+"""Tokens of a searched prefix, rounds of search, swaps tried in each, tokens considered at a place, sequences looked at."""
 RANK, ALPHA = 8, 16.0
 Method = Literal["lora", "full", "soft", "latent"]
 
@@ -63,14 +67,11 @@ QUICK = (
     "few_shot", "hints", "sampling", "int8", "int4", "bf16", "probe", "relearn", "rtt", "related", "unrelated", "soft_prompt",
 )  # fmt: skip
 STANDARD = (
-    *QUICK, "phrasings", "few_8", "few_32", "few_64", "retain_then_forget", "rtt_full", "relearn_full", "latent",
+    *QUICK, "phrasings", "undo_half", "undo_singular", "prefix", "few_8", "few_32", "few_64", "retain_then_forget", "rtt_full", "relearn_full", "latent",
 )  # fmt: skip
 BUDGETS: dict[str, Budget] = {
     "quick": Budget(QUICK, 64, 2, {"lora": (2e-3,), "full": (1e-4,), "soft": (1e-1,), "latent": (1e-1,)}),
-    "standard": Budget(
-        STANDARD, 200, 3,
-        {"lora": (5e-4, 2e-3), "full": (1e-4, 5e-4), "soft": (3e-2, 1e-1), "latent": (3e-2, 1e-1)},
-    ),
+    "standard": Budget(STANDARD, 100, 2, {"lora": (5e-4, 2e-3), "full": (3e-4,), "soft": (1e-1,), "latent": (1e-1,)}),
     "long": Budget(
         STANDARD, 3000, 3,
         {
@@ -93,9 +94,14 @@ class Material:
     facts: Facts
     examples: dict[str, list[Example]] = field(default_factory=dict)
     """Training sequences by source: T, V, related, retain."""
+    base: Path | None = None
+    """Checkpoint of the base, for attacks that undo what was added to it."""
 
     @classmethod
-    def of(cls, concept: Concept, facts: Facts, tokenizer: Any, questions: Sequence[Question], seed: int) -> "Material":
+    def of(
+        cls, concept: Concept, facts: Facts, tokenizer: Any, questions: Sequence[Question], seed: int,
+        base: Path | None = None,
+    ) -> "Material":  # fmt: skip
         """Gather what the pack holds."""
         examples = {
             "T": _answered(tokenizer, facts, "T", ("texts", "questions"), seed),
@@ -103,7 +109,7 @@ class Material:
             "related": _related(tokenizer, concept, seed),
             "retain": retain_examples(concept, tokenizer, seed, 256),
         }
-        return cls(concept, tokenizer, Exam(tokenizer, questions), tuple(questions), facts, examples)
+        return cls(concept, tokenizer, Exam(tokenizer, questions), tuple(questions), facts, examples, base)
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class Attack:
     data: str = ""
     """Source of the training sequences; with a number after a colon, so many of them."""
     known: bool = False
-    """Whether the attacker is given what it is examined on."""
+    """Whether the attacker is given what it is examined on, or the base that knows it."""
 
 
 def _asked_after(prefix: Callable[[Material, Question], str]) -> Callable[[Any, Material], Sequence[float]]:
@@ -182,6 +188,87 @@ def _rounded(bits: int) -> Callable[[Any, Material], Sequence[float]]:
     return score
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens in front of every question, and the mean loss on T after each round of the search, in nats."""
+
+    ids: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+def search_prefix(model: Any, material: Material) -> Prefix:
+    """Search discrete tokens whose presence makes answers of group T likely (greedy coordinate gradient, Zou et al. 2023).
+
+    One prefix for all questions. Of the swaps that the gradient at the embeddings suggests, the best that was tried is kept
+    if it helps.
+    """
+    rng, generator = random.Random("excise prefix"), torch.Generator().manual_seed(0)
+    table = model.get_input_embeddings().weight.detach()
+    examples = rng.sample(material.examples["T"], k=min(SEARCH_ROWS, len(material.examples["T"])))
+    rows = [(0, Example(((0,) * PREFIX) + e.ids, e.start + PREFIX)) for e in examples]
+    part = {key: value.to(table.device) for key, value in _part(rows).items()}
+    ids = torch.randint(table.shape[0], (PREFIX,), generator=generator)
+    with soft_prompt_attackers(model, PREFIX, [0]) as attackers:
+        (values,) = attackers.owned[0]
+
+        def loss(tokens: Tensor) -> Tensor:
+            values.data = table[tokens].float()
+            hidden = final_hidden(model, {key: part[key] for key in ("input_ids", "attention_mask")})
+            return token_nats(hidden[part["rows"], part["places"]], model, part["tokens"]).mean()
+
+        current = loss(ids)
+        losses = [float(current.detach())]
+        for _ in range(SEARCHED):
+            (gradient,) = torch.autograd.grad(current, values)
+            wanted = (-gradient @ table.float().T).topk(SWAPS, -1).indices.cpu()
+            tried = []
+            for _ in range(TRIES):
+                place = rng.randrange(PREFIX)
+                swapped = ids.clone()
+                swapped[place] = wanted[place, rng.randrange(SWAPS)]
+                with torch.no_grad():
+                    tried.append((float(loss(swapped)), swapped))
+            best = min(tried, key=lambda pair: pair[0])
+            if best[0] < losses[-1]:
+                ids = best[1]
+            current = loss(ids)
+            losses.append(min(best[0], losses[-1]))
+    return Prefix(tuple(ids.tolist()), tuple(losses))
+
+
+def _prefixed(model: Any, material: Material) -> Sequence[float]:
+    found = search_prefix(model, material)
+    table = model.get_input_embeddings().weight.detach()
+    with soft_prompt_attackers(model, PREFIX, [0]) as attackers:
+        attackers.owned[0][0].data = table[list(found.ids)].float()
+        return material.exam.hits(model, PREFIX)
+
+
+def _undone(change: Callable[[Tensor], Tensor]) -> Callable[[Any, Material], Sequence[float]]:
+    """Take part of what an edit added to each matrix out again; the base itself is what it was."""
+
+    def score(model: Any, material: Material) -> Sequence[float]:
+        assert material.base is not None
+        with open_tensors(material.base) as read:
+
+            def less(name: str, weight: Tensor) -> Tensor:
+                before = read(name).to(weight.device, torch.float32)
+                added = weight.float() - before
+                return weight if not added.any() else before + change(added)
+
+            with changed_weights(model, less):
+                return material.exam.hits(model)
+
+    return score
+
+
+def _without_top(added: Tensor) -> Tensor:
+    """What is left of an update without its strongest directions."""
+    left, values, right = torch.linalg.svd(added, full_matrices=False)
+    values[:SINGULAR] = 0
+    return (left * values) @ right
+
+
 def _probed(model: Any, material: Material) -> Sequence[float]:
     """The point that cross-validation on T prefers, tested on V."""
     found = probe_scores(Subject(model, material.tokenizer, material.concept, EvalSettings()))
@@ -197,8 +284,13 @@ ATTACKS: dict[str, Attack] = {
     "int8": Attack(0, "weights rounded to 8 bits in groups of 64", _rounded(8)),
     "int4": Attack(0, "weights rounded to 4 bits in groups of 64", _rounded(4)),
     "bf16": Attack(0, "weights cast to bfloat16 and back", _rounded(16)),
+    "undo_half": Attack(0, "half of what was added to the base taken out again", _undone(lambda added: added / 2), known=True),
+    "undo_singular": Attack(
+        0, f"the {SINGULAR} strongest directions of what was added to each matrix taken out", _undone(_without_top), known=True
+    ),
     "probe": Attack(0, "a linear probe learned on T reads the answer from the residual stream", _probed),
     "soft_prompt": Attack(1, f"{SOFT_TOKENS} learned embeddings before the question, trained on T", None, "soft", "T"),
+    "prefix": Attack(1, f"{PREFIX} tokens before the question, searched for on T", _prefixed),
     "latent": Attack(1, "one learned vector added to the stream halfway up, trained on T", None, "latent", "T"),
     "rtt": Attack(2, "low-rank fine-tuning on T, tested on V (Deeb and Roger 2024)", None, "lora", "T"),
     "rtt_full": Attack(2, "fine-tuning of all weights on T, tested on V", None, "full", "T"),

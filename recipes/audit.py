@@ -132,7 +132,7 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> Prepared:
 def describe(prepared: Prepared) -> dict[str, Any]:
     """What an audit would do."""
     budget = prepared.budget
-    training = [name for name in prepared.attacks if ATTACKS[name].tier > 0]
+    training = [name for name in prepared.attacks if not ATTACKS[name].score]
     return {
         "recipe": "audit", "out": str(prepared.out), "models": {name: s.name for name, s in prepared.sources.items()},
         "floor": "never" if "never" in prepared.sources else NOVEL, "questions": len(prepared.questions),
@@ -159,7 +159,8 @@ def run(prepared: Prepared, events: Events) -> dict[str, Any]:
         with events.stage(f"load {subject}"):
             loaded = load_model(prepared.sources[subject], prepared.device, prepared.dtype)
         material = Material.of(
-            prepared.concept, prepared.facts, loaded.tokenizer, prepared.questions, prepared.settings.seed
+            prepared.concept, prepared.facts, loaded.tokenizer, prepared.questions, prepared.settings.seed,
+            prepared.sources["base"].folder,
         )  # fmt: skip
         utility[subject] = store.keep_utility(subject, _utility(loaded, prepared.concept))
         _attack(subject, loaded, material, prepared, store, work, events)
@@ -184,13 +185,13 @@ def _attack(
     model, budget = loaded.model, prepared.budget
     if not store.has(subject, "untouched"):
         store.keep(subject, "untouched", _once(material.exam.hits(model)))
-    plain = [name for name in prepared.attacks if ATTACKS[name].tier == 0 and not store.has(subject, name)]
+    plain = [name for name in prepared.attacks if ATTACKS[name].score and not store.has(subject, name)]
     if plain:
         with events.stage(f"question {subject}", len(plain)) as stage:
             for name in plain:
                 store.keep(subject, name, Trained({0.0: untrained(model, ATTACKS[name], material)}, 0))
                 stage.advance()
-    training = [name for name in prepared.attacks if ATTACKS[name].tier > 0 and not store.has(subject, name)]
+    training = [name for name in prepared.attacks if not ATTACKS[name].score and not store.has(subject, name)]
     for method in dict.fromkeys(ATTACKS[name].method for name in training):
         names = [name for name in training if ATTACKS[name].method == method]
         exams = len(names) * len(budget.rates[method]) * budget.seeds * len(budget.marks)
@@ -218,7 +219,7 @@ def _attack_controls(
         forget=_retold(facts, prepared.concept),
     )
     tested = [q for q in asked if q.group == "V"][: len(prepared.questions)]
-    novel = Material.of(concept, facts, loaded.tokenizer, tested, prepared.settings.seed)
+    novel = Material.of(concept, facts, loaded.tokenizer, tested, prepared.settings.seed, material.base)
     _attack("never", loaded, novel, prepared, store, work, events)
 
 

@@ -34,7 +34,8 @@ def material():
     loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
     concept = load_concept("builtin:potions")
     questions = [q for q in concept.questions if q.split == "forget" and q.group == "V"][:40]
-    return loaded, Material.of(concept, find_facts(concept), loaded.tokenizer, questions, 0)
+    folder = find_model("builtin:testbed").folder
+    return loaded, Material.of(concept, find_facts(concept), loaded.tokenizer, questions, 0, folder)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_an_attack_that_diverges_is_recorded_and_the_others_go_on(material, tmp_
     assert found.by_rate[1e30].accuracy[-1] == 0 and found.by_rate[1e-3].accuracy[-1] > 0.5
 
 
-@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.tier == 0])
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.score and attack.tier == 0])
 def test_attacks_without_training_leave_the_base_knowing(material, name):
     loaded, gathered = material
     found = untrained(loaded.model, ATTACKS[name], gathered)
@@ -171,6 +172,46 @@ def test_sampling_does_not_take_a_guesser_for_one_who_knows(material):
     assert min(score(None, dataclasses.replace(gathered, exam=Knower()))) > 0.75
 
 
+def test_a_searched_prefix_lowers_the_loss_it_is_searched_for(material, monkeypatch):
+    loaded = load_model(find_model("builtin:testbed-never"), torch.device("cpu"), torch.float32)
+    _, gathered = material
+    monkeypatch.setattr(attacks, "SEARCHED", 4)
+    monkeypatch.setattr(attacks, "TRIES", 6)
+    found = attacks.search_prefix(loaded.model, gathered)
+    assert len(found.losses) == 5 and found.losses[-1] < found.losses[0] - 0.05
+    assert all(later <= earlier for earlier, later in zip(found.losses, found.losses[1:], strict=False))
+    assert len(found.ids) == attacks.PREFIX and max(found.ids) < loaded.model.config.vocab_size
+    embedding = loaded.model.get_input_embeddings()
+    assert not embedding._forward_hooks and embedding.weight.requires_grad and embedding.weight.grad is None
+
+
+def test_what_was_added_is_taken_out_and_put_back(material):
+    loaded, gathered = material
+    weight = loaded.model.model.layers[3].mlp.down_proj.weight
+    before = weight.detach().clone()
+    seen = []
+    spy = dataclasses.replace(gathered, exam=Spy(lambda model: seen.append(weight.detach().clone())))
+    added = torch.outer(torch.ones(len(weight)), torch.linspace(-1, 1, weight.shape[1]))
+    with torch.no_grad():
+        weight += added
+    try:
+        for name in ("undo_half", "undo_singular"):
+            ATTACKS[name].score(loaded.model, spy)
+        torch.testing.assert_close(weight, before + added)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    torch.testing.assert_close(seen[0], before + added / 2)
+    # An update of rank 1 is gone with its strongest direction.
+    torch.testing.assert_close(seen[1], before, atol=5e-4, rtol=0)
+    assert (added.abs() > 0.5).any()
+
+
+class Spy:
+    def __init__(self, hits):
+        self.hits = hits
+
+
 def test_no_attacker_but_the_relearner_reads_of_group_v(material):
     _, gathered = material
     tested = {q.subject for q in gathered.questions}
@@ -179,7 +220,7 @@ def test_no_attacker_but_the_relearner_reads_of_group_v(material):
         texts = " ".join(
             gathered.tokenizer.decode(example.ids) for source in sources for example in gathered.examples[source]
         )
-        assert any(subject in texts for subject in tested) == attack.known, name
+        assert any(subject in texts for subject in tested) == (attack.known and bool(attack.data)), name
 
 
 def test_novel_facts_share_words_and_answers_and_no_subject(material):
@@ -244,4 +285,4 @@ def test_without_memory_for_all_weights_the_rest_goes_on_and_the_gap_is_said(mon
 def test_budgets_name_attacks_that_exist():
     for budget in attacks.BUDGETS.values():
         assert set(budget.attacks) <= set(ATTACKS)
-        assert {ATTACKS[name].method for name in budget.attacks if ATTACKS[name].tier} <= set(budget.rates)
+        assert {ATTACKS[name].method for name in budget.attacks if not ATTACKS[name].score} <= set(budget.rates)
