@@ -298,7 +298,7 @@ def _explain(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 0
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         return _fail(
-            "stopped; nothing unfinished looks finished. `excise run ... --out DIR --resume` goes on with a run",
+            "stopped; nothing unfinished looks finished. The same command with --out DIR --resume goes on",
             INTERRUPTED,
         )
     if isinstance(error, ExciseError):

@@ -100,7 +100,7 @@ def regained(edited: NDArray[np.float64], floor: NDArray[np.float64], base: NDAr
 def speed_up(edited: Attacked, floor: Attacked, scale: Scale, share: float = 0.5) -> Estimate:
     """Tokens to relearn half for the floor, over those for the edited model; 1 is as slow as learning afresh.
 
-    Censored on one side it is a bound; on both there is no value.
+    Censored on one side it is a bound; on both, or where the edited model needs no relearning, there is no value.
     """
 
     def ratio(own: NDArray[np.float64], other: NDArray[np.float64]) -> float | None:
@@ -110,8 +110,10 @@ def speed_up(edited: Attacked, floor: Attacked, scale: Scale, share: float = 0.5
         last = float(edited.tokens[-1])
         return (1 + (last if theirs is None else theirs)) / (1 + (last if mine is None else mine))
 
-    value = ratio(edited.accuracy, floor.accuracy)
     mine, theirs = (time_to(a.accuracy, a.tokens, scale.mark(share)) for a in (edited, floor))
+    if mine == 0:
+        return Estimate(None, (None, None))
+    value = ratio(edited.accuracy, floor.accuracy)
     bound = ">" if theirs is None and mine is not None else "<" if mine is None and theirs is not None else ""
     return Estimate(value, interval(ratio, [edited, floor]), bound)
 

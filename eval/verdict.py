@@ -93,11 +93,13 @@ def judge(compared: list[Compared], scale: Scale, utility: tuple[float, float] |
         problems.append("fewer than two attacks were made, and one attack proves nothing")
     if problems:
         return Judged("inconclusive", [f"Inconclusive: {problem}." for problem in problems], faster, controls)
-    verdict, reasons = _weigh(compared, faster, floor_kind)
+    verdict, reasons = _weigh(compared, faster, floor_kind, scale)
     return Judged(verdict, reasons, faster, controls)
 
 
-def _weigh(compared: list[Compared], faster: Estimate, floor_kind: str) -> tuple[Verdict, list[str]]:
+def _weigh(
+    compared: list[Compared], faster: Estimate, floor_kind: str, scale: Scale
+) -> tuple[Verdict, list[str]]:  # fmt: skip
     unknowing = [c for c in compared if not c.known]
     back = {c.name: c.regained() for c in unknowing}
     leaks = {c.name: c.leak() for c in unknowing}
@@ -109,8 +111,14 @@ def _weigh(compared: list[Compared], faster: Estimate, floor_kind: str) -> tuple
         f"(share regained {show(back[name])})."
     )
     speed = f"Relearning V from its own texts is {show(faster)} times as fast as learning it afresh."
-    if faster.value is None:
+    if not any(c.name == "relearn" for c in compared):
+        speed = "Relearning V from its own texts was not among the attacks."
+    elif faster.value is None:
         speed = "Nobody relearned half of V from its own texts within the budget, so there is no speed-up to report."
+    untouched = max(float(c.edited.accuracy[0]) for c in compared if c.tier == 2)
+    if untouched >= scale.mark(RECOVERED):
+        there = f"It never went: without any attack the edited model answers {untouched:.3f} of group V."
+        return "comes_back", [there, said]
     came = [key for key, value in back.items() if (value.ci95[0] or 0.0) >= BACK]
     if came:
         listed = f"Knowledge of group V comes back under {', '.join(came)}."

@@ -88,6 +88,13 @@ def test_a_model_that_never_knew_is_like_one_that_never_knew():
     assert judged.verdict == "like_never_learned" and judged.speed_up.value == pytest.approx(1)
 
 
+def test_what_never_went_is_said_to_be_there():
+    kept = _curve(0.8, 0.8, 0.9, 0.9, 0.9)
+    judged = _verdict(kept, relearned=kept)
+    assert judged.verdict == "comes_back" and judged.reasons[0].startswith("It never went: without any attack")
+    assert judged.speed_up.value is None
+
+
 def test_a_little_more_than_the_floor_resists():
     assert _verdict(_curve(0.1, 0.1, 0.2, 0.3, 0.3)).verdict == "resists"
 
