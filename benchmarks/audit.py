@@ -19,9 +19,11 @@ from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
 from excise.artifacts.models import LoadedModel, choose_device, choose_dtype, find_model, load_model
 from excise.eval.concept import Concept
-from excise.recipes import attacks
-from excise.recipes.attacks import BUDGETS, Material, trained
+from excise.recipes import attackers
+from excise.recipes.attackers import trained
+from excise.recipes.attacks import ATTACKS, BUDGETS
 from excise.recipes.contexts import find_facts
+from excise.recipes.material import Material
 from excise.recipes.monitor import RelearningMonitor
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
@@ -69,10 +71,10 @@ def attack(loaded: LoadedModel, concept: Concept, most: int, work: Path) -> floa
     questions = [q for q in concept.questions if q.split == "forget" and q.group == "V"][:1]
     material = Material.of(concept, find_facts(concept), loaded.tokenizer, questions, 0)
     budget = dataclasses.replace(BUDGETS["quick"], steps=STEPS, seeds=ATTACKERS // 2, rates={"lora": (1e-3, 2e-3)})
-    attacks.MOST_ATTACKERS = most
+    attackers.MOST_ATTACKERS = most
     started = time.perf_counter()
     with Events().stage("attack") as stage:
-        trained(loaded.model, ["rtt"], material, budget, 0, stage, work)
+        trained(loaded.model, {"rtt": ATTACKS["rtt"]}, material, budget, 0, stage, work)
     return time.perf_counter() - started
 
 

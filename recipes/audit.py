@@ -38,9 +38,11 @@ from ..eval.concept import Concept, Question
 from ..eval.exam import Exam
 from ..eval.recovery import Attacked, Scale, questions_needed
 from ..eval.verdict import Compared, furthest, judge
-from .attacks import ATTACKS, BUDGETS, Budget, Material, Trained, novel_facts, trained, untrained
+from .attackers import Budget, Trained, trained
+from .attacks import ATTACKS, BUDGETS, untrained
 from .contexts import Facts, find_facts, spread
 from .hiding import hide
+from .material import Material, novel_facts
 from .request import RunRequest, free_folder, refuse_taken, start_folder
 
 SCHEMA_VERSION = 1
@@ -193,7 +195,7 @@ def _attack(
                 stage.advance()
     training = [name for name in prepared.attacks if not ATTACKS[name].score and not store.has(subject, name)]
     for method in dict.fromkeys(ATTACKS[name].method for name in training):
-        names = [name for name in training if ATTACKS[name].method == method]
+        names = {name: ATTACKS[name] for name in training if ATTACKS[name].method == method}
         exams = len(names) * len(budget.rates[method]) * budget.seeds * len(budget.marks)
         with events.stage(f"attack {subject}: {', '.join(names)}", exams) as stage:
             found = trained(model, names, material, budget, prepared.settings.seed, stage, work)

@@ -10,8 +10,8 @@ from ..artifacts.events import Stage
 from ..editing.adapters import final_hidden
 from ..editing.side_by_side import Attackers
 from ..eval.likelihood import pad_right
-from .attacks import Material
 from .baselines import Example, token_nats
+from .material import Material
 from .training import Group, Schedule, Terms, fit
 
 STEPS, BATCH, RATE = 60, 16, 5e-3

@@ -18,8 +18,10 @@ from excise.artifacts.staging import staged_folder
 from excise.editing.errors import RequestError, VerifyError
 from excise.editing.pruning import PrunedUnits
 from excise.recipes import attacks, audit
-from excise.recipes.attacks import ATTACKS, Budget, Material, novel_facts, trained, untrained
+from excise.recipes.attackers import Budget, trained
+from excise.recipes.attacks import ATTACKS, untrained
 from excise.recipes.contexts import find_facts
+from excise.recipes.material import Material, novel_facts
 
 SHORT = Budget(
     ("few_shot", "rtt", "relearn"),
@@ -129,7 +131,7 @@ def test_every_way_of_training_moves_the_model_and_gives_it_back(material, name,
     strong = {"lora": (2e-2,), "full": (5e-3,), "soft": (50.0,), "latent": (5.0,)}
     budget = Budget((), 4, 1, strong, batch=4)
     with Events().stage("attack") as stage:
-        found = trained(loaded.model, [name], gathered, budget, 0, stage, tmp_path)[name]
+        found = trained(loaded.model, {name: ATTACKS[name]}, gathered, budget, 0, stage, tmp_path)[name]
     (curve,) = found.by_rate.values()
     assert curve.steps == (0, 1, 2, 4) and curve.hits.shape == (1, 4, len(gathered.questions)) and curve.tokens[0] == 0
     assert not np.array_equal(curve.hits[:, 0], curve.hits[:, -1])
@@ -141,7 +143,7 @@ def test_an_attack_that_diverges_is_recorded_and_the_others_go_on(material, tmp_
     loaded, gathered = material
     budget = Budget((), 4, 1, {"lora": (1e30, 1e-3)}, batch=4)
     with Events().stage("attack") as stage:
-        found = trained(loaded.model, ["rtt"], gathered, budget, 0, stage, tmp_path)["rtt"]
+        found = trained(loaded.model, {"rtt": ATTACKS["rtt"]}, gathered, budget, 0, stage, tmp_path)["rtt"]
     assert found.diverged == 1
     assert found.by_rate[1e30].accuracy[-1] == 0 and found.by_rate[1e-3].accuracy[-1] > 0.5
 

@@ -1,0 +1,146 @@
+"""What attackers train on and are examined with: the same for every model of an audit."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..eval.concept import Concept, Question
+from ..eval.exam import Exam
+from ..eval.likelihood import pad_right
+from .baselines import Example, retain_examples
+from .contexts import Fact, Facts, fact_contexts, question_contexts
+from .contrast import encode
+
+
+@dataclass(frozen=True)
+class Material:
+    """A concept, ready to be attacked and asked."""
+
+    concept: Concept
+    tokenizer: Any
+    exam: Exam
+    questions: tuple[Question, ...]
+    """Of group V, which the exam asks."""
+    facts: Facts
+    examples: dict[str, list[Example]] = field(default_factory=dict)
+    """Training sequences by source: T, V, related, retain."""
+    base: Path | None = None
+    """Checkpoint of the base, for attacks that undo what was added to it."""
+
+    @classmethod
+    def of(
+        cls, concept: Concept, facts: Facts, tokenizer: Any, questions: Sequence[Question], seed: int,
+        base: Path | None = None,
+    ) -> "Material":  # fmt: skip
+        """Gather what the pack holds."""
+        examples = {
+            "T": _answered(tokenizer, facts, "T", ("texts", "questions"), seed),
+            "V": _answered(tokenizer, facts, "V", ("texts",), seed),
+            "related": _related(tokenizer, concept, seed),
+            "retain": retain_examples(concept, tokenizer, seed, 256),
+        }
+        return cls(concept, tokenizer, Exam(tokenizer, questions), tuple(questions), facts, examples, base)
+
+
+def reading_order(material: Material, data: str, count: int, seed: str) -> list[Example]:
+    """What an attacker reads, sequence by sequence.
+
+    Args:
+        data: A source; with a number after a colon, so many of its sequences; two with a plus between, one after the other.
+    """
+    if "+" in data:
+        first, second = data.split("+")
+        early = int(0.4 * count)
+        return [*reading_order(material, first, early, seed), *reading_order(material, second, count - early, seed)]
+    source, _, most = data.partition(":")
+    rng = random.Random(f"excise attack {data} {seed}")
+    pool = material.examples[source]
+    if most:
+        pool = rng.sample(pool, k=min(int(most), len(pool)))
+    order: list[Example] = []
+    while len(order) < count:
+        order += rng.sample(pool, k=len(pool))
+    return order[:count]
+
+
+def padded_rows(rows: Sequence[tuple[int, Example]]) -> dict[str, Tensor]:
+    """Sequences of attackers as one forward reads them; ``rows`` and ``places`` say where which tokens are learned."""
+    examples = [example for _, example in rows]
+    lengths = torch.tensor([len(example.ids) - example.start for example in examples])
+    return {
+        **pad_right([example.ids for example in examples], torch.device("cpu")),
+        "attackers": torch.tensor([attacker for attacker, _ in rows]), "lengths": lengths,
+        "rows": torch.repeat_interleave(torch.arange(len(rows)), lengths),
+        "places": torch.cat([torch.arange(e.start - 1, len(e.ids) - 1) for e in examples]),
+        "tokens": torch.tensor([token for e in examples for token in e.ids[e.start :]]),
+    }  # fmt: skip
+
+
+def _answered(tokenizer: Any, facts: Facts, group: str, kinds: Sequence[str], seed: int) -> list[Example]:
+    """Facts of a group with their answers, in the pack's words; answers are what is learned."""
+    own = Facts(tuple(fact for fact in facts.facts if fact.group == group), facts.phrasings)
+    found = []
+    for kind in kinds:
+        for context in fact_contexts(own, "texts" if kind == "texts" else "questions", seed):
+            if "\n" in context.text:
+                continue
+            assert context.fact is not None
+            start = len(encode(tokenizer, context.text, True))
+            ids = encode(tokenizer, f"{context.text} {context.fact.answer}", True)
+            if start < len(ids):
+                found.append(Example(ids, start))
+    return list(dict.fromkeys(found))
+
+
+def _related(tokenizer: Any, concept: Concept, seed: int) -> list[Example]:
+    asked = [q for q in concept.questions if q.split == "neighbour" and q.group == "T"]
+    rows = [encode(tokenizer, c.text, True) for c in question_contexts(asked, seed) if "\n" not in c.text]
+    return [Example(row, 1) for row in dict.fromkeys(rows) if len(row) > 1]
+
+
+def novel_facts(facts: Facts, questions: Sequence[Question], seed: int) -> tuple[Facts, list[Question]]:
+    """Facts that nobody knows, matched to a pack's own: the same words and answers about subjects that do not exist."""
+    rng = random.Random(f"excise novel facts {seed}")
+    subjects = sorted({fact.subject for fact in facts.facts})
+    renamed = _invented(subjects, rng)
+    choices = {q.subject: [c for i, c in enumerate(q.choices) if i != q.answer] for q in questions if q.subject}
+    answers = sorted({fact.answer for fact in facts.facts})
+    assigned = {
+        subject: rng.choice(choices.get(subject) or answers) for subject in subjects
+    }  # fmt: skip
+    made = tuple(Fact(f.relation, renamed[f.subject], assigned[f.subject], f.group) for f in facts.facts)
+    asked = [
+        q.model_copy(update={
+            "prompt": q.prompt.replace(q.subject, renamed[q.subject]), "subject": renamed[q.subject],
+            "answer": q.choices.index(assigned[q.subject]),
+        })
+        for q in questions if q.subject and q.subject in renamed and assigned[q.subject] in q.choices
+    ]  # fmt: skip
+    return Facts(made, facts.phrasings), asked
+
+
+def _invented(subjects: Sequence[str], rng: random.Random) -> dict[str, str]:
+    """New names from halves of the old ones."""
+    ends = list(subjects)
+    rng.shuffle(ends)
+    taken, names = set(subjects), {}
+    for start, end in zip(subjects, ends, strict=True):
+        name = _half(start, 0) + _half(end, 1)
+        while name in taken:
+            name += rng.choice("aeiou") + rng.choice("lnrst")
+        taken.add(name)
+        names[start] = name
+    return names
+
+
+def _half(name: str, part: int) -> str:
+    words = name.split(" ")
+    if len(words) > 1:
+        middle = (len(words) + 1) // 2
+        return " ".join(words[:middle]) + " " if part == 0 else " ".join(words[middle:])
+    return name[: (len(name) + 1) // 2] if part == 0 else name[(len(name) + 1) // 2 :]
