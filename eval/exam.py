@@ -48,7 +48,17 @@ class Exam:
         Args:
             placeholders: Tokens to put in front of every row, whose embeddings somebody else owns.
         """
-        found = self._behind(model, placeholders) if placeholders else self.log_probabilities(model)
+        return self._marked(self._behind(model, placeholders) if placeholders else self.log_probabilities(model))
+
+    def hits_and_probabilities(self, model: Any) -> tuple[Hits, list[float]]:
+        """Hits, and the probability of each true answer, from one reading."""
+        found, start, values = self.log_probabilities(model), 0, []
+        for answer, size in zip(self.answers, self._sizes, strict=True):
+            values.append(math.exp(found[start + answer]))
+            start += size
+        return self._marked(found), values
+
+    def _marked(self, found: Sequence[float]) -> Hits:
         hits, start = [], 0
         for answer, size in zip(self.answers, self._sizes, strict=True):
             parts = self._parts[start : start + size]

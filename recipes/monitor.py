@@ -122,8 +122,8 @@ class RelearningMonitor(TrainerCallback):
         if row.mlp_units is None:
             raise RequestError("the experts of this model are fused into one tensor, which has no neurons to watch")
         with _undisturbed(model), torch.no_grad():
-            hits = self.exam.hits(inner)
-            answers = np.log(np.maximum(self.exam.answer_probabilities(inner), 1e-30))
+            hits, answered = self.exam.hits_and_probabilities(inner)
+            answers = np.log(np.maximum(answered, 1e-30))
             utility = self.control.hits(inner) if self.control else (float("nan"),)
             effect, tokens = self._effects(inner, row)
             found = Seen(
