@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..editing.architectures import architecture_of
+from ..editing.architectures import architecture_of, spelled
 from ..editing.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -103,16 +103,16 @@ def open_tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
     from safetensors import safe_open
 
     checkpoint = open_checkpoint(folder)
-    prefix = architecture_of(checkpoint.config).optional_prefix
+    row = architecture_of(checkpoint.config)
     places = {tensor.name: shard.path for shard in checkpoint.shards for tensor in shard.tensors}
     with ExitStack() as stack:
         files = {path: stack.enter_context(safe_open(path, "pt")) for path in set(places.values())}
 
         def read(name: str) -> Tensor:
-            spelled = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in places), None)
-            if spelled is None:
+            stored = spelled(row, name, places)
+            if stored is None:
                 raise CheckpointError(f"{folder.name} has no tensor {name}; give the base that the model was made from")
-            found: Tensor = files[places[spelled]].get_tensor(spelled)
+            found: Tensor = files[places[stored]].get_tensor(stored)
             return found
 
         yield read

@@ -48,7 +48,7 @@ def adapter_modules(model: nn.Module, row: Architecture, layers: Sequence[int], 
         prefix = f"{row.layers}.{layer}."
         for name, module in model.get_submodule(prefix[:-1]).named_modules():
             inside = part == "all" or any(name == sub or name.startswith(f"{sub}.") for sub in wanted)
-            if inside and _is_linear(module):
+            if inside and is_linear(module):
                 names.append(prefix + name)
     if not names:
         raise RequestError(f"the {part} modules of layers {list(layers)} hold no linear module to adapt")
@@ -69,7 +69,7 @@ def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
     config = LoraConfig(
         r=shape.rank, lora_alpha=shape.alpha,  # type: ignore[arg-type]  # it is only ever divided
         target_modules=list(shape.modules), lora_dropout=0.0, bias="none",
-        task_type="CAUSAL_LM", fan_in_fan_out=_is_conv1d(model.get_submodule(shape.modules[0])),
+        task_type="CAUSAL_LM", fan_in_fan_out=is_conv1d(model.get_submodule(shape.modules[0])),
     )  # fmt: skip
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     carrying = {name.split(".lora_")[0] for name, parameter in adapted.named_parameters() if parameter.requires_grad}
@@ -103,7 +103,7 @@ def learned_factors(adapted: Any, shape: AdapterShape) -> dict[str, Factors]:
         module = adapted.get_base_model().get_submodule(name)
         down = module.lora_A["default"].weight.detach().float().cpu()
         up = module.lora_B["default"].weight.detach().float().cpu() * module.scaling["default"]
-        stored_transposed = _is_conv1d(module.base_layer)
+        stored_transposed = is_conv1d(module.base_layer)
         factors[f"{name}.weight"] = Factors(down.T, up.T) if stored_transposed else Factors(up, down)
     return {name: Factors(f.left.contiguous(), f.right.contiguous()) for name, f in factors.items()}
 
@@ -133,9 +133,11 @@ def causal_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is one matrix product, in either layout."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether its weight stands as [in, out] (GPT-2)."""
     return type(module).__name__ == "Conv1D"

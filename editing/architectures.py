@@ -8,6 +8,7 @@ Source of each row: the model's modeling file in transformers 5.23, and keys of 
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -282,6 +283,12 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
             f"the checkpoint stores quantized weights ({method}); edit the full-precision checkpoint, then quantize"
         )
     return row
+
+
+def spelled(row: Architecture, name: str, names: Collection[str]) -> str | None:
+    """How a tensor is called among some names: checkpoints on disk may leave a prefix out that modules in memory have."""
+    prefix = row.optional_prefix
+    return next((form for form in (name, name.removeprefix(prefix), prefix + name) if form in names), None)
 
 
 def residual_width(config: dict[str, Any]) -> int:

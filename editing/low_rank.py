@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .architectures import architecture_of
+from .architectures import architecture_of, spelled
 from .changes import WHOLE, Change, Meter, block_ranges
 from .edit import check_learned_on, ties_embeddings
 from .errors import RequestError
@@ -42,11 +42,10 @@ class LowRankUpdate:
             RequestError: The update was learned on another kind of model, or a tensor is not there.
         """
         check_learned_on(config, self.model_type, self.width, self.layers)
-        prefix, present = architecture_of(config).optional_prefix, set(names)
+        row, present = architecture_of(config), set(names)
         tensors = []
         for name, factors in self.factors.items():
-            spellings = [name, name.removeprefix(prefix), prefix + name]
-            found = next((spelling for spelling in spellings if spelling in present), None)
+            found = spelled(row, name, present)
             if found is None:
                 raise RequestError(f"the base has no tensor {name}; apply the edit to the model it was learned on")
             tensors.append(UpdatedTensor(found, factors))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .architectures import Architecture, Site, architecture_of, classify
+from .architectures import Architecture, Site, architecture_of, classify, spelled
 from .changes import WHOLE, Change, Meter, block_ranges
 from .edit import check_learned_on, ties_embeddings
 from .errors import RequestError, UnsupportedArchitecture
@@ -66,7 +66,7 @@ class PrunedUnits:
             if self.semantics == "mean" and site.layer in self.neurons and site.writer.kind == "mlp":
                 yield ShiftedBias(
                     site.name, site.name.removesuffix("bias") + "weight", self.neurons[site.layer],
-                    self.means[site.layer], site.writer.axis,
+                    self.means[site.layer],
                 )  # fmt: skip
             return
         units = self.neurons.get(site.layer, ()) if site.writer.kind == "mlp" else self._columns(site.layer)
@@ -84,16 +84,15 @@ class PrunedUnits:
 
     def _read(self, row: Architecture, names: Sequence[str]) -> list["ZeroedTensor"]:
         """The matrices that neurons are computed by."""
-        transposed = self.model_type == "gpt2"
+        # A matrix whose rows write to the stream stands as [in, out], and so do those that the neurons are computed by.
+        transposed = any(w.axis == -1 for w in row.writers if w.kind == "mlp" and w.pattern.endswith("weight"))
         found = []
         for layer, units in self.neurons.items():
             for module in row.mlp_inputs:
                 for part in ("weight", "bias"):
-                    name = f"{row.layers}.{layer}.{module}.{part}"
-                    spelled = next((n for n in (name, name.removeprefix(row.optional_prefix)) if n in names), None)
-                    if spelled:
+                    if name := spelled(row, f"{row.layers}.{layer}.{module}.{part}", names):
                         axis = -1 if part == "bias" or transposed else -2
-                        found.append(ZeroedTensor(spelled, units, axis, fused=module.endswith("gate_up_proj")))
+                        found.append(ZeroedTensor(name, units, axis, fused=module.endswith("gate_up_proj")))
         return found
 
 
@@ -157,7 +156,6 @@ class ShiftedBias:
     weight: str
     units: tuple[int, ...]
     means: Float[Tensor, " units"]
-    axis: int
 
     def stream(
         self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .adapters import is_linear
 from .errors import EditError
 
 GROUP = 64
@@ -32,7 +33,7 @@ def linear_weights(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not output
+        if is_linear(module) and module is not output
     }
 
 

@@ -5,7 +5,7 @@ model's work. Three kinds: low-rank adapters (Hu et al. 2021), soft prompts (Les
 and one vector added to the residual stream (a universal latent perturbation).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from .activations import decoder_layers, first
+from .adapters import is_conv1d
 from .architectures import Architecture
 
 
@@ -79,7 +80,7 @@ def linear_widths(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, SideBySide):
         return linear_widths(module.inner)
     weight: Any = module.weight
-    if type(module).__name__ == "Conv1D":
+    if is_conv1d(module):
         return int(weight.shape[0]), int(weight.shape[1])
     return int(weight.shape[1]), int(weight.shape[0])
 
@@ -114,12 +115,8 @@ def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iter
         own = attackers.mine(values, len(output)).to(output)
         return torch.cat([own.expand(len(output), -1, -1), output[:, tokens:]], 1)
 
-    handle = embedding.register_forward_hook(put)
-    with _frozen(model):
-        try:
-            yield attackers
-        finally:
-            handle.remove()
+    with _frozen(model), _hooked(embedding, put):
+        yield attackers
 
 
 @contextmanager
@@ -135,12 +132,17 @@ def latent_attackers(model: nn.Module, row: Architecture, layer: int, seeds: Seq
         changed = hidden + own[:, None]
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = decoder_layers(model, row)[layer].register_forward_hook(add)
-    with _frozen(model):
-        try:
-            yield attackers
-        finally:
-            handle.remove()
+    with _frozen(model), _hooked(decoder_layers(model, row)[layer], add):
+        yield attackers
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

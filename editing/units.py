@@ -138,6 +138,14 @@ def rank_saliency(concept: UnitMoments, rest: UnitMoments) -> Float[Tensor, "lay
     return found.reshape(concept.mean.shape)
 
 
+def rank_correlation(one: Float[Tensor, " n"], other: Float[Tensor, " n"]) -> float:
+    """Spearman's; undefined for fewer than three values."""
+    if len(one) < 3:
+        return float("nan")
+    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
 def by_head(scores: Float[Tensor, "layers columns"], width: int) -> Float[Tensor, "layers heads"]:
     """Sums over each head's columns."""
     return scores.unflatten(-1, (-1, width)).sum(-1)

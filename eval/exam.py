@@ -52,32 +52,27 @@ class Exam:
 
     def hits_and_probabilities(self, model: Any) -> tuple[Hits, list[float]]:
         """Hits, and the probability of each true answer, from one reading."""
-        found, start, values = self.log_probabilities(model), 0, []
-        for answer, size in zip(self.answers, self._sizes, strict=True):
-            values.append(math.exp(found[start + answer]))
-            start += size
-        return self._marked(found), values
-
-    def _marked(self, found: Sequence[float]) -> Hits:
-        hits, start = [], 0
-        for answer, size in zip(self.answers, self._sizes, strict=True):
-            parts = self._parts[start : start + size]
-            values = [found[start + i] / (len(part.ids) - part.start) for i, part in enumerate(parts)]
-            hits.append(float(all(values[answer] > value for i, value in enumerate(values) if i != answer)))
-            start += size
-        return tuple(hits)
+        found = self.log_probabilities(model)
+        said = zip(self._by_question(found), self.answers, strict=True)
+        return self._marked(found), [math.exp(values[answer]) for values, answer in said]
 
     def probabilities(self, model: Any) -> list[list[float]]:
         """Probability with which sampling says each choice of each question."""
-        found, start, values = self.log_probabilities(model), 0, []
-        for size in self._sizes:
-            values.append([math.exp(value) for value in found[start : start + size]])
-            start += size
-        return values
+        return [[math.exp(value) for value in values] for values in self._by_question(self.log_probabilities(model))]
 
-    def answer_probabilities(self, model: Any) -> list[float]:
-        """Probability with which sampling says each true answer."""
-        return [own[answer] for own, answer in zip(self.probabilities(model), self.answers, strict=True)]
+    def _marked(self, found: Sequence[float]) -> Hits:
+        each = [value / (len(part.ids) - part.start) for value, part in zip(found, self._parts, strict=True)]
+        return tuple(
+            float(all(values[answer] > value for i, value in enumerate(values) if i != answer))
+            for values, answer in zip(self._by_question(each), self.answers, strict=True)
+        )
+
+    def _by_question(self, found: Sequence[float]) -> Iterator[Sequence[float]]:
+        """Values of all choices, question by question."""
+        start = 0
+        for size in self._sizes:
+            yield found[start : start + size]
+            start += size
 
     @torch.no_grad()
     def log_probabilities(self, model: Any) -> list[float]:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..artifacts.events import Stage
-from ..editing.adapters import adapter_modules, final_hidden
+from ..editing.adapters import adapter_modules
 from ..editing.architectures import architecture_of, layer_count
 from ..editing.rounding import linear_weights, restore
 from ..editing.side_by_side import Attackers, latent_attackers, low_rank_attackers, soft_prompt_attackers
 from ..eval.recovery import Attacked
-from .baselines import Example, token_nats
+from .baselines import Example, example_batch, sequence_nll
 from .lessons import split_by_length
-from .material import Material, padded_rows, reading_order
+from .material import Material, reading_order
 from .training import Group, Schedule, Terms, fit
 
 SOFT_TOKENS = 10
@@ -203,13 +203,11 @@ class _Run:
         rows = sorted(rows, key=lambda row: len(row[1].ids))
         total, start = torch.zeros(len(self.plans), device=next(model.parameters()).device), 0
         for size in split_by_length([len(example.ids) for _, example in rows]):
-            part = {key: value.to(total.device) for key, value in padded_rows(rows[start : start + size]).items()}
+            part = rows[start : start + size]
             start += size
-            self.attackers.assigned = part["attackers"]
-            hidden = final_hidden(model, {key: part[key] for key in ("input_ids", "attention_mask")})
-            nats = token_nats(hidden[part["rows"], part["places"]], model, part["tokens"])
-            each = nats.new_zeros(len(part["lengths"])).index_add(0, part["rows"], nats) / part["lengths"]
-            total = total.index_add(0, part["attackers"], each)
+            batch = {key: value.to(total.device) for key, value in example_batch([e for _, e in part]).items()}
+            assigned = self.attackers.assigned = torch.tensor([attacker for attacker, _ in part], device=total.device)
+            total = total.index_add(0, assigned, sequence_nll(model, batch) / batch["lengths"])
         return total
 
     @torch.no_grad()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..artifacts.checkpoints import open_tensors
-from ..editing.adapters import final_hidden
 from ..editing.errors import EditError
 from ..editing.rounding import changed_weights, round_to_nearest
 from ..editing.side_by_side import soft_prompt_attackers
@@ -25,8 +24,8 @@ from ..eval.probe import scores as probe_scores
 from ..eval.recovery import Attacked
 from ..eval.subject import EvalSettings, Subject
 from .attackers import SOFT_TOKENS, Attack, Budget
-from .baselines import Example, token_nats
-from .material import Material, padded_rows
+from .baselines import Example, example_batch, scored_nats
+from .material import Material
 
 SHOTS = 5
 SAMPLES = 20
@@ -130,16 +129,15 @@ def search_prefix(model: Any, material: Material) -> Prefix:
     rng, generator = random.Random("excise prefix"), torch.Generator().manual_seed(0)
     table = model.get_input_embeddings().weight.detach()
     examples = rng.sample(material.examples["T"], k=min(SEARCH_ROWS, len(material.examples["T"])))
-    rows = [(0, Example(((0,) * PREFIX) + e.ids, e.start + PREFIX)) for e in examples]
-    part = {key: value.to(table.device) for key, value in padded_rows(rows).items()}
+    behind = [Example(((0,) * PREFIX) + e.ids, e.start + PREFIX) for e in examples]
+    batch = {key: value.to(table.device) for key, value in example_batch(behind).items()}
     ids = torch.randint(table.shape[0], (PREFIX,), generator=generator)
     with soft_prompt_attackers(model, PREFIX, [0]) as attackers:
         (values,) = attackers.owned[0]
 
         def loss(tokens: Tensor) -> Tensor:
             values.data = table[tokens].float()
-            hidden = final_hidden(model, {key: part[key] for key in ("input_ids", "attention_mask")})
-            return token_nats(hidden[part["rows"], part["places"]], model, part["tokens"]).mean()
+            return scored_nats(model, batch).mean()
 
         current = loss(ids)
         losses = [float(current.detach())]

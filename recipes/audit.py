@@ -249,7 +249,7 @@ def _hidden(loaded: LoadedModel, material: Material, prepared: Prepared, work: P
 
 
 def _conclude(prepared: Prepared, store: "_Store", utility: dict[str, float | None]) -> dict[str, Any]:
-    compared = []
+    compared, gaps = [], list(prepared.gaps)
     base = store.get("base", "untouched").by_rate[0.0]
     exam_chance = sum(1 / len(q.choices) for q in prepared.questions) / len(prepared.questions)
     scale = Scale(exam_chance, float(base.accuracy[0]))
@@ -258,12 +258,16 @@ def _conclude(prepared: Prepared, store: "_Store", utility: dict[str, float | No
         control = store.get("suppressed", name) if store.has("suppressed", name) else None
         chosen = {subject: furthest(result.by_rate) for subject, result in found.items()}
         if any(np.isnan(attacked.hits).any() for _, attacked in chosen.values()):
+            gaps.append(f"{name} found too few questions to score; it is left out")
             continue
         compared.append(Compared(
             name, ATTACKS[name].tier, ATTACKS[name].known, chosen["base"][1], chosen["edited"][1], _matched(chosen["never"][1], base),
             furthest(control.by_rate)[1] if control else None,
             {subject: rate for subject, (rate, _) in chosen.items()}, sum(result.diverged for result in found.values()),
         ))  # fmt: skip
+    asked_floor = store.get("never", "untouched").by_rate[0.0].hits.shape[2]
+    if asked_floor != len(prepared.questions):
+        gaps.append(f"the floor could be asked {asked_floor} questions, the other models {len(prepared.questions)}")
     floor_kind = "the model that never knew" if "never" in prepared.sources else f"the base, on {NOVEL},"
     kept = (utility["base"], utility["edited"])
     judged = judge(compared, scale, kept if None not in kept else None, floor_kind)  # type: ignore[arg-type]
@@ -273,7 +277,7 @@ def _conclude(prepared: Prepared, store: "_Store", utility: dict[str, float | No
         "controls": {**judged.controls, "floor_is": "never" if "never" in prepared.sources else NOVEL},
         "attacks": [one.describe(scale) | {"about": ATTACKS[one.name].about} for one in compared],
         "untouched": {s: float(store.get(s, "untouched").by_rate[0.0].accuracy[0]) for s in ("base", "edited", "never")},
-        "n": len(prepared.questions), "gaps": list(prepared.gaps),
+        "n": len(prepared.questions), "gaps": gaps,
         "concept": {"ref": prepared.concept.ref, "name": prepared.concept.about.name, "sha256": prepared.concept.sha256},
         "models": {name: source.describe() for name, source in prepared.sources.items()},
         "settings": prepared.settings.model_dump(mode="json", exclude={"out", "model", "base", "never", "concept", "card"})

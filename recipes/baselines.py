@@ -169,22 +169,30 @@ def retain_examples(concept: Concept, tokenizer: Any, seed: int, limit: int) -> 
 def collate(pairs: Sequence[tuple[Example, Example]]) -> dict[str, Any]:
     """Forget rows first, then retain rows."""
     examples = [*(pair[0] for pair in pairs), *(pair[1] for pair in pairs)]
-    inputs = pad_right([example.ids for example in examples], torch.device("cpu"))
-    lengths = [len(example.ids) - example.start for example in examples]
+    return {**example_batch(examples), "forget": len(pairs), "keys": [example.ids for example in examples]}
+
+
+def example_batch(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Sequences as one forward reads them; ``rows`` and ``places`` say where which tokens are scored."""
+    lengths = torch.tensor([len(example.ids) - example.start for example in examples])
     return {
-        **inputs, "forget": len(pairs), "keys": [example.ids for example in examples],
-        "rows": torch.repeat_interleave(torch.arange(len(examples)), torch.tensor(lengths)),
+        **pad_right([example.ids for example in examples], torch.device("cpu")), "lengths": lengths,
+        "rows": torch.repeat_interleave(torch.arange(len(examples)), lengths),
         "places": torch.cat([torch.arange(example.start - 1, len(example.ids) - 1) for example in examples]),
         "tokens": torch.tensor([token for example in examples for token in example.ids[example.start :]]),
-        "lengths": torch.tensor(lengths),
     }  # fmt: skip
 
 
 def sequence_nll(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Summed negative log-likelihood of each row's scored tokens, in nats."""
-    hidden = final_hidden(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
-    nats = token_nats(hidden[batch["rows"], batch["places"]], model, batch["tokens"])
+    nats = scored_nats(model, batch)
     return nats.new_zeros(len(batch["lengths"])).index_add(0, batch["rows"], nats)
+
+
+def scored_nats(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Negative log-probability of each scored token of a batch, in nats."""
+    hidden = final_hidden(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
+    return token_nats(hidden[batch["rows"], batch["places"]], model, batch["tokens"])
 
 
 def token_nats(hidden: Tensor, model: nn.Module, tokens: Tensor) -> Tensor:
@@ -300,9 +308,8 @@ def _references(model: Any, examples: Sequence[Example], advance: Callable[[int]
     found: dict[Row, float] = {}
     for start in range(0, len(examples), 32):
         part = examples[start : start + 32]
-        batch = collate([(example, example) for example in part])
-        batch = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        nll = sequence_nll(model, batch)[: len(part)]
+        batch = {key: value.to(model.device) for key, value in example_batch(part).items()}
+        nll = sequence_nll(model, batch)
         found |= {example.ids: -float(value) for example, value in zip(part, nll, strict=True)}
         advance(len(part))
     return found

@@ -136,12 +136,13 @@ def run(prepared: Prepared, events: Events) -> Finished:
 
 def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons:
     settings = prepared.settings
-    check, source, strength = _choose(prepared, loaded, events)
+    kept = _kept(prepared)
+    check, source, strength = _choose(prepared, loaded, kept, events)
     recipe = Recipe(
         strength, settings.one_sided, settings.eta_ramp, settings.temperature, settings.target_top_k, settings.kept_tokens, settings.contexts,
         settings.weighting, settings.hard_retain, settings.fluency_tokens, settings.chat_facts, settings.most_contexts, settings.seed,
     )  # fmt: skip
-    curriculum = _teach(prepared, loaded, source, recipe, events)
+    curriculum = _teach(prepared, loaded, kept, source, recipe, events)
     weights = {"erase": settings.erase_weight, "fluency": settings.fluency_weight, "retain": settings.retain_weight}
     training = {
         "about": f"Contrast `{source.name}` at strength {strength:g}.", "contrast": source.name, "eta": strength,
@@ -156,7 +157,9 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons
     )  # fmt: skip
 
 
-def _choose(prepared: Prepared, loaded: LoadedModel, events: Events) -> tuple[TargetCheck, ContrastSource, float]:
+def _choose(
+    prepared: Prepared, loaded: LoadedModel, kept: KeptTensors | None, events: Events
+) -> tuple[TargetCheck, ContrastSource, float]:  # fmt: skip
     """Check what every contrast promises; take the strength that was asked for, or the one the check prefers."""
     job, settings = prepared.adapted.job, prepared.settings
     sources = contrast_sources(job.concept, prepared.facts, loaded.tokenizer, settings.stand_ins, settings.seed)
@@ -164,7 +167,7 @@ def _choose(prepared: Prepared, loaded: LoadedModel, events: Events) -> tuple[Ta
         sources = [source for source in sources if source.name == settings.contrast]
     with events.stage("check the target") as stage:
         check = check_target(
-            Teacher(loaded.model, stage.advance, _kept(prepared, loaded)),
+            Teacher(loaded.model, stage.advance, kept),
             loaded.tokenizer,
             job.concept,
             prepared.facts,
@@ -177,15 +180,15 @@ def _choose(prepared: Prepared, loaded: LoadedModel, events: Events) -> tuple[Ta
 
 
 def _teach(
-    prepared: Prepared, loaded: LoadedModel, source: ContrastSource, recipe: Recipe, events: Events
-) -> Curriculum:
+    prepared: Prepared, loaded: LoadedModel, kept: KeptTensors | None, source: ContrastSource, recipe: Recipe, events: Events
+) -> Curriculum:  # fmt: skip
     """All lessons, each teacher's prediction computed once."""
     job, concept, tokenizer = prepared.adapted.job, prepared.adapted.concept, loaded.tokenizer
     limit = min(int(getattr(loaded.model.config, "max_position_embeddings", 1024)), 1024) // 2
     reply = Replies(loaded.model, tokenizer, job.settings.reply_tokens, recipe.seed)
     with events.stage("read the teacher") as stage:
         contexts = forget_contexts(concept, _facts_for(prepared, source), tokenizer, reply, recipe, limit)
-        teacher = Teacher(loaded.model, stage.advance, _kept(prepared, loaded))
+        teacher = Teacher(loaded.model, stage.advance, kept)
         forget, without, left_over = teach_forgetting(teacher, tokenizer, contexts, source, recipe)
         teacher.forget()
         keep, skipped = teach_keeping(teacher, tokenizer, concept, prepared.facts, reply, recipe, limit)
@@ -194,7 +197,7 @@ def _teach(
     return Curriculum({"forget": forget, **keep}, len(contexts), without, left_over, skipped)
 
 
-def _kept(prepared: Prepared, loaded: LoadedModel) -> KeptTensors | None:
+def _kept(prepared: Prepared) -> KeptTensors | None:
     """Where the teacher's work is kept; a 4-bit base computes something else and is not kept."""
     job = prepared.adapted.job
     if prepared.settings.base_bits != 16:

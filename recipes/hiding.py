@@ -7,10 +7,8 @@ import torch
 from torch import nn
 
 from ..artifacts.events import Stage
-from ..editing.adapters import final_hidden
 from ..editing.side_by_side import Attackers
-from ..eval.likelihood import pad_right
-from .baselines import Example, token_nats
+from .baselines import Example, example_batch, scored_nats
 from .material import Material
 from .training import Group, Schedule, Terms, fit
 
@@ -29,23 +27,12 @@ def hide(model: nn.Module, attackers: Attackers, material: Material, seed: int, 
     rows = [rng.choice(wrong) for _ in range(STEPS * BATCH)]
     schedule = Schedule(STEPS, BATCH, RATE, seed, decay="constant", warmup_steps=3, beta2=0.999, save_every=0)
     fit(
-        model, rows, stage, work / "hide", _loss, schedule, _collate, [Group(attackers.owned[0], RATE)]
+        model, rows, stage, work / "hide", _loss, schedule, example_batch, [Group(attackers.owned[0], RATE)]
     )  # fmt: skip
     for parameter in attackers.owned[0]:
         parameter.requires_grad_(False)
     model.eval()
 
 
-def _collate(examples: list[Example]) -> dict[str, torch.Tensor]:
-    lengths = torch.tensor([len(e.ids) - e.start for e in examples])
-    return {
-        **pad_right([e.ids for e in examples], torch.device("cpu")),
-        "rows": torch.repeat_interleave(torch.arange(len(examples)), lengths),
-        "places": torch.cat([torch.arange(e.start - 1, len(e.ids) - 1) for e in examples]),
-        "tokens": torch.tensor([token for e in examples for token in e.ids[e.start :]]),
-    }  # fmt: skip
-
-
 def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> Terms:
-    hidden = final_hidden(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
-    return {"wrong answers": token_nats(hidden[batch["rows"], batch["places"]], model, batch["tokens"]).mean()}
+    return {"wrong answers": scored_nats(model, batch).mean()}

@@ -6,12 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..eval.concept import Concept, Question
 from ..eval.exam import Exam
-from ..eval.likelihood import pad_right
 from .baselines import Example, retain_examples
 from .contexts import Fact, Facts, fact_contexts, question_contexts
 from .contrast import encode
@@ -66,19 +62,6 @@ def reading_order(material: Material, data: str, count: int, seed: str) -> list[
     while len(order) < count:
         order += rng.sample(pool, k=len(pool))
     return order[:count]
-
-
-def padded_rows(rows: Sequence[tuple[int, Example]]) -> dict[str, Tensor]:
-    """Sequences of attackers as one forward reads them; ``rows`` and ``places`` say where which tokens are learned."""
-    examples = [example for _, example in rows]
-    lengths = torch.tensor([len(example.ids) - example.start for example in examples])
-    return {
-        **pad_right([example.ids for example in examples], torch.device("cpu")),
-        "attackers": torch.tensor([attacker for attacker, _ in rows]), "lengths": lengths,
-        "rows": torch.repeat_interleave(torch.arange(len(rows)), lengths),
-        "places": torch.cat([torch.arange(e.start - 1, len(e.ids) - 1) for e in examples]),
-        "tokens": torch.tensor([token for e in examples for token in e.ids[e.start :]]),
-    }  # fmt: skip
 
 
 def _answered(tokenizer: Any, facts: Facts, group: str, kinds: Sequence[str], seed: int) -> list[Example]:

@@ -29,7 +29,7 @@ from ..editing.adapters import causal_model, final_hidden
 from ..editing.architectures import Architecture, architecture_of
 from ..editing.errors import RequestError
 from ..editing.pruning import PrunedUnits, ZeroedTensor
-from ..editing.units import UnitMoments, mean_difference, unit_inputs
+from ..editing.units import UnitMoments, mean_difference, rank_correlation, unit_inputs
 from ..eval.concept import Concept
 from ..eval.exam import Exam
 from ..eval.likelihood import pad_right
@@ -269,12 +269,6 @@ def overlap(one: Tensor, other: Tensor, share: float = TOP) -> float:
     count = max(1, int(share * len(one)))
     tops = [set(values.topk(count).indices.tolist()) for values in (one, other)]
     return len(tops[0] & tops[1]) / count
-
-
-def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's."""
-    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
-    return float(torch.corrcoef(ranks)[0, 1])
 
 
 def _pruned(given: str | Path | PrunedUnits | None) -> PrunedUnits | None:

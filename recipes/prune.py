@@ -12,7 +12,6 @@ from torch import Tensor
 from ..artifacts.edits import load_edit
 from ..artifacts.events import Events, Stage
 from ..artifacts.models import LoadedModel
-from ..editing.adapters import final_hidden
 from ..editing.architectures import Architecture, residual_width
 from ..editing.errors import RequestError
 from ..editing.pruning import PrunedUnits, Semantics
@@ -23,6 +22,7 @@ from ..editing.units import (
     by_head,
     gradients_reach_units,
     mean_difference,
+    rank_correlation,
     rank_saliency,
     selectivity,
     unit_inputs,
@@ -32,7 +32,7 @@ from ..eval.exam import Exam
 from ..eval.multiple_choice import questions_by_split
 from ..eval.statistics import wilson
 from . import pipeline
-from .baselines import Example, collate, forget_examples, retain_examples, token_nats
+from .baselines import Example, example_batch, forget_examples, retain_examples, scored_nats
 from .contexts import Facts, find_facts
 from .pipeline import Finished, Inspection, Job, MeasuredRun
 from .request import start_folder
@@ -204,10 +204,8 @@ def _read(loaded: LoadedModel, row: Architecture, examples: list[Example], stage
     with gradients_reach_units(loaded.model):
         for start in range(0, len(examples), BATCH):
             part = examples[start : start + BATCH]
-            batch = collate([(example, example) for example in part])
-            n = len(part)
-            inputs = {key: batch[key][:n].to(loaded.device) for key in ("input_ids", "attention_mask")}
-            mask = inputs["attention_mask"].bool()
+            batch = {key: value.to(loaded.device) for key, value in example_batch(part).items()}
+            mask = batch["attention_mask"].bool()
 
             def watch(kind: int, layer: int, values: Tensor, mask: Tensor = mask) -> None:
                 kinds[kind].moments.see(layer, values, mask)
@@ -217,13 +215,11 @@ def _read(loaded: LoadedModel, row: Architecture, examples: list[Example], stage
                 unit_inputs(loaded.model, row.mlp_units, row, lambda i, a: watch(0, i, a)),
                 unit_inputs(loaded.model, row.attention_units, row, lambda i, a: watch(1, i, a)),
             ):
-                hidden = final_hidden(loaded.model, inputs)
-            inside = batch["rows"] < n
-            rows, places, tokens = (batch[key][inside].to(loaded.device) for key in ("rows", "places", "tokens"))
-            _log_odds_against(token_nats(hidden[rows, places], loaded.model, tokens)).sum().backward()
+                nats = scored_nats(loaded.model, batch)
+            _log_odds_against(nats).sum().backward()
             for seen in kinds:
-                seen.tokens += len(tokens)
-            stage.advance(n)
+                seen.tokens += len(nats)
+            stage.advance(len(part))
     return kinds  # type: ignore[return-value]
 
 
@@ -316,37 +312,25 @@ def _validate(
             true.append(_loss(loaded, prepared.job.row, examples, place) - untouched)
             stage.advance()
     expected = neurons.forget.flatten()[units].tolist()
-    return {"units": len(units), "spearman": spearman(expected, true)}
+    return {"units": len(units), "spearman": rank_correlation(torch.tensor(expected), torch.tensor(true))}
 
 
 @torch.no_grad()
 def _loss(loaded: LoadedModel, row: Architecture, examples: list[Example], unit: tuple[int, int] | None) -> float:
     assert row.mlp_units is not None
-    batch = collate([(example, example) for example in examples])
-    n = len(examples)
-    inputs = {key: batch[key][:n].to(loaded.device) for key in ("input_ids", "attention_mask")}
+    batch = {key: value.to(loaded.device) for key, value in example_batch(examples).items()}
 
     def silence(layer: int, values: Tensor) -> None:
         if unit and layer == unit[0]:
             values[..., unit[1]] = 0
 
     with unit_inputs(loaded.model, row.mlp_units, row, silence):
-        hidden = final_hidden(loaded.model, inputs)
-    inside = batch["rows"] < n
-    rows, places, tokens = (batch[key][inside].to(loaded.device) for key in ("rows", "places", "tokens"))
-    return float(_log_odds_against(token_nats(hidden[rows, places], loaded.model, tokens)).mean())
+        return float(_log_odds_against(scored_nats(loaded.model, batch)).mean())
 
 
 def _log_odds_against(nats: Tensor) -> Tensor:
     """``-log(p / (1 - p))``: where the model is certain, the gradient of ``-log p`` says nothing any more."""
     return nats + torch.log(-torch.expm1(-nats.clamp_min(1e-6)))
-
-
-def spearman(one: list[float], other: list[float]) -> float:
-    """Rank correlation."""
-    ranks = [torch.tensor(values).argsort().argsort().double() for values in (one, other)]
-    stacked = torch.stack(ranks)
-    return float(torch.corrcoef(stacked)[0, 1]) if len(one) > 2 else float("nan")
 
 
 def _edit(

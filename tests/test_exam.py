@@ -42,7 +42,7 @@ def test_choices_read_behind_a_shared_prompt_score_as_whole_rows(asked):
 def test_the_probability_of_an_answer_is_that_of_its_tokens(asked):
     loaded, _, questions = asked
     exam = Exam(loaded.tokenizer, questions[:4])
-    for question, value in zip(questions, exam.answer_probabilities(loaded.model), strict=False):
+    for question, value in zip(questions, exam.hits_and_probabilities(loaded.model)[1], strict=False):
         prompt = loaded.tokenizer(question.prompt)["input_ids"]
         whole = loaded.tokenizer(f"{question.prompt} {question.choices[question.answer]}")["input_ids"]
         with torch.no_grad():

@@ -14,8 +14,9 @@ from excise.artifacts.export import export_edit
 from excise.artifacts.models import find_model, load_model
 from excise.editing.errors import RequestError
 from excise.editing.pruning import PrunedUnits
+from excise.editing.units import rank_correlation
 from excise.editing.weight_edit import edit_model
-from excise.recipes.monitor import RelearningMonitor, centre, overlap, rank_correlation
+from excise.recipes.monitor import RelearningMonitor, centre, overlap
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"

@@ -17,12 +17,13 @@ from excise.editing.units import (
     by_head,
     gradients_reach_units,
     mean_difference,
+    rank_correlation,
     rank_saliency,
     selectivity,
     unit_inputs,
 )
 from excise.editing.weight_edit import edit_model
-from excise.recipes.prune import UnitScores, combine, matched_units, spearman, top_units
+from excise.recipes.prune import UnitScores, combine, matched_units, top_units
 
 INPUTS = {
     "input_ids": torch.tensor([[5, 9, 7, 3, 11], [4, 8, 2, 6, 10]]),
@@ -218,8 +219,8 @@ def test_what_the_rest_needs_is_spared():
 
 
 def test_rank_correlation():
-    assert spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
-    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation(torch.tensor([1, 2, 3, 4]), torch.tensor([10, 20, 30, 40])) == pytest.approx(1)
+    assert rank_correlation(torch.tensor([1, 2, 3, 4]), torch.tensor([4, 3, 2, 1])) == pytest.approx(-1)
 
 
 def test_pruning_hurts_the_concept_more_than_its_controls_do(tmp_path):
