@@ -32,6 +32,11 @@ class ModelSource:
     sha256: str | None = None
     """Of the GGUF file a model was made from."""
 
+    @property
+    def reference(self) -> str:
+        """How a command names it, at its commit."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
     def describe(self) -> dict[str, Any]:
         """What may be published about where the model came from."""
         return {"kind": self.kind, "name": self.name, "revision": self.revision, "gguf_sha256": self.sha256}

@@ -4,12 +4,12 @@ Source: round-to-nearest, symmetric, in groups along the input (Dettmers and Zet
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import is_linear
+from .adapters import is_conv1d, is_linear
 from .errors import EditError
 
 GROUP = 64
@@ -25,6 +25,16 @@ def round_to_nearest(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
     scale = grouped.abs().amax(-1, keepdim=True) / most
     rounded = (grouped / scale.clamp_min(1e-30)).round().clamp(-most, most) * scale
     return rounded.flatten(-2).to(weight.dtype)
+
+
+def rounded_weights(model: nn.Module, bits: int) -> AbstractContextManager[int]:
+    """The model with every linear weight rounded to nearest, while the context lasts; groups run along inputs in any layout."""
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if is_conv1d(module)}
+
+    def rounded(name: str, weight: Tensor) -> Tensor:
+        return round_to_nearest(weight.mT, bits).mT if name in transposed else round_to_nearest(weight, bits)
+
+    return changed_weights(model, rounded)
 
 
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -156,14 +156,13 @@ class _Run:
         self._examine(0)
         schedule = Schedule(
             budget.steps, budget.batch, 1.0, 0, decay="constant", warmup_steps=max(1, budget.steps // 20), beta2=0.999,
-            save_every=0,
+            shuffled=False, save_every=0,
         )  # fmt: skip
         groups = [
             Group(owned, plan.rate) for plan, owned in zip(self.plans, self.attackers.owned, strict=True)
         ]  # fmt: skip
-        # A row of the trainer is what all attackers read in one place of a batch.
-        rows = list(range(budget.steps * budget.batch))
-        ordered = [_Place(place) for place in rows]
+        # A row of the trainer is what all attackers read in one place of a batch; orders are their own, not the trainer's.
+        ordered = [_Place(place) for place in range(budget.steps * budget.batch)]
         training = self.model.training
         fit(
             self.model, ordered, _Quiet(self.stage), self.work / "attack", self._loss, schedule, self._collate, groups,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..artifacts.checkpoints import open_tensors
 from ..editing.errors import EditError
-from ..editing.rounding import changed_weights, round_to_nearest
+from ..editing.rounding import changed_weights, rounded_weights
 from ..editing.side_by_side import soft_prompt_attackers
 from ..eval.concept import Question
 from ..eval.exam import Exam
@@ -103,7 +103,7 @@ def _sampling(model: Any, material: Material) -> Sequence[float]:
 
 def _rounded(bits: int) -> Callable[[Any, Material], Sequence[float]]:
     def score(model: Any, material: Material) -> Sequence[float]:
-        with changed_weights(model, lambda _, weight: round_to_nearest(weight, bits)) as changed:
+        with rounded_weights(model, bits) as changed:
             # A checkpoint in bfloat16 is what it is after the cast.
             if not changed and bits < 16:
                 raise EditError("rounding changed no weight, so nothing was tested")

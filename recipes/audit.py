@@ -37,6 +37,7 @@ from ..editing.side_by_side import low_rank_attackers
 from ..eval.concept import Concept, Question
 from ..eval.exam import Exam
 from ..eval.recovery import Attacked, Scale, questions_needed
+from ..eval.statistics import wilson
 from ..eval.verdict import Compared, furthest, judge
 from .attackers import Budget, Trained, trained
 from .attacks import ATTACKS, BUDGETS, untrained
@@ -248,7 +249,7 @@ def _hidden(loaded: LoadedModel, material: Material, prepared: Prepared, work: P
         yield
 
 
-def _conclude(prepared: Prepared, store: "_Store", utility: dict[str, float | None]) -> dict[str, Any]:
+def _conclude(prepared: Prepared, store: "_Store", utility: dict[str, Sequence[float]]) -> dict[str, Any]:
     compared, gaps = [], list(prepared.gaps)
     base = store.get("base", "untouched").by_rate[0.0]
     exam_chance = sum(1 / len(q.choices) for q in prepared.questions) / len(prepared.questions)
@@ -269,20 +270,48 @@ def _conclude(prepared: Prepared, store: "_Store", utility: dict[str, float | No
     if asked_floor != len(prepared.questions):
         gaps.append(f"the floor could be asked {asked_floor} questions, the other models {len(prepared.questions)}")
     floor_kind = "the model that never knew" if "never" in prepared.sources else f"the base, on {NOVEL},"
-    kept = (utility["base"], utility["edited"])
-    judged = judge(compared, scale, kept if None not in kept else None, floor_kind)  # type: ignore[arg-type]
+    kept = tuple(sum(hits) / len(hits) for hits in (utility["base"], utility["edited"]) if hits)
+    if len(kept) < 2:
+        gaps.append("the concept pack asks about nothing else, so nothing says whether the model still works")
+    judged = judge(compared, scale, (kept[0], kept[1]) if len(kept) == 2 else None, floor_kind)
     return {
         "schema_version": SCHEMA_VERSION, "verdict": judged.verdict, "reasons": judged.reasons,
         "speed_up": judged.speed_up.describe(),
         "controls": {**judged.controls, "floor_is": "never" if "never" in prepared.sources else NOVEL},
         "attacks": [one.describe(scale) | {"about": ATTACKS[one.name].about} for one in compared],
         "untouched": {s: float(store.get(s, "untouched").by_rate[0.0].accuracy[0]) for s in ("base", "edited", "never")},
-        "n": len(prepared.questions), "gaps": gaps,
+        "utility": {
+            name: {"value": sum(hits) / len(hits), "n": len(hits), "ci95": wilson(int(sum(hits)), len(hits))}
+            for name, hits in utility.items() if hits
+        },
+        "n": len(prepared.questions), "gaps": gaps, "command": _command(prepared),
         "concept": {"ref": prepared.concept.ref, "name": prepared.concept.about.name, "sha256": prepared.concept.sha256},
         "models": {name: source.describe() for name, source in prepared.sources.items()},
         "settings": prepared.settings.model_dump(mode="json", exclude={"out", "model", "base", "never", "concept", "card"})
         | {"steps": prepared.budget.steps, "batch": prepared.budget.batch, "seeds": prepared.budget.seeds},
     }  # fmt: skip
+
+
+def _command(prepared: Prepared) -> str:
+    """The command that makes the audit again; models as they are published, never a local path."""
+    settings, sources = prepared.settings, prepared.sources
+    words = [
+        "excise",
+        "audit",
+        sources["edited"].reference,
+        "--concept",
+        prepared.concept.ref,
+        "--base",
+        sources["base"].reference,
+    ]
+    if "never" in sources:
+        words += ["--never", sources["never"].reference]
+    words += ["--budget", settings.budget, "--seed", str(settings.seed)]
+    if settings.attacks:
+        words += ["--attacks", ",".join(settings.attacks)]
+    if settings.questions:
+        words += ["--questions", str(settings.questions)]
+    return " ".join(words)
 
 
 def _matched(floor: Attacked, base: Attacked) -> Attacked:
@@ -327,13 +356,13 @@ class _Store:
             content["diverged"],
         )
 
-    def keep_utility(self, subject: str, value: float | None) -> float | None:
-        self._write(self.folder / f"{subject}-utility.json", value)
-        return value
+    def keep_utility(self, subject: str, hits: Sequence[float]) -> Sequence[float]:
+        self._write(self.folder / f"{subject}-utility.json", list(hits))
+        return hits
 
-    def utility(self, subject: str) -> float | None:
+    def utility(self, subject: str) -> Sequence[float]:
         path = self.folder / f"{subject}-utility.json"
-        found: float | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        found: Sequence[float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ()
         return found
 
     def _path(self, subject: str, name: str) -> Path:
@@ -349,13 +378,10 @@ def _once(hits: Sequence[float]) -> Trained:
     return Trained({0.0: Attacked((0,), (0,), np.asarray(hits, dtype=float)[None, None])}, 0)
 
 
-def _utility(loaded: LoadedModel, concept: Concept) -> float | None:
-    """Accuracy on everything else."""
+def _utility(loaded: LoadedModel, concept: Concept) -> Sequence[float]:
+    """Hits on everything else, evenly drawn."""
     others = [q for q in concept.questions if q.split != "forget"][:: max(1, len(concept.questions) // UTILITY)]
-    if not others:
-        return None
-    hits = Exam(loaded.tokenizer, others).hits(loaded.model)
-    return sum(hits) / len(hits)
+    return Exam(loaded.tokenizer, others).hits(loaded.model) if others else ()
 
 
 def _retold(facts: Facts, concept: Concept) -> tuple[Any, ...]:

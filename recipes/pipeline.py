@@ -321,19 +321,9 @@ def _about(
 
 
 def _command(job: Job, own: dict[str, Any]) -> str:
-    source, fields = job.source, type(job.settings).model_fields
-    model = f"{source.name}@{source.revision}" if source.revision else source.name
-    words = [
-        "excise",
-        "run",
-        job.recipe,
-        "--model",
-        model,
-        "--concept",
-        job.concept.ref,
-        "--seed",
-        str(job.settings.seed),
-    ]
+    fields = type(job.settings).model_fields
+    words = ["excise", "run", job.recipe, "--model", job.source.reference, "--concept", job.concept.ref]
+    words += ["--seed", str(job.settings.seed)]
     for key, value in own.items():
         if key != "seed" and value != fields[key].default:
             words += ["--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}"]

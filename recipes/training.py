@@ -39,6 +39,8 @@ class Schedule:
     beta2: float = 0.98
     clip: float = 1.0
     accumulation: int = 1
+    shuffled: bool = True
+    """Take rows in an order that the seed decides; otherwise as they come."""
     save_every: int = 200
     """Steps between states that a killed run goes on from; 0 keeps none."""
 
@@ -111,7 +113,7 @@ def fit(
     """Train a model in place; a killed run goes on from ``folder`` to the same weights.
 
     Args:
-        rows: What a batch is made of, each used at most once an epoch, in an order that the seed decides.
+        rows: What a batch is made of, each used at most once an epoch.
         folder: Where optimizer states are kept during training.
         collate: Makes a batch; by default rows are dictionaries of tensors of one length.
         groups: Parameters that are trained beside each other, each with a learning rate and a clipping of its own.
@@ -130,6 +132,7 @@ def fit(
         use_cpu=device.type == "cpu", save_strategy="steps" if schedule.save_every else "no",
         save_steps=schedule.save_every or 500, save_total_limit=1,
         logging_steps=25, report_to=[], disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False,
+        train_sampling_strategy="random" if schedule.shuffled else "sequential",
     )  # fmt: skip
     optimizer = _grouped(groups, schedule) if groups else None
     trainer = _Trainer(

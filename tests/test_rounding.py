@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_pico
 from excise.editing.errors import EditError
-from excise.editing.rounding import changed_weights, linear_weights, restore, round_to_nearest
+from excise.editing.rounding import changed_weights, linear_weights, restore, round_to_nearest, rounded_weights
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(8, 255), (4, 15)])
@@ -32,6 +32,22 @@ def test_weights_come_back_bit_for_bit_even_after_an_error(name):
         assert changed == len(linear_weights(model)) > 4
         raise KeyboardInterrupt
     assert all(torch.equal(value, before[key]) for key, value in model.named_parameters())
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("llama", -1), ("gpt2", 0)])
+def test_groups_run_along_inputs_in_either_layout(name, inputs):
+    model = make_pico(name)
+    with rounded_weights(model, 4):
+        weights = [weight.movedim(inputs, -1) for weight in linear_weights(model).values()]
+        sizes = [64 if weight.shape[-1] % 64 == 0 else weight.shape[-1] for weight in weights]
+        groups = [
+            g
+            for w, size in zip(weights, sizes, strict=True)
+            for g in w.detach().unflatten(-1, (-1, size)).flatten(0, -2)
+        ]
+        assert max(len(group.unique()) for group in groups) <= 15
+    crossed = [weight.detach().movedim(inputs, 0).flatten(0, -2) for weight in linear_weights(model).values()]
+    assert max(len(group.unique()) for weight in crossed for group in weight) > 15
 
 
 def test_a_weight_that_does_not_come_back_is_an_error():

@@ -55,6 +55,22 @@ def _train(folder, *, steps=3, loss=None, **options):
     return adapted, stage
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_rows_are_read_as_they_come_only_where_that_is_asked_for(tmp_path, shuffled):
+    adapted, seen = _adapted(), []
+
+    def noted(rows):
+        seen.extend(rows)
+        return {"rows": rows}
+
+    def loss(model, batch):
+        return {"any": sum(p.square().sum() for p in model.parameters() if p.requires_grad)}
+
+    schedule = Schedule(6, 4, 1e-3, 0, shuffled=shuffled, save_every=0)
+    fit(adapted, range(24), Stage(), tmp_path, loss, schedule, noted)
+    assert sorted(seen) == list(range(24)) and (seen == list(range(24))) is not shuffled
+
+
 def test_training_moves_the_adapter_and_reports_each_term(tmp_path):
     adapted, stage = _train(tmp_path)
     assert not torch.equal(_weights(adapted), _weights(_adapted()))
