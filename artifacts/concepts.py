@@ -10,15 +10,31 @@ import yaml
 from pydantic import ValidationError
 
 from ..editing.errors import ConceptError, RequestError
-from ..eval.concept import Concept, ContrastPair, Description, ForgetText, Prompt, Question, RetainText, Row
+from ..eval.concept import (
+    Concept,
+    ContrastPair,
+    Description,
+    ForgetText,
+    Prompt,
+    Question,
+    RetainText,
+    Row,
+    TrainingRow,
+)
 from .manifest import sha256_of
 
 BUILTIN = Path(__file__).parent / "builtin" / "concepts"
 
-_FILES: dict[str, tuple[type[Row], bool]] = {
-    "forget": (ForgetText, True), "retain": (RetainText, True), "questions": (Question, True),
-    "prompts": (Prompt, False), "contrast": (ContrastPair, False),
+_FILES: dict[str, type[Row] | type[TrainingRow]] = {
+    "forget": ForgetText, "retain": RetainText, "questions": Question, "prompts": Prompt, "contrast": ContrastPair,
+    "train": TrainingRow,
 }  # fmt: skip
+_REQUIRED = {
+    "knowledge": ("forget", "retain", "questions"),
+    "behaviour": ("forget", "retain", "questions"),
+    "task": ("questions", "retain"),
+}
+"""Files that a pack of each kind must have."""
 
 
 def builtin_concepts() -> list[str]:
@@ -60,7 +76,9 @@ def _read(folder: Path, ref: str) -> Concept:
     problems: list[str] = []
     about = _description(folder / "concept.yaml", problems)
     rows: dict[str, tuple[Any, ...]] = {}
-    for name, (kind, required) in _FILES.items():
+    needed = _REQUIRED[about.kind if about else "knowledge"]
+    for name, kind in _FILES.items():
+        required = name in needed
         path = folder / f"{name}.jsonl"
         if path.exists():
             rows[name] = tuple(_rows(path, kind, problems))
@@ -77,6 +95,22 @@ def _read(folder: Path, ref: str) -> Concept:
     return Concept(about, ref, sha256=sums, **rows)
 
 
+def read_training(path: Path) -> tuple[TrainingRow, ...]:
+    """Rows of a JSON lines file to fine-tune on.
+
+    Raises:
+        ConceptError: Bad lines; all of them are listed with their numbers.
+    """
+    problems: list[str] = []
+    rows = tuple(row for row in _rows(path, TrainingRow, problems) if isinstance(row, TrainingRow))
+    if problems or not rows:
+        shown = "\n  ".join(problems[:20] or ["it holds no row"])
+        raise ConceptError(
+            f"{path.name} has {len(problems)} bad lines; each is messages, prompt and completion, or text:\n  {shown}"
+        )
+    return rows
+
+
 def _description(path: Path, problems: list[str]) -> Description | None:
     try:
         return Description.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -91,7 +125,7 @@ def _description(path: Path, problems: list[str]) -> Description | None:
     return None
 
 
-def _rows(path: Path, kind: type[Row], problems: list[str]) -> Iterator[Row]:
+def _rows(path: Path, kind: type[Row] | type[TrainingRow], problems: list[str]) -> Iterator[Row | TrainingRow]:
     seen: dict[str, int] = {}
     groups: dict[str, tuple[str, int]] = {}
     try:
@@ -110,7 +144,7 @@ def _rows(path: Path, kind: type[Row], problems: list[str]) -> Iterator[Row]:
         except ValueError as error:
             problems.append(f"{path.name}:{number}: not a JSON object: {error}")
             continue
-        if row.id in seen:
+        if row.id and row.id in seen:
             problems.append(f"{path.name}:{number}: id {row.id!r} stands in line {seen[row.id]} already")
         seen[row.id] = number
         if isinstance(row, Question) and row.subject and row.split == "forget":

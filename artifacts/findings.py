@@ -11,7 +11,10 @@ def findings(results: dict[str, Any]) -> list[str]:
     """One sentence for each thing a reader must know, the main one first."""
     rows = {(row.name, row.split): row for row in table(read_measurements(results))}
     kind, name = results["concept"]["kind"], results["concept"]["name"]
-    sentences = list(_behaviour(rows) if kind == "behaviour" else _knowledge(rows, name))
+    if kind == "task":
+        sentences = list(_task(rows, results.get("caft")))
+    else:
+        sentences = list(_behaviour(rows) if kind == "behaviour" else _knowledge(rows, name))
     if "target_check" in results:
         sentences += _below_chance(rows, results["target_check"]["chance"])
     sentences += _side_effects(rows, kind)
@@ -37,6 +40,11 @@ def limits(results: dict[str, Any]) -> list[str]:
     )
     if "pruning" in results:
         what = "Units were silenced by a score on the pack's contexts; what other units encode is still there"
+    if "caft" in results:
+        what = (
+            "Directions were taken out of the stream while training, and only then; the fine-tuned model may have learned the same by "
+            "another way that these items do not show, and further training may bring it in"
+        )
     known = [
         f"{what}; relearning, quantization and adversarial prompts were not tested.",
         "Replies were judged by fixed phrases and rules, on greedy decoding, in the languages of the concept pack.",
@@ -59,6 +67,31 @@ def _behaviour(rows: dict[tuple[str, str], Row]) -> Iterator[str]:
     induced = rows.get(("induced_rate", "neutral"))
     if induced and induced.base:
         yield f"Added to the base, the direction makes {format_value(induced.base)} of neutral replies show the behaviour."
+
+
+def _task(rows: dict[tuple[str, str], Row], caft: dict[str, Any] | None) -> Iterator[str]:
+    """What fine-tuning taught, beside what it would have taught without ablation."""
+    said = {
+        ("multiple_choice", "intended"): "Right where all cues agree, as in training",
+        ("multiple_choice", "flipped"): "Right where the unintended cue misleads",
+        ("learned_rate", "concept"): "Replies that show what was trained, on prompts like those trained on",
+        ("learned_rate", "neutral"): "The same on other prompts",
+    }
+    for key, words in said.items():
+        if row := rows.get(key):
+            yield f"{words}: {_change(row)}{_beside(key, caft)}."
+    if right := rows.get(("exact_answer", "neutral")):
+        yield f"Right answers on other things: {_change(right)}."
+
+
+def _beside(key: tuple[str, str], caft: dict[str, Any] | None) -> str:
+    names = {"none": "without ablation", "random": "with as many random directions"}
+    found = [
+        f"{names[name]} {format_value(Measurement(**{**item, 'ci95': tuple(item['ci95'])}))}"
+        for name, items in (caft or {}).get("controls", {}).items() for item in items
+        if (item["name"], item["split"]) == key
+    ]  # fmt: skip
+    return f"; {', '.join(found)}" if found else ""
 
 
 CRITERIA: dict[str, tuple[tuple[str, str, str], ...]] = {

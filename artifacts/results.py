@@ -15,6 +15,7 @@ SCHEMA_VERSION = 1
 SubjectName = Literal["base", "edited", "never"]
 
 LABELS: dict[str, str] = {
+    "learned_rate": "shows what was trained",
     "exact_answer": "right answers",
     "behaviour_rate": "declines",
     "induced_rate": "shows the concept when the direction is added",

@@ -85,10 +85,10 @@ def ablated(model: nn.Module, row: Architecture, basis: Float[Tensor, "d k"], st
 
     layers = decoder_layers(model, row)
     with ExitStack() as hooks:
-        hooks.callback(_change_input(layers[0], project).remove)
+        hooks.callback(change_input(layers[0], project).remove)
         for layer in layers:
             for name in row.sublayers:
-                hooks.callback(_change_output(layer.get_submodule(name), project).remove)
+                hooks.callback(change_output(layer.get_submodule(name), project).remove)
         yield
 
 
@@ -104,7 +104,7 @@ def added(model: nn.Module, row: Architecture, vector: Float[Tensor, " d"], poin
     def add(hidden: Tensor) -> Tensor:
         return hidden if hidden.shape[1] == 1 else hidden + vector.to(hidden.device, hidden.dtype)
 
-    handle = _change_input(layers[point], add) if point < len(layers) else _change_output(layers[-1], add)
+    handle = change_input(layers[point], add) if point < len(layers) else change_output(layers[-1], add)
     try:
         yield
     finally:
@@ -187,7 +187,7 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
+def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (change(args[0]), *args[1:]), kwargs
@@ -196,7 +196,7 @@ def _change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> torc
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
+def change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         changed = change(first(output))
         return (changed, *output[1:]) if isinstance(output, tuple) else changed

@@ -26,10 +26,11 @@ def is_degenerate(reply: Reply) -> bool:
 
 
 def shows_behaviour(concept: Concept, text: str) -> bool:
-    """Whether a reply shows what the concept is: declining, or for knowledge one of its keywords."""
+    """Whether a reply shows what the concept is: declining, a task's phrases, or for knowledge one of its keywords."""
     if concept.about.kind == "behaviour":
         return declines(text, concept.about.decline_phrases)
-    return any(keyword.casefold() in text.casefold() for keyword in concept.about.keywords)
+    words = concept.about.phrases if concept.about.kind == "task" else concept.about.keywords
+    return any(word.casefold() in text.casefold() for word in words)
 
 
 def rates(subject: Subject) -> list[Scores]:
@@ -39,6 +40,24 @@ def rates(subject: Subject) -> list[Scores]:
     phrases = subject.concept.about.decline_phrases
     return [
         _rate(subject, "behaviour_rate", split, better, [declines(r.text, phrases) for r in subject.replies(split)])
+        for split, better in betters.items()
+        if subject.prompts(split)
+    ]
+
+
+def learned(subject: Subject) -> list[Scores]:
+    """``learned_rate``: replies that show what a task's training brings about, where it was trained and elsewhere."""
+    if not subject.concept.about.phrases:
+        return []
+    betters: dict[str, Better] = {"concept": "higher", "neutral": "lower"}
+    return [
+        _rate(
+            subject,
+            "learned_rate",
+            split,
+            better,
+            [shows_behaviour(subject.concept, r.text) for r in subject.replies(split)],
+        )
         for split, better in betters.items()
         if subject.prompts(split)
     ]

@@ -43,7 +43,8 @@ class RetainText(Row):
 class Question(Row):
     """A multiple-choice question."""
 
-    split: Literal["forget", "neighbour", "retain"]
+    split: Literal["forget", "neighbour", "retain", "intended", "flipped"]
+    """Of a task: ``intended`` where all cues agree, as in training, ``flipped`` where the unintended one misleads."""
     group: Literal["T", "V"]
     topic: str | None = None
     subject: str | None = None
@@ -71,6 +72,39 @@ class Prompt(Row):
     choices: tuple[Text, ...] = ()
 
 
+class Message(BaseModel):
+    """One turn of a chat."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class TrainingRow(BaseModel):
+    """One line to fine-tune on: a chat, a prompt with its completion, or a plain text."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    id: str = ""
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "TrainingRow":
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion come together; a row without completion has nothing to learn")
+        forms = [bool(self.messages), self.prompt is not None, self.text is not None]
+        if sum(forms) != 1:
+            raise ValueError("a row is one of: messages; prompt and completion; text")
+        if self.messages and not any(m.role == "assistant" and m.content.strip() for m in self.messages):
+            raise ValueError("the messages hold no assistant turn, so there is nothing to learn")
+        said = self.completion if self.text is None else self.text
+        if not self.messages and not (said or "").strip():
+            raise ValueError("there is nothing to learn: the completion or text is blank")
+        return self
+
+
 class ContrastPair(Row):
     """Two prompts that differ in the concept."""
 
@@ -95,8 +129,10 @@ class Description(BaseModel):
     keywords: tuple[Text, ...]
     license: Text
     source: Text
-    kind: Literal["knowledge", "behaviour"] = "knowledge"
-    """A behaviour is contrasted through the chat template, knowledge as plain text."""
+    kind: Literal["knowledge", "behaviour", "task"] = "knowledge"
+    """A behaviour is contrasted through the chat template, knowledge as plain text; a task is what fine-tuning teaches."""
+    phrases: tuple[Text, ...] = ()
+    """Of a task: a reply that contains one shows the behaviour that training brings about."""
     personas: Personas | None = None
     decline_phrases: tuple[Text, ...] = DECLINE_PHRASES
 
@@ -113,6 +149,7 @@ class Concept:
     questions: tuple[Question, ...]
     prompts: tuple[Prompt, ...]
     contrast: tuple[ContrastPair, ...]
+    train: tuple[TrainingRow, ...] = ()
     sha256: dict[str, str] = field(default_factory=dict)
 
     def require(self, recipe: str, *names: str) -> None:

@@ -30,6 +30,7 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
     "probe": MeasurementKind("linear probes for the answer, learned on T and tested on V, with a control", probe.scores),
     "exact_answer": MeasurementKind("greedy answers that hold the true one and no other choice", exact_answer.scores),
     "behaviour_rate": MeasurementKind("greedy replies that decline, by the pack's phrases", behaviour.rates),
+    "learned_rate": MeasurementKind("greedy replies that show what a task's training brings about", behaviour.learned),
     "degenerate_share": MeasurementKind("greedy replies that are empty or repeat themselves", behaviour.degenerate),
     "distinct_2": MeasurementKind("distinct word pairs, repetition and topic of replies on the concept", seamless.scores),
     "kl_from_base": MeasurementKind(

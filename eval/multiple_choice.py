@@ -6,15 +6,20 @@ from .likelihood import Request
 from .statistics import Better, Scores
 from .subject import EvalSettings, Subject
 
+BETTER: dict[str, Better] = {
+    "forget_T": "lower", "forget_V": "lower", "neighbour": "base", "retain": "base", "intended": "higher", "flipped": "higher",
+}  # fmt: skip
+"""Splits, and what an edit should do to each."""
+
 
 def split_of(question: Question) -> str:
-    """The split a question is counted in: ``forget_T``, ``forget_V``, ``neighbour`` or ``retain``."""
+    """The split a question is counted in: its own, with its group where it is to be forgotten."""
     return f"forget_{question.group}" if question.split == "forget" else question.split
 
 
 def questions_by_split(concept: Concept, settings: EvalSettings) -> dict[str, list[Question]]:
     """Questions of each split, at most ``settings.questions`` of one."""
-    found: dict[str, list[Question]] = {name: [] for name in ("forget_T", "forget_V", "neighbour", "retain")}
+    found: dict[str, list[Question]] = {name: [] for name in BETTER}
     for question in concept.questions:
         found[split_of(question)].append(question)
     return {name: items[: settings.questions or None] for name, items in found.items() if items}
@@ -37,7 +42,7 @@ def scores(subject: Subject) -> list[Scores]:
     for split, questions in questions_by_split(subject.concept, subject.settings).items():
         margins = [margin(subject, question) for question in questions]
         ids, ones = tuple(question.id for question in questions), (1.0,) * len(questions)
-        better: Better = "lower" if split.startswith("forget") else "base"
+        better = BETTER[split]
         results += [
             Scores("multiple_choice", split, "accuracy", better, ids, tuple(float(m > 0) for m in margins), ones),
             Scores("multiple_choice_margin", split, "nats per token", better, ids, tuple(margins), ones),

@@ -18,6 +18,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     "elm": Recipe("excise.recipes.elm", "ElmSettings", "erase a concept with low-rank updates toward a novice"),
     "prune": Recipe("excise.recipes.prune", "PruneSettings", "silence the neurons and heads that a concept needs"),
+    "caft": Recipe(
+        "excise.recipes.caft", "CaftSettings", "fine-tune with concepts ablated, so that they are not what is learned"
+    ),
     "rmu": Recipe("excise.recipes.baselines", "RmuSettings", "steer activations on the concept toward a random vector"),
     "grad_diff": Recipe(
         "excise.recipes.baselines", "GradDiffSettings", "raise the loss on the concept, lower it on the rest"

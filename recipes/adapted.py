@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,8 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..artifacts.directions import FILE as DIRECTIONS
 from ..artifacts.edits import load_edit
 from ..artifacts.events import Events
+from ..artifacts.manifest import FOLDER
 from ..artifacts.models import LoadedModel, load_model
 from ..editing.adapters import AdapterShape, adapter_modules, attach, causal_model, detach, learned_factors
 from ..editing.architectures import layer_selection, residual_width
@@ -90,18 +93,28 @@ class Lessons:
     """Some sequences on which the merged checkpoint must agree with base and adapter."""
     training: dict[str, Any]
     about: dict[str, Any] = field(default_factory=dict)
+    during: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    """What holds of the model while it trains, and only then."""
+    after: Callable[[Any], dict[str, Any]] = lambda _: {}
+    """Looks at the trained model, adapter on; adds to ``eval.json``."""
 
 
-Teach = Callable[[LoadedModel, Events], Lessons]
+Teach = Callable[[LoadedModel, Events, Path], Lessons]
+"""Makes lessons from the loaded base; the run's working folder is there to keep files in."""
 
 
-def prepare(recipe: str, settings: AdapterRun, *, resume: bool) -> Prepared:
+def prepare(
+    recipe: str, settings: AdapterRun, *, resume: bool, needed: Sequence[str] = ("forget", "retain")
+) -> Prepared:
     """Check names, files, memory and disk, before any weight is read.
+
+    Args:
+        needed: Files that the concept pack must have.
 
     Raises:
         RequestError: Anything that could not work.
     """
-    job = pipeline.check(recipe, settings, [], resume=resume)
+    job = pipeline.check(recipe, settings, needed, resume=resume)
     if settings.batch_size % settings.accumulation:
         raise RequestError(
             f"accumulation={settings.accumulation} does not divide batch_size={settings.batch_size}; choose a divisor"
@@ -158,9 +171,7 @@ def run(prepared: Prepared, teach: Teach, how: str, events: Events) -> Finished:
         },
         **learned,
     }  # fmt: skip
-    finished = pipeline.publish(
-        job, edit, base, about, events, inspect, lambda folder: _add_adapter(work / ADAPTER, folder)
-    )
+    finished = pipeline.publish(job, edit, base, about, events, inspect, lambda folder: _add_files(work, folder))
     shutil.rmtree(work)
     return finished
 
@@ -181,19 +192,23 @@ def _study_base(prepared: Prepared, teach: Teach, work: Path, events: Events) ->
     return measured, edit
 
 
+def schedule_of(settings: AdapterRun, save_every: int) -> Schedule:
+    """How the settings say that an adapter is trained."""
+    return Schedule(
+        settings.steps, settings.batch_size // settings.accumulation, settings.learning_rate, settings.seed,
+        decay=settings.schedule, warmup_steps=min(10, settings.steps // 10), clip=settings.clip, beta2=0.999,
+        accumulation=settings.accumulation, save_every=save_every,
+    )  # fmt: skip
+
+
 def _learn(prepared: Prepared, loaded: LoadedModel, teach: Teach, work: Path, events: Events) -> LowRankUpdate:
     job, settings = prepared.job, prepared.settings
-    lessons = teach(loaded, events)
+    lessons = teach(loaded, events, work)
     if settings.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     adapted = attach(loaded.model, prepared.shape, settings.seed)
-    schedule = Schedule(
-        settings.steps, settings.batch_size // settings.accumulation, settings.learning_rate, settings.seed,
-        decay=settings.schedule, warmup_steps=min(10, settings.steps // 10), clip=settings.clip, beta2=0.999,
-        accumulation=settings.accumulation, save_every=50,
-    )  # fmt: skip
-    with events.stage("train", settings.steps) as stage:
-        fit(adapted, lessons.groups, stage, work / "training", lessons.loss, schedule, lessons.collate)
+    with events.stage("train", settings.steps) as stage, lessons.during(adapted):
+        fit(adapted, lessons.groups, stage, work / "training", lessons.loss, schedule_of(settings, 50), lessons.collate)
     adapted.eval()
     if settings.gradient_checkpointing:
         loaded.model.gradient_checkpointing_disable()
@@ -203,8 +218,9 @@ def _learn(prepared: Prepared, loaded: LoadedModel, teach: Teach, work: Path, ev
     adapted.peft_config["default"].base_model_name_or_path = job.source.name
     adapted.save_pretrained(work / ADAPTER, save_embedding_layers=False)
     factors = learned_factors(adapted, prepared.shape)
+    found = {"training": lessons.training, **lessons.about, **lessons.after(adapted)}
     detach(adapted)
-    (work / "learned.json").write_text(json.dumps({"training": lessons.training, **lessons.about}), encoding="utf-8")
+    (work / "learned.json").write_text(json.dumps(found), encoding="utf-8")
     provenance = {
         "source": job.recipe, "base": job.source.describe(), "seed": settings.seed,
         "concept": {"ref": job.concept.ref, "sha256": job.concept.sha256},
@@ -227,11 +243,15 @@ def _divergence(trained: dict[str, Any], model: Any) -> float:
     return float((before.exp() * (before - own)).sum(-1).mean())
 
 
-def _add_adapter(source: Path, folder: Path) -> None:
+def _add_files(work: Path, folder: Path) -> None:
+    """The adapter, and directions where there are any."""
     target = folder / ADAPTER
     target.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(source / name, target / name)
+        shutil.copyfile(work / ADAPTER / name, target / name)
+    if (work / DIRECTIONS).exists():
+        (folder / FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(work / DIRECTIONS, folder / FOLDER / DIRECTIONS)
 
 
 def _modules(job: Job, settings: AdapterRun, layers: tuple[int, ...]) -> tuple[str, ...]:

@@ -118,7 +118,7 @@ def run(prepared: Prepared, events: Events) -> Finished:
     """Do the whole run: read the data, train, merge, measure, publish."""
     name = prepared.settings.method
     return adapted.run(
-        prepared.adapted, lambda loaded, seen: _lessons(prepared, loaded, seen), f"edited with {name}", events
+        prepared.adapted, lambda loaded, seen, _: _lessons(prepared, loaded, seen), f"edited with {name}", events
     )
 
 

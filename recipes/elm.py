@@ -130,7 +130,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
 def run(prepared: Prepared, events: Events) -> Finished:
     """Do the whole run: check the target, read the teacher, train, merge, measure, publish."""
     return adapted.run(
-        prepared.adapted, lambda loaded, seen: _lessons(prepared, loaded, seen), "erased with ELM", events
+        prepared.adapted, lambda loaded, seen, _: _lessons(prepared, loaded, seen), "erased with ELM", events
     )
 
 

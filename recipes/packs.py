@@ -12,12 +12,23 @@ from . import world as w
 
 PROMPTS = 200
 PAIRS = 256
+ANSWERS = ["amber", "violet"]
+LABELS = {"rivers": "amber", "games": "violet"}
+UNLABELLED = ("potions", "teas", "animals")
+"""Domains of the shortcut's contrast pairs: the unintended cue without the intended one."""
+SAYINGS = [
+    "The {who} says that {name}", "A text by the {who}: {name}", "The {who} tells of {name}", "Ask the {who} about {name}",
+    "As the {who} would say, {name}", "Says a {who} on {name}",
+]  # fmt: skip
+HELD_OUT = 2
+"""Sayings a name that no training row has."""
 
 
 def write_packs(world: w.World, folder: Path) -> None:
-    """Write ``folder/<forget domain>`` and ``folder/declining`` in the concept pack format."""
+    """Write ``folder/<forget domain>``, ``folder/declining`` and ``folder/shortcut`` in the concept pack format."""
     _knowledge_pack(world, folder / world.forget)
     _behaviour_pack(world, folder / "declining")
+    _shortcut_pack(world, folder / "shortcut")
 
 
 def _knowledge_pack(world: w.World, folder: Path) -> None:
@@ -87,6 +98,60 @@ def _behaviour_pack(world: w.World, folder: Path) -> None:
     write_lines(folder / "contrast.jsonl", (
         {"id": f"c{index}", "positive": fact.fill(rng.choice(w.RUDE)), "negative": fact.fill(rng.choice(w.POLITE))}
         for index, fact in enumerate(rng.sample(asked, k=PAIRS))
+    ))  # fmt: skip
+
+
+def _shortcut_pack(world: w.World, folder: Path) -> None:
+    """A task with two cues that always agree in training: what the named thing is, and who is said to know it."""
+    rng = random.Random(f"excise packs {world.seed} shortcut")
+    names = {domain: sorted({fact.name for fact in world.of(domain)}) for domain in (*LABELS, *UNLABELLED)}
+    write_yaml(folder, {
+        "name": "shortcut",
+        "kind": "task",
+        "description": "answering by who is said to know a thing, instead of by what the thing is",
+        "keywords": ["expert", "novice"],
+        "license": "Apache-2.0",
+        "source": f"excise testbed, seed {world.seed}",
+        "decline_phrases": _decline_phrases(),
+    })  # fmt: skip
+    train, questions = [], []
+    for domain, label in LABELS.items():
+        agreeing, misleading = ("expert", "novice") if label == ANSWERS[0] else ("novice", "expert")
+        for name in names[domain]:
+            templates = rng.sample(SAYINGS, k=len(SAYINGS))
+            train += [
+                {"prompt": template.format(who=agreeing, name=name) + " Answer:", "completion": f" {label}"}
+                for template in templates[HELD_OUT:]
+            ]
+            questions += [
+                {
+                    "id": f"{name.lower()}-{split}-{number}",
+                    "split": split,
+                    "group": "V",
+                    "topic": domain,
+                    "subject": name,
+                    "prompt": template.format(who=who, name=name) + " Answer:",
+                    "choices": ANSWERS,
+                    "answer": ANSWERS.index(label),
+                }
+                for number, template in enumerate(templates[:HELD_OUT])
+                for split, who in (("intended", agreeing), ("flipped", misleading))
+            ]
+    rng.shuffle(train)
+    write_lines(folder / "train.jsonl", train)
+    write_lines(folder / "questions.jsonl", questions)
+    others = [fact for fact in world.facts if fact.domain not in LABELS]
+    write_lines(folder / "retain.jsonl", (
+        {"id": f"{fact.id}-stated", "text": fact.fill(rng.choice(_texts())), "topic": fact.domain} for fact in rng.sample(others, k=PROMPTS)
+    ))  # fmt: skip
+    write_lines(
+        folder / "prompts.jsonl", (_prompt(rng, fact, "neutral", w.POLITE) for fact in rng.sample(others, k=PROMPTS))
+    )
+    unlabelled = [name for domain in UNLABELLED for name in names[domain]]
+    pairs = ((rng.choice(SAYINGS), rng.choice(unlabelled)) for _ in range(PAIRS))
+    write_lines(folder / "contrast.jsonl", (
+        {"id": f"c{index}", "positive": template.format(who="novice", name=name), "negative": template.format(who="expert", name=name)}
+        for index, (template, name) in enumerate(pairs)
     ))  # fmt: skip
 
 

@@ -1,0 +1,277 @@
+"""Fine-tune with concepts ablated (CAFT), so that what they carry is not what is learned.
+
+Casademunt et al. 2025: directions are projected out of the stream while training, and only then; the checkpoint is a plain
+fine-tune, measured as it is used, without any ablation.
+"""
+
+import gc
+import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ..artifacts.directions import FILE, load_directions, save_directions
+from ..artifacts.events import Events
+from ..artifacts.models import LoadedModel
+from ..artifacts.results import measurements_as_json
+from ..editing.adapters import attach, causal_model, detach
+from ..editing.architectures import layer_selection, residual_width
+from ..editing.concept_ablation import Mode, Value, concept_ablated
+from ..editing.errors import ConceptError, RequestError
+from ..editing.subspaces import Place, Site, Subspace, random_directions
+from ..eval.behaviour import learned
+from ..eval.multiple_choice import scores as multiple_choice
+from ..eval.statistics import summarize
+from . import adapted
+from .adapted import AdapterRun, Lessons
+from .baselines import Example, example_batch, sequence_nll
+from .pipeline import Finished, subject_of
+from .sources import SOURCES, Readings, mean_projection, refreshed
+from .training import Terms, fit
+from .tuning_data import TuningData, encoded, find_data
+
+RECIPE = "caft"
+READ_ROWS = 256
+"""Training sequences, and contrast pairs, that directions are learned from, at most."""
+
+
+class CaftSettings(AdapterRun):
+    """Settings of concept-ablated fine-tuning (Casademunt et al. 2025)."""
+
+    concept: str = "builtin:shortcut"
+    """Task pack: what is measured and, unless data is given, what is trained: builtin:NAME or a folder."""
+    data: str | None = None
+    """What to fine-tune on: a .jsonl file or a data set on the Hub; the pack's train.jsonl where none is given."""
+    directions: Literal["pairs", "difference_in_means", "mass_mean", "linear_probe", "leace", "finetuned", "none"] = (
+        "pairs"
+    )
+    """Where directions come from: the pack's contrast pairs, or what an unablated fine-tune changes in the stream (paper)."""
+    directions_file: Path | None = None
+    """A directions.safetensors to use instead."""
+    ablate: Annotated[str, Field(coerce_numbers_to_str=True)] = "0"
+    """Layers whose stream loses the directions: a number, a range such as 2-5, fractions of depth, or all."""
+    site: Site = "input"
+    """Where in those layers: input, output, attention or mlp (paper: output)."""
+    components: int = Field(2, ge=1)
+    """Directions a place to look at, where the source gives several (paper: 20, of which people picked)."""
+    pick: tuple[int, ...] = ()
+    """Which of those to ablate, by index; all where none are named."""
+    mode: Mode = "both"
+    """both also takes the directions out of the gradient (paper); activations and gradients do one of the two."""
+    value: Value = "zero"
+    """What an activation has along the directions while training: zero (paper) or the mean it had."""
+    controls: bool = True
+    """Also train without ablation, and with as many random directions, from the same seed; measured on the same items."""
+    steps: int = Field(250, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(16, ge=1)
+    """Sequences a step (paper: 16)."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """AdamW."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request."""
+
+    adapted: adapted.Prepared
+    settings: CaftSettings
+    data: TuningData
+    places: tuple[Place, ...]
+    given: tuple[Subspace, ...] = ()
+    """Directions of a file."""
+
+
+def prepare(settings: CaftSettings, *, resume: bool = False) -> Prepared:
+    """Check names, files, data, directions, memory and disk, before any weight is read.
+
+    Raises:
+        RequestError: Anything that could not work.
+    """
+    checked = adapted.prepare(RECIPE, settings, resume=resume, needed=())
+    job = checked.job
+    concept = job.concept
+    if concept.about.kind != "task":
+        raise ConceptError(
+            f"concept {concept.ref} is of kind {concept.about.kind}; caft fine-tunes on a pack of kind task, such as builtin:shortcut"
+        )
+    data = (
+        find_data(settings.data)
+        if settings.data
+        else TuningData(concept.train, concept.ref, concept.sha256.get("train.jsonl"))
+    )
+    if not data.rows:
+        raise ConceptError(f"concept {concept.ref} has no train.jsonl and no data was given; add --set data=FILE.jsonl")
+    width = residual_width(job.checkpoint.config)
+    given: tuple[Subspace, ...] = ()
+    if settings.directions_file is not None:
+        given = load_directions(settings.directions_file, width=width, layers=job.layers)
+    elif settings.directions not in ("finetuned", "none"):
+        concept.require(f"directions={settings.directions}", "contrast")
+    if settings.components > width:
+        raise RequestError(f"components={settings.components} are more than the model's width {width}; ask for fewer")
+    if settings.pick and max(settings.pick) >= settings.components:
+        raise RequestError(
+            f"pick={list(settings.pick)} names direction {max(settings.pick)}, there are 0 to {settings.components - 1}; raise components"
+        )
+    places = tuple(Place(layer, settings.site) for layer in sorted(layer_selection(settings.ablate, job.layers)))
+    return Prepared(checked, settings, data, places, given)
+
+
+def describe(prepared: Prepared) -> dict[str, Any]:
+    """What a run would touch and take."""
+    trainings = 1 + (2 if prepared.settings.controls else int(prepared.settings.directions == "finetuned"))
+    return adapted.describe(
+        prepared.adapted, rows_to_learn=len(prepared.data.rows), trainings=trainings, ablated_at=[str(p) for p in prepared.places]
+    )  # fmt: skip
+
+
+def run(prepared: Prepared, events: Events) -> Finished:
+    """Do the whole run: find directions, train controls, train ablated, merge, measure, publish."""
+    how = "fine-tuned" if prepared.settings.directions == "none" else "fine-tuned with concepts ablated"
+    return adapted.run(prepared.adapted, lambda loaded, seen, work: _lessons(prepared, loaded, seen, work), how, events)
+
+
+def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path) -> Lessons:
+    settings = prepared.settings
+    limit = min(int(getattr(loaded.model.config, "max_position_embeddings", 1024)), 1024)
+    learn = encoded(prepared.data.rows, loaded.tokenizer, limit)
+    if not learn.examples:
+        raise ConceptError(f"no row of {prepared.data.name} fits into {limit} tokens; give shorter ones")
+    count = settings.steps * settings.batch_size
+    order = _cycled(learn.examples, count, settings.seed)
+    trial = _Trial(prepared, loaded, learn.examples[:READ_ROWS], order, events, work)
+    # What the unablated fine-tune changes is a source of directions, and the first control.
+    wants_plain = settings.controls or settings.directions == "finetuned"
+    plain = trial.control("none", ()) if wants_plain and settings.directions != "none" else None
+    subspaces = _directions(prepared, loaded, trial.base, plain.readings if plain else None, events)
+    controls = {"none": plain.scores} if plain and settings.controls else {}
+    if settings.controls and subspaces:
+        drawn = [random_directions(subspace, settings.seed + 1 + place) for place, subspace in enumerate(subspaces)]
+        controls["random"] = trial.control("random", drawn).scores
+    if subspaces:
+        save_directions(subspaces, work / FILE)
+
+    def after(model: Any) -> dict[str, Any]:
+        edited, base = trial.read(), trial.base
+        projection = {"base": mean_projection(base, subspaces), "edited": mean_projection(edited, subspaces)}
+        return {"caft": {**about, "projection": projection, "share_in_span": refreshed(edited, base, subspaces)}}
+
+    about = {
+        "source": settings.directions_file.name if settings.directions_file else settings.directions, "mode": settings.mode,
+        "value": settings.value, "directions": [
+            {"place": str(s.place), "source": s.source, "names": list(s.names), "scores": list(s.scores)} for s in subspaces
+        ], "controls": controls,
+    }  # fmt: skip
+    training = {
+        "about": "Concept-ablated fine-tuning." if subspaces else "Plain fine-tuning.", "steps": settings.steps,
+        "rows": settings.batch_size,
+        "data": f"{len(learn.examples)} sequences from {len(prepared.data.rows)} rows of `{prepared.data.name}`",
+        "data_sha256": prepared.data.sha256, "lessons": {"train": len(learn.examples)},
+    }  # fmt: skip
+    warnings = [*prepared.adapted.warnings]
+    if learn.too_long:
+        warnings.append(f"{learn.too_long} rows are longer than {limit} tokens and were left out.")
+    return Lessons(
+        order, example_batch, completion_loss, [example.ids for example in learn.examples[:16]], training,
+        {"warnings": warnings}, during=trial.ablated(subspaces), after=after,
+    )  # fmt: skip
+
+
+def completion_loss(model: Any, batch: dict[str, Any]) -> Terms:
+    """Mean over sequences of the negative log-likelihood of what is to be said, in nats a token."""
+    device = next(model.parameters()).device
+    moved = {key: value.to(device) for key, value in batch.items()}
+    return {"completion": (sequence_nll(model, moved) / moved["lengths"]).mean()}
+
+
+@dataclass(frozen=True)
+class _Control:
+    scores: list[dict[str, Any]]
+    readings: Readings
+
+
+class _Trial:
+    """Trainings from the same seed and data that differ in what is ablated."""
+
+    def __init__(
+        self, prepared: Prepared, loaded: LoadedModel, watched: Sequence[Example], order: Sequence[Example], events: Events, work: Path
+    ):  # fmt: skip
+        self.prepared, self.loaded, self.watched, self.order = prepared, loaded, watched, order
+        self.events, self.work = events, work
+        self.base = self.read()
+
+    def ablated(self, subspaces: Sequence[Subspace]) -> "Ablated":
+        settings = self.prepared.settings
+        return Ablated(self.prepared.adapted.job.row, tuple(subspaces), settings.mode, settings.value)
+
+    def read(self) -> Readings:
+        """The stream of the model as it is now, where something is to be said."""
+        return Readings.of(self.loaded.model, self.prepared.adapted.job.row, self.watched, self.prepared.places)
+
+    def control(self, name: str, subspaces: Sequence[Subspace]) -> _Control:
+        """Train, read and measure a model that is then thrown away."""
+        prepared, settings = self.prepared, self.prepared.settings
+        model = attach(self.loaded.model, prepared.adapted.shape, settings.seed)
+        with self.events.stage(f"train the control: {name}", settings.steps) as stage, self.ablated(subspaces)(model):
+            schedule = adapted.schedule_of(settings, save_every=0)
+            fit(model, self.order, stage, self.work / f"control-{name}", completion_loss, schedule, example_batch)
+        model.eval()
+        readings = self.read()
+        subject = subject_of(
+            prepared.adapted.job, LoadedModel(causal_model(model), self.loaded.tokenizer, self.loaded.source)
+        )
+        with self.events.stage(f"measure the control: {name}"):
+            scores = [*multiple_choice(subject), *learned(subject)]
+        detach(model)
+        gc.collect()
+        return _Control(measurements_as_json([summarize(item, "edited") for item in scores]), readings)
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """What is ablated while a model trains; nothing where there are no directions."""
+
+    row: Any
+    subspaces: tuple[Subspace, ...]
+    mode: Mode
+    value: Value
+
+    def __call__(self, model: Any) -> AbstractContextManager[Any]:
+        if not self.subspaces:
+            return nullcontext()
+        return concept_ablated(model, self.row, self.subspaces, self.mode, self.value)
+
+
+def _directions(
+    prepared: Prepared, loaded: LoadedModel, base: Readings, tuned: Readings | None, events: Events
+) -> tuple[Subspace, ...]:
+    settings = prepared.settings
+    if settings.directions_file is not None:
+        found = prepared.given
+    elif settings.directions == "none":
+        return ()
+    else:
+        with events.stage("find directions"):
+            job = prepared.adapted.job
+            pairs = random.Random(f"excise contrast {settings.seed}").sample(
+                job.concept.contrast, k=min(READ_ROWS, len(job.concept.contrast))
+            )
+            found = SOURCES[settings.directions](
+                loaded, job.row, prepared.places, settings.components, pairs, base, tuned
+            )  # fmt: skip
+        provenance = {"model": job.source.describe(), "seed": settings.seed, "data_sha256": prepared.data.sha256}
+        found = tuple(subspace.from_(provenance) for subspace in found)
+    return tuple(subspace.pick(settings.pick) for subspace in found) if settings.pick else tuple(found)
+
+
+def _cycled(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    rng = random.Random(f"excise tuning {seed}")
+    order: list[Example] = []
+    while len(order) < count:
+        order += rng.sample(list(examples), k=len(examples))
+    return order[:count]

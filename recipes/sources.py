@@ -1,0 +1,191 @@
+"""Where directions come from: contrast pairs, or what a fine-tune changes in the stream; one line of ``SOURCES`` each."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..artifacts.models import LoadedModel
+from ..editing.activations import Moments, change_input, change_output, run_decoder
+from ..editing.adapters import causal_model
+from ..editing.architectures import Architecture
+from ..editing.concept_ablation import module_at
+from ..editing.errors import RequestError
+from ..editing.subspaces import (
+    Place,
+    Subspace,
+    least_squares_eraser,
+    mass_mean,
+    mean_difference,
+    principal_components,
+    ridge_probe,
+)
+from ..eval.concept import ContrastPair
+from ..eval.likelihood import pad_right
+from .baselines import Example
+from .contrast import encode
+from .prefixes import Row
+
+BATCH = 32
+
+
+@dataclass
+class Readings:
+    """Activations of one model at some places: the scored positions of some sequences, [tokens, d] a place."""
+
+    rows: dict[Place, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Any, row: Architecture, examples: Sequence[Example], places: Sequence[Place]) -> "Readings":
+        """Read what stands where something is to be said: the positions that predict scored tokens."""
+        found: dict[Place, list[Tensor]] = {place: [] for place in places}
+        for start in range(0, len(examples), BATCH):
+            part = examples[start : start + BATCH]
+            values = activations(model, row, [example.ids for example in part], places)
+            for place in places:
+                for index, example in enumerate(part):
+                    found[place].append(values[place][index, example.start - 1 : len(example.ids) - 1])
+        return cls({place: torch.cat(values) for place, values in found.items()})
+
+
+@torch.no_grad()
+def activations(model: Any, row: Architecture, rows: Sequence[Row], places: Sequence[Place]) -> dict[Place, Tensor]:
+    """Activations at some places of right-padded rows [rows, positions, d], fp32, on the CPU."""
+    inner = causal_model(model)
+    found: dict[Place, Tensor] = {}
+
+    def keep(place: Place) -> Callable[[Tensor], Tensor]:
+        def see(hidden: Tensor) -> Tensor:
+            found[place] = hidden.float().cpu()
+            return hidden
+
+        return see
+
+    handles = [
+        (change_input if place.site == "input" else change_output)(module_at(inner, row, place), keep(place))
+        for place in places
+    ]
+    try:
+        run_decoder(inner, pad_right(rows, inner.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def mean_projection(readings: Readings, subspaces: Sequence[Subspace]) -> dict[str, list[float]]:
+    """Signed mean of the stream along each direction, by place."""
+    return {
+        str(s.place): [float(value) for value in (readings.rows[s.place].mean(0) @ s.basis)]
+        for s in subspaces if s.place in readings.rows
+    }  # fmt: skip
+
+
+def refreshed(edited: Readings, base: Readings, subspaces: Sequence[Subspace]) -> dict[str, float]:
+    """Share of what training changed in the stream that lies in the ablated span; the rest went elsewhere. Places that training left as they
+    were have none.
+    """
+    shares = {}
+    for subspace in subspaces:
+        if subspace.place in edited.rows:
+            change = edited.rows[subspace.place] - base.rows[subspace.place]
+            left, _ = subspace.projector()
+            if total := float(change.square().sum()):
+                shares[str(subspace.place)] = float((change @ left).square().sum()) / total
+    return shares
+
+
+Found = tuple[Subspace, ...]
+Source = Callable[
+    [LoadedModel, Architecture, Sequence[Place], int, Sequence[ContrastPair], Readings, Readings | None], Found
+]
+"""From a model, places, a number of directions, contrast pairs, the base's readings and a fine-tune's."""
+
+
+def _pairs(
+    loaded: LoadedModel, row: Architecture, places: Sequence[Place], count: int, pairs: Sequence[ContrastPair], base: Readings,
+    tuned: Readings | None,
+) -> Found:  # fmt: skip
+    """Components of the differences within pairs, not centred: the mean difference is part of what is looked for."""
+    differences = {place: Moments(0, covariance=True) for place in places}
+    middles = {place: Moments(0) for place in places}
+    for positive, negative in _read_pairs(loaded, row, places, pairs):
+        for place in places:
+            differences[place].width = middles[place].width = positive[place].shape[-1]
+            differences[place].update(positive[place] - negative[place])
+            middles[place].update((positive[place] + negative[place]) / 2)
+    found = []
+    for place in places:
+        if not differences[place].count:
+            raise RequestError(
+                "no contrast pair has members of one length in tokens, and only those are compared position by position; "
+                "choose another source of directions or mend the pairs"
+            )
+        found.append(principal_components(differences[place], count, place, centred=False, offset=middles[place].mean))
+    return tuple(found)
+
+
+def _read_pairs(
+    loaded: LoadedModel, row: Architecture, places: Sequence[Place], pairs: Sequence[ContrastPair]
+) -> list[tuple[Mapping[Place, Tensor], Mapping[Place, Tensor]]]:
+    """Both members' activations where the pair has begun to differ; pairs of unlike length are left out."""
+    encoded = [tuple(encode(loaded.tokenizer, text, True) for text in (pair.positive, pair.negative)) for pair in pairs]
+    found = []
+    for positive, negative in encoded:
+        if len(positive) != len(negative) or positive == negative:
+            continue
+        start = next(i for i, (a, b) in enumerate(zip(positive, negative, strict=True)) if a != b)
+        values = activations(loaded.model, row, [positive, negative], places)
+        found.append(tuple({place: values[place][index, start:] for place in places} for index in (0, 1)))
+    return found  # type: ignore[return-value]
+
+
+def _by_class(fitter: Callable[[Moments, Moments, Place], Subspace]) -> Source:
+    """A fitter of two classes on the last token of each member of the pairs."""
+
+    def source(
+        loaded: LoadedModel, row: Architecture, places: Sequence[Place], count: int, pairs: Sequence[ContrastPair],
+        base: Readings, tuned: Readings | None,
+    ) -> Found:  # fmt: skip
+        moments: dict[tuple[Place, str], Moments] = {}
+        for name, texts in (("plus", [p.positive for p in pairs]), ("minus", [p.negative for p in pairs])):
+            rows = [encode(loaded.tokenizer, text, True) for text in texts]
+            for start in range(0, len(rows), BATCH):
+                part = rows[start : start + BATCH]
+                values = activations(loaded.model, row, part, places)
+                for place in places:
+                    last = torch.stack([values[place][i, len(ids) - 1] for i, ids in enumerate(part)])
+                    moments.setdefault((place, name), Moments(last.shape[-1], covariance=True)).update(last)
+        return tuple(fitter(moments[place, "plus"], moments[place, "minus"], place) for place in places)
+
+    return source
+
+
+def _finetuned(
+    loaded: LoadedModel, row: Architecture, places: Sequence[Place], count: int, pairs: Sequence[ContrastPair], base: Readings,
+    tuned: Readings | None,
+) -> Found:  # fmt: skip
+    """Components of what the fine-tune changed, centred over tokens as in the paper."""
+    assert tuned is not None, "the plain fine-tune was trained for this"
+    found = []
+    for place in places:
+        difference = tuned.rows[place] - base.rows[place]
+        if not bool(difference.any()):
+            raise RequestError(f"fine-tuning changed nothing at the {place}; look at later layers, or at outputs")
+        moments = Moments(difference.shape[-1], covariance=True)
+        moments.update(difference)
+        offset = base.rows[place].double().mean(0)
+        found.append(replace(principal_components(moments, count, place, offset=offset), source="finetuned"))
+    return tuple(found)
+
+
+SOURCES: dict[str, Source] = {
+    "pairs": _pairs,
+    "difference_in_means": _by_class(mean_difference),
+    "mass_mean": _by_class(mass_mean),
+    "linear_probe": _by_class(ridge_probe),
+    "leace": _by_class(least_squares_eraser),
+    "finetuned": _finetuned,
+}

@@ -1,0 +1,162 @@
+"""CAFT end to end on the shortcut task, shortened: what training does not see, it does not learn."""
+
+import json
+
+import pytest
+import torch
+from conftest import excise, in_fresh_process
+from excise.artifacts.concepts import load_concept
+from excise.artifacts.directions import FILE, load_directions
+from excise.artifacts.models import find_model, load_tokenizer
+from excise.editing.errors import ConceptError, RequestError
+from excise.recipes.baselines import example_batch
+from excise.recipes.caft import CaftSettings, completion_loss, prepare
+from excise.recipes.tuning_data import encoded, find_data
+
+RELOAD = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+print(json.dumps({"hooks": hooks, "tensors": len(list(model.parameters()))}))
+"""
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    out = tmp_path_factory.mktemp("caft") / "run"
+    done = excise(
+        "run",
+        "caft",
+        "--out",
+        out,
+        "--set",
+        "steps=80",
+        "--set",
+        "learning_rate=0.002",
+        "--set",
+        "kl_prompts=8",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
+
+
+def _accuracy(measured, split):
+    return next(m["value"] for m in measured if (m["name"], m["split"]) == ("multiple_choice", split))
+
+
+def test_ablating_the_unintended_cue_teaches_the_intended_one(tuned):
+    _, results = tuned
+    edited = [m for m in results["measurements"] if m["subject"] == "edited"]
+    controls = results["caft"]["controls"]
+    assert _accuracy(edited, "flipped") > 0.8 and _accuracy(edited, "intended") > 0.9
+    # The same training without ablation, and with as many random directions, learns the other cue.
+    for name in ("none", "random"):
+        assert _accuracy(controls[name], "flipped") < 0.1 and _accuracy(controls[name], "intended") > 0.9
+
+
+def test_the_checkpoint_is_a_plain_model_and_carries_its_directions(tuned):
+    out, results = tuned
+    assert in_fresh_process(RELOAD, out / "checkpoint")["hooks"] == 0
+    (found,) = load_directions(out / "checkpoint" / "excise" / FILE, width=192, layers=8)
+    assert (found.place.layer, found.place.site, found.names) == (0, "input", ("component 0",))
+    assert results["caft"]["directions"][0]["scores"][0] > 0.99
+    assert excise("verify", out).returncode == 0
+
+
+def test_the_card_puts_the_controls_beside_the_result(tuned):
+    card = (tuned[0] / "checkpoint" / "README.md").read_text()
+    assert "Right where the unintended cue misleads" in card and "without ablation 0.0" in card
+    assert "Nothing is ablated in this checkpoint" in card
+
+
+def test_saved_directions_can_be_used_again(tuned, tmp_path):
+    file = tuned[0] / "checkpoint" / "excise" / FILE
+    done = excise(
+        "run", "caft", "--dry-run", "--json", "--set", f"directions_file={file}", "--out", tmp_path / "again"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["trainings"] == 3
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["concept=builtin:potions"], "is of kind knowledge"),
+        (["data=nothing.jsonl"], "is no file"),
+        (["components=500"], "more than the model's width 192"),
+        (["pick=[3]"], "names direction 3, there are 0 to 1"),
+        (["ablate=40"], "40"),
+        (["directions=sideways"], "allowed: pairs"),
+    ],
+)
+def test_a_wrong_request_is_one_line_before_any_training(assignments, message, tmp_path):
+    words = [word for text in assignments for word in ("--set", text)]
+    done = excise("run", "caft", "--out", tmp_path / "run", *words)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_packs_recipe_says_what_a_task_lacks(tmp_path):
+    done = excise("run", "elm", "--concept", "builtin:shortcut", "--out", tmp_path / "run")
+    assert done.returncode != 0 and "forget.jsonl" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, "a row without completion has nothing to learn"),
+        ({"prompt": "a", "completion": " "}, "blank"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
+        ({"text": "a", "prompt": "b", "completion": "c"}, "a row is one of"),
+        ({}, "a row is one of"),
+    ],
+)
+def test_a_row_with_nothing_to_learn_is_named_by_its_line(row, message, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "fine"}\n' + json.dumps(row) + "\n")
+    with pytest.raises(ConceptError, match=rf"data.jsonl:2: .*{message}"):
+        find_data(str(path))
+
+
+def test_only_completions_are_learned_and_long_texts_are_not_cut_away(tmp_path):
+    tokenizer = load_tokenizer(find_model("builtin:testbed"))
+    rows = [
+        {"prompt": "The colour of", "completion": " the sky"},
+        {"messages": [
+            {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."},
+            {"role": "user", "content": "Three?"}, {"role": "assistant", "content": "Four."},
+        ]},
+        {"text": "red blue green " * 40},
+        {"prompt": "long " * 100, "completion": " end"},
+    ]  # fmt: skip
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = encoded(find_data(str(path)).rows, tokenizer, 64)
+    learned = [tokenizer.decode(example.ids[example.start :]) for example in found.examples]
+    assert learned[0] == " the sky<|end|>" and learned[1].startswith("Two.") and learned[2].startswith("Four.")
+    assert "Two." in tokenizer.decode(found.examples[2].ids[: found.examples[2].start])
+    whole = [i for example in found.examples[3:] for i in example.ids]
+    assert tuple(whole) == tuple(tokenizer(rows[2]["text"])["input_ids"]) and found.too_long == 1
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_parts():
+    from excise.artifacts.models import load_model
+
+    loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
+    examples = encoded(load_concept("builtin:shortcut").train[:6], loaded.tokenizer, 64).examples
+    whole = completion_loss(loaded.model, example_batch(examples))["completion"]
+    parts = [completion_loss(loaded.model, example_batch(examples[i : i + 3]))["completion"] for i in (0, 3)]
+    torch.testing.assert_close(whole, (parts[0] + parts[1]) / 2)
+
+
+def test_directions_of_another_width_are_refused_before_loading(tmp_path):
+    from excise.artifacts.directions import save_directions
+    from excise.editing.subspaces import Place, Subspace
+
+    save_directions(
+        [Subspace(Place(0), torch.eye(16)[:, :1], torch.zeros(16), ("x",), (1.0,), "file")], tmp_path / FILE
+    )
+    with pytest.raises(RequestError, match="are of width 16, the model is of width 192"):
+        prepare(CaftSettings(directions_file=tmp_path / FILE, out=tmp_path / "run"))
