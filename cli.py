@@ -215,15 +215,99 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every file of a published folder against its checksums."""
-    from .artifacts.manifest import SUMS, verify_folder
+    from .artifacts.manifest import verify_folder
 
-    inner = folder / "checkpoint"
-    target = inner if inner.is_dir() and not (folder / SUMS).exists() else folder
+    target = _checkpoint(folder)
     count = verify_folder(target)
     if as_json:
         print(json.dumps({"folder": str(target), "files": count, "verified": True}))  # noqa: T201
     else:
         _say(f"{target}: {count} files, all as published")
+
+
+@app.command(epilog="Example: excise push runs/elm-1 my-name/my-model --dry-run")
+def push(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint that excise wrote, or a run's folder.")],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub; made if it is not there.")
+    ],
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see a new repository; else only you.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of pushing.")] = False,
+    unmeasured: Annotated[
+        bool, typer.Option("--unmeasured", help="Push although nothing was measured; the card says so first.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Verify and print what would be sent; ask the Hub nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a verified checkpoint with its card on the Hugging Face Hub."""
+    from .artifacts import hub
+
+    request = hub.prepare_push(
+        _checkpoint(folder), repo_id, public=public, revision=revision, create_pr=create_pr, unmeasured=unmeasured
+    )
+    if dry_run:
+        _print_plan(request.describe(), as_json)
+        return
+    _quiet_hub()
+    done = hub.push(request)
+    if as_json:
+        print(json.dumps({**request.describe(), "url": done.url, "commit": done.commit, "new_commit": done.new_commit}))  # noqa: T201
+    elif done.new_commit:
+        _say(f"{done.url} holds it at commit {done.commit}; every file arrived as it was sent")
+        _say(f"others get it with: excise pull {repo_id} --out DIR, or from_pretrained({repo_id!r})")
+    else:
+        _say(f"{done.url} held all of it already, at commit {done.commit}; nothing was sent")
+
+
+@app.command(epilog="Example: excise pull someone/model@main --out model")
+def pull(
+    ref: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="Repository, and a branch, tag or commit.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    as_json: Json = False,
+) -> None:
+    """Download a model at a commit and check every byte; nothing that fails the check is left behind."""
+    from .artifacts import hub
+
+    _quiet_hub()
+    done = hub.pull(ref, out)
+    if as_json:
+        about = {"out": str(out), "commit": done.commit, "files": done.files, "made_by_excise": done.made_by_excise}
+        print(json.dumps(about))  # noqa: T201
+        return
+    if done.made_by_excise:
+        _say(f"{out}: {done.files} files, all as published, at commit {done.commit}")
+    else:
+        _say(f"{out}: {done.files} files, as the Hub lists them, at commit {done.commit}")
+        _say("excise did not make this model: it carries no checksums and no measurements of its own")
+    _say(
+        f"look at it: excise card {out}; measure it: excise eval {out} --concept PACK; attack it: excise audit {out} --concept PACK"
+    )
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint or a run's folder.")],
+) -> None:
+    """Show a checkpoint's card in the terminal."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    path = _checkpoint(folder) / "README.md"
+    if not path.is_file():
+        raise RequestError(f"{folder} has no card (README.md); `excise eval {folder} --concept PACK` measures it")
+    text = path.read_text(encoding="utf-8")
+    body = text.split("---\n", 2)[2] if text.startswith("---\n") and text.count("---\n") > 1 else text
+    if sys.stdout.isatty():
+        Console().print(Markdown(body))
+    else:
+        _say(body)
 
 
 @app.command("list")
@@ -342,6 +426,19 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _quiet_hub() -> None:
+    """The client's own bars are shown on a terminal alone; nothing is told to anybody."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _checkpoint(folder: Path) -> Path:
+    """A run's checkpoint, or the folder itself."""
+    inner = folder / "checkpoint"
+    return inner if inner.is_dir() and not (folder / "SHA256SUMS").exists() else folder
 
 
 def _watcher() -> Any:

@@ -8,7 +8,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .findings import findings, limits
-from .results import format_difference, format_value, read_measurements, table
+from .manifest import MANIFEST
+from .results import LABELS, format_difference, format_value, read_measurements, table
 
 CARD = "README.md"
 SAMPLES = 3
@@ -38,15 +39,57 @@ def write_card(folder: Path, results: dict[str, Any], changes: list[dict[str, An
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
+def without_measurements(manifest: dict[str, Any]) -> str:
+    """The card of a checkpoint on which nothing was measured; its first line says so."""
+    base = manifest["base"]
+    changed = len(manifest["tensors_changed"])
+    text = (
+        "**Nothing was measured on this model.** What the edit did to it, wanted or not, is not known.\n\n"
+        f"{changed} tensors of `{base['name']}` were changed by `excise apply`; which ones stands in `{MANIFEST}`. "
+        "`excise verify .` checks every file, `excise eval . --concept PACK` measures it.\n"
+    )
+    return f"---\n{_yaml(_origin(base) | {'tags': [*TAGS, 'unmeasured']})}---\n{text}"
+
+
+TAGS = ("excise", "model-editing", "interpretability")
+ERASING = ("elm", "rmu", "grad_diff", "npo", "simnpo", "prune")
+HEADLINE = ("multiple_choice", "exact_answer", "behaviour_rate", "learned_rate", "perplexity", "kl_from_base")
+"""Measurements that the Hub's own index of results gets."""
+
+
 def _metadata(results: dict[str, Any]) -> str:
-    base = results["base"]
+    """Front matter by which the Hub finds and sorts a model; the base's own results are not repeated."""
+    recipe = results["run"]["recipe"]
+    tags = [*TAGS, recipe, *(("unlearning", "machine-unlearning", "concept-erasure") if recipe in ERASING else ())]
+    content = _origin(results["base"]) | {"tags": tags}
+    edited = [item for item in results["measurements"] if item["subject"] == "edited" and item["name"] in HEADLINE]
+    if edited:
+        title = f"{_short(results['base']['name'])}-{results['concept']['name']}"
+        content["model-index"] = [{"name": title, "results": [_result(item, results["concept"]) for item in edited]}]
+    return _yaml(content)
+
+
+def _origin(base: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base["kind"] == "hub":
         content |= {"base_model": base["name"], "base_model_relation": "finetune"}
-    if base["kind"] == "builtin":
-        content["license"] = "apache-2.0"
-    content["tags"] = ["excise", results["run"]["recipe"], "model-editing", "interpretability"]
-    return yaml.safe_dump(content, sort_keys=False)
+    return content | ({"license": base["license"]} if base.get("license") else {})
+
+
+def _result(item: dict[str, Any], concept: dict[str, Any]) -> dict[str, Any]:
+    label = LABELS.get(item["name"], item["name"])
+    return {
+        "task": {"type": "text-generation"},
+        "dataset": {"type": concept["ref"].replace(":", "-"), "name": f"{concept['name']}, {item['split']}", "split": item["split"]},
+        "metrics": [{
+            "type": item["name"], "name": f"{label} ({item['unit']}, n = {item['n']})", "value": round(item["value"], 6),
+            "verified": False,
+        }],
+    }  # fmt: skip
+
+
+def _yaml(content: dict[str, Any]) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _shown(samples: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -17,6 +17,8 @@ from ..editing.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FINITE_BLOCK = 1 << 26
+"""Bytes looked at at a time; a multiple of every element size."""
 MAX_HEADER = 100_000_000
 """Bytes of the largest header that the safetensors library reads."""
 
@@ -157,6 +159,30 @@ def read_tensor(tensor: StoredTensor) -> Tensor:
     """Read a whole (small) tensor."""
     with tensor.file.open("rb") as file:
         return as_tensor(mapped(file.fileno(), tensor.start, tensor.size), tensor.dtype).reshape(tensor.shape).clone()
+
+
+def check_finite(checkpoint: Checkpoint, advance: Callable[[int], None] = lambda _: None) -> None:
+    """Read every weight once, a block at a time, and raise if one is not a number or infinite.
+
+    Raises:
+        CheckpointError: The first such tensor, by name.
+    """
+    for shard in checkpoint.shards:
+        with shard.path.open("rb") as file:
+            for tensor in shard.tensors:
+                dtype = DTYPES[tensor.dtype]
+                # A float in 8 bits has no test of its own in torch; it has no infinity in the forms that checkpoints use.
+                for start in (
+                    range(0, tensor.size, FINITE_BLOCK) if dtype.is_floating_point and dtype.itemsize > 1 else ()
+                ):
+                    size = min(FINITE_BLOCK, tensor.size - start)
+                    values = as_tensor(mapped(file.fileno(), tensor.start + start, size), tensor.dtype)
+                    # A sum is not finite if a term is not, and is one pass; only then is it looked at closely.
+                    if not torch.isfinite(values.sum(dtype=torch.float64)) and not torch.isfinite(values).all():
+                        raise CheckpointError(
+                            f"{shard.path.name}: {tensor.name} holds values that are not finite; fetch it again, or ask its owner"
+                        )
+                advance(tensor.size)
 
 
 def as_tensor(data: memoryview, dtype: str) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 
 from ..editing.errors import CheckpointError, ExciseError, RequestError
 from .checkpoints import Checkpoint, open_checkpoint
@@ -15,7 +16,17 @@ from .manifest import sha256_of
 from .staging import staged_folder
 
 BUILTIN = Path(__file__).parent / "builtin"
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
+WANTED = [
+    "README.md",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+]
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -39,7 +50,24 @@ class ModelSource:
 
     def describe(self) -> dict[str, Any]:
         """What may be published about where the model came from."""
-        return {"kind": self.kind, "name": self.name, "revision": self.revision, "gguf_sha256": self.sha256}
+        return {
+            "kind": self.kind, "name": self.name, "revision": self.revision, "gguf_sha256": self.sha256,
+            "license": "apache-2.0" if self.kind == "builtin" else license_of(self.folder),
+        }  # fmt: skip
+
+
+def license_of(folder: Path) -> str | None:
+    """The licence that a model's own card names, or None."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if not text.startswith("---"):
+        return None
+    try:
+        content = yaml.safe_load(text.split("---")[1])
+    except yaml.YAMLError:
+        return None
+    found = content.get("license") if isinstance(content, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def builtin_models() -> list[str]:

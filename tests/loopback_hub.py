@@ -1,67 +1,350 @@
-"""A loopback Hub that serves one repository to the real client, for reading."""
+"""A loopback Hub for the real client: repositories with commits and branches, LFS, and faults on demand.
 
+Speaks what huggingface_hub 1.31 to 2.4 sends. Blobs are served under another host name than the API, as the Hub does.
+"""
+
+import base64
 import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
-COMMIT = "c0ffee" + "0" * 34
+TOKEN = "hf_loopback"
+LARGE = 2000
+"""Bytes from which a file is stored apart; small, so that tests need no large ones."""
+
+
+@dataclass
+class Repo:
+    """Commits by id, each a folder by name, and branches."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+    private: bool = True
+
+    def commit(self, branch: str, files: dict[str, bytes]) -> str:
+        content = "".join(f"{name} {hashlib.sha1(data).hexdigest()}" for name, data in sorted(files.items()))
+        identity = hashlib.sha1(f"{self.heads.get(branch)} {content}".encode()).hexdigest()
+        self.commits[identity] = files
+        self.heads[branch] = identity
+        return identity
+
+
+@dataclass
+class Fault:
+    """Something that goes wrong ``times`` times on requests whose line matches."""
+
+    kind: str
+    """A status such as 503, or: reset, short, wrong, slow."""
+    match: str
+    times: int = 1
+
+
+class Hub:
+    """What the server knows; tests look into it and change it."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self.authorized: list[tuple[str, bool]] = []
+        """Host and whether the token came along, for every request."""
+        self.lock = threading.Lock()
+        self.endpoint = self.cdn = ""
+
+    def add(self, repo_id: str, files: dict[str, bytes]) -> str:
+        """A repository with one commit, tagged v1."""
+        repo = self.repos.setdefault(repo_id, Repo(private=False))
+        identity = repo.commit("main", dict(files))
+        repo.heads["v1"] = identity
+        return identity
+
+    def head(self, repo_id: str) -> dict[str, bytes]:
+        repo = self.repos[repo_id]
+        return repo.commits[repo.heads["main"]]
+
+    def fault(self, line: str) -> Fault | None:
+        with self.lock:
+            for fault in self.faults:
+                if fault.times and re.search(fault.match, line):
+                    fault.times -= 1
+                    return fault
+        return None
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self.handle_one()
+
+    def do_GET(self) -> None:
+        self.handle_one()
+
+    def do_POST(self) -> None:
+        self.handle_one()
+
+    def do_PUT(self) -> None:
+        self.handle_one()
+
+    def handle_one(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            self.body = self._chunks()
+        else:
+            self.body = self.rfile.read(length)
+        line = f"{self.command} {self.path}"
+        self.hub.requests.append(line)
+        self.hub.authorized.append((self.headers.get("Host", "").split(":")[0], "Authorization" in self.headers))
+        self.wrong = self.short = False
+        if fault := self.hub.fault(line):
+            if fault.kind == "reset":
+                self.close_connection = True
+                return
+            if fault.kind == "slow":
+                time.sleep(1.0)
+            elif fault.kind in ("wrong", "short"):
+                setattr(self, fault.kind, True)
+            else:
+                self.answer(int(fault.kind), b'{"error": "as asked"}')
+                return
+        path = self.path.split("?")[0]
+        for pattern, answer in ROUTES:
+            if match := re.fullmatch(pattern, line.split(" ")[0] + " " + path):
+                answer(self, **match.groupdict())
+                return
+        self.missing("RepoNotFound")
+
+    def _chunks(self) -> bytes:
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    # Answers
+
+    def answer(self, status: int, data: bytes = b"", **headers: str) -> None:
+        if self.wrong and data:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if self.short else data)
+            if self.short:
+                self.close_connection = True
+
+    def json(self, content: Any, status: int = 200, **headers: str) -> None:
+        self.answer(status, json.dumps(content).encode(), **{"Content-Type": "application/json", **headers})
+
+    def missing(self, code: str) -> None:
+        self.answer(404, b"{}", **{"X-Error-Code": code})
+
+    def found(self, repo_id: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
+        repo = self.hub.repos.get(repo_id)
+        if repo is None or (repo.private and not self.headers.get("Authorization")):
+            self.missing("RepoNotFound")
+            return None
+        identity = repo.heads.get(revision or "main", revision or "")
+        if identity not in repo.commits:
+            self.missing("RevisionNotFound")
+            return None
+        return identity, repo.commits[identity]
+
+    # Routes
+
+    def create(self) -> None:
+        asked = json.loads(self.body)
+        repo_id = "/".join(filter(None, [asked.get("organization") or "tester", asked["name"]]))
+        url = f"{self.hub.endpoint}/{repo_id}"
+        if not self.headers.get("Authorization"):
+            self.json({"error": "no token"}, 401)
+        elif repo_id in self.hub.repos:
+            self.json({"error": "exists", "url": url}, 409)
+        else:
+            private = asked.get("private") or asked.get("visibility") == "private"
+            self.hub.repos[repo_id] = repo = Repo(private=bool(private))
+            repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
+            self.json({"url": url})
+
+    def whoami(self) -> None:
+        self.json({"type": "user", "name": "tester", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+
+    def validate(self) -> None:
+        self.json({"errors": [], "warnings": []})
+
+    def info(self, repo: str, revision: str | None = None) -> None:
+        if known := self.found(repo, revision):
+            self.json({
+                "id": repo, "sha": known[0], "private": self.hub.repos[repo].private, "tags": [],
+                "siblings": [{"rfilename": name} for name in known[1]],
+            })  # fmt: skip
+
+    def branch(self, repo: str, branch: str) -> None:
+        heads = self.hub.repos[repo].heads
+        if branch in heads:
+            self.json({"error": "exists"}, 409)
+        else:
+            heads[branch] = heads["main"]
+            self.json({})
+
+    def tree(self, repo: str, revision: str) -> None:
+        if known := self.found(repo, revision):
+            self.json([_entry(name, data) for name, data in known[1].items()])
+
+    def preupload(self, repo: str, revision: str) -> None:
+        if known := self.found(repo, revision):
+            self.json({"files": [
+                {"path": asked["path"], "uploadMode": "lfs" if asked["size"] >= LARGE else "regular", "shouldIgnore": False,
+                 **({"oid": _entry(asked["path"], known[1][asked["path"]])["oid"]} if asked["path"] in known[1] else {})}
+                for asked in json.loads(self.body)["files"]
+            ]})  # fmt: skip
+
+    def batch(self, repo: str) -> None:
+        objects = [
+            {"oid": asked["oid"], "size": asked["size"]}
+            | (
+                {}
+                if asked["oid"] in self.hub.blobs
+                else {"actions": {"upload": {"href": f"{self.hub.cdn}/blob/{asked['oid']}"}}}
+            )
+            for asked in json.loads(self.body)["objects"]
+        ]
+        self.json({"objects": objects, "transfer": "basic"})
+
+    def store(self, oid: str) -> None:
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            self.answer(400)
+        else:
+            self.hub.blobs[oid] = self.body
+            self.answer(200)
+
+    def commit(self, repo: str, revision: str) -> None:
+        known = self.found(repo, revision)
+        if known is None:
+            return
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        with self.hub.lock:
+            parent = next((line["value"].get("parentCommit") for line in lines if line["key"] == "header"), None)
+            if parent and parent != self.hub.repos[repo].heads.get(revision, parent):
+                self.json({"error": "stale parent"}, 412)
+                return
+            files = dict(known[1])
+            for line in lines:
+                value = line["value"]
+                if line["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    if value["oid"] not in self.hub.blobs:
+                        self.json({"error": "the object was not uploaded"}, 400)
+                        return
+                    files[value["path"]] = self.hub.blobs[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    files.pop(value["path"], None)
+            branch = "refs/pr/1" if "create_pr=1" in self.path else revision
+            identity = self.hub.repos[repo].commit(branch, files)
+        url = f"{self.hub.endpoint}/{repo}/commit/{identity}"
+        extra = {"pullRequestUrl": f"{self.hub.endpoint}/{repo}/discussions/1"} if branch != revision else {}
+        self.json({"success": True, "commitOid": identity, "commitUrl": url, **extra})
+
+    def resolve(self, repo: str, revision: str, name: str) -> None:
+        known = self.found(repo, revision)
+        if known is None:
+            return
+        if name not in known[1]:
+            self.missing("EntryNotFound")
+            return
+        data, headers = known[1][name], {"X-Repo-Commit": known[0]}
+        if len(data) < LARGE:
+            self.answer(200, data, ETag=f'"{_git(data)}"', **headers)
+            return
+        oid = hashlib.sha256(data).hexdigest()
+        self.hub.blobs[oid] = data
+        self.answer(302, b"", Location=f"{self.hub.cdn}/blob/{oid}", **headers, **{
+            "X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data)), "ETag": f'"{_git(data)}"',
+        })  # fmt: skip
+
+    def blob(self, oid: str) -> None:
+        data = self.hub.blobs.get(oid)
+        if data is None:
+            self.answer(404)
+            return
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if not asked:
+            self.answer(200, data, ETag=f'"{oid}"')
+            return
+        start, stop = int(asked[1]), int(asked[2] or len(data) - 1)
+        self.answer(206, data[start : stop + 1], **{"Content-Range": f"bytes {start}-{stop}/{len(data)}"})
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+_REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+ROUTES = [
+    (r"POST /api/repos/create", Handler.create),
+    (r"GET /api/whoami-v2", Handler.whoami),
+    (r"POST /api/validate-yaml", Handler.validate),
+    (rf"GET /api/models/{_REPO}/tree/(?P<revision>[^/]+)", Handler.tree),
+    (rf"GET /api/models/{_REPO}(?:/revision/(?P<revision>[^/]+))?", Handler.info),
+    (rf"POST /api/models/{_REPO}/branch/(?P<branch>[^/]+)", Handler.branch),
+    (rf"POST /api/models/{_REPO}/preupload/(?P<revision>[^/]+)", Handler.preupload),
+    (rf"POST /api/models/{_REPO}/commit/(?P<revision>[^/]+)", Handler.commit),
+    (rf"POST /{_REPO}\.git/info/lfs/objects/batch", Handler.batch),
+    (r"PUT /blob/(?P<oid>\w+)", Handler.store),
+    (r"(?:GET|HEAD) /blob/(?P<oid>\w+)", Handler.blob),
+    (rf"(?:GET|HEAD) /{_REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", Handler.resolve),
+]
 
 
 @contextmanager
-def serve(repo_id: str, folder: Path) -> Iterator[str]:
-    """Serve ``folder`` as ``repo_id``; yields the endpoint. Branch ``main`` and tag ``v1`` are its only commit."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.do_GET(body=False)
-
-        def do_GET(self, body: bool = True) -> None:
-            path = self.path.split("?")[0]
-            if match := re.fullmatch(rf"/api/models/{repo_id}(?:/revision/([^/]+))?", path):
-                known = match[1] in (None, "main", "v1", COMMIT)
-                self.answer_json(
-                    {"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]}, body, known
-                )
-            elif re.fullmatch(rf"/api/models/{repo_id}/tree/{COMMIT}", path):
-                listed = [
-                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                    for name, data in files.items()
-                ]
-                self.answer_json(listed, body)
-            elif (match := re.fullmatch(rf"/{repo_id}/resolve/{COMMIT}/(.+)", path)) and match[1] in files:
-                data = files[match[1]]
-                self.answer(200, data, body, ETag=f'"{hashlib.sha1(data).hexdigest()}"')
-            else:
-                self.answer(404, b"{}", body, **{"X-Error-Code": "RepoNotFound"})
-
-        def answer_json(self, content: object, body: bool, known: bool = True) -> None:
-            if known:
-                self.answer(200, json.dumps(content).encode(), body, **{"Content-Type": "application/json"})
-            else:
-                self.answer(404, b"{}", body, **{"X-Error-Code": "RevisionNotFound"})
-
-        def answer(self, status: int, data: bytes, body: bool, **headers: str) -> None:
-            self.send_response(status)
-            for name, value in {"X-Repo-Commit": COMMIT, "Content-Length": str(len(data)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if body:
-                self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+def hub() -> Iterator[Hub]:
+    """A running Hub with nothing in it."""
+    known = Hub()
+    handler = type("Own", (Handler,), {"hub": known})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    known.endpoint = f"http://127.0.0.1:{server.server_port}"
+    known.cdn = f"http://localhost:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield known
     finally:
         server.shutdown()
         server.server_close()
+
+
+def client(known: Hub, home: Path) -> dict[str, str]:
+    """Environment in which the real client talks to this Hub and keeps its caches apart."""
+    return {
+        "HF_ENDPOINT": known.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    }  # fmt: skip
+
+
+def folder_files(folder: Path) -> dict[str, bytes]:
+    """A folder's files by name."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _entry(name: str, data: bytes) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": _git(data)}
+    if len(data) >= LARGE:
+        oid = hashlib.sha256(data).hexdigest()
+        entry |= {"oid": oid, "lfs": {"oid": oid, "size": len(data), "pointerSize": 130}}
+    return entry
+
+
+def _git(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
