@@ -310,6 +310,68 @@ def card(
         _say(body)
 
 
+@app.command(epilog="Example: excise diff builtin:testbed runs/elm-1")
+def diff(
+    a: Annotated[str, typer.Argument(help="A model: builtin:NAME, Hub id, folder or run.")],
+    b: Annotated[str, typer.Argument(help="What was made of it.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write diff.json and diff.svg into.")] = None,
+    spectrum: Annotated[
+        bool, typer.Option(help="Decompose each change: rank and singular values; slow for wide models.")
+    ] = True,
+    most: Annotated[int, typer.Option(min=1, help="Tensors to show, the most changed first.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Which tensors two checkpoints differ in, by how much, and in how many directions; reads one tensor at a time."""
+    from .artifacts.staging import refuse_existing
+    from .recipes import difference as recipe
+
+    if out:
+        refuse_existing(out)
+    refs = [str(_checkpoint(Path(ref))) if Path(ref).is_dir() else ref for ref in (a, b)]
+    with Events(watcher=_watcher()).stage("compare tensors") as stage:
+        found = recipe.difference(*refs, spectrum=spectrum, advance=stage.advance)
+    if out:
+        recipe.write(found, out)
+    if as_json:
+        print(json.dumps(found.describe()))  # noqa: T201
+        return
+    _print_difference(found, most)
+    if out:
+        _say(f"\ntable  {out / 'diff.json'}\nplot   {out / 'diff.svg'}")
+
+
+@app.command(epilog="Example: excise reproduce runs/orthogonalize-1 --out runs/again")
+def reproduce(
+    what: Annotated[str, typer.Argument(help="A run, a checkpoint that excise wrote, or OWNER/NAME[@REVISION].")],
+    out: Annotated[Path, typer.Option(help="Folder to write the new run into.")],
+    model: Annotated[str | None, typer.Option(help="Where the base is, if it was a local one.")] = None,
+    concept: Annotated[str | None, typer.Option(help="Where the concept pack is, if it was a local one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the recorded recipe again; compare weights by SHA-256, or measurements where the platform differs."""
+    from .recipes import reproduce as recipe
+    from .recipes.request import refuse_taken
+
+    refuse_taken(out)
+    _quiet()
+    if Path(what).is_dir():
+        folder = _checkpoint(Path(what))
+    else:
+        from .artifacts import hub
+
+        folder = out.with_name(f"{out.name}-published")
+        hub.pull(what, folder)
+    done = recipe.run(recipe.prepare(folder, out, model=model, concept=concept), Events(watcher=_watcher()))
+    if as_json:
+        about = {"out": str(done.out), "identical": done.identical, "holds": done.holds, "changed_files": done.changed_files,
+                 "outside": done.outside, "compared": done.compared, "differences": done.differences}  # fmt: skip
+        print(json.dumps(about))  # noqa: T201
+    else:
+        _print_reproduced(done)
+    if not done.holds:
+        raise SystemExit(1)
+
+
 @app.command("list")
 def list_(
     what: Annotated[
@@ -520,6 +582,44 @@ def _print_audit(results: dict[str, Any], out: Path) -> None:
     for gap in results["gaps"]:
         _say(f"not tested: {gap}")
     _say(f"\naudit   {out / 'audit.json'}\nreport  {out / 'report.html'}\ncard    {out / 'card.md'}")
+
+
+def _print_difference(found: Any, most: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    _say(f"{len(found.changed)} tensors differ, {found.same} are equal bit for bit")
+    for names, where in ((found.only_in_a, found.a), (found.only_in_b, found.b)):
+        if names:
+            _say(f"only in {where}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}")
+    if not found.changed:
+        return
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("tensor", "shape", "|B-A| / |A|", "largest", "effective rank", "singular values"):
+        shown.add_column(name, no_wrap=True)
+    for item in found.changed[:most]:
+        rank = "" if item.effective_rank is None else f"{item.effective_rank:.1f}"
+        values = " ".join(f"{value:.3g}" for value in item.singular_values)
+        shape = "×".join(map(str, item.shape))
+        shown.add_row(item.name, shape, f"{item.relative_norm:.4f}", f"{item.largest:.3g}", rank, values)
+    Console(width=None if sys.stdout.isatty() else 180, soft_wrap=True).print(shown)
+    if len(found.changed) > most:
+        _say(f"and {len(found.changed) - most} more; --most shows them")
+
+
+def _print_reproduced(done: Any) -> None:
+    for difference in done.differences:
+        _say(f"not as it was: {difference}")
+    if done.identical:
+        _say(f"the same weights came out, bit for bit; {done.out}")
+        return
+    _say(f"other weights came out: {', '.join(done.changed_files)}")
+    inside = done.compared - len(done.outside)
+    _say(f"{inside} of {done.compared} measurements lie within their published intervals; {done.out}")
+    for line in done.outside:
+        _say(f"- outside: {line}")
+    if not done.differences:
+        _say("packages and platform are the published ones, so the weights should have been the same; report it")
 
 
 def _print_comparison(lines: list[Any], columns: list[str]) -> None:

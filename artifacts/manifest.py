@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import shutil
 from dataclasses import asdict
 from importlib import metadata
@@ -36,6 +37,16 @@ def package_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES}
 
 
+def platform_of() -> dict[str, str]:
+    """What else decides the last bits of a result: system, processor family and the instructions that torch uses."""
+    import torch
+
+    return {
+        "system": platform.system(), "machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }  # fmt: skip
+
+
 def write_manifest(
     folder: Path, *, base: dict[str, Any], base_files: dict[str, str], changes: tuple[Change, ...],
     untied: str | None, known: dict[str, str], run: dict[str, Any],
@@ -56,6 +67,7 @@ def write_manifest(
         "base": {**base, "files": base_files},
         "run": run,
         "packages": package_versions(),
+        "platform": platform_of(),
         "tensors_changed": [asdict(change) for change in changes if change.changed],
         "tensors_declared_but_unchanged": [change.name for change in changes if not change.changed],
         "tensor_added": untied,

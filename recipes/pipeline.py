@@ -298,7 +298,7 @@ def _about(
 ) -> dict[str, Any]:
     """Everything in ``eval.json`` but the measurements; the same run on the same machine gives the same bytes."""
     settings, concept = job.settings, job.concept
-    own = settings.model_dump(mode="json", exclude={"model", "concept", "out", "device", "dtype", "never"})
+    own = settings.published("model", "concept", "out", "device", "dtype", "never")
     return {
         "base": {**job.source.describe(), "computed_in": job.dtype_name},
         "edited": {

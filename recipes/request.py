@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ..artifacts.staging import refuse_existing
 from ..editing.errors import RequestError
@@ -27,6 +27,16 @@ class RunRequest(Settings):
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type to compute in; auto is bfloat16 where the processor multiplies it natively, float32 elsewhere."""
+
+    def published(self, *left_out: str) -> dict[str, Any]:
+        """Settings as they may be published: of a local path the last part."""
+        plain = self.model_dump(mode="json", exclude=set(left_out))
+        local = {key for key in plain if isinstance(getattr(self, key), Path) or _is_local(plain[key])}
+        return {key: Path(value).name if key in local else value for key, value in plain.items()}
+
+
+def _is_local(value: Any) -> bool:
+    return isinstance(value, str) and "/" in value and Path(value).exists()
 
 
 def free_folder(recipe: str) -> Path:

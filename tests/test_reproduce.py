@@ -1,0 +1,61 @@
+"""A published checkpoint can be made again from its own record, and the record is checked first."""
+
+import json
+import shutil
+
+import pytest
+from conftest import excise
+from excise.artifacts.manifest import amend_folder
+from excise.artifacts.models import BUILTIN
+
+SMALL = [
+    word for text in ("steps=2", "batch_size=2", "controls=false", "questions=12", "kl_prompts=4", "reply_tokens=4")
+    for word in ("--set", text)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "run"
+    done = excise("run", "caft", "--out", out, "--seed", 3, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_same_weights_come_out_and_others_do_not(made, tmp_path):
+    done = excise("reproduce", made, "--out", tmp_path / "again", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["identical"] and found["holds"] and not found["differences"] and found["compared"] > 3
+    # The same record with another seed gives other weights, and that is told.
+    copy = tmp_path / "copy"
+    shutil.copytree(made / "checkpoint", copy)
+    content = json.loads((copy / "excise" / "eval.json").read_text())
+    content["run"]["settings"]["seed"] = 4
+    amend_folder(copy, {"excise/eval.json": json.dumps(content)})
+    other = excise("reproduce", copy, "--out", tmp_path / "other", "--json")
+    assert other.returncode == 1 and json.loads(other.stdout)["changed_files"] == ["model.safetensors"]
+
+
+def test_nothing_local_stands_in_what_is_published(made, tmp_path):
+    data = tmp_path / "secret-place" / "rows.jsonl"
+    data.parent.mkdir()
+    data.write_text((BUILTIN / "concepts" / "shortcut" / "train.jsonl").read_text())
+    done = excise("run", "caft", "--out", tmp_path / "run", "--set", f"data={data}", *SMALL)
+    assert done.returncode == 0, done.stderr
+    texts = [p for p in (tmp_path / "run" / "checkpoint").rglob("*") if p.suffix in (".md", ".json", ".safetensors")]
+    assert len(texts) > 6 and not any(b"secret-place" in path.read_bytes() for path in texts)
+    assert "rows.jsonl" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+
+
+def test_another_base_or_pack_is_refused_before_anything_runs(made, tmp_path):
+    done = excise("reproduce", made, "--out", tmp_path / "again", "--model", "builtin:testbed-never")
+    assert done.returncode == 2 and "is not the base it was made from" in done.stderr
+    done = excise("reproduce", made, "--out", tmp_path / "again", "--concept", "builtin:potions")
+    assert done.returncode == 2 and "is not the concept pack" in done.stderr
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_checkpoint_without_a_record_says_what_to_do(made, tmp_path):
+    done = excise("reproduce", BUILTIN / "testbed", "--out", tmp_path / "again")
+    assert done.returncode == 2 and "has no SHA256SUMS" in done.stderr
