@@ -18,6 +18,7 @@ from ..artifacts.directions import FILE, load_directions, save_directions
 from ..artifacts.events import Events
 from ..artifacts.models import LoadedModel
 from ..artifacts.results import measurements_as_json
+from ..artifacts.sae import load_latents
 from ..editing.adapters import attach, causal_model, detach
 from ..editing.architectures import layer_selection, residual_width
 from ..editing.concept_ablation import Mode, Value, concept_ablated
@@ -39,6 +40,9 @@ READ_ROWS = 256
 """Training sequences, and contrast pairs, that directions are learned from, at most."""
 
 
+Directions = Literal["pairs", "difference_in_means", "mass_mean", "linear_probe", "leace", "finetuned", "sae", "none"]
+
+
 class CaftSettings(AdapterRun):
     """Settings of concept-ablated fine-tuning (Casademunt et al. 2025)."""
 
@@ -46,12 +50,14 @@ class CaftSettings(AdapterRun):
     """Task pack: what is measured and, unless data is given, what is trained: builtin:NAME or a folder."""
     data: str | None = None
     """What to fine-tune on: a .jsonl file or a data set on the Hub; the pack's train.jsonl where none is given."""
-    directions: Literal["pairs", "difference_in_means", "mass_mean", "linear_probe", "leace", "finetuned", "none"] = (
-        "pairs"
-    )
-    """Where directions come from: the pack's contrast pairs, or what an unablated fine-tune changes in the stream (paper)."""
+    directions: Directions = "pairs"
+    """Where directions come from: the pack's contrast pairs, what an unablated fine-tune changes (paper), or an autoencoder (paper)."""
     directions_file: Path | None = None
     """A directions.safetensors to use instead."""
+    sae: Path | None = None
+    """Folder of a sparse autoencoder (sae_lens, dictionary_learning, sparsify, Gemma Scope or Llama Scope), for directions=sae."""
+    latents: tuple[int, ...] = ()
+    """Latents of it whose decoder rows are ablated, where the autoencoder itself says."""
     ablate: Annotated[str, Field(coerce_numbers_to_str=True)] = "0"
     """Layers whose stream loses the directions: a number, a range such as 2-5, fractions of depth, or all."""
     site: Site = "input"
@@ -83,7 +89,7 @@ class Prepared:
     data: TuningData
     places: tuple[Place, ...]
     given: tuple[Subspace, ...] = ()
-    """Directions of a file."""
+    """Directions of a file or an autoencoder."""
 
 
 def prepare(settings: CaftSettings, *, resume: bool = False) -> Prepared:
@@ -110,6 +116,12 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> Prepared:
     given: tuple[Subspace, ...] = ()
     if settings.directions_file is not None:
         given = load_directions(settings.directions_file, width=width, layers=job.layers)
+    elif settings.directions == "sae":
+        if settings.sae is None or not settings.latents:
+            raise RequestError(
+                "directions=sae needs an autoencoder and latents; add --set sae=FOLDER --set latents=[3,17]"
+            )
+        given = (load_latents(settings.sae, settings.latents, width, job.layers).subspace,)
     elif settings.directions not in ("finetuned", "none"):
         concept.require(f"directions={settings.directions}", "contrast")
     if settings.components > width:
@@ -118,7 +130,9 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> Prepared:
         raise RequestError(
             f"pick={list(settings.pick)} names direction {max(settings.pick)}, there are 0 to {settings.components - 1}; raise components"
         )
-    places = tuple(Place(layer, settings.site) for layer in sorted(layer_selection(settings.ablate, job.layers)))
+    asked = tuple(Place(layer, settings.site) for layer in sorted(layer_selection(settings.ablate, job.layers)))
+    # Given directions say themselves where they belong.
+    places = tuple(dict.fromkeys(subspace.place for subspace in given)) or asked
     return Prepared(checked, settings, data, places, given)
 
 
@@ -251,7 +265,7 @@ def _directions(
     prepared: Prepared, loaded: LoadedModel, base: Readings, tuned: Readings | None, events: Events
 ) -> tuple[Subspace, ...]:
     settings = prepared.settings
-    if settings.directions_file is not None:
+    if prepared.given:
         found = prepared.given
     elif settings.directions == "none":
         return ()

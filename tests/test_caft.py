@@ -7,11 +7,12 @@ import torch
 from conftest import excise, in_fresh_process
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.directions import FILE, load_directions
-from excise.artifacts.models import find_model, load_tokenizer
+from excise.artifacts.models import find_model, load_model, load_tokenizer
 from excise.editing.errors import ConceptError, RequestError
 from excise.recipes.baselines import example_batch
 from excise.recipes.caft import CaftSettings, completion_loss, prepare
 from excise.recipes.tuning_data import encoded, find_data
+from safetensors.torch import save_file
 
 RELOAD = """
 import json, sys, torch
@@ -80,9 +81,59 @@ def test_saved_directions_can_be_used_again(tuned, tmp_path):
     assert json.loads(done.stdout)["trainings"] == 3
 
 
+def _dictionary(folder, latents=128):
+    """A small autoencoder of token embeddings, trained here; returns the latents that tell the cues apart most."""
+    loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
+    encoded_pairs = [
+        [loaded.tokenizer(text)["input_ids"] for text in (pair.positive, pair.negative)]
+        for pair in load_concept("builtin:shortcut").contrast
+    ]
+    with torch.no_grad():
+        streams = [
+            loaded.model.get_input_embeddings()(torch.tensor(p)) for p in encoded_pairs if len(p[0]) == len(p[1])
+        ]
+    samples = torch.cat([pair.flatten(0, 1) for pair in streams])
+    torch.manual_seed(0)
+    encoder, bias = torch.nn.Linear(192, latents), samples.mean(0)
+    decoder = torch.nn.Linear(latents, 192, bias=False)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], 3e-3)
+    for step in range(600):
+        batch = samples[torch.randint(len(samples), (256,), generator=torch.Generator().manual_seed(step))] - bias
+        values = encoder(batch).relu()
+        unit = decoder.weight / decoder.weight.norm(dim=0)
+        loss = (values @ unit.T - batch).square().sum(1).mean() + 0.03 * values.sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        unit = (decoder.weight / decoder.weight.norm(dim=0)).T.contiguous()
+        save_file(
+            {"W_dec": unit, "W_enc": encoder.weight.T.contiguous(), "b_enc": encoder.bias.detach(), "b_dec": bias},
+            folder / "sae_weights.safetensors",
+        )
+        told = sum((encoder(pair[0] - bias).relu() - encoder(pair[1] - bias).relu()).abs().sum(0) for pair in streams)
+    (folder / "cfg.json").write_text(json.dumps({"hook_name": "blocks.0.hook_resid_pre", "apply_b_dec_to_input": True}))
+    return told.topk(2).indices.tolist()
+
+
+def test_latents_of_a_small_dictionary_do_as_well(tmp_path):
+    latents = _dictionary(tmp_path)
+    words = [word for text in (
+        "directions=sae", f"sae={tmp_path}", f"latents={latents}", "steps=80", "learning_rate=0.002", "kl_prompts=8", "controls=false",
+    ) for word in ("--set", text)]  # fmt: skip
+    done = excise("run", "caft", "--out", tmp_path / "run", "--json", *words)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    edited = [m for m in results["measurements"] if m["subject"] == "edited"]
+    assert _accuracy(edited, "flipped") > 0.8 and _accuracy(edited, "intended") > 0.9
+    (found,) = load_directions(tmp_path / "run" / "checkpoint" / "excise" / FILE)
+    assert found.names == tuple(f"latent {latent}" for latent in latents) and str(found.place) == "input of layer 0"
+
+
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
+        (["directions=sae"], "needs an autoencoder and latents"),
         (["concept=builtin:potions"], "is of kind knowledge"),
         (["data=nothing.jsonl"], "is no file"),
         (["components=500"], "more than the model's width 192"),
@@ -142,8 +193,6 @@ def test_only_completions_are_learned_and_long_texts_are_not_cut_away(tmp_path):
 
 
 def test_the_loss_of_a_batch_is_the_mean_of_its_parts():
-    from excise.artifacts.models import load_model
-
     loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
     examples = encoded(load_concept("builtin:shortcut").train[:6], loaded.tokenizer, 64).examples
     whole = completion_loss(loaded.model, example_batch(examples))["completion"]

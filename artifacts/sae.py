@@ -1,0 +1,252 @@
+"""Latents of published sparse autoencoders as directions: only the asked rows are read, and never a pickle's code.
+
+What differs between formats is a row of ``FORMATS``: files, keys, orientation, and where the hook is named. A width that
+does not fit the model is an error, never a reason to transpose.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..editing.errors import RequestError
+from ..editing.sparse_latents import SparseLatents
+from ..editing.subspaces import Place, Site, Subspace
+from .concepts import nearest
+from .manifest import sha256_of
+
+Read = Callable[[str, Sequence[int] | None, int], Tensor]
+"""Reads a tensor by key; of a matrix only some entries along an axis."""
+_SITES: dict[str, Site] = {"resid_pre": "input", "resid_post": "output", "mlp_out": "mlp", "attn_out": "attention"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one library stores an autoencoder."""
+
+    weights: str
+    """Its file of weights, as a glob in the folder."""
+    about: str
+    """Its configuration; the empty string where the path says everything."""
+    decoder: Mapping[str, int]
+    """Keys of the decoder, each with the axis that latents stand along."""
+    encoder: Mapping[str, int]
+    bias: tuple[str, ...]
+    decoder_bias: tuple[str, ...]
+    place: Callable[[Path, dict[str, Any]], Place]
+    centred: bool = True
+    """Whether the decoder's bias is taken from activations before they are encoded."""
+
+
+def _hook(name: str, where: str) -> Place:
+    """``blocks.12.hook_resid_post`` and the like."""
+    match = re.search(r"(\d+)\.(?:hook_)?(resid_pre|resid_post|mlp_out|attn_out)", name)
+    if not match:
+        raise RequestError(f"{where} names the hook {name!r}; known are blocks.N.hook_ with {', '.join(_SITES)}")
+    return Place(int(match[1]), _SITES[match[2]])
+
+
+def _sae_lens(folder: Path, about: dict[str, Any]) -> Place:
+    return _hook(str(about.get("hook_name") or about.get("metadata", {}).get("hook_name")), "cfg.json")
+
+
+def _dictionary_learning(folder: Path, about: dict[str, Any]) -> Place:
+    trainer = about.get("trainer", about)
+    submodule = str(trainer.get("submodule_name") or "resid_post")
+    site = next((site for key, site in _SITES.items() if key in submodule), "output")
+    return Place(int(trainer["layer"]), site)
+
+
+def _sparsify(folder: Path, about: dict[str, Any]) -> Place:
+    match = re.fullmatch(r"(?:model\.)?(?:layers|h)\.(\d+)(?:\.(mlp|self_attn|attn|attention))?", folder.name)
+    if not match:
+        raise RequestError(f"the folder {folder.name} is no hook point of sparsify, such as layers.12 or layers.12.mlp")
+    return Place(int(match[1]), {None: "output", "mlp": "mlp"}.get(match[2], "attention"))  # type: ignore[arg-type]
+
+
+def _gemma_scope(folder: Path, about: dict[str, Any]) -> Place:
+    match = re.search(r"layer_(\d+)", str(folder))
+    if not match:
+        raise RequestError(f"the path {folder} names no layer_N, and a Gemma Scope file itself says nothing of it")
+    site: Site = "mlp" if "-mlp" in str(folder) else "attention" if "-att" in str(folder) else "output"
+    return Place(int(match[1]), site)
+
+
+def _llama_scope(folder: Path, about: dict[str, Any]) -> Place:
+    return _hook(str(about.get("hook_point_out") or about.get("hook_point_in")), "hyperparams.json")
+
+
+FORMATS: dict[str, Format] = {
+    "sae_lens": Format(
+        "sae_weights.safetensors", "cfg.json", {"W_dec": 0}, {"W_enc": 1}, ("b_enc",), ("b_dec",), _sae_lens, centred=False
+    ),
+    "dictionary_learning": Format(
+        "ae.pt", "config.json", {"decoder.weight": 1, "W_dec": 0}, {"encoder.weight": 0, "W_enc": 1}, ("encoder.bias", "b_enc"),
+        ("b_dec", "bias", "decoder_bias"), _dictionary_learning,
+    ),
+    "sparsify": Format(
+        "sae.safetensors", "cfg.json", {"W_dec": 0}, {"encoder.weight": 0}, ("encoder.bias",), ("b_dec",), _sparsify
+    ),
+    "gemma_scope": Format("params.npz", "", {"W_dec": 0, "w_dec": 0}, {"W_enc": 1, "w_enc": 1}, ("b_enc",), ("b_dec",), _gemma_scope, centred=False),
+    "llama_scope": Format(
+        "checkpoints/final.safetensors", "hyperparams.json", {"decoder.weight": 1}, {"encoder.weight": 0}, ("encoder.bias",),
+        ("decoder.bias",), _llama_scope, centred=False,
+    ),
+}  # fmt: skip
+
+
+def load_latents(folder: Path, latents: Sequence[int], width: int, layers: int, format: str = "auto") -> SparseLatents:
+    """Read some latents of an autoencoder.
+
+    Args:
+        width: d_model of the model they are meant for.
+        format: A name of ``FORMATS``; ``auto`` looks at the files.
+
+    Raises:
+        RequestError: The files are of no known format, of another model, or there is no such latent.
+    """
+    name = _format_of(folder) if format == "auto" else format
+    if name not in FORMATS:
+        raise RequestError(f"no format {format!r}{nearest(format, list(FORMATS))}; formats: auto, {', '.join(FORMATS)}")
+    form = FORMATS[name]
+    path = folder / form.weights
+    if not path.is_file():
+        raise RequestError(f"{folder} holds no {form.weights}, which a {name} autoencoder has; give its folder")
+    about = _read_about(folder / form.about) if form.about else {}
+    place = form.place(folder, about)
+    if not 0 <= place.layer < layers:
+        raise RequestError(
+            f"the autoencoder is of the {place}, the model has layers 0 to {layers - 1}; give one of this model"
+        )
+    keys, read = _reader(path)
+    key, axis = _known(keys, form.decoder, path, "decoder")
+    count, d = _shape(path, key, axis)
+    if d != width:
+        raise RequestError(
+            f"{path.name} holds {key} for {count} latents of width {d}, the model has width {width}; give an autoencoder of this model"
+        )
+    wrong = [latent for latent in latents if not 0 <= latent < count]
+    if wrong or not latents:
+        raise RequestError(
+            f"there is no latent {wrong[0] if wrong else '(none asked)'}; the autoencoder has 0 to {count - 1}"
+        )
+    rows = _latent_rows(read(key, latents, axis), axis)
+    bias_key = next((k for k in form.decoder_bias if k in keys), None)
+    decoder_bias = read(bias_key, None, 0).float() if bias_key else torch.zeros(width)
+    norms = rows.norm(dim=1)
+    subspace = Subspace(
+        place, (rows / norms[:, None]).T.contiguous(), decoder_bias, tuple(f"latent {latent}" for latent in latents),
+        tuple(float(norm) for norm in norms), "sae",
+        provenance={"format": name, "file": path.name, "sha256": sha256_of(path), "latents": list(latents)},
+    )  # fmt: skip
+    encoder_key, encoder_axis = _known(keys, form.encoder, path, "encoder")
+    encoder = _latent_rows(read(encoder_key, latents, encoder_axis), encoder_axis)
+    bias = next((k for k in form.bias if k in keys), None)
+    centred = bool(about.get("apply_b_dec_to_input", form.centred))
+    return SparseLatents(
+        subspace, encoder.T.contiguous(), read(bias, latents, 0).float() if bias else torch.zeros(len(latents)),
+        decoder_bias if centred else torch.zeros(width), _threshold(keys, read, latents),
+    )  # fmt: skip
+
+
+def _threshold(keys: set[str], read: Read, latents: Sequence[int]) -> Tensor | None:
+    if "threshold" not in keys:
+        return None
+    found = read("threshold", None, 0).float()
+    # BatchTopK stores one threshold for all.
+    return found.expand(len(latents)).clone() if found.numel() == 1 else found[list(latents)]
+
+
+def _format_of(folder: Path) -> str:
+    fitting = [name for name, form in FORMATS.items() if (folder / form.weights).is_file()]
+    if len(fitting) != 1:
+        files = ", ".join(form.weights for form in FORMATS.values())
+        raise RequestError(
+            f"{folder} holds {'several of' if fitting else 'none of'} {files}; give an autoencoder's folder, or its format"
+        )
+    return fitting[0]
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{path.name} of the autoencoder cannot be read ({error}); it says where its directions belong"
+        ) from error
+
+
+def _known(keys: set[str], wanted: Mapping[str, int], path: Path, what: str) -> tuple[str, int]:
+    found = [(key, axis) for key, axis in wanted.items() if key in keys]
+    if len(found) != 1:
+        raise RequestError(
+            f"{path.name} has {'several' if found else 'no'} {what} ({', '.join(sorted(keys)[:8])}); a file of this format has one of "
+            f"{', '.join(wanted)}"
+        )
+    return found[0]
+
+
+def _shape(path: Path, key: str, axis: int) -> tuple[int, int]:
+    """Latents and width, as the format declares them."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            shape = file.get_slice(key).get_shape()
+    else:
+        shape = list(_loaded(path)[key].shape)
+    if len(shape) != 2:
+        raise RequestError(f"{key} of {path.name} is {list(shape)}; a decoder is a matrix")
+    return int(shape[axis]), int(shape[1 - axis])
+
+
+def _reader(path: Path) -> tuple[set[str], Read]:
+    if path.suffix != ".safetensors":
+        loaded = _loaded(path)
+
+        def pick(key: str, some: Sequence[int] | None, axis: int) -> Tensor:
+            whole = torch.as_tensor(loaded[key])
+            return whole.float() if some is None else whole.index_select(axis, torch.tensor(list(some))).float()
+
+        return set(loaded), pick
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        keys = set(file.keys())
+
+    def cut(key: str, some: Sequence[int] | None, axis: int) -> Tensor:
+        with safe_open(path, "pt") as file:
+            if some is None:
+                whole: Tensor = file.get_tensor(key)
+                return whole.float()
+            part = file.get_slice(key)
+            if len(part.get_shape()) == 1:
+                return torch.cat([part[i : i + 1] for i in some]).float()
+            return torch.cat([part[i : i + 1] if axis == 0 else part[:, i : i + 1] for i in some], axis).float()
+
+    return keys, cut
+
+
+def _loaded(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".npz":
+        archive = np.load(path, allow_pickle=False)
+        assert isinstance(archive, Mapping)
+        return archive
+    try:
+        content: Mapping[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        raise RequestError(
+            f"{path.name} is not a plain file of tensors ({str(error).splitlines()[0][:120]}); it was not loaded"
+        ) from error
+    return content
+
+
+def _latent_rows(part: Tensor, axis: int) -> Tensor:
+    return part if axis == 0 else part.T
