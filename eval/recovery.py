@@ -92,9 +92,17 @@ def leak(edited: NDArray[np.float64], floor: NDArray[np.float64]) -> float:
     return float(edited.max() - floor.max())
 
 
-def regained(edited: NDArray[np.float64], floor: NDArray[np.float64], base: NDArray[np.float64]) -> float:
-    """The best that the attack reaches, as a share of the way from the floor's best to the base's."""
-    return float((edited.max() - floor.max()) / max(base.max() - floor.max(), 1e-9))
+NO_GAP = 0.05
+"""Accuracy between floor and base below which there is nothing to have a share of."""
+
+
+def regained(edited: NDArray[np.float64], floor: NDArray[np.float64], base: NDArray[np.float64]) -> float | None:
+    """The best that the attack reaches, as a share of the way from the floor's best to the base's.
+
+    None where the attack teaches the floor what the base knows: then it says nothing about what was left.
+    """
+    gap = float(base.max() - floor.max())
+    return float(edited.max() - floor.max()) / gap if gap >= NO_GAP else None
 
 
 def speed_up(edited: Attacked, floor: Attacked, scale: Scale, share: float = 0.5) -> Estimate:
@@ -104,11 +112,15 @@ def speed_up(edited: Attacked, floor: Attacked, scale: Scale, share: float = 0.5
     """
 
     def ratio(own: NDArray[np.float64], other: NDArray[np.float64]) -> float | None:
-        mine, theirs = (time_to(a, edited.tokens, scale.mark(share)) for a in (own, other))
+        mine, theirs = time_to(own, edited.tokens, scale.mark(share)), time_to(other, floor.tokens, scale.mark(share))
         if mine is None and theirs is None:
             return None
-        last = float(edited.tokens[-1])
-        return (1 + (last if theirs is None else theirs)) / (1 + (last if mine is None else mine))
+        # A floor on facts of its own reads texts of another length.
+        latest = [
+            float(edited.tokens[-1]) if mine is None else mine,
+            float(floor.tokens[-1]) if theirs is None else theirs,
+        ]
+        return (1 + latest[1]) / (1 + latest[0])
 
     mine, theirs = (time_to(a.accuracy, a.tokens, scale.mark(share)) for a in (edited, floor))
     if mine == 0:

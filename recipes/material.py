@@ -91,18 +91,28 @@ def novel_facts(facts: Facts, questions: Sequence[Question], seed: int) -> tuple
     rng = random.Random(f"excise novel facts {seed}")
     subjects = sorted({fact.subject for fact in facts.facts})
     renamed = _invented(subjects, rng)
-    choices = {q.subject: [c for i, c in enumerate(q.choices) if i != q.answer] for q in questions if q.subject}
-    answers = sorted({fact.answer for fact in facts.facts})
-    assigned = {
-        subject: rng.choice(choices.get(subject) or answers) for subject in subjects
+    # A subject may have several facts; each gets a new answer of its own kind.
+    wrong = {
+        (q.subject, q.choices[q.answer]): [c for i, c in enumerate(q.choices) if i != q.answer] for q in questions if q.subject
     }  # fmt: skip
-    made = tuple(Fact(f.relation, renamed[f.subject], assigned[f.subject], f.group) for f in facts.facts)
+    kinds: dict[str, list[str]] = {}
+    for fact in facts.facts:
+        kinds.setdefault(fact.relation, []).append(fact.answer)
+    assigned = {}
+    for fact in facts.facts:
+        key = (fact.subject, fact.answer)
+        if key not in assigned:
+            assigned[key] = rng.choice(wrong.get(key) or sorted(set(kinds[fact.relation])))
+    made = tuple(
+        Fact(f.relation, renamed[f.subject], assigned[f.subject, f.answer], f.group) for f in facts.facts
+    )  # fmt: skip
     asked = [
         q.model_copy(update={
             "prompt": q.prompt.replace(q.subject, renamed[q.subject]), "subject": renamed[q.subject],
-            "answer": q.choices.index(assigned[q.subject]),
+            "answer": q.choices.index(assigned[q.subject, q.choices[q.answer]]),
         })
-        for q in questions if q.subject and q.subject in renamed and assigned[q.subject] in q.choices
+        for q in questions
+        if q.subject and q.subject in renamed and assigned.get((q.subject, q.choices[q.answer])) in q.choices
     ]  # fmt: skip
     return Facts(made, facts.phrasings), asked
 

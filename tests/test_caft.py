@@ -119,7 +119,7 @@ def _dictionary(folder, latents=128):
 def test_latents_of_a_small_dictionary_do_as_well(tmp_path):
     latents = _dictionary(tmp_path)
     words = [word for text in (
-        "directions=sae", f"sae={tmp_path}", f"latents={latents}", "steps=80", "learning_rate=0.002", "kl_prompts=8", "controls=false",
+        "directions=sae", f"sae={tmp_path}", f"latents={latents}", "steps=120", "learning_rate=0.002", "kl_prompts=8", "controls=false",
     ) for word in ("--set", text)]  # fmt: skip
     done = excise("run", "caft", "--out", tmp_path / "run", "--json", *words)
     assert done.returncode == 0, done.stderr

@@ -50,6 +50,8 @@ def test_the_share_regained_is_between_floor_and_base():
     base, floor = np.array([1.0, 1.0]), np.array([0.1, 0.2])
     assert regained(np.array([0.0, 0.6]), floor, base) == pytest.approx(0.5)
     assert regained(floor, floor, base) == 0
+    # Where the floor learns it all, nothing is left to have a share of.
+    assert regained(np.array([0.0, 0.6]), base, base) is None
 
 
 @pytest.mark.parametrize("width", [0.1, 0.05])
