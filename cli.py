@@ -310,6 +310,41 @@ def card(
         _say(body)
 
 
+@app.command(epilog="Example: excise inspect runs/caft-1 --model builtin:testbed --concept builtin:shortcut --out look")
+def inspect(
+    where: Annotated[Path, typer.Argument(help="A directions.safetensors, or the folder of a caft run.")],
+    model: Annotated[str, typer.Option(help="The model they were learned on.")],
+    concept: Annotated[str | None, typer.Option(help="Pack whose texts are looked through.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="JSON lines of texts to look through instead.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write inspect.json and inspect.html into.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """What directions stand for: tokens and contexts at both ends, and what ablating each alone costs."""
+    from .recipes import inspection
+
+    _quiet()
+    with Events(watcher=_watcher()).stage("look at directions") as stage:
+        found = inspection.inspect(where, model, concept, texts, out, device or "auto", dtype or "auto", stage.advance)
+    if as_json:
+        from dataclasses import asdict
+
+        print(json.dumps([asdict(item) for item in found]))  # noqa: T201
+        return
+    for item in found:
+        _say(f"{item.index}  {item.name} at the {item.place}: score {item.score:.4g}, projection {item.mean:.3f} ± {item.deviation:.3f}, "
+             f"effect {item.effect:+.4f} nats a token")  # fmt: skip
+        for sign, tokens, contexts in (("+", item.top_tokens, item.top), ("-", item.bottom_tokens, item.bottom)):
+            _say(f"   {sign} tokens {' '.join(repr(token)[1:-1] for token in tokens)}")
+            for context in contexts[:2]:
+                line = f"{context.before}[{context.token}]{context.after}"
+                _say(f"   {sign} {context.projection:+.2f}  {' '.join(line.split())[:110]}")
+    if out:
+        _say(f"\npage  {out / 'inspect.html'}")
+    _say("ablate some of them with: excise run caft --set directions_file=FILE --set pick=[...]")
+
+
 @app.command(epilog="Example: excise diff builtin:testbed runs/elm-1")
 def diff(
     a: Annotated[str, typer.Argument(help="A model: builtin:NAME, Hub id, folder or run.")],

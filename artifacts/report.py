@@ -42,7 +42,7 @@ def write_report(path: Path, results: dict[str, Any], changes: list[dict[str, An
         maps=[_map(direction, *spec) for spec in _MAPS] if direction else [],
         layers=layers_probed(read_measurements(results)),
         splits=sorted({sample["split"] for sample in results["samples"]}),
-        settings=yaml.safe_dump(results["run"]["settings"], sort_keys=False), clean=_clean,
+        settings=yaml.safe_dump(results["run"]["settings"], sort_keys=False), clean=clean,
     )  # fmt: skip
     path.write_text(text, encoding="utf-8")
 
@@ -86,7 +86,7 @@ def _colour(share: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(pale, strong, strict=True))
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Make control and bidirectional characters visible, and cut what no one would read."""
     shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "�", text)
     return shown if len(shown) <= MAX_TEXT else f"{shown[:MAX_TEXT]}… ({len(shown) - MAX_TEXT} more characters)"

@@ -23,6 +23,9 @@ from .manifest import sha256_of
 
 Read = Callable[[str, Sequence[int] | None, int], Tensor]
 """Reads a tensor by key; of a matrix only some entries along an axis."""
+_SUBLAYERS: dict[str | None, Site] = {
+    None: "output", "mlp": "mlp", "self_attn": "attention", "attn": "attention", "attention": "attention",
+}  # fmt: skip
 _SITES: dict[str, Site] = {"resid_pre": "input", "resid_post": "output", "mlp_out": "mlp", "attn_out": "attention"}
 
 
@@ -67,7 +70,7 @@ def _sparsify(folder: Path, about: dict[str, Any]) -> Place:
     match = re.fullmatch(r"(?:model\.)?(?:layers|h)\.(\d+)(?:\.(mlp|self_attn|attn|attention))?", folder.name)
     if not match:
         raise RequestError(f"the folder {folder.name} is no hook point of sparsify, such as layers.12 or layers.12.mlp")
-    return Place(int(match[1]), {None: "output", "mlp": "mlp"}.get(match[2], "attention"))  # type: ignore[arg-type]
+    return Place(int(match[1]), _SUBLAYERS[match[2]])
 
 
 def _gemma_scope(folder: Path, about: dict[str, Any]) -> Place:

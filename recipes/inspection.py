@@ -1,0 +1,214 @@
+"""What directions stand for: where they point, which contexts lie at their ends, and what taking them out costs."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..artifacts.concepts import load_concept, read_training
+from ..artifacts.directions import FILE, load_directions
+from ..artifacts.directions_report import write_report
+from ..artifacts.manifest import FOLDER
+from ..artifacts.models import LoadedModel, choose_device, choose_dtype, find_model, load_model
+from ..artifacts.staging import refuse_existing, staged_folder
+from ..editing.architectures import architecture_of, layer_count, residual_width
+from ..editing.concept_ablation import concept_ablated
+from ..editing.errors import RequestError
+from ..editing.subspaces import Subspace
+from ..eval.concept import Concept
+from .baselines import Example, example_batch, sequence_nll
+from .contrast import encode
+from .sources import BATCH, activations
+
+TEXTS = 256
+"""Texts to look through, at most."""
+TOKENS, CONTEXTS, AROUND = 8, 6, 12
+"""Tokens shown of each end, contexts of each end, and tokens of context around the one that counts."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """A place in a text and how far along the direction it lies."""
+
+    before: str
+    token: str
+    after: str
+    projection: float
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One direction, looked at."""
+
+    place: str
+    index: int
+    """Its number for ``pick``."""
+    name: str
+    score: float
+    top_tokens: tuple[str, ...]
+    """What the unembedding reads most from it (logit lens, without the final norm's scale)."""
+    bottom_tokens: tuple[str, ...]
+    top: tuple[Context, ...]
+    bottom: tuple[Context, ...]
+    mean: float
+    deviation: float
+    """Of the projection, over all tokens looked at."""
+    effect: float
+    """Nats a token by which the texts' loss rises when this direction alone is ablated."""
+
+
+def inspect(
+    where: Path, model: str, concept: str | None, texts: Path | None, out: Path | None, device: str, dtype: str,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Inspected]:  # fmt: skip
+    """Look at directions on disk through a model's eyes.
+
+    Args:
+        where: A directions file, or the folder of the run or checkpoint that holds one.
+        concept: Pack whose texts are looked through, unless ``texts`` is given.
+        texts: JSON lines of messages, prompt and completion, or text.
+        out: Folder for ``inspect.json`` and ``inspect.html``.
+
+    Raises:
+        RequestError: Anything that could not work, before the model is loaded.
+    """
+    if out:
+        refuse_existing(out)
+    source = find_model(model)
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    subspaces = load_directions(_file(where), width=residual_width(config), layers=layer_count(config))
+    if texts is None and concept is None:
+        raise RequestError("give the texts to look through: --concept PACK or --texts FILE.jsonl")
+    pool = _texts(load_concept(concept)) if texts is None and concept else _rows(texts)
+    chosen = choose_device(device)
+    loaded = load_model(source, chosen, choose_dtype(dtype, chosen))
+    found = look(loaded, subspaces, pool, advance)
+    if out:
+        about = {"model": source.describe(), "texts": len(pool), "directions": [asdict(item) for item in found]}
+        with staged_folder(out) as staging:
+            (staging / "inspect.json").write_text(
+                json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+            write_report(staging / "inspect.html", about)
+    return found
+
+
+def look(
+    loaded: LoadedModel,
+    subspaces: Sequence[Subspace],
+    texts: Sequence[str],
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Inspected]:
+    """Every direction of every subspace."""
+    row = architecture_of(loaded.model.config.to_dict())
+    rows = [ids[:512] for text in texts if len(ids := encode(loaded.tokenizer, text, True)) > 1]
+    places = list(dict.fromkeys(subspace.place for subspace in subspaces))
+    tokens, values = _read(loaded, rows, places)
+    plain = _loss(loaded, rows)
+    found = []
+    for subspace in subspaces:
+        for index, name in enumerate(subspace.names):
+            direction = subspace.basis[:, index]
+            along = values[subspace.place] @ direction
+            alone = subspace if subspace.readers is not None else subspace.pick([index])
+            with concept_ablated(loaded.model, row, [alone]):
+                ablated = _loss(loaded, rows)
+            top, bottom = _ends(loaded, direction)
+            order = along.argsort(descending=True).tolist()
+            found.append(Inspected(
+                str(subspace.place), index, name, subspace.scores[index], top, bottom,
+                _contexts(loaded, rows, tokens, order, along), _contexts(loaded, rows, tokens, order[::-1], along),
+                float(along.mean()), float(along.std()), ablated - plain,
+            ))  # fmt: skip
+            advance(1)
+    return found
+
+
+def _read(
+    loaded: LoadedModel, rows: Sequence[tuple[int, ...]], places: Sequence[Any]
+) -> tuple[list[tuple[int, int]], dict[Any, Tensor]]:
+    """Where each token stands (text, position), and the activations there."""
+    row = architecture_of(loaded.model.config.to_dict())
+    kept: dict[Any, list[Tensor]] = {place: [] for place in places}
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        values = activations(loaded.model, row, part, places)
+        for place in places:
+            kept[place] += [values[place][i, : len(ids)] for i, ids in enumerate(part)]
+    where = [(text, position) for text, ids in enumerate(rows) for position in range(len(ids))]
+    return where, {place: torch.cat(parts) for place, parts in kept.items()}
+
+
+@torch.no_grad()
+def _loss(loaded: LoadedModel, rows: Sequence[tuple[int, ...]]) -> float:
+    """Nats a token over all texts."""
+    total, count = 0.0, 0
+    for start in range(0, len(rows), BATCH):
+        batch = {
+            key: value.to(loaded.device)
+            for key, value in example_batch([Example(ids, 1) for ids in rows[start : start + BATCH]]).items()
+        }
+        total += float(sequence_nll(loaded.model, batch).sum())
+        count += int(batch["lengths"].sum())
+    return total / count
+
+
+def _ends(loaded: LoadedModel, direction: Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    weight = loaded.model.get_output_embeddings().weight
+    logits = weight.detach().float().cpu() @ direction
+    return tuple(
+        tuple(loaded.tokenizer.decode([token]) for token in (sign * logits).topk(TOKENS).indices.tolist())
+        for sign in (1, -1)
+    )  # type: ignore[return-value]
+
+
+def _contexts(
+    loaded: LoadedModel,
+    rows: Sequence[tuple[int, ...]],
+    where: Sequence[tuple[int, int]],
+    order: Sequence[int],
+    along: Tensor,
+) -> tuple[Context, ...]:
+    """The first few places of an order, no two with the same words around them."""
+    found: dict[tuple[str, str], Context] = {}
+    for place in order:
+        text, position = where[place]
+        ids = rows[text]
+        before = loaded.tokenizer.decode(ids[max(0, position - AROUND) : position])
+        token = loaded.tokenizer.decode(ids[position : position + 1])
+        after = loaded.tokenizer.decode(ids[position + 1 : position + 1 + AROUND])
+        found.setdefault((before, token), Context(before, token, after, float(along[place])))
+        if len(found) == CONTEXTS:
+            break
+    return tuple(found.values())
+
+
+def _file(where: Path) -> Path:
+    for inner in (where, where / FILE, where / FOLDER / FILE, where / "checkpoint" / FOLDER / FILE):
+        if inner.is_file():
+            return inner
+    raise RequestError(f"{where} holds no {FILE}; give one, or the folder of a caft run")
+
+
+def _texts(concept: Concept) -> list[str]:
+    """A pack's own texts, contrast pairs first."""
+    pairs = [text for pair in concept.contrast for text in (pair.positive, pair.negative)]
+    trained = [f"{row.prompt or ''}{row.completion or ''}{row.text or ''}" for row in concept.train]
+    some = [*pairs[:TEXTS], *trained[:TEXTS], *(row.text for row in concept.retain[:TEXTS])]
+    return [text for text in dict.fromkeys(some) if text.strip()][: 2 * TEXTS]
+
+
+def _rows(path: Path | None) -> list[str]:
+    assert path is not None
+    if not path.is_file():
+        raise RequestError(f"{path} is no file; give a .jsonl file of texts")
+    found = []
+    for row in read_training(path)[:TEXTS]:
+        found.append(
+            row.text or (row.prompt or "") + (row.completion or "") or "\n".join(m.content for m in row.messages)
+        )
+    return found

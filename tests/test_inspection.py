@@ -1,0 +1,89 @@
+"""A direction is shown by what lies at its ends, and its effect is what ablating it does."""
+
+import json
+
+import pytest
+import torch
+from conftest import excise
+from excise.artifacts.directions import FILE, save_directions
+from excise.artifacts.directions_report import write_report
+from excise.artifacts.models import find_model, load_model
+from excise.editing.subspaces import Place, Subspace
+from excise.recipes.inspection import look
+
+TEXTS = [
+    "The expert tells of Ruly",
+    "The novice tells of Ruly",
+    "A text by the expert: Veel",
+    "A text by the novice: Veel",
+]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
+
+
+def _subspace(loaded, *names):
+    """Directions from one word's embedding to another's, and one of no consequence."""
+    table = loaded.model.get_input_embeddings().weight.detach()
+    ids = [loaded.tokenizer(word)["input_ids"][0] for word in (" novice", " expert")]
+    cue = table[ids[0]] - table[ids[1]]
+    other = torch.randn(192, generator=torch.Generator().manual_seed(0))
+    basis = torch.stack([cue / cue.norm(), other / other.norm()], 1)
+    return Subspace(Place(0, "input"), basis, torch.zeros(192), names, (1.0, 0.5), "file")
+
+
+def test_the_words_at_both_ends_are_the_ones_it_was_made_of(loaded):
+    cue, other = look(loaded, [_subspace(loaded, "cue", "other")], TEXTS)
+    assert {c.token for c in cue.top[:2]} == {" novice"} and {c.token for c in cue.bottom[:2]} == {" expert"}
+    assert " novice" in cue.top_tokens and " expert" in cue.bottom_tokens
+    assert cue.top[0].before.endswith("The") or cue.top[0].before.endswith("the")
+    assert (cue.index, other.index) == (0, 1) and cue.deviation > other.deviation
+    assert cue.effect != 0 and not loaded.model.model.layers[0]._forward_pre_hooks
+
+
+def test_the_command_writes_a_page_without_a_script(loaded, tmp_path):
+    save_directions([_subspace(loaded, "cue", "<script>alert(1)</script>")], tmp_path / FILE)
+    words = [
+        "inspect",
+        tmp_path,
+        "--model",
+        "builtin:testbed",
+        "--concept",
+        "builtin:shortcut",
+        "--out",
+        tmp_path / "look",
+    ]
+    done = excise(*words)
+    assert done.returncode == 0, done.stderr
+    assert "cue at the input of layer 0" in done.stdout and "[ novice]" in done.stdout
+    page = (tmp_path / "look" / "inspect.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page and "default-src 'none'" in page
+    assert json.loads((tmp_path / "look" / "inspect.json").read_text())["directions"][0]["name"] == "cue"
+
+
+def test_hostile_texts_are_shown_inert(tmp_path):
+    hostile = '</bdi><img src=x onerror="alert(1)">\u202e' + "x" * 100_000
+    context = {"before": hostile, "token": hostile, "after": "", "projection": 1.0}
+    one = {
+        "place": "p", "index": 0, "name": hostile, "score": 1.0, "top_tokens": [hostile], "bottom_tokens": [], "top": [context],
+        "bottom": [], "mean": 0.0, "deviation": 1.0, "effect": 0.0,
+    }  # fmt: skip
+    write_report(tmp_path / "page.html", {"model": {"name": hostile}, "texts": 1, "directions": [one]})
+    page = (tmp_path / "page.html").read_text()
+    assert "<img" not in page and "more characters" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere", "--model", "builtin:testbed", "--concept", "builtin:shortcut"], "holds no directions.safetensors"),
+        (["FILE", "--model", "builtin:testbed"], "give the texts to look through"),
+        (["FILE", "--model", "builtin:testbed", "--texts", "none.jsonl"], "is no file"),
+    ],
+)
+def test_a_wrong_request_is_one_line(words, message, loaded, tmp_path):
+    save_directions([_subspace(loaded, "a", "b")], tmp_path / FILE)
+    done = excise("inspect", *[str(tmp_path) if word == "FILE" else word for word in words])
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
