@@ -62,8 +62,8 @@ def _sae_lens(folder: Path, about: dict[str, Any]) -> Place:
 def _dictionary_learning(folder: Path, about: dict[str, Any]) -> Place:
     trainer = about.get("trainer", about)
     submodule = str(trainer.get("submodule_name") or "resid_post")
-    site = next((site for key, site in _SITES.items() if key in submodule), "output")
-    return Place(int(trainer["layer"]), site)
+    named = next((key for key in _SITES if key in submodule), "resid_post")
+    return Place(int(trainer["layer"]), _SITES[named])
 
 
 def _sparsify(folder: Path, about: dict[str, Any]) -> Place:
