@@ -21,20 +21,33 @@ LARGE = 2000
 """Bytes from which a file is stored apart; small, so that tests need no large ones."""
 
 
+Files = dict[str, Any]
+"""Content by name: bytes, or what the store holds."""
+
+
 @dataclass
 class Repo:
     """Commits by id, each a folder by name, and branches."""
 
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    commits: dict[str, Files] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
     private: bool = True
 
-    def commit(self, branch: str, files: dict[str, bytes]) -> str:
-        content = "".join(f"{name} {hashlib.sha1(data).hexdigest()}" for name, data in sorted(files.items()))
+    def commit(self, branch: str, files: Files) -> str:
+        content = "".join(f"{name} {_entry(name, data)['oid']}" for name, data in sorted(files.items()))
         identity = hashlib.sha1(f"{self.heads.get(branch)} {content}".encode()).hexdigest()
         self.commits[identity] = files
         self.heads[branch] = identity
         return identity
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file that only the content-addressed store holds."""
+
+    oid: str
+    size: int
+    xet: str
 
 
 @dataclass
@@ -58,6 +71,8 @@ class Hub:
         self.authorized: list[tuple[str, bool]] = []
         """Host and whether the token came along, for every request."""
         self.lock = threading.Lock()
+        self.store: Path | None = None
+        """Folder of the content-addressed store, where the client's own Xet code writes and reads."""
         self.endpoint = self.cdn = ""
 
     def add(self, repo_id: str, files: dict[str, bytes]) -> str:
@@ -67,9 +82,14 @@ class Hub:
         repo.heads["v1"] = identity
         return identity
 
-    def head(self, repo_id: str) -> dict[str, bytes]:
+    def head(self, repo_id: str) -> Files:
         repo = self.repos[repo_id]
         return repo.commits[repo.heads["main"]]
+
+    def xet_hash(self, oid: str) -> str | None:
+        """What Xet calls a file, by its SHA-256: the store's shards say so."""
+        shards = self.store.rglob("*.mdb") if self.store else ()
+        return next((found[oid] for shard in shards if oid in (found := shard_files(shard.read_bytes()))), None)
 
     def fault(self, line: str) -> Fault | None:
         with self.lock:
@@ -152,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
     def missing(self, code: str) -> None:
         self.answer(404, b"{}", **{"X-Error-Code": code})
 
-    def found(self, repo_id: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
+    def found(self, repo_id: str, revision: str | None) -> tuple[str, Files] | None:
         repo = self.hub.repos.get(repo_id)
         if repo is None or (repo.private and not self.headers.get("Authorization")):
             self.missing("RepoNotFound")
@@ -247,10 +267,13 @@ class Handler(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
-                    if value["oid"] not in self.hub.blobs:
+                    stored = self.hub.blobs.get(value["oid"])
+                    if stored is None and (xet := self.hub.xet_hash(value["oid"])):
+                        stored = Stored(value["oid"], value["size"], xet)
+                    if stored is None:
                         self.json({"error": "the object was not uploaded"}, 400)
                         return
-                    files[value["path"]] = self.hub.blobs[value["oid"]]
+                    files[value["path"]] = stored
                 elif line["key"] == "deletedFile":
                     files.pop(value["path"], None)
             branch = "refs/pr/1" if "create_pr=1" in self.path else revision
@@ -267,6 +290,13 @@ class Handler(BaseHTTPRequestHandler):
             self.missing("EntryNotFound")
             return
         data, headers = known[1][name], {"X-Repo-Commit": known[0]}
+        if isinstance(data, Stored):
+            route = f"{self.hub.endpoint}/api/models/{repo}/xet-read-token/{known[0]}"
+            self.answer(302, b"", Location=f"{self.hub.cdn}/blob/{data.oid}", **headers, **{
+                "X-Linked-Etag": f'"{data.oid}"', "X-Linked-Size": str(data.size), "ETag": f'"{data.oid}"',
+                "X-Xet-Hash": data.xet, "X-Xet-Refresh-Route": route, "Link": f'<{route}>; rel="xet-auth"',
+            })  # fmt: skip
+            return
         if len(data) < LARGE:
             self.answer(200, data, ETag=f'"{_git(data)}"', **headers)
             return
@@ -275,6 +305,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(302, b"", Location=f"{self.hub.cdn}/blob/{oid}", **headers, **{
             "X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data)), "ETag": f'"{_git(data)}"',
         })  # fmt: skip
+
+    def xet_token(self, repo: str, kind: str, revision: str) -> None:
+        if self.found(repo, revision):
+            url, expires = f"local://{self.hub.store}", int(time.time()) + 3600
+            self.json({"casUrl": url, "accessToken": "t", "exp": expires}, **{
+                "X-Xet-Cas-Url": url, "X-Xet-Access-Token": "t", "X-Xet-Token-Expiration": str(expires),
+            })  # fmt: skip
 
     def blob(self, oid: str) -> None:
         data = self.hub.blobs.get(oid)
@@ -301,6 +338,7 @@ ROUTES = [
     (rf"GET /api/models/{_REPO}(?:/revision/(?P<revision>[^/]+))?", Handler.info),
     (rf"POST /api/models/{_REPO}/branch/(?P<branch>[^/]+)", Handler.branch),
     (rf"POST /api/models/{_REPO}/preupload/(?P<revision>[^/]+)", Handler.preupload),
+    (rf"GET /api/models/{_REPO}/xet-(?P<kind>read|write)-token/(?P<revision>[^/]+)", Handler.xet_token),
     (rf"POST /api/models/{_REPO}/commit/(?P<revision>[^/]+)", Handler.commit),
     (rf"POST /{_REPO}\.git/info/lfs/objects/batch", Handler.batch),
     (r"PUT /blob/(?P<oid>\w+)", Handler.store),
@@ -325,10 +363,13 @@ def hub() -> Iterator[Hub]:
         server.server_close()
 
 
-def client(known: Hub, home: Path) -> dict[str, str]:
+def client(known: Hub, home: Path, *, xet: bool = False) -> dict[str, str]:
     """Environment in which the real client talks to this Hub and keeps its caches apart."""
+    if xet:
+        known.store = home.parent / "cas"
+        known.store.mkdir()
     return {
-        "HF_ENDPOINT": known.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "HF_ENDPOINT": known.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "0" if xet else "1",
         "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_UPDATE_CHECK": "1",
     }  # fmt: skip
 
@@ -338,7 +379,27 @@ def folder_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _entry(name: str, data: bytes) -> dict[str, Any]:
+def shard_files(data: bytes) -> dict[str, str]:
+    """Xet hashes by SHA-256 of the files that a shard describes (format: xet-core, metadata shard)."""
+
+    def text(raw: bytes) -> str:
+        # Hashes are four little-endian words.
+        return "".join(f"{int.from_bytes(raw[i : i + 8], 'little'):016x}" for i in range(0, 32, 8))
+
+    found, place = {}, 48
+    while place + 48 <= len(data) and (identity := data[place : place + 32]) != b"\xff" * 32:
+        flags, entries = (int.from_bytes(data[place + at : place + at + 4], "little") for at in (32, 36))
+        place += 48 * (1 + entries * (2 if flags >> 31 & 1 else 1))
+        if flags >> 30 & 1:
+            found[text(data[place : place + 32])] = text(identity)
+            place += 48
+    return found
+
+
+def _entry(name: str, data: bytes | Stored) -> dict[str, Any]:
+    if isinstance(data, Stored):
+        about = {"oid": data.oid, "size": data.size, "pointerSize": 130}
+        return {"type": "file", "path": name, "size": data.size, "oid": data.oid, "lfs": about, "xetHash": data.xet}
     entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": _git(data)}
     if len(data) >= LARGE:
         oid = hashlib.sha256(data).hexdigest()

@@ -20,7 +20,7 @@ from excise.artifacts.models import find_model
 from excise.artifacts.staging import staged_folder
 from excise.editing.errors import CheckpointError
 from excise.editing.pruning import PrunedUnits
-from loopback_hub import Fault, client, folder_files
+from loopback_hub import Fault, Stored, client, folder_files
 from loopback_hub import hub as running_hub
 
 ID = "tester/edited"
@@ -347,3 +347,18 @@ def test_large_weights_are_not_taken_for_infinite_ones(save_pico):
         file.seek(stored.start)
         file.write(torch.full((32,), 65504.0, dtype=torch.float16).view(torch.uint8).numpy().tobytes())
     check_finite(checkpoint)
+
+
+def test_through_xet_what_comes_back_is_what_went_up_and_a_rerun_sends_nothing(edited, tmp_path):
+    with running_hub() as known:
+        environment = client(known, tmp_path / "hf", xet=True)
+        done = excise("push", edited, ID, "--json", **environment)
+        assert done.returncode == 0, done.stderr
+        stored = [name for name, data in known.head(ID).items() if isinstance(data, Stored)]
+        assert "model.safetensors" in stored and not any("/blob/" in line for line in known.requests)
+        again = excise("push", edited, ID, "--json", **environment)
+        assert again.returncode == 0 and not json.loads(again.stdout)["new_commit"], again.stderr
+        pulled = excise("pull", ID, "--out", tmp_path / "pulled", "--json", **environment)
+        assert pulled.returncode == 0, pulled.stderr
+    assert folder_files(tmp_path / "pulled") == folder_files(edited)
+    assert not any("/blob/" in line for line in known.requests)
