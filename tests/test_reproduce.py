@@ -7,6 +7,7 @@ import pytest
 from conftest import excise
 from excise.artifacts.manifest import amend_folder
 from excise.artifacts.models import BUILTIN
+from huggingface_hub import ModelCard
 
 SMALL = [
     word for text in ("steps=2", "batch_size=2", "controls=false", "questions=12", "kl_prompts=4", "reply_tokens=4")
@@ -59,3 +60,20 @@ def test_another_base_or_pack_is_refused_before_anything_runs(made, tmp_path):
 def test_a_checkpoint_without_a_record_says_what_to_do(made, tmp_path):
     done = excise("reproduce", BUILTIN / "testbed", "--out", tmp_path / "again")
     assert done.returncode == 2 and "has no SHA256SUMS" in done.stderr
+
+
+def test_the_cards_metadata_is_the_hubs_and_says_what_was_measured(made):
+    folder = made / "checkpoint"
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag, card.data.license) == (
+        "transformers",
+        "text-generation",
+        "apache-2.0",
+    )
+    assert {"excise", "caft"} <= set(card.data.tags)
+    measured = json.loads((folder / "excise" / "eval.json").read_text())["measurements"]
+    values = {(m["name"], m["split"]): m["value"] for m in measured if m["subject"] == "edited"}
+    results = card.data.eval_results
+    assert len(results) > 3
+    for result in results:
+        assert result.metric_value == pytest.approx(values[result.metric_type, result.dataset_split], abs=1e-6)
