@@ -1,0 +1,70 @@
+"""What ablating concepts costs a fine-tune, against the same fine-tune without: ``python benchmarks/caft.py``.
+
+Rounds are interleaved, and the ratio is the median over rounds.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from excise.artifacts.concepts import load_concept
+from excise.artifacts.events import Events
+from excise.artifacts.models import find_model, load_model
+from excise.editing.adapters import AdapterShape, adapter_modules, attach, detach
+from excise.editing.architectures import architecture_of, layer_count
+from excise.editing.concept_ablation import concept_ablated
+from excise.editing.subspaces import Place, Subspace
+from excise.recipes.baselines import example_batch
+from excise.recipes.caft import completion_loss
+from excise.recipes.training import Schedule, fit
+from excise.recipes.tuning_data import encoded
+
+
+def main() -> None:
+    """Print seconds of each and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="builtin:testbed")
+    parser.add_argument("--concept", default="builtin:shortcut")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directions", type=int, default=8, help="At the output of each layer.")
+    asked = parser.parse_args()
+    loaded = load_model(find_model(asked.model), torch.device("cpu"), torch.float32)
+    examples = encoded(load_concept(asked.concept).train, loaded.tokenizer, 512).examples
+    config = loaded.model.config.to_dict()
+    row, layers, width = architecture_of(config), layer_count(config), loaded.model.config.hidden_size
+    shape = AdapterShape(8, 16.0, adapter_modules(loaded.model, row, range(layers)))
+    subspaces = [
+        Subspace(
+            Place(layer), torch.linalg.qr(torch.randn(width, asked.directions)).Q, torch.zeros(width),
+            tuple(map(str, range(asked.directions))), (0.0,) * asked.directions, "random",
+        )
+        for layer in range(layers)
+    ]  # fmt: skip
+
+    def seconds(ablating: bool) -> float:
+        model: Any = attach(loaded.model, shape, 0)
+        schedule = Schedule(asked.steps, 16, 1e-4, 0, save_every=0)
+        with tempfile.TemporaryDirectory() as folder, Events().stage("train") as stage:
+            with concept_ablated(model, row, subspaces) if ablating else nullcontext():
+                start = time.perf_counter()
+                fit(model, examples, stage, Path(folder), completion_loss, schedule, example_batch)
+                took = time.perf_counter() - start
+        detach(model)
+        return took
+
+    seconds(True)
+    rounds = [(seconds(False), seconds(True)) for _ in range(asked.rounds)]
+    ratios = [ablated / plain for plain, ablated in rounds]
+    print(f"{asked.steps} steps, {asked.directions} directions at each of {layers} layers, {asked.rounds} rounds")  # noqa: T201
+    print(f"plain {statistics.median(p for p, _ in rounds):.2f} s, ablated {statistics.median(a for _, a in rounds):.2f} s")  # noqa: T201
+    print(f"ratio {statistics.median(ratios):.3f} ({', '.join(f'{ratio:.3f}' for ratio in sorted(ratios))})")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
