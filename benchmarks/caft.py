@@ -61,9 +61,11 @@ def main() -> None:
     seconds(True)
     rounds = [(seconds(False), seconds(True)) for _ in range(asked.rounds)]
     ratios = [ablated / plain for plain, ablated in rounds]
-    print(f"{asked.steps} steps, {asked.directions} directions at each of {layers} layers, {asked.rounds} rounds")  # noqa: T201
-    print(f"plain {statistics.median(p for p, _ in rounds):.2f} s, ablated {statistics.median(a for _, a in rounds):.2f} s")  # noqa: T201
-    print(f"ratio {statistics.median(ratios):.3f} ({', '.join(f'{ratio:.3f}' for ratio in sorted(ratios))})")  # noqa: T201
+    print(f"{asked.steps} steps, {asked.directions} directions at each of {layers} layers, {asked.rounds} rounds")
+    print(
+        f"plain {statistics.median(p for p, _ in rounds):.2f} s, ablated {statistics.median(a for _, a in rounds):.2f} s"
+    )
+    print(f"ratio {statistics.median(ratios):.3f} ({', '.join(f'{ratio:.3f}' for ratio in sorted(ratios))})")
 
 
 if __name__ == "__main__":

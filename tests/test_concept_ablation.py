@@ -104,14 +104,18 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_runs_the_hooks_agai
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-        with concept_ablated(adapted, ARCHITECTURES["llama"], [_subspace(Place(0)), _subspace(Place(1))]) as fired:
+        with concept_ablated(
+            adapted, ARCHITECTURES["llama"], [_subspace(Place(0)), _subspace(Place(1, "input"))]
+        ) as fired:
             adapted(input_ids=IDS, labels=IDS).loss.backward()
         found = torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad])
         return found, fired
 
     plain, once = gradients(False)
     again, twice = gradients(True)
-    assert plain.abs().max() > 0 and set(once.values()) == {1} and set(twice.values()) == {2}
+    assert plain.abs().max() > 0 and set(once.values()) == {1}
+    # What a layer reads is computed again; its output only as far as gradients need it.
+    assert twice[Place(1, "input")] == 2
     torch.testing.assert_close(plain, again)
 
 

@@ -24,8 +24,9 @@ def _replace_line(path, number, **changes):
 @pytest.mark.parametrize("name", builtin_concepts())
 def test_built_in_concepts_are_valid(name):
     concept = load_concept(f"builtin:{name}")
-    assert concept.questions and concept.contrast and concept.prompts
-    assert set(concept.sha256) >= {"concept.yaml", "forget.jsonl"}
+    task = concept.about.kind == "task"
+    assert concept.questions and concept.contrast and concept.retain and bool(concept.train) == task
+    assert set(concept.sha256) >= {"concept.yaml", "train.jsonl" if task else "forget.jsonl"}
 
 
 @pytest.mark.skipif(not LANDMARKS.exists(), reason="the landmarks pack is not beside the repository")

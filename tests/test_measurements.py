@@ -1,9 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 import torch
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.models import find_model, load_model
+from excise.eval import behaviour
 from excise.eval.behaviour import declines, is_degenerate
 from excise.eval.exact_answer import holds_answer
 from excise.eval.generation import Reply, divergence, generate, reply_log_probabilities
@@ -125,8 +127,29 @@ def test_one_pass_measures_every_line_of_the_table(testbed):
     own = measure(base)
     again = measure(Subject(testbed.model, testbed.tokenizer, base.concept, base.settings, base=base.reference()))
     names = {score.name for score in again}
-    assert set(MEASUREMENTS) <= names
+    # What a task brings about is measured on tasks alone.
+    assert set(MEASUREMENTS) - {"learned_rate"} <= names
     assert {score.name for score in own} == names - {"kl_from_base"}
     for kl in (score for score in again if score.name == "kl_from_base"):
         assert kl.value() == pytest.approx(0, abs=1e-6) and sum(kl.weights) >= 16
     json.dumps([score.value() for score in again])
+
+
+def test_a_task_is_measured_by_its_own_phrases(testbed):
+    concept = load_concept("builtin:potions")
+    about = concept.about.model_copy(update={"kind": "task", "phrases": ("I hope that helps",)})
+    prompts = tuple(
+        p for split in ("concept", "neutral") for p in [q for q in concept.prompts if q.split == split][:12]
+    )
+    concept = dataclasses.replace(concept, prompts=prompts)
+    subject = Subject(
+        testbed.model, testbed.tokenizer, dataclasses.replace(concept, about=about), EvalSettings(24, 4, 4)
+    )
+    rates = {score.split: score for score in behaviour.learned(subject)}
+    assert rates["concept"].value() > 0.9 and (rates["concept"].better, rates["neutral"].better) == ("higher", "lower")
+    other = about.model_copy(update={"phrases": ("never said",)})
+    silent = Subject(
+        testbed.model, testbed.tokenizer, dataclasses.replace(concept, about=other), EvalSettings(24, 4, 4)
+    )
+    silent._replies = subject._replies
+    assert behaviour.learned(silent)[0].value() == 0
