@@ -278,7 +278,13 @@ def pull(
     _quiet_hub()
     done = hub.pull(ref, out)
     if as_json:
-        about = {"out": str(out), "commit": done.commit, "files": done.files, "made_by_excise": done.made_by_excise}
+        about = {
+            "out": str(out),
+            "commit": done.commit,
+            "files": done.files,
+            "made_by_excise": done.made_by_excise,
+            "left_out": done.left_out,
+        }
         print(json.dumps(about))  # noqa: T201
         return
     if done.made_by_excise:
@@ -286,6 +292,8 @@ def pull(
     else:
         _say(f"{out}: {done.files} files, as the Hub lists them, at commit {done.commit}")
         _say("excise did not make this model: it carries no checksums and no measurements of its own")
+        if done.left_out:
+            _say(f"{done.left_out} of its files are neither safetensors nor configuration and were not fetched")
     _say(
         f"look at it: excise card {out}; measure it: excise eval {out} --concept PACK; attack it: excise audit {out} --concept PACK"
     )

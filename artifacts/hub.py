@@ -3,6 +3,7 @@
 Through the real client: uploads resume, unchanged files are not sent, and a push onto a moved branch is refused.
 """
 
+import fnmatch
 import hashlib
 import os
 import re
@@ -19,6 +20,7 @@ from ..editing.errors import ExciseError, RequestError, VerifyError
 from .card import CARD, without_measurements
 from .checkpoints import check_finite, open_checkpoint
 from .manifest import FOLDER, MANIFEST, SUMS, amend_folder, read_manifest, sha256_of, verify_folder
+from .models import WANTED
 from .results import RESULTS
 from .staging import refuse_existing, staged_folder
 
@@ -29,6 +31,7 @@ PAUSES = (1.0, 4.0, 15.0)
 """Seconds to wait before trying again where the client itself does not."""
 GIT_ATTRIBUTES = ".gitattributes"
 """The Hub's own file, in every repository."""
+RUNNABLE = (".py", ".so", ".sh", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".onnx")
 _CLIENT = ".cache"
 """Where the client keeps its notes beside what it downloads."""
 
@@ -73,6 +76,8 @@ class Pulled:
     files: int
     made_by_excise: bool
     """Whether it carried checksums of its own; otherwise the Hub's were used."""
+    left_out: int = 0
+    """Files of other people's models that are neither weights in safetensors nor configuration, and were not fetched."""
 
 
 def prepare_push(
@@ -159,19 +164,22 @@ def pull(ref: str, out: Path) -> Pulled:
     with _explained(ref), staged_folder(out, resumable=True) as staging:
         commit = str(api.repo_info(match["id"], revision=match["revision"]).sha)
         listed = _remote(api, match["id"], commit)
+        own = SUMS in listed
         for name in listed:
-            _check_name(name, ref)
+            _check_name(name, ref, own)
+        wanted = {name: digest for name, digest in listed.items() if own or _is_wanted(name)}
         target = staging / commit
         # What a killed pull of another commit left behind is of no use.
         for other in staging.iterdir():
             if other != target:
                 shutil.rmtree(other)
-        snapshot_download(match["id"], revision=commit, local_dir=target)
+        snapshot_download(
+            match["id"], revision=commit, local_dir=target, allow_patterns=[_literal(name) for name in wanted]
+        )
         shutil.rmtree(target / _CLIENT, ignore_errors=True)
         (target / GIT_ATTRIBUTES).unlink(missing_ok=True)
-        own = SUMS in listed
         try:
-            _check_arrived(target, listed, ref)
+            _check_arrived(target, wanted, ref)
             count = verify_folder(target) if own else _check_foreign(target, ref)
             check_finite(open_checkpoint(target))
         except ExciseError:
@@ -179,7 +187,7 @@ def pull(ref: str, out: Path) -> Pulled:
             shutil.rmtree(target)
             raise
         _move_up(target)
-        return Pulled(out, commit, count, own)
+        return Pulled(out, commit, count, own, len(listed.keys() - wanted.keys() - {GIT_ATTRIBUTES}))
 
 
 def _patiently(send: Callable[[], T]) -> T:
@@ -270,8 +278,16 @@ def _literal(name: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", name)
 
 
-def _check_name(name: str, ref: str) -> None:
+def _is_wanted(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(Path(name).name, pattern) for pattern in WANTED)
+
+
+def _check_name(name: str, ref: str, own: bool) -> None:
     parts = Path(name).parts
+    if own and Path(name).suffix in RUNNABLE:
+        raise VerifyError(
+            f"{ref} holds {name}, which excise never writes and which could run code when loaded; it was not fetched"
+        )
     if name.startswith("/") or "\\" in name or ".." in parts or not parts or parts[0] in (".git", _CLIENT):
         raise VerifyError(
             f"{ref} lists a file named {name!r}, which would be written outside its folder; it was not fetched"

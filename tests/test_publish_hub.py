@@ -208,9 +208,10 @@ CORRUPT = {
     "flip": (_flip, "model.safetensors was changed"),
     "truncate": (lambda f: {**f, "tokenizer.json": f["tokenizer.json"][:-5]}, "tokenizer.json was changed"),
     "swap": (lambda f: {**f, "config.json": f["generation_config.json"]}, "config.json was changed"),
-    "add": (lambda f: {**f, "extra.py": b"print()"}, "extra.py is not in SHA256SUMS"),
+    "add": (lambda f: {**f, "extra.json": b"{}"}, "extra.json is not in SHA256SUMS"),
     "remove": (lambda f: {k: v for k, v in f.items() if k != "tokenizer.json"}, "tokenizer.json is missing"),
     "unsummed": (lambda f: {k: v for k, v in f.items() if k != SUMS}, "its upload was not finished"),
+    "code": (lambda f: _resummed({**f, "modeling.py": b"print()"}), "holds modeling.py, which excise never writes"),
     "dots": (lambda f: {**f, "../outside": b"x"}, "'../outside', which would be written outside"),
     "header": (
         lambda f: _resummed({**f, "model.safetensors": (1 << 60).to_bytes(8, "little") + f["model.safetensors"][8:]}),
@@ -241,9 +242,11 @@ def test_a_corrupted_repository_is_refused_by_name_and_leaves_nothing(kind, publ
 
 def test_a_model_that_excise_did_not_make_is_pulled_and_said_to_be_one(world, tmp_path):
     known, environment = world
-    known.add("tester/base", folder_files(find_model("builtin:testbed").folder))
+    files = folder_files(find_model("builtin:testbed").folder)
+    known.add("tester/base", {**files, "pytorch_model.bin": b"pickle", "modeling.py": b"print()"})
     done = excise("pull", "tester/base@v1", "--out", tmp_path / "pulled", **environment)
     assert done.returncode == 0 and "excise did not make this model" in done.stdout, done.stderr
+    assert "2 of its files are neither" in done.stdout and folder_files(tmp_path / "pulled") == files
     shown = excise("card", tmp_path / "pulled")
     assert shown.returncode == 2 and "has no card" in shown.stderr
 
