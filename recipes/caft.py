@@ -126,7 +126,9 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> Prepared:
         concept.require(f"directions={settings.directions}", "contrast")
     if settings.components > width:
         raise RequestError(f"components={settings.components} are more than the model's width {width}; ask for fewer")
-    if settings.pick and max(settings.pick) >= settings.components:
+    if given and settings.pick:
+        given = tuple(subspace.pick(settings.pick) for subspace in given)
+    elif settings.pick and max(settings.pick) >= settings.components:
         raise RequestError(
             f"pick={list(settings.pick)} names direction {max(settings.pick)}, there are 0 to {settings.components - 1}; raise components"
         )
@@ -266,20 +268,17 @@ def _directions(
 ) -> tuple[Subspace, ...]:
     settings = prepared.settings
     if prepared.given:
-        found = prepared.given
-    elif settings.directions == "none":
+        return prepared.given
+    if settings.directions == "none":
         return ()
-    else:
-        with events.stage("find directions"):
-            job = prepared.adapted.job
-            pairs = random.Random(f"excise contrast {settings.seed}").sample(
-                job.concept.contrast, k=min(READ_ROWS, len(job.concept.contrast))
-            )
-            found = SOURCES[settings.directions](
-                loaded, job.row, prepared.places, settings.components, pairs, base, tuned
-            )  # fmt: skip
-        provenance = {"model": job.source.describe(), "seed": settings.seed, "data_sha256": prepared.data.sha256}
-        found = tuple(subspace.from_(provenance) for subspace in found)
+    with events.stage("find directions"):
+        job = prepared.adapted.job
+        pairs = random.Random(f"excise contrast {settings.seed}").sample(
+            job.concept.contrast, k=min(READ_ROWS, len(job.concept.contrast))
+        )
+        found = SOURCES[settings.directions](loaded, job.row, prepared.places, settings.components, pairs, base, tuned)
+    provenance = {"model": job.source.describe(), "seed": settings.seed, "data_sha256": prepared.data.sha256}
+    found = tuple(subspace.from_(provenance) for subspace in found)
     return tuple(subspace.pick(settings.pick) for subspace in found) if settings.pick else tuple(found)
 
 

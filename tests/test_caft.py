@@ -79,6 +79,10 @@ def test_saved_directions_can_be_used_again(tuned, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["trainings"] == 3
+    done = excise(
+        "run", "caft", "--dry-run", "--set", f"directions_file={file}", "--set", "pick=[4]", "--out", tmp_path / "again"
+    )
+    assert done.returncode == 2 and "there is no direction 4 at the input of layer 0; there are 0 to 0" in done.stderr
 
 
 def _dictionary(folder, latents=128):
