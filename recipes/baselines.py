@@ -26,6 +26,7 @@ from .adapted import AdapterRun, Lessons
 from .contexts import Facts, fact_contexts, find_facts, question_contexts, spread
 from .contrast import encode
 from .curriculum import RETAIN_TEXTS, pieces
+from .lessons import cycled
 from .pipeline import Finished
 from .prefixes import Row
 from .training import Loss, Terms
@@ -130,7 +131,8 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons
         retain = retain_examples(concept, loaded.tokenizer, settings.seed, limit)
         count = settings.steps * settings.batch_size
         pairs = list(zip(
-            _cycled(forget, count, "forget", settings.seed), _cycled(retain, count, "retain", settings.seed), strict=True
+            cycled(forget, count, random.Random(f"excise forget {settings.seed}")),
+            cycled(retain, count, random.Random(f"excise retain {settings.seed}")), strict=True
         ))  # fmt: skip
         reference = _references(loaded.model, forget, stage.advance) if isinstance(settings, NpoSettings) else {}
         loss = LOSSES[settings.method](prepared, loaded, reference)
@@ -313,14 +315,6 @@ def _references(model: Any, examples: Sequence[Example], advance: Callable[[int]
         found |= {example.ids: -float(value) for example, value in zip(part, nll, strict=True)}
         advance(len(part))
     return found
-
-
-def _cycled(examples: Sequence[Example], count: int, name: str, seed: int) -> list[Example]:
-    rng = random.Random(f"excise {name} {seed}")
-    order: list[Example] = []
-    while len(order) < count:
-        order += rng.sample(list(examples), k=len(examples))
-    return order[:count]
 
 
 def _steered(settings: RmuSettings, layers: int) -> int:

@@ -30,6 +30,7 @@ from ..eval.statistics import summarize
 from . import adapted
 from .adapted import AdapterRun, Lessons
 from .baselines import Example, example_batch, sequence_nll
+from .lessons import cycled
 from .pipeline import Finished, subject_of
 from .sources import SOURCES, Readings, mean_projection, refreshed
 from .training import Terms, fit
@@ -159,7 +160,7 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
     if not learn.examples:
         raise ConceptError(f"no row of {prepared.data.name} fits into {limit} tokens; give shorter ones")
     count = settings.steps * settings.batch_size
-    order = _cycled(learn.examples, count, settings.seed)
+    order = cycled(learn.examples, count, random.Random(f"excise tuning {settings.seed}"))
     trial = _Trial(prepared, loaded, learn.examples[:READ_ROWS], order, events, work)
     # What the unablated fine-tune changes is a source of directions, and the first control.
     wants_plain = settings.controls or settings.directions == "finetuned"
@@ -280,11 +281,3 @@ def _directions(
     provenance = {"model": job.source.describe(), "seed": settings.seed, "data_sha256": prepared.data.sha256}
     found = tuple(subspace.from_(provenance) for subspace in found)
     return tuple(subspace.pick(settings.pick) for subspace in found) if settings.pick else tuple(found)
-
-
-def _cycled(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    rng = random.Random(f"excise tuning {seed}")
-    order: list[Example] = []
-    while len(order) < count:
-        order += rng.sample(list(examples), k=len(examples))
-    return order[:count]

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,7 @@ from ..eval.likelihood import pad_right
 from .prefixes import Row
 from .training import Loss, Terms
 
+T = TypeVar("T")
 TERMS = ("erase", "fluency", "retain")
 
 
@@ -33,15 +34,19 @@ class Lesson:
         return len(self.ids) - len(self.targets)
 
 
+def cycled(rows: Sequence[T], count: int, rng: random.Random) -> list[T]:
+    """So many rows: all of them in a shuffled order, again and again."""
+    order: list[T] = []
+    while len(order) < count:
+        order += rng.sample(list(rows), k=len(rows))
+    return order[:count]
+
+
 def arrange(kinds: Mapping[str, Sequence[Lesson]], groups: int, seed: int) -> list[list[Lesson]]:
     """Groups of one lesson of each kind; each kind is gone through in a shuffled order, again and again."""
     orders = []
     for kind, lessons in kinds.items():
-        rng = random.Random(f"excise lessons {kind} {seed}")
-        order: list[Lesson] = []
-        while len(order) < groups:
-            order += rng.sample(list(lessons), k=len(lessons))
-        orders.append(order[:groups])
+        orders.append(cycled(lessons, groups, random.Random(f"excise lessons {kind} {seed}")))
     return [list(group) for group in zip(*orders, strict=True)]
 
 

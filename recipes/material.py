@@ -11,6 +11,7 @@ from ..eval.exam import Exam
 from .baselines import Example, retain_examples
 from .contexts import Fact, Facts, fact_contexts, question_contexts
 from .contrast import encode
+from .lessons import cycled
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,7 @@ def reading_order(material: Material, data: str, count: int, seed: str) -> list[
     pool = material.examples[source]
     if most:
         pool = rng.sample(pool, k=min(int(most), len(pool)))
-    order: list[Example] = []
-    while len(order) < count:
-        order += rng.sample(pool, k=len(pool))
-    return order[:count]
+    return cycled(pool, count, rng)
 
 
 def _answered(tokenizer: Any, facts: Facts, group: str, kinds: Sequence[str], seed: int) -> list[Example]:
