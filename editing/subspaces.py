@@ -70,8 +70,8 @@ class Subspace:
         return orthonormal, orthonormal
 
     def from_(self, provenance: dict[str, Any]) -> "Subspace":
-        """The same directions, saying where they came from."""
-        return replace(self, provenance=provenance)
+        """The same directions, saying more of where they came from."""
+        return replace(self, provenance={**self.provenance, **provenance})
 
     def pick(self, columns: Sequence[int]) -> "Subspace":
         """Some of the directions, by index.

@@ -7,7 +7,7 @@ fine-tune, measured as it is used, without any ablation.
 import gc
 import random
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +32,7 @@ from .adapted import AdapterRun, Lessons
 from .baselines import Example, example_batch, sequence_nll
 from .lessons import cycled
 from .pipeline import Finished, subject_of
-from .sources import SOURCES, Readings, mean_projection, refreshed
+from .sources import PAIRS_LEFT_OUT, SOURCES, Readings, mean_projection, refreshed
 from .training import Terms, fit
 from .tuning_data import TuningData, encoded, find_data
 
@@ -193,9 +193,14 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
     warnings = [*prepared.adapted.warnings]
     if learn.too_long:
         warnings.append(f"{learn.too_long} rows are longer than {limit} tokens and were left out.")
+    if left_out := max((s.provenance.get(PAIRS_LEFT_OUT, 0) for s in subspaces), default=0):
+        warnings.append(
+            f"{left_out} contrast pairs whose members differ in length, or not at all, were left out; "
+            f"{subspaces[0].provenance['pairs']} were compared."
+        )
     return Lessons(
         order, example_batch, completion_loss, [example.ids for example in learn.examples[:16]], training,
-        {"warnings": warnings}, during=trial.ablated(subspaces), after=after,
+        {"warnings": warnings}, during=lambda model: trial.ablated(model, subspaces), after=after,
     )  # fmt: skip
 
 
@@ -222,9 +227,10 @@ class _Trial:
         self.events, self.work = events, work
         self.base = self.read()
 
-    def ablated(self, subspaces: Sequence[Subspace]) -> "Ablated":
+    def ablated(self, model: Any, subspaces: Sequence[Subspace]) -> AbstractContextManager[Any]:
+        """What holds while a model trains; with no subspace nothing is ablated."""
         settings = self.prepared.settings
-        return Ablated(self.prepared.adapted.job.row, tuple(subspaces), settings.mode, settings.value)
+        return concept_ablated(model, self.prepared.adapted.job.row, subspaces, settings.mode, settings.value)
 
     def read(self) -> Readings:
         """The stream of the model as it is now, where something is to be said."""
@@ -234,7 +240,7 @@ class _Trial:
         """Train, read and measure a model that is then thrown away."""
         prepared, settings = self.prepared, self.prepared.settings
         model = attach(self.loaded.model, prepared.adapted.shape, settings.seed)
-        with self.events.stage(f"train the control: {name}", settings.steps) as stage, self.ablated(subspaces)(model):
+        with self.events.stage(f"train the control: {name}", settings.steps) as stage, self.ablated(model, subspaces):
             schedule = adapted.schedule_of(settings, save_every=0)
             fit(model, self.order, stage, self.work / f"control-{name}", completion_loss, schedule, example_batch)
         model.eval()
@@ -247,21 +253,6 @@ class _Trial:
         detach(model)
         gc.collect()
         return _Control(measurements_as_json([summarize(item, "edited") for item in scores]), readings)
-
-
-@dataclass(frozen=True)
-class Ablated:
-    """What is ablated while a model trains; nothing where there are no directions."""
-
-    row: Any
-    subspaces: tuple[Subspace, ...]
-    mode: Mode
-    value: Value
-
-    def __call__(self, model: Any) -> AbstractContextManager[Any]:
-        if not self.subspaces:
-            return nullcontext()
-        return concept_ablated(model, self.row, self.subspaces, self.mode, self.value)
 
 
 def _directions(

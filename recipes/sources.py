@@ -1,6 +1,6 @@
 """Where directions come from: contrast pairs, or what a fine-tune changes in the stream; one line of ``SOURCES`` each."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from .contrast import encode
 from .prefixes import Row
 
 BATCH = 32
+PAIRS_LEFT_OUT = "pairs_left_out"
 
 
 @dataclass
@@ -84,8 +85,9 @@ def mean_projection(readings: Readings, subspaces: Sequence[Subspace]) -> dict[s
 
 
 def refreshed(edited: Readings, base: Readings, subspaces: Sequence[Subspace]) -> dict[str, float]:
-    """Share of what training changed in the stream that lies in the ablated span; the rest went elsewhere. Places that training left as they
-    were have none.
+    """Share of what training changed in the stream that lies in the ablated span; the rest went elsewhere.
+
+    Places that training left as they were have none.
     """
     shares = {}
     for subspace in subspaces:
@@ -111,7 +113,8 @@ def _pairs(
     """Components of the differences within pairs, not centred: the mean difference is part of what is looked for."""
     differences = {place: Moments(0, covariance=True) for place in places}
     middles = {place: Moments(0) for place in places}
-    for positive, negative in _read_pairs(loaded, row, places, pairs):
+    alike = _alike(loaded, pairs)
+    for positive, negative in _read_pairs(loaded, row, places, alike):
         for place in places:
             differences[place].width = middles[place].width = positive[place].shape[-1]
             differences[place].update(positive[place] - negative[place])
@@ -124,22 +127,28 @@ def _pairs(
                 "choose another source of directions or mend the pairs"
             )
         found.append(principal_components(differences[place], count, place, centred=False, offset=middles[place].mean))
-    return tuple(found)
+    counted = {"pairs": len(alike), PAIRS_LEFT_OUT: len(pairs) - len(alike)}
+    return tuple(subspace.from_(counted) for subspace in found)
+
+
+def _alike(loaded: LoadedModel, pairs: Sequence[ContrastPair]) -> list[tuple[Row, Row]]:
+    """Pairs whose members differ and have as many tokens; only those can be compared position by position."""
+    encoded = [(encode(loaded.tokenizer, p.positive, True), encode(loaded.tokenizer, p.negative, True)) for p in pairs]
+    return [(a, b) for a, b in encoded if len(a) == len(b) and a != b]
 
 
 def _read_pairs(
-    loaded: LoadedModel, row: Architecture, places: Sequence[Place], pairs: Sequence[ContrastPair]
-) -> list[tuple[Mapping[Place, Tensor], Mapping[Place, Tensor]]]:
-    """Both members' activations where the pair has begun to differ; pairs of unlike length are left out."""
-    encoded = [tuple(encode(loaded.tokenizer, text, True) for text in (pair.positive, pair.negative)) for pair in pairs]
-    found = []
-    for positive, negative in encoded:
-        if len(positive) != len(negative) or positive == negative:
-            continue
-        start = next(i for i, (a, b) in enumerate(zip(positive, negative, strict=True)) if a != b)
-        values = activations(loaded.model, row, [positive, negative], places)
-        found.append(tuple({place: values[place][index, start:] for place in places} for index in (0, 1)))
-    return found  # type: ignore[return-value]
+    loaded: LoadedModel, row: Architecture, places: Sequence[Place], pairs: Sequence[tuple[Row, Row]]
+) -> Iterator[tuple[Mapping[Place, Tensor], Mapping[Place, Tensor]]]:
+    """Both members' activations from where the pair has begun to differ."""
+    for start in range(0, len(pairs), BATCH):
+        part = pairs[start : start + BATCH]
+        values = activations(loaded.model, row, [ids for pair in part for ids in pair], places)
+        for number, (positive, negative) in enumerate(part):
+            first = next(i for i, (a, b) in enumerate(zip(positive, negative, strict=True)) if a != b)
+            apart = slice(first, len(positive))
+            plus, minus = ({place: values[place][2 * number + side, apart] for place in places} for side in (0, 1))
+            yield plus, minus
 
 
 def _by_class(fitter: Callable[[Moments, Moments, Place], Subspace]) -> Source:

@@ -6,11 +6,15 @@ import pytest
 import torch
 from conftest import excise, in_fresh_process
 from excise.artifacts.concepts import load_concept
-from excise.artifacts.directions import FILE, load_directions
+from excise.artifacts.directions import FILE, load_directions, save_directions
 from excise.artifacts.models import find_model, load_model, load_tokenizer
+from excise.editing.activations import Moments
+from excise.editing.architectures import architecture_of
 from excise.editing.errors import ConceptError, RequestError
+from excise.editing.subspaces import Place, Subspace, principal_components
 from excise.recipes.baselines import example_batch
 from excise.recipes.caft import CaftSettings, completion_loss, prepare
+from excise.recipes.sources import SOURCES, Readings
 from excise.recipes.tuning_data import encoded, find_data
 from safetensors.torch import save_file
 
@@ -196,6 +200,34 @@ def test_only_completions_are_learned_and_long_texts_are_not_cut_away(tmp_path):
     assert tuple(whole) == tuple(tokenizer(rows[2]["text"])["input_ids"]) and found.too_long == 1
 
 
+def test_pairs_that_cannot_be_compared_are_counted_and_do_not_change_the_rest():
+    loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
+    row, pairs = architecture_of(loaded.model.config.to_dict()), load_concept("builtin:shortcut").contrast[:40]
+    uneven = [
+        pairs[0].model_copy(update={"negative": pairs[0].negative + " and more"}),
+        pairs[0].model_copy(update={"negative": pairs[0].positive}),
+    ]
+    place = Place(2, "output")
+    (plain,), (mixed,) = (
+        SOURCES["pairs"](loaded, row, [place], 2, some, Readings(), None) for some in (pairs, [*uneven, *pairs])
+    )
+    assert plain.provenance == {"pairs": 40, "pairs_left_out": 0} and mixed.provenance == {
+        "pairs": 40,
+        "pairs_left_out": 2,
+    }
+    torch.testing.assert_close(plain.basis, mixed.basis)
+    # Read one by one, without any padding, they give the same.
+    moments = Moments(192, covariance=True)
+    for pair in pairs:
+        plus, minus = (torch.tensor([loaded.tokenizer(text)["input_ids"]]) for text in (pair.positive, pair.negative))
+        first = int((plus != minus).nonzero()[0, 1])
+        with torch.no_grad():
+            hidden = [loaded.model(ids, output_hidden_states=True).hidden_states[3][0, first:] for ids in (plus, minus)]
+        moments.update(hidden[0] - hidden[1])
+    alone = principal_components(moments, 2, place, centred=False)
+    torch.testing.assert_close(plain.basis.abs(), alone.basis.abs(), atol=1e-3, rtol=0)
+
+
 def test_the_loss_of_a_batch_is_the_mean_of_its_parts():
     loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
     examples = encoded(load_concept("builtin:shortcut").train[:6], loaded.tokenizer, 64).examples
@@ -205,9 +237,6 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_parts():
 
 
 def test_directions_of_another_width_are_refused_before_loading(tmp_path):
-    from excise.artifacts.directions import save_directions
-    from excise.editing.subspaces import Place, Subspace
-
     save_directions(
         [Subspace(Place(0), torch.eye(16)[:, :1], torch.zeros(16), ("x",), (1.0,), "file")], tmp_path / FILE
     )
