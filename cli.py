@@ -542,8 +542,10 @@ def _quiet_hub() -> None:
 
 def _checkpoint(folder: Path) -> Path:
     """A run's checkpoint, or the folder itself."""
+    from .artifacts.manifest import SUMS
+
     inner = folder / "checkpoint"
-    return inner if inner.is_dir() and not (folder / "SHA256SUMS").exists() else folder
+    return inner if inner.is_dir() and not (folder / SUMS).exists() else folder
 
 
 def _watcher() -> Any:

@@ -124,14 +124,14 @@ def push(request: Push) -> Pushed:
             api.create_branch(request.repo_id, branch=request.revision, exist_ok=True)
         before = api.repo_info(request.repo_id, revision=request.revision).sha
         there = _remote(api, request.repo_id, request.revision)
-        local = _local(folder)
-        stale = sorted(there.keys() - local.keys() - {GIT_ATTRIBUTES})
+        local = _names(folder)
+        stale = sorted(there.keys() - set(local) - {GIT_ATTRIBUTES})
         if stale and SUMS not in there and not _leftovers(stale):
             raise RequestError(
                 f"{request.repo_id} holds {len(stale)} files that are not of this checkpoint, the first is {stale[0]}, and none of them "
                 "is excise's; give another repository id"
             )
-        if not stale and all(_same(local[name], there.get(name)) for name in local):
+        if not stale and all(_same(folder / name, there.get(name)) for name in local):
             return Pushed(str(url), str(before), False)
         done = _patiently(lambda: api.upload_folder(
             repo_id=request.repo_id, folder_path=folder, revision=request.revision, create_pr=request.create_pr or None,
@@ -142,7 +142,7 @@ def push(request: Push) -> Pushed:
         if request.create_pr:
             return Pushed(str(done.pr_url), str(done.oid), True)
         arrived = _remote(api, request.repo_id, str(done.oid))
-        if wrong := [name for name in local if not _same(local[name], arrived.get(name))]:
+        if wrong := [name for name in local if not _same(folder / name, arrived.get(name))]:
             raise ExciseError(f"{wrong[0]} did not arrive at {request.repo_id} as it was sent; push again")
         return Pushed(str(url), str(done.oid), True)
 
@@ -172,7 +172,7 @@ def pull(ref: str, out: Path) -> Pulled:
         # What a killed pull of another commit left behind is of no use.
         for other in staging.iterdir():
             if other != target:
-                shutil.rmtree(other)
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
         snapshot_download(
             match["id"], revision=commit, local_dir=target, allow_patterns=[_literal(name) for name in wanted]
         )
@@ -212,7 +212,7 @@ def _check_arrived(folder: Path, listed: dict[str, "_Digest"], ref: str) -> None
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise VerifyError(f"{name} of {ref} did not arrive as a file; pull again")
-        if not _same(_digest_of(path), expected):
+        if not _same(path, expected):
             raise VerifyError(f"{name} of {ref} arrived damaged: it is not what the Hub lists; pull again")
 
 
@@ -248,24 +248,19 @@ def _remote(api: Any, repo_id: str, revision: str | None) -> dict[str, _Digest]:
     return found
 
 
-def _local(folder: Path) -> dict[str, _Digest]:
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return {name: _digest_of(folder / name) for name in sorted(names)}
+def _names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _digest_of(path: Path) -> _Digest:
+def _same(path: Path, remote: _Digest | None) -> bool:
+    """Whether a file is what the Hub lists, by the digest that the Hub names it by."""
     size = path.stat().st_size
-    git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            git.update(block)
-    return _Digest(size, sha256_of(path), git.hexdigest())
-
-
-def _same(local: _Digest, remote: _Digest | None) -> bool:
-    if remote is None or local.size != remote.size:
+    if remote is None or size != remote.size:
         return False
-    return local.sha256 == remote.sha256 if remote.sha256 else local.git == remote.git
+    if remote.sha256:
+        return sha256_of(path) == remote.sha256
+    # Git hashes a header with the content; what it stores itself is small.
+    return hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest() == remote.git
 
 
 def _leftovers(names: list[str]) -> bool:

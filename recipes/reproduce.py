@@ -44,7 +44,7 @@ class Reproduced:
     """All weights have the same SHA-256."""
     changed_files: tuple[str, ...]
     outside: tuple[str, ...]
-    """Measurements whose new value lies outside the published interval, in words."""
+    """Measurements whose new value lies outside the published interval or is not there, in words."""
     compared: int
     differences: tuple[str, ...]
 
@@ -111,16 +111,18 @@ def run(prepared: Prepared, events: Events) -> Reproduced:
     finished = prepared.recipe.run(prepared.run, events)
     made = finished.out / "checkpoint"
     names = sorted(path.name for path in prepared.folder.glob("*.safetensors"))
+    assert names, "a verified checkpoint has weights"
     changed = [name for name in names if not _same(prepared.folder / name, made / name)]
     before, after = _edited(prepared.published), _edited(finished.results)
     shared = [key for key in before if key in after]
-    outside = [
+    outside = [f"{name} ({split}) was not measured again" for name, split in before if (name, split) not in after]
+    outside += [
         f"{name} ({split}): {after[name, split].value:.4f}, published {before[name, split].value:.4f} "
         f"[{before[name, split].ci95[0]:.4f}, {before[name, split].ci95[1]:.4f}]"
         for name, split in shared
         if not before[name, split].ci95[0] <= after[name, split].value <= before[name, split].ci95[1]
     ]
-    return Reproduced(finished.out, not changed, tuple(changed), tuple(outside), len(shared), prepared.differences)
+    return Reproduced(finished.out, not changed, tuple(changed), tuple(outside), len(before), prepared.differences)
 
 
 def _same(published: Path, made: Path) -> bool:
@@ -128,11 +130,7 @@ def _same(published: Path, made: Path) -> bool:
 
 
 def _edited(results: dict[str, Any]) -> dict[tuple[str, str], Measurement]:
-    return {
-        (m.name, m.split): m
-        for m in read_measurements(json.loads(json.dumps(results, default=vars)))
-        if m.subject == "edited"
-    }
+    return {(m.name, m.split): m for m in read_measurements(results) if m.subject == "edited"}
 
 
 def _reference(base: dict[str, Any]) -> str:

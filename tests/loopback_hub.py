@@ -104,18 +104,6 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
 
-    def do_HEAD(self) -> None:
-        self.handle_one()
-
-    def do_GET(self) -> None:
-        self.handle_one()
-
-    def do_POST(self) -> None:
-        self.handle_one()
-
-    def do_PUT(self) -> None:
-        self.handle_one()
-
     def handle_one(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -143,6 +131,8 @@ class Handler(BaseHTTPRequestHandler):
                 answer(self, **match.groupdict())
                 return
         self.missing("RepoNotFound")
+
+    do_HEAD = do_GET = do_POST = do_PUT = handle_one
 
     def _chunks(self) -> bytes:
         parts = []

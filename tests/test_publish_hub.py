@@ -240,6 +240,16 @@ def test_a_corrupted_repository_is_refused_by_name_and_leaves_nothing(kind, publ
         assert excise("pull", ID, "--out", out, **environment).returncode == 0
 
 
+def test_what_a_killed_pull_left_in_its_place_does_not_stop_the_next(published, tmp_path):
+    _, environment, files = published
+    left = tmp_path / ".pulled.staging"
+    (left / "0123abc").mkdir(parents=True)
+    (left / "config.json").write_text("{}")
+    done = excise("pull", ID, "--out", tmp_path / "pulled", **environment)
+    assert done.returncode == 0, done.stderr
+    assert folder_files(tmp_path / "pulled") == {name: data for name, data in files.items() if name != ".gitattributes"}
+
+
 def test_a_model_that_excise_did_not_make_is_pulled_and_said_to_be_one(world, tmp_path):
     known, environment = world
     files = folder_files(find_model("builtin:testbed").folder)

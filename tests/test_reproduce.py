@@ -38,6 +38,18 @@ def test_the_same_weights_come_out_and_others_do_not(made, tmp_path):
     assert other.returncode == 1 and json.loads(other.stdout)["changed_files"] == ["model.safetensors"]
 
 
+def test_a_measurement_that_is_not_made_again_is_told(made, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(made / "checkpoint", copy)
+    content = json.loads((copy / "excise" / "eval.json").read_text())
+    one = next(item for item in content["measurements"] if item["subject"] == "edited")
+    content["measurements"].append({**one, "name": "no longer measured"})
+    amend_folder(copy, {"excise/eval.json": json.dumps(content)})
+    done = excise("reproduce", copy, "--out", tmp_path / "again", "--json")
+    found = json.loads(done.stdout)
+    assert found["outside"] == [f"no longer measured ({one['split']}) was not measured again"] and found["identical"]
+
+
 def test_nothing_local_stands_in_what_is_published(made, tmp_path):
     data = tmp_path / "secret-place" / "rows.jsonl"
     data.parent.mkdir()
