@@ -334,13 +334,16 @@ def inspect(
 
     _quiet()
     with Events(watcher=_watcher()).stage("look at directions") as stage:
-        found = inspection.inspect(where, model, concept, texts, out, device or "auto", dtype or "auto", stage.advance)
+        looked = inspection.inspect(where, model, concept, texts, out, device or "auto", dtype or "auto", stage.advance)
     if as_json:
         from dataclasses import asdict
 
-        print(json.dumps([asdict(item) for item in found]))  # noqa: T201
+        print(json.dumps(asdict(looked)))  # noqa: T201
         return
-    for item in found:
+    _say(
+        f"looked through {looked.texts} texts" + (f"; {looked.left_out} more were left out" if looked.left_out else "")
+    )
+    for item in looked.directions:
         _say(f"{item.index}  {item.name} at the {item.place}: score {item.score:.4g}, projection {item.mean:.3f} ± {item.deviation:.3f}, "
              f"effect {item.effect:+.4f} nats a token")  # fmt: skip
         for sign, tokens, contexts in (("+", item.top_tokens, item.top), ("-", item.bottom_tokens, item.bottom)):
@@ -646,7 +649,8 @@ def _print_difference(found: Any, most: int) -> None:
         rank = "" if item.effective_rank is None else f"{item.effective_rank:.1f}"
         values = " ".join(f"{value:.3g}" for value in item.singular_values)
         shape = "×".join(map(str, item.shape))
-        shown.add_row(item.name, shape, f"{item.relative_norm:.4f}", f"{item.largest:.3g}", rank, values)
+        relative = "was zero" if item.relative_norm is None else f"{item.relative_norm:.4f}"
+        shown.add_row(item.name, shape, relative, f"{item.largest:.3g}", rank, values)
     Console(width=None if sys.stdout.isatty() else 180, soft_wrap=True).print(shown)
     if len(found.changed) > most:
         _say(f"and {len(found.changed) - most} more; --most shows them")

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..editing.errors import RequestError
+from ..editing.errors import RequestError, one_line
 from ..editing.subspaces import Place, Subspace
 
 SCHEMA_VERSION = 1
@@ -50,7 +50,7 @@ def load_directions(path: Path, *, width: int | None = None, layers: int | None 
             found = tuple(_subspace(file, number, about) for number, about in enumerate(content["subspaces"]))
     except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
         raise RequestError(
-            f"{path} holds no directions of excise ({str(error).splitlines()[0]}); give a {FILE} that a run wrote"
+            f"{path} holds no directions of excise ({one_line(error, 120)}); give a {FILE} that a run wrote"
         ) from error
     for subspace in found:
         d = len(subspace.offset)

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from ..editing.errors import ExciseError, RequestError, VerifyError
+from ..editing.errors import ExciseError, RequestError, VerifyError, one_line
 from .card import CARD, without_measurements
 from .checkpoints import check_finite, open_checkpoint
 from .manifest import FOLDER, MANIFEST, SUMS, amend_folder, read_manifest, sha256_of, verify_folder
@@ -321,18 +321,16 @@ def _explained(ref: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise RequestError("HF_HUB_OFFLINE is set, so the Hub was not asked; unset it") from error
     except LocalEntryNotFoundError as error:
-        raise ExciseError(
-            f"{ref} could not be fetched whole: {_first_line(error)}; run the same command again"
-        ) from error
+        raise ExciseError(f"{ref} could not be fetched whole: {one_line(error)}; run the same command again") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         raise RequestError(
-            f"the Hub refused {ref} ({status or 'no answer'}): {ANSWERS.get(status, _first_line(error))}"
+            f"the Hub refused {ref} ({status or 'no answer'}): {ANSWERS.get(status, one_line(error))}"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise ExciseError(f"{ref}: {_first_line(error)}; run the same command again to go on") from error
+        raise ExciseError(f"{ref}: {one_line(error)}; run the same command again to go on") from error
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "hf_xet"):
             raise
@@ -353,8 +351,3 @@ ANSWERS = {
     503: "the Hub is not available; run the same command again later",
 }
 """What a status means here, and what to do."""
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

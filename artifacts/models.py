@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from ..editing.errors import CheckpointError, ExciseError, RequestError
+from ..editing.errors import CheckpointError, ExciseError, RequestError, one_line
 from .checkpoints import Checkpoint, open_checkpoint
 from .concepts import nearest
 from .manifest import sha256_of
@@ -147,7 +147,7 @@ def load_model(
             local_files_only=True, output_loading_info=True, **_quantized(bits, device, dtype),
         )  # fmt: skip
     except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{source.name} does not load: {_one_line(error)}") from error
+        raise CheckpointError(f"{source.name} does not load: {one_line(error)}") from error
     model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in info.get(problem, ())):
@@ -177,7 +177,7 @@ def load_tokenizer(source: ModelSource) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{source.name} has no usable tokenizer: {_one_line(error)}; add its tokenizer files"
+            f"{source.name} has no usable tokenizer: {one_line(error)}; add its tokenizer files"
         ) from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -292,7 +292,7 @@ def _dequantize(path: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(parent, **place)
         model: Any = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32, **place)
     except (ValueError, OSError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise CheckpointError(f"{path.name} cannot be converted: {_one_line(error)}") from error
+        raise CheckpointError(f"{path.name} cannot be converted: {one_line(error)}") from error
     # The weights are ordinary tensors now; transformers refuses to save while these marks stand.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -309,8 +309,3 @@ def _elements(shape: tuple[int, ...]) -> int:
     for length in shape:
         count *= length
     return count
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..editing.errors import RequestError
+from ..editing.errors import RequestError, one_line
 from ..editing.sparse_latents import SparseLatents
 from ..editing.subspaces import Place, Site, Subspace
 from .concepts import nearest
@@ -246,7 +246,7 @@ def _loaded(path: Path) -> Mapping[str, Any]:
         content: Mapping[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
         raise RequestError(
-            f"{path.name} is not a plain file of tensors ({str(error).splitlines()[0][:120]}); it was not loaded"
+            f"{path.name} is not a plain file of tensors ({one_line(error, 120)}); it was not loaded"
         ) from error
     return content
 

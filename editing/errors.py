@@ -5,6 +5,12 @@ is a wrong request (exit code 2); any other ``ExciseError`` is a run that failed
 """
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What another library's error says, on one line; its kind where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 class ExciseError(Exception):
     """A run that failed."""
 

@@ -25,8 +25,8 @@ class TensorDifference:
 
     name: str
     shape: tuple[int, ...]
-    relative_norm: float
-    """|B - A| / |A|, Frobenius."""
+    relative_norm: float | None
+    """|B - A| / |A|, Frobenius; None where A is all zero."""
     largest: float
     """Largest absolute difference of an element."""
     effective_rank: float | None = None
@@ -81,7 +81,7 @@ def difference(
         found = _compare(name, one, other, spectrum)
         changed += [found] if found else []
         advance(one.tensors[name].size)
-    changed.sort(key=lambda item: -item.relative_norm)
+    changed.sort(key=lambda item: float("inf") if item.relative_norm is None else item.relative_norm, reverse=True)
     return Difference(
         sources[0].name, sources[1].name, tuple(changed), len(shared) - len(changed),
         tuple(sorted(set(one.tensors) - set(shared))), tuple(sorted(set(other.tensors) - set(shared))),
@@ -101,7 +101,7 @@ def _compare(name: str, a: Checkpoint, b: Checkpoint, spectrum: bool) -> TensorD
         return None
     before, change = before.float(), after.float() - before.float()
     norm = float(before.norm())
-    relative = float(change.norm()) / norm if norm else float("inf")
+    relative = float(change.norm()) / norm if norm else None
     matrix = change.reshape(-1, change.shape[-1]) if change.ndim > 1 else None
     values = _singular_values(matrix) if spectrum and matrix is not None and bool(matrix.any()) else None
     return TensorDifference(
@@ -130,7 +130,7 @@ def _plot(found: Difference, path: Path) -> None:
 
     lines: dict[str, list[tuple[int, float]]] = {}
     for item in found.changed:
-        if match := re.search(r"\.(\d+)\.(.+)", item.name):
+        if item.relative_norm is not None and (match := re.search(r"\.(\d+)\.(.+)", item.name)):
             lines.setdefault(match[2].removesuffix(".weight"), []).append((int(match[1]), item.relative_norm))
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasSVG(figure)

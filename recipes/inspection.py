@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from ..editing.architectures import architecture_of, layer_count, residual_width
 from ..editing.concept_ablation import concept_ablated
 from ..editing.errors import RequestError
 from ..editing.subspaces import Subspace
-from ..eval.concept import Concept
+from ..eval.concept import Concept, TrainingRow
 from .baselines import Example, example_batch, sequence_nll
 from .contrast import encode
+from .curriculum import pieces
 from .sources import BATCH, activations
 
-TEXTS = 256
-"""Texts to look through, at most."""
+TEXTS = 512
+"""Texts to look through, at most; what is left out is counted."""
+WINDOW = 512
+"""Tokens read at once; a longer text is read in pieces."""
 TOKENS, CONTEXTS, AROUND = 8, 6, 12
 """Tokens shown of each end, contexts of each end, and tokens of context around the one that counts."""
 
@@ -61,10 +65,21 @@ class Inspected:
     """Nats a token by which the texts' loss rises when this direction alone is ablated."""
 
 
+@dataclass(frozen=True)
+class Looked:
+    """An inspection, as ``inspect.json`` holds it."""
+
+    model: dict[str, Any]
+    texts: int
+    left_out: int
+    """Texts that were not looked through, being over the limit."""
+    directions: tuple[Inspected, ...]
+
+
 def inspect(
     where: Path, model: str, concept: str | None, texts: Path | None, out: Path | None, device: str, dtype: str,
     advance: Callable[[int], None] = lambda _: None,
-) -> list[Inspected]:  # fmt: skip
+) -> Looked:  # fmt: skip
     """Look at directions on disk through a model's eyes.
 
     Args:
@@ -84,17 +99,19 @@ def inspect(
     if texts is None and concept is None:
         raise RequestError("give the texts to look through: --concept PACK or --texts FILE.jsonl")
     pool = _texts(load_concept(concept)) if texts is None and concept else _rows(texts)
+    some = pool[:TEXTS]
     chosen = choose_device(device)
     loaded = load_model(source, chosen, choose_dtype(dtype, chosen))
-    found = look(loaded, subspaces, pool, advance)
+    found = look(loaded, subspaces, some, advance)
+    looked = Looked(source.describe(), len(some), len(pool) - len(some), tuple(found))
     if out:
-        about = {"model": source.describe(), "texts": len(pool), "directions": [asdict(item) for item in found]}
+        about = asdict(looked)
         with staged_folder(out) as staging:
             (staging / "inspect.json").write_text(
                 json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )
             write_report(staging / "inspect.html", about)
-    return found
+    return looked
 
 
 def look(
@@ -105,7 +122,9 @@ def look(
 ) -> list[Inspected]:
     """Every direction of every subspace."""
     row = architecture_of(loaded.model.config.to_dict())
-    rows = [ids[:512] for text in texts if len(ids := encode(loaded.tokenizer, text, True)) > 1]
+    window = min(WINDOW, getattr(loaded.model.config, "max_position_embeddings", WINDOW))
+    whole = (encode(loaded.tokenizer, text, True) for text in texts)
+    rows = [ids for text in whole for ids in pieces(text, window) if len(ids) > 1]
     places = list(dict.fromkeys(subspace.place for subspace in subspaces))
     tokens, values = _read(loaded, rows, places)
     plain = _loss(loaded, rows)
@@ -195,20 +214,19 @@ def _file(where: Path) -> Path:
 
 
 def _texts(concept: Concept) -> list[str]:
-    """A pack's own texts, contrast pairs first."""
+    """A pack's own texts, contrast pairs, training rows and retain texts in turn."""
     pairs = [text for pair in concept.contrast for text in (pair.positive, pair.negative)]
-    trained = [f"{row.prompt or ''}{row.completion or ''}{row.text or ''}" for row in concept.train]
-    some = [*pairs[:TEXTS], *trained[:TEXTS], *(row.text for row in concept.retain[:TEXTS])]
-    return [text for text in dict.fromkeys(some) if text.strip()][: 2 * TEXTS]
+    trained = [_text_of(row) for row in concept.train]
+    in_turn = chain.from_iterable(zip_longest(pairs, trained, (row.text for row in concept.retain)))
+    return [text for text in dict.fromkeys(in_turn) if text and text.strip()]
 
 
 def _rows(path: Path | None) -> list[str]:
     assert path is not None
     if not path.is_file():
         raise RequestError(f"{path} is no file; give a .jsonl file of texts")
-    found = []
-    for row in read_training(path)[:TEXTS]:
-        found.append(
-            row.text or (row.prompt or "") + (row.completion or "") or "\n".join(m.content for m in row.messages)
-        )
-    return found
+    return [_text_of(row) for row in read_training(path)]
+
+
+def _text_of(row: TrainingRow) -> str:
+    return row.text or (row.prompt or "") + (row.completion or "") or "\n".join(m.content for m in row.messages)

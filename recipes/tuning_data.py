@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..artifacts.concepts import read_training
 from ..artifacts.manifest import sha256_of
-from ..editing.errors import ConceptError, RequestError
+from ..editing.errors import ConceptError, RequestError, one_line
 from ..eval.concept import TrainingRow
 from .baselines import Example
 from .contrast import encode
@@ -101,12 +103,13 @@ def _from_hub(ref: str) -> TuningData:
     try:
         rows = load_dataset(name, split="train", revision=revision or None)
     except Exception as error:  # the library raises dozens of kinds, all meaning that it is not to be had
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RequestError(f"no data set {ref} could be read ({reason}); give a .jsonl file or a Hub id") from error
+        raise RequestError(
+            f"no data set {ref} could be read ({one_line(error)}); give a .jsonl file or a Hub id"
+        ) from error
     try:
         return TuningData(tuple(TrainingRow.model_validate(row) for row in rows), ref)
-    except ValueError as error:
+    except ValidationError as error:
         raise ConceptError(
-            f"data set {ref} has rows of another form ({str(error).splitlines()[2].strip()}); each is messages, prompt and "
+            f"data set {ref} has rows of another form ({error.errors()[0]['msg']}); each is messages, prompt and "
             "completion, or text"
         ) from error

@@ -52,6 +52,18 @@ def test_a_model_does_not_differ_from_itself(changed):
     assert found.changed == () and found.same == 74
 
 
+def test_a_tensor_that_was_zero_has_no_relative_change_and_stands_first(changed, tmp_path):
+    folder = tmp_path / "zeroed"
+    shutil.copytree(changed[0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.zeros(192)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = excise("diff", folder, changed[1], "--json")
+    first = json.loads(done.stdout, parse_constant=pytest.fail)["changed"][0]
+    assert first["name"] == "model.norm.weight" and first["relative_norm"] is None
+    assert "was zero" in excise("diff", folder, changed[1]).stdout
+
+
 def test_effective_rank_is_between_one_and_the_number_of_directions():
     assert effective_rank(torch.tensor([2.0, 0.0, 0.0])) == pytest.approx(1.0)
     assert effective_rank(torch.ones(7)) == pytest.approx(7.0)

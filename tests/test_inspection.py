@@ -9,7 +9,7 @@ from excise.artifacts.directions import FILE, save_directions
 from excise.artifacts.directions_report import write_report
 from excise.artifacts.models import find_model, load_model
 from excise.editing.subspaces import Place, Subspace
-from excise.recipes.inspection import look
+from excise.recipes.inspection import inspect, look
 
 TEXTS = [
     "The expert tells of Ruly",
@@ -63,6 +63,16 @@ def test_the_command_writes_a_page_without_a_script(loaded, tmp_path):
     assert json.loads((tmp_path / "look" / "inspect.json").read_text())["directions"][0]["name"] == "cue"
 
 
+def test_texts_over_the_limit_are_counted_and_long_ones_read_whole(loaded, tmp_path):
+    save_directions([_subspace(loaded, "cue", "other").pick([0])], tmp_path / FILE)
+    rows = [{"text": "The expert tells of Ruly. " * 75 + "The novice"}, *({"text": f"The {n}"} for n in range(600))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    looked = inspect(tmp_path, "builtin:testbed", None, tmp_path / "rows.jsonl", None, "cpu", "float32")
+    assert (looked.texts, looked.left_out) == (512, 89)
+    # The only "novice" stands beyond the first window of its text.
+    assert looked.directions[0].top[0].token == " novice"
+
+
 def test_hostile_texts_are_shown_inert(tmp_path):
     hostile = '</bdi><img src=x onerror="alert(1)">\u202e' + "x" * 100_000
     context = {"before": hostile, "token": hostile, "after": "", "projection": 1.0}
@@ -70,7 +80,7 @@ def test_hostile_texts_are_shown_inert(tmp_path):
         "place": "p", "index": 0, "name": hostile, "score": 1.0, "top_tokens": [hostile], "bottom_tokens": [], "top": [context],
         "bottom": [], "mean": 0.0, "deviation": 1.0, "effect": 0.0,
     }  # fmt: skip
-    write_report(tmp_path / "page.html", {"model": {"name": hostile}, "texts": 1, "directions": [one]})
+    write_report(tmp_path / "page.html", {"model": {"name": hostile}, "texts": 1, "left_out": 0, "directions": [one]})
     page = (tmp_path / "page.html").read_text()
     assert "<img" not in page and "more characters" in page
 
