@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -392,6 +394,9 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Folder to write the new run into.")],
     model: Annotated[str | None, typer.Option(help="Where the base is, if it was a local one.")] = None,
     concept: Annotated[str | None, typer.Option(help="Where the concept pack is, if it was a local one.")] = None,
+    file: Annotated[
+        list[str] | None, typer.Option(help="KEY=PATH of another local file it was made with, as data=rows.jsonl.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run the recorded recipe again; compare weights by SHA-256, or measurements where the platform differs."""
@@ -400,14 +405,17 @@ def reproduce(
 
     refuse_taken(out)
     _quiet()
-    if Path(what).is_dir():
-        folder = _checkpoint(Path(what))
-    else:
-        from .artifacts import hub
+    with ExitStack() as stack:
+        if Path(what).is_dir():
+            folder = _checkpoint(Path(what))
+        else:
+            from .artifacts import hub
 
-        folder = out.with_name(f"{out.name}-published")
-        hub.pull(what, folder)
-    done = recipe.run(recipe.prepare(folder, out, model=model, concept=concept), Events(watcher=_watcher()))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-"))) / "published"
+            hub.pull(what, folder)
+        prepared = recipe.prepare(folder, out, model=model, concept=concept, files=file or [])
+        done = recipe.run(prepared, Events(watcher=_watcher()))
     if as_json:
         about = {"out": str(done.out), "identical": done.identical, "holds": done.holds, "changed_files": done.changed_files,
                  "outside": done.outside, "compared": done.compared, "differences": done.differences}  # fmt: skip

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,18 @@ class Reproduced:
         return self.identical or (bool(self.differences) and not self.outside)
 
 
-def prepare(folder: Path, out: Path, *, model: str | None = None, concept: str | None = None) -> Prepared:
+def prepare(
+    folder: Path, out: Path, *, model: str | None = None, concept: str | None = None, files: Sequence[str] = ()
+) -> Prepared:  # fmt: skip
     """Read what was recorded, and check that base and concept are the same ones.
 
     Args:
         model: Where the base is, if it was a local one.
         concept: Where the concept pack is, if it was a local one.
+        files: ``KEY=PATH`` for each other setting that named a local file, of which the record has the name alone.
 
     Raises:
-        RequestError: There is no record, or base or concept is another.
+        RequestError: There is no record, or base, concept or a file is another.
         VerifyError: The folder is not as it was published.
     """
     refuse_taken(out)
@@ -93,8 +97,9 @@ def prepare(folder: Path, out: Path, *, model: str | None = None, concept: str |
     if pack.sha256 != wanted["sha256"]:
         raise RequestError(f"{pack.ref} is not the concept pack it was made with; its files differ")
     module = importlib.import_module(RECIPES[name].module)
+    elsewhere = _elsewhere(run["settings"], files)
     flags = {
-        **{key: value for key, value in run["settings"].items() if value is not None}, "model": reference,
+        **{key: value for key, value in run["settings"].items() if value is not None}, **elsewhere, "model": reference,
         "concept": concept or wanted["ref"], "out": out, "device": run["device"], "dtype": run["dtype"],
     }  # fmt: skip
     settings = load_settings(getattr(module, RECIPES[name].settings), None, [], flags)
@@ -123,6 +128,20 @@ def run(prepared: Prepared, events: Events) -> Reproduced:
         if not before[name, split].ci95[0] <= after[name, split].value <= before[name, split].ci95[1]
     ]
     return Reproduced(finished.out, not changed, tuple(changed), tuple(outside), len(before), prepared.differences)
+
+
+def _elsewhere(recorded: dict[str, Any], files: Sequence[str]) -> dict[str, str]:
+    """Where local files are now; they may stand elsewhere, but under the name that was recorded."""
+    found = {}
+    for given in files:
+        key, _, path = given.partition("=")
+        if not path or recorded.get(key) != Path(path).name:
+            raise RequestError(
+                f"--file {given}: gives no file that the run was made with ({key} was {recorded.get(key)!r}); "
+                "give KEY=PATH, ending in the name that was recorded"
+            )
+        found[key] = path
+    return found
 
 
 def _same(published: Path, made: Path) -> bool:

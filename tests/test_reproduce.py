@@ -8,6 +8,7 @@ from conftest import excise
 from excise.artifacts.manifest import amend_folder
 from excise.artifacts.models import BUILTIN
 from huggingface_hub import ModelCard
+from loopback_hub import client, folder_files, hub
 
 SMALL = [
     word for text in ("steps=2", "batch_size=2", "controls=false", "questions=12", "kl_prompts=4", "reply_tokens=4")
@@ -50,15 +51,40 @@ def test_a_measurement_that_is_not_made_again_is_told(made, tmp_path):
     assert found["outside"] == [f"no longer measured ({one['split']}) was not measured again"] and found["identical"]
 
 
-def test_nothing_local_stands_in_what_is_published(made, tmp_path):
-    data = tmp_path / "secret-place" / "rows.jsonl"
+@pytest.fixture(scope="module")
+def from_local(tmp_path_factory):
+    """A run whose rows are in a file of one's own."""
+    place = tmp_path_factory.mktemp("local")
+    data = place / "secret-place" / "rows.jsonl"
     data.parent.mkdir()
     data.write_text((BUILTIN / "concepts" / "shortcut" / "train.jsonl").read_text())
-    done = excise("run", "caft", "--out", tmp_path / "run", "--set", f"data={data}", *SMALL)
+    done = excise("run", "caft", "--out", place / "run", "--set", f"data={data}", *SMALL)
     assert done.returncode == 0, done.stderr
-    texts = [p for p in (tmp_path / "run" / "checkpoint").rglob("*") if p.suffix in (".md", ".json", ".safetensors")]
+    return place / "run" / "checkpoint", data
+
+
+def test_nothing_local_stands_in_what_is_published(from_local):
+    folder, _ = from_local
+    texts = [p for p in folder.rglob("*") if p.suffix in (".md", ".json", ".safetensors")]
     assert len(texts) > 6 and not any(b"secret-place" in path.read_bytes() for path in texts)
-    assert "rows.jsonl" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+    assert "rows.jsonl" in (folder / "README.md").read_text()
+
+
+def test_a_run_on_the_hub_made_with_a_local_file_is_made_again_once_told_where_the_file_is(from_local, tmp_path):
+    folder, data = from_local
+    again = tmp_path / "new" / "again"
+    with hub() as known:
+        environment = client(known, tmp_path / "hf")
+        known.add("tester/model", folder_files(folder))
+        words = ["reproduce", "tester/model", "--out", again, "--json"]
+        lost = excise(*words, **environment)
+        assert lost.returncode == 2 and "rows.jsonl" in lost.stderr
+        wrong = excise(*words, "--file", "data=other.jsonl", **environment)
+        assert wrong.returncode == 2 and "data was 'rows.jsonl'" in wrong.stderr
+        assert not list(again.parent.iterdir())
+        done = excise(*words, "--file", f"data={data}", **environment)
+    assert done.returncode == 0 and json.loads(done.stdout)["identical"], done.stderr
+    assert [path.name for path in again.parent.iterdir()] == ["again"]
 
 
 def test_another_base_or_pack_is_refused_before_anything_runs(made, tmp_path):
