@@ -320,6 +320,22 @@ def card(
         _say(body)
 
 
+@app.command(epilog="Example: excise report pulled/my-model --out my-model.html")
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="A checkpoint that excise wrote, pulled or your own, or a run's folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")],
+) -> None:
+    """Write a checkpoint's report: one HTML file with its measurements, replies and audit, which opens offline."""
+    from .artifacts.report import report_of
+    from .artifacts.staging import refuse_existing
+
+    refuse_existing(out)
+    report_of(_checkpoint(folder), out)
+    _say(f"report  {out}")
+
+
 @app.command(epilog="Example: excise inspect runs/caft-1 --model builtin:testbed --concept builtin:shortcut --out look")
 def inspect(
     where: Annotated[Path, typer.Argument(help="A directions.safetensors, or the folder of a caft run.")],

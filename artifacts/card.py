@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .findings import findings, limits
 from .manifest import MANIFEST
+from .pages import visible
 from .results import LABELS, format_difference, format_value, read_measurements, table
 
 CARD = "README.md"
@@ -103,9 +104,7 @@ def _shown(samples: list[dict[str, str]]) -> list[dict[str, str]]:
 def _cell(text: str) -> str:
     """Model text as inert text in a Markdown table."""
     plain = " ".join(text.split())[:400]
-    # Control and bidirectional characters could reorder or hide what stands around them.
-    plain = re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "�", plain)
-    escaped = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = visible(plain).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", escaped) or "*(empty)*"
 
 

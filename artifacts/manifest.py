@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -115,8 +116,8 @@ def verify_folder(folder: Path) -> int:
     return len(actual) + 1
 
 
-def amend_folder(folder: Path, texts: dict[str, str]) -> None:
-    """Add or replace text files of a published folder, checksums included.
+def amend_folder(folder: Path, contents: Mapping[str, str | bytes]) -> None:
+    """Add or replace small files of a published folder, checksums included.
 
     The amended folder is made whole beside the old one, which shares its weights, and takes its place.
 
@@ -128,8 +129,8 @@ def amend_folder(folder: Path, texts: dict[str, str]) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(folder, staging, copy_function=os.link)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    for name, text in texts.items():
-        _write_anew(staging / name, text)
+    for name, content in contents.items():
+        _write_anew(staging / name, content)
         manifest["files"][name] = {"size": (staging / name).stat().st_size, "sha256": sha256_of(staging / name)}
     _write_anew(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     sums = {name: entry["sha256"] for name, entry in manifest["files"].items()}
@@ -141,10 +142,10 @@ def amend_folder(folder: Path, texts: dict[str, str]) -> None:
     shutil.rmtree(before)
 
 
-def _write_anew(path: Path, text: str) -> None:
+def _write_anew(path: Path, content: str | bytes) -> None:
     """Write a file that shares nothing with the one that stood there."""
     path.unlink(missing_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

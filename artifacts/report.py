@@ -1,18 +1,20 @@
 """The local report: one HTML file that opens offline and treats model text as data."""
 
-import re
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..editing.errors import RequestError
+from ..eval.statistics import Measurement
+from . import charts
+from .audit_report import AUDIT, HEADLINES, shown
 from .findings import findings, limits
-from .results import Row, format_difference, format_value, layers_probed, read_measurements, table
-
-MAX_TEXT = 4000
-"""Characters of one prompt or reply that the report shows; the rest is counted."""
+from .manifest import read_manifest, verify_folder
+from .pages import render
+from .results import RESULTS, Row, format_difference, format_value, layers_probed, read_measurements, table
 
 _MAPS = (
     (
@@ -26,25 +28,89 @@ _MAPS = (
 )
 
 
-def write_report(path: Path, results: dict[str, Any], changes: list[dict[str, Any]]) -> None:
-    """Write the report of a run."""
-    environment = Environment(
-        loader=PackageLoader(__package__, "templates"), undefined=StrictUndefined, autoescape=True
-    )
-    rows = table(read_measurements(results))
+def write_report(
+    path: Path, results: dict[str, Any], changes: list[dict[str, Any]], audit: dict[str, Any] | None = None
+) -> None:  # fmt: skip
+    """Write the report of a run.
+
+    Args:
+        results: The run's ``eval.json``.
+        changes: What the export said of each tensor.
+        audit: An ``audit.json`` of the same checkpoint.
+    """
+    measurements = read_measurements(results)
+    rows = table(measurements)
     direction = results.get("direction")
     candidates = direction["candidates"] if direction else []
-    text = environment.get_template("report.html.j2").render(
+    text = render(
+        "report.html.j2",
         title=f"{results['concept']['name']} {results['edited']['how']} in {results['base']['name']}",
         results=results, changes=changes, rows=rows, findings=findings(results), limits=limits(results),
         has_never=any(row.never for row in rows), value=format_value, difference=format_difference, tone=_tone,
+        whiskers=charts.whiskers, figures=_figures(results, measurements), controls=_controls(results),
         positions=sorted({candidate["position"] for candidate in candidates}),
         maps=[_map(direction, *spec) for spec in _MAPS] if direction else [],
-        layers=layers_probed(read_measurements(results)),
+        layers=layers_probed(measurements),
         splits=sorted({sample["split"] for sample in results["samples"]}),
-        settings=yaml.safe_dump(results["run"]["settings"], sort_keys=False), clean=clean,
+        settings=yaml.safe_dump(results["run"]["settings"], sort_keys=False),
+        audit=audit, **({"headline": HEADLINES[audit["verdict"]], **shown(audit)} if audit else {}),
     )  # fmt: skip
     path.write_text(text, encoding="utf-8")
+
+
+def report_of(folder: Path, path: Path) -> None:
+    """Write the report of a published checkpoint from what it says of itself, its audit included.
+
+    Raises:
+        RequestError: Nothing was measured on it.
+        VerifyError: It is not as it was published.
+    """
+    verify_folder(folder)
+    if not (folder / RESULTS).is_file():
+        raise RequestError(f"{folder.name} holds no {RESULTS}; measure it with `excise eval {folder} --concept PACK`")
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    if "run" not in results:
+        raise RequestError(
+            f"{folder.name} has measurements but no record of a recipe's run; read them with `excise card {folder}`"
+        )
+    audit = json.loads((folder / AUDIT).read_text(encoding="utf-8")) if (folder / AUDIT).is_file() else None
+    write_report(path, results, (read_manifest(folder) or {})["tensors_changed"], audit)
+
+
+def _figures(results: dict[str, Any], measurements: Sequence[Measurement]) -> dict[str, Any]:
+    """The charts that a run's content allows, by the section they stand in."""
+    found = {}
+    if layers := layers_probed(measurements):
+        lines = {
+            subject: [(row["layer"], row[subject].value, *row[subject].ci95) for row in layers if subject in row]
+            for subject in ("base", "edited", "never")
+        }
+        drawn = charts.by_layer({name: points for name, points in lines.items() if points}, "accuracy of the probe")
+        found["layers"] = charts.svg(drawn, "Accuracy of linear probes by layer")
+    if check := results.get("target_check"):
+        found["check"] = charts.svg(
+            charts.strengths(check["curve"], check["splits"]), "What the target prefers at each strength"
+        )
+    if pruning := results.get("pruning"):
+        found["units"] = charts.svg(
+            charts.bars(pruning["by_layer"], "layer", "neurons silenced"), "Neurons silenced in each layer"
+        )
+    return found
+
+
+def _controls(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, Measurement]]]]:
+    """The same recipe with other units or directions: ``(name, [(measurement, split, value)])``."""
+    if pruning := results.get("pruning"):
+        return [
+            (name, [("multiple choice", split, Measurement("multiple_choice", split, "edited", found["value"], "accuracy", "higher", found["n"], 0, tuple(found["ci95"])))
+                    for split, found in splits.items()])
+            for name, splits in pruning["controls"].items()
+        ]  # fmt: skip
+    caft = results.get("caft") or {}
+    return [
+        (name, [(row.label, row.split, row.edited) for row in table([Measurement(**{**item, "ci95": tuple(item["ci95"])}) for item in items]) if row.edited])
+        for name, items in caft.get("controls", {}).items()
+    ]  # fmt: skip
 
 
 def _tone(row: Row) -> str:
@@ -84,9 +150,3 @@ def _colour(share: float) -> str:
     """From pale to teal; dark text stays readable on all of it."""
     pale, strong = (243, 240, 230), (86, 178, 158)
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(pale, strong, strict=True))
-
-
-def clean(text: str) -> str:
-    """Make control and bidirectional characters visible, and cut what no one would read."""
-    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "�", text)
-    return shown if len(shown) <= MAX_TEXT else f"{shown[:MAX_TEXT]}… ({len(shown) - MAX_TEXT} more characters)"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ..artifacts import audit_report
+from ..artifacts import audit_report, report
 from ..artifacts.checkpoints import Checkpoint, open_checkpoint
 from ..artifacts.concepts import load_concept, nearest
 from ..artifacts.events import Events
@@ -174,9 +174,12 @@ def run(prepared: Prepared, events: Events) -> dict[str, Any]:
     results = _conclude(prepared, store, utility)
     (prepared.out / "audit.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     audit_report.write_report(prepared.out / "report.html", results)
-    (prepared.out / "card.md").write_text(audit_report.card_section(results), encoding="utf-8")
+    audit_report.write_card(prepared.out, results)
     if prepared.settings.card:
-        audit_report.amend_card(prepared.sources["edited"].folder, results)
+        folder = prepared.sources["edited"].folder
+        audit_report.amend_card(folder, results)
+        if (beside := folder.parent / "report.html").is_file():
+            report.report_of(folder, beside)
     shutil.rmtree(work)
     return results
 

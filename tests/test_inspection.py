@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import excise
 from excise.artifacts.directions import FILE, save_directions
-from excise.artifacts.directions_report import write_report
 from excise.artifacts.models import find_model, load_model
 from excise.editing.subspaces import Place, Subspace
 from excise.recipes.inspection import inspect, look
@@ -71,18 +70,6 @@ def test_texts_over_the_limit_are_counted_and_long_ones_read_whole(loaded, tmp_p
     assert (looked.texts, looked.left_out) == (512, 89)
     # The only "novice" stands beyond the first window of its text.
     assert looked.directions[0].top[0].token == " novice"
-
-
-def test_hostile_texts_are_shown_inert(tmp_path):
-    hostile = '</bdi><img src=x onerror="alert(1)">\u202e' + "x" * 100_000
-    context = {"before": hostile, "token": hostile, "after": "", "projection": 1.0}
-    one = {
-        "place": "p", "index": 0, "name": hostile, "score": 1.0, "top_tokens": [hostile], "bottom_tokens": [], "top": [context],
-        "bottom": [], "mean": 0.0, "deviation": 1.0, "effect": 0.0,
-    }  # fmt: skip
-    write_report(tmp_path / "page.html", {"model": {"name": hostile}, "texts": 1, "left_out": 0, "directions": [one]})
-    page = (tmp_path / "page.html").read_text()
-    assert "<img" not in page and "more characters" in page
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import excise, in_fresh_process
+from excise.artifacts.card import write_card
 from excise.artifacts.checkpoints import open_checkpoint, read_tensor
 from excise.artifacts.models import find_model
 
@@ -129,18 +130,12 @@ def test_card_and_report_carry_no_path_and_no_script_from_text(finished, tmp_pat
         if path.is_file() and path.suffix in (".json", ".md", ".html", "") and path.name != "tokenizer.json":
             text = path.read_text()
             assert str(out.parent) not in text and "/root" not in text and "/home" not in text, path
-    from excise.artifacts.card import write_card
-    from excise.artifacts.report import write_report
-
     hostile = "</script><img src=x onerror=alert(1)>|`\u202e" + "A" * 1_000_000
     results = json.loads(json.dumps(results))
     results["samples"][0] |= {"edited": hostile, "base": hostile}
-    write_report(tmp_path / "report.html", results, [])
     write_card(tmp_path, results, [])
-    for name in ("report.html", "README.md"):
-        text = (tmp_path / name).read_text()
-        assert "<img" not in text and "\u202e" not in text and len(text) < 1_000_000
-        assert "&lt;img" in text
+    text = (tmp_path / "README.md").read_text()
+    assert "<img" not in text and "\u202e" not in text and len(text) < 100_000 and "&lt;img" in text
 
 
 def test_the_same_run_gives_the_same_bytes(finished, tmp_path):
@@ -170,20 +165,6 @@ def test_eval_alone_gives_what_the_run_measured(finished):
     alone = json.loads(done.stdout)
     for name, split in (("behaviour_rate", "concept"), ("kl_from_base", "neutral"), ("multiple_choice", "retain")):
         assert _value(alone, name, split, "edited") == pytest.approx(_value(results, name, split, "edited"), abs=1e-6)
-
-
-def test_knowledge_is_measured_beside_the_twin_that_never_knew_it(tmp_path):
-    done = excise(
-        "run", "orthogonalize", "--concept", "builtin:potions", "--out", tmp_path / "run", "--json",
-        "--set", "questions=60", "--set", "validation_pairs=8",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
-    for split in ("forget_T", "forget_V", "neighbour", "retain"):
-        for subject in ("base", "edited", "never"):
-            assert 0 <= _value(results, "multiple_choice", split, subject) <= 1
-    assert _value(results, "multiple_choice", "forget_V", "never") < 0.3
-    assert "never" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("variant", ["norm_preserving", "projected"])
