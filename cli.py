@@ -214,17 +214,40 @@ def compare(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A checkpoint that excise wrote, or a run's folder.")],
+    key: Annotated[Path | None, typer.Option(help="PEM file of the public key that must have signed it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check every file of a published folder against its checksums."""
-    from .artifacts.manifest import verify_folder
+    """Check every file of a published folder against its checksums, and the checksums against a signature."""
+    from .artifacts.manifest import SIGNATURE, verify_folder
 
     target = _checkpoint(folder)
     count = verify_folder(target)
+    if key:
+        from .artifacts.signature import check_signature
+
+        check_signature(target, key)
     if as_json:
-        print(json.dumps({"folder": str(target), "files": count, "verified": True}))  # noqa: T201
-    else:
-        _say(f"{target}: {count} files, all as published")
+        print(json.dumps({"folder": str(target), "files": count, "verified": True, "signed": bool(key)}))  # noqa: T201
+        return
+    _say(f"{target}: {count} files, all as published")
+    if key:
+        _say(f"signed with the key of {key}")
+    elif (target / SIGNATURE).is_file():
+        _say("it carries a signature, which was not checked; give --key PUBLIC.pem")
+
+
+@app.command(epilog="Example: excise sign runs/elm-1 --key key.pem, then excise verify runs/elm-1 --key public.pem")
+def sign(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint that excise wrote, or a run's folder.")],
+    key: Annotated[Path, typer.Option(help="PEM file of an elliptic curve private key.")],
+    password: Annotated[
+        str | None, typer.Option(envvar="EXCISE_KEY_PASSWORD", help="Of the key; better given by EXCISE_KEY_PASSWORD.")
+    ] = None,
+) -> None:
+    """Sign a published folder's checksums, so that others can tell who published it (extra: sign)."""
+    from .artifacts.signature import sign_folder
+
+    _say(f"signature  {sign_folder(_checkpoint(folder), key, password)}")
 
 
 @app.command(epilog="Example: excise push runs/elm-1 my-name/my-model --dry-run")

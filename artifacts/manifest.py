@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -18,7 +19,10 @@ from .staging import sync
 FOLDER = "excise"
 MANIFEST = f"{FOLDER}/manifest.json"
 SUMS = "SHA256SUMS"
+SIGNATURE = f"{SUMS}.sig"
+"""Of the checksums; not among them."""
 SCHEMA_VERSION = 1
+log = logging.getLogger(__name__)
 PACKAGES = ("excise", "torch", "transformers", "safetensors", "huggingface-hub", "numpy")
 
 
@@ -98,7 +102,11 @@ def verify_folder(folder: Path) -> int:
         raise RequestError(f"{folder} has no {SUMS}{hint}")
     problems = [f"{name} is a link" for name in _files(folder) if (folder / name).is_symlink()]
     problems += [f"{path.relative_to(folder)} is an empty folder" for path in _empty_folders(folder)]
-    actual = {name: sha256_of(folder / name) for name in _files(folder) if name != SUMS and (folder / name).is_file()}
+    actual = {
+        name: sha256_of(folder / name)
+        for name in _files(folder)
+        if name not in (SUMS, SIGNATURE) and (folder / name).is_file()
+    }
     raw = sums_path.read_bytes().decode("utf-8", errors="replace")
     listed = {line[66:]: line[:64] for line in raw.splitlines()}
     problems += [f"{name} is missing" for name in sorted(listed.keys() - actual.keys())]
@@ -119,7 +127,8 @@ def verify_folder(folder: Path) -> int:
 def amend_folder(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     """Add or replace small files of a published folder, checksums included.
 
-    The amended folder is made whole beside the old one, which shares its weights, and takes its place.
+    The amended folder is made whole beside the old one, which shares its weights, and takes its place. A signature is taken away,
+    with a warning: it was of other checksums.
 
     Raises:
         VerifyError: The folder was not as it was published.
@@ -129,6 +138,12 @@ def amend_folder(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(folder, staging, copy_function=os.link)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if (staging / SIGNATURE).exists():
+        # It is of the checksums as they were.
+        (staging / SIGNATURE).unlink()
+        log.warning(
+            "%s was signed; its files are others now, so the signature was taken away: sign it again", folder.name
+        )
     for name, content in contents.items():
         _write_anew(staging / name, content)
         manifest["files"][name] = {"size": (staging / name).stat().st_size, "sha256": sha256_of(staging / name)}
