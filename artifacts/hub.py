@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from ..editing.errors import ExciseError, RequestError, VerifyError, one_line
 from .card import CARD, without_measurements
 from .checkpoints import check_finite, open_checkpoint
-from .manifest import FOLDER, MANIFEST, SUMS, amend_folder, read_manifest, sha256_of, verify_folder
+from .manifest import FOLDER, MANIFEST, SIGNATURE, SUMS, amend_folder, read_manifest, sha256_of, verify_folder
 from .models import WANTED
 from .results import RESULTS
 from .staging import refuse_existing, staged_folder
@@ -104,7 +104,7 @@ def prepare_push(
     manifest = read_manifest(folder)
     assert manifest is not None, "verified above"
     files = {name: int(entry["size"]) for name, entry in manifest["files"].items()}
-    files |= {name: (folder / name).stat().st_size for name in (MANIFEST, SUMS)}
+    files |= {name: (folder / name).stat().st_size for name in (MANIFEST, SUMS, SIGNATURE) if (folder / name).is_file()}
     return Push(folder, repo_id, files, public, revision, create_pr, measured)
 
 
@@ -135,16 +135,15 @@ def push(request: Push) -> Pushed:
             return Pushed(str(url), str(before), False)
         done = _patiently(lambda: api.upload_folder(
             repo_id=request.repo_id, folder_path=folder, revision=request.revision, create_pr=request.create_pr or None,
-            parent_commit=None if request.create_pr else before, commit_message=f"Upload {request.folder.name} with excise",
+            # A pull request is opened on that commit; anything else is refused if somebody pushed meanwhile.
+            parent_commit=before, commit_message=f"Upload {request.folder.name} with excise",
             # Never anything outside the manifest; and nothing of an older upload stays beside it.
             allow_patterns=[_literal(name) for name in local], delete_patterns=[_literal(name) for name in stale] or None,
         ))  # fmt: skip
-        if request.create_pr:
-            return Pushed(str(done.pr_url), str(done.oid), True)
         arrived = _remote(api, request.repo_id, str(done.oid))
         if wrong := [name for name in local if not _same(folder / name, arrived.get(name))]:
             raise ExciseError(f"{wrong[0]} did not arrive at {request.repo_id} as it was sent; push again")
-        return Pushed(str(url), str(done.oid), True)
+        return Pushed(str(done.pr_url if request.create_pr else url), str(done.oid), True)
 
 
 def pull(ref: str, out: Path) -> Pulled:

@@ -248,10 +248,11 @@ class Handler(BaseHTTPRequestHandler):
         lines = [json.loads(line) for line in self.body.splitlines()]
         with self.hub.lock:
             parent = next((line["value"].get("parentCommit") for line in lines if line["key"] == "header"), None)
-            if parent and parent != self.hub.repos[repo].heads.get(revision, parent):
+            proposed = "create_pr=1" in self.path
+            if parent and parent != self.hub.repos[repo].heads.get(revision, parent) and not proposed:
                 self.json({"error": "stale parent"}, 412)
                 return
-            files = dict(known[1])
+            files = dict(self.hub.repos[repo].commits[parent] if proposed and parent else known[1])
             for line in lines:
                 value = line["value"]
                 if line["key"] == "file":
@@ -266,7 +267,7 @@ class Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = stored
                 elif line["key"] == "deletedFile":
                     files.pop(value["path"], None)
-            branch = "refs/pr/1" if "create_pr=1" in self.path else revision
+            branch = "refs/pr/1" if proposed else revision
             identity = self.hub.repos[repo].commit(branch, files)
         url = f"{self.hub.endpoint}/{repo}/commit/{identity}"
         extra = {"pullRequestUrl": f"{self.hub.endpoint}/{repo}/discussions/1"} if branch != revision else {}

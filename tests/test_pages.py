@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import socket
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from browser import opened
@@ -13,6 +17,8 @@ from excise.artifacts.report import write_report
 from excise.recipes import attacks, audit
 
 HOSTILE = '</script><script>window.hacked=1</script><img src="http://127.0.0.1:9/x" onerror="window.hacked=1">\u202e|`'
+USER = "ada.somebody"
+TOKEN = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
 LONG = HOSTILE + "A" * 1_000_000
 
 
@@ -22,10 +28,12 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "mine"
     done = excise(
         "run", "orthogonalize", "--concept", "builtin:potions", "--out", out, "--json", "--set", "questions=60",
-        "--set", "validation_pairs=8",
+        "--set", "validation_pairs=8", HF_TOKEN=TOKEN, LOGNAME=USER, USER=USER,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     patch = pytest.MonkeyPatch()
+    for name, value in (("HF_TOKEN", TOKEN), ("LOGNAME", USER), ("USER", USER)):
+        patch.setenv(name, value)
     short = dataclasses.replace(attacks.BUDGETS["quick"], attacks=("int4", "rtt"), steps=4, seeds=1)
     patch.setitem(audit.BUDGETS, "quick", short)
     settings = audit.AuditSettings(
@@ -140,6 +148,26 @@ def test_the_audit_has_its_own_page_and_its_curve_stands_on_the_card(run):
     assert "](excise/recovery.png)" in card
     assert (folder / "excise" / "recovery.png").read_bytes() == (out / "audit" / "recovery.png").read_bytes()
     assert (folder / "excise" / "recovery.png").read_bytes()[:4] == b"\x89PNG" and verify_folder(folder) > 10
+
+
+def test_nothing_written_names_this_machine_its_user_or_a_token(run):
+    out, _ = run
+    machine = [
+        str(Path.home()),
+        f"{tempfile.gettempdir()}/",
+        str(Path.cwd()),
+        str(out),
+        socket.gethostname(),
+        sys.prefix,
+    ]
+    # A short name could stand in any bytes by chance.
+    private = [text.encode() for text in (TOKEN, USER, *machine) if len(text) > 4]
+    paths = [path for path in out.rglob("*") if path.is_file()]
+    names = {path.name for path in paths}
+    assert {"README.md", "eval.json", "manifest.json", "audit.json", "report.html", "recovery.png"} <= names
+    for path in paths:
+        content = path.read_bytes()
+        assert not [text for text in private if text in content], path
 
 
 def test_a_checkpoint_alone_gives_the_same_report(run, tmp_path):

@@ -19,6 +19,7 @@ from excise.artifacts.manifest import SUMS, verify_folder, write_manifest
 from excise.artifacts.models import find_model
 from excise.artifacts.staging import staged_folder
 from excise.editing.errors import CheckpointError
+from excise.editing.low_rank import Factors, LowRankUpdate
 from excise.editing.pruning import PrunedUnits
 from loopback_hub import Fault, Stored, client, folder_files
 from loopback_hub import hub as running_hub
@@ -377,3 +378,48 @@ def test_through_xet_what_comes_back_is_what_went_up_and_a_rerun_sends_nothing(e
         assert pulled.returncode == 0, pulled.stderr
     assert folder_files(tmp_path / "pulled") == folder_files(edited)
     assert not any("/blob/" in line for line in known.requests)
+
+
+def test_a_pull_request_leaves_the_branch_as_it_is_and_holds_the_checkpoint(published, edited):
+    known, environment, files = published
+    known.add(ID, {**files, "model.safetensors": b"older", "stale.safetensors": b"old"})
+    before, here = known.head(ID), known.repos[ID].heads["main"]
+    done = excise("push", edited, ID, "--create-pr", "--json", **environment)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["url"].endswith("/discussions/1") and told["new_commit"]
+    assert known.repos[ID].heads["main"] == here and known.head(ID) == before
+    proposed = known.repos[ID].commits[known.repos[ID].heads["refs/pr/1"]]
+    assert set(proposed) == set(folder_files(edited))
+    assert any("create_pr=1" in line for line in known.requests)
+
+
+def test_a_new_edit_of_the_same_base_sends_only_what_it_changed(tmp_path):
+    """Counted in what Xet's store grows by: pieces of about 64 kB, found by content."""
+    source, name = find_model("builtin:testbed"), "model.layers.5.mlp.down_proj.weight"
+    base = open_checkpoint(source.folder)
+    rows, columns = base.tensors[name].shape
+
+    def edit(seed):
+        random_ = torch.Generator().manual_seed(seed)
+        factors = Factors(torch.randn(rows, 2, generator=random_), torch.randn(2, columns, generator=random_))
+        return LowRankUpdate({name: factors}, "llama", 192, 8)
+
+    sizes = []
+    with running_hub() as known:
+        environment = client(known, tmp_path / "hf", xet=True)
+        for seed in (0, 1):
+            folder = tmp_path / str(seed)
+            with staged_folder(folder) as staging:
+                export = export_edit(edit(seed), base, staging)
+                write_manifest(
+                    staging, base=source.describe(), base_files=export.base_sha256, changes=export.changes, untied=None,
+                    known=export.output_sha256, run={},
+                )  # fmt: skip
+            done = excise("push", folder, ID, "--unmeasured", **environment)
+            assert done.returncode == 0, done.stderr
+            stored = (tmp_path / "cas" / "xet" / "xorbs" / "xorbs").iterdir()
+            sizes.append(sum(path.stat().st_size for path in stored if path.suffix != ".tagset"))
+    whole, changed = base.size, base.tensors[name].size
+    first, second = sizes[0], sizes[1] - sizes[0]
+    assert first > 0.8 * whole and 0.8 * changed < second < changed + 4 * 131072 < 0.2 * whole, (first, second, changed)
