@@ -332,15 +332,16 @@ def card(
     from rich.console import Console
     from rich.markdown import Markdown
 
+    from .artifacts.card import body
+
     path = _checkpoint(folder) / "README.md"
     if not path.is_file():
         raise RequestError(f"{folder} has no card (README.md); `excise eval {folder} --concept PACK` measures it")
-    text = path.read_text(encoding="utf-8")
-    body = text.split("---\n", 2)[2] if text.startswith("---\n") and text.count("---\n") > 1 else text
+    text = body(path.read_text(encoding="utf-8"))
     if sys.stdout.isatty():
-        Console().print(Markdown(body))
+        Console().print(Markdown(text))
     else:
-        _say(body)
+        _say(text)
 
 
 @app.command(epilog="Example: excise report pulled/my-model --out my-model.html")
@@ -463,6 +464,20 @@ def reproduce(
         _print_reproduced(done)
     if not done.holds:
         raise SystemExit(1)
+
+
+@app.command(epilog="Example: excise ui runs, then open the address that it prints")
+def ui(
+    folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Path("runs"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes any that is free.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Look through a folder of runs in the browser: compare, read, chat, audit (extra: ui). Only this machine can reach it."""
+    from .recipes.ui.server import serve
+
+    _quiet()
+    serve(folder, port, device or "auto", dtype or "auto", lambda address: _say(f"page  {address}\nCtrl-C ends it."))
 
 
 @app.command("list")

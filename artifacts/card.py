@@ -52,6 +52,11 @@ def without_measurements(manifest: dict[str, Any]) -> str:
     return f"---\n{_yaml(_origin(base) | {'tags': [*TAGS, 'unmeasured']})}---\n{text}"
 
 
+def body(text: str) -> str:
+    """A card without its front matter."""
+    return text.split("---\n", 2)[2] if text.startswith("---\n") and text.count("---\n") > 1 else text
+
+
 TAGS = ("excise", "model-editing", "interpretability")
 ERASING = ("elm", "rmu", "grad_diff", "npo", "simnpo", "prune")
 HEADLINE = ("multiple_choice", "exact_answer", "behaviour_rate", "learned_rate", "perplexity", "kl_from_base")

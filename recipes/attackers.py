@@ -225,6 +225,10 @@ class _Run:
                 with self.attackers.only(place):
                     self.hits[place].append(self.material.exam.hits(self.model, self.attackers.prefix))
             self.stage.advance()
+        best: dict[str, float] = {}
+        for plan, hits in zip(self.plans, self.hits, strict=True):
+            best[plan.name] = max(best.get(plan.name, 0.0), float(np.mean(hits[-1])))
+        self.stage.advance(0, at=step, **best)
         self.model.train(training)
 
     def _tokens(self) -> tuple[int, ...]:

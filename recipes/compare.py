@@ -51,6 +51,20 @@ def compare(runs: list[Path], out: Path) -> list[Line]:
     Raises:
         RequestError: A folder holds no finished run, or runs are of different concepts.
     """
+    lines, _ = table_of(runs)
+    with staged_folder(out) as staging:
+        (staging / "compare.md").write_text(as_markdown(lines), encoding="utf-8")
+        (staging / "compare.json").write_text(json.dumps(_as_json(lines), indent=2) + "\n", encoding="utf-8")
+        _plot(lines, staging / "compare.png")
+    return lines
+
+
+def table_of(runs: list[Path]) -> tuple[list[Line], list[str]]:
+    """The lines of finished runs on one concept, after those of their base, and the columns that any of them has.
+
+    Raises:
+        RequestError: A folder holds no finished run, or runs are of different concepts.
+    """
     contents = [(run, *_read(run)) for run in runs]
     concepts = {json.dumps(content["concept"]["sha256"], sort_keys=True) for _, content, _ in contents}
     if len(concepts) > 1:
@@ -59,11 +73,7 @@ def compare(runs: list[Path], out: Path) -> list[Line]:
     lines = _subjects(contents[0][1])
     for run, content, seconds in contents:
         lines.append(Line(run.name, _recipe(content), _values(content, "edited"), seconds))
-    with staged_folder(out) as staging:
-        (staging / "compare.md").write_text(as_markdown(lines), encoding="utf-8")
-        (staging / "compare.json").write_text(json.dumps(_as_json(lines), indent=2) + "\n", encoding="utf-8")
-        _plot(lines, staging / "compare.png")
-    return lines
+    return lines, [name for name in COLUMNS if any(name in line.values for line in lines)]
 
 
 def as_markdown(lines: list[Line]) -> str:

@@ -1,0 +1,89 @@
+"""Runs and audits in a folder, read from what they wrote."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .audit_report import AUDIT
+from .results import RESULTS, format_value, read_measurements
+
+MAIN = (
+    ("multiple_choice", "forget_V"),
+    ("behaviour_rate", "concept"),
+    ("multiple_choice", "flipped"),
+    ("learned_rate", "concept"),
+)
+"""What a list shows of a run: the first of these that it measured."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of a list."""
+
+    name: str
+    """Its folder, from the folder that was looked through."""
+    folder: Path
+    kind: Literal["run", "audit"]
+    state: Literal["finished", "unfinished", "not readable"]
+    content: dict[str, Any]
+    """``eval.json`` or ``audit.json``; empty unless it is finished."""
+    audit: dict[str, Any] | None = None
+    """Of a run's checkpoint, where it carries one."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where its model is."""
+        inner = self.folder / "checkpoint"
+        return inner if inner.is_dir() else self.folder
+
+    @property
+    def main_change(self) -> str:
+        """The run's main measurement, before and after; an audit's verdict."""
+        if self.kind == "audit":
+            return str(self.content.get("verdict", "")).replace("_", " ")
+        items = {(m.name, m.split, m.subject): m for m in read_measurements(self.content)} if self.content else {}
+        for name, split in MAIN:
+            if edited := items.get((name, split, "edited")):
+                base = items.get((name, split, "base"))
+                before = f"{base.value:.3f} → " if base else ""
+                return f"{name.replace('_', ' ')}, {split}: {before}{format_value(edited)} (n = {edited.n})"
+        return ""
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """Runs and audits in a folder and one folder below it, newest first."""
+    places = [folder, *_folders(folder), *(below for inner in _folders(folder) for below in _folders(inner))]
+    found = [run for place in places if (run := _read(folder, place))]
+    return sorted(found, key=lambda run: run.folder.stat().st_mtime, reverse=True)
+
+
+def _folders(folder: Path) -> Sequence[Path]:
+    return (
+        [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        if folder.is_dir()
+        else []
+    )
+
+
+def _read(folder: Path, place: Path) -> Run | None:
+    if place.name in ("checkpoint", "adapter") and place != folder:
+        return None
+    name = place.relative_to(folder).as_posix() if place != folder else place.resolve().name
+    for inner, kind, file in (
+        (place / "checkpoint", "run", RESULTS),
+        (place, "run", RESULTS),
+        (place, "audit", "audit.json"),
+    ):
+        if (inner / file).is_file():
+            try:
+                content = json.loads((inner / file).read_text(encoding="utf-8"))
+                audit = json.loads((inner / AUDIT).read_text(encoding="utf-8")) if (inner / AUDIT).is_file() else None
+            except (OSError, ValueError):
+                return Run(name, place, kind, "not readable", {})  # type: ignore[arg-type]
+            return Run(name, place, kind, "finished", content, audit)  # type: ignore[arg-type]
+    if (place / ".work").is_dir():
+        audited = (place / ".work" / "attacked").is_dir()
+        return Run(name, place, "audit" if audited else "run", "unfinished", {})
+    return None

@@ -1,0 +1,160 @@
+"""Start an audit and watch its curves."""
+
+import contextlib
+import html
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ...artifacts.audit_report import HEADLINES
+from ...artifacts.charts import SERIES
+from ...artifacts.runs import Run
+from .frame import Workbench, base_of, frame, known, say
+
+EVERY = 1.0
+"""Seconds between two looks at a running audit."""
+
+
+def audit_page(bench: Workbench, run: Run) -> None:
+    from nicegui import ui
+
+    with frame(f"Audit: {run.name}"):
+        concept = run.content.get("concept", {})
+        if concept.get("kind") != "knowledge":
+            say("An audit asks whether knowledge comes back; this run is not about knowledge.")
+            return
+        say(
+            "Attacks the model, its base and one that never knew, and says whether the knowledge comes back. It runs on this machine."
+        )
+        base = ui.input("Base model", value=base_of(run)).props("outlined dense").classes("w-96")
+        pack = ui.input("Concept pack", value=concept.get("ref", "")).props("outlined dense").classes("w-96")
+        never = ui.input("A model that never knew (may stay empty)").props("outlined dense").classes("w-96")
+        budget = (
+            ui.select(["quick", "standard", "long"], value="quick", label="Budget")
+            .props("outlined dense")
+            .classes("w-48")
+        )
+        attacks = ui.input("Attacks, by commas (empty takes the budget's)").props("outlined dense").classes("w-96")
+        start = ui.button("Start").props("no-caps")
+
+        def begin() -> None:
+            start.disable()
+            name = _free(bench.folder)
+            words = [
+                "audit", str(run.folder), "--base", base.value, "--concept", pack.value, "--budget", budget.value,
+                "--out", str(bench.folder / name), "--device", bench.device, "--dtype", bench.dtype,
+                *(["--never", never.value] if never.value else []),
+                *(["--attacks", attacks.value] if attacks.value else []),
+            ]  # fmt: skip
+            bench.audits[name] = subprocess.Popen(
+                [sys.executable, "-m", "excise.cli", *words],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            ui.navigate.to(f"/watch/{quote(name)}")
+
+        start.on_click(begin)
+
+
+def _free(folder: Path) -> str:
+    number = 1
+    while (folder / f"audit-{number}").exists():
+        number += 1
+    return f"audit-{number}"
+
+
+def watch_page(bench: Workbench, name: str) -> None:
+    from nicegui import ui
+
+    folder = bench.folder / name
+    if not folder.resolve().is_relative_to(bench.folder.resolve()):
+        known(bench, name)
+        return
+    with frame(f"Audit {name}"):
+        told = ui.label("Starting…").props('role="status"')
+        result = ui.element("div").classes("w-full")
+        charts = ui.element("div").classes("grid grid-cols-1 md:grid-cols-2 gap-4 w-full")
+        drawn: dict[str, Any] = {}
+
+        def look() -> None:
+            events = _events(folder / "events.jsonl")
+            for attack, series in recovery(events).items():
+                if attack not in drawn:
+                    with charts, ui.element("figure"):
+                        with ui.element("figcaption"):
+                            ui.label(attack.replace("_", " "))
+                        drawn[attack] = (
+                            ui.echart(_chart(), renderer="svg")
+                            .classes("h-64")
+                            .props(f'role="img" aria-label="Recovery under {html.escape(attack)}"')
+                        )
+                drawn[attack].options["series"] = [
+                    {"type": "line", "name": subject, "data": points, "color": SERIES[subject]} for subject, points in series.items()
+                ]  # fmt: skip
+                drawn[attack].update()
+            process = bench.audits.get(name)
+            if (folder / "audit.json").is_file():
+                timer.deactivate()
+                _verdict(result, name, folder)
+                told.set_text("Finished.")
+            elif process is not None and process.poll() is not None:
+                timer.deactivate()
+                lines = (process.stderr.read() if process.stderr else "").strip().splitlines()
+                told.set_text(lines[-1] if lines else "It stopped; start it again.")
+            elif events:
+                told.set_text(f"{events[-1]['stage']}: {events[-1]['step']}")
+
+        timer = ui.timer(EVERY, look)
+
+
+def _verdict(place: Any, name: str, folder: Path) -> None:
+    from nicegui import ui
+
+    results = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+    with place:
+        with ui.element("h2").classes("text-xl font-bold"):
+            ui.label(HEADLINES[results["verdict"]])
+        with ui.element("ul").classes("list-disc pl-6"):
+            for reason in results["reasons"]:
+                with ui.element("li"):
+                    say(reason)
+        ui.link("Report", f"/report/{quote(name)}")
+
+
+def recovery(events: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """What a running audit measured so far: attack, then model, then ``(step, best accuracy)``."""
+    found: dict[str, dict[str, dict[float, float]]] = {}
+    for event in events:
+        kind, _, rest = event["stage"].partition(" ")
+        if kind != "attack" or "at" not in event["metrics"]:
+            continue
+        subject = rest.split(":")[0]
+        step = event["metrics"]["at"]
+        for attack, value in event["metrics"].items():
+            if attack != "at" and subject in SERIES:
+                points = found.setdefault(attack, {}).setdefault(subject, {})
+                points[step] = max(value, points.get(step, 0.0))
+    return {
+        attack: {subject: sorted(points.items()) for subject, points in subjects.items()} for attack, subjects in found.items()
+    }  # fmt: skip
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # the last line may be half written
+            found.append(json.loads(line))
+    return found
+
+
+def _chart() -> dict[str, Any]:
+    return {
+        "animation": False, "tooltip": {"trigger": "axis"}, "legend": {"bottom": 0}, "grid": {"left": 45, "right": 15, "top": 15, "bottom": 60},
+        "xAxis": {"type": "value", "name": "steps", "nameLocation": "middle", "nameGap": 25}, "yAxis": {"type": "value", "min": 0, "max": 1}, "series": [],
+    }  # fmt: skip
