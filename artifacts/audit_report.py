@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from . import charts
 from .card import CARD
+from .findings import UNTESTED
 from .manifest import FOLDER, amend_folder
 from .pages import render
 
@@ -68,7 +69,7 @@ def write_card(folder: Path, results: dict[str, Any]) -> None:
 
 def amend_card(folder: Path, results: dict[str, Any]) -> None:
     """Put the audit into a published checkpoint: its figures, and a section of its card in place of an older one."""
-    card = (folder / CARD).read_text(encoding="utf-8")
+    card = (folder / CARD).read_text(encoding="utf-8").replace(UNTESTED, "")
     picture = recovery_picture(results)
     section = card_section(results, f"{FOLDER}/{PICTURE}" if picture else None)
     before, _, after = card.partition(SECTION)

@@ -105,23 +105,28 @@ def test_the_manifest_names_what_changed_and_nothing_else_did(finished):
     assert manifest["base"]["files"] == {"model.safetensors": digest}
 
 
+def _numbers(content):
+    """Every number in a piece of JSON."""
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list):
+        return [number for item in content for number in _numbers(item)]
+    return [content] if isinstance(content, int | float) and not isinstance(content, bool) else []
+
+
 def test_every_number_on_the_card_comes_from_the_results(finished):
     out, results = finished
     card = (out / "checkpoint" / "README.md").read_text()
-    table = [line for line in card.splitlines() if line.startswith("| ") and re.search(r"\d\.\d{3}", line)]
-    known = set()
-    for item in results["measurements"]:
-        for number in (
-            item["value"],
-            *item["ci95"],
-            *((item["difference"]["value"], *item["difference"]["ci95"]) if "difference" in item else ()),
-        ):
-            known |= {f"{number:.3f}", f"{number:+.3f}", f"{number:.1f}", f"{number:+.1f}"}
-    known |= {"0.000"}
-    assert len(table) >= 10
-    for line in table:
-        for number in re.findall(r"[+-]?\d+\.\d+", line):
-            assert number in known, line
+    said = card[card.index("# ") : card.index("## Samples")] + card[card.index("## Limits") : card.index("```")]
+    forms = ("{:.3f}", "{:+.3f}", "{:.1f}", "{:+.1f}", "{:.2e}", "{}")
+    known = {form.format(number) for number in _numbers(results) for form in forms}
+    known |= {"0", "0.000", str(len(results["direction"]["candidates"]))}
+
+    def strangers(text):
+        return [n for n in re.findall(r"(?<![\w.])[+-]?\d+(?:\.\d+)?(?:e[+-]\d+)?(?!%|\w)", text) if n not in known]
+
+    assert strangers(said) == []
+    assert {number.lstrip("+") for number in strangers(said.replace("0.965", "0.4321"))} == {"0.4321"}
 
 
 def test_card_and_report_carry_no_path_and_no_script_from_text(finished, tmp_path):
