@@ -11,6 +11,7 @@ from .card import CARD
 from .findings import UNTESTED
 from .manifest import FOLDER, amend_folder
 from .pages import render
+from .staging import write_whole
 
 AUDIT = f"{FOLDER}/audit.json"
 PICTURE = "recovery.png"
@@ -26,7 +27,7 @@ HEADLINES = {
 def write_report(path: Path, results: dict[str, Any]) -> None:
     """Write the audit's own page."""
     text = render("audit.html.j2", results=results, headline=HEADLINES[results["verdict"]], **shown(results))
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def shown(results: dict[str, Any]) -> dict[str, Any]:
@@ -63,8 +64,8 @@ def write_card(folder: Path, results: dict[str, Any]) -> None:
     """Write the section and its picture into an audit's own folder."""
     picture = recovery_picture(results)
     if picture:
-        (folder / PICTURE).write_bytes(picture)
-    (folder / "card.md").write_text(card_section(results, PICTURE if picture else None), encoding="utf-8")
+        write_whole(folder / PICTURE, picture)
+    write_whole(folder / "card.md", card_section(results, PICTURE if picture else None))
 
 
 def amend_card(folder: Path, results: dict[str, Any]) -> None:

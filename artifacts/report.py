@@ -15,6 +15,7 @@ from .findings import findings, limits
 from .manifest import read_manifest, verify_folder
 from .pages import render
 from .results import RESULTS, Row, format_difference, format_value, layers_probed, read_measurements, table
+from .staging import write_whole
 
 _MAPS = (
     (
@@ -55,7 +56,7 @@ def write_report(
         settings=yaml.safe_dump(results["run"]["settings"], sort_keys=False),
         audit=audit, **({"headline": HEADLINES[audit["verdict"]], **shown(audit)} if audit else {}),
     )  # fmt: skip
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def report_of(folder: Path, path: Path) -> None:

@@ -56,6 +56,18 @@ def publish_folder(staging: Path, out: Path) -> None:
     sync(out.parent)
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that is absent, what it was before, or complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Force a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -30,6 +30,7 @@ from ..artifacts.models import (
     load_model,
     load_tokenizer,
 )
+from ..artifacts.staging import write_whole
 from ..editing.adapters import adapter_modules
 from ..editing.architectures import architecture_of, layer_count
 from ..editing.errors import RequestError
@@ -172,7 +173,7 @@ def run(prepared: Prepared, events: Events) -> dict[str, Any]:
         del loaded
         gc.collect()
     results = _conclude(prepared, store, utility)
-    (prepared.out / "audit.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_whole(prepared.out / "audit.json", json.dumps(results, indent=1))
     audit_report.write_report(prepared.out / "report.html", results)
     audit_report.write_card(prepared.out, results)
     if prepared.settings.card:
@@ -347,7 +348,7 @@ class _Store:
                 for rate, one in result.by_rate.items()
             ],
         }
-        self._write(self._path(subject, name), content)
+        write_whole(self._path(subject, name), json.dumps(content))
 
     def get(self, subject: str, name: str) -> Trained:
         content = json.loads(self._path(subject, name).read_text(encoding="utf-8"))
@@ -360,7 +361,7 @@ class _Store:
         )
 
     def keep_utility(self, subject: str, hits: Sequence[float]) -> Sequence[float]:
-        self._write(self.folder / f"{subject}-utility.json", list(hits))
+        write_whole(self.folder / f"{subject}-utility.json", json.dumps(list(hits)))
         return hits
 
     def utility(self, subject: str) -> Sequence[float]:
@@ -370,11 +371,6 @@ class _Store:
 
     def _path(self, subject: str, name: str) -> Path:
         return self.folder / f"{subject}-attack-{name}.json"
-
-    def _write(self, path: Path, content: Any) -> None:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(path)
 
 
 def _once(hits: Sequence[float]) -> Trained:

@@ -10,7 +10,7 @@ import pytest
 from conftest import excise, in_fresh_process, random_edit
 from excise.artifacts.edits import load_edit, save_edit
 from excise.artifacts.manifest import SUMS, verify_folder
-from excise.artifacts.staging import staged_folder
+from excise.artifacts.staging import staged_folder, write_whole
 from excise.editing.errors import RequestError, VerifyError
 
 KILLS = 200
@@ -167,26 +167,37 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, moment):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(request_folder, tmp_path):
+@pytest.fixture
+def small(tmp_path):
+    """A place with 64 kB."""
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("making a small file system needs root")
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=False, capture_output=True
-    ).returncode:
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("this machine does not let a test mount a file system")
-    try:
-        # The check before writing would catch this; without it the disk fills in the middle.
-        code = (
-            "import excise.recipes.apply as a, sys; a.check_disk = lambda *_: None\n"
-            "from excise.cli import main; sys.argv = ['excise', *sys.argv[1:]]; main()"
-        )
-        arguments = ["apply", str(tmp_path / "edit"), "--base", str(request_folder), "--out", str(small / "new")]
-        checked = excise(*arguments)
-        filled = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-        for done in (checked, filled):
-            assert done.returncode == 1 and done.stderr.count("\n") == 1 and "disk" in done.stderr
-        assert list(small.iterdir()) == []
-    finally:
-        subprocess.run(["umount", small], check=False)
+    yield place
+    subprocess.run(["umount", place], check=False)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(request_folder, small, tmp_path):
+    # The check before writing would catch this; without it the disk fills in the middle.
+    code = (
+        "import excise.recipes.apply as a, sys; a.check_disk = lambda *_: None\n"
+        "from excise.cli import main; sys.argv = ['excise', *sys.argv[1:]]; main()"
+    )
+    arguments = ["apply", str(tmp_path / "edit"), "--base", str(request_folder), "--out", str(small / "new")]
+    checked = excise(*arguments)
+    filled = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    for done in (checked, filled):
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "disk" in done.stderr
+    assert list(small.iterdir()) == []
+
+
+def test_a_file_is_whole_or_what_it_was(small):
+    path = small / "new" / "page.html"
+    write_whole(path, "first")
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, b"x" * 100_000)
+    assert path.read_text() == "first" and [found.name for found in path.parent.iterdir()] == ["page.html"]
