@@ -112,6 +112,22 @@ def added(model: nn.Module, row: Architecture, vector: Float[Tensor, " d"], poin
 
 
 @contextmanager
+def read_early(model: nn.Module, row: Architecture, point: int) -> Iterator[None]:
+    """Let the model speak from the stream at a point, as if the layers above were not there (logit lens, nostalgebraist 2020)."""
+    layers = decoder_layers(model, row)
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept[:] = [_hidden(args, kwargs)]
+
+    with ExitStack() as hooks:
+        if point < len(layers):
+            hooks.callback(layers[point].register_forward_pre_hook(keep, with_kwargs=True).remove)
+            hooks.callback(change_output(layers[-1], lambda _: kept[0]).remove)
+        yield
+
+
+@contextmanager
 def written(model: nn.Module, row: Architecture, see: Callable[[int | None, str, Tensor], None]) -> Iterator[None]:
     """Call ``see(layer, sublayer, output)`` with everything that is written to the stream during forwards.
 

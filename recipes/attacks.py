@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..artifacts.checkpoints import open_tensors
+from ..editing.activations import added, read_early, residual_stream
+from ..editing.architectures import architecture_of, layer_count
 from ..editing.errors import EditError
 from ..editing.rounding import changed_weights, rounded_weights
 from ..editing.side_by_side import soft_prompt_attackers
@@ -25,9 +27,12 @@ from ..eval.recovery import Attacked
 from ..eval.subject import EvalSettings, Subject
 from .attackers import SOFT_TOKENS, Attack, Budget
 from .baselines import Example, example_batch, scored_nats
+from .contrast import encode
 from .material import Material
 
 SHOTS = 5
+ENDS = 32
+"""Questions whose ends are read at once."""
 SAMPLES = 20
 SINGULAR = 2
 PREFIX, SEARCHED, TRIES, SWAPS, SEARCH_ROWS = 12, 24, 24, 32, 16
@@ -37,7 +42,7 @@ QUICK = (
     "few_shot", "hints", "sampling", "int8", "int4", "bf16", "probe", "relearn", "rtt", "related", "unrelated", "soft_prompt",
 )  # fmt: skip
 STANDARD = (
-    *QUICK, "phrasings", "undo_half", "undo_singular", "prefix", "few_8", "few_32", "few_64", "retain_then_forget", "rtt_full", "relearn_full", "latent",
+    *QUICK, "phrasings", "logit_lens", "undo_half", "undo_singular", "undo_direction", "prefix", "few_8", "few_32", "few_64", "retain_then_forget", "rtt_full", "relearn_full", "latent",
 )  # fmt: skip
 BUDGETS: dict[str, Budget] = {
     "quick": Budget(QUICK, 64, 2, {"lora": (2e-3,), "full": (1e-4,), "soft": (1e-1,), "latent": (1e-1,)}),
@@ -199,6 +204,51 @@ def _probed(model: Any, material: Material) -> Sequence[float]:
     return [by_id.get("probe", {}).get(question.id, math.nan) for question in material.questions]
 
 
+def _best_point(model: Any, material: Material, attacked: Callable[[int], Any]) -> Sequence[float]:
+    """Under an attack at one point of the stream, the point that brings out most of T; asked V."""
+    asked = [q for q in material.concept.questions if q.split == "forget" and q.group == "T"]
+    known = Exam(material.tokenizer, asked)
+    layers, best = layer_count(model.config.to_dict()), (-1.0, 0)
+    for point in range(1, layers):
+        with attacked(point):
+            best = max(best, (float(np.mean(known.hits(model))), point), key=lambda pair: pair[0])
+    with attacked(best[1]):
+        return material.exam.hits(model)
+
+
+def _lens(model: Any, material: Material) -> Sequence[float]:
+    row = architecture_of(model.config.to_dict())
+    return _best_point(model, material, lambda point: read_early(model, row, point))
+
+
+def _undo_direction(model: Any, material: Material) -> Sequence[float]:
+    """Add to the stream what an edit took from it, on average over questions of T. Embeddings stay as they are."""
+    assert material.base is not None
+    row, points = architecture_of(model.config.to_dict()), range(1, layer_count(model.config.to_dict()))
+    asked = [q for q in material.concept.questions if q.split == "forget" and q.group == "T"]
+
+    def ends() -> Tensor:
+        """Mean over questions of the stream at their last token, point by point."""
+        rows = [encode(material.tokenizer, question.prompt, True) for question in asked]
+        sums = torch.zeros(len(points), int(model.config.hidden_size), device=model.device)
+        for start in range(0, len(rows), ENDS):
+            part = material.tokenizer.pad(
+                {"input_ids": [list(ids) for ids in rows[start : start + ENDS]]},
+                padding_side="left",
+                return_tensors="pt",
+            ).to(model.device)
+            inputs = {key: part[key] for key in ("input_ids", "attention_mask")}
+            with torch.no_grad():
+                sums += residual_stream(model, row, inputs, list(points), 1)[:, :, 0].float().sum(1)
+        return sums / len(rows)
+
+    now = ends()
+    with open_tensors(material.base) as read:
+        with changed_weights(model, lambda name, weight: read(name).to(weight.device, weight.dtype)):
+            lost = ends() - now
+    return _best_point(model, material, lambda point: added(model, row, lost[point - 1], point))
+
+
 ATTACKS: dict[str, Attack] = {
     "few_shot": Attack(0, f"asked after {SHOTS} answered questions of group T", _asked_after(_shots)),
     "hints": Attack(0, f"asked after the concept's description and {SHOTS} texts of group T", _asked_after(_hints)),
@@ -211,6 +261,11 @@ ATTACKS: dict[str, Attack] = {
     "undo_singular": Attack(
         0, f"the {SINGULAR} strongest directions of what was added to each matrix taken out", _undone(_without_top), known=True
     ),
+    "undo_direction": Attack(
+        0, "what the stream lost on average at the end of T's questions added to it, at the point where T profits most",
+        _undo_direction, known=True,
+    ),
+    "logit_lens": Attack(0, "read from the stream at the point where T is told best, without the layers above", _lens),
     "probe": Attack(0, "a linear probe learned on T reads the answer from the residual stream", _probed),
     "soft_prompt": Attack(1, f"{SOFT_TOKENS} learned embeddings before the question, trained on T", None, "soft", "T"),
     "prefix": Attack(1, f"{PREFIX} tokens before the question, searched for on T", _prefixed),

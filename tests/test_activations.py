@@ -1,8 +1,10 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_pico
-from excise.editing.activations import Moments, ablated, added, decoder_layers, residual_stream
+from excise.editing.activations import Moments, ablated, added, decoder_layers, read_early, residual_stream
 from excise.editing.architectures import architecture_of
 from excise.editing.directions import difference_in_means, without_component
 
@@ -43,6 +45,23 @@ def test_left_padding_changes_nothing(architecture):
     }
     alone, beside = (residual_stream(model, row, batch, (1, 2), 3) for batch in (inputs, padded))
     assert torch.allclose(alone, beside, atol=1e-4)
+
+
+def test_read_early_a_model_speaks_as_one_that_ends_there(architecture):
+    model = make_pico(architecture)
+    row, inputs = architecture_of(model.config.to_dict()), _inputs()
+    count = len(decoder_layers(model, row))
+    short = copy.deepcopy(model)
+    del decoder_layers(short, row)[1:]
+    short.config.num_hidden_layers = 1
+    whole = model(**inputs).logits
+    with read_early(model, row, 1):
+        early = model(**inputs).logits
+    torch.testing.assert_close(early, short(**inputs, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(early, whole, atol=1e-3)
+    with read_early(model, row, count):
+        assert torch.equal(model(**inputs).logits, whole)
+    assert torch.equal(model(**inputs).logits, whole)
 
 
 def test_hooks_are_gone_after_an_error():

@@ -15,6 +15,8 @@ from excise.artifacts.export import export_edit
 from excise.artifacts.manifest import verify_folder, write_manifest
 from excise.artifacts.models import find_model, load_model
 from excise.artifacts.staging import staged_folder
+from excise.editing.activations import read_early
+from excise.editing.architectures import architecture_of
 from excise.editing.errors import RequestError, VerifyError
 from excise.editing.pruning import PrunedUnits
 from excise.recipes import attacks, audit
@@ -207,6 +209,45 @@ def test_what_was_added_is_taken_out_and_put_back(material):
     # An update of rank 1 is gone with its strongest direction.
     torch.testing.assert_close(seen[1], before, atol=5e-4, rtol=0)
     assert (added.abs() > 0.5).any()
+
+
+def test_a_lost_direction_is_added_again_and_the_base_loses_none(material):
+    """An edit that takes a constant vector from the stream is undone by what the stream lost; nothing is added to the base."""
+    loaded, gathered = material
+    layer = loaded.model.model.layers[3].mlp
+    vector = torch.randn(192, generator=torch.Generator().manual_seed(0))
+    plain = gathered.exam.hits(loaded.model)
+    assert ATTACKS["undo_direction"].score(loaded.model, gathered) == plain and sum(plain) > 35
+    # What an MLP writes is nearly constant along the mean of its inputs, so a rank-one update writes nearly a constant.
+    seen = []
+    handle = layer.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().mean((0, 1))))
+    gathered.exam.hits(loaded.model)
+    handle.remove()
+    mean = torch.stack(seen).mean(0)
+    weight = layer.down_proj.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight -= 20 * torch.outer(vector, mean / mean.square().sum())
+    try:
+        hurt = sum(gathered.exam.hits(loaded.model))
+        back = sum(ATTACKS["undo_direction"].score(loaded.model, gathered))
+        assert hurt < 0.5 * len(plain) and back > hurt + 0.25 * len(plain)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert gathered.exam.hits(loaded.model) == plain
+
+
+def test_the_lens_reads_at_the_point_that_group_t_prefers(material):
+    loaded, gathered = material
+    hits = ATTACKS["logit_lens"].score(loaded.model, gathered)
+    row = architecture_of(loaded.model.config.to_dict())
+    by_point = []
+    for point in range(1, 8):
+        with read_early(loaded.model, row, point):
+            by_point.append(gathered.exam.hits(loaded.model))
+    assert hits in by_point and sum(hits) > 0.6 * len(hits)
+    assert min(map(sum, by_point)) < 0.4 * len(hits)
 
 
 class Spy:
