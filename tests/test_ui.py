@@ -106,7 +106,16 @@ def test_every_page_is_accessible_and_asks_nobody_else(served):
     place = address.split("/?")[0]
     with opened(address) as seen:
         page = seen.page
-        for path in ("/", "/run/first", "/chat/first", "/audit/first", "/compare?runs=first", "/run/nothing"):
+        for path in (
+            "/",
+            "/run/first",
+            "/chat/first",
+            "/audit/first",
+            "/compare?runs=first",
+            "/run/nothing",
+            "/watch/nothing",
+            "/run/first?page=x",
+        ):
             page.goto(place + path)
             page.get_by_role("heading", level=1).wait_for()
             page.wait_for_timeout(500)

@@ -5,6 +5,7 @@ import html
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,7 +13,7 @@ from urllib.parse import quote
 from ...artifacts.audit_report import HEADLINES
 from ...artifacts.charts import SERIES
 from ...artifacts.runs import Run
-from .frame import Workbench, base_of, frame, known, say
+from .frame import Audit, Workbench, base_of, frame, known, say
 
 EVERY = 1.0
 """Seconds between two looks at a running audit."""
@@ -42,27 +43,25 @@ def audit_page(bench: Workbench, run: Run) -> None:
 
         def begin() -> None:
             start.disable()
-            name = _free(bench.folder)
+            name = _free(bench)
             words = [
                 "audit", str(run.folder), "--base", base.value, "--concept", pack.value, "--budget", budget.value,
                 "--out", str(bench.folder / name), "--device", bench.device, "--dtype", bench.dtype,
                 *(["--never", never.value] if never.value else []),
                 *(["--attacks", attacks.value] if attacks.value else []),
             ]  # fmt: skip
-            bench.audits[name] = subprocess.Popen(
-                [sys.executable, "-m", "excise.cli", *words],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            # A pipe that nobody reads would fill up and stop it.
+            said = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the page
+            command = [sys.executable, "-m", "excise.cli", *words]
+            bench.audits[name] = Audit(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said), said)
             ui.navigate.to(f"/watch/{quote(name)}")
 
         start.on_click(begin)
 
 
-def _free(folder: Path) -> str:
+def _free(bench: Workbench) -> str:
     number = 1
-    while (folder / f"audit-{number}").exists():
+    while (bench.folder / f"audit-{number}").exists() or f"audit-{number}" in bench.audits:
         number += 1
     return f"audit-{number}"
 
@@ -70,10 +69,9 @@ def _free(folder: Path) -> str:
 def watch_page(bench: Workbench, name: str) -> None:
     from nicegui import ui
 
-    folder = bench.folder / name
-    if not folder.resolve().is_relative_to(bench.folder.resolve()):
-        known(bench, name)
+    if name not in bench.audits and not known(bench, name):
         return
+    folder = bench.folder / name
     with frame(f"Audit {name}"):
         told = ui.label("Starting…").props('role="status"')
         result = ui.element("div").classes("w-full")
@@ -96,14 +94,15 @@ def watch_page(bench: Workbench, name: str) -> None:
                     {"type": "line", "name": subject, "data": points, "color": SERIES[subject]} for subject, points in series.items()
                 ]  # fmt: skip
                 drawn[attack].update()
-            process = bench.audits.get(name)
+            own = bench.audits.get(name)
             if (folder / "audit.json").is_file():
                 timer.deactivate()
                 _verdict(result, name, folder)
                 told.set_text("Finished.")
-            elif process is not None and process.poll() is not None:
+            elif own is not None and own.process.poll() is not None:
                 timer.deactivate()
-                lines = (process.stderr.read() if process.stderr else "").strip().splitlines()
+                own.said.seek(0)
+                lines = own.said.read().decode(errors="replace").strip().splitlines()
                 told.set_text(lines[-1] if lines else "It stopped; start it again.")
             elif events:
                 told.set_text(f"{events[-1]['stage']}: {events[-1]['step']}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ...artifacts.runs import Run, find_runs
 
@@ -19,6 +19,15 @@ LOOK = """
 """
 
 
+@dataclass(frozen=True)
+class Audit:
+    """An audit at work, in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    said: IO[bytes]
+    """What it writes to stderr."""
+
+
 @dataclass
 class Workbench:
     """What the pages share."""
@@ -26,7 +35,7 @@ class Workbench:
     folder: Path
     device: str
     dtype: str
-    audits: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    audits: dict[str, "Audit"] = field(default_factory=dict)
     """Started from here, by the name of the folder they write."""
 
     def runs(self) -> list[Run]:
@@ -37,6 +46,7 @@ class Workbench:
 
 
 def known(bench: Workbench, name: str) -> Run | None:
+    """A run by name; where there is none, a page that says so."""
     found = bench.run(name)
     if found is None:
         with frame("Not here"):
@@ -63,12 +73,14 @@ def frame(title: str) -> Iterator[None]:
 
 
 def say(text: str) -> Any:
+    """A text as it is, with its line breaks."""
     from nicegui import ui
 
     return ui.label(text).classes("break-words whitespace-pre-wrap")
 
 
 def base_of(run: Run) -> str:
+    """How to name a run's base, at its commit if it came from the Hub; a local one by its last part."""
     base = run.content.get("base", {})
     if base.get("kind") == "hub" and base.get("revision"):
         return f"{base['name']}@{base['revision']}"

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...artifacts.runs import Run
 from ...editing.errors import RequestError
 from .audits import audit_page, watch_page
 from .frame import Workbench, known
@@ -48,7 +49,7 @@ def serve(folder: Path, port: int, device: str, dtype: str, ready: Callable[[str
             uvicorn.Server(config).run(sockets=[socket])
         finally:
             for audit in bench.audits.values():
-                audit.terminate()
+                audit.process.terminate()
 
 
 @contextmanager
@@ -68,13 +69,15 @@ def _listening(port: int) -> Iterator[Any]:
 def _pages(bench: Workbench, app: Any) -> None:
     from nicegui import ui
 
-    for place, page in {"run": run_page, "chat": chat_page, "audit": audit_page}.items():
-
-        def shown(name: str, page: Any = page) -> None:
+    def of_run(page: Callable[[Workbench, Run], None]) -> Callable[[str], None]:
+        def shown(name: str) -> None:
             if run := known(bench, name):
                 page(bench, run)
 
-        ui.page(f"/{place}/{{name:path}}")(shown)
+        return shown
+
+    for place, page in {"run": run_page, "chat": chat_page, "audit": audit_page}.items():
+        ui.page(f"/{place}/{{name:path}}")(of_run(page))
 
     ui.page("/")(lambda: index_page(bench))
 
