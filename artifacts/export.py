@@ -5,8 +5,9 @@ shards, order and metadata. Reading, hashing and writing overlap, and the disk s
 """
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..editing.architectures import architecture_of
 from ..editing.changes import Change
 from ..editing.errors import CheckpointError, EditError, ExciseError
-from ..editing.weight_edit import Plan, WeightEdit, check_changes, merge_changes
+from ..editing.weight_edit import Plan, Shrinking, WeightEdit, check_changes, merge_changes
 from .checkpoints import (
     DTYPES,
     EDITABLE,
@@ -37,6 +38,10 @@ BLOCK = 2 << 20
 """Bytes of stored weights handled at a time; a block takes about eight times that in fp32 work."""
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 """Files beside the weights that belong to a published model: configuration and tokenizer, never code or pickles."""
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of edited tensors, by name, as they will be stored."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,12 @@ def export_edit(edit: WeightEdit, checkpoint: Checkpoint, folder: Path, stage: S
     plan = edit.plan(checkpoint.config, list(checkpoint.tensors))
     check_editable(checkpoint, plan)
     by_name = {tensor.name: tensor for tensor in plan.tensors}
+    shapes = {
+        name: edit.stored_shape(checkpoint.tensors[name].shape)
+        if isinstance(edit, Shrinking)
+        else checkpoint.tensors[name].shape
+        for name, edit in by_name.items()
+    }
     embedding = _embedding(checkpoint)
     changes: list[Change] = []
     base_sha256: dict[str, str] = {}
@@ -98,10 +109,14 @@ def export_edit(edit: WeightEdit, checkpoint: Checkpoint, folder: Path, stage: S
 
     def edited(tensor: StoredTensor, descriptor: int, base: Hasher) -> Iterator[Block]:
         parts = []
+        edit = by_name[tensor.name]
         for index, matrix in enumerate(_matrices(tensor)):
             read = matrix.reader(descriptor, base)
-            stream = by_name[tensor.name].stream(index, matrix.rows, read, other, matrix.rows_per_block)
+            stream, row = edit.stream(index, matrix.rows, read, other, matrix.rows_per_block), 0
             for block in stream:
+                row, first = row + len(block), row
+                if isinstance(edit, Shrinking):
+                    block = edit.stored_block(first, matrix.rows, block)
                 yield block.view(torch.uint8).numpy().reshape(-1).data
             parts.append(stream.change())
         changes.append(merge_changes(tensor.name, parts))
@@ -110,12 +125,13 @@ def export_edit(edit: WeightEdit, checkpoint: Checkpoint, folder: Path, stage: S
         for shard in checkpoint.shards:
             copied = next((tensor for tensor in shard.tensors if plan.untied and tensor.name == embedding), None)
             extra = (plan.untied, copied) if plan.untied and copied else None
-            written = _write_shard(shard, folder / shard.path.name, set(by_name), edited, extra, stage)
+            written = _write_shard(shard, folder / shard.path.name, shapes, edited, extra, stage)
             base_sha256[shard.path.name], output_sha256[shard.path.name] = written
     check_changes(plan, changes)
     if checkpoint.index is not None:
-        _write_index(checkpoint, folder, plan, embedding)
-    copy_side_files(checkpoint.folder, folder, {"tie_word_embeddings": False} if plan.unties else {})
+        _write_index(checkpoint, folder, plan, embedding, shapes)
+    untied = {"tie_word_embeddings": False} if plan.unties else {}
+    copy_side_files(checkpoint.folder, folder, untied | plan.config)
     size = sum((folder / shard.path.name).stat().st_size for shard in checkpoint.shards)
     return Export(tuple(changes), base_sha256, output_sha256, size, plan.untied)
 
@@ -178,11 +194,12 @@ def _matrices(tensor: StoredTensor) -> list[_Matrix]:
 
 
 def _write_shard(
-    shard: Shard, target: Path, declared: set[str], edited: Any, extra: tuple[str, StoredTensor] | None, stage: Stage | None,
+    shard: Shard, target: Path, declared: Shapes, edited: Any, extra: tuple[str, StoredTensor] | None, stage: Stage | None,
 ) -> tuple[str, str]:  # fmt: skip
     """Write one shard; returns the sha256 of the base's file and of the new one.
 
     Args:
+        declared: Shapes that the edited tensors will have.
         extra: Name of a tensor to add at the end, and the stored one that it copies.
     """
     touched = extra is not None or any(tensor.name in declared for tensor in shard.tensors)
@@ -204,10 +221,10 @@ def _write_shard(
 
 
 def _new_blocks(
-    shard: Shard, descriptor: int, declared: set[str], edited: Any, extra: tuple[str, StoredTensor] | None, base: Hasher
+    shard: Shard, descriptor: int, declared: Shapes, edited: Any, extra: tuple[str, StoredTensor] | None, base: Hasher
 ) -> Iterator[Block]:
     """The new shard from its first byte to its last; what is read of the base on the way is hashed."""
-    yield _with_extra(shard, *extra) if extra else shard.header
+    yield _header(shard, declared, extra)
     finite = FiniteCheck()
     for tensor in shard.tensors:
         if tensor.name in declared:
@@ -247,25 +264,44 @@ class FiniteCheck:
         return int(room.max()) != exponent
 
 
-def _with_extra(shard: Shard, extra: str, source: StoredTensor) -> bytes:
-    """The shard's header with one more tensor at its end: a copy of ``source`` under another name."""
-    header = json.loads(shard.header[8:])
-    end = sum(tensor.size for tensor in shard.tensors)
-    header[extra] = {"dtype": source.dtype, "shape": list(source.shape), "data_offsets": [end, end + source.size]}
+def _header(shard: Shard, declared: Shapes, extra: tuple[str, StoredTensor] | None) -> bytes:
+    """The shard's header; made anew only if a tensor is added at its end, a copy of a stored one, or gets smaller."""
+    if not extra and all(declared.get(tensor.name, tensor.shape) == tensor.shape for tensor in shard.tensors):
+        return shard.header
+    header, end = json.loads(shard.header[8:]), 0
+    for tensor in shard.tensors:
+        shape = declared.get(tensor.name, tensor.shape)
+        start, end = end, end + _bytes(tensor, shape)
+        header[tensor.name] |= {"shape": list(shape), "data_offsets": [start, end]}
+    if extra:
+        name, source = extra
+        header[name] = {"dtype": source.dtype, "shape": list(source.shape), "data_offsets": [end, end + source.size]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_index(checkpoint: Checkpoint, folder: Path, plan: Plan, embedding: str) -> None:
-    if not plan.untied:
+def _bytes(tensor: StoredTensor, shape: Sequence[int]) -> int:
+    """What a tensor takes in another shape."""
+    if shape == tensor.shape:
+        return tensor.size
+    return math.prod(shape) * DTYPES[tensor.dtype].itemsize
+
+
+def _write_index(checkpoint: Checkpoint, folder: Path, plan: Plan, embedding: str, shapes: Shapes) -> None:
+    tensors = checkpoint.tensors
+    grown = sum(_bytes(tensors[name], shape) - tensors[name].size for name, shape in shapes.items())
+    if not plan.untied and not grown:
         shutil.copyfile(checkpoint.folder / INDEX, folder / INDEX)
         return
     assert checkpoint.index is not None
     index = json.loads(json.dumps(checkpoint.index))
-    index["weight_map"][plan.untied] = index["weight_map"][embedding]
+    if plan.untied:
+        index["weight_map"][plan.untied] = index["weight_map"][embedding]
+        grown += tensors[embedding].size
+    # Other counts, such as that of parameters, are left out rather than wrong.
     if "total_size" in index.get("metadata", {}):
-        index["metadata"]["total_size"] += checkpoint.tensors[embedding].size
+        index["metadata"] = {"total_size": index["metadata"]["total_size"] + grown}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -17,10 +17,13 @@ from .edit import check_learned_on, ties_embeddings
 from .errors import RequestError, UnsupportedArchitecture
 from .weight_edit import Plan, RowReader, TensorReader
 
-Semantics = Literal["down", "all", "frozen", "mean"]
+Semantics = Literal["down", "all", "frozen", "mean", "remove"]
 """``down``: what a unit writes is zero; its weights still get gradients, so it can grow back. ``all``: what a neuron
 reads is zero too, so that every gradient of it is zero. ``frozen``: as ``down``, and ``keep_pruned`` masks its
-gradients. ``mean``: a unit writes its mean, which goes into the bias of the matrix."""
+gradients. ``mean``: a unit writes its mean, which goes into the bias of the matrix. ``remove``: in memory as ``all``, and a
+checkpoint stores smaller tensors, which needs as many neurons of every layer."""
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
+"""Keys under which a configuration says how many MLP neurons a layer has."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,31 @@ class PrunedUnits:
             raise UnsupportedArchitecture(
                 f"the experts of {self.model_type} are fused into one tensor, which has no neurons to prune; prune heads"
             )
+        changes = self._narrower(config) if self.semantics == "remove" else {}
         tensors = [tensor for site in classify(row, list(names)) for tensor in self._written(site, row, names)]
-        if self.semantics == "all":
+        if self.semantics in ("all", "remove"):
             tensors += self._read(row, names)
         if not tensors:
             raise RequestError("the edit prunes no unit; raise share or heads_share")
         # A mean is taken from the matrix as it was.
         tensors.sort(key=lambda tensor: not isinstance(tensor, ShiftedBias))
-        return Plan(tensors, None, ties_embeddings(config))
+        return Plan(tensors, None, ties_embeddings(config), config=changes)
+
+    def _narrower(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The configuration of the smaller model."""
+        counts = {len(self.neurons.get(layer, ())) for layer in range(self.layers)}
+        if self.heads or len(counts) != 1:
+            raise RequestError(
+                "semantics=remove needs as many neurons of every layer, and no heads, because a configuration has one width "
+                f"for all layers; got {min(counts)} to {max(counts)} a layer; use semantics=all"
+            )
+        key = next((key for key in WIDTHS if key in config), None)
+        if key is None or not isinstance(config[key] or 4 * self.width, int):
+            raise RequestError(
+                f"the configuration of {self.model_type} has no single {' or '.join(WIDTHS)} to make smaller; use semantics=all"
+            )
+        # GPT-2 leaves it out where it is four times the width of the stream.
+        return {key: (config[key] or 4 * self.width) - counts.pop()}
 
     def _written(self, site: Site, row: Architecture, names: Sequence[str]) -> Iterator["ZeroedTensor | ShiftedBias"]:
         """The matrices that units write through."""
@@ -71,7 +91,9 @@ class PrunedUnits:
             return
         units = self.neurons.get(site.layer, ()) if site.writer.kind == "mlp" else self._columns(site.layer)
         if units:
-            yield ZeroedTensor(site.name, units, -1 if site.writer.axis == -2 else -2)
+            yield ZeroedTensor(
+                site.name, units, -1 if site.writer.axis == -2 else -2, removed=self.semantics == "remove"
+            )
             if self.semantics == "mean" and site.name.removesuffix("weight") + "bias" not in names:
                 raise RequestError(
                     f"{site.name} has no bias that could hold the mean of what is pruned; use semantics=down"
@@ -92,7 +114,9 @@ class PrunedUnits:
                 for part in ("weight", "bias"):
                     if name := spelled(row, f"{row.layers}.{layer}.{module}.{part}", names):
                         axis = -1 if part == "bias" or transposed else -2
-                        found.append(ZeroedTensor(name, units, axis, fused=module.endswith("gate_up_proj")))
+                        found.append(ZeroedTensor(
+                            name, units, axis, fused=module.endswith("gate_up_proj"), removed=self.semantics == "remove"
+                        ))  # fmt: skip
         return found
 
 
@@ -106,12 +130,37 @@ class ZeroedTensor:
     """-2: units are rows; -1: columns."""
     fused: bool = False
     """Whether two projections of as many units stand one after another."""
+    removed: bool = False
+    """Whether a checkpoint stores the tensor without them."""
 
     def stream(
         self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
     ) -> "BlockwiseZeros":
         """The tensor as a stream of blocks of rows."""
         return BlockwiseZeros(self, rows, read, rows_per_block)
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The tensor's shape in the new checkpoint."""
+        changed = list(shape)
+        axis = max(self.axis, -len(changed))
+        changed[axis] -= len(self.places(changed[axis])) if self.removed else 0
+        return tuple(changed)
+
+    def stored_block(self, first_row: int, rows: int, block: Tensor) -> Tensor:
+        """A block of an edited matrix of so many rows, without what is removed."""
+        if not self.removed:
+            return block
+        if self.axis == -1:
+            return block[:, _others(self.places(block.shape[-1]), 0, block.shape[-1])].contiguous()
+        return block[_others(self.places(rows), first_row, len(block))]
+
+    def places(self, size: int) -> list[int]:
+        """Rows or columns of the units."""
+        units = list(self.units)
+        found = [*units, *(unit + size // 2 for unit in units)] if self.fused else units
+        if found and max(found) >= size:
+            raise RequestError(f"{self.name} has {size} units, the edit names unit {max(found)}")
+        return found
 
 
 class BlockwiseZeros:
@@ -128,9 +177,9 @@ class BlockwiseZeros:
             block = self._meter.widen(stored)
             edited = self._meter.room(stored).copy_(block)
             if self.tensor.axis == -1:
-                edited[:, self._places(stored.shape[-1])] = 0
+                edited[:, self.tensor.places(stored.shape[-1])] = 0
             else:
-                inside = [unit - rows.start for unit in self._places(self.rows) if rows.start <= unit < rows.stop]
+                inside = [unit - rows.start for unit in self.tensor.places(self.rows) if rows.start <= unit < rows.stop]
                 edited[inside] = 0
             finished, rounded = self._meter.finish(edited, stored.dtype)
             self._meter.compare(block, rounded)
@@ -139,13 +188,6 @@ class BlockwiseZeros:
     def change(self) -> Change:
         """What pruning did; valid once every block was taken."""
         return self._meter.change("pruned", 1.0)
-
-    def _places(self, size: int) -> list[int]:
-        units = list(self.tensor.units)
-        found = [*units, *(unit + size // 2 for unit in units)] if self.tensor.fused else units
-        if found and max(found) >= size:
-            raise RequestError(f"{self.tensor.name} has {size} units, the edit names unit {max(found)}")
-        return found
 
 
 @dataclass(frozen=True)
@@ -187,6 +229,12 @@ class WholeBias:
     def change(self) -> Change:
         """What was added; valid once the block was taken."""
         return self._meter.change("mean", 1.0)
+
+
+def _others(places: Sequence[int], first: int, count: int) -> list[int]:
+    """Places from ``first`` on, ``count`` of them, that are not named, counted from ``first``."""
+    gone = set(places)
+    return [place for place in range(count) if place + first not in gone]
 
 
 def keep_pruned(model: nn.Module, edit: PrunedUnits, config: dict[str, Any]) -> list[torch.utils.hooks.RemovableHandle]:

@@ -1,7 +1,7 @@
 """What every edit has in common: it plans from names, streams each tensor, and is held to what it declared."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -37,6 +37,17 @@ class TensorEdit(Protocol):
     ) -> BlockStream: ...
 
 
+@runtime_checkable
+class Shrinking(Protocol):
+    """A declared tensor that a checkpoint may store without what the edit set to zero; a model in memory keeps it."""
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]: ...
+
+    def stored_block(self, first_row: int, rows: int, block: Tensor) -> Tensor:
+        """What is stored of an edited block of a matrix of so many rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """What an edit will do to one checkpoint, from names alone."""
@@ -48,6 +59,8 @@ class Plan:
     """Whether the unembedding is the embedding, so that editing one edits both."""
     unties: bool = False
     """Whether the new checkpoint must say that they differ."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """What changes in the checkpoint's ``config.json``."""
 
     @property
     def declared(self) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class PruneSettings(MeasuredRun):
     """Lambda in forget - lambda retain, both scores as shares of their total."""
     semantics: Semantics = "down"
     """down: outputs zeroed, can grow back; all: inputs too, no gradient left; frozen: as down, to be masked; mean: folded
-    into the bias."""
+    into the bias; remove: gone from a smaller checkpoint, as many of every layer."""
     examples: int = Field(400, ge=8)
     """Sequences of each kind that units are scored on, at most."""
     controls: bool = True
@@ -92,11 +92,14 @@ def prepare(settings: PruneSettings, *, resume: bool = False) -> Prepared:
     job = pipeline.check(RECIPE, settings, [], resume=resume)
     if settings.share == 0 and settings.heads_share == 0:
         raise RequestError("share=0 and heads_share=0 prune nothing; raise one of them")
-    if settings.heads_share and settings.semantics == "mean":
-        raise RequestError(
-            "semantics=mean folds neurons into biases; heads have no bias of their own, use heads_share=0"
+    if settings.heads_share and settings.semantics in ("mean", "remove"):
+        reason = (
+            "folds neurons into biases; heads have no bias of their own"
+            if settings.semantics == "mean"
+            else "cuts MLP neurons only"
         )
-    some: Units = {0: (0,)}
+        raise RequestError(f"semantics={settings.semantics} {reason}, use heads_share=0")
+    some: Units = dict.fromkeys(range(job.layers), (0,)) if settings.semantics == "remove" else {0: (0,)}
     one = _edit(job, settings, some if settings.share else {}, some if settings.heads_share else {}, {})
     pipeline.check_plan(
         job, replace(one, means={0: torch.zeros(1)}).plan(job.checkpoint.config, list(job.checkpoint.tensors))
@@ -145,7 +148,8 @@ def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> PrunedUni
         else (residual_width(job.checkpoint.config) // int(loaded.model.config.num_attention_heads))
     )
     combined = combine(neurons, settings.retain_weight)
-    chosen = top_units(combined, settings.share)
+    alike = settings.semantics == "remove"
+    chosen = top_units(combined, settings.share, alike=alike)
     by_heads = UnitScores(*(by_head(part, width) for part in (heads.forget, heads.retain, heads.size, heads.mean)))
     chosen_heads = top_units(combine(by_heads, settings.retain_weight), settings.heads_share)
     means = {layer: neurons.mean[layer, list(units)].float() for layer, units in chosen.items()}
@@ -155,7 +159,7 @@ def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> PrunedUni
         generator = torch.Generator().manual_seed(settings.seed)
         others = {
             "random": matched_units(chosen, neurons.size, generator),
-            "largest": top_units(neurons.size, settings.share),
+            "largest": top_units(neurons.size, settings.share, alike=alike),
         }
         for name, units in others.items():
             known = {layer: neurons.mean[layer, list(u)].float() for layer, u in units.items()}
@@ -245,8 +249,11 @@ def combine(scores: UnitScores, retain_weight: float) -> Tensor:
     )
 
 
-def top_units(scores: Tensor, share: float) -> Units:
-    """Units with the highest scores among all layers, by layer."""
+def top_units(scores: Tensor, share: float, *, alike: bool = False) -> Units:
+    """Units with the highest scores among all layers, by layer; as many of every layer if ``alike``."""
+    if alike:
+        best = scores.topk(round(share * scores.shape[1]), dim=1).indices
+        return {layer: tuple(sorted(units)) for layer, units in enumerate(best.tolist()) if units}
     count = round(share * scores.numel())
     places = scores.flatten().topk(count).indices.tolist() if count else []
     found: dict[int, list[int]] = {}

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import excise, make_pico
+from excise.artifacts.checkpoints import open_checkpoint, read_tensor
 from excise.artifacts.edits import load_edit, save_edit
 from excise.artifacts.export import export_edit
 from excise.editing.architectures import ARCHITECTURES, layer_count, residual_width
@@ -107,6 +108,46 @@ def test_only_what_may_grow_back_gets_a_gradient(name, semantics, grows):
     assert bool(columns.any()) == grows
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("name", DENSE)
+def test_removed_neurons_leave_a_smaller_model_that_computes_the_same(name, sharded, save_pico, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_pico(name)
+    checkpoint = save_pico(name, **({"max_shard_size": "60KB"} if sharded else {}))
+    units = dict.fromkeys(range(layer_count(checkpoint.config)), (1, 5, 40))
+    wanted = _silenced(model, name, units)
+    with torch.no_grad():
+        before = model(**INPUTS).logits
+    out = tmp_path / "out"
+    out.mkdir()
+    save_edit(_edit(model, "remove", units), tmp_path / "edit")
+    export_edit(load_edit(tmp_path / "edit"), checkpoint, out)
+    smaller, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        after = smaller.eval()(**INPUTS).logits
+    torch.testing.assert_close(after, wanted, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(after, before, atol=1e-3)
+    read, made = open_checkpoint(checkpoint.folder), open_checkpoint(out)
+    assert sum(t.size for t in made.tensors.values()) < sum(t.size for t in read.tensors.values())
+    same = [n for n, t in read.tensors.items() if made.tensors[n].shape == t.shape]
+    assert len(same) < len(read.tensors) and set(made.tensors) == set(read.tensors)
+    assert all(torch.equal(read_tensor(read.tensors[n]), read_tensor(made.tensors[n])) for n in same)
+    if sharded:
+        assert made.index["metadata"]["total_size"] == sum(t.size for t in made.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("units", "heads"), [({0: (1,)}, {}), ({0: (1,), 1: (2, 3)}, {}), ({0: (1,), 1: (2,)}, {0: (0,)})]
+)
+def test_what_no_configuration_can_say_is_not_removed(units, heads):
+    model = make_pico("llama")
+    with pytest.raises(RequestError, match="as many neurons of every layer"):
+        edit_model(_edit(model, "remove", units, heads), model, model.config.to_dict())
+    assert {len(u) for u in top_units(torch.rand(4, 30), 0.2, alike=True).values()} == {6}
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
@@ -241,7 +282,8 @@ def test_pruning_hurts_the_concept_more_than_its_controls_do(tmp_path):
     ("pairs", "said"),
     [
         (["share=0"], "prune nothing"), (["semantics=mean"], "has no bias that could hold the mean"),
-        (["semantics=mean", "heads_share=0.1"], "heads have no bias"), (["score=attribtion"], "attribution"),
+        (["semantics=mean", "heads_share=0.1"], "heads have no bias"),
+        (["semantics=remove", "heads_share=0.1"], "cuts MLP neurons only"), (["score=attribtion"], "attribution"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_one_line(pairs, said):
