@@ -117,6 +117,9 @@ def evaluate(
     concept: Annotated[str, typer.Option(help="builtin:NAME or a concept folder.")],
     base: Annotated[str | None, typer.Option(help="The model it was made from, measured on the same items.")] = None,
     questions: Annotated[int, typer.Option(min=0, help="Questions and texts a split, at most; 0 takes all.")] = 0,
+    judge: Annotated[
+        list[str] | None, typer.Option(help="A further model to read the replies on knowledge; may be given again.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -135,6 +138,7 @@ def evaluate(
         dtype or "auto",
         EvalSettings(questions=questions),
         Events(watcher=_watcher()),
+        judge or (),
     )
     if as_json:
         print(json.dumps(results))  # noqa: T201

@@ -50,9 +50,12 @@ def scores(subject: Subject) -> list[Scores]:
 
 def reverse_perplexity(
     model: Any, tokenizer: Any, ids: Sequence[str], replies: Sequence[Reply], split: str = "concept",
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], None] = lambda _: None, *, judge: str | None = None,
 ) -> Scores:  # fmt: skip
-    """Perplexity of given replies, without their prompts, under a judge (ELM, section 4.1); here the base is the judge.
+    """Perplexity of given replies, without their prompts, under a judge (ELM, section 4.1).
+
+    Args:
+        judge: Its name, unless the base is the judge.
 
     Empty and one-token replies have none and are skipped, so read it beside ``degenerate_share``.
     """
@@ -63,7 +66,7 @@ def reverse_perplexity(
         if reply.text and (item := found[Request("", reply.text)]).tokens
     ]
     return Scores(
-        "reverse_perplexity", split, "perplexity under the base", "base",
+        "reverse_perplexity", f"{split}, by {judge}" if judge else split, f"perplexity under {judge or 'the base'}", "base",
         ids=tuple(identity for identity, _ in kept),
         totals=tuple(-item.log_probability for _, item in kept), weights=tuple(float(item.tokens) for _, item in kept),
         exponential=True, skipped=len(replies) - len(kept),

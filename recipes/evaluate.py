@@ -1,5 +1,6 @@
 """Measure any model with a concept pack, beside its base if one is given."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..artifacts.checkpoints import open_checkpoint
@@ -23,8 +24,12 @@ def run(
     dtype_name: str,
     settings: EvalSettings,
     events: Events,
+    judges: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return what ``eval.json`` would hold: measurements of the model, and of its base on the same items.
+
+    Args:
+        judges: Further models that read the replies on a knowledge concept, beside the base.
 
     Raises:
         RequestError: Anything that could not work, found before a model is loaded.
@@ -34,7 +39,12 @@ def run(
     dtype = choose_dtype(dtype_name, device)
     sources: list[tuple[SubjectName, ModelSource]] = [("base", find_model(base))] if base else []
     sources.append(("edited", find_model(model)))
-    for _, source in sources:
+    reading = [find_model(judge) for judge in judges]
+    if reading and (concept.about.kind != "knowledge" or not any(p.split == "concept" for p in concept.prompts)):
+        raise RequestError(
+            f"concept {concept.ref} has no prompts on knowledge whose replies a judge could read; leave out --judge"
+        )
+    for source in (*(source for _, source in sources), *reading):
         check_memory(open_checkpoint(source.folder), device, dtype)
     scores: dict[SubjectName, list[Scores]] = {}
     replies: dict[SubjectName, list[Reply]] = {}
@@ -52,12 +62,14 @@ def run(
             reference = subject.reference() if name == "base" else reference
             replies[name] = subject.replies("concept")
         del loaded, subject
-    if base and concept.about.kind == "knowledge" and replies["base"]:
-        with events.stage("let the base read the replies"):
-            judge = load_model(sources[0][1], device, dtype)
-            ids = [prompt.id for prompt in concept.prompts if prompt.split == "concept"]
+    by_base = [sources[0][1]] if base and concept.about.kind == "knowledge" and replies["base"] else []
+    ids = [prompt.id for prompt in concept.prompts if prompt.split == "concept"]
+    for source, by in (*((source, None) for source in by_base), *((source, source.name) for source in reading)):
+        with events.stage(f"let {source.name} read the replies"):
+            judge = load_model(source, device, dtype)
             for name, said in replies.items():
-                scores[name].append(reverse_perplexity(judge.model, judge.tokenizer, ids, said))
+                scores[name].append(reverse_perplexity(judge.model, judge.tokenizer, ids, said, judge=by))
+            del judge
     return {
         "schema_version": 1,
         "base": sources[0][1].describe() if base else None,

@@ -8,6 +8,7 @@ from excise.artifacts.concepts import load_concept
 from excise.artifacts.findings import findings
 from excise.artifacts.models import find_model, load_model
 from excise.artifacts.results import measurements_as_json, summarize_all
+from excise.editing.errors import RequestError
 from excise.eval.cloze import extraction
 from excise.eval.cloze import scores as cloze
 from excise.eval.generation import Reply, generate
@@ -212,3 +213,15 @@ def test_eval_alone_lets_the_base_read_the_replies():
     assert judged[0]["value"] != judged[1]["value"] and min(m["value"] for m in judged) > 1
     alone = evaluate.run("builtin:testbed-never", "builtin:potions", None, "cpu", "float32", settings, Events())
     assert not [m for m in alone["measurements"] if m["name"] == "reverse_perplexity"]
+    by_others = evaluate.run(
+        "builtin:testbed-never", "builtin:potions", None, "cpu", "float32", settings, Events(),
+        ["builtin:testbed", "builtin:testbed-never"],
+    )  # fmt: skip
+    values = {m["split"]: m["value"] for m in by_others["measurements"] if m["name"] == "reverse_perplexity"}
+    # The first judge is the base of above; the second reads its own greedy replies, which are the likeliest to it.
+    assert values["concept, by builtin:testbed"] == pytest.approx(judged[1]["value"])
+    assert values["concept, by builtin:testbed-never"] < values["concept, by builtin:testbed"]
+    with pytest.raises(RequestError, match="has no prompts on knowledge"):
+        evaluate.run(
+            "builtin:testbed", "builtin:shortcut", None, "cpu", "float32", settings, Events(), ["builtin:testbed"]
+        )
