@@ -528,7 +528,8 @@ def main() -> None:
     """Entry point: turns every error into one line and an exit code."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Not by way of SIGINT, which a shell's background jobs ignore.
+    signal.signal(signal.SIGTERM, _stop)
     try:
         code = app(args=arguments, prog_name="excise", standalone_mode=False)
         if code == INTERRUPTED:
@@ -540,6 +541,10 @@ def main() -> None:
         code = _explain(error)
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def resumed_or_finished(settings: Any, resumed: Any) -> Any:

@@ -53,6 +53,20 @@ def test_lists_are_not_empty(what):
     assert done.returncode == 0 and len(done.stdout.splitlines()) >= 1
 
 
+def test_a_background_job_that_ignores_the_interrupt_is_still_terminated(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "excise.cli", "run", "orthogonalize", "--out", str(tmp_path / "run")],
+        stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "events.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stderr.count("\n") == 1 and "--resume" in stderr
+
+
 def test_an_interrupt_is_one_line_and_the_run_can_go_on(tmp_path):
     out = tmp_path / "run"
     arguments = ["run", "orthogonalize", "--out", str(out), "--set", "questions=40"]
