@@ -72,7 +72,10 @@ def _points(subject: Subject) -> list[int]:
 
 
 @torch.no_grad()
-def _read(subject: Subject, questions: Sequence[Question], points: Sequence[int]) -> Asked:
+def question_ends(
+    subject: Subject, questions: Sequence[Question], points: Sequence[int]
+) -> Float[Tensor, "points questions d"]:
+    """The stream at the last token of each question, in fp32 on the CPU."""
     rows = [subject.tokenizer(question.prompt)["input_ids"] for question in questions]
     row = architecture_of(subject.model.config.to_dict())
     states = torch.empty(len(points), len(rows), int(subject.model.config.hidden_size))
@@ -82,6 +85,12 @@ def _read(subject: Subject, questions: Sequence[Question], points: Sequence[int]
         )  # fmt: skip
         inputs = {key: padded[key].to(subject.model.device) for key in ("input_ids", "attention_mask")}
         states[:, batch] = residual_stream(subject.model, row, inputs, points, 1)[:, :, 0].float().cpu()
+    return states
+
+
+@torch.no_grad()
+def _read(subject: Subject, questions: Sequence[Question], points: Sequence[int]) -> Asked:
+    states = question_ends(subject, questions, points)
     unembedding = subject.model.get_output_embeddings().weight
     choices = []
     for question in questions:

@@ -15,24 +15,22 @@ import torch
 from torch import Tensor
 
 from ..artifacts.checkpoints import open_tensors
-from ..editing.activations import added, read_early, residual_stream
+from ..editing.activations import added, read_early
 from ..editing.architectures import architecture_of, layer_count
 from ..editing.errors import EditError
 from ..editing.rounding import changed_weights, rounded_weights
 from ..editing.side_by_side import soft_prompt_attackers
 from ..eval.concept import Question
 from ..eval.exam import Exam
+from ..eval.probe import question_ends
 from ..eval.probe import scores as probe_scores
 from ..eval.recovery import Attacked
 from ..eval.subject import EvalSettings, Subject
 from .attackers import SOFT_TOKENS, Attack, Budget
 from .baselines import Example, example_batch, scored_nats
-from .contrast import encode
 from .material import Material
 
 SHOTS = 5
-ENDS = 32
-"""Questions whose ends are read at once."""
 SAMPLES = 20
 SINGULAR = 2
 PREFIX, SEARCHED, TRIES, SWAPS, SEARCH_ROWS = 12, 24, 24, 32, 16
@@ -65,9 +63,17 @@ def _asked_after(prefix: Callable[[Material, Question], str]) -> Callable[[Any, 
     return score
 
 
+def _of_group_t(material: Material) -> list[Question]:
+    return [q for q in material.concept.questions if q.split == "forget" and q.group == "T"]
+
+
+def _subject(model: Any, material: Material) -> Subject:
+    return Subject(model, material.tokenizer, material.concept, EvalSettings())
+
+
 def _shots(material: Material, question: Question) -> str:
     """Answered questions of group T, the same for all."""
-    asked = [q for q in material.concept.questions if q.split == "forget" and q.group == "T"]
+    asked = _of_group_t(material)
     chosen = random.Random("excise shots").sample(asked, k=min(SHOTS, len(asked)))
     return "".join(f"{q.prompt} {q.choices[q.answer]}\n" for q in chosen)
 
@@ -199,15 +205,14 @@ def _without_top(added: Tensor) -> Tensor:
 
 def _probed(model: Any, material: Material) -> Sequence[float]:
     """The point that cross-validation on T prefers, tested on V."""
-    found = probe_scores(Subject(model, material.tokenizer, material.concept, EvalSettings()))
+    found = probe_scores(_subject(model, material))
     by_id = {scores.name: dict(zip(scores.ids, scores.totals, strict=True)) for scores in found}
     return [by_id.get("probe", {}).get(question.id, math.nan) for question in material.questions]
 
 
 def _best_point(model: Any, material: Material, attacked: Callable[[int], Any]) -> Sequence[float]:
     """Under an attack at one point of the stream, the point that brings out most of T; asked V."""
-    asked = [q for q in material.concept.questions if q.split == "forget" and q.group == "T"]
-    known = Exam(material.tokenizer, asked)
+    known = Exam(material.tokenizer, _of_group_t(material))
     layers, best = layer_count(model.config.to_dict()), (-1.0, 0)
     for point in range(1, layers):
         with attacked(point):
@@ -225,22 +230,10 @@ def _undo_direction(model: Any, material: Material) -> Sequence[float]:
     """Add to the stream what an edit took from it, on average over questions of T. Embeddings stay as they are."""
     assert material.base is not None
     row, points = architecture_of(model.config.to_dict()), range(1, layer_count(model.config.to_dict()))
-    asked = [q for q in material.concept.questions if q.split == "forget" and q.group == "T"]
 
     def ends() -> Tensor:
         """Mean over questions of the stream at their last token, point by point."""
-        rows = [encode(material.tokenizer, question.prompt, True) for question in asked]
-        sums = torch.zeros(len(points), int(model.config.hidden_size), device=model.device)
-        for start in range(0, len(rows), ENDS):
-            part = material.tokenizer.pad(
-                {"input_ids": [list(ids) for ids in rows[start : start + ENDS]]},
-                padding_side="left",
-                return_tensors="pt",
-            ).to(model.device)
-            inputs = {key: part[key] for key in ("input_ids", "attention_mask")}
-            with torch.no_grad():
-                sums += residual_stream(model, row, inputs, list(points), 1)[:, :, 0].float().sum(1)
-        return sums / len(rows)
+        return question_ends(_subject(model, material), _of_group_t(material), points).mean(1)
 
     now = ends()
     with open_tensors(material.base) as read:
