@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,8 +33,13 @@ with install_import_hook("excise.editing", "beartype.beartype"):
 import pytest
 import torch
 from excise.artifacts.checkpoints import Checkpoint, open_checkpoint
+from excise.artifacts.export import export_edit
+from excise.artifacts.manifest import write_manifest
+from excise.artifacts.models import find_model
+from excise.artifacts.staging import staged_folder
 from excise.editing.architectures import layer_count, residual_width
 from excise.editing.edit import Edit
+from excise.editing.weight_edit import WeightEdit
 from transformers import AutoConfig, AutoModelForCausalLM
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -108,6 +114,21 @@ def random_edit(config: dict[str, Any], rank: int = 1, **options: Any) -> Edit:
     width = residual_width(config)
     basis = torch.linalg.qr(torch.randn(width, rank, generator=torch.Generator().manual_seed(7))).Q
     return Edit(basis, config["model_type"], (1.0,) * layer_count(config), **options)
+
+
+def publish(folder: Path, edit: WeightEdit, texts: Mapping[str, str] = MappingProxyType({})) -> Path:
+    """A published checkpoint, in small: the built-in model with an edit, further files and its manifest."""
+    source = find_model("builtin:testbed")
+    with staged_folder(folder) as staging:
+        export = export_edit(edit, open_checkpoint(source.folder), staging)
+        (staging / "excise").mkdir(exist_ok=True)
+        for name, text in texts.items():
+            (staging / name).write_text(text)
+        write_manifest(
+            staging, base=source.describe(), base_files=export.base_sha256, changes=export.changes, untied=None,
+            known=export.output_sha256, run={},
+        )  # fmt: skip
+    return folder
 
 
 def in_fresh_process(code: str, *arguments: object) -> Any:

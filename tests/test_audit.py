@@ -6,15 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import excise
+from conftest import excise, publish
 from excise.artifacts import audit_report
-from excise.artifacts.checkpoints import open_checkpoint
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
-from excise.artifacts.export import export_edit
-from excise.artifacts.manifest import verify_folder, write_manifest
+from excise.artifacts.manifest import verify_folder
 from excise.artifacts.models import find_model, load_model
-from excise.artifacts.staging import staged_folder
 from excise.editing.activations import read_early
 from excise.editing.architectures import architecture_of
 from excise.editing.errors import RequestError, VerifyError
@@ -77,16 +74,10 @@ def test_what_is_written_says_the_same(audited):
 def test_a_card_takes_in_its_audit_and_a_newer_one_replaces_it(audited, tmp_path):
     """On a checkpoint that excise made: here, an edit that changes a little."""
     _, results = audited
-    source = find_model("builtin:testbed")
     edit = PrunedUnits({0: (1, 2)}, {}, "down", "llama", 192, 8, 1)
-    folder = tmp_path / "checkpoint"
-    with staged_folder(folder) as staging:
-        export = export_edit(edit, open_checkpoint(source.folder), staging)
-        (staging / "README.md").write_text("# A model\n\n## Samples\n\nsome\n\n## Limits\n\nmany\n")
-        write_manifest(
-            staging, base=source.describe(), base_files=export.base_sha256, changes=export.changes, untied=None,
-            known=export.output_sha256, run={},
-        )  # fmt: skip
+    folder = publish(
+        tmp_path / "checkpoint", edit, {"README.md": "# A model\n\n## Samples\n\nsome\n\n## Limits\n\nmany\n"}
+    )
     audit_report.amend_card(folder, results)
     once = (folder / "README.md").read_text()
     assert once.index("## Does it hold?") < once.index("## Samples") < once.index("## Limits")

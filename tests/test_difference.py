@@ -33,6 +33,14 @@ def changed(tmp_path_factory):
     return str(base), str(folder)
 
 
+def _with_norm(model, folder, norm):
+    """A copy of a model with another final norm."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": norm}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def test_each_changed_tensor_is_told_with_its_rank_and_no_other(changed):
     found = difference(*changed)
     by_name = {item.name: item for item in found.changed}
@@ -53,11 +61,7 @@ def test_a_model_does_not_differ_from_itself(changed):
 
 
 def test_a_tensor_that_was_zero_has_no_relative_change_and_stands_first(changed, tmp_path):
-    folder = tmp_path / "zeroed"
-    shutil.copytree(changed[0], folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] = torch.zeros(192)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    folder = _with_norm(changed[0], tmp_path / "zeroed", torch.zeros(192))
     done = excise("diff", folder, changed[1], "--json")
     first = json.loads(done.stdout, parse_constant=pytest.fail)["changed"][0]
     assert first["name"] == "model.norm.weight" and first["relative_norm"] is None
@@ -70,11 +74,7 @@ def test_effective_rank_is_between_one_and_the_number_of_directions():
 
 
 def test_models_of_unlike_shape_are_not_compared(changed, tmp_path):
-    folder = tmp_path / "other"
-    shutil.copytree(changed[0], folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] = torch.ones(3)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    folder = _with_norm(changed[0], tmp_path / "other", torch.ones(3))
     with pytest.raises(RequestError, match=r"model\.norm\.weight is \[192\] in base and \[3\] in other"):
         difference(changed[0], str(folder))
 

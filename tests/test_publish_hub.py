@@ -11,13 +11,11 @@ import time
 
 import pytest
 import torch
-from conftest import excise, in_fresh_process
+from conftest import excise, in_fresh_process, publish
 from excise.artifacts import checkpoints
 from excise.artifacts.checkpoints import check_finite, open_checkpoint
-from excise.artifacts.export import export_edit
 from excise.artifacts.manifest import SUMS, verify_folder, write_manifest
 from excise.artifacts.models import find_model
-from excise.artifacts.staging import staged_folder
 from excise.editing.errors import CheckpointError
 from excise.editing.low_rank import Factors, LowRankUpdate
 from excise.editing.pruning import PrunedUnits
@@ -39,19 +37,11 @@ print(json.dumps(model(**ids).logits[0, -1].tolist()))
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory):
     """A published checkpoint with a card and measurements, in small."""
-    source = find_model("builtin:testbed")
-    folder = tmp_path_factory.mktemp("edited") / "checkpoint"
-    edit = PrunedUnits({0: (1, 2)}, {}, "down", "llama", 192, 8, 1)
-    with staged_folder(folder) as staging:
-        export = export_edit(edit, open_checkpoint(source.folder), staging)
-        (staging / "README.md").write_text("---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n# A model\n")
-        (staging / "excise").mkdir(exist_ok=True)
-        (staging / "excise" / "eval.json").write_text('{"measurements": []}\n')
-        write_manifest(
-            staging, base=source.describe(), base_files=export.base_sha256, changes=export.changes, untied=None,
-            known=export.output_sha256, run={},
-        )  # fmt: skip
-    return folder
+    return publish(
+        tmp_path_factory.mktemp("edited") / "checkpoint", PrunedUnits({0: (1, 2)}, {}, "down", "llama", 192, 8, 1),
+        {"README.md": "---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n# A model\n",
+         "excise/eval.json": '{"measurements": []}\n'},
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -396,8 +386,8 @@ def test_a_pull_request_leaves_the_branch_as_it_is_and_holds_the_checkpoint(publ
 
 def test_a_new_edit_of_the_same_base_sends_only_what_it_changed(tmp_path):
     """Counted in what Xet's store grows by: pieces of about 64 kB, found by content."""
-    source, name = find_model("builtin:testbed"), "model.layers.5.mlp.down_proj.weight"
-    base = open_checkpoint(source.folder)
+    name = "model.layers.5.mlp.down_proj.weight"
+    base = open_checkpoint(find_model("builtin:testbed").folder)
     rows, columns = base.tensors[name].shape
 
     def edit(seed):
@@ -410,12 +400,7 @@ def test_a_new_edit_of_the_same_base_sends_only_what_it_changed(tmp_path):
         environment = client(known, tmp_path / "hf", xet=True)
         for seed in (0, 1):
             folder = tmp_path / str(seed)
-            with staged_folder(folder) as staging:
-                export = export_edit(edit(seed), base, staging)
-                write_manifest(
-                    staging, base=source.describe(), base_files=export.base_sha256, changes=export.changes, untied=None,
-                    known=export.output_sha256, run={},
-                )  # fmt: skip
+            publish(folder, edit(seed))
             done = excise("push", folder, ID, "--unmeasured", **environment)
             assert done.returncode == 0, done.stderr
             stored = (tmp_path / "cas" / "xet" / "xorbs" / "xorbs").iterdir()

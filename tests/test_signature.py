@@ -6,12 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import excise
-from excise.artifacts.checkpoints import open_checkpoint
-from excise.artifacts.export import export_edit
-from excise.artifacts.manifest import SIGNATURE, amend_folder, verify_folder, write_manifest
-from excise.artifacts.models import find_model
-from excise.artifacts.staging import staged_folder
+from conftest import excise, publish
+from excise.artifacts.manifest import SIGNATURE, amend_folder, verify_folder
 from excise.editing.pruning import PrunedUnits
 from loopback_hub import client, folder_files, hub
 
@@ -38,19 +34,10 @@ def keys(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, keys):
     """A published checkpoint that was signed through the command line."""
-    source = find_model("builtin:testbed")
-    folder = tmp_path_factory.mktemp("signed") / "checkpoint"
-    with staged_folder(folder) as staging:
-        export = export_edit(
-            PrunedUnits({0: (1, 2)}, {}, "down", "llama", 192, 8, 1), open_checkpoint(source.folder), staging
-        )
-        (staging / "README.md").write_text("# A model\n")
-        (staging / "excise").mkdir(exist_ok=True)
-        (staging / "excise" / "eval.json").write_text('{"measurements": []}\n')
-        write_manifest(
-            staging, base=source.describe(), base_files=export.base_sha256, changes=export.changes, untied=None,
-            known=export.output_sha256, run={},
-        )  # fmt: skip
+    folder = publish(
+        tmp_path_factory.mktemp("signed") / "checkpoint", PrunedUnits({0: (1, 2)}, {}, "down", "llama", 192, 8, 1),
+        {"README.md": "# A model\n", "excise/eval.json": '{"measurements": []}\n'},
+    )  # fmt: skip
     done = excise("sign", folder, "--key", keys / "ours.pem", EXCISE_KEY_PASSWORD="secret")
     assert done.returncode == 0, done.stderr
     return folder
