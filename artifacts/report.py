@@ -46,7 +46,7 @@ def write_report(
     text = render(
         "report.html.j2",
         title=f"{results['concept']['name']} {results['edited']['how']} in {results['base']['name']}",
-        results=results, changes=changes, rows=rows, findings=findings(results), limits=limits(results, audited=audit is not None),
+        results=results, changes=[change for change in changes if change["changed"]], rows=rows, findings=findings(results), limits=limits(results, audited=audit is not None),
         has_never=any(row.never for row in rows), value=format_value, difference=format_difference, tone=_tone,
         whiskers=charts.whiskers, figures=_figures(results, measurements), controls=_controls(results),
         positions=sorted({candidate["position"] for candidate in candidates}),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import socket
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from conftest import excise
 from excise.artifacts.directions_report import write_report as write_directions
 from excise.artifacts.events import Events
 from excise.artifacts.manifest import verify_folder
-from excise.artifacts.report import write_report
+from excise.artifacts.report import report_of, write_report
 from excise.recipes import attacks, audit
 
 HOSTILE = '</script><script>window.hacked=1</script><img src="http://127.0.0.1:9/x" onerror="window.hacked=1">\u202e|`'
@@ -31,6 +32,9 @@ def run(tmp_path_factory):
         "--set", "validation_pairs=8", HF_TOKEN=TOKEN, LOGNAME=USER, USER=USER,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    # What a run writes, and what its checkpoint alone gives, before there is an audit.
+    shutil.copyfile(out / "report.html", out / "first.html")
+    report_of(out / "checkpoint", out / "alone.html")
     patch = pytest.MonkeyPatch()
     for name, value in (("HF_TOKEN", TOKEN), ("LOGNAME", USER), ("USER", USER)):
         patch.setenv(name, value)
@@ -172,6 +176,7 @@ def test_nothing_written_names_this_machine_its_user_or_a_token(run):
 
 def test_a_checkpoint_alone_gives_the_same_report(run, tmp_path):
     out, _ = run
+    assert (out / "alone.html").read_bytes() == (out / "first.html").read_bytes() != (out / "report.html").read_bytes()
     done = excise("report", out / "checkpoint", "--out", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").read_bytes() == (out / "report.html").read_bytes()
