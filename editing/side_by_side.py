@@ -1,7 +1,7 @@
 """Several independent attackers on one frozen model, trained in the same forward.
 
-Every row of a batch belongs to one attacker and sees that attacker's parameters alone. What is shared is the frozen
-model's work. Three kinds: low-rank adapters (Hu et al. 2021), soft prompts (Lester et al. 2021)
+Every row of a batch belongs to one attacker and sees that attacker's parameters alone; an attacker's rows stand together,
+and all have equally many, so that a batched product does the work of one for each. What is shared is the frozen model's work. Three kinds: low-rank adapters (Hu et al. 2021), soft prompts (Lester et al. 2021)
 and one vector added to the residual stream (a universal latent perturbation).
 """
 
@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from .activations import decoder_layers, first
@@ -23,8 +22,8 @@ class Attackers:
 
     def __init__(self, count: int):
         self.count = count
-        self.assigned: Int[Tensor, " rows"] | int = 0
-        """The attacker of each row, or the one that all rows belong to."""
+        self.assigned: Sequence[int] = (0,)
+        """The attackers whose rows a batch holds, in this order, each with an equal share of them."""
         self.owned: list[list[nn.Parameter]] = [[] for _ in range(count)]
         self.prefix = 0
         """Tokens in front of every row whose embeddings the attackers own."""
@@ -32,7 +31,7 @@ class Attackers:
     @contextmanager
     def only(self, attacker: int) -> Iterator[None]:
         """All rows belong to one attacker."""
-        before, self.assigned = self.assigned, attacker
+        before, self.assigned = self.assigned, (attacker,)
         try:
             yield
         finally:
@@ -48,12 +47,14 @@ class Attackers:
         return made
 
     def mine(self, values: Sequence[nn.Parameter], rows: int) -> Tensor:
-        """Each row's parameter [rows, ...]; [1, ...] where all rows have the same."""
-        if isinstance(self.assigned, int):
-            return values[self.assigned][None]
-        if len(self.assigned) != rows:
-            raise ValueError(f"{rows} rows, but {len(self.assigned)} were assigned to attackers")
-        return torch.stack(list(values))[self.assigned]
+        """The parameters of the attackers at work [attackers, ...]."""
+        if rows % len(self.assigned):
+            raise ValueError(f"{rows} rows cannot be shared equally by {len(self.assigned)} attackers")
+        return torch.stack([values[attacker] for attacker in self.assigned])
+
+    def by_row(self, values: Sequence[nn.Parameter], rows: int) -> Tensor:
+        """Each row's parameter [rows, ...]."""
+        return self.mine(values, rows).repeat_interleave(rows // len(self.assigned), 0)
 
 
 class SideBySide(nn.Module):
@@ -71,8 +72,9 @@ class SideBySide(nn.Module):
         own: Tensor = self.inner(x)
         down = self.attackers.mine(list(self.down), len(x))
         up = self.attackers.mine(list(self.up), len(x))
-        added = (x.to(down.dtype) @ down.mT) @ up.mT * self.scale
-        return own + added.to(own.dtype)
+        lowered = torch.bmm(x.reshape(len(down), -1, x.shape[-1]).to(down.dtype), down.mT)
+        whole = own.reshape(len(up), -1, own.shape[-1]).to(up.dtype)
+        return torch.baddbmm(whole, lowered, up.mT, alpha=self.scale).to(own.dtype).view_as(own)
 
 
 def linear_widths(module: nn.Module) -> tuple[int, int]:
@@ -112,8 +114,7 @@ def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iter
     values = attackers.own((tokens, embedding.weight.shape[1]), seeds, spread)
 
     def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        own = attackers.mine(values, len(output)).to(output)
-        return torch.cat([own.expand(len(output), -1, -1), output[:, tokens:]], 1)
+        return torch.cat([attackers.by_row(values, len(output)).to(output), output[:, tokens:]], 1)
 
     with _frozen(model), _hooked(embedding, put):
         yield attackers
@@ -128,8 +129,7 @@ def latent_attackers(model: nn.Module, row: Architecture, layer: int, seeds: Seq
 
     def add(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = first(output)
-        own = attackers.mine(values, len(hidden)).to(hidden)
-        changed = hidden + own[:, None]
+        changed = hidden + attackers.by_row(values, len(hidden)).to(hidden)[:, None]
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     with _frozen(model), _hooked(decoder_layers(model, row)[layer], add):

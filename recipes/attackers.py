@@ -17,9 +17,10 @@ from ..editing.architectures import architecture_of, layer_count
 from ..editing.rounding import linear_weights, restore
 from ..editing.side_by_side import Attackers, latent_attackers, low_rank_attackers, soft_prompt_attackers
 from ..eval.recovery import Attacked
+from .attacked import Trained
 from .baselines import Example, example_batch, sequence_nll
 from .lessons import split_by_length
-from .material import Material, reading_order
+from .material import Material, mean_length, reading_order
 from .training import Group, Schedule, Terms, fit
 
 SOFT_TOKENS = 10
@@ -63,22 +64,16 @@ class Budget:
         return tuple(sorted({0, *powers, self.steps}))
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Curves by learning rate, and the attackers whose loss stopped being finite."""
-
-    by_rate: dict[float, Attacked]
-    diverged: int
-
-
 def trained(
     model: Any, attacks: Mapping[str, Attack], material: Material, budget: Budget, seed: int, stage: Stage, work: Path
 ) -> dict[str, Trained]:
     """A model under several attacks of one method, all rates and seeds of all attacks side by side where they can be."""
     (method,) = {attack.method for attack in attacks.values()}
+    # Attackers that read sequences of like length waste little on padding.
     plans = [
         _Plan(name, attacks[name].data, rate, number, f"{seed}-{number}")
-        for name in attacks for rate in budget.rates[method] for number in range(budget.seeds)
+        for name in sorted(attacks, key=lambda name: mean_length(material, attacks[name].data))
+        for rate in budget.rates[method] for number in range(budget.seeds)
     ]  # fmt: skip
     found: dict[tuple[str, float, int], tuple[Attacked, bool]] = {}
     size = 1 if method == "full" else MOST_ATTACKERS
@@ -177,37 +172,41 @@ class _Run:
 
     def _collate(self, places: Sequence["_Place"]) -> dict[str, Any]:
         """Every attacker's sequences of one step."""
-        prefix = (0,) * self.attackers.prefix
-        rows = [
-            (attacker, Example((*prefix, *example.ids), example.start + len(prefix)))
-            for attacker, order in enumerate(self.orders) for example in (order[place.number] for place in places)
-        ]  # fmt: skip
-        return {"rows": rows, "each": len(places)}
+        return {"places": [place.number for place in places]}
 
     def _loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
         """Each attacker's mean negative log-likelihood; one that is not finite is taken out, and its rows with it."""
         while True:
-            rows = [(attacker, example) for attacker, example in batch["rows"] if attacker not in self.bad]
-            if not rows:
+            active = [attacker for attacker in range(len(self.plans)) if attacker not in self.bad]
+            if not active:
                 return {"all diverged": 0.0 * self.attackers.owned[0][0].nan_to_num().sum()}
-            losses = self._mean_nats(model, rows) / batch["each"]
-            broken = {place for place, value in enumerate(losses.tolist()) if not math.isfinite(value)}
+            losses = self._mean_nats(model, active, batch["places"])
+            broken = {
+                attacker for attacker, value in zip(active, losses.tolist(), strict=True) if not math.isfinite(value)
+            }
             if not broken:
-                return {f"attacker {place}": losses[place] for place in sorted({attacker for attacker, _ in rows})}
+                return {f"attacker {attacker}": losses[place] for place, attacker in enumerate(active)}
             # Even times 0 what is not finite would reach the others' gradients.
             self.bad |= broken
 
-    def _mean_nats(self, model: nn.Module, rows: Sequence[tuple[int, Example]]) -> Tensor:
-        """The sum over each attacker's sequences of their mean negative log-likelihood."""
-        rows = sorted(rows, key=lambda row: len(row[1].ids))
-        total, start = torch.zeros(len(self.plans), device=next(model.parameters()).device), 0
-        for size in split_by_length([len(example.ids) for _, example in rows]):
-            part = rows[start : start + size]
+    def _mean_nats(self, model: nn.Module, active: Sequence[int], places: Sequence[int]) -> Tensor:
+        """Of each attacker at work, the mean over its sequences of their mean negative log-likelihood."""
+        front = self.attackers.prefix
+        read = [sorted((self.orders[a][place] for place in places), key=lambda e: len(e.ids)) for a in active]
+        # Of every attacker as many: the shortest of each, then the next.
+        longest = [max(len(own[place].ids) + front for own in read) for place in range(len(places))]
+        device = next(model.parameters()).device
+        total, start = torch.zeros(len(active), device=device), 0
+        self.attackers.assigned = active
+        for size in split_by_length([len(active) * length for length in longest]):
+            part = [
+                Example((0,) * front + example.ids, example.start + front)
+                for own in read for example in own[start : start + size]
+            ]  # fmt: skip
+            batch = {key: value.to(device) for key, value in example_batch(part).items()}
+            total = total + (sequence_nll(model, batch) / batch["lengths"]).view(len(active), size).sum(1)
             start += size
-            batch = {key: value.to(total.device) for key, value in example_batch([e for _, e in part]).items()}
-            assigned = self.attackers.assigned = torch.tensor([attacker for attacker, _ in part], device=total.device)
-            total = total.index_add(0, assigned, sequence_nll(model, batch) / batch["lengths"])
-        return total
+        return total / len(places)
 
     @torch.no_grad()
     def _examine(self, step: int) -> None:

@@ -17,12 +17,14 @@ from ..artifacts import audit_report, report
 from ..artifacts.checkpoints import Checkpoint, open_checkpoint
 from ..artifacts.concepts import load_concept, nearest
 from ..artifacts.events import Events
+from ..artifacts.kept import KeptTensors, scope_of
 from ..artifacts.manifest import verify_folder
 from ..artifacts.models import (
     LoadedModel,
     ModelSource,
     available_memory,
     builtin_models,
+    cache_folder,
     check_memory,
     choose_device,
     choose_dtype,
@@ -40,7 +42,8 @@ from ..eval.exam import Exam
 from ..eval.recovery import Attacked, Scale, questions_needed
 from ..eval.statistics import wilson
 from ..eval.verdict import Compared, furthest, judge
-from .attackers import Budget, Trained, trained
+from .attacked import UTILITY, YARDSTICKS, Found, Trained, code_digest
+from .attackers import Budget, trained
 from .attacks import ATTACKS, BUDGETS, untrained
 from .contexts import Facts, find_facts, spread
 from .hiding import hide
@@ -50,8 +53,9 @@ from .request import RunRequest, free_folder, refuse_taken, start_folder
 SCHEMA_VERSION = 1
 FEWEST = 20
 """Questions of group V below which no audit is made."""
-UTILITY = 200
+OTHERS = 200
 """Questions on other things that show whether the model still works, at most."""
+UNTOUCHED = "untouched"
 NOVEL = "facts that nobody knows"
 
 
@@ -73,6 +77,8 @@ class AuditSettings(RunRequest):
     """Questions of group V to ask, at most, evenly drawn; 0 takes all."""
     card: bool = False
     """Also put the audit into the audited checkpoint, which excise must have made: a section of its card, and its figures."""
+    fresh: bool = False
+    """Attack base and controls anew, although an earlier audit of the same base and concept kept their curves."""
 
 
 @dataclass(frozen=True)
@@ -153,26 +159,24 @@ def run(prepared: Prepared, events: Events) -> dict[str, Any]:
     """
     work = start_folder(prepared.out, prepared.settings)
     events.path = prepared.out / "events.jsonl"
-    store = _Store(work / "attacked")
-    utility = {}
-    for subject in ("base", "edited", "never"):
-        controlled = subject != "base" or _controls_kept(prepared, store)
-        if subject not in prepared.sources or (store.complete(subject, prepared) and controlled):
-            utility[subject] = store.utility(subject)
+    found = Found(work / "attacked", _yardsticks(prepared))
+    if not prepared.settings.fresh:
+        _recall(prepared, found)
+    for subject, source in prepared.sources.items():
+        if _complete(subject, prepared, found) and (subject != "base" or _controls_complete(prepared, found)):
             continue
         with events.stage(f"load {subject}"):
-            loaded = load_model(prepared.sources[subject], prepared.device, prepared.dtype)
+            loaded = load_model(source, prepared.device, prepared.dtype)
         material = Material.of(
             prepared.concept, prepared.facts, loaded.tokenizer, prepared.questions, prepared.settings.seed,
             prepared.sources["base"].folder,
         )  # fmt: skip
-        utility[subject] = store.keep_utility(subject, _utility(loaded, prepared.concept))
-        _attack(subject, loaded, material, prepared, store, work, events)
+        _attack(subject, loaded, material, prepared, found, work, events)
         if subject == "base":
-            _attack_controls(loaded, material, prepared, store, work, events)
+            _attack_controls(loaded, material, prepared, found, work, events)
         del loaded
         gc.collect()
-    results = _conclude(prepared, store, utility)
+    results = _conclude(prepared, found)
     write_whole(prepared.out / "audit.json", json.dumps(results, indent=1))
     audit_report.write_report(prepared.out / "report.html", results)
     audit_report.write_card(prepared.out, results)
@@ -186,37 +190,84 @@ def run(prepared: Prepared, events: Events) -> dict[str, Any]:
 
 
 def _attack(
-    subject: str, loaded: LoadedModel, material: Material, prepared: Prepared, store: "_Store", work: Path, events: Events
+    subject: str, loaded: LoadedModel, material: Material, prepared: Prepared, found: Found, work: Path, events: Events
 ) -> None:  # fmt: skip
     """All attacks on one model; those that are kept already are not made again."""
     model, budget = loaded.model, prepared.budget
-    if not store.has(subject, "untouched"):
-        store.keep(subject, "untouched", _once(material.exam.hits(model)))
-    plain = [name for name in prepared.attacks if ATTACKS[name].score and not store.has(subject, name)]
+    if not found.has(subject, UNTOUCHED):
+        found.put(subject, UNTOUCHED, Trained.once(material.exam.hits(model)))
+    others = _others(prepared, subject)
+    if others and not found.has(subject, UTILITY):
+        found.put(subject, UTILITY, Trained.once(Exam(loaded.tokenizer, others).hits(model)))
+    plain = [name for name in prepared.attacks if ATTACKS[name].score and not found.has(subject, name)]
     if plain:
         with events.stage(f"question {subject}", len(plain)) as stage:
             for name in plain:
-                store.keep(subject, name, Trained({0.0: untrained(model, ATTACKS[name], material)}, 0))
+                found.put(subject, name, Trained({0.0: untrained(model, ATTACKS[name], material)}, 0))
                 stage.advance()
-    training = [name for name in prepared.attacks if not ATTACKS[name].score and not store.has(subject, name)]
-    for method in dict.fromkeys(ATTACKS[name].method for name in training):
-        names = {name: ATTACKS[name] for name in training if ATTACKS[name].method == method}
-        exams = len(names) * len(budget.rates[method]) * budget.seeds * len(budget.marks)
+    for names in _groups(prepared.attacks):
+        names = [name for name in names if not found.has(subject, name)]
+        if not names:
+            continue
+        exams = len(names) * len(budget.rates[ATTACKS[names[0]].method]) * budget.seeds * len(budget.marks)
         with events.stage(f"attack {subject}: {', '.join(names)}", exams) as stage:
-            found = trained(model, names, material, budget, prepared.settings.seed, stage, work)
-        for name, result in found.items():
-            store.keep(subject, name, result)
+            curves = trained(
+                model, {name: ATTACKS[name] for name in names}, material, budget, prepared.settings.seed, stage, work
+            )
+        for name, result in curves.items():
+            found.put(subject, name, result, names)
+
+
+def _groups(attacks: Sequence[str]) -> list[list[str]]:
+    """Attacks that train, those of one method together."""
+    training = [name for name in attacks if not ATTACKS[name].score]
+    methods = dict.fromkeys(ATTACKS[name].method for name in training)
+    return [[name for name in training if ATTACKS[name].method == method] for method in methods]
+
+
+def _yardsticks(prepared: Prepared) -> KeptTensors:
+    """Earlier audits' curves of base and controls, by everything that they depend on."""
+    scopes = [
+        scope_of(prepared.sources[name].folder, prepared.dtype, prepared.device)
+        for name in ("base", "never") if name in prepared.sources
+    ]  # fmt: skip
+    asked = tuple(question.id for question in prepared.questions)
+    about = (
+        scopes,
+        prepared.concept.sha256,
+        asked,
+        prepared.settings.seed,
+        prepared.budget,
+        SCHEMA_VERSION,
+        code_digest(),
+    )
+    return KeptTensors(cache_folder() / "audits", repr(about))
+
+
+def _recall(prepared: Prepared, found: Found) -> None:
+    """Take over what an earlier audit found of the yardsticks."""
+    for subject in YARDSTICKS:
+        attacks = (_for_hidden(prepared) if subject == "suppressed" else prepared).attacks
+        for name in (UNTOUCHED, UTILITY, *(name for name in attacks if ATTACKS[name].score)):
+            found.recall(subject, name)
+        for names in _groups(attacks):
+            for name in names:
+                found.recall(subject, name, names)
+
+
+def _complete(subject: str, prepared: Prepared, found: Found) -> bool:
+    return found.has(subject, UNTOUCHED, *([UTILITY] if _others(prepared, subject) else []), *prepared.attacks)
 
 
 def _attack_controls(
-    loaded: LoadedModel, material: Material, prepared: Prepared, store: "_Store", work: Path, events: Events
+    loaded: LoadedModel, material: Material, prepared: Prepared, found: Found, work: Path, events: Events
 ) -> None:
     """A model that merely hides its knowledge; and, without a model that never knew, the base on facts nobody knows."""
     hidden = _for_hidden(prepared)
-    if hidden.attacks and not store.complete("suppressed", hidden):
+    if hidden.attacks and not _complete("suppressed", hidden, found):
         with _hidden(loaded, material, prepared, work, events):
-            _attack("suppressed", loaded, material, hidden, store, work, events)
-    if "never" in prepared.sources or store.complete("never", prepared):
+            _attack("suppressed", loaded, material, hidden, found, work, events)
+    if "never" in prepared.sources or _complete("never", prepared, found):
         return
     facts, questions = novel_facts(prepared.facts, prepared.concept.questions, prepared.settings.seed)
     asked = tuple(q for q in questions if q.split == "forget")
@@ -227,7 +278,7 @@ def _attack_controls(
     )
     tested = [q for q in asked if q.group == "V"][: len(prepared.questions)]
     novel = Material.of(concept, facts, loaded.tokenizer, tested, prepared.settings.seed, material.base)
-    _attack("never", loaded, novel, prepared, store, work, events)
+    _attack("never", loaded, novel, prepared, found, work, events)
 
 
 def _for_hidden(prepared: Prepared) -> Prepared:
@@ -236,10 +287,10 @@ def _for_hidden(prepared: Prepared) -> Prepared:
     return replace(prepared, attacks=tuple(name for name in names if ATTACKS[name].data in ("T", "V")))
 
 
-def _controls_kept(prepared: Prepared, store: "_Store") -> bool:
+def _controls_complete(prepared: Prepared, found: Found) -> bool:
     hidden = _for_hidden(prepared)
-    floor = "never" in prepared.sources or store.complete("never", prepared)
-    return floor and (not hidden.attacks or store.complete("suppressed", hidden))
+    floor = "never" in prepared.sources or _complete("never", prepared, found)
+    return floor and (not hidden.attacks or _complete("suppressed", hidden, found))
 
 
 @contextmanager
@@ -253,28 +304,32 @@ def _hidden(loaded: LoadedModel, material: Material, prepared: Prepared, work: P
         yield
 
 
-def _conclude(prepared: Prepared, store: "_Store", utility: dict[str, Sequence[float]]) -> dict[str, Any]:
+def _conclude(prepared: Prepared, found: Found) -> dict[str, Any]:
     compared, gaps = [], list(prepared.gaps)
-    base = store.get("base", "untouched").by_rate[0.0]
+    utility = {
+        subject: found.get(subject, UTILITY).by_rate[0.0].hits.ravel().tolist()
+        for subject in prepared.sources if found.has(subject, UTILITY)
+    }  # fmt: skip
+    base = found.get("base", UNTOUCHED).by_rate[0.0]
     exam_chance = sum(1 / len(q.choices) for q in prepared.questions) / len(prepared.questions)
     scale = Scale(exam_chance, float(base.accuracy[0]))
     for name in prepared.attacks:
-        found = {subject: store.get(subject, name) for subject in ("base", "edited", "never")}
-        control = store.get("suppressed", name) if store.has("suppressed", name) else None
-        chosen = {subject: furthest(result.by_rate) for subject, result in found.items()}
+        results = {subject: found.get(subject, name) for subject in ("base", "edited", "never")}
+        control = found.get("suppressed", name) if found.has("suppressed", name) else None
+        chosen = {subject: furthest(result.by_rate) for subject, result in results.items()}
         if any(np.isnan(attacked.hits).any() for _, attacked in chosen.values()):
             gaps.append(f"{name} found too few questions to score; it is left out")
             continue
         compared.append(Compared(
             name, ATTACKS[name].tier, ATTACKS[name].known, chosen["base"][1], chosen["edited"][1], _matched(chosen["never"][1], base),
             furthest(control.by_rate)[1] if control else None,
-            {subject: rate for subject, (rate, _) in chosen.items()}, sum(result.diverged for result in found.values()),
+            {subject: rate for subject, (rate, _) in chosen.items()}, sum(result.diverged for result in results.values()),
         ))  # fmt: skip
-    asked_floor = store.get("never", "untouched").by_rate[0.0].hits.shape[2]
+    asked_floor = found.get("never", UNTOUCHED).by_rate[0.0].hits.shape[2]
     if asked_floor != len(prepared.questions):
         gaps.append(f"the floor could be asked {asked_floor} questions, the other models {len(prepared.questions)}")
     floor_kind = "the model that never knew" if "never" in prepared.sources else f"the base, on {NOVEL},"
-    kept = tuple(sum(hits) / len(hits) for hits in (utility["base"], utility["edited"]) if hits)
+    kept = tuple(sum(hits) / len(hits) for hits in (utility.get("base"), utility.get("edited")) if hits)
     if len(kept) < 2:
         gaps.append("the concept pack asks about nothing else, so nothing says whether the model still works")
     judged = judge(compared, scale, (kept[0], kept[1]) if len(kept) == 2 else None, floor_kind)
@@ -283,15 +338,15 @@ def _conclude(prepared: Prepared, store: "_Store", utility: dict[str, Sequence[f
         "speed_up": judged.speed_up.describe(),
         "controls": {**judged.controls, "floor_is": "never" if "never" in prepared.sources else NOVEL},
         "attacks": [one.describe(scale) | {"about": ATTACKS[one.name].about} for one in compared],
-        "untouched": {s: float(store.get(s, "untouched").by_rate[0.0].accuracy[0]) for s in ("base", "edited", "never")},
+        "untouched": {s: float(found.get(s, UNTOUCHED).by_rate[0.0].accuracy[0]) for s in ("base", "edited", "never")},
         "utility": {
             name: {"value": sum(hits) / len(hits), "n": len(hits), "ci95": wilson(int(sum(hits)), len(hits))}
-            for name, hits in utility.items() if hits
+            for name, hits in utility.items()
         },
-        "n": len(prepared.questions), "gaps": gaps, "command": _command(prepared),
+        "n": len(prepared.questions), "gaps": gaps, "recalled": found.recalled(), "command": _command(prepared),
         "concept": {"ref": prepared.concept.ref, "name": prepared.concept.about.name, "sha256": prepared.concept.sha256},
         "models": {name: source.describe() for name, source in prepared.sources.items()},
-        "settings": prepared.settings.model_dump(mode="json", exclude={"out", "model", "base", "never", "concept", "card"})
+        "settings": prepared.settings.model_dump(mode="json", exclude={"out", "model", "base", "never", "concept", "card", "fresh"})
         | {"steps": prepared.budget.steps, "batch": prepared.budget.batch, "seeds": prepared.budget.seeds},
     }  # fmt: skip
 
@@ -327,60 +382,10 @@ def _matched(floor: Attacked, base: Attacked) -> Attacked:
     return Attacked(floor.steps, floor.tokens, floor.hits[:, :, places])
 
 
-class _Store:
-    """What was attacked already, so that a killed audit goes on."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def has(self, subject: str, name: str) -> bool:
-        return self._path(subject, name).exists()
-
-    def complete(self, subject: str, prepared: Prepared) -> bool:
-        return all(self.has(subject, name) for name in ("untouched", *prepared.attacks))
-
-    def keep(self, subject: str, name: str, result: Trained) -> None:
-        content = {
-            "diverged": result.diverged,
-            "by_rate": [
-                {"rate": rate, "steps": one.steps, "tokens": one.tokens, "hits": one.hits.tolist()}
-                for rate, one in result.by_rate.items()
-            ],
-        }
-        write_whole(self._path(subject, name), json.dumps(content))
-
-    def get(self, subject: str, name: str) -> Trained:
-        content = json.loads(self._path(subject, name).read_text(encoding="utf-8"))
-        return Trained(
-            {
-                one["rate"]: Attacked(tuple(one["steps"]), tuple(one["tokens"]), np.asarray(one["hits"], dtype=float))
-                for one in content["by_rate"]
-            },
-            content["diverged"],
-        )
-
-    def keep_utility(self, subject: str, hits: Sequence[float]) -> Sequence[float]:
-        write_whole(self.folder / f"{subject}-utility.json", json.dumps(list(hits)))
-        return hits
-
-    def utility(self, subject: str) -> Sequence[float]:
-        path = self.folder / f"{subject}-utility.json"
-        found: Sequence[float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ()
-        return found
-
-    def _path(self, subject: str, name: str) -> Path:
-        return self.folder / f"{subject}-attack-{name}.json"
-
-
-def _once(hits: Sequence[float]) -> Trained:
-    return Trained({0.0: Attacked((0,), (0,), np.asarray(hits, dtype=float)[None, None])}, 0)
-
-
-def _utility(loaded: LoadedModel, concept: Concept) -> Sequence[float]:
-    """Hits on everything else, evenly drawn."""
-    others = [q for q in concept.questions if q.split != "forget"][:: max(1, len(concept.questions) // UTILITY)]
-    return Exam(loaded.tokenizer, others).hits(loaded.model) if others else ()
+def _others(prepared: Prepared, subject: str) -> list[Question]:
+    """Questions on everything else, evenly drawn; controls made here are not asked."""
+    others = [q for q in prepared.concept.questions if q.split != "forget" and subject in prepared.sources]
+    return others[:: max(1, len(prepared.concept.questions) // OTHERS)]
 
 
 def _retold(facts: Facts, concept: Concept) -> tuple[Any, ...]:

@@ -62,6 +62,12 @@ def reading_order(material: Material, data: str, count: int, seed: str) -> list[
     return cycled(pool, count, rng)
 
 
+def mean_length(material: Material, data: str) -> float:
+    """Tokens of a sequence of what an attacker reads, about; sources as in ``reading_order``."""
+    pools = [material.examples[source.partition(":")[0]] for source in data.split("+")]
+    return sum(sum(len(e.ids) for e in pool) / max(1, len(pool)) for pool in pools) / len(pools)
+
+
 def _answered(tokenizer: Any, facts: Facts, group: str, kinds: Sequence[str], seed: int) -> list[Example]:
     """Facts of a group with their answers, in the pack's words; answers are what is learned."""
     own = Facts(tuple(fact for fact in facts.facts if fact.group == group), facts.phrasings)

@@ -149,7 +149,7 @@ def fit(
 def _grouped(groups: Sequence[Group], schedule: Schedule) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         [{"params": list(group.parameters), "lr": group.learning_rate} for group in groups],
-        betas=(0.9, schedule.beta2), weight_decay=schedule.weight_decay,
+        betas=(0.9, schedule.beta2), weight_decay=schedule.weight_decay, fused=True,
     )  # fmt: skip
 
 

@@ -94,8 +94,8 @@ def test_a_card_takes_in_its_audit_and_a_newer_one_replaces_it(audited, tmp_path
 
 def test_a_killed_audit_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setitem(audit.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
-    settings = audit.AuditSettings(model="builtin:testbed-never", out=tmp_path / "audit", questions=20)
-    whole = audit.run(audit.prepare(settings.model_copy(update={"out": tmp_path / "whole"})), Events())
+    settings = audit.AuditSettings(model="builtin:testbed-never", out=tmp_path / "audit", questions=20, fresh=True)
+    whole = audit.run(audit.prepare(settings.model_copy(update={"out": tmp_path / "whole", "fresh": True})), Events())
     calls = []
 
     def killed(*arguments):
@@ -113,6 +113,35 @@ def test_a_killed_audit_goes_on_where_it_was(tmp_path, monkeypatch):
     # Base, hidden, edited, never: of four, the first was kept; the second was begun twice.
     assert len(calls) == 5
     assert resumed["attacks"] == whole["attacks"]
+
+
+def test_a_second_audit_takes_over_what_the_first_found_of_base_and_controls(tmp_path, monkeypatch):
+    monkeypatch.setitem(audit.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
+    attacked = []
+
+    def counted(model, names, *rest):
+        attacked.append(tuple(names))
+        return trained(model, names, *rest)
+
+    monkeypatch.setattr(audit, "trained", counted)
+
+    def audited(name, **changed):
+        attacked.clear()
+        settings = audit.AuditSettings(
+            model="builtin:testbed-never", out=tmp_path / name, questions=20, seed=1, **changed
+        )
+        return audit.run(audit.prepare(settings), Events()), len(attacked)
+
+    # Base, hidden, edited, never.
+    first, count = audited("first")
+    assert count == 4 and first["recalled"] == []
+    second, count = audited("second")
+    assert count == 1 and second["recalled"] == ["base", "suppressed", "never"]
+    assert {**second, "recalled": []} == first
+    assert "--fresh" in (tmp_path / "second" / "report.html").read_text()
+    assert "--fresh" not in (tmp_path / "first" / "report.html").read_text()
+    anew, count = audited("anew", fresh=True)
+    assert count == 4 and anew == first
 
 
 @pytest.mark.parametrize("name", ["rtt", "soft_prompt", "latent", "rtt_full"])

@@ -39,6 +39,35 @@ def test_choices_read_behind_a_shared_prompt_score_as_whole_rows(asked):
     assert len({round(value, 3) for value in together}) > 100
 
 
+@pytest.mark.parametrize("name", ["builtin:testbed", "builtin:testbed-never"])
+def test_what_can_no_longer_win_is_not_read_and_changes_no_hit(asked, name):
+    _, _, questions = asked
+    loaded = load_model(find_model(name), torch.device("cpu"), torch.float32)
+    longer = [
+        q.model_copy(update={"choices": tuple(c if i == q.answer else f"{c} of old" for i, c in enumerate(q.choices))})
+        for q in questions
+    ]
+    exam, rows = Exam(loaded.tokenizer, longer), []
+    handle = loaded.model.model.layers[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    every, _ = exam.hits_and_probabilities(loaded.model)
+    in_full = sum(rows)
+    rows.clear()
+    hits = exam.hits(loaded.model)
+    handle.remove()
+    assert hits == every and sum(rows) < 0.75 * in_full
+    assert (sum(hits) > 30) == (name == "builtin:testbed")
+
+
+def test_a_broken_model_hits_nothing(asked):
+    _, _, questions = asked
+    loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
+    exam = Exam(loaded.tokenizer, questions)
+    assert sum(exam.hits(loaded.model)) > 30
+    with torch.no_grad():
+        loaded.model.model.norm.weight.fill_(float("nan"))
+    assert sum(exam.hits(loaded.model)) == 0
+
+
 def test_the_probability_of_an_answer_is_that_of_its_tokens(asked):
     loaded, _, questions = asked
     exam = Exam(loaded.tokenizer, questions[:4])

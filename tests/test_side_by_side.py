@@ -32,25 +32,25 @@ def _step(attackers, model, ids, rate=0.5):
                 parameter.grad = None
 
 
-def _train(name, kind, seeds, rows, steps=3):
-    """``rows`` gives each row's attacker."""
+def _train(name, kind, seeds, steps=3):
+    """Every attacker has its own rows: the first half, the second."""
     model = make_pico(name)
     with _kinds(name, model, seeds)[kind]() as attackers:
         for _ in range(steps):
-            attackers.assigned = torch.tensor(rows)
-            _step(attackers, model, IDS[: len(rows)])
+            attackers.assigned = range(len(seeds))
+            _step(attackers, model, IDS)
         return [[p.detach().clone() for p in owned] for owned in attackers.owned]
 
 
 @pytest.mark.parametrize("kind", ["lora", "soft", "latent"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_each_attacker_ends_where_it_would_have_alone(name, kind):
-    together = _train(name, kind, [1, 2], [0, 1, 0, 1])
+    together = _train(name, kind, [1, 2])
     model = make_pico(name)
     with _kinds(name, model, [1])[kind]() as attackers:
         for _ in range(3):
-            attackers.assigned = 0
-            _step(attackers, model, IDS[[0, 2]])
+            attackers.assigned = (0,)
+            _step(attackers, model, IDS[:2])
         alone = [p.detach().clone() for p in attackers.owned[0]]
     for one, other, second in zip(together[0], alone, together[1], strict=True):
         assert torch.allclose(one, other, atol=1e-5)
@@ -64,7 +64,7 @@ def test_afterwards_the_model_is_what_it_was(kind):
     with torch.no_grad():
         wanted = model(input_ids=IDS).logits
     with pytest.raises(KeyboardInterrupt), _kinds("llama", model, [1])[kind]() as attackers:
-        attackers.assigned = 0
+        attackers.assigned = (0,)
         for _ in range(2):
             _step(attackers, model, IDS, rate=5.0)
         with torch.no_grad():
@@ -77,12 +77,12 @@ def test_afterwards_the_model_is_what_it_was(kind):
         assert torch.equal(model(input_ids=IDS).logits, wanted)
 
 
-def test_rows_without_an_attacker_are_refused():
+def test_rows_that_cannot_be_shared_equally_are_refused():
     model = make_pico("llama")
     with _kinds("llama", model, [1, 2])["lora"]() as attackers:
-        attackers.assigned = torch.tensor([0, 1])
-        with pytest.raises(ValueError, match="4 rows, but 2 were assigned"):
-            model(input_ids=IDS)
+        attackers.assigned = (0, 1)
+        with pytest.raises(ValueError, match="3 rows cannot be shared equally by 2 attackers"):
+            model(input_ids=IDS[:3])
         with attackers.only(1):
-            model(input_ids=IDS)
-        assert len(attackers.assigned) == 2
+            model(input_ids=IDS[:3])
+        assert attackers.assigned == (0, 1)
