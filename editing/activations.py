@@ -19,7 +19,7 @@ from .errors import EditError
 
 
 class _DeepEnough(Exception):
-    """Raised inside a forward once the deepest wanted point was read; never leaves ``residual_stream``."""
+    """Raised inside a forward once the deepest wanted point was read; never leaves ``read_streams``."""
 
 
 def decoder_layers(model: nn.Module, row: Architecture) -> nn.ModuleList:
@@ -29,18 +29,16 @@ def decoder_layers(model: nn.Module, row: Architecture) -> nn.ModuleList:
     return layers
 
 
-@torch.no_grad()
-def residual_stream(
-    model: nn.Module, row: Architecture, inputs: dict[str, Tensor], points: Sequence[int], last: int
-) -> Float[Tensor, "points batch last d"]:
-    """Read the stream at ``points`` for the last positions of left-padded inputs, in model dtype.
+def read_streams(
+    model: nn.Module, row: Architecture, inputs: dict[str, Tensor], points: Sequence[int]
+) -> dict[int, Float[Tensor, "batch positions d"]]:
+    """The stream at ``points``, in model dtype; gradients flow where they are on.
 
     The forward stops at the deepest point, so nothing above it is computed.
 
     Args:
-        inputs: ``input_ids`` and ``attention_mask``, left-padded, on the model's device.
+        inputs: ``input_ids`` and ``attention_mask``, padded on either side, on the model's device.
         points: Points of the stream, 0 to the number of layers.
-        last: How many positions to keep, counted from the end.
 
     Raises:
         EditError: A hook never fired, as happens in a compiled model.
@@ -50,8 +48,7 @@ def residual_stream(
     kept: dict[int, Tensor] = {}
 
     def keep(point: int, hidden: Tensor) -> None:
-        if point in points:
-            kept[point] = hidden[:, -last:].detach()
+        kept[point] = hidden
         if point == deepest:
             raise _DeepEnough
 
@@ -68,7 +65,20 @@ def residual_stream(
             run_decoder(model, inputs)
     if missing := set(points) - set(kept):
         raise EditError(f"no activation was read at points {sorted(missing)}; hooks do not fire in compiled models")
-    return torch.stack([kept[point].to(kept[deepest].device) for point in points])
+    return kept
+
+
+@torch.no_grad()
+def residual_stream(
+    model: nn.Module, row: Architecture, inputs: dict[str, Tensor], points: Sequence[int], last: int
+) -> Float[Tensor, "points batch last d"]:
+    """``read_streams`` for the last positions of left-padded inputs.
+
+    Args:
+        last: How many positions to keep, counted from the end.
+    """
+    kept = {point: hidden[:, -last:] for point, hidden in read_streams(model, row, inputs, points).items()}
+    return torch.stack([kept[point].to(kept[max(points)].device) for point in points])
 
 
 @contextmanager

@@ -21,6 +21,9 @@ RECIPES: dict[str, Recipe] = {
     "caft": Recipe(
         "excise.recipes.caft", "CaftSettings", "fine-tune with concepts ablated, so that they are not what is learned"
     ),
+    "lorra": Recipe(
+        "excise.recipes.lorra", "LorraSettings", "tune representations along a reading vector, toward a concept or away"
+    ),
     "rmu": Recipe("excise.recipes.baselines", "RmuSettings", "steer activations on the concept toward a random vector"),
     "grad_diff": Recipe(
         "excise.recipes.baselines", "GradDiffSettings", "raise the loss on the concept, lower it on the rest"

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -130,6 +130,14 @@ def prepare(
     prepared = Prepared(job, settings, layers, shape, concept, warnings)
     pipeline.check_plan(job, _unlearned(prepared).plan(job.checkpoint.config, list(job.checkpoint.tensors)))
     return prepared
+
+
+def up_to(prepared: Prepared, deepest: int) -> Prepared:
+    """Adapt only layers up to one: no gradient would reach those above."""
+    path = f"{prepared.job.row.layers}."
+    names = tuple(name for name in prepared.shape.modules if int(name.removeprefix(path).split(".")[0]) <= deepest)
+    shape = AdapterShape(prepared.shape.rank, prepared.shape.alpha, names)
+    return replace(prepared, layers=tuple(layer for layer in prepared.layers if layer <= deepest), shape=shape)
 
 
 def describe(prepared: Prepared, **more: Any) -> dict[str, Any]:

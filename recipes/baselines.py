@@ -4,7 +4,6 @@ Each minimizes one line, given in its settings' docstring; y is the answer of a 
 where the pack's facts are not found.
 """
 
-import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..artifacts.events import Events
 from ..artifacts.models import LoadedModel
-from ..editing.activations import decoder_layers
+from ..editing.activations import read_streams
 from ..editing.adapters import causal_model, final_hidden, unembedding
 from ..editing.soft_targets import SoftTargets, soft_divergence
 from ..eval.concept import Concept
@@ -102,11 +101,7 @@ def prepare(settings: BaselineRun, *, resume: bool = False) -> Prepared:
     """Check names, files, memory and disk, before any weight is read."""
     checked = adapted.prepare(settings.method, settings, resume=resume)
     if isinstance(settings, RmuSettings):
-        deepest = _steered(settings, checked.job.layers)
-        layers = tuple(layer for layer in checked.layers if layer <= deepest)
-        names = tuple(name for name in checked.shape.modules if _layer_of(name, checked.job.row.layers) <= deepest)
-        shape = adapted.AdapterShape(checked.shape.rank, checked.shape.alpha, names)
-        checked = dataclasses.replace(checked, layers=layers, shape=shape)
+        checked = adapted.up_to(checked, _steered(settings, checked.job.layers))
     return Prepared(checked, settings, find_facts(checked.job.concept))
 
 
@@ -260,20 +255,8 @@ def _rmu(prepared: Prepared, loaded: LoadedModel, reference: Reference) -> Loss:
 
     def read(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The stream where it is steered; nothing above is computed."""
-        kept: list[Tensor] = []
-
-        def stop(_: Any, __: Any, output: Any) -> None:
-            kept.append(output[0] if isinstance(output, tuple) else output)
-            raise _Read
-
-        handle = decoder_layers(causal_model(model), job.row)[point - 1].register_forward_hook(stop)
-        try:
-            final_hidden(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
-        except _Read:
-            pass
-        finally:
-            handle.remove()
-        return kept[0]
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        return read_streams(causal_model(model), job.row, inputs, [point])[point]
 
     def loss(model: Any, batch: dict[str, Any]) -> Terms:
         mask, n = batch["attention_mask"].bool(), batch["forget"]
@@ -296,10 +279,6 @@ def _rmu(prepared: Prepared, loaded: LoadedModel, reference: Reference) -> Loss:
     return loss
 
 
-class _Read(Exception):
-    """Ends a forward at the steered layer; never leaves this module."""
-
-
 LOSSES: dict[str, Callable[[Prepared, LoadedModel, Reference], Loss]] = {
     "grad_diff": _grad_diff, "npo": _npo, "simnpo": _simnpo, "rmu": _rmu,
 }  # fmt: skip
@@ -319,7 +298,3 @@ def _references(model: Any, examples: Sequence[Example], advance: Callable[[int]
 
 def _steered(settings: RmuSettings, layers: int) -> int:
     return max(0, min(layers - 1, round(settings.steer_layer * layers)))
-
-
-def _layer_of(name: str, prefix: str) -> int:
-    return int(name.removeprefix(f"{prefix}.").split(".")[0])

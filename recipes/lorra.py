@@ -1,0 +1,229 @@
+"""Representation tuning (LoRRA): an adapter learns to move the stream along a reading vector, toward a concept or away from it.
+
+Zou et al. 2023, section 3.2 and algorithm 1. No text is imitated: where prompts show the concept, the target is the frozen
+model's own stream with the vector added; on other prompts and retain texts it is that stream as it is.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..artifacts.directions import FILE, save_directions
+from ..artifacts.events import Events
+from ..artifacts.models import LoadedModel
+from ..editing.activations import Moments, read_streams
+from ..editing.adapters import causal_model
+from ..editing.architectures import layer_selection, residual_width
+from ..editing.errors import RequestError
+from ..editing.reading_vector import ReadingVector, by_components, by_means, distance
+from ..editing.subspaces import Place
+from ..eval.generation import encode_prompt
+from ..eval.likelihood import pad_right
+from . import adapted
+from .adapted import AdapterRun, Lessons
+from .lessons import cycled
+from .pipeline import Finished
+from .prefixes import Row
+from .training import Terms
+
+RECIPE = "lorra"
+READ_PAIRS = 256
+"""Contrast pairs that the vector is read from, at most."""
+LAST = 64
+"""Positions at the end of a sequence whose stream is moved or kept (authors' code: 64)."""
+BATCH = 32
+
+
+class LorraSettings(AdapterRun):
+    """Settings of representation tuning, low-rank (Zou et al. 2023, algorithm 1, unless another source is named)."""
+
+    concept: str = "builtin:declining"
+    """Concept pack with contrast pairs: builtin:NAME or a folder."""
+    reading: Literal["mean", "pca"] = "mean"
+    """The vector: the difference of the classes' means, or the first component of differences within pairs (paper)."""
+    at: Annotated[str, Field(coerce_numbers_to_str=True)] = "0.25-0.625"
+    """Layers whose output is moved (authors' code: 10, 12, ..., 20 of 32); only layers up to the last of them are adapted."""
+    strength: float = -1.0
+    """How far to move, where 1 is the distance between the two classes: negative tunes away, positive toward (authors' code: 5)."""
+    moved: Literal["positive", "negative", "both"] = "positive"
+    """Which prompts are moved; the others, and retain texts, are kept where they are (paper: both)."""
+    retain_weight: float = Field(1.0, ge=0)
+    """Weight of the term that keeps; the paper has none."""
+    modules: Literal["all", "attention", "mlp"] = "attention"
+    """Linear modules of the adapted layers (authors' code: q_proj and v_proj)."""
+    steps: int = Field(70, ge=1)
+    """Optimizer steps (authors' logs: 70)."""
+    batch_size: int = Field(16, ge=1)
+    """Moved sequences a step, and as many that are kept (authors' code: 16)."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """AdamW (authors' code: 3e-4, constant)."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request."""
+
+    adapted: adapted.Prepared
+    settings: LorraSettings
+    places: tuple[Place, ...]
+
+
+def prepare(settings: LorraSettings, *, resume: bool = False) -> Prepared:
+    """Check names, files, memory and disk, before any weight is read.
+
+    Raises:
+        RequestError: Anything that could not work.
+    """
+    if not settings.strength:
+        raise RequestError("strength=0 moves nothing; -1 tunes away by the distance between the classes, 1 toward")
+    checked = adapted.prepare(RECIPE, settings, resume=resume, needed=("contrast",))
+    at = sorted(layer_selection(settings.at, checked.job.layers))
+    if min(checked.layers) > at[-1]:
+        raise RequestError(
+            f"layers={settings.layers} are all above layer {at[-1]}, the last whose output is moved; adapt layers at or below it"
+        )
+    return Prepared(adapted.up_to(checked, at[-1]), settings, tuple(Place(layer) for layer in at))
+
+
+def describe(prepared: Prepared) -> dict[str, Any]:
+    """What a run would touch and take."""
+    return adapted.describe(prepared.adapted, moved_at=[str(place) for place in prepared.places])
+
+
+def run(prepared: Prepared, events: Events) -> Finished:
+    """Do the whole run: read the vectors, train, merge, measure, publish."""
+    way = "toward" if prepared.settings.strength > 0 else "away from"
+    how = f"tuned {way} a reading vector"
+    return adapted.run(prepared.adapted, lambda loaded, seen, work: _lessons(prepared, loaded, seen, work), how, events)
+
+
+def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path) -> Lessons:
+    settings, concept = prepared.settings, prepared.adapted.concept
+    chat = concept.about.kind == "behaviour"
+    pairs = random.Random(f"excise contrast {settings.seed}").sample(
+        concept.contrast, k=min(READ_PAIRS, len(concept.contrast))
+    )
+    positive = [tuple(encode_prompt(loaded.tokenizer, pair.positive, chat=chat)) for pair in pairs]
+    negative = [tuple(encode_prompt(loaded.tokenizer, pair.negative, chat=chat)) for pair in pairs]
+    with events.stage("read the vectors", len(pairs)) as stage:
+        vectors = _vectors(prepared, loaded, positive, negative, stage.advance)
+    provenance = {"model": prepared.adapted.job.source.describe(), "seed": settings.seed, "concept": concept.ref}
+    save_directions([vector.subspace.from_(provenance) for vector in vectors], work / FILE)
+    kept = {"positive": negative, "negative": positive, "both": []}[settings.moved]
+    moved = {"positive": positive, "negative": negative, "both": [*positive, *negative]}[settings.moved]
+    texts = [tuple(loaded.tokenizer(text.text)["input_ids"])[:LAST] for text in concept.retain]
+    kept = [*kept, *(row for row in texts if row)]
+    count = settings.steps * settings.batch_size
+    orders = [
+        cycled(rows, count, random.Random(f"excise lorra {name} {settings.seed}"))
+        for name, rows in (("moved", moved), ("kept", kept)) if rows
+    ]  # fmt: skip
+    model, row = loaded.model, prepared.adapted.job.row
+    before = _along(model, row, prepared.places, vectors, positive, negative)
+
+    def after(trained: Any) -> dict[str, Any]:
+        found = _along(causal_model(trained), row, prepared.places, vectors, positive, negative)
+        return {"lorra": {**about, "along": {"base": before, "edited": found}}}
+
+    about = {
+        "reading": settings.reading, "strength": settings.strength, "moved": settings.moved,
+        "gaps": {str(vector.subspace.place): vector.gap for vector in vectors}, "pairs": len(pairs),
+    }  # fmt: skip
+    training = {
+        "about": "Representation tuning.", "steps": settings.steps, "rows": len(orders) * settings.batch_size,
+        "data": f"{len(moved)} prompts moved, {len(kept)} prompts and texts kept",
+        "lessons": {"moved": len(moved), "kept": len(kept)},
+    }  # fmt: skip
+    return Lessons(
+        [*zip(*orders, strict=True)], _collate, _Distances(prepared, vectors), [*moved[:8], *kept[:8]], training,
+        {"warnings": list(prepared.adapted.warnings)}, after=after,
+    )  # fmt: skip
+
+
+def _collate(groups: Sequence[tuple[Row, ...]]) -> dict[str, Any]:
+    """Moved rows first, then kept ones; ``counted`` marks each row's last positions."""
+    rows = [row for kind in zip(*groups, strict=True) for row in kind]
+    inputs = pad_right(rows, torch.device("cpu"))
+    place = torch.arange(inputs["input_ids"].shape[1])
+    lengths = inputs["attention_mask"].sum(-1, keepdim=True)
+    return {**inputs, "counted": (place < lengths) & (place >= lengths - LAST), "moved": len(groups)}
+
+
+class _Distances:
+    """The loss: how far the stream is from where it should be, in distances between the classes, mean over places."""
+
+    def __init__(self, prepared: Prepared, vectors: Sequence[ReadingVector]):
+        self.row, self.settings = prepared.adapted.job.row, prepared.settings
+        self.vectors = {vector.subspace.place.layer + 1: vector for vector in vectors}
+
+    def __call__(self, model: Any, batch: dict[str, Any]) -> Terms:
+        device, n = next(model.parameters()).device, batch["moved"]
+        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+        counted = batch["counted"].to(device)
+        with torch.no_grad(), model.disable_adapter():
+            frozen = read_streams(causal_model(model), self.row, inputs, list(self.vectors))
+        own = read_streams(causal_model(model), self.row, inputs, list(self.vectors))
+        terms: dict[str, list[Tensor]] = {"move": [], "keep": []}
+        for point, vector in self.vectors.items():
+            target = frozen[point][:n].float() + self.settings.strength * vector.step.to(device)
+            terms["move"].append(distance(own[point][:n], target, counted[:n]) / vector.gap)
+            terms["keep"].append(distance(own[point][n:], frozen[point][n:], counted[n:]) / vector.gap)
+        weights = {"move": 1.0, "keep": self.settings.retain_weight}
+        return {name: weights[name] * torch.stack(values).mean() for name, values in terms.items()}
+
+
+def _vectors(
+    prepared: Prepared, loaded: LoadedModel, positive: Sequence[Row], negative: Sequence[Row], advance: Any
+) -> list[ReadingVector]:
+    """From the last token of each prompt, place by place."""
+    width = residual_width(prepared.adapted.job.checkpoint.config)
+    pca = prepared.settings.reading == "pca"
+    plus, minus, apart = (
+        {place: Moments(width, covariance=covariance) for place in prepared.places}
+        for covariance in (False, False, pca)
+    )
+    for start in range(0, len(positive), BATCH):
+        some = slice(start, start + BATCH)
+        ends = [
+            _ends(loaded.model, prepared.adapted.job.row, rows[some], prepared.places) for rows in (positive, negative)
+        ]
+        for place in prepared.places:
+            plus[place].update(ends[0][place])
+            minus[place].update(ends[1][place])
+            apart[place].update(ends[0][place] - ends[1][place])
+        advance(len(positive[some]))
+    if pca:
+        return [by_components(plus[place], minus[place], apart[place], place) for place in prepared.places]
+    return [by_means(plus[place], minus[place], place) for place in prepared.places]
+
+
+@torch.no_grad()
+def _ends(model: Any, row: Any, rows: Sequence[Row], places: Sequence[Place]) -> dict[Place, Tensor]:
+    """The stream after some layers at the last token of each row [rows, d], fp32, on the CPU."""
+    inputs = pad_right(rows, model.device)
+    last = inputs["attention_mask"].sum(-1) - 1
+    found = read_streams(model, row, inputs, [place.layer + 1 for place in places])
+    return {place: found[place.layer + 1][torch.arange(len(rows)), last].float().cpu() for place in places}
+
+
+def _along(
+    model: Any, row: Any, places: Sequence[Place], vectors: Sequence[ReadingVector], positive: Sequence[Row],
+    negative: Sequence[Row],
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Where both classes lie along each vector on average: 0 where negative prompts lay, 1 where positive ones did."""
+    found = {}
+    ends = {
+        name: _ends(model, row, rows[:BATCH], places) for name, rows in (("positive", positive), ("negative", negative))
+    }
+    for vector in vectors:
+        place, axis = vector.subspace.place, vector.subspace.basis[:, 0]
+        found[str(place)] = {
+            name: float(((ends[name][place] - vector.subspace.offset) @ axis).mean()) / vector.gap for name in ends
+        }
+    return found
