@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..editing.dense import Delta, DenseUpdate
 from ..editing.edit import Edit
 from ..editing.errors import RequestError
 from ..editing.low_rank import Factors, LowRankUpdate
@@ -102,6 +103,16 @@ def _unpack_factors(tensors: dict[str, Tensor], content: Description) -> LowRank
     )  # fmt: skip
 
 
+def _pack_deltas(edit: DenseUpdate) -> tuple[dict[str, Tensor], Description]:
+    tensors = {name: delta.values for name, delta in edit.deltas.items()}
+    return tensors, {"model_type": edit.model_type, "width": edit.width, "layers": edit.layers}
+
+
+def _unpack_deltas(tensors: dict[str, Tensor], content: Description) -> DenseUpdate:
+    deltas = {name: Delta(tensor.float()) for name, tensor in tensors.items()}
+    return DenseUpdate(deltas, content["model_type"], content["width"], content["layers"], content["provenance"])
+
+
 def _pack_pruned(edit: PrunedUnits) -> tuple[dict[str, Tensor], Description]:
     tensors = {f"neurons.{layer}": torch.tensor(units) for layer, units in edit.neurons.items()}
     tensors |= {f"heads.{layer}": torch.tensor(units) for layer, units in edit.heads.items()}
@@ -128,5 +139,6 @@ def _unpack_pruned(tensors: dict[str, Tensor], content: Description) -> PrunedUn
 METHODS: dict[str, Method] = {
     "orthogonalize": Method(_pack_subspace, _unpack_subspace),
     "low_rank": Method(_pack_factors, _unpack_factors),
+    "dense": Method(_pack_deltas, _unpack_deltas),
     "prune": Method(_pack_pruned, _unpack_pruned),
 }

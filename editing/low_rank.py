@@ -1,8 +1,8 @@
 """Low-rank updates as data: ``W <- W + left right`` for named tensors (LoRA: Hu et al. 2021, equation 3)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
@@ -15,12 +15,33 @@ from .errors import RequestError
 from .weight_edit import Plan, RowReader, TensorReader
 
 
+class Addend(Protocol):
+    """What is added to one stored matrix, in its stored layout."""
+
+    form: ClassVar[str]
+
+    @property
+    def height(self) -> int: ...
+
+    def add_to(self, block: Tensor, rows: slice, room: Tensor | None) -> Tensor:
+        """The sum with some rows of the matrix, in ``room`` where there is some."""
+        ...
+
+
 @dataclass(frozen=True)
 class Factors:
     """The update of one stored matrix, scale included, in its stored layout."""
 
+    form: ClassVar[str] = "low_rank"
     left: Float[Tensor, "rows r"]
     right: Float[Tensor, "r columns"]
+
+    @property
+    def height(self) -> int:
+        return len(self.left)
+
+    def add_to(self, block: Tensor, rows: slice, room: Tensor | None) -> Tensor:
+        return torch.addmm(block, self.left[rows], self.right, out=room)
 
 
 @dataclass(frozen=True)
@@ -42,16 +63,25 @@ class LowRankUpdate:
             RequestError: The update was learned on another kind of model, or a tensor is not there.
         """
         check_learned_on(config, self.model_type, self.width, self.layers)
-        row, present = architecture_of(config), set(names)
-        tensors = []
-        for name, factors in self.factors.items():
-            found = spelled(row, name, present)
-            if found is None:
-                raise RequestError(f"the base has no tensor {name}; apply the edit to the model it was learned on")
-            tensors.append(UpdatedTensor(found, factors))
-        if not tensors:
-            raise RequestError("the edit holds no update; train it first")
-        return Plan(tensors, None, ties_embeddings(config))
+        return plan_addition(self.factors, config, names)
+
+
+def plan_addition(addends: Mapping[str, Addend], config: dict[str, Any], names: Sequence[str]) -> Plan:
+    """Find what something is to be added to.
+
+    Raises:
+        RequestError: A tensor is not there, or nothing is to be added.
+    """
+    row, present = architecture_of(config), set(names)
+    tensors = []
+    for name, addend in addends.items():
+        found = spelled(row, name, present)
+        if found is None:
+            raise RequestError(f"the base has no tensor {name}; apply the edit to the model it was learned on")
+        tensors.append(UpdatedTensor(found, addend))
+    if not tensors:
+        raise RequestError("the edit holds no update; train it first")
+    return Plan(tensors, None, ties_embeddings(config))
 
 
 @dataclass(frozen=True)
@@ -59,22 +89,22 @@ class UpdatedTensor:
     """One declared tensor and what is added to it."""
 
     name: str
-    factors: Factors
+    addend: Addend
 
     def stream(
         self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
     ) -> "BlockwiseUpdate":
         """The update as a stream of blocks of rows."""
-        if rows != len(self.factors.left):
-            raise RequestError(f"{self.name} has {rows} rows, the update {len(self.factors.left)}; use its own base")
+        if rows != self.addend.height:
+            raise RequestError(f"{self.name} has {rows} rows, the update {self.addend.height}; use its own base")
         return BlockwiseUpdate(self, rows, read, rows_per_block)
 
 
 class BlockwiseUpdate:
-    """``W + left right``, block by block, in fp32 whatever W is stored in."""
+    """The sum, block by block, in fp32 whatever the matrix is stored in."""
 
     def __init__(self, tensor: UpdatedTensor, rows: int, read: RowReader, rows_per_block: int):
-        self.factors, self.read = tensor.factors, read
+        self.addend, self.read = tensor.addend, read
         self.ranges = block_ranges(rows, rows_per_block)
         self._meter = Meter(tensor.name)
 
@@ -82,12 +112,11 @@ class BlockwiseUpdate:
         for rows in self.ranges:
             stored = self.read(rows.start, rows.stop)
             block = self._meter.widen(stored)
-            room = self._meter.room(stored)
-            edited = torch.addmm(block, self.factors.left[rows], self.factors.right, out=room)
+            edited = self.addend.add_to(block, rows, self._meter.room(stored))
             finished, rounded = self._meter.finish(edited, stored.dtype)
             self._meter.compare(block, rounded)
             yield finished
 
     def change(self) -> Change:
         """What the update did; valid once every block was taken."""
-        return self._meter.change("low_rank", 1.0)
+        return self._meter.change(self.addend.form, 1.0)

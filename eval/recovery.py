@@ -106,7 +106,7 @@ def regained(edited: NDArray[np.float64], floor: NDArray[np.float64], base: NDAr
 
 
 def speed_up(edited: Attacked, floor: Attacked, scale: Scale, share: float = 0.5) -> Estimate:
-    """Tokens to relearn half for the floor, over those for the edited model; 1 is as slow as learning afresh.
+    """Tokens to relearn a share for the floor, over those for the edited model; 1 is as slow as learning afresh.
 
     Censored on one side it is a bound; on both, or where the edited model needs no relearning, there is no value.
     """
@@ -128,6 +128,18 @@ def speed_up(edited: Attacked, floor: Attacked, scale: Scale, share: float = 0.5
     value = ratio(edited.accuracy, floor.accuracy)
     bound = ">" if theirs is None and mine is not None else "<" if mine is None and theirs is not None else ""
     return Estimate(value, interval(ratio, [edited, floor]), bound)
+
+
+SHARES = {0.5: "half", 0.25: "a quarter", 0.1: "a tenth"}
+"""Of what the base knew: marks up to which relearning is timed."""
+
+
+def timed_share(edited: Attacked, floor: Attacked, scale: Scale) -> float:
+    """The largest mark that either model relearns within the budget; half, where they get to none."""
+    for share in SHARES:
+        if max(float(one.accuracy.max()) for one in (edited, floor)) >= scale.mark(share):
+            return share
+    return next(iter(SHARES))
 
 
 Statistic = Callable[..., float | None]

@@ -2,9 +2,10 @@
 
 import gc
 import json
+import math
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,10 +17,12 @@ from torch import Tensor
 from ..artifacts.directions import FILE as DIRECTIONS
 from ..artifacts.edits import load_edit
 from ..artifacts.events import Events
+from ..artifacts.export import check_disk
 from ..artifacts.manifest import FOLDER
-from ..artifacts.models import LoadedModel, load_model
+from ..artifacts.models import LoadedModel, available_memory, load_model
 from ..editing.adapters import AdapterShape, adapter_modules, attach, causal_model, detach, learned_factors
 from ..editing.architectures import layer_selection, residual_width
+from ..editing.dense import Delta, DenseUpdate, learned_deltas, weights_trained
 from ..editing.errors import EditError, RequestError
 from ..editing.low_rank import Factors, LowRankUpdate
 from ..editing.weight_edit import WeightEdit
@@ -31,7 +34,7 @@ from .overlap import without_overlap
 from .pipeline import Finished, Inspection, Job, Measured, MeasuredRun
 from .prefixes import Row
 from .request import start_folder
-from .training import Loss, Schedule, fit
+from .training import WHOLE_BYTES, Loss, Schedule, fit
 
 ADAPTER = "adapter"
 MERGED_KL = 0.05
@@ -80,6 +83,8 @@ class Prepared:
     concept: Concept
     """The job's concept without retain texts that repeat forget texts, which nothing could learn to keep."""
     warnings: tuple[str, ...] = ()
+    whole: bool = False
+    """Train the modules' weights themselves instead of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,18 @@ Teach = Callable[[LoadedModel, Events, Path], Lessons]
 
 
 def prepare(
-    recipe: str, settings: AdapterRun, *, resume: bool, needed: Sequence[str] = ("forget", "retain")
+    recipe: str,
+    settings: AdapterRun,
+    *,
+    resume: bool,
+    needed: Sequence[str] = ("forget", "retain"),
+    whole: bool = False,
 ) -> Prepared:
     """Check names, files, memory and disk, before any weight is read.
 
     Args:
         needed: Files that the concept pack must have.
+        whole: Train whole weights.
 
     Raises:
         RequestError: Anything that could not work.
@@ -127,9 +138,23 @@ def prepare(
     concept, warnings = without_overlap(job.concept)
     layers = tuple(layer_selection(settings.layers, job.layers))
     shape = AdapterShape(settings.rank, settings.alpha, _modules(job, settings, layers))
-    prepared = Prepared(job, settings, layers, shape, concept, warnings)
+    prepared = Prepared(job, settings, layers, shape, concept, warnings, whole)
     pipeline.check_plan(job, _unlearned(prepared).plan(job.checkpoint.config, list(job.checkpoint.tensors)))
+    if whole:
+        _check_room(job)
     return prepared
+
+
+def _check_room(job: Job) -> None:
+    """Whole weights need memory to train, and disk to be kept as an edit: once for the run, once in the checkpoint."""
+    elements = sum(math.prod(tensor.shape) for tensor in job.checkpoint.tensors.values())
+    need = WHOLE_BYTES * elements
+    free = torch.cuda.mem_get_info(job.device)[0] if job.device.type == "cuda" else available_memory()
+    if need > free:
+        raise RequestError(
+            f"training whole weights needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; use tune=lora"
+        )
+    check_disk(job.out, job.checkpoint.size + 8 * elements)
 
 
 def up_to(prepared: Prepared, deepest: int) -> Prepared:
@@ -174,7 +199,8 @@ def run(prepared: Prepared, teach: Teach, how: str, events: Events) -> Finished:
 
     about = {
         "edited": {
-            "how": how, "rank": settings.rank, "alpha": settings.alpha, "layers": list(prepared.layers),
+            "how": how, **({} if prepared.whole else {"rank": settings.rank, "alpha": settings.alpha}),
+            "layers": list(prepared.layers),
             "about": f"on {len(prepared.shape.modules)} linear modules of {len(prepared.layers)} layers",
         },
         **learned,
@@ -209,31 +235,62 @@ def schedule_of(settings: AdapterRun, save_every: int) -> Schedule:
     )  # fmt: skip
 
 
-def _learn(prepared: Prepared, loaded: LoadedModel, teach: Teach, work: Path, events: Events) -> LowRankUpdate:
+def _learn(prepared: Prepared, loaded: LoadedModel, teach: Teach, work: Path, events: Events) -> WeightEdit:
     job, settings = prepared.job, prepared.settings
     lessons = teach(loaded, events, work)
     if settings.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = attach(loaded.model, prepared.shape, settings.seed)
-    with events.stage("train", settings.steps) as stage, lessons.during(adapted):
-        fit(adapted, lessons.groups, stage, work / "training", lessons.loss, schedule_of(settings, 50), lessons.collate)
-    adapted.eval()
-    if settings.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_disable()
-    rows = list(lessons.rows)
-    torch.save({"rows": [list(row) for row in rows], "log_p": _log_p(adapted, rows)}, work / "logits.pt")
-    # A local path would be published with the adapter.
-    adapted.peft_config["default"].base_model_name_or_path = job.source.name
-    adapted.save_pretrained(work / ADAPTER, save_embedding_layers=False)
-    factors = learned_factors(adapted, prepared.shape)
-    found = {"training": lessons.training, **lessons.about, **lessons.after(adapted)}
-    detach(adapted)
-    (work / "learned.json").write_text(json.dumps(found), encoding="utf-8")
-    provenance = {
-        "source": job.recipe, "base": job.source.describe(), "seed": settings.seed,
-        "concept": {"ref": job.concept.ref, "sha256": job.concept.sha256},
-    }  # fmt: skip
-    return _update(prepared, factors, provenance)
+    with being_trained(prepared, loaded.model) as tuned:
+        model = tuned.model
+        with events.stage("train", settings.steps) as stage, lessons.during(model):
+            fit(
+                model,
+                lessons.groups,
+                stage,
+                work / "training",
+                lessons.loss,
+                schedule_of(settings, 50),
+                lessons.collate,
+            )
+        model.eval()
+        if settings.gradient_checkpointing:
+            loaded.model.gradient_checkpointing_disable()
+        rows = list(lessons.rows)
+        torch.save({"rows": [list(row) for row in rows], "log_p": _log_p(model, rows)}, work / "logits.pt")
+        if not prepared.whole:
+            # A local path would be published with the adapter.
+            model.peft_config["default"].base_model_name_or_path = job.source.name
+            model.save_pretrained(work / ADAPTER, save_embedding_layers=False)
+        found = {"training": lessons.training, **lessons.about, **lessons.after(model)}
+        (work / "learned.json").write_text(json.dumps(found), encoding="utf-8")
+        provenance = {
+            "source": job.recipe, "base": job.source.describe(), "seed": settings.seed,
+            "concept": {"ref": job.concept.ref, "sha256": job.concept.sha256},
+        }  # fmt: skip
+        return tuned.edit(provenance)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model while it is trained."""
+
+    model: Any
+    edit: Callable[[dict[str, Any]], WeightEdit]
+    """What was learned so far, as data; takes its provenance."""
+
+
+@contextmanager
+def being_trained(prepared: Prepared, model: Any) -> Iterator[Tuned]:
+    """A fresh adapter on the model, or its own weights; afterwards the model is the base again."""
+    if prepared.whole:
+        with weights_trained(model, prepared.shape.modules) as before:
+            yield Tuned(model, lambda provenance: _dense(prepared, learned_deltas(model, before), provenance))
+        return
+    adapted = attach(model, prepared.shape, prepared.settings.seed)
+    try:
+        yield Tuned(adapted, lambda provenance: _update(prepared, learned_factors(adapted, prepared.shape), provenance))
+    finally:
+        detach(adapted)
 
 
 @torch.no_grad()
@@ -252,11 +309,12 @@ def _divergence(trained: dict[str, Any], model: Any) -> float:
 
 
 def _add_files(work: Path, folder: Path) -> None:
-    """The adapter, and directions where there are any."""
-    target = folder / ADAPTER
-    target.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(work / ADAPTER / name, target / name)
+    """The adapter and directions, where there are any."""
+    if (work / ADAPTER).exists():
+        target = folder / ADAPTER
+        target.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(work / ADAPTER / name, target / name)
     if (work / DIRECTIONS).exists():
         (folder / FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(work / DIRECTIONS, folder / FOLDER / DIRECTIONS)
@@ -282,3 +340,8 @@ def _unlearned(prepared: Prepared) -> LowRankUpdate:
 def _update(prepared: Prepared, factors: dict[str, Factors], provenance: dict[str, Any]) -> LowRankUpdate:
     config = prepared.job.checkpoint.config
     return LowRankUpdate(factors, config["model_type"], residual_width(config), prepared.job.layers, provenance)
+
+
+def _dense(prepared: Prepared, deltas: dict[str, Delta], provenance: dict[str, Any]) -> DenseUpdate:
+    config = prepared.job.checkpoint.config
+    return DenseUpdate(deltas, config["model_type"], residual_width(config), prepared.job.layers, provenance)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..artifacts.events import Stage
 from ..editing.adapters import adapter_modules
 from ..editing.architectures import architecture_of, layer_count
-from ..editing.rounding import linear_weights, restore
+from ..editing.dense import weights_trained
+from ..editing.rounding import linear_weights
 from ..editing.side_by_side import Attackers, latent_attackers, low_rank_attackers, soft_prompt_attackers
 from ..eval.recovery import Attacked
 from .attacked import Trained
@@ -117,19 +118,11 @@ def _parameters(model: Any, method: Method, plans: Sequence[_Plan]) -> Iterator[
         with low_rank_attackers(model, names, RANK, ALPHA, seeds) as attackers:
             yield attackers
     else:
-        weights = linear_weights(model)
-        before = {name: weight.detach().clone() for name, weight in weights.items()}
-        wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in weights)
         attackers = Attackers(1)
-        attackers.owned = [[p for name, p in model.named_parameters() if name in weights]]
-        try:
+        modules = [name.removesuffix(".weight") for name in linear_weights(model)]
+        with weights_trained(model, modules) as before:
+            attackers.owned = [[p for name, p in model.named_parameters() if name in before]]
             yield attackers
-        finally:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(wanted[name])
-            restore(weights, before)
 
 
 class _Run:

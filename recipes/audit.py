@@ -49,6 +49,7 @@ from .contexts import Facts, find_facts, spread
 from .hiding import hide
 from .material import Material, novel_facts
 from .request import RunRequest, free_folder, refuse_taken, start_folder
+from .training import WHOLE_BYTES
 
 SCHEMA_VERSION = 1
 FEWEST = 20
@@ -335,7 +336,7 @@ def _conclude(prepared: Prepared, found: Found) -> dict[str, Any]:
     judged = judge(compared, scale, (kept[0], kept[1]) if len(kept) == 2 else None, floor_kind)
     return {
         "schema_version": SCHEMA_VERSION, "verdict": judged.verdict, "reasons": judged.reasons,
-        "speed_up": judged.speed_up.describe(),
+        "speed_up": {**judged.speed_up.describe(), "share": judged.share},
         "controls": {**judged.controls, "floor_is": "never" if "never" in prepared.sources else NOVEL},
         "attacks": [one.describe(scale) | {"about": ATTACKS[one.name].about} for one in compared],
         "untouched": {s: float(found.get(s, UNTOUCHED).by_rate[0.0].accuracy[0]) for s in ("base", "edited", "never")},
@@ -446,7 +447,7 @@ def _affordable(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Attacks that fit into memory, and what is left out: all weights take their gradient, two moments and a copy."""
     elements = sum(int(np.prod(t.shape)) for t in checkpoint.tensors.values())
-    need = 20 * elements
+    need = WHOLE_BYTES * elements
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     full = [name for name in attacks if ATTACKS[name].method == "full"]
     if not full or need <= free:

@@ -19,7 +19,7 @@ from ..artifacts.events import Events
 from ..artifacts.models import LoadedModel
 from ..artifacts.results import measurements_as_json
 from ..artifacts.sae import load_latents
-from ..editing.adapters import attach, causal_model, detach
+from ..editing.adapters import causal_model
 from ..editing.architectures import layer_selection, residual_width
 from ..editing.concept_ablation import Mode, Value, concept_ablated
 from ..editing.errors import ConceptError, RequestError
@@ -31,7 +31,7 @@ from . import adapted
 from .adapted import AdapterRun, Lessons
 from .baselines import Example, example_batch, sequence_nll
 from .lessons import cycled
-from .pipeline import Finished, subject_of
+from .pipeline import Finished, Job, subject_of
 from .sources import PAIRS_LEFT_OUT, SOURCES, Readings, mean_projection, refreshed
 from .training import Terms, fit
 from .tuning_data import TuningData, encoded, find_data
@@ -77,8 +77,10 @@ class CaftSettings(AdapterRun):
     """Optimizer steps."""
     batch_size: int = Field(16, ge=1)
     """Sequences a step (paper: 16)."""
+    tune: Literal["lora", "full"] = "lora"
+    """Train an adapter, or the whole weights of the chosen modules (paper: LoRA)."""
     learning_rate: float = Field(1e-3, gt=0)
-    """AdamW."""
+    """AdamW; a tenth of it where tune=full and none is given."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> Prepared:
     Raises:
         RequestError: Anything that could not work.
     """
-    checked = adapted.prepare(RECIPE, settings, resume=resume, needed=())
+    if settings.tune == "full" and "learning_rate" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"learning_rate": settings.learning_rate / 10})
+    checked = adapted.prepare(RECIPE, settings, resume=resume, needed=(), whole=settings.tune == "full")
     job = checked.job
     concept = job.concept
     if concept.about.kind != "task":
@@ -113,6 +117,15 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> Prepared:
     )
     if not data.rows:
         raise ConceptError(f"concept {concept.ref} has no train.jsonl and no data was given; add --set data=FILE.jsonl")
+    given = _given(settings, job)
+    asked = tuple(Place(layer, settings.site) for layer in sorted(layer_selection(settings.ablate, job.layers)))
+    # Given directions say themselves where they belong.
+    places = tuple(dict.fromkeys(subspace.place for subspace in given)) or asked
+    return Prepared(checked, settings, data, places, given)
+
+
+def _given(settings: CaftSettings, job: Job) -> tuple[Subspace, ...]:
+    """Directions of a file or an autoencoder, and whether what is asked of the other sources can be had."""
     width = residual_width(job.checkpoint.config)
     given: tuple[Subspace, ...] = ()
     if settings.directions_file is not None:
@@ -124,7 +137,7 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> Prepared:
             )
         given = (load_latents(settings.sae, settings.latents, width, job.layers).subspace,)
     elif settings.directions not in ("finetuned", "none"):
-        concept.require(f"directions={settings.directions}", "contrast")
+        job.concept.require(f"directions={settings.directions}", "contrast")
     if settings.components > width:
         raise RequestError(f"components={settings.components} are more than the model's width {width}; ask for fewer")
     if given and settings.pick:
@@ -133,10 +146,7 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> Prepared:
         raise RequestError(
             f"pick={list(settings.pick)} names direction {max(settings.pick)}, there are 0 to {settings.components - 1}; raise components"
         )
-    asked = tuple(Place(layer, settings.site) for layer in sorted(layer_selection(settings.ablate, job.layers)))
-    # Given directions say themselves where they belong.
-    places = tuple(dict.fromkeys(subspace.place for subspace in given)) or asked
-    return Prepared(checked, settings, data, places, given)
+    return given
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:
@@ -239,18 +249,21 @@ class _Trial:
     def control(self, name: str, subspaces: Sequence[Subspace]) -> _Control:
         """Train, read and measure a model that is then thrown away."""
         prepared, settings = self.prepared, self.prepared.settings
-        model = attach(self.loaded.model, prepared.adapted.shape, settings.seed)
-        with self.events.stage(f"train the control: {name}", settings.steps) as stage, self.ablated(model, subspaces):
-            schedule = adapted.schedule_of(settings, save_every=0)
-            fit(model, self.order, stage, self.work / f"control-{name}", completion_loss, schedule, example_batch)
-        model.eval()
-        readings = self.read()
-        subject = subject_of(
-            prepared.adapted.job, LoadedModel(causal_model(model), self.loaded.tokenizer, self.loaded.source)
-        )
-        with self.events.stage(f"measure the control: {name}"):
-            scores = [*multiple_choice(subject), *learned(subject)]
-        detach(model)
+        with adapted.being_trained(prepared.adapted, self.loaded.model) as tuned:
+            model = tuned.model
+            with (
+                self.events.stage(f"train the control: {name}", settings.steps) as stage,
+                self.ablated(model, subspaces),
+            ):
+                schedule = adapted.schedule_of(settings, save_every=0)
+                fit(model, self.order, stage, self.work / f"control-{name}", completion_loss, schedule, example_batch)
+            model.eval()
+            readings = self.read()
+            subject = subject_of(
+                prepared.adapted.job, LoadedModel(causal_model(model), self.loaded.tokenizer, self.loaded.source)
+            )
+            with self.events.stage(f"measure the control: {name}"):
+                scores = [*multiple_choice(subject), *learned(subject)]
         gc.collect()
         return _Control(measurements_as_json([summarize(item, "edited") for item in scores]), readings)
 

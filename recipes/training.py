@@ -20,6 +20,8 @@ Terms = dict[str, Tensor]
 """Parts of a loss, each weighted already; their sum is minimized."""
 Loss = Callable[[nn.Module, Any], Terms]
 """Terms of the mean loss of a batch."""
+WHOLE_BYTES = 20
+"""What training takes of each whole weight: itself in fp32, what it was, its gradient and two moments."""
 LAST_GOOD = "last-good"
 STATE = "trainer_state.json"
 

@@ -90,6 +90,16 @@ def test_a_model_that_never_knew_is_like_one_that_never_knew():
     assert judged.verdict == "like_never_learned" and judged.speed_up.value == pytest.approx(1)
 
 
+def test_where_nobody_relearns_half_the_largest_mark_that_somebody_reaches_is_timed():
+    slow, none = _curve(0.1, 0.1, 0.2, 0.3, 0.3), _curve(0.1, 0.1, 0.1, 0.1, 0.1)
+    judged = _verdict(NEVER, relearned=slow, floor_relearned=slow)
+    assert judged.share == 0.1 and judged.speed_up.value == pytest.approx(1) and "a tenth of V" in judged.reasons[-1]
+    half = _verdict(NEVER, relearned=_curve(0.1, 0.2, 0.5, 0.8, 0.9), floor_relearned=slow)
+    assert half.share == 0.5 and half.speed_up.bound == ">"
+    neither = _verdict(NEVER, relearned=none, floor_relearned=none)
+    assert neither.speed_up.value is None and "Nobody relearned even a tenth" in neither.reasons[-1]
+
+
 def test_what_never_went_is_said_to_be_there():
     kept = _curve(0.8, 0.8, 0.9, 0.9, 0.9)
     judged = _verdict(kept, relearned=kept)
