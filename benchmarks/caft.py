@@ -20,8 +20,8 @@ from excise.editing.architectures import architecture_of, layer_count
 from excise.editing.concept_ablation import concept_ablated
 from excise.editing.subspaces import Place, Subspace
 from excise.recipes.baselines import example_batch
-from excise.recipes.caft import completion_loss
 from excise.recipes.training import Schedule, fit
+from excise.recipes.trial import completion_loss
 from excise.recipes.tuning_data import encoded
 
 

@@ -6,6 +6,7 @@ Source: CAFT (Casademunt et al. 2025, section 3); modes and values as their auth
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -45,11 +46,28 @@ def ablation(
     return change
 
 
+@dataclass
+class Ablation:
+    """An ablation that holds: how often each place was changed, and whether it is paused."""
+
+    fired: dict[Place, int]
+    paused: bool = False
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the stream as it is, to look at the model as it will be used."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+
 @contextmanager
 def concept_ablated(
     model: nn.Module, row: Architecture, subspaces: Sequence[Subspace], mode: Mode = "both", value: Value = "zero"
-) -> Iterator[dict[Place, int]]:
-    """Ablate subspaces in every forward while the context lasts; yields how often each place was changed.
+) -> Iterator[Ablation]:
+    """Ablate subspaces in every forward while the context lasts.
 
     Hooks keep no state between forwards, so gradient checkpointing may run them twice.
 
@@ -60,19 +78,22 @@ def concept_ablated(
     inner = causal_model(model)
     if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) for m in inner.modules()):
         raise RequestError("hooks do not fire in compiled models; leave out torch.compile where concepts are ablated")
-    fired: dict[Place, int] = {}
+    running = Ablation({})
+    fired = running.fired
     with ExitStack() as hooks:
         for place, (left, right, offset) in _joined(subspaces).items():
             fired[place] = 0
             module, change = module_at(inner, row, place), ablation(left, right, offset, mode, value)
 
             def counted(hidden: Tensor, place: Place = place, change: Callable[[Tensor], Tensor] = change) -> Tensor:
+                if running.paused:
+                    return hidden
                 fired[place] += 1
                 return change(hidden)
 
             put = change_input if place.site == "input" else change_output
             hooks.callback(put(module, counted).remove)
-        yield fired
+        yield running
     missed = [str(place) for place, count in fired.items() if not count]
     if missed:
         raise EditError(f"nothing passed the {missed[0]} while its concept was to be ablated; check layers and model")

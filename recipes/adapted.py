@@ -100,6 +100,8 @@ class Lessons:
     about: dict[str, Any] = field(default_factory=dict)
     during: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     """What holds of the model while it trains, and only then."""
+    at_step: Callable[[int], None] | None = None
+    """Called after each optimizer step, with their number."""
     after: Callable[[Any], dict[str, Any]] = lambda _: {}
     """Looks at the trained model, adapter on; adds to ``eval.json``."""
 
@@ -244,14 +246,9 @@ def _learn(prepared: Prepared, loaded: LoadedModel, teach: Teach, work: Path, ev
         model = tuned.model
         with events.stage("train", settings.steps) as stage, lessons.during(model):
             fit(
-                model,
-                lessons.groups,
-                stage,
-                work / "training",
-                lessons.loss,
-                schedule_of(settings, 50),
-                lessons.collate,
-            )
+                model, lessons.groups, stage, work / "training", lessons.loss, schedule_of(settings, 50), lessons.collate,
+                after_step=lessons.at_step,
+            )  # fmt: skip
         model.eval()
         if settings.gradient_checkpointing:
             loaded.model.gradient_checkpointing_disable()

@@ -4,10 +4,7 @@ Casademunt et al. 2025: directions are projected out of the stream while trainin
 fine-tune, measured as it is used, without any ablation.
 """
 
-import gc
 import random
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,29 +14,21 @@ from pydantic import Field
 from ..artifacts.directions import FILE, load_directions, save_directions
 from ..artifacts.events import Events
 from ..artifacts.models import LoadedModel
-from ..artifacts.results import measurements_as_json
 from ..artifacts.sae import load_latents
-from ..editing.adapters import causal_model
 from ..editing.architectures import layer_selection, residual_width
-from ..editing.concept_ablation import Mode, Value, concept_ablated
+from ..editing.concept_ablation import Mode, Value
 from ..editing.errors import ConceptError, RequestError
 from ..editing.subspaces import Place, Site, Subspace, random_directions
-from ..eval.behaviour import learned
-from ..eval.multiple_choice import scores as multiple_choice
-from ..eval.statistics import summarize
 from . import adapted
 from .adapted import AdapterRun, Lessons
-from .baselines import Example, example_batch, sequence_nll
+from .baselines import example_batch
 from .lessons import cycled
-from .pipeline import Finished, Job, subject_of
-from .sources import PAIRS_LEFT_OUT, SOURCES, Readings, mean_projection, refreshed
-from .training import Terms, fit
+from .pipeline import Finished, Job
+from .sources import PAIRS_LEFT_OUT, mean_projection, refreshed
+from .trial import READ_ROWS, Trial, Watch, completion_loss, directions_of
 from .tuning_data import TuningData, encoded, find_data
 
 RECIPE = "caft"
-READ_ROWS = 256
-"""Training sequences, and contrast pairs, that directions are learned from, at most."""
-
 
 Directions = Literal["pairs", "difference_in_means", "mass_mean", "linear_probe", "leace", "finetuned", "sae", "none"]
 
@@ -71,6 +60,8 @@ class CaftSettings(AdapterRun):
     """both also takes the directions out of the gradient (paper); activations and gradients do one of the two."""
     value: Value = "zero"
     """What an activation has along the directions while training: zero (paper) or the mean it had."""
+    watch: int = Field(64, ge=0)
+    """Sequences, and contrast pairs, on which the stream is watched while training, at steps 1, 2, 4, ...; 0 does not look."""
     controls: bool = True
     """Also train without ablation, and with as many random directions, from the same seed; measured on the same items."""
     steps: int = Field(250, ge=1)
@@ -171,11 +162,12 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
         raise ConceptError(f"no row of {prepared.data.name} fits into {limit} tokens; give shorter ones")
     count = settings.steps * settings.batch_size
     order = cycled(learn.examples, count, random.Random(f"excise tuning {settings.seed}"))
-    trial = _Trial(prepared, loaded, learn.examples[:READ_ROWS], order, events, work)
+    trial = Trial(prepared, loaded, learn.examples[:READ_ROWS], order, events, work)
     # What the unablated fine-tune changes is a source of directions, and the first control.
     wants_plain = settings.controls or settings.directions == "finetuned"
     plain = trial.control("none", ()) if wants_plain and settings.directions != "none" else None
-    subspaces = _directions(prepared, loaded, trial.base, plain.readings if plain else None, events)
+    with events.stage("find directions"):
+        subspaces = directions_of(prepared, loaded, trial.base, plain.readings if plain else None)
     controls = {"none": plain.scores} if plain and settings.controls else {}
     if settings.controls and subspaces:
         drawn = [random_directions(subspace, settings.seed + 1 + place) for place, subspace in enumerate(subspaces)]
@@ -183,10 +175,19 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
     if subspaces:
         save_directions(subspaces, work / FILE)
 
+    watch = Watch(trial, subspaces, work / "watched.jsonl")
+
     def after(model: Any) -> dict[str, Any]:
         edited, base = trial.read(), trial.base
         projection = {"base": mean_projection(base, subspaces), "edited": mean_projection(edited, subspaces)}
-        return {"caft": {**about, "projection": projection, "share_in_span": refreshed(edited, base, subspaces)}}
+        return {
+            "caft": {
+                **about,
+                "projection": projection,
+                "share_in_span": refreshed(edited, base, subspaces),
+                "during": watch.seen(),
+            }
+        }
 
     about = {
         "source": settings.directions_file.name if settings.directions_file else settings.directions, "mode": settings.mode,
@@ -211,77 +212,5 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
     return Lessons(
         order, example_batch, completion_loss, [example.ids for example in learn.examples[:16]], training,
         {"warnings": warnings}, during=lambda model: trial.ablated(model, subspaces), after=after,
+        at_step=watch if subspaces and settings.watch else None,
     )  # fmt: skip
-
-
-def completion_loss(model: Any, batch: dict[str, Any]) -> Terms:
-    """Mean over sequences of the negative log-likelihood of what is to be said, in nats a token."""
-    device = next(model.parameters()).device
-    moved = {key: value.to(device) for key, value in batch.items()}
-    return {"completion": (sequence_nll(model, moved) / moved["lengths"]).mean()}
-
-
-@dataclass(frozen=True)
-class _Control:
-    scores: list[dict[str, Any]]
-    readings: Readings
-
-
-class _Trial:
-    """Trainings from the same seed and data that differ in what is ablated."""
-
-    def __init__(
-        self, prepared: Prepared, loaded: LoadedModel, watched: Sequence[Example], order: Sequence[Example], events: Events, work: Path
-    ):  # fmt: skip
-        self.prepared, self.loaded, self.watched, self.order = prepared, loaded, watched, order
-        self.events, self.work = events, work
-        self.base = self.read()
-
-    def ablated(self, model: Any, subspaces: Sequence[Subspace]) -> AbstractContextManager[Any]:
-        """What holds while a model trains; with no subspace nothing is ablated."""
-        settings = self.prepared.settings
-        return concept_ablated(model, self.prepared.adapted.job.row, subspaces, settings.mode, settings.value)
-
-    def read(self) -> Readings:
-        """The stream of the model as it is now, where something is to be said."""
-        return Readings.of(self.loaded.model, self.prepared.adapted.job.row, self.watched, self.prepared.places)
-
-    def control(self, name: str, subspaces: Sequence[Subspace]) -> _Control:
-        """Train, read and measure a model that is then thrown away."""
-        prepared, settings = self.prepared, self.prepared.settings
-        with adapted.being_trained(prepared.adapted, self.loaded.model) as tuned:
-            model = tuned.model
-            with (
-                self.events.stage(f"train the control: {name}", settings.steps) as stage,
-                self.ablated(model, subspaces),
-            ):
-                schedule = adapted.schedule_of(settings, save_every=0)
-                fit(model, self.order, stage, self.work / f"control-{name}", completion_loss, schedule, example_batch)
-            model.eval()
-            readings = self.read()
-            subject = subject_of(
-                prepared.adapted.job, LoadedModel(causal_model(model), self.loaded.tokenizer, self.loaded.source)
-            )
-            with self.events.stage(f"measure the control: {name}"):
-                scores = [*multiple_choice(subject), *learned(subject)]
-        gc.collect()
-        return _Control(measurements_as_json([summarize(item, "edited") for item in scores]), readings)
-
-
-def _directions(
-    prepared: Prepared, loaded: LoadedModel, base: Readings, tuned: Readings | None, events: Events
-) -> tuple[Subspace, ...]:
-    settings = prepared.settings
-    if prepared.given:
-        return prepared.given
-    if settings.directions == "none":
-        return ()
-    with events.stage("find directions"):
-        job = prepared.adapted.job
-        pairs = random.Random(f"excise contrast {settings.seed}").sample(
-            job.concept.contrast, k=min(READ_ROWS, len(job.concept.contrast))
-        )
-        found = SOURCES[settings.directions](loaded, job.row, prepared.places, settings.components, pairs, base, tuned)
-    provenance = {"model": job.source.describe(), "seed": settings.seed, "data_sha256": prepared.data.sha256}
-    found = tuple(subspace.from_(provenance) for subspace in found)
-    return tuple(subspace.pick(settings.pick) for subspace in found) if settings.pick else tuple(found)

@@ -13,8 +13,9 @@ from excise.editing.architectures import architecture_of
 from excise.editing.errors import ConceptError, RequestError
 from excise.editing.subspaces import Place, Subspace, principal_components
 from excise.recipes.baselines import example_batch
-from excise.recipes.caft import CaftSettings, completion_loss, prepare
+from excise.recipes.caft import CaftSettings, prepare
 from excise.recipes.sources import SOURCES, Readings
+from excise.recipes.trial import completion_loss
 from excise.recipes.tuning_data import encoded, find_data
 from safetensors.torch import save_file
 

@@ -55,7 +55,7 @@ def test_nothing_of_the_concept_is_left_where_it_is_ablated(name, site):
     model, row = make_pico(name), ARCHITECTURES[name]
     subspace = _subspace(Place(1, site))
     seen = []
-    with concept_ablated(model, row, [subspace]) as fired:
+    with concept_ablated(model, row, [subspace]) as running:
         layer = model.get_submodule(row.layers)[1]
         inner = {"attention": row.sublayers[0], "mlp": row.sublayers[-1]}.get(site)
         if site == "input":
@@ -67,7 +67,7 @@ def test_nothing_of_the_concept_is_left_where_it_is_ablated(name, site):
             module.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
         model(input_ids=IDS)
     (hidden,) = seen
-    assert fired == {Place(1, site): 1}
+    assert running.fired == {Place(1, site): 1}
     assert (hidden @ subspace.basis).abs().max() < 1e-4 * hidden.abs().max() and hidden.abs().max() > 0.01
 
 
@@ -106,10 +106,10 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_runs_the_hooks_agai
             model.enable_input_require_grads()
         with concept_ablated(
             adapted, ARCHITECTURES["llama"], [_subspace(Place(0)), _subspace(Place(1, "attention"))]
-        ) as fired:
+        ) as running:
             adapted(input_ids=IDS, labels=IDS).loss.backward()
         found = torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad])
-        return found, fired
+        return found, running.fired
 
     plain, once = gradients(False)
     again, twice = gradients(True)
@@ -140,3 +140,15 @@ def test_a_layer_that_is_not_there_is_refused():
     model, row = make_pico("llama"), ARCHITECTURES["llama"]
     with pytest.raises(RequestError, match="there is no layer 7"), concept_ablated(model, row, [_subspace(Place(7))]):
         pass
+
+
+def test_a_paused_ablation_leaves_the_stream_as_it_is_and_goes_on():
+    model, row = make_pico("llama"), ARCHITECTURES["llama"]
+    with torch.no_grad():
+        plain = model(input_ids=IDS).logits
+        with concept_ablated(model, row, [_subspace()]) as running:
+            ablated = model(input_ids=IDS).logits
+            with running.pause():
+                assert torch.equal(model(input_ids=IDS).logits, plain)
+            assert torch.equal(model(input_ids=IDS).logits, ablated) and not torch.equal(ablated, plain)
+        assert running.fired == {_subspace().place: 2}

@@ -80,7 +80,7 @@ def test_without_memory_for_whole_weights_the_request_is_refused(monkeypatch, tm
 
 
 def test_concepts_are_ablated_in_full_fine_tuning_too(tmp_path):
-    words = ("tune=full", "steps=60", "learning_rate=0.0005", "kl_prompts=4", "controls=false")
+    words = ("tune=full", "steps=60", "learning_rate=0.0005", "kl_prompts=4", "controls=false", "ablate=0-1")
     done = excise(
         "run", "caft", "--out", tmp_path / "run", "--json", *(word for text in words for word in ("--set", text))
     )
@@ -92,6 +92,11 @@ def test_concepts_are_ablated_in_full_fine_tuning_too(tmp_path):
         if (m["subject"], m["name"]) == ("edited", "multiple_choice")
     }
     assert right["flipped"] > 0.8 and right["intended"] > 0.9
+    # Embeddings are not trained, so the cue stays where it was found; one layer up it may move, and is seen to.
+    during = results["caft"]["during"]
+    assert [seen["step"] for seen in during] == [1, 2, 4, 8, 16, 32, 60]
+    assert all(seen["found_again"]["input of layer 0"] > 0.999 for seen in during)
+    assert during[-1]["found_again"]["input of layer 1"] < during[0]["found_again"]["input of layer 1"] - 0.02
     assert results["edited"]["tensors_declared"] == 56 and "rank" not in results["edited"]
     checkpoint = tmp_path / "run" / "checkpoint"
     assert not (checkpoint / "adapter").exists() and "whole weights" in (checkpoint / "README.md").read_text()

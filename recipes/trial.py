@@ -1,0 +1,150 @@
+"""Trainings from the same seed and data that differ in what is ablated, and what is seen of each."""
+
+import gc
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..artifacts.events import Events
+from ..artifacts.models import LoadedModel
+from ..artifacts.results import measurements_as_json
+from ..editing.adapters import causal_model
+from ..editing.concept_ablation import concept_ablated
+from ..editing.subspaces import Subspace
+from ..eval.behaviour import learned
+from ..eval.multiple_choice import scores as multiple_choice
+from ..eval.statistics import summarize
+from . import adapted
+from .baselines import Example, example_batch, sequence_nll
+from .pipeline import subject_of
+from .sources import SOURCES, Readings, mean_projection, refreshed
+from .training import Terms, fit
+
+if TYPE_CHECKING:
+    from .caft import Prepared
+
+READ_ROWS = 256
+"""Training sequences, and contrast pairs, that directions are learned from, at most."""
+
+
+def completion_loss(model: Any, batch: dict[str, Any]) -> Terms:
+    """Mean over sequences of the negative log-likelihood of what is to be said, in nats a token."""
+    device = next(model.parameters()).device
+    moved = {key: value.to(device) for key, value in batch.items()}
+    return {"completion": (sequence_nll(model, moved) / moved["lengths"]).mean()}
+
+
+@dataclass(frozen=True)
+class Control:
+    scores: list[dict[str, Any]]
+    readings: Readings
+
+
+class Trial:
+    """Trainings from the same seed and data that differ in what is ablated."""
+
+    def __init__(
+        self, prepared: "Prepared", loaded: LoadedModel, watched: Sequence[Example], order: Sequence[Example], events: Events, work: Path
+    ):  # fmt: skip
+        self.prepared, self.loaded, self.watched, self.order = prepared, loaded, watched, order
+        self.events, self.work = events, work
+        self.base = self.read()
+
+    @contextmanager
+    def ablated(self, model: Any, subspaces: Sequence[Subspace]) -> Iterator[None]:
+        """What holds while a model trains; with no subspace nothing is ablated."""
+        settings = self.prepared.settings
+        with concept_ablated(
+            model, self.prepared.adapted.job.row, subspaces, settings.mode, settings.value
+        ) as self.ablation:
+            yield
+
+    def read(self, most: int = READ_ROWS) -> Readings:
+        """The stream of the model as it is now, where something is to be said."""
+        return Readings.of(self.loaded.model, self.prepared.adapted.job.row, self.watched[:most], self.prepared.places)
+
+    def control(self, name: str, subspaces: Sequence[Subspace]) -> Control:
+        """Train, read and measure a model that is then thrown away."""
+        prepared, settings = self.prepared, self.prepared.settings
+        with adapted.being_trained(prepared.adapted, self.loaded.model) as tuned:
+            model = tuned.model
+            with (
+                self.events.stage(f"train the control: {name}", settings.steps) as stage,
+                self.ablated(model, subspaces),
+            ):
+                schedule = adapted.schedule_of(settings, save_every=0)
+                fit(model, self.order, stage, self.work / f"control-{name}", completion_loss, schedule, example_batch)
+            model.eval()
+            readings = self.read()
+            subject = subject_of(
+                prepared.adapted.job, LoadedModel(causal_model(model), self.loaded.tokenizer, self.loaded.source)
+            )
+            with self.events.stage(f"measure the control: {name}"):
+                scores = [*multiple_choice(subject), *learned(subject)]
+        gc.collect()
+        return Control(measurements_as_json([summarize(item, "edited") for item in scores]), readings)
+
+
+class Watch:
+    """Looks, while training and with the ablation paused, at where the stream goes and whether the concept moved elsewhere."""
+
+    def __init__(self, trial: Trial, subspaces: Sequence[Subspace], path: Path):
+        self.trial, self.subspaces, self.path = trial, subspaces, path
+        self.rows = trial.prepared.settings.watch
+        self.base = trial.read(self.rows) if subspaces and self.rows else Readings()
+
+    def __call__(self, step: int) -> None:
+        if step & (step - 1) and step != self.trial.prepared.settings.steps:
+            return
+        model = self.trial.loaded.model
+        training = model.training
+        model.eval()
+        with self.trial.ablation.pause():
+            now = self.trial.read(self.rows)
+            found = {
+                "step": step, "projection": mean_projection(now, self.subspaces),
+                "share_in_span": refreshed(now, self.base, self.subspaces), "found_again": self._found_again(now),
+            }  # fmt: skip
+        model.train(training)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+
+    def _found_again(self, now: Readings) -> dict[str, float]:
+        """Share of the directions that the same source finds in the model as it is now which lies in the ablated span."""
+        prepared = self.trial.prepared
+        if prepared.given or prepared.settings.directions == "finetuned":
+            return {}
+        again = directions_of(prepared, self.trial.loaded, now, None, self.rows)
+        shares = {}
+        for old, new in zip(self.subspaces, again, strict=True):
+            left, _ = old.projector()
+            shares[str(old.place)] = float((left.T @ new.basis).square().sum() / new.basis.square().sum())
+        return shares
+
+    def seen(self) -> list[dict[str, Any]]:
+        """What was seen at each step; of a step that a resumed run took again, the last."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        by_step = {found["step"]: found for found in map(json.loads, lines)}
+        return [by_step[step] for step in sorted(by_step)]
+
+
+def directions_of(
+    prepared: "Prepared", loaded: LoadedModel, base: Readings, tuned: Readings | None, most: int = READ_ROWS
+) -> tuple[Subspace, ...]:
+    settings = prepared.settings
+    if prepared.given:
+        return prepared.given
+    if settings.directions == "none":
+        return ()
+    job = prepared.adapted.job
+    pairs = random.Random(f"excise contrast {settings.seed}").sample(
+        job.concept.contrast, k=min(most, len(job.concept.contrast))
+    )
+    found = SOURCES[settings.directions](loaded, job.row, prepared.places, settings.components, pairs, base, tuned)
+    provenance = {"model": job.source.describe(), "seed": settings.seed, "data_sha256": prepared.data.sha256}
+    found = tuple(subspace.from_(provenance) for subspace in found)
+    return tuple(subspace.pick(settings.pick) for subspace in found) if settings.pick else tuple(found)
