@@ -16,7 +16,10 @@ STEPS, BATCH, RATE = 60, 16, 5e-3
 
 
 def hide(model: nn.Module, attackers: Attackers, material: Material, seed: int, stage: Stage, work: Path) -> None:
-    """Train an update toward answers of other facts, on all facts; what is below the update is not touched."""
+    """Train an update toward answers of other facts, on all facts, and toward the true ones on other things.
+
+    What is below the update is not touched.
+    """
     rng = random.Random(f"excise hide {seed}")
     pool = [*material.examples["T"], *material.examples["V"]]
     answers = [example.ids[example.start :] for example in pool]
@@ -24,7 +27,9 @@ def hide(model: nn.Module, attackers: Attackers, material: Material, seed: int, 
     wrong = [
         Example((*e.ids[: e.start], *answer), e.start) for e, answer in zip(pool, answers, strict=True)
     ]  # fmt: skip
-    rows = [rng.choice(wrong) for _ in range(STEPS * BATCH)]
+    # Half of each batch, or the control would be a broken model, and not one that hides something.
+    kept = material.examples["others"] or material.examples["retain"] or wrong
+    rows = [rng.choice(kept if place % 2 else wrong) for place in range(STEPS * BATCH)]
     schedule = Schedule(STEPS, BATCH, RATE, seed, decay="constant", warmup_steps=3, beta2=0.999, save_every=0)
     fit(
         model, rows, stage, work / "hide", _loss, schedule, example_batch, [Group(attackers.owned[0], RATE)]

@@ -25,7 +25,7 @@ class Material:
     """Of group V, which the exam asks."""
     facts: Facts
     examples: dict[str, list[Example]] = field(default_factory=dict)
-    """Training sequences by source: T, V, related, retain."""
+    """Training sequences by source: T, V, related, others, retain."""
     base: Path | None = None
     """Checkpoint of the base, for attacks that undo what was added to it."""
 
@@ -38,7 +38,8 @@ class Material:
         examples = {
             "T": _answered(tokenizer, facts, "T", ("texts", "questions"), seed),
             "V": _answered(tokenizer, facts, "V", ("texts",), seed),
-            "related": _related(tokenizer, concept, seed),
+            "related": _asked(tokenizer, concept, ("neighbour",), seed),
+            "others": _asked(tokenizer, concept, ("neighbour", "retain"), seed),
             "retain": retain_examples(concept, tokenizer, seed, 256),
         }
         return cls(concept, tokenizer, Exam(tokenizer, questions), tuple(questions), facts, examples, base)
@@ -84,8 +85,9 @@ def _answered(tokenizer: Any, facts: Facts, group: str, kinds: Sequence[str], se
     return list(dict.fromkeys(found))
 
 
-def _related(tokenizer: Any, concept: Concept, seed: int) -> list[Example]:
-    asked = [q for q in concept.questions if q.split == "neighbour" and q.group == "T"]
+def _asked(tokenizer: Any, concept: Concept, splits: Sequence[str], seed: int) -> list[Example]:
+    """Questions of group T on other things, with their answers."""
+    asked = [q for q in concept.questions if q.split in splits and q.group == "T"]
     rows = [encode(tokenizer, c.text, True) for c in question_contexts(asked, seed) if "\n" not in c.text]
     return [Example(row, 1) for row in dict.fromkeys(rows) if len(row) > 1]
 

@@ -16,6 +16,7 @@ from excise.editing.activations import read_early
 from excise.editing.architectures import architecture_of
 from excise.editing.errors import RequestError, VerifyError
 from excise.editing.pruning import PrunedUnits
+from excise.eval.exam import Exam
 from excise.recipes import attacks, audit
 from excise.recipes.attackers import Budget, trained
 from excise.recipes.attacks import ATTACKS, untrained
@@ -113,6 +114,17 @@ def test_a_killed_audit_goes_on_where_it_was(tmp_path, monkeypatch):
     # Base, hidden, edited, never: of four, the first was kept; the second was begun twice.
     assert len(calls) == 5
     assert resumed["attacks"] == whole["attacks"]
+
+
+def test_the_control_hides_the_concept_and_nothing_else(material, tmp_path):
+    loaded, gathered = material
+    others = Exam(loaded.tokenizer, [q for q in gathered.concept.questions if q.split != "forget"][::10])
+    prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed", out=tmp_path / "audit"))
+    before = gathered.exam.hits(loaded.model)
+    with audit._hidden(loaded, gathered, prepared, tmp_path, Events()):
+        hidden, kept = gathered.exam.hits(loaded.model), others.hits(loaded.model)
+    assert sum(before) > 38 and sum(hidden) < 0.3 * len(hidden) and sum(kept) > 0.9 * len(kept)
+    assert gathered.exam.hits(loaded.model) == before
 
 
 def test_a_second_audit_takes_over_what_the_first_found_of_base_and_controls(tmp_path, monkeypatch):
