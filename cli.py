@@ -120,6 +120,13 @@ def evaluate(
     judge: Annotated[
         list[str] | None, typer.Option(help="A further model to read the replies on knowledge; may be given again.")
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            help="Also named benchmarks, comma-separated: tasks of the lm-evaluation-harness, or YAML files of one's own, whose code runs.",
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -139,6 +146,7 @@ def evaluate(
         EvalSettings(questions=questions),
         Events(watcher=_watcher()),
         judge or (),
+        [name.strip() for name in lm_eval.split(",") if name.strip()] if lm_eval else (),
     )
     if as_json:
         print(json.dumps(results))  # noqa: T201
@@ -162,6 +170,10 @@ def audit(
     budget: Annotated[str | None, typer.Option(help="quick, standard or long.")] = None,
     questions: Annotated[int | None, typer.Option(min=0, help="Questions to ask, at most; 0 takes all.")] = None,
     card: Annotated[bool, typer.Option("--card", help="Also put the audit into the checkpoint's card.")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Attack base and controls anew, although an earlier audit kept their curves."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder to write; runs/audit-N by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
     device: Device = None,
@@ -179,7 +191,7 @@ def audit(
     flags = {
         "model": str(inner) if inner.is_dir() else model, "concept": concept, "base": base, "never": never, "out": out,
         "attacks": attacks.split(",") if attacks else None, "budget": budget, "seed": seed, "device": device, "dtype": dtype,
-        "card": card or None, "questions": questions,
+        "card": card or None, "questions": questions, "fresh": fresh or None,
     }  # fmt: skip
     settings = load_settings(recipe.AuditSettings, None, [], flags)
     if resume:
@@ -700,6 +712,8 @@ def _print_audit(results: dict[str, Any], out: Path) -> None:
     Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True).print(shown)
     for gap in results["gaps"]:
         _say(f"not tested: {gap}")
+    if results["recalled"]:
+        _say(f"curves of {', '.join(results['recalled'])} are an earlier audit's; --fresh makes them again")
     _say(f"\naudit   {out / 'audit.json'}\nreport  {out / 'report.html'}\ncard    {out / 'card.md'}")
 
 

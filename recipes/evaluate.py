@@ -11,6 +11,8 @@ from ..artifacts.results import SubjectName, measurements_as_json, summarize_all
 from ..editing.errors import RequestError
 from ..eval.generation import Reply
 from ..eval.measure import measure, workload
+from ..eval.named_benchmarks import find_tasks
+from ..eval.named_benchmarks import scores as named_benchmarks
 from ..eval.seamless import reverse_perplexity
 from ..eval.statistics import Scores
 from ..eval.subject import EvalSettings, Reference, Subject
@@ -25,11 +27,13 @@ def run(
     settings: EvalSettings,
     events: Events,
     judges: Sequence[str] = (),
+    benchmarks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return what ``eval.json`` would hold: measurements of the model, and of its base on the same items.
 
     Args:
         judges: Further models that read the replies on a knowledge concept, beside the base.
+        benchmarks: Tasks of the lm-evaluation-harness, by name or YAML file.
 
     Raises:
         RequestError: Anything that could not work, found before a model is loaded.
@@ -46,6 +50,7 @@ def run(
         )
     for source in (*(source for _, source in sources), *reading):
         check_memory(open_checkpoint(source.folder), device, dtype)
+    tasks = find_tasks(benchmarks) if benchmarks else None
     scores: dict[SubjectName, list[Scores]] = {}
     replies: dict[SubjectName, list[Reply]] = {}
     reference: Reference | None = None
@@ -61,6 +66,9 @@ def run(
             scores[name] = measure(subject)
             reference = subject.reference() if name == "base" else reference
             replies[name] = subject.replies("concept")
+        if tasks:
+            with events.stage(f"let {source.name} do {', '.join(tasks.names)}"):
+                scores[name] += named_benchmarks(loaded.model, loaded.tokenizer, tasks, settings.questions)
         del loaded, subject
     by_base = [sources[0][1]] if base and concept.about.kind == "knowledge" and replies["base"] else []
     ids = [prompt.id for prompt in concept.prompts if prompt.split == "concept"]
