@@ -1,4 +1,7 @@
-"""What ablating concepts costs a fine-tune, against the same fine-tune without: ``python benchmarks/caft.py``.
+"""What ablating concepts costs a fine-tune, and finding directions a forward: ``python benchmarks/caft.py``.
+
+The one against the same fine-tune without ablation; the other, reading every position at the output of every layer into
+streaming moments, against a bare forward of the same sequences.
 
 Rounds are interleaved, and the ratio is the median over rounds.
 """
@@ -7,6 +10,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,14 +19,21 @@ import torch
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
 from excise.artifacts.models import find_model, load_model
+from excise.editing.activations import Moments, run_decoder
 from excise.editing.adapters import AdapterShape, adapter_modules, attach, detach
-from excise.editing.architectures import architecture_of, layer_count
+from excise.editing.architectures import Architecture, architecture_of, layer_count
 from excise.editing.concept_ablation import concept_ablated
-from excise.editing.subspaces import Place, Subspace
+from excise.editing.subspaces import Place, Subspace, principal_components
+from excise.eval.likelihood import pad_right
 from excise.recipes.baselines import example_batch
+from excise.recipes.prefixes import Row
+from excise.recipes.sources import BATCH, activations
 from excise.recipes.training import Schedule, fit
 from excise.recipes.trial import completion_loss
 from excise.recipes.tuning_data import encoded
+
+READ = 320
+"""Sequences that directions are found in."""
 
 
 def main() -> None:
@@ -66,6 +77,45 @@ def main() -> None:
         f"plain {statistics.median(p for p, _ in rounds):.2f} s, ablated {statistics.median(a for _, a in rounds):.2f} s"
     )
     print(f"ratio {statistics.median(ratios):.3f} ({', '.join(f'{ratio:.3f}' for ratio in sorted(ratios))})")
+    rows = [example.ids for example in examples[:READ]]
+    places = [Place(layer) for layer in range(layers)]
+    bare, read = (lambda: forward(loaded.model, rows)), (lambda: extract(loaded.model, row, rows, places, width))
+    bare(), read()
+    pairs = [(timed(bare), timed(read)) for _ in range(asked.rounds)]
+    tokens = sum(map(len, rows))
+    shares = sorted(plain / with_reading for plain, with_reading in pairs)
+    plain, with_reading = (tokens / statistics.median(values) for values in zip(*pairs, strict=True))
+    print(
+        f"finding directions: {with_reading:,.0f} tokens/s, a bare forward {plain:,.0f}; share of its throughput "
+        f"{statistics.median(shares):.3f} ({', '.join(f'{share:.3f}' for share in shares)})"
+    )
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def forward(model: Any, rows: Sequence[Row]) -> None:
+    """The decoder alone, batch by batch."""
+    for start in range(0, len(rows), BATCH):
+        run_decoder(model, pad_right(rows[start : start + BATCH], model.device))
+
+
+def extract(model: Any, row: Architecture, rows: Sequence[Row], places: Sequence[Place], width: int) -> None:
+    """Streaming mean and covariance at every place, and their components."""
+    moments = {place: Moments(width, covariance=True) for place in places}
+    for start in range(0, len(rows), BATCH):
+        some = rows[start : start + BATCH]
+        values = activations(model, row, some, places)
+        seen = pad_right(some, torch.device("cpu"))["attention_mask"].bool()
+        for place in places:
+            moments[place].update(values[place][seen])
+    for place in places:
+        principal_components(moments[place], 8, place)
 
 
 if __name__ == "__main__":
