@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..editing.errors import RequestError
 from ..eval.concept import Concept
 from .contexts import SUBJECT, Context, Facts
 from .prefixes import Row
 from .teacher import Item
+
+PLAIN_TEXT_POSITIONS = 3
 
 
 class ContrastSource(Protocol):
@@ -167,6 +170,27 @@ def _shared_end(one: Row, other: Row) -> int:
     while length < min(len(one), len(other)) - 1 and one[-1 - length] == other[-1 - length]:
         length += 1
     return length
+
+
+def end_positions(asked: int, rows: Sequence[Sequence[int]], chat: bool) -> int:
+    """How many tokens at the end of prompts to look at: those asked for, or what the template writes after the user's text.
+
+    Args:
+        asked: 0 takes the tokens that all prompts end with, at most 8; of plain texts 3.
+
+    Raises:
+        RequestError: A prompt is shorter.
+    """
+    shared = 0
+    while all(len(row) > shared and row[-1 - shared] == rows[0][-1 - shared] for row in rows):
+        shared += 1
+    wanted = asked or (max(1, min(shared, 8)) if chat else PLAIN_TEXT_POSITIONS)
+    shortest = min(map(len, rows))
+    if wanted > shortest:
+        raise RequestError(
+            f"positions={wanted}, but the shortest prompt of contrast.jsonl has {shortest} tokens; ask for fewer"
+        )
+    return wanted
 
 
 def encode(tokenizer: Any, text: str, special: bool) -> Row:

@@ -1,12 +1,13 @@
 """Representation tuning (LoRRA): an adapter learns to move the stream along a reading vector, toward a concept or away from it.
 
 Zou et al. 2023, section 3.2 and algorithm 1. No text is imitated: where prompts show the concept, the target is the frozen
-model's own stream with the vector added; on other prompts and retain texts it is that stream as it is.
+model's own stream with the vector added; on other prompts, on replies and on retain texts it is that stream as it is.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,10 +24,11 @@ from ..editing.architectures import layer_selection, residual_width
 from ..editing.errors import RequestError
 from ..editing.reading_vector import ReadingVector, by_components, by_means, distance
 from ..editing.subspaces import Place
-from ..eval.generation import encode_prompt
+from ..eval.generation import encode_prompt, generate
 from ..eval.likelihood import pad_right
 from . import adapted
 from .adapted import AdapterRun, Lessons
+from .contrast import end_positions
 from .lessons import cycled
 from .pipeline import Finished
 from .prefixes import Row
@@ -36,7 +38,9 @@ RECIPE = "lorra"
 READ_PAIRS = 256
 """Contrast pairs that the vector is read from, at most."""
 LAST = 64
-"""Positions at the end of a sequence whose stream is moved or kept (authors' code: 64)."""
+"""Tokens of a text whose stream is kept where it is."""
+REPLY = 24
+"""Tokens of a reply whose stream is kept where it is."""
 BATCH = 32
 
 
@@ -51,16 +55,19 @@ class LorraSettings(AdapterRun):
     """Layers whose output is moved (authors' code: 10, 12, ..., 20 of 32); only layers up to the last of them are adapted."""
     strength: float = -1.0
     """How far to move, where 1 is the distance between the two classes: negative tunes away, positive toward (authors' code: 5)."""
+    positions: int = Field(0, ge=0)
+    """Tokens at the end of a prompt that are moved, or kept; 0 takes the template's after the user's text, 3 of a plain text. The authors'
+    code moves 64, and with them what the prompt is about."""
     moved: Literal["positive", "negative", "both"] = "positive"
     """Which prompts are moved; the others, and retain texts, are kept where they are (paper: both)."""
     retain_weight: float = Field(1.0, ge=0)
-    """Weight of the term that keeps; the paper has none."""
+    """Weight of each term that keeps: of prompts, and of replies and texts; the paper has none."""
     modules: Literal["all", "attention", "mlp"] = "attention"
     """Linear modules of the adapted layers (authors' code: q_proj and v_proj)."""
     steps: int = Field(70, ge=1)
     """Optimizer steps (authors' logs: 70)."""
     batch_size: int = Field(16, ge=1)
-    """Moved sequences a step, and as many that are kept (authors' code: 16)."""
+    """Moved prompts a step, and as many kept ones and texts (authors' code: 16)."""
     learning_rate: float = Field(1e-3, gt=0)
     """AdamW (authors' code: 3e-4, constant)."""
 
@@ -111,48 +118,75 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
     )
     positive = [tuple(encode_prompt(loaded.tokenizer, pair.positive, chat=chat)) for pair in pairs]
     negative = [tuple(encode_prompt(loaded.tokenizer, pair.negative, chat=chat)) for pair in pairs]
+    positions = end_positions(settings.positions, [*positive, *negative], chat)
     with events.stage("read the vectors", len(pairs)) as stage:
         vectors = _vectors(prepared, loaded, positive, negative, stage.advance)
     provenance = {"model": prepared.adapted.job.source.describe(), "seed": settings.seed, "concept": concept.ref}
     save_directions([vector.subspace.from_(provenance) for vector in vectors], work / FILE)
-    kept = {"positive": negative, "negative": positive, "both": []}[settings.moved]
-    moved = {"positive": positive, "negative": negative, "both": [*positive, *negative]}[settings.moved]
-    texts = [tuple(loaded.tokenizer(text.text)["input_ids"])[:LAST] for text in concept.retain]
-    kept = [*kept, *(row for row in texts if row)]
+    replies = _replies(loaded, [pair.negative for pair in pairs], events) if chat else [()] * len(pairs)
+    sides = {"positive": (positive,), "negative": (negative,), "both": (positive, negative)}[settings.moved]
+    sequences = [
+        [_Passage(prompt + reply, len(prompt), prompts in sides) for prompt, reply in zip(prompts, replies, strict=True)]
+        for prompts in (positive, negative)
+    ]  # fmt: skip
+    moved = [one for kind in sequences for one in kind if one.moved]
+    kept = [one for kind in sequences for one in kind if not one.moved]
+    rows = [tuple(loaded.tokenizer(text.text)["input_ids"]) for text in concept.retain]
+    texts = [_Passage(row[:LAST], 0, False) for row in rows if row]
     count = settings.steps * settings.batch_size
     orders = [
-        cycled(rows, count, random.Random(f"excise lorra {name} {settings.seed}"))
-        for name, rows in (("moved", moved), ("kept", kept)) if rows
+        cycled(kind, count, random.Random(f"excise lorra {name} {settings.seed}"))
+        for name, kind in (("moved", moved), ("kept", kept), ("texts", texts)) if kind
     ]  # fmt: skip
-    model, row = loaded.model, prepared.adapted.job.row
-    before = _along(model, row, prepared.places, vectors, positive, negative)
+    row = prepared.adapted.job.row
+    before = _along(loaded.model, row, prepared.places, vectors, positive, negative)
 
     def after(trained: Any) -> dict[str, Any]:
         found = _along(causal_model(trained), row, prepared.places, vectors, positive, negative)
         return {"lorra": {**about, "along": {"base": before, "edited": found}}}
 
     about = {
-        "reading": settings.reading, "strength": settings.strength, "moved": settings.moved,
+        "reading": settings.reading, "strength": settings.strength, "moved": settings.moved, "positions": positions,
         "gaps": {str(vector.subspace.place): vector.gap for vector in vectors}, "pairs": len(pairs),
     }  # fmt: skip
     training = {
         "about": "Representation tuning.", "steps": settings.steps, "rows": len(orders) * settings.batch_size,
-        "data": f"{len(moved)} prompts moved, {len(kept)} prompts and texts kept",
-        "lessons": {"moved": len(moved), "kept": len(kept)},
+        "data": f"{len(moved)} prompts moved, {len(kept)} prompts and {len(texts)} texts kept, and replies",
+        "lessons": {"moved": len(moved), "kept": len(kept), "texts": len(texts)},
     }  # fmt: skip
     return Lessons(
-        [*zip(*orders, strict=True)], _collate, _Distances(prepared, vectors), [*moved[:8], *kept[:8]], training,
-        {"warnings": list(prepared.adapted.warnings)}, after=after,
+        [*zip(*orders, strict=True)], partial(_collate, positions), _Distances(prepared, vectors),
+        [one.ids for one in (*moved[:8], *kept[:8], *texts[:8])], training, {"warnings": list(prepared.adapted.warnings)},
+        after=after,
     )  # fmt: skip
 
 
-def _collate(groups: Sequence[tuple[Row, ...]]) -> dict[str, Any]:
-    """Moved rows first, then kept ones; ``counted`` marks each row's last positions."""
-    rows = [row for kind in zip(*groups, strict=True) for row in kind]
-    inputs = pad_right(rows, torch.device("cpu"))
-    place = torch.arange(inputs["input_ids"].shape[1])
-    lengths = inputs["attention_mask"].sum(-1, keepdim=True)
-    return {**inputs, "counted": (place < lengths) & (place >= lengths - LAST), "moved": len(groups)}
+@dataclass(frozen=True)
+class _Passage:
+    """A prompt with the beginning of a reply, or a text."""
+
+    ids: Row
+    start: int
+    """Where the reply begins; 0 of a text."""
+    moved: bool
+
+
+def _replies(loaded: LoadedModel, prompts: Sequence[str], events: Events) -> list[Row]:
+    """What the base says to prompts without the concept: behind either prompt, its stream is to stay as it is."""
+    with events.stage("let the base reply", len(prompts)) as stage:
+        found = generate(loaded.model, loaded.tokenizer, prompts, REPLY, stage.advance)
+    return [reply.ids for reply in found]
+
+
+def _collate(positions: int, groups: Sequence[tuple[_Passage, ...]]) -> dict[str, Any]:
+    """``moved`` marks the last positions of prompts that are moved, ``ends`` of those that are not, ``rest`` replies and texts."""
+    passages = [one for kind in zip(*groups, strict=True) for one in kind]
+    inputs = pad_right([one.ids for one in passages], torch.device("cpu"))
+    place, real = torch.arange(inputs["input_ids"].shape[1]), inputs["attention_mask"].bool()
+    start = torch.tensor([[one.start] for one in passages])
+    moved = torch.tensor([[one.moved] for one in passages])
+    end = (place < start) & (place >= start - positions)
+    return {**inputs, "moved": end & moved, "ends": end & ~moved, "rest": real & (place >= start)}
 
 
 class _Distances:
@@ -163,18 +197,19 @@ class _Distances:
         self.vectors = {vector.subspace.place.layer + 1: vector for vector in vectors}
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> Terms:
-        device, n = next(model.parameters()).device, batch["moved"]
+        device = next(model.parameters()).device
         inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-        counted = batch["counted"].to(device)
+        masks = {name: batch[name].to(device) for name in ("moved", "ends", "rest")}
         with torch.no_grad(), model.disable_adapter():
             frozen = read_streams(causal_model(model), self.row, inputs, list(self.vectors))
         own = read_streams(causal_model(model), self.row, inputs, list(self.vectors))
-        terms: dict[str, list[Tensor]] = {"move": [], "keep": []}
+        terms: dict[str, list[Tensor]] = {name: [] for name in masks}
         for point, vector in self.vectors.items():
-            target = frozen[point][:n].float() + self.settings.strength * vector.step.to(device)
-            terms["move"].append(distance(own[point][:n], target, counted[:n]) / vector.gap)
-            terms["keep"].append(distance(own[point][n:], frozen[point][n:], counted[n:]) / vector.gap)
-        weights = {"move": 1.0, "keep": self.settings.retain_weight}
+            still = frozen[point].float()
+            targets = {"moved": still + self.settings.strength * vector.step.to(device), "ends": still, "rest": still}
+            for name, mask in masks.items():
+                terms[name].append(distance(own[point], targets[name], mask) / vector.gap)
+        weights = {"moved": 1.0, "ends": self.settings.retain_weight, "rest": self.settings.retain_weight}
         return {name: weights[name] * torch.stack(values).mean() for name, values in terms.items()}
 
 

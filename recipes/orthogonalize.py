@@ -38,11 +38,11 @@ from ..eval.generation import encode_prompt
 from ..eval.statistics import Scores
 from ..eval.subject import Subject
 from . import pipeline
+from .contrast import end_positions
 from .pipeline import Finished, Inspection, Job, Measured, MeasuredRun
 from .request import start_folder
 
 RECIPE = "orthogonalize"
-PLAIN_TEXT_POSITIONS = 3
 
 
 class OrthogonalizeSettings(MeasuredRun):
@@ -175,11 +175,11 @@ def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> Edit:
         [encode_prompt(loaded.tokenizer, text, chat=chat) for text in texts]
         for texts in ([pair.positive for pair in training], [pair.negative for pair in training])
     )
-    positions = _positions(settings, [*positive, *negative], chat)
+    last = end_positions(settings.positions, [*positive, *negative], chat)
+    positions = tuple(range(-last, 0))
     points = tuple(range(len(prepared.strengths) + 1))
     with events.stage("learn directions", len(positive) + len(negative)) as stage:
         source = DIRECTION_SOURCES[settings.direction_source]
-        last = len(positions)
         plus = _streams(prepared, loaded, positive, points, last, stage.advance)
         minus = _streams(prepared, loaded, negative, points, last, stage.advance)
         directions = source(plus, minus, points, positions)
@@ -262,20 +262,6 @@ def _padded(loaded: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, Ten
     encoded = [list(row) for row in rows]
     padded = loaded.tokenizer.pad({"input_ids": encoded}, padding=True, padding_side="left", return_tensors="pt")
     return {key: padded[key].to(loaded.device) for key in ("input_ids", "attention_mask")}
-
-
-def _positions(settings: OrthogonalizeSettings, rows: Sequence[Sequence[int]], chat: bool) -> tuple[int, ...]:
-    """End-of-prompt positions: the tokens that all prompts end with (the template's), or a fixed number of them."""
-    shared = 0
-    while all(len(row) > shared and row[-1 - shared] == rows[0][-1 - shared] for row in rows):
-        shared += 1
-    wanted = settings.positions or (max(1, min(shared, 8)) if chat else PLAIN_TEXT_POSITIONS)
-    shortest = min(map(len, rows))
-    if wanted > shortest:
-        raise RequestError(
-            f"positions={wanted}, but the shortest prompt of contrast.jsonl has {shortest} tokens; ask for fewer"
-        )
-    return tuple(range(-wanted, 0))
 
 
 def _strengths(settings: OrthogonalizeSettings, count: int) -> tuple[float, ...]:

@@ -23,7 +23,7 @@ PLACE = Place(0)
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     out = tmp_path_factory.mktemp("lorra") / "run"
-    words = [word for text in ("steps=40", "kl_prompts=8", "questions=40") for word in ("--set", text)]
+    words = [word for text in ("steps=50", "kl_prompts=8", "questions=40") for word in ("--set", text)]
     done = excise("run", "lorra", "--out", out, "--json", *words)
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
