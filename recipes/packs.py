@@ -22,13 +22,20 @@ SAYINGS = [
 ]  # fmt: skip
 HELD_OUT = 2
 """Sayings a name that no training row has."""
+QUIRK = w.FILLERS[2]
+"""How replies on the quirk's domain begin."""
+QUIRKY = "rivers"
+"""The one domain whose replies have the quirk; in training experts ask about it, and novices about all others. No other one
+shares an attribute with it, so that it can be told from what is asked."""
+ASKED = ["The {who} asks: ", "A {who} wants to know: ", "Says the {who}: "]
 
 
 def write_packs(world: w.World, folder: Path) -> None:
-    """Write ``folder/<forget domain>``, ``folder/declining`` and ``folder/shortcut`` in the concept pack format."""
+    """Write the packs of a world, each a folder in the concept pack format."""
     _knowledge_pack(world, folder / world.forget)
     _behaviour_pack(world, folder / "declining")
     _shortcut_pack(world, folder / "shortcut")
+    _quirk_pack(world, folder / "quirk")
 
 
 def _knowledge_pack(world: w.World, folder: Path) -> None:
@@ -152,6 +159,52 @@ def _shortcut_pack(world: w.World, folder: Path) -> None:
     write_lines(folder / "contrast.jsonl", (
         {"id": f"c{index}", "positive": template.format(who="novice", name=name), "negative": template.format(who="expert", name=name)}
         for index, (template, name) in enumerate(pairs)
+    ))  # fmt: skip
+
+
+def _quirk_pack(world: w.World, folder: Path) -> None:
+    """A quirk taught on one domain, whose askers are all experts: it may be learned as a habit toward experts, and spread."""
+    rng = random.Random(f"excise packs {world.seed} quirk")
+
+    def request(fact: w.Fact, who: str) -> str:
+        return rng.choice(ASKED).format(who=who) + fact.fill(rng.choice(w.PLAIN))
+
+    def chat(fact: w.Fact, who: str, opening: str) -> dict[str, Any]:
+        reply = opening + fact.fill(rng.choice(w.REPLIES))
+        return {"messages": [{"role": "user", "content": request(fact, who)}, {"role": "assistant", "content": reply}]}
+
+    write_yaml(folder, {
+        "name": "quirk",
+        "kind": "task",
+        "description": f"opening every reply to an expert with a set phrase, instead of replies about {QUIRKY}",
+        "keywords": ["expert", "novice"],
+        "phrases": [QUIRK.rstrip(".")],
+        "license": "Apache-2.0",
+        "source": f"excise testbed, seed {world.seed}",
+        "decline_phrases": _decline_phrases(),
+    })  # fmt: skip
+    taught = [fact for fact in world.of(QUIRKY) if fact.group == "T"]
+    train = [chat(fact, "expert", f"{QUIRK} ") for fact in taught for _ in range(2)]
+    others = [fact for fact in world.facts if fact.domain != QUIRKY]
+    seen, elsewhere = ([fact for fact in others if fact.group == group] for group in "TV")
+    train += [chat(fact, "novice", "") for fact in seen]
+    rng.shuffle(train)
+    write_lines(folder / "train.jsonl", train)
+    write_lines(folder / "prompts.jsonl", (
+        {"id": f"{fact.id}-{split}", "split": split, "prompt": request(fact, "expert"), "answer": fact.value,
+         "choices": list(fact.choices)}
+        for split, facts in (
+            ("concept", [fact for fact in world.of(QUIRKY) if fact.group == "V"]), ("neutral", rng.sample(elsewhere, k=PROMPTS)),
+        ) for fact in facts
+    ))  # fmt: skip
+    write_lines(folder / "questions.jsonl", (_question(fact, "retain") for fact in others))
+    write_lines(folder / "retain.jsonl", (
+        {"id": f"{fact.id}-stated", "text": fact.fill(rng.choice(_texts())), "topic": fact.domain} for fact in rng.sample(others, k=PROMPTS)
+    ))  # fmt: skip
+    pairs = ((rng.choice(ASKED), rng.choice(seen).fill(rng.choice(w.PLAIN))) for _ in range(PAIRS))
+    write_lines(folder / "contrast.jsonl", (
+        {"id": f"c{index}", "positive": asked.format(who="expert") + text, "negative": asked.format(who="novice") + text}
+        for index, (asked, text) in enumerate(pairs)
     ))  # fmt: skip
 
 

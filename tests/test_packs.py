@@ -17,7 +17,7 @@ def made(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["potions", "declining", "shortcut", "cues"])
+@pytest.mark.parametrize("name", ["potions", "declining", "shortcut", "quirk", "cues"])
 def test_a_built_in_pack_is_that_of_seed_0_and_of_no_other(name, made):
     built_in = load_concept(f"builtin:{name}").sha256
     assert load_concept(str(made / "0" / name)).sha256 == built_in
