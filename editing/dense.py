@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .edit import check_learned_on
 from .low_rank import plan_addition
 from .rounding import restore
 from .weight_edit import Plan
@@ -48,8 +47,7 @@ class DenseUpdate:
         Raises:
             RequestError: The update was learned on another kind of model, or a tensor is not there.
         """
-        check_learned_on(config, self.model_type, self.width, self.layers)
-        return plan_addition(self.deltas, config, names)
+        return plan_addition(self, self.deltas, config, names)
 
 
 @contextmanager

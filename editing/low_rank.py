@@ -62,16 +62,29 @@ class LowRankUpdate:
         Raises:
             RequestError: The update was learned on another kind of model, or a tensor is not there.
         """
-        check_learned_on(config, self.model_type, self.width, self.layers)
-        return plan_addition(self.factors, config, names)
+        return plan_addition(self, self.factors, config, names)
 
 
-def plan_addition(addends: Mapping[str, Addend], config: dict[str, Any], names: Sequence[str]) -> Plan:
+class Addition(Protocol):
+    """An edit that adds something, and the model it was learned on."""
+
+    @property
+    def model_type(self) -> str: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def layers(self) -> int: ...
+
+
+def plan_addition(edit: Addition, addends: Mapping[str, Addend], config: dict[str, Any], names: Sequence[str]) -> Plan:
     """Find what something is to be added to.
 
     Raises:
-        RequestError: A tensor is not there, or nothing is to be added.
+        RequestError: It was learned on another kind of model, a tensor is not there, or nothing is to be added.
     """
+    check_learned_on(config, edit.model_type, edit.width, edit.layers)
     row, present = architecture_of(config), set(names)
     tensors = []
     for name, addend in addends.items():

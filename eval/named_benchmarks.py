@@ -91,13 +91,21 @@ def scores(model: Any, tokenizer: Any, tasks: Tasks, limit: int = 0) -> list[Sco
 def _scores_of(task: str, samples: Sequence[Mapping[str, Any]]) -> list[Scores]:
     better: Better = "lower" if task.startswith(LOWER) else "base"
     by_figure: dict[str, list[tuple[str, float]]] = {}
+    asked: dict[str, int] = {}
     for sample in samples:
         way = "" if sample.get("filter", "none") == "none" else f", {sample['filter']}"
         for metric in sample["metrics"]:
+            asked[metric + way] = asked.get(metric + way, 0) + 1
             if isinstance(sample[metric], int | float):
                 by_figure.setdefault(metric + way, []).append((sample["doc_hash"], float(sample[metric])))
     if not by_figure:
         raise RequestError(f"task {task} has no figure for single items, so it has no interval; leave it out")
+    partial = [name for name, items in by_figure.items() if len(items) < asked[name]]
+    if partial:
+        raise RequestError(
+            f"task {task} has {partial[0]} for {len(by_figure[partial[0]])} of {asked[partial[0]]} items, and the rest would be "
+            "left out of it; leave the task out"
+        )
     return [
         Scores(task, name, "accuracy" if name.startswith("acc") else name, better, ids, totals, (1.0,) * len(ids))
         for name, items in by_figure.items() for ids, totals in [tuple(zip(*items, strict=True))]

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,10 +18,10 @@ from ..artifacts.edits import load_edit
 from ..artifacts.events import Events
 from ..artifacts.export import check_disk
 from ..artifacts.manifest import FOLDER
-from ..artifacts.models import LoadedModel, available_memory, load_model
+from ..artifacts.models import LoadedModel, load_model
 from ..editing.adapters import AdapterShape, adapter_modules, attach, causal_model, detach, learned_factors
 from ..editing.architectures import layer_selection, residual_width
-from ..editing.dense import Delta, DenseUpdate, learned_deltas, weights_trained
+from ..editing.dense import DenseUpdate, learned_deltas, weights_trained
 from ..editing.errors import EditError, RequestError
 from ..editing.low_rank import Factors, LowRankUpdate
 from ..editing.weight_edit import WeightEdit
@@ -34,7 +33,7 @@ from .overlap import without_overlap
 from .pipeline import Finished, Inspection, Job, Measured, MeasuredRun
 from .prefixes import Row
 from .request import start_folder
-from .training import WHOLE_BYTES, Loss, Schedule, fit
+from .training import WHOLE_BYTES, Loss, Schedule, fit, memory_for_whole_weights
 
 ADAPTER = "adapter"
 MERGED_KL = 0.05
@@ -149,14 +148,12 @@ def prepare(
 
 def _check_room(job: Job) -> None:
     """Whole weights need memory to train, and disk to be kept as an edit: once for the run, once in the checkpoint."""
-    elements = sum(math.prod(tensor.shape) for tensor in job.checkpoint.tensors.values())
-    need = WHOLE_BYTES * elements
-    free = torch.cuda.mem_get_info(job.device)[0] if job.device.type == "cuda" else available_memory()
+    need, free = memory_for_whole_weights(job.checkpoint, job.device)
     if need > free:
         raise RequestError(
             f"training whole weights needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; use tune=lora"
         )
-    check_disk(job.out, job.checkpoint.size + 8 * elements)
+    check_disk(job.out, job.checkpoint.size + 8 * need // WHOLE_BYTES)
 
 
 def up_to(prepared: Prepared, deepest: int) -> Prepared:
@@ -281,11 +278,16 @@ def being_trained(prepared: Prepared, model: Any) -> Iterator[Tuned]:
     """A fresh adapter on the model, or its own weights; afterwards the model is the base again."""
     if prepared.whole:
         with weights_trained(model, prepared.shape.modules) as before:
-            yield Tuned(model, lambda provenance: _dense(prepared, learned_deltas(model, before), provenance))
+            yield Tuned(
+                model, lambda provenance: _as_edit(prepared, DenseUpdate, learned_deltas(model, before), provenance)
+            )
         return
     adapted = attach(model, prepared.shape, prepared.settings.seed)
     try:
-        yield Tuned(adapted, lambda provenance: _update(prepared, learned_factors(adapted, prepared.shape), provenance))
+        yield Tuned(
+            adapted,
+            lambda provenance: _as_edit(prepared, LowRankUpdate, learned_factors(adapted, prepared.shape), provenance),
+        )
     finally:
         detach(adapted)
 
@@ -328,17 +330,14 @@ def _modules(job: Job, settings: AdapterRun, layers: tuple[int, ...]) -> tuple[s
     return adapter_modules(skeleton, job.row, layers, settings.modules)
 
 
-def _unlearned(prepared: Prepared) -> LowRankUpdate:
+def _unlearned(prepared: Prepared) -> WeightEdit:
     """The update's names before it has values."""
     nothing = Factors(torch.zeros(0, 0), torch.zeros(0, 0))
-    return _update(prepared, {f"{name}.weight": nothing for name in prepared.shape.modules}, {})
+    return _as_edit(prepared, LowRankUpdate, {f"{name}.weight": nothing for name in prepared.shape.modules}, {})
 
 
-def _update(prepared: Prepared, factors: dict[str, Factors], provenance: dict[str, Any]) -> LowRankUpdate:
+def _as_edit(
+    prepared: Prepared, kind: type[LowRankUpdate] | type[DenseUpdate], parts: dict[str, Any], provenance: dict[str, Any]
+) -> LowRankUpdate | DenseUpdate:  # fmt: skip
     config = prepared.job.checkpoint.config
-    return LowRankUpdate(factors, config["model_type"], residual_width(config), prepared.job.layers, provenance)
-
-
-def _dense(prepared: Prepared, deltas: dict[str, Delta], provenance: dict[str, Any]) -> DenseUpdate:
-    config = prepared.job.checkpoint.config
-    return DenseUpdate(deltas, config["model_type"], residual_width(config), prepared.job.layers, provenance)
+    return kind(parts, config["model_type"], residual_width(config), prepared.job.layers, provenance)

@@ -22,7 +22,6 @@ from ..artifacts.manifest import verify_folder
 from ..artifacts.models import (
     LoadedModel,
     ModelSource,
-    available_memory,
     builtin_models,
     cache_folder,
     check_memory,
@@ -49,7 +48,7 @@ from .contexts import Facts, find_facts, spread
 from .hiding import hide
 from .material import Material, novel_facts
 from .request import RunRequest, free_folder, refuse_taken, start_folder
-from .training import WHOLE_BYTES
+from .training import memory_for_whole_weights
 
 SCHEMA_VERSION = 1
 FEWEST = 20
@@ -446,9 +445,7 @@ def _affordable(
     attacks: Sequence[str], checkpoint: Checkpoint, device: torch.device
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Attacks that fit into memory, and what is left out: all weights take their gradient, two moments and a copy."""
-    elements = sum(int(np.prod(t.shape)) for t in checkpoint.tensors.values())
-    need = WHOLE_BYTES * elements
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    need, free = memory_for_whole_weights(checkpoint, device)
     full = [name for name in attacks if ATTACKS[name].method == "full"]
     if not full or need <= free:
         return tuple(attacks), ()

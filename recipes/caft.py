@@ -175,7 +175,7 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
     if subspaces:
         save_directions(subspaces, work / FILE)
 
-    watch = Watch(trial, subspaces, work / "watched.jsonl")
+    watch = Watch(trial, subspaces, work / "watched.json")
 
     def after(model: Any) -> dict[str, Any]:
         edited, base = trial.read(), trial.base

@@ -1,6 +1,7 @@
 """The one trainer: every gradient step of every recipe is taken here."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..artifacts.checkpoints import Checkpoint
 from ..artifacts.events import Stage
-from ..artifacts.models import bfloat16_is_fast
+from ..artifacts.models import available_memory, bfloat16_is_fast
 from ..editing.errors import ExciseError
 
 Terms = dict[str, Tensor]
@@ -53,6 +55,13 @@ class Group:
 
     parameters: Sequence[nn.Parameter]
     learning_rate: float
+
+
+def memory_for_whole_weights(checkpoint: Checkpoint, device: torch.device) -> tuple[int, int]:
+    """Bytes that training every weight takes, and bytes that are free."""
+    elements = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return WHOLE_BYTES * elements, free
 
 
 class _Watch(TrainerCallback):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..artifacts.events import Events
 from ..artifacts.models import LoadedModel
 from ..artifacts.results import measurements_as_json
+from ..artifacts.staging import write_whole
 from ..editing.adapters import causal_model
 from ..editing.concept_ablation import concept_ablated
 from ..editing.subspaces import Subspace
@@ -110,8 +111,9 @@ class Watch:
                 "share_in_span": refreshed(now, self.base, self.subspaces), "found_again": self._found_again(now),
             }  # fmt: skip
         model.train(training)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
+        # Whole or not at all: a kill in the middle of a line would spoil the resumed run.
+        earlier = [one for one in self.seen() if one["step"] < step]
+        write_whole(self.path, json.dumps([*earlier, found]))
 
     def _found_again(self, now: Readings) -> dict[str, float]:
         """Share of the directions that the same source finds in the model as it is now which lies in the ablated span."""
@@ -126,10 +128,9 @@ class Watch:
         return shares
 
     def seen(self) -> list[dict[str, Any]]:
-        """What was seen at each step; of a step that a resumed run took again, the last."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        by_step = {found["step"]: found for found in map(json.loads, lines)}
-        return [by_step[step] for step in sorted(by_step)]
+        """What was seen at each step; of steps that a resumed run took again, the last."""
+        found: list[dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
+        return found
 
 
 def directions_of(

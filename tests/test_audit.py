@@ -17,7 +17,7 @@ from excise.editing.architectures import architecture_of
 from excise.editing.errors import RequestError, VerifyError
 from excise.editing.pruning import PrunedUnits
 from excise.eval.exam import Exam
-from excise.recipes import attacks, audit
+from excise.recipes import attacks, audit, training
 from excise.recipes.attackers import Budget, trained
 from excise.recipes.attacks import ATTACKS, untrained
 from excise.recipes.contexts import find_facts
@@ -354,7 +354,7 @@ def test_a_model_of_another_shape_is_no_descendant(save_pico, tmp_path):
 
 
 def test_without_memory_for_all_weights_the_rest_goes_on_and_the_gap_is_said(monkeypatch):
-    monkeypatch.setattr(audit, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(training, "available_memory", lambda: 10**6)
     prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed", attacks=("rtt", "rtt_full")))
     assert prepared.attacks == ("rtt",) and "fine-tuning of all weights was not tested" in prepared.gaps[0]
 

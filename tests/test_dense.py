@@ -11,7 +11,7 @@ from excise.editing.architectures import ARCHITECTURES, layer_count, residual_wi
 from excise.editing.dense import DenseUpdate, learned_deltas, weights_trained
 from excise.editing.errors import EditError, RequestError
 from excise.editing.weight_edit import edit_model
-from excise.recipes import adapted
+from excise.recipes import training
 from excise.recipes.caft import CaftSettings, prepare
 
 INPUTS = {"input_ids": torch.tensor([[5, 9, 7, 3, 11]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
@@ -73,7 +73,7 @@ def test_a_training_that_learned_nothing_is_an_error_when_applied():
 
 
 def test_without_memory_for_whole_weights_the_request_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(adapted, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(training, "available_memory", lambda: 10**6)
     with pytest.raises(RequestError, match="use tune=lora"):
         prepare(CaftSettings(tune="full", out=tmp_path / "run"))
     assert prepare(CaftSettings(out=tmp_path / "run")).settings.learning_rate == 1e-3

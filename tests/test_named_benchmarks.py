@@ -10,7 +10,7 @@ from excise.artifacts.models import find_model, load_model
 from excise.editing.errors import RequestError
 from excise.eval.likelihood import log_likelihoods
 from excise.eval.multiple_choice import requests_of
-from excise.eval.named_benchmarks import find_tasks, scores
+from excise.eval.named_benchmarks import _scores_of, find_tasks, scores
 
 ITEMS = 100
 
@@ -73,6 +73,15 @@ def test_figures_come_item_by_item_with_a_base_beside_them(task):
     found = {m["subject"]: m for m in json.loads(done.stdout)["measurements"] if m["name"] == "own_potions"}
     assert found["base"]["n"] == found["edited"]["n"] == 16 and found["edited"]["split"] == "acc"
     assert found["base"]["value"] > found["edited"]["value"] and found["edited"]["difference"]["value"] < 0
+
+
+def test_a_figure_that_some_items_lack_is_an_error():
+    items = [{"doc_hash": str(place), "filter": "none", "metrics": ["acc"], "acc": 1.0} for place in range(3)]
+    assert _scores_of("own", items)[0].totals == (1.0, 1.0, 1.0)
+    with pytest.raises(RequestError, match="has acc for 2 of 3 items"):
+        _scores_of("own", [*items[:2], {**items[2], "acc": None}])
+    with pytest.raises(RequestError, match="has no figure for single items"):
+        _scores_of("own", [{**item, "acc": (1.0, 2)} for item in items])
 
 
 @pytest.mark.parametrize(
