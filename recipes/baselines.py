@@ -129,7 +129,9 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons
             cycled(forget, count, random.Random(f"excise forget {settings.seed}")),
             cycled(retain, count, random.Random(f"excise retain {settings.seed}")), strict=True
         ))  # fmt: skip
-        reference = _references(loaded.model, forget, stage.advance) if isinstance(settings, NpoSettings) else {}
+        # Of a pack with many contexts, a short training reads a part only.
+        read = list(dict.fromkeys(example for example, _ in pairs))
+        reference = _references(loaded.model, read, stage.advance) if isinstance(settings, NpoSettings) else {}
         loss = LOSSES[settings.method](prepared, loaded, reference)
     training = {
         "about": (type(settings).__doc__ or "").split(":")[0] + ".", "steps": settings.steps,
