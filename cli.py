@@ -378,11 +378,20 @@ def report(
 
 @app.command(epilog="Example: excise inspect runs/caft-1 --model builtin:testbed --concept builtin:shortcut --out look")
 def inspect(
-    where: Annotated[Path, typer.Argument(help="A directions.safetensors, or the folder of a caft run.")],
+    where: Annotated[
+        Path, typer.Argument(help="A directions.safetensors, the folder of a caft run, or of an autoencoder.")
+    ],
     model: Annotated[str, typer.Option(help="The model they were learned on.")],
     concept: Annotated[str | None, typer.Option(help="Pack whose texts are looked through.")] = None,
     texts: Annotated[Path | None, typer.Option(help="JSON lines of texts to look through instead.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write inspect.json and inspect.html into.")] = None,
+    latents: Annotated[str, typer.Option(help="Of an autoencoder, these: 3,17.")] = "",
+    top: Annotated[
+        int, typer.Option(help="Of an autoencoder, so many latents by score, where none are named.", min=1)
+    ] = 20,
+    score: Annotated[
+        str | None, typer.Option(help="contrast (of the pack's pairs) or attribution (to the texts' loss).")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -392,7 +401,10 @@ def inspect(
 
     _quiet()
     with Events(watcher=_watcher()).stage("look at directions") as stage:
-        looked = inspection.inspect(where, model, concept, texts, out, device or "auto", dtype or "auto", stage.advance)
+        looked = inspection.inspect(
+            where, model, concept, texts, out, device or "auto", dtype or "auto", stage.advance, latents=_numbers(latents), top=top,
+            score=score,
+        )  # fmt: skip
     if as_json:
         from dataclasses import asdict
 
@@ -771,6 +783,15 @@ def _print_comparison(lines: list[Any], columns: list[str]) -> None:
             shown.add_row(name, *(format_value(line.values.get(name)) for line in lines))
     shown.add_row("seconds to learn", *("" if line.seconds is None else f"{line.seconds:.0f}" for line in lines))
     Console(width=None if sys.stdout.isatty() else 30 * (len(lines) + 1), soft_wrap=True).print(shown)
+
+
+def _numbers(text: str) -> list[int]:
+    from .editing.errors import RequestError
+
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise RequestError(f"{text!r} are no numbers; write them as 3,17") from error
 
 
 def _recipes() -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..editing.errors import RequestError, one_line
 from ..editing.sparse_latents import SparseLatents
-from ..editing.subspaces import Place, Site, Subspace
+from ..editing.subspaces import Place, Site
 from .concepts import nearest
 from .manifest import sha256_of
 
@@ -104,10 +104,13 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 
 
-def load_latents(folder: Path, latents: Sequence[int], width: int, layers: int, format: str = "auto") -> SparseLatents:
+def load_latents(
+    folder: Path, latents: Sequence[int] | None, width: int, layers: int, format: str = "auto"
+) -> SparseLatents:
     """Read some latents of an autoencoder.
 
     Args:
+        latents: Their numbers; None reads all.
         width: d_model of the model they are meant for.
         format: A name of ``FORMATS``; ``auto`` looks at the files.
 
@@ -134,28 +137,39 @@ def load_latents(folder: Path, latents: Sequence[int], width: int, layers: int, 
         raise RequestError(
             f"{path.name} holds {key} for {count} latents of width {d}, the model has width {width}; give an autoencoder of this model"
         )
-    wrong = [latent for latent in latents if not 0 <= latent < count]
-    if wrong or not latents:
+    numbers = range(count) if latents is None else latents
+    wrong = [latent for latent in numbers if not 0 <= latent < count]
+    if wrong or not numbers:
         raise RequestError(
             f"there is no latent {wrong[0] if wrong else '(none asked)'}; the autoencoder has 0 to {count - 1}"
         )
-    rows = _latent_rows(read(key, latents, axis), axis)
     bias_key = next((k for k in form.decoder_bias if k in keys), None)
-    decoder_bias = read(bias_key, None, 0).float() if bias_key else torch.zeros(width)
-    norms = rows.norm(dim=1)
-    subspace = Subspace(
-        place, (rows / norms[:, None]).T.contiguous(), decoder_bias, tuple(f"latent {latent}" for latent in latents),
-        tuple(float(norm) for norm in norms), "sae",
-        provenance={"format": name, "file": path.name, "sha256": sha256_of(path), "latents": list(latents)},
-    )  # fmt: skip
     encoder_key, encoder_axis = _known(keys, form.encoder, path, "encoder")
-    encoder = _latent_rows(read(encoder_key, latents, encoder_axis), encoder_axis)
     bias = next((k for k in form.bias if k in keys), None)
-    centred = bool(about.get("apply_b_dec_to_input", form.centred))
     return SparseLatents(
-        subspace, encoder.T.contiguous(), read(bias, latents, 0).float() if bias else torch.zeros(len(latents)),
-        decoder_bias if centred else torch.zeros(width), _threshold(keys, read, latents),
+        place, tuple(numbers), _latent_rows(read(key, latents, axis), axis), read(bias_key, None, 0) if bias_key else torch.zeros(width),
+        _latent_rows(read(encoder_key, latents, encoder_axis), encoder_axis).T.contiguous(),
+        read(bias, latents, 0) if bias else torch.zeros(len(numbers)), bool(about.get("apply_b_dec_to_input", form.centred)),
+        _threshold(keys, read, numbers), _not_alone(about, keys), provenance={"format": name, "file": path.name, "sha256": sha256_of(path)},
     )  # fmt: skip
+
+
+def _not_alone(about: Mapping[str, Any], keys: set[str]) -> str:
+    """Why some latents with their encoder rows alone do not say when they fire; empty where they do."""
+    about = {**about, **about.get("trainer", {})}
+    kind = str(about.get("architecture") or about.get("dict_class") or "").lower()
+    if keys & {"r_mag", "b_gate", "gate_bias"}:
+        return "is gated"
+    if "threshold" not in keys and (about.get("k") or "topk" in kind):
+        return "lets only the largest of all its latents fire"
+    if about.get("normalize_activations", "none") not in ("none", None, False) or about.get("norm_activation"):
+        return "is of normalized activations"
+    return ""
+
+
+def is_autoencoder(folder: Path) -> bool:
+    """Whether a folder holds one file of a known format."""
+    return sum((folder / form.weights).is_file() for form in FORMATS.values()) == 1
 
 
 def _threshold(keys: set[str], read: Read, latents: Sequence[int]) -> Tensor | None:

@@ -1,6 +1,7 @@
-"""Concept ablation during fine-tuning: the stream loses a subspace in every forward, and its gradient with it.
+"""Concept ablation during fine-tuning: the stream loses a part of itself in every forward, and its gradient with it.
 
-``h <- h - P (h - value)`` at chosen places, all positions, while the context lasts; nothing of it is in the weights.
+``h <- h - P (h - value)`` at chosen places, all positions, while the context lasts; nothing of it is in the weights. The
+part may also be what an autoencoder's latents write where they fire.
 Source: CAFT (Casademunt et al. 2025, section 3); modes and values as their authors and critics tell them apart.
 """
 
@@ -16,32 +17,42 @@ from .activations import change_input, change_output, decoder_layers
 from .adapters import causal_model
 from .architectures import Architecture
 from .errors import EditError, RequestError
+from .sparse_latents import SparseLatents
 from .subspaces import Place, Subspace
 
 Mode = Literal["both", "activations", "gradients"]
 Value = Literal["zero", "mean"]
 
 
-def ablation(
-    left: Tensor, right: Tensor, offset: Tensor, mode: Mode, value: Value
-) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    """What a place's activations become; with sg the stop-gradient, P = left right^T and m the value (0 or the mean).
+Part = Callable[[Tensor], Tensor]
+"""What of an activation is to be taken out, in fp32 or wider."""
 
-    ``both``: ``h - P (h - m)``; ``activations``: ``h - sg(P (h - m))``, gradients as before; ``gradients``:
-    ``h - P h + sg(P h)``, activations as before.
-    """
+
+def in_span(left: Tensor, right: Tensor, offset: Tensor, value: Value) -> Part:
+    """``P (h - m)`` with ``P = left right^T`` and m the value that is left: 0 or the mean."""
     left, right = left.contiguous(), right.contiguous()
+
+    def part(hidden: Tensor) -> Tensor:
+        seen = hidden - offset.to(hidden) if value == "mean" else hidden
+        return (seen @ right.to(hidden)) @ left.to(hidden).T
+
+    return part
+
+
+def ablation(part: Part, mode: Mode) -> Callable[[Tensor], Tensor]:
+    """What a place's activations become without a part p of them; sg is the stop-gradient.
+
+    ``both``: ``h - p(h)``; ``activations``: ``h - sg(p(h))``, gradients as before; ``gradients``: ``h - p(h) + sg(p(h))``,
+    activations as before.
+    """
 
     def change(hidden: Tensor) -> Tensor:
         # Products in fp32 or wider: in bf16 the projection itself would leave a third of a percent.
         wide = hidden if hidden.dtype == torch.float64 else hidden.float()
-        write, read = left.to(wide), right.to(wide)
+        gone = part(wide)
         if mode == "gradients":
-            part = (wide @ read) @ write.T
-            return (wide - part + part.detach()).to(hidden.dtype)
-        seen = wide - offset.to(wide) if value == "mean" else wide
-        part = (seen @ read) @ write.T
-        return (wide - (part if mode == "both" else part.detach())).to(hidden.dtype)
+            return (wide - gone + gone.detach()).to(hidden.dtype)
+        return (wide - (gone if mode == "both" else gone.detach())).to(hidden.dtype)
 
     return change
 
@@ -65,14 +76,14 @@ class Ablation:
 
 @contextmanager
 def concept_ablated(
-    model: nn.Module, row: Architecture, subspaces: Sequence[Subspace], mode: Mode = "both", value: Value = "zero"
-) -> Iterator[Ablation]:
-    """Ablate subspaces in every forward while the context lasts.
+    model: nn.Module, row: Architecture, concepts: Sequence[Subspace | SparseLatents], mode: Mode = "both", value: Value = "zero"
+) -> Iterator[Ablation]:  # fmt: skip
+    """Ablate subspaces, or latents as far as they fire, in every forward while the context lasts.
 
     Hooks keep no state between forwards, so gradient checkpointing may run them twice.
 
     Raises:
-        RequestError: The model is compiled, or has no such layer, or two oblique projectors share a place.
+        RequestError: The model is compiled, or has no such layer, or a place is shared with an oblique projector or latents.
         EditError: A place was never reached, so nothing was ablated there.
     """
     inner = causal_model(model)
@@ -81,9 +92,9 @@ def concept_ablated(
     running = Ablation({})
     fired = running.fired
     with ExitStack() as hooks:
-        for place, (left, right, offset) in _joined(subspaces).items():
+        for place, part in _joined(concepts, value).items():
             fired[place] = 0
-            module, change = module_at(inner, row, place), ablation(left, right, offset, mode, value)
+            module, change = module_at(inner, row, place), ablation(part, mode)
 
             def counted(hidden: Tensor, place: Place = place, change: Callable[[Tensor], Tensor] = change) -> Tensor:
                 if running.paused:
@@ -99,21 +110,28 @@ def concept_ablated(
         raise EditError(f"nothing passed the {missed[0]} while its concept was to be ablated; check layers and model")
 
 
-def _joined(subspaces: Sequence[Subspace]) -> dict[Place, tuple[Tensor, Tensor, Tensor]]:
-    """One projector a place: what several sources found there leaves together, whatever angle they have."""
-    found: dict[Place, list[Subspace]] = {}
-    for subspace in subspaces:
-        found.setdefault(subspace.place, []).append(subspace)
-    joined = {}
-    for place, parts in found.items():
-        if len(parts) == 1:
-            joined[place] = (*parts[0].projector(), parts[0].offset)
-            continue
-        if any(part.readers is not None for part in parts):
-            raise RequestError(f"an oblique projector shares the {place} with another source; use one of them there")
-        whole = torch.linalg.qr(torch.cat([part.basis for part in parts], 1).double()).Q.float()
-        joined[place] = (whole, whole, parts[0].offset)
-    return joined
+def _joined(concepts: Sequence[Subspace | SparseLatents], value: Value) -> dict[Place, Part]:
+    """What leaves each place: what several sources found there leaves together, whatever angle they have."""
+    found: dict[Place, list[Subspace | SparseLatents]] = {}
+    for concept in concepts:
+        found.setdefault(concept.place, []).append(concept)
+    return {place: _part(place, several, value) for place, several in found.items()}
+
+
+def _part(place: Place, several: Sequence[Subspace | SparseLatents], value: Value) -> Part:
+    if len(several) == 1 and isinstance(several[0], SparseLatents):
+        if value == "mean":
+            raise RequestError("latents that are taken out as far as they fire leave no mean behind; use value=zero")
+        return several[0].written
+    subspaces = [one for one in several if isinstance(one, Subspace)]
+    if len(several) == len(subspaces) == 1:
+        return in_span(*subspaces[0].projector(), subspaces[0].offset, value)
+    if len(subspaces) < len(several) or any(one.readers is not None for one in subspaces):
+        raise RequestError(
+            f"an oblique projector or an autoencoder's latents share the {place} with another source; use one of them there"
+        )
+    whole = torch.linalg.qr(torch.cat([one.basis for one in subspaces], 1).double()).Q.float()
+    return in_span(whole, whole, subspaces[0].offset, value)
 
 
 def module_at(model: nn.Module, row: Architecture, place: Place) -> nn.Module:

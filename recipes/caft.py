@@ -5,6 +5,7 @@ fine-tune, measured as it is used, without any ablation.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,14 +19,16 @@ from ..artifacts.sae import load_latents
 from ..editing.architectures import layer_selection, residual_width
 from ..editing.concept_ablation import Mode, Value
 from ..editing.errors import ConceptError, RequestError
+from ..editing.sparse_latents import SparseLatents
 from ..editing.subspaces import Place, Site, Subspace, random_directions
 from . import adapted
 from .adapted import AdapterRun, Lessons
-from .baselines import example_batch
+from .baselines import Example, example_batch
+from .latents import Score, by_attribution, by_contrast, ranked
 from .lessons import cycled
 from .pipeline import Finished, Job
 from .sources import PAIRS_LEFT_OUT, mean_projection, refreshed
-from .trial import READ_ROWS, Trial, Watch, completion_loss, directions_of
+from .trial import READ_ROWS, Trial, Watch, completion_loss, directions_of, some_pairs
 from .tuning_data import TuningData, encoded, find_data
 
 RECIPE = "caft"
@@ -47,7 +50,11 @@ class CaftSettings(AdapterRun):
     sae: Path | None = None
     """Folder of a sparse autoencoder (sae_lens, dictionary_learning, sparsify, Gemma Scope or Llama Scope), for directions=sae."""
     latents: tuple[int, ...] = ()
-    """Latents of it whose decoder rows are ablated, where the autoencoder itself says."""
+    """Latents of it to ablate, where the autoencoder itself says; where none are named, the first ``components`` by ``score``."""
+    score: Score = "contrast"
+    """What latents are ranked by: how much more they write in one member of the contrast pairs, or their attribution to the loss (paper)."""
+    remove: Literal["span", "latents"] = "span"
+    """What goes of an autoencoder's latents: their span, whatever fires (paper), or each as far as it fires (SHIFT)."""
     ablate: Annotated[str, Field(coerce_numbers_to_str=True)] = "0"
     """Layers whose stream loses the directions: a number, a range such as 2-5, fractions of depth, or all."""
     site: Site = "input"
@@ -83,7 +90,9 @@ class Prepared:
     data: TuningData
     places: tuple[Place, ...]
     given: tuple[Subspace, ...] = ()
-    """Directions of a file or an autoencoder."""
+    """Directions of a file."""
+    latents: SparseLatents | None = None
+    """Of an autoencoder: those that were named, or all, to choose from."""
 
 
 def prepare(settings: CaftSettings, *, resume: bool = False) -> Prepared:
@@ -108,36 +117,56 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> Prepared:
     )
     if not data.rows:
         raise ConceptError(f"concept {concept.ref} has no train.jsonl and no data was given; add --set data=FILE.jsonl")
-    given = _given(settings, job)
+    given, latents = _given(settings, job)
     asked = tuple(Place(layer, settings.site) for layer in sorted(layer_selection(settings.ablate, job.layers)))
     # Given directions say themselves where they belong.
-    places = tuple(dict.fromkeys(subspace.place for subspace in given)) or asked
-    return Prepared(checked, settings, data, places, given)
+    places = (latents.place,) if latents else tuple(dict.fromkeys(subspace.place for subspace in given)) or asked
+    return Prepared(checked, settings, data, places, given, latents)
 
 
-def _given(settings: CaftSettings, job: Job) -> tuple[Subspace, ...]:
-    """Directions of a file or an autoencoder, and whether what is asked of the other sources can be had."""
+def _given(settings: CaftSettings, job: Job) -> tuple[tuple[Subspace, ...], SparseLatents | None]:
+    """Directions of a file or latents of an autoencoder, and whether what is asked of the other sources can be had."""
     width = residual_width(job.checkpoint.config)
     given: tuple[Subspace, ...] = ()
+    latents = None
     if settings.directions_file is not None:
         given = load_directions(settings.directions_file, width=width, layers=job.layers)
     elif settings.directions == "sae":
-        if settings.sae is None or not settings.latents:
-            raise RequestError(
-                "directions=sae needs an autoencoder and latents; add --set sae=FOLDER --set latents=[3,17]"
-            )
-        given = (load_latents(settings.sae, settings.latents, width, job.layers).subspace,)
+        latents = _latents(settings, job, width)
     elif settings.directions not in ("finetuned", "none"):
         job.concept.require(f"directions={settings.directions}", "contrast")
+    if settings.remove == "latents" and not latents:
+        raise RequestError(
+            "remove=latents takes out an autoencoder's latents; add --set directions=sae --set sae=FOLDER"
+        )
     if settings.components > width:
         raise RequestError(f"components={settings.components} are more than the model's width {width}; ask for fewer")
     if given and settings.pick:
         given = tuple(subspace.pick(settings.pick) for subspace in given)
-    elif settings.pick and max(settings.pick) >= settings.components:
+    elif settings.pick and max(settings.pick) >= (count := len(settings.latents) or settings.components):
         raise RequestError(
-            f"pick={list(settings.pick)} names direction {max(settings.pick)}, there are 0 to {settings.components - 1}; raise components"
+            f"pick={list(settings.pick)} names direction {max(settings.pick)}, there are 0 to {count - 1}; raise components"
         )
-    return given
+    return given, latents
+
+
+def _latents(settings: CaftSettings, job: Job, width: int) -> SparseLatents:
+    if settings.sae is None:
+        raise RequestError(
+            "directions=sae needs an autoencoder; add --set sae=FOLDER, and latents=[3,17] or components=N"
+        )
+    if not settings.latents and settings.score == "contrast":
+        job.concept.require("score=contrast", "contrast")
+    found = load_latents(settings.sae, settings.latents or None, width, job.layers)
+    if settings.remove == "latents" and settings.value == "mean":
+        raise RequestError(
+            "latents that are taken out as far as they fire leave no mean behind; use value=zero, or remove=span"
+        )
+    if settings.remove == "latents" and found.not_alone:
+        raise RequestError(
+            f"the autoencoder {found.not_alone}, so that some latents alone do not say how far they fire; use remove=span"
+        )
+    return found
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:
@@ -167,10 +196,17 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
     wants_plain = settings.controls or settings.directions == "finetuned"
     plain = trial.control("none", ()) if wants_plain and settings.directions != "none" else None
     with events.stage("find directions"):
-        subspaces = directions_of(prepared, loaded, trial.base, plain.readings if plain else None)
+        latents = _chosen(prepared, loaded, learn.examples)
+        subspaces = directions_of(prepared, loaded, trial.base, plain.readings if plain else None, latents)
+    as_they_fire = latents if settings.remove == "latents" else None
+    removed: Sequence[Subspace | SparseLatents] = (as_they_fire,) if as_they_fire else subspaces
     controls = {"none": plain.scores} if plain and settings.controls else {}
     if settings.controls and subspaces:
-        drawn = [random_directions(subspace, settings.seed + 1 + place) for place, subspace in enumerate(subspaces)]
+        drawn: Sequence[Subspace | SparseLatents] = (
+            [as_they_fire.with_random_writes(settings.seed + 1)]
+            if as_they_fire
+            else [random_directions(subspace, settings.seed + 1 + place) for place, subspace in enumerate(subspaces)]
+        )
         controls["random"] = trial.control("random", drawn).scores
     if subspaces:
         save_directions(subspaces, work / FILE)
@@ -191,7 +227,7 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
 
     about = {
         "source": settings.directions_file.name if settings.directions_file else settings.directions, "mode": settings.mode,
-        "value": settings.value, "directions": [
+        "value": settings.value, "remove": settings.remove, "directions": [
             {"place": str(s.place), "source": s.source, "names": list(s.names), "scores": list(s.scores)} for s in subspaces
         ], "controls": controls,
     }  # fmt: skip
@@ -211,6 +247,18 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
         )
     return Lessons(
         order, example_batch, completion_loss, [example.ids for example in learn.examples[:16]], training,
-        {"warnings": warnings}, during=lambda model: trial.ablated(model, subspaces), after=after,
+        {"warnings": warnings}, during=lambda model: trial.ablated(model, removed), after=after,
         at_step=watch if subspaces and settings.watch else None,
     )  # fmt: skip
+
+
+def _chosen(prepared: Prepared, loaded: LoadedModel, examples: Sequence[Example]) -> SparseLatents | None:
+    """The latents to ablate: those that were named, or the first by score; of either, those that were picked."""
+    settings, latents, row = prepared.settings, prepared.latents, prepared.adapted.job.row
+    if latents is None:
+        return None
+    if not settings.latents and settings.score == "contrast":
+        latents = ranked(latents, by_contrast(loaded, row, latents, some_pairs(prepared)), settings.components)
+    elif not settings.latents:
+        latents = ranked(latents, by_attribution(loaded, row, latents, examples[:READ_ROWS]), settings.components)
+    return latents.pick(settings.pick) if settings.pick else latents

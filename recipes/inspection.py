@@ -10,26 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifacts.concepts import load_concept, read_training
-from ..artifacts.directions import FILE, load_directions
+from ..artifacts.concepts import load_concept, nearest, read_training
+from ..artifacts.directions import FILE, load_directions, save_directions
 from ..artifacts.directions_report import write_report
 from ..artifacts.manifest import FOLDER
 from ..artifacts.models import LoadedModel, choose_device, choose_dtype, find_model, load_model
+from ..artifacts.sae import is_autoencoder, load_latents
 from ..artifacts.staging import refuse_existing, staged_folder
 from ..editing.architectures import architecture_of, layer_count, residual_width
 from ..editing.concept_ablation import concept_ablated
 from ..editing.errors import RequestError
+from ..editing.sparse_latents import SparseLatents
 from ..editing.subspaces import Subspace
 from ..eval.concept import Concept, TrainingRow
 from .baselines import Example, example_batch, sequence_nll
 from .contrast import encode
 from .curriculum import pieces
+from .latents import SCORES, by_attribution, by_contrast, ranked
 from .sources import BATCH, activations
 
 TEXTS = 512
 """Texts to look through, at most; what is left out is counted."""
 WINDOW = 512
 """Tokens read at once; a longer text is read in pieces."""
+TOP = 20
+"""Latents of an autoencoder to look at, where none are named (paper: top by score)."""
 TOKENS, CONTEXTS, AROUND = 8, 6, 12
 """Tokens shown of each end, contexts of each end, and tokens of context around the one that counts."""
 
@@ -78,15 +83,17 @@ class Looked:
 
 def inspect(
     where: Path, model: str, concept: str | None, texts: Path | None, out: Path | None, device: str, dtype: str,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], None] = lambda _: None, *, latents: Sequence[int] = (), top: int = TOP, score: str | None = None,
 ) -> Looked:  # fmt: skip
-    """Look at directions on disk through a model's eyes.
+    """Look at directions on disk, or at latents of an autoencoder, through a model's eyes.
 
     Args:
-        where: A directions file, or the folder of the run or checkpoint that holds one.
+        where: A directions file, the folder of the run or checkpoint that holds one, or the folder of an autoencoder.
         concept: Pack whose texts are looked through, unless ``texts`` is given.
         texts: JSON lines of messages, prompt and completion, or text.
-        out: Folder for ``inspect.json`` and ``inspect.html``.
+        out: Folder for ``inspect.json``, ``inspect.html`` and, of latents, their ``directions.safetensors``.
+        latents: Latents of an autoencoder; without any, the first ``top`` by ``score``.
+        score: ``contrast`` where the pack has contrast pairs, else ``attribution``, if none is given.
 
     Raises:
         RequestError: Anything that could not work, before the model is loaded.
@@ -95,13 +102,24 @@ def inspect(
         refuse_existing(out)
     source = find_model(model)
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    subspaces = load_directions(_file(where), width=residual_width(config), layers=layer_count(config))
+    width, layers = residual_width(config), layer_count(config)
+    sparse = load_latents(where, latents or None, width, layers) if is_autoencoder(where) else None
+    subspaces = () if sparse else load_directions(_file(where), width=width, layers=layers)
     if texts is None and concept is None:
         raise RequestError("give the texts to look through: --concept PACK or --texts FILE.jsonl")
-    pool = _texts(load_concept(concept)) if texts is None and concept else _rows(texts)
+    pack = load_concept(concept) if concept else None
+    if score and score not in SCORES:
+        raise RequestError(f"no score {score!r}{nearest(score, list(SCORES))}; scores: {', '.join(SCORES)}")
+    if sparse and score == "contrast" and not latents and not (pack and pack.contrast):
+        raise RequestError(
+            "score=contrast compares contrast pairs; give a --concept that has some, or --score attribution"
+        )
+    pool = _texts(pack) if texts is None and pack else _rows(texts)
     some = pool[:TEXTS]
     chosen = choose_device(device)
     loaded = load_model(source, chosen, choose_dtype(dtype, chosen))
+    if sparse:
+        subspaces = (_ranked(loaded, sparse, pack, some, top, score).subspace if not latents else sparse.subspace,)
     found = look(loaded, subspaces, some, advance)
     looked = Looked(source.describe(), len(some), len(pool) - len(some), tuple(found))
     if out:
@@ -111,7 +129,21 @@ def inspect(
                 json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )
             write_report(staging / "inspect.html", about)
+            if sparse:
+                save_directions([one.from_({"model": source.describe()}) for one in subspaces], staging / FILE)
     return looked
+
+
+def _ranked(
+    loaded: LoadedModel, sparse: SparseLatents, pack: Concept | None, texts: Sequence[str], top: int, score: str | None
+) -> SparseLatents:  # fmt: skip
+    """The latents worth a look: those that tell contrast pairs apart, or that the texts' loss depends on."""
+    row = architecture_of(loaded.model.config.to_dict())
+    if pack and pack.contrast and score != "attribution":
+        return ranked(sparse, by_contrast(loaded, row, sparse, pack.contrast[:TEXTS]), top)
+    rows = (ids for text in texts for ids in pieces(encode(loaded.tokenizer, text, True), WINDOW))
+    examples = [Example(ids, 1) for ids in rows if len(ids) > 1]
+    return ranked(sparse, by_attribution(loaded, row, sparse, examples), top)
 
 
 def look(
@@ -210,7 +242,7 @@ def _file(where: Path) -> Path:
     for inner in (where, where / FILE, where / FOLDER / FILE, where / "checkpoint" / FOLDER / FILE):
         if inner.is_file():
             return inner
-    raise RequestError(f"{where} holds no {FILE}; give one, or the folder of a caft run")
+    raise RequestError(f"{where} holds no {FILE}; give one, the folder of a caft run, or of an autoencoder")
 
 
 def _texts(concept: Concept) -> list[str]:

@@ -15,8 +15,10 @@ from ..artifacts.results import measurements_as_json
 from ..artifacts.staging import write_whole
 from ..editing.adapters import causal_model
 from ..editing.concept_ablation import concept_ablated
+from ..editing.sparse_latents import SparseLatents
 from ..editing.subspaces import Subspace
 from ..eval.behaviour import learned
+from ..eval.concept import ContrastPair
 from ..eval.multiple_choice import scores as multiple_choice
 from ..eval.statistics import summarize
 from . import adapted
@@ -56,11 +58,11 @@ class Trial:
         self.base = self.read()
 
     @contextmanager
-    def ablated(self, model: Any, subspaces: Sequence[Subspace]) -> Iterator[None]:
-        """What holds while a model trains; with no subspace nothing is ablated."""
+    def ablated(self, model: Any, removed: Sequence[Subspace | SparseLatents]) -> Iterator[None]:
+        """What holds while a model trains; with nothing to remove nothing is ablated."""
         settings = self.prepared.settings
         with concept_ablated(
-            model, self.prepared.adapted.job.row, subspaces, settings.mode, settings.value
+            model, self.prepared.adapted.job.row, removed, settings.mode, settings.value
         ) as self.ablation:
             yield
 
@@ -68,14 +70,14 @@ class Trial:
         """The stream of the model as it is now, where something is to be said."""
         return Readings.of(self.loaded.model, self.prepared.adapted.job.row, self.watched[:most], self.prepared.places)
 
-    def control(self, name: str, subspaces: Sequence[Subspace]) -> Control:
+    def control(self, name: str, removed: Sequence[Subspace | SparseLatents]) -> Control:
         """Train, read and measure a model that is then thrown away."""
         prepared, settings = self.prepared, self.prepared.settings
         with adapted.being_trained(prepared.adapted, self.loaded.model) as tuned:
             model = tuned.model
             with (
                 self.events.stage(f"train the control: {name}", settings.steps) as stage,
-                self.ablated(model, subspaces),
+                self.ablated(model, removed),
             ):
                 schedule = adapted.schedule_of(settings, save_every=0)
                 fit(model, self.order, stage, self.work / f"control-{name}", completion_loss, schedule, example_batch)
@@ -118,9 +120,9 @@ class Watch:
     def _found_again(self, now: Readings) -> dict[str, float]:
         """Share of the directions that the same source finds in the model as it is now which lies in the ablated span."""
         prepared = self.trial.prepared
-        if prepared.given or prepared.settings.directions == "finetuned":
+        if prepared.given or prepared.latents or prepared.settings.directions == "finetuned":
             return {}
-        again = directions_of(prepared, self.trial.loaded, now, None, self.rows)
+        again = directions_of(prepared, self.trial.loaded, now, None, most=self.rows)
         shares = {}
         for old, new in zip(self.subspaces, again, strict=True):
             left, _ = old.projector()
@@ -133,19 +135,26 @@ class Watch:
         return found
 
 
+def some_pairs(prepared: "Prepared", most: int = READ_ROWS) -> list[ContrastPair]:
+    """Contrast pairs of the task, at most so many, evenly drawn."""
+    pairs = prepared.adapted.job.concept.contrast
+    return random.Random(f"excise contrast {prepared.settings.seed}").sample(pairs, k=min(most, len(pairs)))
+
+
 def directions_of(
-    prepared: "Prepared", loaded: LoadedModel, base: Readings, tuned: Readings | None, most: int = READ_ROWS
-) -> tuple[Subspace, ...]:
-    settings = prepared.settings
+    prepared: "Prepared", loaded: LoadedModel, base: Readings, tuned: Readings | None, latents: SparseLatents | None = None,
+    most: int = READ_ROWS,
+) -> tuple[Subspace, ...]:  # fmt: skip
+    """The directions of a file, the span of chosen latents, or what another source finds."""
+    settings, job = prepared.settings, prepared.adapted.job
     if prepared.given:
         return prepared.given
     if settings.directions == "none":
         return ()
-    job = prepared.adapted.job
-    pairs = random.Random(f"excise contrast {settings.seed}").sample(
-        job.concept.contrast, k=min(most, len(job.concept.contrast))
-    )
-    found = SOURCES[settings.directions](loaded, job.row, prepared.places, settings.components, pairs, base, tuned)
     provenance = {"model": job.source.describe(), "seed": settings.seed, "data_sha256": prepared.data.sha256}
+    if latents:
+        return (latents.subspace.from_(provenance),)
+    pairs = some_pairs(prepared, most)
+    found = SOURCES[settings.directions](loaded, job.row, prepared.places, settings.components, pairs, base, tuned)
     found = tuple(subspace.from_(provenance) for subspace in found)
-    return tuple(subspace.pick(settings.pick) for subspace in found) if settings.pick else tuple(found)
+    return tuple(subspace.pick(settings.pick) for subspace in found) if settings.pick else found

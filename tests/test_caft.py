@@ -125,10 +125,18 @@ def _dictionary(folder, latents=128):
     return told.topk(2).indices.tolist()
 
 
-def test_latents_of_a_small_dictionary_do_as_well(tmp_path):
-    latents = _dictionary(tmp_path)
+@pytest.fixture(scope="module")
+def dictionary(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sae")
+    return folder, _dictionary(folder)
+
+
+@pytest.mark.parametrize("remove", ["span", "latents"])
+def test_latents_of_a_small_dictionary_do_as_well(remove, dictionary, tmp_path):
+    """Nobody names them: those that tell the contrast pairs apart are found, and are what a look by hand would take."""
+    folder, latents = dictionary
     words = [word for text in (
-        "directions=sae", f"sae={tmp_path}", f"latents={latents}", "steps=120", "learning_rate=0.002", "kl_prompts=8", "controls=false",
+        "directions=sae", f"sae={folder}", f"remove={remove}", "steps=120", "learning_rate=0.002", "kl_prompts=8", "controls=false",
     ) for word in ("--set", text)]  # fmt: skip
     done = excise("run", "caft", "--out", tmp_path / "run", "--json", *words)
     assert done.returncode == 0, done.stderr
@@ -136,13 +144,30 @@ def test_latents_of_a_small_dictionary_do_as_well(tmp_path):
     edited = [m for m in results["measurements"] if m["subject"] == "edited"]
     assert _accuracy(edited, "flipped") > 0.8 and _accuracy(edited, "intended") > 0.9
     (found,) = load_directions(tmp_path / "run" / "checkpoint" / "excise" / FILE)
-    assert found.names == tuple(f"latent {latent}" for latent in latents) and str(found.place) == "input of layer 0"
+    assert set(found.names) == {f"latent {latent}" for latent in latents} and str(found.place) == "input of layer 0"
+    assert results["caft"]["remove"] == remove and list(found.scores) == sorted(found.scores, reverse=True)
+
+
+def test_an_autoencoder_is_looked_at_before_its_latents_are_chosen(dictionary, tmp_path):
+    folder, latents = dictionary
+    words = ("inspect", folder, "--model", "builtin:testbed", "--concept", "builtin:shortcut")
+    done = excise(*words, "--top", 3, "--out", tmp_path / "look", "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)["directions"]
+    assert {item["name"] for item in shown[:2]} == {f"latent {latent}" for latent in latents} and len(shown) == 3
+    (kept,) = load_directions(tmp_path / "look" / FILE)
+    assert list(kept.names) == [item["name"] for item in shown]
+    done = excise(*words, "--score", "contrasts")
+    assert done.returncode == 2 and "did you mean 'contrast'" in done.stderr
+    done = excise(*words, "--latents", "3,x")
+    assert done.returncode == 2 and "no numbers" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["directions=sae"], "needs an autoencoder and latents"),
+        (["directions=sae"], "needs an autoencoder"),
+        (["remove=latents"], "takes out an autoencoder's latents"),
         (["concept=builtin:potions"], "is of kind knowledge"),
         (["data=nothing.jsonl"], "is no file"),
         (["components=500"], "more than the model's width 192"),

@@ -5,8 +5,9 @@ import torch
 from conftest import make_pico
 from excise.editing.adapters import AdapterShape, adapter_modules, attach
 from excise.editing.architectures import ARCHITECTURES
-from excise.editing.concept_ablation import ablation, concept_ablated
+from excise.editing.concept_ablation import ablation, concept_ablated, in_span
 from excise.editing.errors import EditError, RequestError
+from excise.editing.sparse_latents import SparseLatents
 from excise.editing.subspaces import Place, Subspace
 
 D = 32
@@ -36,7 +37,8 @@ def test_each_mode_is_its_formula_forward_and_backward(mode, value):
     p = q @ q.T
     hidden = torch.randn(3, 5, D, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(3, 5, D, dtype=torch.float64)
-    out = ablation(*(x.double() for x in subspace.projector()), subspace.offset.double(), mode, value)(hidden)
+    part = in_span(*(x.double() for x in subspace.projector()), subspace.offset.double(), value)
+    out = ablation(part, mode)(hidden)
     (gradient,) = torch.autograd.grad(out, hidden, upstream)
     centre = subspace.offset.double() if value == "mean" else torch.zeros(D, dtype=torch.float64)
     ablated = hidden - (hidden - centre) @ p
@@ -152,3 +154,37 @@ def test_a_paused_ablation_leaves_the_stream_as_it_is_and_goes_on():
                 assert torch.equal(model(input_ids=IDS).logits, plain)
             assert torch.equal(model(input_ids=IDS).logits, ablated) and not torch.equal(ablated, plain)
         assert running.fired == {_subspace().place: 2}
+
+
+@pytest.mark.parametrize("mode", ["both", "activations", "gradients"])
+def test_latents_leave_as_far_as_they_fire_forward_and_backward(mode):
+    generator = torch.Generator().manual_seed(5)
+    decoder, encoder, bias = (torch.randn(*shape, generator=generator).double() for shape in ((2, D), (D, 2), (2,)))
+    latents = SparseLatents(FIRST, (4, 9), decoder, torch.zeros(D), encoder, bias, centred=False)
+    hidden = torch.randn(3, 5, D, dtype=torch.float64, generator=generator, requires_grad=True)
+    upstream = torch.randn(3, 5, D, dtype=torch.float64, generator=generator)
+    out = ablation(latents.written, mode)(hidden)
+    (gradient,) = torch.autograd.grad(out, hidden, upstream)
+    fires = (hidden @ encoder + bias > 0).double()
+    expected = hidden if mode == "gradients" else hidden - ((hidden @ encoder + bias) * fires) @ decoder
+    torch.testing.assert_close(out, expected)
+    passed = upstream if mode == "activations" else upstream - ((upstream @ decoder.T) * fires) @ encoder.T
+    torch.testing.assert_close(gradient, passed)
+    assert 0 < fires.mean() < 1
+
+
+def test_latents_share_no_place_and_leave_no_mean():
+    model, row = make_pico("llama"), ARCHITECTURES["llama"]
+    latents = SparseLatents(
+        FIRST, (0,), torch.ones(1, D), torch.zeros(D), torch.ones(D, 1), torch.ones(1), centred=False
+    )
+    with concept_ablated(model, row, [latents]) as running:
+        model(input_ids=IDS)
+    assert running.fired == {FIRST: 1}
+    with (
+        pytest.raises(RequestError, match="share the output of layer 0"),
+        concept_ablated(model, row, [latents, _subspace()]),
+    ):
+        pass
+    with pytest.raises(RequestError, match="leave no mean"), concept_ablated(model, row, [latents], value="mean"):
+        pass

@@ -9,7 +9,7 @@ import torch
 from excise.artifacts.sae import FORMATS, load_latents
 from excise.editing.errors import RequestError
 from excise.editing.subspaces import Place
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 D, N = 16, 40
 PICKED = (3, 0, 39)
@@ -88,8 +88,8 @@ def test_taking_latents_out_is_decoding_without_them_and_adding_the_error_back(n
     without = values.clone()
     without[:, list(PICKED)] = 0
     expected = without @ parts["decoder"] + (x - values @ parts["decoder"])
-    torch.testing.assert_close(found.removed()(x), expected, atol=1e-4, rtol=1e-4)
-    assert (values[:, list(PICKED)] > 0).any() and not torch.allclose(found.removed()(x), x)
+    torch.testing.assert_close(x - found.written(x), expected, atol=1e-4, rtol=1e-4)
+    assert (values[:, list(PICKED)] > 0).any() and not torch.allclose(found.written(x), torch.zeros_like(x))
 
 
 @pytest.mark.parametrize(
@@ -130,3 +130,36 @@ def test_a_pickle_that_runs_code_is_not_loaded(parts, tmp_path):
     with pytest.raises(RequestError, match="it was not loaded"):
         load_latents(folder, PICKED, D, 8)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "about", "extra", "why"),
+    [
+        ("sparsify", {"k": 32}, (), "lets only the largest"),
+        ("dictionary_learning", {"trainer": {"dict_class": "AutoEncoderTopK", "layer": 5}}, (), "lets only the largest"),
+        ("sae_lens", {"hook_name": "blocks.5.hook_resid_post"}, ("b_gate", "r_mag"), "is gated"),
+        (
+            "sae_lens", {"hook_name": "blocks.5.hook_resid_post", "normalize_activations": "expected_average_only_in"}, (),
+            "normalized",
+        ),
+    ],
+)  # fmt: skip
+def test_latents_that_do_not_fire_by_themselves_are_known(name, about, extra, why, parts, tmp_path):
+    folder = _write(name, parts, tmp_path)
+    assert load_latents(folder, PICKED, D, 8).not_alone == ""
+    (folder / FORMATS[name].about).write_text(json.dumps(about))
+    if extra:
+        file = folder / FORMATS[name].weights
+        save_file({**load_file(file), **{key: torch.ones(N) for key in extra}}, file)
+    assert why in load_latents(folder, PICKED, D, 8).not_alone
+
+
+def test_all_latents_hold_those_that_are_picked(parts, tmp_path):
+    folder = _write("gemma_scope", parts, tmp_path)
+    every, some = load_latents(folder, None, D, 8), load_latents(folder, PICKED, D, 8)
+    picked = every.pick(PICKED)
+    x = torch.randn(20, D, generator=torch.Generator().manual_seed(1))
+    assert picked.numbers == some.numbers and len(every.numbers) == N
+    torch.testing.assert_close(picked.written(x), some.written(x))
+    with pytest.raises(RequestError, match="no latent with index 40"):
+        every.pick([40])
