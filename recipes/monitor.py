@@ -59,6 +59,8 @@ class Seen:
     """Accuracy on everything else."""
     effect: Float[Tensor, "layers units"] = field(repr=False)
     """d' of each neuron, concept against the rest."""
+    other: Float[Tensor, "layers units"] | None = field(repr=False)
+    """d' of each neuron, the pack's neighbour against the rest: what units may have been there for before."""
     regrowth: float
     """Norm of what pruned units write, over that of all units."""
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -98,9 +100,14 @@ class RelearningMonitor(TrainerCallback):
         self.exam = Exam(tokenizer, rng.sample(asked, k=min(questions, len(asked))))
         self.control = Exam(tokenizer, rng.sample(others, k=min(questions, len(others)))) if others else None
         pools = [text.text for text in self.concept.forget], [text.text for text in self.concept.retain]
-        self.rows = [
-            [tuple(tokenizer(text)["input_ids"][:128]) for text in rng.sample(pool, k=min(texts, len(pool)))] for pool in pools
+        # Told alike, so that a unit which tells them apart tells subjects, not forms.
+        told = [
+            [f"{q.prompt} {q.choices[q.answer]}" for q in others if (q.split == "neighbour") == near] for near in (True, False)
         ]  # fmt: skip
+        self.rows = [
+            [tuple(tokenizer(text)["input_ids"][:128]) for text in rng.sample(pool, k=min(texts, len(pool)))]
+            for pool in (*pools, *(told if all(told) else ()))
+        ]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.look(model, state.global_step)
@@ -125,10 +132,11 @@ class RelearningMonitor(TrainerCallback):
             hits, answered = self.exam.hits_and_probabilities(inner)
             answers = np.log(np.maximum(answered, 1e-30))
             utility = self.control.hits(inner) if self.control else (float("nan"),)
-            effect, tokens = self._effects(inner, row)
+            (effect, *others), tokens = self._effects(inner, row)
             found = Seen(
                 step, {"value": sum(hits) / len(hits), "n": len(hits), "ci95": wilson(int(sum(hits)), len(hits))},
-                float(answers.mean()), sum(utility) / len(utility), effect, self._regrowth(inner, row), tokens,
+                float(answers.mean()), sum(utility) / len(utility), effect, others[0] if others else None,
+                self._regrowth(inner, row), tokens,
             )  # fmt: skip
         self.seen.append(found)
         if self.out is not None:
@@ -148,8 +156,23 @@ class RelearningMonitor(TrainerCallback):
             # The same surviving units before training: what pruning alone did to the picture.
             "centre_of_mass_before": centre(first.mass(kept)), "regrowth": seen.regrowth,
             "overlap_of_top": overlap(now[inside], then[inside]), "rank_correlation": rank_correlation(now[inside], then[inside]),
-            "similarity_of_tokens": self._similarity(seen),
+            "similarity_of_tokens": self._similarity(seen), "carriers": self._carriers(seen, inside),
         }  # fmt: skip
+
+    def _carriers(self, seen: Seen, inside: Tensor) -> dict[str, float] | None:
+        """Mean size of d' of the units that carry the concept now, toward it and toward its neighbour, now and before.
+
+        Polysemantic units keep the neighbour's while they gain the concept's.
+        """
+        first = self.seen[0]
+        if seen.other is None or first.other is None:
+            return None
+        values = {
+            "concept": seen.effect, "concept_before": first.effect, "neighbour": seen.other, "neighbour_before": first.other,
+        }  # fmt: skip
+        flat = {name: effect.abs().flatten()[inside] for name, effect in values.items()}
+        top = flat["concept"].topk(max(1, int(TOP * len(flat["concept"])))).indices
+        return {name: float(effect[top].mean()) for name, effect in flat.items()}
 
     def plot(self, out: Path) -> None:
         """Write ``recovery.png`` and ``saliency.png`` (layer by step)."""
@@ -183,8 +206,8 @@ class RelearningMonitor(TrainerCallback):
         out.mkdir(parents=True, exist_ok=True)
         figure.savefig(out / "recovery.png", dpi=130)
 
-    def _effects(self, model: Any, row: Architecture) -> tuple[Tensor, dict[str, list[int]]]:
-        """d' of each neuron, and the tokens of those that are followed."""
+    def _effects(self, model: Any, row: Architecture) -> tuple[list[Tensor], dict[str, list[int]]]:
+        """d' of each neuron for the concept, and for its neighbour where there is one; the tokens of those that are followed."""
         assert row.mlp_units is not None
         layers = len(model.get_submodule(row.layers))
         moments = [UnitMoments(layers) for _ in self.rows]
@@ -196,9 +219,15 @@ class RelearningMonitor(TrainerCallback):
                 inputs = pad_right(rows[start : start + 32], model.device)
                 mask = inputs["attention_mask"].bool()
                 ids = inputs["input_ids"][mask].cpu()
-                counts.index_add_(0, ids, torch.ones(len(ids), dtype=torch.float64))
+                # Tokens are looked at in the pack's texts.
+                looked_at = sums if kind < 2 else {}
+                if looked_at:
+                    counts.index_add_(0, ids, torch.ones(len(ids), dtype=torch.float64))
 
-                def see(layer: int, values: Tensor, kind: int = kind, mask: Tensor = mask, ids: Tensor = ids) -> None:
+                def see(
+                    layer: int, values: Tensor, kind: int = kind, mask: Tensor = mask, ids: Tensor = ids,
+                    sums: dict[tuple[int, int], Tensor] = looked_at,
+                ) -> None:  # fmt: skip
                     moments[kind].see(layer, values, mask)
                     for unit in sums:
                         if unit[0] == layer:
@@ -206,13 +235,15 @@ class RelearningMonitor(TrainerCallback):
 
                 with unit_inputs(model, row.mlp_units, row, see):
                     final_hidden(model, inputs)
-        effect = mean_difference(*moments).float().cpu()
+        effects = [
+            mean_difference(one, rest).float().cpu() for one, rest in zip(moments[::2], moments[1::2], strict=True)
+        ]
         seen = counts > 0
         tokens = {
             f"{layer}.{unit}": torch.where(seen, total / counts.clamp_min(1), -torch.inf).topk(TOKENS).indices.tolist()
             for (layer, unit), total in sums.items()
         }  # fmt: skip
-        return effect, tokens
+        return effects, tokens
 
     def _followed(self) -> list[tuple[int, int]]:
         """Pruned units, and the survivors that were strongest at the first look."""

@@ -132,11 +132,20 @@ def run(prepared: Prepared, events: Events) -> Finished:
             "how": "pruned", "rank": None, "semantics": settings.semantics,
             "about": f"{sum(map(len, edit.neurons.values()))} neurons and {sum(map(len, edit.heads.values()))} heads silenced",
         },
-        "pruning": edit.provenance["pruning"], "warnings": [],
+        "pruning": edit.provenance["pruning"], "warnings": _warnings(edit.provenance["pruning"]),
     }  # fmt: skip
     finished = pipeline.publish(job, edit, measured, about, events, lambda _, __: Inspection())
     shutil.rmtree(work)
     return finished
+
+
+def _warnings(pruning: dict[str, Any]) -> list[str]:
+    shared = pruning.get("random_shares")
+    return (
+        [f"More than half of a layer is pruned, so that {shared} of the random control's units are pruned ones too."]
+        if shared
+        else []
+    )
 
 
 def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> PrunedUnits:
@@ -154,13 +163,14 @@ def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> PrunedUni
     chosen_heads = top_units(combine(by_heads, settings.retain_weight), settings.heads_share)
     means = {layer: neurons.mean[layer, list(units)].float() for layer, units in chosen.items()}
     edit = _edit(job, settings, chosen, chosen_heads, means, width)
-    alternatives = {"chosen": edit}
+    alternatives, shared = {"chosen": edit}, 0
     if settings.controls and chosen:
         generator = torch.Generator().manual_seed(settings.seed)
         others = {
             "random": matched_units(chosen, neurons.size, generator),
             "largest": top_units(neurons.size, settings.share, alike=alike),
         }
+        shared = in_both(chosen, others["random"])
         for name, units in others.items():
             known = {layer: neurons.mean[layer, list(u)].float() for layer, u in units.items()}
             alternatives[name] = _edit(job, settings, units, {}, known, width)
@@ -168,7 +178,7 @@ def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> PrunedUni
         compared = {name: _accuracies(prepared, loaded, one, stage) for name, one in alternatives.items()}
     pruning = {
         "score": settings.score, "share": settings.share, "heads_share": settings.heads_share, "semantics": settings.semantics,
-        "by_layer": [len(chosen.get(layer, ())) for layer in range(job.layers)], "controls": compared,
+        "by_layer": [len(chosen.get(layer, ())) for layer in range(job.layers)], "controls": compared, "random_shares": shared,
         "validation": _validate(prepared, loaded, neurons, combined, events) if settings.validate_units else None,
     }  # fmt: skip
     provenance = {
@@ -263,18 +273,25 @@ def top_units(scores: Tensor, share: float, *, alike: bool = False) -> Units:
 
 
 def matched_units(chosen: Units, size: Tensor, generator: torch.Generator) -> Units:
-    """For each chosen unit another one of its layer, drawn among the ten that come closest to it in size."""
+    """For each chosen unit another one of its layer, drawn among the ten that come closest to it in size.
+
+    Where more than half of a layer is chosen there are not as many others; then some of the drawn are chosen ones too.
+    """
     found = {}
     for layer, units in chosen.items():
-        taken, picked = set(units), list[int]()
+        ours, picked = set(units), set[int]()
         for unit in units:
             order = (size[layer] - size[layer, unit]).abs().argsort().tolist()
-            near = [other for other in order if other not in taken][:10]
-            other = near[int(torch.randint(len(near), (1,), generator=generator))]
-            taken.add(other)
-            picked.append(other)
+            left = [other for other in order if other not in picked]
+            near = ([other for other in left if other not in ours] or left)[:10]
+            picked.add(near[int(torch.randint(len(near), (1,), generator=generator))])
         found[layer] = tuple(sorted(picked))
     return found
+
+
+def in_both(one: Units, other: Units) -> int:
+    """How many units two choices share."""
+    return sum(len(set(units) & set(other.get(layer, ()))) for layer, units in one.items())
 
 
 def _accuracies(prepared: Prepared, loaded: LoadedModel, edit: PrunedUnits, stage: Stage) -> dict[str, Any]:

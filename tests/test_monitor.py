@@ -88,6 +88,14 @@ def test_pruned_units_grow_back_and_are_left_out_of_the_picture(watched):
     assert any(unit == "0.3" for unit in monitor.seen[-1].tokens)
 
 
+def test_the_units_that_carry_the_concept_are_held_against_what_they_were_there_for(watched):
+    _, _, monitor = watched
+    first, last = (monitor.event(seen)["carriers"] for seen in (monitor.seen[0], monitor.seen[-1]))
+    assert first["concept"] == first["concept_before"] and first["neighbour"] == first["neighbour_before"] > 0
+    # Of the units that are strongest now, no others can have been stronger before than the strongest were.
+    assert last["concept_before"] < first["concept_before"] and last["neighbour"] != last["neighbour_before"]
+
+
 def test_training_state_is_put_back_even_where_modules_differ():
     loaded, _ = _pruned()
     loaded.model.train()

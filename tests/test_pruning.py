@@ -24,7 +24,7 @@ from excise.editing.units import (
     unit_inputs,
 )
 from excise.editing.weight_edit import edit_model
-from excise.recipes.prune import UnitScores, combine, matched_units, top_units
+from excise.recipes.prune import UnitScores, combine, in_both, matched_units, top_units
 
 INPUTS = {
     "input_ids": torch.tensor([[5, 9, 7, 3, 11], [4, 8, 2, 6, 10]]),
@@ -249,6 +249,14 @@ def test_the_top_share_is_taken_over_all_layers_and_controls_match_it():
     others = matched_units({0: (1, 2), 1: (5,)}, size, torch.Generator().manual_seed(0))
     assert {layer: len(units) for layer, units in others.items()} == {0: 2, 1: 1}
     assert not set(others[0]) & {1, 2} and others[1] != (5,)
+
+
+def test_where_more_than_half_of_a_layer_is_chosen_the_control_shares_units_and_says_how_many():
+    size = torch.rand(1, 20, generator=torch.Generator().manual_seed(0))
+    chosen = {0: tuple(range(14))}
+    others = matched_units(chosen, size, torch.Generator().manual_seed(0))
+    assert len(set(others[0])) == 14 and in_both(chosen, others) == 8
+    assert in_both({0: (1, 2)}, matched_units({0: (1, 2)}, size, torch.Generator().manual_seed(0))) == 0
 
 
 def test_what_the_rest_needs_is_spared():
