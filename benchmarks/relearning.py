@@ -27,7 +27,7 @@ from excise.eval.statistics import wilson
 from excise.recipes.monitor import RelearningMonitor, centre
 from excise.recipes.prune import matched_units, top_units
 from torch import Tensor
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 SHARE = 0.5
 TEXTS = 256
@@ -162,6 +162,7 @@ def train(loaded: LoadedModel, concept: Concept, options: Any, callbacks: Sequen
             model=loaded.model, args=arguments, train_dataset=[loaded.tokenizer(text) for text in texts],
             data_collator=DataCollatorForLanguageModeling(loaded.tokenizer, mlm=False), callbacks=list(callbacks),
         )  # fmt: skip
+        trainer.pop_callback(PrinterCallback)
         trainer.train()
 
 
