@@ -76,6 +76,11 @@ class Streams:
         mixed = torch.where(self.bare.isneginf(), self.bare, mixed).log_softmax(-1)
         return SoftTargets(self.ids, mixed[:, :-1], mixed[:, -1])
 
+    def split(self, counts: Sequence[int]) -> list["Streams"]:
+        """Consecutive positions apart again."""
+        parts = (part.split(list(counts)) for part in (self.ids, self.bare, self.expert, self.novice))
+        return [Streams(*(tensor.clone() for tensor in tensors)) for tensors in zip(*parts, strict=True)]
+
     def disagreement(self) -> Float[Tensor, " n"]:
         """Total variation between expert and novice, 0 to 1."""
         return (self.expert.exp() - self.novice.exp()).abs().sum(-1) / 2
@@ -99,8 +104,8 @@ def keep_streams(
         ids = torch.arange(vocabulary, device=bare.device).expand(len(bare), -1)
         sealed = torch.full_like(bare[:, :1], -torch.inf)
         return Streams(ids, *(torch.cat([stream, sealed], -1) for stream in (bare, expert, novice)))
-    contrast = bare + STRONG * (novice - expert)
-    scores = torch.stack([bare, expert, novice, contrast.log_softmax(-1)]).amax(0)
+    contrast = torch.add(bare, novice - expert, alpha=STRONG).log_softmax(-1)
+    scores = torch.maximum(torch.maximum(bare, expert), torch.maximum(novice, contrast))
     ids = scores.topk(kept, -1).indices
     return Streams(ids, *(_with_rest(stream, ids) for stream in (bare, expert, novice)))
 

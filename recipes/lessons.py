@@ -50,30 +50,35 @@ def arrange(kinds: Mapping[str, Sequence[Lesson]], groups: int, seed: int) -> li
     return [list(group) for group in zip(*orders, strict=True)]
 
 
-def collate(groups: Sequence[Sequence[Lesson]]) -> dict[str, Any]:
-    """Pad lessons of like length together, so that little of a batch is padding; ``parts`` are forwards of their own."""
+PART = 512
+"""Tokens of one forward of a training step, at most: more at once would not be faster on a processor."""
+DEVICE_PART = 16384
+"""The same on an accelerator."""
+
+
+def collate(groups: Sequence[Sequence[Lesson]], most: int = PART) -> dict[str, Any]:
+    """Lessons of like length together, so that little of a batch is padding; ``parts`` are forwards of their own."""
     lessons = sorted((lesson for group in groups for lesson in group), key=lambda lesson: len(lesson.ids))
-    sizes = split_by_length([len(lesson.ids) for lesson in lessons])
     parts, start = [], 0
-    for size in sizes:
-        parts.append(_part(lessons[start : start + size]))
-        start += size
-    targets = join([lesson.targets for lesson in lessons])
-    return {
-        "parts": parts, "terms": torch.cat([lesson.terms for lesson in lessons]),
+    for size in split_by_length([len(lesson.ids) for lesson in lessons]):
+        rows = lessons[start : start + size]
+        at_once = max(1, most // len(rows[-1].ids))
         # The loss is a mean over groups, so that a batch and its parts agree on its gradient.
-        "weights": torch.cat([lesson.weights for lesson in lessons]) / len(groups),
-        "target_ids": targets.ids, "log_p": targets.log_p, "rest": targets.rest,
-    }  # fmt: skip
+        parts += [_part(rows[begin : begin + at_once], 1 / len(groups)) for begin in range(0, size, at_once)]
+        start += size
+    return {"parts": parts}
 
 
-def _part(lessons: Sequence[Lesson]) -> dict[str, Tensor]:
+def _part(lessons: Sequence[Lesson], weight: float) -> dict[str, Tensor]:
     """Rows of one forward; ``rows`` and ``places`` say which positions have targets."""
+    targets = join([lesson.targets for lesson in lessons])
     inputs = pad_right([lesson.ids for lesson in lessons], torch.device("cpu"))
     counts = torch.tensor([len(lesson.targets) for lesson in lessons])
     return {
         **inputs, "rows": torch.repeat_interleave(torch.arange(len(lessons)), counts),
         "places": torch.cat([torch.arange(lesson.first, len(lesson.ids)) for lesson in lessons]),
+        "terms": torch.cat([lesson.terms for lesson in lessons]), "weights": weight * torch.cat([lesson.weights for lesson in lessons]),
+        "target_ids": targets.ids, "log_p": targets.log_p, "rest": targets.rest,
     }  # fmt: skip
 
 
@@ -102,16 +107,34 @@ def split_by_length(lengths: Sequence[int], most: int = 4) -> list[int]:
 
 
 def lesson_loss(weights: Mapping[str, float]) -> Loss:
-    """The weighted divergence from the targets, in nats, split into its terms."""
+    """The weighted divergence from the targets, in nats, split into its terms.
+
+    Of several parts, each is differentiated before the next is read, so that the activations of one are held at a time.
+    """
 
     def loss(model: nn.Module, batch: dict[str, Any]) -> Terms:
-        hidden = torch.cat([
-            final_hidden(model, {key: part[key] for key in ("input_ids", "attention_mask")})[part["rows"], part["places"]]
-            for part in batch["parts"]
-        ])  # fmt: skip
-        targets = SoftTargets(batch["target_ids"], batch["log_p"], batch["rest"])
-        weighted = soft_divergence(hidden, unembedding(model), targets) * batch["weights"]
-        sums = weighted.new_zeros(len(TERMS)).index_add(0, batch["terms"], weighted)
-        return {term: sums[index] * weights[term] for index, term in enumerate(TERMS)}
+        if len(batch["parts"]) == 1:
+            return _of_part(model, batch["parts"][0], weights)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        sums = {term: torch.zeros((), device=trained[0].device) for term in TERMS}
+        gradients = [torch.zeros_like(parameter) for parameter in trained]
+        for part in batch["parts"]:
+            terms = _of_part(model, part, weights)
+            found = torch.autograd.grad(torch.stack(list(terms.values())).sum(), trained, allow_unused=True)
+            for total, gradient in zip(gradients, found, strict=True):
+                if gradient is not None:
+                    total += gradient
+            sums = {term: sums[term] + value.detach() for term, value in terms.items()}
+        # Nothing in value, with the parts' gradients: the trainer goes backward through it as through any loss.
+        lever = torch.stack([(p * gradient).sum() for p, gradient in zip(trained, gradients, strict=True)]).sum()
+        return {**sums, TERMS[0]: sums[TERMS[0]] + (lever - lever.detach())}
 
     return loss
+
+
+def _of_part(model: nn.Module, part: Mapping[str, Tensor], weights: Mapping[str, float]) -> Terms:
+    hidden = final_hidden(model, {key: part[key] for key in ("input_ids", "attention_mask")})
+    targets = SoftTargets(part["target_ids"], part["log_p"], part["rest"])
+    weighted = soft_divergence(hidden[part["rows"], part["places"]], unembedding(model), targets) * part["weights"]
+    sums = weighted.new_zeros(len(TERMS)).index_add(0, part["terms"], weighted)
+    return {term: sums[index] * weights[term] for index, term in enumerate(TERMS)}

@@ -85,6 +85,23 @@ def test_accumulated_parts_give_the_gradient_of_the_whole(tmp_path):
     assert not torch.allclose(_weights(whole), _weights(less), atol=1e-3)
 
 
+def test_parts_differentiated_one_after_another_give_the_loss_and_gradient_of_the_whole():
+    found = {}
+    for most in (10**6, 24, 1):
+        adapted = _adapted()
+        batch = collate([[lesson] for lesson in _lessons(6)], most)
+        terms = lesson_loss(WEIGHTS)(adapted, batch)
+        torch.stack(list(terms.values())).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad])
+        found[len(batch["parts"])] = torch.stack([terms[term].detach() for term in TERMS]), gradients
+    one, some, each = sorted(found)
+    assert one < some < each == 6
+    for parts in (some, each):
+        torch.testing.assert_close(found[parts][0], found[one][0])
+        torch.testing.assert_close(found[parts][1], found[one][1], atol=1e-6, rtol=1e-4)
+    assert found[one][1].norm() > 1e-3
+
+
 def test_checkpointed_activations_give_the_same_gradients_and_are_computed_again():
     found = {}
     for checkpointed in (False, True):
