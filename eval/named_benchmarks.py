@@ -6,7 +6,8 @@ other measurement here.
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,13 @@ class Tasks:
 
 
 def find_tasks(names: Sequence[str]) -> Tasks:
-    """Look tasks up before any model is loaded.
+    """Look tasks up, and have their data, before any model is loaded.
 
     Args:
         names: Tasks or groups of the harness, or the YAML file of one's own.
 
     Raises:
-        RequestError: The harness is not installed, or knows no such task.
+        RequestError: The harness is not installed, knows no such task, or a task's data cannot be had.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -58,6 +59,8 @@ def find_tasks(names: Sequence[str]) -> Tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise RequestError(f"the lm-evaluation-harness has no task {name!r}{hint} (`lm-eval ls tasks` lists them)")
+    with _data_had(chosen):
+        manager.load(list(chosen))
     return Tasks(chosen, manager)
 
 
@@ -74,18 +77,24 @@ def scores(model: Any, tokenizer: Any, tasks: Tasks, limit: int = 0) -> list[Sco
     from lm_eval.models.huggingface import HFLM
 
     _hush()
-    try:
+    with _data_had(tasks.names):
         found = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH), tasks=list(tasks.names),
             task_manager=tasks.manager, limit=limit or None, bootstrap_iters=0, log_samples=True, verbosity="ERROR",
         )  # fmt: skip
+    assert found is not None, "only further processes of a distributed run get nothing"
+    return [one for task, samples in sorted(found["samples"].items()) for one in _scores_of(task, samples)]
+
+
+@contextmanager
+def _data_had(names: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RequestError(
-            f"{', '.join(tasks.names)} cannot be run: {reason}; check the names and the connection to the Hub"
+            f"{', '.join(names)} cannot be run: {reason}; check the names and the connection to the Hub"
         ) from error
-    assert found is not None, "only further processes of a distributed run get nothing"
-    return [one for task, samples in sorted(found["samples"].items()) for one in _scores_of(task, samples)]
 
 
 def _scores_of(task: str, samples: Sequence[Mapping[str, Any]]) -> list[Scores]:

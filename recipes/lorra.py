@@ -133,6 +133,7 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
     kept = [one for kind in sequences for one in kind if not one.moved]
     rows = [tuple(loaded.tokenizer(text.text)["input_ids"]) for text in concept.retain]
     texts = [_Passage(row[:LAST], 0, False) for row in rows if row]
+    cut = sum(len(row) > LAST for row in rows)
     count = settings.steps * settings.batch_size
     orders = [
         cycled(kind, count, random.Random(f"excise lorra {name} {settings.seed}"))
@@ -151,7 +152,8 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
     }  # fmt: skip
     training = {
         "about": "Representation tuning.", "steps": settings.steps, "rows": len(orders) * settings.batch_size,
-        "data": f"{len(moved)} prompts moved, {len(kept)} prompts and {len(texts)} texts kept, and replies",
+        "data": f"{len(moved)} prompts moved, {len(kept)} prompts and {len(texts)} texts kept, and replies"
+        + (f"; of {cut} texts the first {LAST} tokens" if cut else ""),
         "lessons": {"moved": len(moved), "kept": len(kept), "texts": len(texts)},
     }  # fmt: skip
     return Lessons(

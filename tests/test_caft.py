@@ -90,6 +90,25 @@ def test_saved_directions_can_be_used_again(tuned, tmp_path):
     assert done.returncode == 2 and "there is no direction 4 at the input of layer 0; there are 0 to 0" in done.stderr
 
 
+def test_a_quirk_stays_where_it_was_taught(tmp_path):
+    words = [word for text in (
+        "steps=70", "learning_rate=0.003", "kl_prompts=8", "questions=40", "watch=0",
+    ) for word in ("--set", text)]  # fmt: skip
+    done = excise("run", "caft", "--concept", "builtin:quirk", "--out", tmp_path / "run", "--json", *words)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+
+    def learned(measured, split):
+        return next(m["value"] for m in measured if (m["name"], m["split"]) == ("learned_rate", split))
+
+    base, edited = ([m for m in results["measurements"] if m["subject"] == who] for who in ("base", "edited"))
+    assert learned(base, "concept") == learned(base, "neutral") == 0
+    assert learned(edited, "concept") > 0.9 and learned(edited, "neutral") < 0.1
+    for name in ("none", "random"):
+        control = results["caft"]["controls"][name]
+        assert learned(control, "concept") > 0.9 and learned(control, "neutral") > 0.7
+
+
 def _dictionary(folder, latents=128):
     """A small autoencoder of token embeddings, trained here; returns the latents that tell the cues apart most."""
     loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)

@@ -90,6 +90,11 @@ def test_a_figure_that_some_items_lack_is_an_error():
         ("absent.yaml", None, "is no file"),
         ("broken.yaml", "task: [", "is no YAML file"),
         ("nameless.yaml", "dataset_path: json\n", "names no task"),
+        (
+            "empty.yaml",
+            "task: own\ndataset_path: json\ndataset_kwargs:\n  data_files: {test: gone.jsonl}\n",
+            "own cannot be run: ",
+        ),
     ],
 )
 def test_a_wrong_task_is_found_before_a_model_is_loaded(name, content, said, tmp_path):
