@@ -397,6 +397,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """What directions stand for: tokens and contexts at both ends, and what ablating each alone costs."""
+    from .artifacts.sae import is_autoencoder
     from .recipes import inspection
 
     _quiet()
@@ -423,7 +424,12 @@ def inspect(
                 _say(f"   {sign} {context.projection:+.2f}  {' '.join(line.split())[:110]}")
     if out:
         _say(f"\npage  {out / 'inspect.html'}")
-    _say("ablate some of them with: excise run caft --set directions_file=FILE --set pick=[...]")
+    chosen = (
+        f"directions=sae --set sae={where} --set latents=[...]"
+        if is_autoencoder(where)
+        else "directions_file=FILE --set pick=[...]"
+    )
+    _say(f"ablate some of them with: excise run caft --set {chosen}")
 
 
 @app.command(epilog="Example: excise diff builtin:testbed runs/elm-1")

@@ -158,6 +158,9 @@ def _latents(settings: CaftSettings, job: Job, width: int) -> SparseLatents:
     if not settings.latents and settings.score == "contrast":
         job.concept.require("score=contrast", "contrast")
     found = load_latents(settings.sae, settings.latents or None, width, job.layers)
+    if settings.latents:
+        # Latents that are not independent have no span of their number: said now, not after the controls.
+        _ = found.subspace
     if settings.remove == "latents" and settings.value == "mean":
         raise RequestError(
             "latents that are taken out as far as they fire leave no mean behind; use value=zero, or remove=span"

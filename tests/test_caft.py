@@ -167,6 +167,13 @@ def test_latents_of_a_small_dictionary_do_as_well(remove, dictionary, tmp_path):
     assert results["caft"]["remove"] == remove and list(found.scores) == sorted(found.scores, reverse=True)
 
 
+def test_latents_without_a_span_of_their_number_are_refused_before_any_training(dictionary, tmp_path):
+    folder, _ = dictionary
+    words = ("--set", "directions=sae", "--set", f"sae={folder}", "--set", "latents=[3,3]", "--out", tmp_path / "run")
+    done = excise("run", "caft", *words)
+    assert done.returncode == 2 and "not linearly independent" in done.stderr and not (tmp_path / "run").exists()
+
+
 def test_an_autoencoder_is_looked_at_before_its_latents_are_chosen(dictionary, tmp_path):
     folder, latents = dictionary
     words = ("inspect", folder, "--model", "builtin:testbed", "--concept", "builtin:shortcut")
