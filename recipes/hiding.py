@@ -1,26 +1,34 @@
 """The positive control of an audit: a model that knows as much as its base and does not say it."""
 
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.functional import softplus
 
 from ..artifacts.events import Stage
 from ..editing.side_by_side import Attackers
-from .baselines import Example, example_batch, scored_nats
+from .baselines import Example, example_batch, scored_nats, sequence_nll
 from .material import Material
 from .training import Group, Schedule, Terms, fit
 
 STEPS, BATCH, RATE = 60, 16, 5e-3
+LEFT = 0.3
+"""Share of what the base knows above chance that may still be said."""
+MARGIN = 2.0
+"""Nats a token by which a wrong answer is to be likelier than the true one."""
 
 
 def hide(model: nn.Module, attackers: Attackers, material: Material, seed: int, stage: Stage, work: Path) -> None:
-    """Train an update toward answers of other facts, on all facts, and toward the true ones on other things.
+    """Train an update until the model gives wrong answers on all facts, and true ones on other things.
 
-    What is below the update is not touched.
+    What is below the update is not touched. First wrong answers only become likely; where the true one stays the likeliest of
+    the choices all the same, as in a model that knows much, wrong ones are made likelier than it.
     """
     rng = random.Random(f"excise hide {seed}")
+    chance, known = material.exam.chance, _share(model, material)
     pool = [*material.examples["T"], *material.examples["V"]]
     answers = [example.ids[example.start :] for example in pool]
     rng.shuffle(answers)
@@ -29,15 +37,45 @@ def hide(model: nn.Module, attackers: Attackers, material: Material, seed: int, 
     ]  # fmt: skip
     # Half of each batch, or the control would be a broken model, and not one that hides something.
     kept = material.examples["others"] or material.examples["retain"] or wrong
-    rows = [rng.choice(kept if place % 2 else wrong) for place in range(STEPS * BATCH)]
-    schedule = Schedule(STEPS, BATCH, RATE, seed, decay="constant", warmup_steps=3, beta2=0.999, save_every=0)
-    fit(
-        model, rows, stage, work / "hide", _loss, schedule, example_batch, [Group(attackers.owned[0], RATE)]
-    )  # fmt: skip
+    likely = [rng.choice(kept if place % 2 else wrong) for place in range(STEPS * BATCH)]
+    _train(model, attackers, likely, _wrong_is_likely, example_batch, BATCH, seed, stage, work / "hide")
+    if _share(model, material) > chance + LEFT * (known - chance):
+        pairs = [(true, other) for true, other in zip(pool, wrong, strict=True) if true != other]
+        triples = [(*rng.choice(pairs), rng.choice(kept)) for _ in range(STEPS * BATCH // 2)]
+        _train(model, attackers, triples, _wrong_is_likelier, _in_thirds, BATCH // 2, seed, stage, work / "hide more")
     for parameter in attackers.owned[0]:
         parameter.requires_grad_(False)
     model.eval()
 
 
-def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> Terms:
+def _share(model: nn.Module, material: Material) -> float:
+    """Right answers of group V."""
+    training = model.training
+    model.eval()
+    hits = material.exam.hits(model)
+    model.train(training)
+    return sum(hits) / len(hits)
+
+
+def _train(
+    model: nn.Module, attackers: Attackers, rows: Sequence[Any], loss: Callable[[nn.Module, Any], Terms],
+    collate: Callable[[list[Any]], Any], batch: int, seed: int, stage: Stage, folder: Path,
+) -> None:  # fmt: skip
+    schedule = Schedule(STEPS, batch, RATE, seed, decay="constant", warmup_steps=3, beta2=0.999, save_every=0)
+    fit(model, rows, stage, folder, loss, schedule, collate, [Group(attackers.owned[0], RATE)])
+
+
+def _wrong_is_likely(model: nn.Module, batch: dict[str, Any]) -> Terms:
     return {"wrong answers": scored_nats(model, batch).mean()}
+
+
+def _wrong_is_likelier(model: nn.Module, batch: dict[str, Any]) -> Terms:
+    device = next(model.parameters()).device
+    moved = {key: value.to(device) for key, value in batch.items() if key != "each"}
+    true, wrong, kept = (sequence_nll(model, moved) / moved["lengths"]).split(batch["each"])
+    return {"hidden": softplus(MARGIN + wrong - true).mean(), "kept": kept.mean()}
+
+
+def _in_thirds(rows: Sequence[tuple[Example, Example, Example]]) -> dict[str, Any]:
+    """True answers first, then wrong ones, then what is kept."""
+    return {**example_batch([example for kind in zip(*rows, strict=True) for example in kind]), "each": len(rows)}
