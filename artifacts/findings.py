@@ -89,7 +89,11 @@ def _task(rows: dict[tuple[str, str], Row], caft: dict[str, Any] | None) -> Iter
 
 
 def _beside(key: tuple[str, str], caft: dict[str, Any] | None) -> str:
-    names = {"none": "without ablation", "random": "with as many random directions"}
+    names = {
+        "none": "without ablation",
+        "random": "with as many random directions",
+        "top_k": "with as many of the highest score",
+    }
     found = [
         f"{names[name]} {format_value(Measurement(**{**item, 'ci95': tuple(item['ci95'])}))}"
         for name, items in (caft or {}).get("controls", {}).items() for item in items

@@ -28,7 +28,7 @@ from .latents import Score, by_attribution, by_contrast, ranked
 from .lessons import cycled
 from .pipeline import Finished, Job
 from .sources import PAIRS_LEFT_OUT, mean_projection, refreshed
-from .trial import READ_ROWS, Trial, Watch, completion_loss, directions_of, some_pairs
+from .trial import READ_ROWS, Trial, Watch, completion_loss, directions_of, picked, some_pairs
 from .tuning_data import TuningData, encoded, find_data
 
 RECIPE = "caft"
@@ -70,7 +70,8 @@ class CaftSettings(AdapterRun):
     watch: int = Field(64, ge=0)
     """Sequences, and contrast pairs, on which the stream is watched while training, at steps 1, 2, 4, ...; 0 does not look."""
     controls: bool = True
-    """Also train without ablation, and with as many random directions, from the same seed; measured on the same items."""
+    """Also train without ablation, with as many random directions, and, where some were picked, with as many of the highest score; all
+    from the same seed, measured on the same items."""
     steps: int = Field(250, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(16, ge=1)
@@ -141,8 +142,9 @@ def _given(settings: CaftSettings, job: Job) -> tuple[tuple[Subspace, ...], Spar
         )
     if settings.components > width:
         raise RequestError(f"components={settings.components} are more than the model's width {width}; ask for fewer")
-    if given and settings.pick:
-        given = tuple(subspace.pick(settings.pick) for subspace in given)
+    if given:
+        # Said now, not after the controls.
+        _ = picked(given, settings.pick)
     elif settings.pick and max(settings.pick) >= (count := len(settings.latents) or settings.components):
         raise RequestError(
             f"pick={list(settings.pick)} names direction {max(settings.pick)}, there are 0 to {count - 1}; raise components"
@@ -174,9 +176,10 @@ def _latents(settings: CaftSettings, job: Job, width: int) -> SparseLatents:
 
 def describe(prepared: Prepared) -> dict[str, Any]:
     """What a run would touch and take."""
-    trainings = 1 + (2 if prepared.settings.controls else int(prepared.settings.directions == "finetuned"))
+    settings = prepared.settings
+    controls = 2 + _not_the_first(settings.pick) if settings.controls else int(settings.directions == "finetuned")
     return adapted.describe(
-        prepared.adapted, rows_to_learn=len(prepared.data.rows), trainings=trainings, ablated_at=[str(p) for p in prepared.places]
+        prepared.adapted, rows_to_learn=len(prepared.data.rows), trainings=1 + controls, ablated_at=[str(p) for p in prepared.places]
     )  # fmt: skip
 
 
@@ -200,17 +203,18 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
     plain = trial.control("none", ()) if wants_plain and settings.directions != "none" else None
     with events.stage("find directions"):
         latents = _chosen(prepared, loaded, learn.examples)
-        subspaces = directions_of(prepared, loaded, trial.base, plain.readings if plain else None, latents)
-    as_they_fire = latents if settings.remove == "latents" else None
-    removed: Sequence[Subspace | SparseLatents] = (as_they_fire,) if as_they_fire else subspaces
+        found = directions_of(prepared, loaded, trial.base, plain.readings if plain else None, latents)
+    subspaces = picked(found, settings.pick)
+    as_they_fire = picked([latents], settings.pick) if latents and settings.remove == "latents" else ()
     controls = {"none": plain.scores} if plain and settings.controls else {}
     if settings.controls and subspaces:
-        drawn: Sequence[Subspace | SparseLatents] = (
-            [as_they_fire.with_random_writes(settings.seed + 1)]
-            if as_they_fire
-            else [random_directions(subspace, settings.seed + 1 + place) for place, subspace in enumerate(subspaces)]
-        )
-        controls["random"] = trial.control("random", drawn).scores
+        drawn = [random_directions(subspace, settings.seed + 1 + place) for place, subspace in enumerate(subspaces)]
+        elsewhere = [one.with_random_writes(settings.seed + 1) for one in as_they_fire]
+        controls["random"] = trial.control("random", elsewhere or drawn).scores
+    if settings.controls and _not_the_first(settings.pick):
+        first = range(len(settings.pick))
+        highest = picked([latents], first) if latents and as_they_fire else picked(found, first)
+        controls["top_k"] = trial.control("top_k", highest).scores
     if subspaces:
         save_directions(subspaces, work / FILE)
 
@@ -250,13 +254,13 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
         )
     return Lessons(
         order, example_batch, completion_loss, [example.ids for example in learn.examples[:16]], training,
-        {"warnings": warnings}, during=lambda model: trial.ablated(model, removed), after=after,
+        {"warnings": warnings}, during=lambda model: trial.ablated(model, as_they_fire or subspaces), after=after,
         at_step=watch if subspaces and settings.watch else None,
     )  # fmt: skip
 
 
 def _chosen(prepared: Prepared, loaded: LoadedModel, examples: Sequence[Example]) -> SparseLatents | None:
-    """The latents to ablate: those that were named, or the first by score; of either, those that were picked."""
+    """The latents to pick from: those that were named, or the first by score."""
     settings, latents, row = prepared.settings, prepared.latents, prepared.adapted.job.row
     if latents is None:
         return None
@@ -264,4 +268,9 @@ def _chosen(prepared: Prepared, loaded: LoadedModel, examples: Sequence[Example]
         latents = ranked(latents, by_contrast(loaded, row, latents, some_pairs(prepared)), settings.components)
     elif not settings.latents:
         latents = ranked(latents, by_attribution(loaded, row, latents, examples[:READ_ROWS]), settings.components)
-    return latents.pick(settings.pick) if settings.pick else latents
+    return latents
+
+
+def _not_the_first(pick: Sequence[int]) -> bool:
+    """Whether others were picked than the same number of the highest score."""
+    return set(pick) != set(range(len(pick)))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..artifacts.events import Events
 from ..artifacts.models import LoadedModel
@@ -30,6 +30,7 @@ from .training import Terms, fit
 if TYPE_CHECKING:
     from .caft import Prepared
 
+Part = TypeVar("Part", Subspace, SparseLatents)
 READ_ROWS = 256
 """Training sequences, and contrast pairs, that directions are learned from, at most."""
 
@@ -122,7 +123,7 @@ class Watch:
         prepared = self.trial.prepared
         if prepared.given or prepared.latents or prepared.settings.directions == "finetuned":
             return {}
-        again = directions_of(prepared, self.trial.loaded, now, None, most=self.rows)
+        again = picked(directions_of(prepared, self.trial.loaded, now, None, most=self.rows), prepared.settings.pick)
         shares = {}
         for old, new in zip(self.subspaces, again, strict=True):
             left, _ = old.projector()
@@ -145,7 +146,7 @@ def directions_of(
     prepared: "Prepared", loaded: LoadedModel, base: Readings, tuned: Readings | None, latents: SparseLatents | None = None,
     most: int = READ_ROWS,
 ) -> tuple[Subspace, ...]:  # fmt: skip
-    """The directions of a file, the span of chosen latents, or what another source finds."""
+    """The directions of a file, the span of latents, or what another source finds; all, to pick from."""
     settings, job = prepared.settings, prepared.adapted.job
     if prepared.given:
         return prepared.given
@@ -156,5 +157,9 @@ def directions_of(
         return (latents.subspace.from_(provenance),)
     pairs = some_pairs(prepared, most)
     found = SOURCES[settings.directions](loaded, job.row, prepared.places, settings.components, pairs, base, tuned)
-    found = tuple(subspace.from_(provenance) for subspace in found)
-    return tuple(subspace.pick(settings.pick) for subspace in found) if settings.pick else found
+    return tuple(subspace.from_(provenance) for subspace in found)
+
+
+def picked(found: Sequence[Part], pick: Sequence[int]) -> tuple[Part, ...]:
+    """Those with some indices, at every place; all where none are named."""
+    return tuple(one.pick(pick) for one in found) if pick else tuple(found)

@@ -90,6 +90,27 @@ def test_saved_directions_can_be_used_again(tuned, tmp_path):
     assert done.returncode == 2 and "there is no direction 4 at the input of layer 0; there are 0 to 0" in done.stderr
 
 
+def test_as_many_of_the_highest_score_are_a_control_where_others_were_picked(tuned, tmp_path):
+    words = [
+        word
+        for text in ("steps=2", "kl_prompts=4", "questions=20", "components=3", "watch=0")
+        for word in ("--set", text)
+    ]
+    done = excise(
+        "run", "caft", "--out", tmp_path / "run", "--json", *words, "--set", "pick=[1]", "--set", "site=output"
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["caft"]
+    assert set(results["controls"]) == {"none", "random", "top_k"}
+    assert results["directions"][0]["names"] == ["component 1"]
+    assert set(tuned[1]["caft"]["controls"]) == {"none", "random"}
+    dry = [
+        excise("run", "caft", "--dry-run", "--json", *words, "--set", pick, "--out", tmp_path / "dry")
+        for pick in ("pick=[0]", "pick=[2]")
+    ]
+    assert [json.loads(done.stdout)["trainings"] for done in dry] == [3, 4]
+
+
 def test_a_quirk_stays_where_it_was_taught(tmp_path):
     words = [word for text in (
         "steps=70", "learning_rate=0.003", "kl_prompts=8", "questions=40", "watch=0",
