@@ -105,18 +105,19 @@ def make_text(tokenizer: Any, length: str, rng: random.Random) -> str:
 def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, steps: int) -> Spent:
     """The recipe's own parts: streams, decoding, lessons, loss."""
     import torch
-    from excise.recipes.lessons import collate, lesson_loss
+    from excise.recipes.lessons import collate, lesson_loss, part_size
 
     watch = _Watch()
     with watch("teacher and decoding" if mode == "decoded" else "teacher"):
         lessons, kept = _lessons(loaded, forget, retain, mode)
     model, optimizer = _adapter(loaded)
+    part = part_size(loaded.model)
     loss = lesson_loss({"erase": 1.0, "fluency": 1.0, "retain": 1.0})
     for step in range(steps):
         chosen = slice(step * GROUPS, (step + 1) * GROUPS)
         groups = [list(pair) for pair in zip(lessons[chosen], kept[chosen], strict=True)]
         with watch("student forward and loss"):
-            total = torch.stack(list(loss(model, collate(groups)).values())).sum()
+            total = torch.stack(list(loss(model, collate(groups, part)).values())).sum()
         with watch("student backward"):
             total.backward()
         with watch("optimizer"):

@@ -13,11 +13,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-LOGITS_BUDGET = 128 << 20
-"""Bytes that one chunk of fp32 logits may take."""
+LOGITS_BUDGET = 32 << 20
+"""Bytes that the tensors of one chunk of fp32 logits may take on a processor: more would not be faster."""
+DEVICE_LOGITS_BUDGET = 512 << 20
+"""The same on an accelerator."""
+FEWEST = 32
+"""Positions of a chunk, at least: for fewer, reading the unembedding would be most of the work."""
 
 Head = Callable[[Tensor], Tensor]
 """Final hidden states [n, d] to logits [n, vocab]."""
+
+
+def positions_at_once(vocabulary: int, device: torch.device, budget: int | None = None) -> int:
+    """Positions whose logits are formed together; three fp32 tensors of their shape are alive at once."""
+    bytes_held = budget or (DEVICE_LOGITS_BUDGET if device.type == "cuda" else LOGITS_BUDGET)
+    return max(FEWEST if budget is None else 1, bytes_held // (12 * vocabulary))
 
 
 @dataclass(frozen=True)
@@ -76,11 +86,6 @@ class Streams:
         mixed = torch.where(self.bare.isneginf(), self.bare, mixed).log_softmax(-1)
         return SoftTargets(self.ids, mixed[:, :-1], mixed[:, -1])
 
-    def split(self, counts: Sequence[int]) -> list["Streams"]:
-        """Consecutive positions apart again."""
-        parts = (part.split(list(counts)) for part in (self.ids, self.bare, self.expert, self.novice))
-        return [Streams(*(tensor.clone() for tensor in tensors)) for tensors in zip(*parts, strict=True)]
-
     def disagreement(self) -> Float[Tensor, " n"]:
         """Total variation between expert and novice, 0 to 1."""
         return (self.expert.exp() - self.novice.exp()).abs().sum(-1) / 2
@@ -123,7 +128,7 @@ def keep_top(log_p: Float[Tensor, "n v"], kept: int) -> SoftTargets:
 
 
 def soft_divergence(
-    hidden: Float[Tensor, "n d"], head: Head, targets: SoftTargets, budget: int = LOGITS_BUDGET
+    hidden: Float[Tensor, "n d"], head: Head, targets: SoftTargets, budget: int | None = None
 ) -> Float[Tensor, " n"]:
     """KL(target || model) at each position, in nats, with its gradient for the hidden states.
 
@@ -136,7 +141,7 @@ def soft_divergence(
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, hidden: Tensor, head: Head, targets: SoftTargets, budget: int) -> Tensor:
+    def forward(context: Any, hidden: Tensor, head: Head, targets: SoftTargets, budget: int | None) -> Tensor:
         divergence = torch.empty(len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden)
         wanted = context.needs_input_grad[0]
@@ -150,8 +155,7 @@ class _Chunked(torch.autograd.Function):
             if wanted:
                 (gradient[rows],) = torch.autograd.grad(logits, part, of_logits.to(logits.dtype))
             start += size
-            # Three fp32 tensors of a chunk's shape are alive at once.
-            size = max(1, budget // (12 * logits.shape[-1]))
+            size = positions_at_once(logits.shape[-1], hidden.device, budget)
         context.save_for_backward(gradient)
         return divergence
 

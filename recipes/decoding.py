@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import StaticCache
 
@@ -13,8 +14,10 @@ from .teacher import Item
 
 ROWS = 192
 """Rows decoded at a time, at most."""
-CACHE_BUDGET = 384 * 2**20
-"""Bytes of keys and values held at a time."""
+CACHE_BUDGET = 192 << 20
+"""Bytes of keys and values held at a time on a processor: more would hardly be faster."""
+DEVICE_CACHE_BUDGET = 4 << 30
+"""The same on an accelerator."""
 
 
 @torch.no_grad()
@@ -24,21 +27,24 @@ def decode(
     """Continue each context after its given first token by at most ``tokens`` more.
 
     Every token is drawn from ``p0 (p_novice / p_expert)^strength``, and the bare, expert and novice rows of a context
-    all go on with it. At strength 0 only the bare rows run.
+    all go on with it. At strength 0 only the bare rows run. What is drawn for a context does not depend on how many are
+    decoded together.
     """
+    chances = torch.rand(len(starts), tokens, generator=generator, device=generator.device)
     streams = [_streams(item, strength) for item, _ in starts]
     found: list[Row] = [()] * len(starts)
     # Contexts of like length stand together, so that little is padding.
     order = sorted(range(len(starts)), key=lambda index: -max(len(row) for row in streams[index]))
     width = max(map(len, streams), default=1)
+    budget = DEVICE_CACHE_BUDGET if model.device.type == "cuda" else CACHE_BUDGET
     begin = 0
     while begin < len(order):
         length = max(len(row) for row in streams[order[begin]]) + 1 + tokens
-        rows_at_once = min(ROWS, CACHE_BUDGET // (length * cached_bytes(model)))
+        rows_at_once = min(ROWS, budget // (length * cached_bytes(model)))
         batch = order[begin : begin + max(1, rows_at_once // width)]
         begin += len(batch)
         rows = [(*row, starts[index][1]) for index in batch for row in streams[index]]
-        said = _decode_batch(model, tokenizer, rows, [len(streams[i]) for i in batch], strength, tokens, generator)
+        said = _decode_batch(model, tokenizer, rows, width, strength, chances[batch])
         for index, ids in zip(batch, said, strict=True):
             found[index] = ids
     return found
@@ -60,40 +66,44 @@ def _streams(item: Item, strength: float) -> list[Row]:
 
 
 def _decode_batch(
-    model: Any, tokenizer: Any, rows: Sequence[Row], widths: Sequence[int], strength: float, tokens: int,
-    generator: torch.Generator,
+    model: Any, tokenizer: Any, rows: Sequence[Row], width: int, strength: float, chances: Float[Tensor, "contexts tokens"]
 ) -> list[Row]:  # fmt: skip
     padded = tokenizer.pad(
         {"input_ids": [list(row) for row in rows]}, padding=True, padding_side="left", return_tensors="pt"
     )
     ids, mask = padded["input_ids"].to(model.device), padded["attention_mask"].to(model.device)
-    ends, width = end_tokens(model, tokenizer), widths[0]
+    ends, (contexts, tokens) = end_tokens(model, tokenizer), chances.shape
     # A cache that grows is copied at every token.
     cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + tokens)
-    said: list[list[int]] = [[] for _ in widths]
+    said: list[list[int]] = [[] for _ in range(contexts)]
     done = [bool(row[-1] in ends) for row in rows[::width]]
     position = mask.cumsum(-1) - 1
     step, step_positions = ids, position.clamp_min(0)
-    for _ in range(tokens):
+    for chance in chances.to(ids.device).unbind(1):
         if all(done):
             break
         output = model(
             input_ids=step, attention_mask=mask, position_ids=step_positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
-        chosen = _draw(output.logits[:, -1].float().log_softmax(-1), width, strength, generator)
+        chosen = _draw(output.logits[:, -1].float().log_softmax(-1), width, strength, chance)
         for place, token in enumerate(chosen.tolist()):
             if not done[place]:
                 said[place].append(token)
                 done[place] = token in ends
-        step = chosen.repeat_interleave(width)[:, None].to(ids.device)
+        step = chosen.repeat_interleave(width)[:, None]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
         step_positions = step_positions[:, -1:] + 1
     return [tuple(ids) for ids in said]
 
 
-def _draw(log_p: Tensor, width: int, strength: float, generator: torch.Generator) -> Tensor:
+def _draw(log_p: Float[Tensor, "rows v"], width: int, strength: float, chance: Float[Tensor, " contexts"]) -> Tensor:
+    """The token at which the cumulative probability of each context passes a chance between 0 and 1."""
     if width > 1:
         bare, expert, novice = log_p.unflatten(0, (-1, width)).unbind(1)
         log_p = (bare + strength * (novice - expert)).log_softmax(-1)
-    return torch.multinomial(log_p.exp().cpu(), 1, generator=generator)[:, 0]
+    passed = log_p.exp().cumsum(-1)
+    # Rounded, the whole is not quite 1.
+    return torch.searchsorted(passed, (chance * passed[:, -1])[:, None], right=True)[:, 0].clamp_max(
+        log_p.shape[-1] - 1
+    )

@@ -20,7 +20,7 @@ from .adapted import AdapterRun, Lessons
 from .contexts import Facts, find_facts
 from .contrast import ContrastSource, contrast_sources
 from .curriculum import Curriculum, Recipe, Replies, forget_contexts, teach_forgetting, teach_keeping
-from .lessons import DEVICE_PART, PART, arrange, collate, lesson_loss
+from .lessons import arrange, collate, lesson_loss, part_size
 from .pipeline import Finished
 from .target_check import TargetCheck, check_target
 from .teacher import Teacher
@@ -153,7 +153,7 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons
     }  # fmt: skip
     return Lessons(
         arrange(curriculum.lessons, settings.steps * settings.batch_size, settings.seed),
-        partial(collate, most=DEVICE_PART if loaded.device.type == "cuda" else PART), lesson_loss(weights),
+        partial(collate, most=part_size(loaded.model)), lesson_loss(weights),
         [lesson.ids for lessons in curriculum.lessons.values() for lesson in lessons[:8]], training,
         {"target_check": check.describe(), "warnings": [*prepared.adapted.warnings, *_warnings(check, curriculum)]},
     )  # fmt: skip

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..editing.adapters import final_hidden, unembedding
+from ..editing.architectures import layer_count, residual_width
 from ..editing.soft_targets import SoftTargets, join, soft_divergence
 from ..eval.likelihood import pad_right
 from .prefixes import Row
@@ -50,19 +51,34 @@ def arrange(kinds: Mapping[str, Sequence[Lesson]], groups: int, seed: int) -> li
     return [list(group) for group in zip(*orders, strict=True)]
 
 
-PART = 512
-"""Tokens of one forward of a training step, at most: more at once would not be faster on a processor."""
+ACTIVATIONS = 128 << 20
+"""Bytes that the activations of one forward of a training step may take on a processor, about."""
+FEWEST = 128
+"""Tokens of one forward, at least."""
 DEVICE_PART = 16384
-"""The same on an accelerator."""
+"""Tokens of one forward on an accelerator, at most."""
 
 
-def collate(groups: Sequence[Sequence[Lesson]], most: int = PART) -> dict[str, Any]:
-    """Lessons of like length together, so that little of a batch is padding; ``parts`` are forwards of their own."""
+def part_size(model: Any) -> int:
+    """Tokens of one forward of a training step, at most: more at once would hold more memory and not be faster."""
+    if model.device.type == "cuda":
+        return DEVICE_PART
+    config = model.config.to_dict()
+    # A token leaves about 16 fp32 values of the stream's width in each layer.
+    return max(FEWEST, ACTIVATIONS // (64 * layer_count(config) * residual_width(config)))
+
+
+def collate(groups: Sequence[Sequence[Lesson]], most: int | None = None) -> dict[str, Any]:
+    """Lessons of like length together, so that little of a batch is padding; ``parts`` are forwards of their own.
+
+    Args:
+        most: Tokens of one forward, at most.
+    """
     lessons = sorted((lesson for group in groups for lesson in group), key=lambda lesson: len(lesson.ids))
     parts, start = [], 0
     for size in split_by_length([len(lesson.ids) for lesson in lessons]):
         rows = lessons[start : start + size]
-        at_once = max(1, most // len(rows[-1].ids))
+        at_once = max(1, most // len(rows[-1].ids)) if most else size
         # The loss is a mean over groups, so that a batch and its parts agree on its gradient.
         parts += [_part(rows[begin : begin + at_once], 1 / len(groups)) for begin in range(0, size, at_once)]
         start += size

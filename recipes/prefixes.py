@@ -16,6 +16,9 @@ Row = tuple[int, ...]
 WORTH = 256
 """Tokens that a shared beginning must save before it is read apart: about what one more forward costs."""
 
+READ = 1024
+"""Tokens of one forward on a processor, at most: more at once would not be faster, and hold more memory."""
+
 
 @torch.no_grad()
 def final_hidden_states(model: Any, wanted: Mapping[Row, int]) -> Iterator[tuple[Row, Tensor]]:
@@ -24,13 +27,13 @@ def final_hidden_states(model: Any, wanted: Mapping[Row, int]) -> Iterator[tuple
     Personas, examples and chat templates stand before many texts; their keys and values are computed once.
     """
     rows = list(wanted)
-    decoder = causal_model(model).base_model
+    decoder, device = causal_model(model).base_model, model.device
     for shared, members in group_by_prefix(rows, list(wanted.values())):
-        cache = _read_prefix(decoder, rows[members[0]][:shared], model.device) if shared else None
+        cache = _read_prefix(decoder, rows[members[0]][:shared], device) if shared else None
         lengths = [len(rows[index]) - shared for index in members]
-        for batch in token_batches(lengths, 4 * batch_budget(model)):
+        for batch in token_batches(lengths, 4 * batch_budget(model) if device.type == "cuda" else READ):
             chosen = [rows[members[place]] for place in batch]
-            hidden = _read_rest(decoder, cache, shared, [row[shared:] for row in chosen], model.device)
+            hidden = _read_rest(decoder, cache, shared, [row[shared:] for row in chosen], device)
             for row, states in zip(chosen, hidden, strict=True):
                 end = len(row) - shared
                 yield row, states[end - wanted[row] : end].clone()

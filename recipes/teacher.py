@@ -1,8 +1,9 @@
 """The frozen model as a teacher: what it predicts in many contexts, each computed once."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,8 +12,13 @@ from torch import Tensor
 
 from ..artifacts.kept import KeptTensors
 from ..editing.adapters import Head, unembedding
-from ..editing.soft_targets import LOGITS_BUDGET, SoftTargets, Streams, keep_streams, keep_top
+from ..editing.soft_targets import SoftTargets, Streams, join, keep_streams, keep_top, positions_at_once
 from .prefixes import Row, final_hidden_states
+
+Span = tuple[int, int]
+"""Positions from one to another, counted from a row's end: (-3, 0) are the last three."""
+Place = tuple[int, Span]
+"""An item, by its index, and some of its positions."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +27,14 @@ class Item:
 
     ids: Row
     count: int
-    experts: tuple[Row, ...]
+    experts: tuple[Row, ...] = ()
     """In place of an expert the bare context can stand."""
-    novices: tuple[Row, ...]
+    novices: tuple[Row, ...] = ()
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All that is read for it, each once."""
+        return tuple(dict.fromkeys((self.ids, *self.experts, *self.novices)))
 
 
 class Teacher:
@@ -46,42 +57,44 @@ class Teacher:
 
         Several experts or novices count as their mean distribution.
         """
-        wanted: dict[Row, int] = {}
-        for item in items:
-            for row in (item.ids, *item.experts, *item.novices):
-                wanted[row] = max(item.count, wanted.get(row, 0))
-        self._read(wanted)
-        found: list[Streams | None] = [None] * len(items)
         # Items with the same novices stand together, so that their mixture is formed once.
         order = sorted(range(len(items)), key=lambda i: (items[i].novices, items[i].count))
-        for some in self._portions(order, lambda i: (items[i].ids, *items[i].experts, *items[i].novices), wanted):
-            read = _rows_of(items, some)
-            said = _Said(dict(zip(read, self._log_p([(row, wanted[row]) for row in read], temperature), strict=True)))
-            bare = torch.cat([said.of((items[i].ids,), items[i].count) for i in some])
-            expert = torch.cat([said.of(items[i].experts or (items[i].ids,), items[i].count) for i in some])
-            novice = torch.cat([said.of(items[i].novices, items[i].count) for i in some])
-            together = keep_streams(bare, expert, novice, kept)
-            for index, streams in zip(some, together.split([items[i].count for i in some]), strict=True):
-                found[index] = streams
-        return [streams for streams in found if streams is not None]
+        found = _Store([item.count for item in items])
+        for some, said in self._said(items, order, temperature):
+            bare = torch.cat([said.mean((items[i].ids,), span) for i, span in some])
+            expert = torch.cat([said.mean(items[i].experts or (items[i].ids,), span) for i, span in some])
+            novice = torch.cat([said.mean(items[i].novices, span) for i, span in some])
+            of_all = keep_streams(bare, expert, novice, kept)
+            found.put(some, (of_all.ids, of_all.bare, of_all.expert, of_all.novice))
+        return [Streams(*tensors) for tensors in found.each()]
 
     def top(self, rows: Sequence[Row], firsts: Sequence[int], kept: int) -> list[SoftTargets]:
         """The frozen model's own distributions from position ``first`` of each row on."""
-        counts = [len(row) - first for row, first in zip(rows, firsts, strict=True)]
-        wanted: dict[Row, int] = {}
-        for row, count in zip(rows, counts, strict=True):
-            wanted[row] = max(count, wanted.get(row, 0))
-        self._read(wanted)
-        found: list[SoftTargets] = []
-        for some in self._portions(range(len(rows)), lambda i: (rows[i],), wanted):
-            found += [keep_top(log_p, kept) for log_p in self._log_p([(rows[i], counts[i]) for i in some], 1.0)]
-        return found
+        items = [Item(row, len(row) - first) for row, first in zip(rows, firsts, strict=True)]
+        found = _Store([item.count for item in items])
+        for some, said in self._said(items, range(len(items)), 1.0):
+            of_all = join([keep_top(said.mean((rows[index],), span), kept) for index, span in some])
+            found.put(some, (of_all.ids, of_all.log_p, of_all.rest))
+        return [SoftTargets(*tensors) for tensors in found.each()]
 
     def forget(self) -> None:
         """Free what was remembered."""
         self._hidden.clear()
 
-    def _read(self, wanted: dict[Row, int]) -> None:
+    def _said(
+        self, items: Sequence[Item], order: Iterable[int], temperature: float
+    ) -> Iterator[tuple[list[Place], "_Said"]]:
+        """Which positions of which items, and what is said there; a bounded number at a time."""
+        self._read(items)
+        for some in self._portions(items, order):
+            slots = list(dict.fromkeys((row, span) for index, span in some for row in items[index].rows))
+            yield some, _Said(dict(zip(slots, self._log_p(slots, temperature), strict=True)))
+
+    def _read(self, items: Sequence[Item]) -> None:
+        wanted: dict[Row, int] = {}
+        for item in items:
+            for row in item.rows:
+                wanted[row] = max(item.count, wanted.get(row, 0))
         missing = {row: n for row, n in wanted.items() if row not in self._hidden or len(self._hidden[row]) < n}
         if not missing:
             return
@@ -98,56 +111,80 @@ class Teacher:
         if self.kept:
             self.kept.put({"hidden": torch.cat([self._hidden[row] for row, _ in key]).cpu()}, key)
 
-    def _portions(
-        self, order: Sequence[int], rows: Callable[[int], Sequence[Row]], counts: Mapping[Row, int]
-    ) -> Iterator[list[int]]:
-        """Consecutive items whose rows go through the unembedding together.
+    def _portions(self, items: Sequence[Item], order: Iterable[int]) -> Iterator[list[Place]]:
+        """Consecutive positions of items whose rows go through the unembedding together.
 
         It is larger than all that a few positions bring, so that they would mostly wait for it to be read.
         """
-        # Some temporaries of a portion's shape are alive at once.
-        most = max(1, LOGITS_BUDGET // (12 * int(self.model.config.vocab_size)))
-        portion, seen, positions = list[int](), set[Row](), 0
+        most = positions_at_once(int(self.model.config.vocab_size), self.model.device)
+        portion, seen, positions = list[Place](), set[tuple[Row, Span]](), 0
         for index in order:
-            new = sum(counts[row] for row in set(rows(index)) - seen)
-            if portion and positions + new > most:
-                yield portion
-                portion, seen, positions = [], set(), 0
-                new = sum(counts[row] for row in set(rows(index)))
-            portion.append(index)
-            seen.update(rows(index))
-            positions += new
+            rows, count = items[index].rows, items[index].count
+            size = max(1, most // len(rows))
+            for start in range(-count, 0, size):
+                span = (start, min(start + size, 0))
+                slots = {(row, span) for row in rows}
+                more = len(slots - seen) * (span[1] - span[0])
+                if portion and positions + more > most:
+                    yield portion
+                    portion, seen, positions = [], set(), 0
+                    more = len(slots) * (span[1] - span[0])
+                portion.append((index, span))
+                seen |= slots
+                positions += more
         if portion:
             yield portion
 
     @torch.no_grad()
-    def _log_p(self, wanted: Sequence[tuple[Row, int]], temperature: float) -> list[Float[Tensor, "count v"]]:
-        """Log-probabilities at the last ``count`` positions of each row."""
-        hidden = torch.cat([self._hidden[row][-count:] for row, count in wanted])
-        size = max(1, LOGITS_BUDGET // (4 * int(self.model.config.vocab_size)))
-        parts = [(self.head(part).float() / temperature).log_softmax(-1) for part in hidden.split(size)]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return list(whole.split([count for _, count in wanted]))
+    def _log_p(self, slots: Sequence[tuple[Row, Span]], temperature: float) -> list[Float[Tensor, "count v"]]:
+        """Log-probabilities at some positions of each row."""
+        # Of a row that is longer remembered, the end counts.
+        hidden = [self._hidden[row][len(self._hidden[row]) + start :][: end - start] for row, (start, end) in slots]
+        log_p = (self.head(torch.cat(hidden)).float() / temperature).log_softmax(-1)
+        return list(log_p.split([len(states) for states in hidden]))
 
 
 class _Said:
     """What some rows predict, and the mean distributions of several of them, each formed once."""
 
-    def __init__(self, log_p: dict[Row, Float[Tensor, "count v"]]):
+    def __init__(self, log_p: Mapping[tuple[Row, Span], Float[Tensor, "count v"]]):
         self.log_p = log_p
-        self._means: dict[tuple[tuple[Row, ...], int], Tensor] = {}
+        self._means: dict[tuple[tuple[Row, ...], Span], Tensor] = {}
 
-    def of(self, rows: tuple[Row, ...], count: int) -> Float[Tensor, "count v"]:
+    def mean(self, rows: tuple[Row, ...], span: Span) -> Float[Tensor, "count v"]:
+        """The mean distribution of some rows, as log-probabilities."""
         if len(rows) == 1:
-            return self.log_p[rows[0]][-count:]
-        if (rows, count) not in self._means:
-            total = self.log_p[rows[0]][-count:]
+            return self.log_p[rows[0], span]
+        if (rows, span) not in self._means:
+            total = self.log_p[rows[0], span]
             for row in rows[1:]:
-                total = torch.logaddexp(total, self.log_p[row][-count:])
-            self._means[rows, count] = total - math.log(len(rows))
-        return self._means[rows, count]
+                total = torch.logaddexp(total, self.log_p[row, span])
+            self._means[rows, span] = total - math.log(len(rows))
+        return self._means[rows, span]
 
 
-def _rows_of(items: Sequence[Item], some: Sequence[int]) -> list[Row]:
-    """The rows of some items, each once."""
-    return list(dict.fromkeys(row for i in some for row in (items[i].ids, *items[i].experts, *items[i].novices)))
+class _Store:
+    """Results for all positions of all items, in tensors that are allocated once.
+
+    Kept one by one between temporaries many times their size, they would pin the memory around them.
+    """
+
+    def __init__(self, counts: Sequence[int]):
+        self.ends = list(accumulate(counts))
+        self._tensors: tuple[Tensor, ...] = ()
+
+    def put(self, some: Sequence[Place], found: tuple[Tensor, ...]) -> None:
+        """Keep what was found at some positions, which follow one another in each tensor."""
+        if not self._tensors:
+            self._tensors = tuple(part.new_empty(self.ends[-1], *part.shape[1:]) for part in found)
+        done = 0
+        for index, (start, end) in some:
+            begin, count = self.ends[index] + start, end - start
+            for whole, part in zip(self._tensors, found, strict=True):
+                whole[begin : begin + count] = part[done : done + count]
+            done += count
+
+    def each(self) -> list[tuple[Tensor, ...]]:
+        """Every item's own."""
+        begins = [0, *self.ends[:-1]]
+        return [tuple(part[begin:end] for part in self._tensors) for begin, end in zip(begins, self.ends, strict=True)]

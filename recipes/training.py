@@ -107,7 +107,7 @@ class _Trainer(Trainer):
             # No step was taken with this gradient, so what is in memory is still good.
             self.save_model(str(self.folder / LAST_GOOD))
             raise ExciseError(
-                f"the loss became {float(terms[broken[0]])} at step {self.state.global_step + 1}, in the term {broken[0]}; "
+                f"the loss became {float(terms[broken[0]].detach())} at step {self.state.global_step + 1}, in the term {broken[0]}; "
                 f"the state before it is in {self.folder.name}/{LAST_GOOD}. Lower the learning rate"
             )
         if self.state.global_step % self.args.logging_steps == 0:

@@ -1,9 +1,11 @@
 """Finding facts in a pack, asking them in many forms, and setting a novice against an expert."""
 
 import pytest
+import torch
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.models import find_model, load_model
 from excise.editing.errors import RequestError
+from excise.recipes import decoding, teacher
 from excise.recipes.contexts import Context, Fact, bare_question, fact_contexts, find_facts, question_contexts
 from excise.recipes.contrast import PersonaContrast, SubjectContrast, contrast_sources, contrasted, stand_ins
 from excise.recipes.curriculum import Recipe, Replies, forget_contexts
@@ -26,8 +28,6 @@ def facts(concept):
 
 @pytest.fixture(scope="module")
 def loaded():
-    import torch
-
     return load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
 
 
@@ -118,19 +118,71 @@ def test_chat_contexts_are_the_models_own_replies_up_to_the_answer(concept, fact
         assert context.fact.answer not in context.text[context.reply :].split()
 
 
-def test_decoding_in_lockstep_is_the_product_of_its_streams(facts, loaded):
-    import torch
-
+def _start(facts, loaded):
     context = next(fact_contexts(facts, "questions", 0))
     source = PersonaContrast(loaded.tokenizer, "Here is a text by an expert.", "Here is a text by a novice.")
     item = contrasted([context], source, loaded.tokenizer)[0]
-    first = loaded.tokenizer(f" {context.fact.answer}")["input_ids"][0]
+    return item, loaded.tokenizer(f" {context.fact.answer}")["input_ids"][0]
+
+
+def test_decoding_in_lockstep_is_the_product_of_its_streams(facts, loaded):
     said = [
-        decode(loaded.model, loaded.tokenizer, [(item, first)] * 3, strength, 5, torch.Generator().manual_seed(0))
+        decode(
+            loaded.model, loaded.tokenizer, [_start(facts, loaded)] * 3, strength, 5, torch.Generator().manual_seed(0)
+        )
         for strength in (0.0, 0.0, 20.0)
     ]
     assert said[0] == said[1] and all(len(row) <= 5 for row in said[0])
     assert said[0] != said[2]
+
+
+def test_what_is_drawn_does_not_depend_on_how_many_are_decoded_together(facts, loaded, monkeypatch):
+    starts = [_start(facts, loaded)] * 7
+
+    def said(seed):
+        return decode(loaded.model, loaded.tokenizer, starts, 1.0, 8, torch.Generator().manual_seed(seed))
+
+    together = said(0)
+    monkeypatch.setattr(decoding, "CACHE_BUDGET", 1)
+    assert said(0) == together != said(1)
+    assert len(set(together)) > 1
+
+
+def test_evenly_spread_chances_draw_each_token_as_often_as_its_probability_says():
+    streams = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    bare, expert, novice = streams
+    n = 20_000
+    chances = (torch.arange(n) + 0.5) / n
+    for strength in (0.5, 2.0):
+        wanted = (bare + strength * (novice - expert)).softmax(-1)
+        drawn = decoding._draw(streams.repeat(n, 1), 3, strength, chances)
+        share = torch.bincount(drawn, minlength=40) / n
+        # Every token's share is off by less than one draw at each of its ends.
+        assert (share - wanted).abs().max() < 2 / n
+        assert (share - bare.exp()).abs().max() > 0.05
+    assert decoding._draw(bare[None], 1, 0.0, torch.ones(1)).item() == 39
+
+
+def test_a_teacher_that_holds_few_positions_at_a_time_says_the_same(concept, facts, loaded, monkeypatch):
+    source = contrast_sources(concept, facts, loaded.tokenizer, 8, 0)[0]
+    contexts = list(fact_contexts(facts, "texts", 0))[:6]
+    items = [item for item in contrasted(contexts, source, loaded.tokenizer) if item]
+    rows = [item.ids for item in items]
+    assert len(items) > 3 and max(item.count for item in items) > 1
+
+    def said(most):
+        monkeypatch.setattr(teacher, "positions_at_once", lambda *_: most)
+        reader = Teacher(loaded.model)
+        return reader.streams(items, 32), reader.top(rows, [1] * len(rows), 32)
+
+    (all_streams, all_top), (few_streams, few_top) = said(10**6), said(2)
+    for item, one, other in zip(items, all_streams, few_streams, strict=True):
+        assert len(one.ids) == item.count
+        for of_one, of_other in ((one.bare, other.bare), (one.expert, other.expert), (one.novice, other.novice)):
+            torch.testing.assert_close(of_one, of_other, rtol=1e-4, atol=1e-4)
+    for row, one, other in zip(rows, all_top, few_top, strict=True):
+        assert len(one) == len(row) - 1
+        torch.testing.assert_close(one.log_p, other.log_p, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", [{"contrast": "subjects"}, {"contrast": "personas"}, {}])
@@ -162,7 +214,6 @@ def test_examples_with_shuffled_answers_tell_a_novice_nothing(concept, facts, lo
 
 
 def test_what_a_teacher_read_is_kept_and_read_back_without_the_model(concept, facts, loaded, tmp_path, monkeypatch):
-    import torch
     from excise.artifacts.kept import KeptTensors
     from excise.recipes import teacher as module
 
@@ -187,7 +238,6 @@ def test_what_a_teacher_read_is_kept_and_read_back_without_the_model(concept, fa
 def test_kept_tensors_make_room_for_new_ones(tmp_path):
     import os
 
-    import torch
     from excise.artifacts.kept import KeptTensors
 
     kept = KeptTensors(tmp_path, "a model", budget=3000)

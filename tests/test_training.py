@@ -1,5 +1,7 @@
 """The one trainer: accumulation, refusals, and going on after a kill."""
 
+import weakref
+
 import pytest
 import torch
 from conftest import make_pico
@@ -100,6 +102,25 @@ def test_parts_differentiated_one_after_another_give_the_loss_and_gradient_of_th
         torch.testing.assert_close(found[parts][0], found[one][0])
         torch.testing.assert_close(found[parts][1], found[one][1], atol=1e-6, rtol=1e-4)
     assert found[one][1].norm() > 1e-3
+
+
+def test_of_several_parts_the_activations_of_one_live_at_a_time():
+    adapted, outputs, alive = _adapted(), [], []
+
+    def seen(module, inputs, output):
+        alive.append(sum(earlier() is not None for earlier in outputs))
+        outputs.append(weakref.ref(output))
+
+    # What an activation function gives is kept for its gradient, as long as that may be asked for.
+    adapted.get_base_model().model.layers[-1].mlp.act_fn.register_forward_hook(seen)
+    batch = collate([[lesson] for lesson in _lessons(6)], 1)
+    loss = lesson_loss(WEIGHTS)
+    terms = loss(adapted, batch)
+    assert len(outputs) == len(batch["parts"]) == 6 and alive == [0] * 6
+    del terms
+    outputs.clear(), alive.clear()
+    kept = [loss(adapted, {"parts": [part]}) for part in batch["parts"]]
+    assert alive == list(range(6)) and len(kept) == 6
 
 
 def test_checkpointed_activations_give_the_same_gradients_and_are_computed_again():
