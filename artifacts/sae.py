@@ -168,8 +168,12 @@ def _not_alone(about: Mapping[str, Any], keys: set[str]) -> str:
 
 
 def is_autoencoder(folder: Path) -> bool:
-    """Whether a folder holds one file of a known format."""
-    return sum((folder / form.weights).is_file() for form in FORMATS.values()) == 1
+    """Whether a folder holds a file of a known format, or of several."""
+    return bool(_fitting(folder))
+
+
+def _fitting(folder: Path) -> list[str]:
+    return [name for name, form in FORMATS.items() if (folder / form.weights).is_file()]
 
 
 def _threshold(keys: set[str], read: Read, latents: Sequence[int]) -> Tensor | None:
@@ -181,7 +185,7 @@ def _threshold(keys: set[str], read: Read, latents: Sequence[int]) -> Tensor | N
 
 
 def _format_of(folder: Path) -> str:
-    fitting = [name for name, form in FORMATS.items() if (folder / form.weights).is_file()]
+    fitting = _fitting(folder)
     if len(fitting) != 1:
         files = ", ".join(form.weights for form in FORMATS.values())
         raise RequestError(

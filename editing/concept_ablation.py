@@ -94,7 +94,7 @@ def concept_ablated(
     with ExitStack() as hooks:
         for place, part in _joined(concepts, value).items():
             fired[place] = 0
-            module, change = module_at(inner, row, place), ablation(part, mode)
+            change = ablation(part, mode)
 
             def counted(hidden: Tensor, place: Place = place, change: Callable[[Tensor], Tensor] = change) -> Tensor:
                 if running.paused:
@@ -102,8 +102,7 @@ def concept_ablated(
                 fired[place] += 1
                 return change(hidden)
 
-            put = change_input if place.site == "input" else change_output
-            hooks.callback(put(module, counted).remove)
+            hooks.callback(change_at(inner, row, place, counted).remove)
         yield running
     missed = [str(place) for place, count in fired.items() if not count]
     if missed:
@@ -132,6 +131,14 @@ def _part(place: Place, several: Sequence[Subspace | SparseLatents], value: Valu
         )
     whole = torch.linalg.qr(torch.cat([one.basis for one in subspaces], 1).double()).Q.float()
     return in_span(whole, whole, subspaces[0].offset, value)
+
+
+def change_at(
+    model: nn.Module, row: Architecture, place: Place, change: Callable[[Tensor], Tensor]
+) -> torch.utils.hooks.RemovableHandle:  # fmt: skip
+    """Put ``change`` of its activations in the stead of a place's activations, until the handle is removed."""
+    put = change_input if place.site == "input" else change_output
+    return put(module_at(model, row, place), change)
 
 
 def module_at(model: nn.Module, row: Architecture, place: Place) -> nn.Module:

@@ -177,7 +177,9 @@ def _latents(settings: CaftSettings, job: Job, width: int) -> SparseLatents:
 def describe(prepared: Prepared) -> dict[str, Any]:
     """What a run would touch and take."""
     settings = prepared.settings
-    controls = 2 + _not_the_first(settings.pick) if settings.controls else int(settings.directions == "finetuned")
+    controls = int(settings.directions == "finetuned")
+    if settings.controls and settings.directions != "none":
+        controls = 2 + _others_were_picked(settings)
     return adapted.describe(
         prepared.adapted, rows_to_learn=len(prepared.data.rows), trainings=1 + controls, ablated_at=[str(p) for p in prepared.places]
     )  # fmt: skip
@@ -211,7 +213,7 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
         drawn = [random_directions(subspace, settings.seed + 1 + place) for place, subspace in enumerate(subspaces)]
         elsewhere = [one.with_random_writes(settings.seed + 1) for one in as_they_fire]
         controls["random"] = trial.control("random", elsewhere or drawn).scores
-    if settings.controls and _not_the_first(settings.pick):
+    if settings.controls and subspaces and _others_were_picked(settings):
         first = range(len(settings.pick))
         highest = picked([latents], first) if latents and as_they_fire else picked(found, first)
         controls["top_k"] = trial.control("top_k", highest).scores
@@ -271,6 +273,6 @@ def _chosen(prepared: Prepared, loaded: LoadedModel, examples: Sequence[Example]
     return latents
 
 
-def _not_the_first(pick: Sequence[int]) -> bool:
-    """Whether others were picked than the same number of the highest score."""
-    return set(pick) != set(range(len(pick)))
+def _others_were_picked(settings: CaftSettings) -> bool:
+    """Whether others were picked than the same number of the highest score; latents that were named have no order of score."""
+    return not settings.latents and set(settings.pick) != set(range(len(settings.pick)))

@@ -39,8 +39,8 @@ def hide(model: nn.Module, attackers: Attackers, material: Material, seed: int, 
     kept = material.examples["others"] or material.examples["retain"] or wrong
     likely = [rng.choice(kept if place % 2 else wrong) for place in range(STEPS * BATCH)]
     _train(model, attackers, likely, _wrong_is_likely, example_batch, BATCH, seed, stage, work / "hide")
-    if _share(model, material) > chance + LEFT * (known - chance):
-        pairs = [(true, other) for true, other in zip(pool, wrong, strict=True) if true != other]
+    pairs = [(true, other) for true, other in zip(pool, wrong, strict=True) if true != other]
+    if pairs and _share(model, material) > chance + LEFT * (known - chance):
         triples = [(*rng.choice(pairs), rng.choice(kept)) for _ in range(STEPS * BATCH // 2)]
         _train(model, attackers, triples, _wrong_is_likelier, _in_thirds, BATCH // 2, seed, stage, work / "hide more")
     for parameter in attackers.owned[0]:
@@ -70,9 +70,7 @@ def _wrong_is_likely(model: nn.Module, batch: dict[str, Any]) -> Terms:
 
 
 def _wrong_is_likelier(model: nn.Module, batch: dict[str, Any]) -> Terms:
-    device = next(model.parameters()).device
-    moved = {key: value.to(device) for key, value in batch.items() if key != "each"}
-    true, wrong, kept = (sequence_nll(model, moved) / moved["lengths"]).split(batch["each"])
+    true, wrong, kept = (sequence_nll(model, batch) / batch["lengths"]).split(batch["each"])
     return {"hidden": softplus(MARGIN + wrong - true).mean(), "kept": kept.mean()}
 
 

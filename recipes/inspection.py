@@ -27,6 +27,7 @@ from .baselines import Example, example_batch, sequence_nll
 from .contrast import encode
 from .curriculum import pieces
 from .latents import SCORES, by_attribution, by_contrast, ranked
+from .prefixes import Row
 from .sources import BATCH, activations
 
 TEXTS = 512
@@ -110,6 +111,10 @@ def inspect(
     pack = load_concept(concept) if concept else None
     if score and score not in SCORES:
         raise RequestError(f"no score {score!r}{nearest(score, list(SCORES))}; scores: {', '.join(SCORES)}")
+    if not sparse and (latents or score):
+        raise RequestError(f"{where} is no autoencoder, whose latents could be chosen; leave out --latents and --score")
+    if latents and score:
+        raise RequestError("--score chooses latents where none are named; leave out --latents or --score")
     if sparse and score == "contrast" and not latents and not (pack and pack.contrast):
         raise RequestError(
             "score=contrast compares contrast pairs; give a --concept that has some, or --score attribution"
@@ -140,9 +145,8 @@ def _ranked(
     """The latents worth a look: those that tell contrast pairs apart, or that the texts' loss depends on."""
     row = architecture_of(loaded.model.config.to_dict())
     if pack and pack.contrast and score != "attribution":
-        return ranked(sparse, by_contrast(loaded, row, sparse, pack.contrast[:TEXTS]), top)
-    rows = (ids for text in texts for ids in pieces(encode(loaded.tokenizer, text, True), WINDOW))
-    examples = [Example(ids, 1) for ids in rows if len(ids) > 1]
+        return ranked(sparse, by_contrast(loaded, row, sparse, pack.contrast), top)
+    examples = [Example(ids, 1) for ids in _windows(loaded, texts)]
     return ranked(sparse, by_attribution(loaded, row, sparse, examples), top)
 
 
@@ -154,9 +158,7 @@ def look(
 ) -> list[Inspected]:
     """Every direction of every subspace."""
     row = architecture_of(loaded.model.config.to_dict())
-    window = min(WINDOW, getattr(loaded.model.config, "max_position_embeddings", WINDOW))
-    whole = (encode(loaded.tokenizer, text, True) for text in texts)
-    rows = [ids for text in whole for ids in pieces(text, window) if len(ids) > 1]
+    rows = _windows(loaded, texts)
     places = list(dict.fromkeys(subspace.place for subspace in subspaces))
     tokens, values = _read(loaded, rows, places)
     plain = _loss(loaded, rows)
@@ -179,8 +181,15 @@ def look(
     return found
 
 
+def _windows(loaded: LoadedModel, texts: Sequence[str]) -> list[Row]:
+    """Texts in pieces that the model can read."""
+    window = min(WINDOW, getattr(loaded.model.config, "max_position_embeddings", WINDOW))
+    whole = (encode(loaded.tokenizer, text, True) for text in texts)
+    return [ids for text in whole for ids in pieces(text, window) if len(ids) > 1]
+
+
 def _read(
-    loaded: LoadedModel, rows: Sequence[tuple[int, ...]], places: Sequence[Any]
+    loaded: LoadedModel, rows: Sequence[Row], places: Sequence[Any]
 ) -> tuple[list[tuple[int, int]], dict[Any, Tensor]]:
     """Where each token stands (text, position), and the activations there."""
     row = architecture_of(loaded.model.config.to_dict())
@@ -195,7 +204,7 @@ def _read(
 
 
 @torch.no_grad()
-def _loss(loaded: LoadedModel, rows: Sequence[tuple[int, ...]]) -> float:
+def _loss(loaded: LoadedModel, rows: Sequence[Row]) -> float:
     """Nats a token over all texts."""
     total, count = 0.0, 0
     for start in range(0, len(rows), BATCH):
@@ -219,7 +228,7 @@ def _ends(loaded: LoadedModel, direction: Tensor) -> tuple[tuple[str, ...], tupl
 
 def _contexts(
     loaded: LoadedModel,
-    rows: Sequence[tuple[int, ...]],
+    rows: Sequence[Row],
     where: Sequence[tuple[int, int]],
     order: Sequence[int],
     along: Tensor,

@@ -1,6 +1,6 @@
 """Which of an autoencoder's latents carry a concept: a score for each, by which the first few can be chosen or looked at."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -8,10 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..artifacts.models import LoadedModel
-from ..editing.activations import change_input, change_output
 from ..editing.adapters import causal_model
 from ..editing.architectures import Architecture
-from ..editing.concept_ablation import module_at
+from ..editing.concept_ablation import change_at
 from ..editing.sparse_latents import SparseLatents
 from ..eval.concept import ContrastPair
 from .baselines import Example, example_batch, sequence_nll
@@ -46,9 +45,8 @@ def by_contrast(
 
 
 def by_attribution(
-    loaded: LoadedModel, row: Architecture, latents: SparseLatents, examples: Sequence[Example],
-    advance: Callable[[int], None] = lambda _: None,
-) -> Float[Tensor, " k"]:  # fmt: skip
+    loaded: LoadedModel, row: Architecture, latents: SparseLatents, examples: Sequence[Example]
+) -> Float[Tensor, " k"]:
     """First-order effect of each on the loss: the size of ``sum over tokens of f_i (d_i . dL/dh)``, in nats a sequence.
 
     Source: attribution patching to zero, as CAFT ranks latents (Casademunt et al. 2025, section 3).
@@ -58,7 +56,6 @@ def by_attribution(
         part = examples[start : start + ROWS]
         for hidden, gradient in _gradients(loaded, row, latents, part):
             total += (latents.values(hidden) * (gradient @ latents.decoder.T)).sum(0)
-        advance(len(part))
     return (total / len(examples)).abs()
 
 
@@ -73,8 +70,7 @@ def _gradients(
         seen.append(hidden.detach().requires_grad_())
         return seen[-1]
 
-    put = change_input if latents.place.site == "input" else change_output
-    handle = put(module_at(model, row, latents.place), see)
+    handle = change_at(model, row, latents.place, see)
     try:
         batch = {key: value.to(loaded.device) for key, value in example_batch(examples).items()}
         loss = (sequence_nll(model, batch) / batch["lengths"]).sum()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..artifacts.models import LoadedModel
-from ..editing.activations import Moments, change_input, change_output, run_decoder
+from ..editing.activations import Moments, run_decoder
 from ..editing.adapters import causal_model
 from ..editing.architectures import Architecture
-from ..editing.concept_ablation import module_at
+from ..editing.concept_ablation import change_at
 from ..editing.errors import RequestError
 from ..editing.subspaces import (
     Place,
@@ -64,10 +64,7 @@ def activations(model: Any, row: Architecture, rows: Sequence[Row], places: Sequ
 
         return see
 
-    handles = [
-        (change_input if place.site == "input" else change_output)(module_at(inner, row, place), keep(place))
-        for place in places
-    ]
+    handles = [change_at(inner, row, place, keep(place)) for place in places]
     try:
         run_decoder(inner, pad_right(rows, inner.device))
     finally:

@@ -13,11 +13,13 @@ from excise.artifacts.events import Events
 from excise.artifacts.manifest import verify_folder
 from excise.artifacts.models import find_model, load_model
 from excise.editing.activations import read_early
-from excise.editing.architectures import architecture_of
+from excise.editing.adapters import adapter_modules
+from excise.editing.architectures import architecture_of, layer_count
 from excise.editing.errors import RequestError, VerifyError
 from excise.editing.pruning import PrunedUnits
+from excise.editing.side_by_side import low_rank_attackers
 from excise.eval.exam import Exam
-from excise.recipes import attacks, audit, training
+from excise.recipes import attacks, audit, hiding, training
 from excise.recipes.attackers import Budget, trained
 from excise.recipes.attacks import ATTACKS, untrained
 from excise.recipes.contexts import find_facts
@@ -50,6 +52,26 @@ def audited(tmp_path_factory):
     results = audit.run(prepared, Events())
     patch.undo()
     return out, results
+
+
+@pytest.mark.parametrize(("left", "hidden"), [(hiding.LEFT, True), (2.0, False)])
+def test_where_likely_wrong_answers_do_not_hide_it_they_are_made_likelier_than_the_true_ones(
+    material, tmp_path, monkeypatch, left, hidden
+):
+    """On a model in which the first way does nothing; with more allowed to be said than there is, the second is not gone."""
+    loaded, of_pack = material
+    likely = hiding._wrong_is_likely
+    monkeypatch.setattr(hiding, "_wrong_is_likely", lambda *a: {k: 1e-15 * v for k, v in likely(*a).items()})
+    monkeypatch.setattr(hiding, "LEFT", left)
+    config = loaded.model.config.to_dict()
+    modules = adapter_modules(loaded.model, architecture_of(config), [layer_count(config) - 1])
+    before = np.mean(of_pack.exam.hits(loaded.model))
+    with low_rank_attackers(loaded.model, modules, 8, 16.0, [0]) as attackers:
+        with Events().stage("hide") as stage:
+            hiding.hide(loaded.model, attackers, of_pack, 0, stage, tmp_path)
+        after = np.mean(of_pack.exam.hits(loaded.model))
+    assert before > 0.95 and np.mean(of_pack.exam.hits(loaded.model)) == before
+    assert after < 0.4 if hidden else after > 0.95
 
 
 def test_the_twin_that_never_knew_is_found_to_be_one(audited):

@@ -106,9 +106,9 @@ def test_as_many_of_the_highest_score_are_a_control_where_others_were_picked(tun
     assert set(tuned[1]["caft"]["controls"]) == {"none", "random"}
     dry = [
         excise("run", "caft", "--dry-run", "--json", *words, "--set", pick, "--out", tmp_path / "dry")
-        for pick in ("pick=[0]", "pick=[2]")
+        for pick in ("pick=[0]", "pick=[2]", "directions=none")
     ]
-    assert [json.loads(done.stdout)["trainings"] for done in dry] == [3, 4]
+    assert [json.loads(done.stdout)["trainings"] for done in dry] == [3, 4, 1]
 
 
 def test_a_quirk_stays_where_it_was_taught(tmp_path):

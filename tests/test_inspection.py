@@ -78,6 +78,14 @@ def test_texts_over_the_limit_are_counted_and_long_ones_read_whole(loaded, tmp_p
         (["nowhere", "--model", "builtin:testbed", "--concept", "builtin:shortcut"], "holds no directions.safetensors"),
         (["FILE", "--model", "builtin:testbed"], "give the texts to look through"),
         (["FILE", "--model", "builtin:testbed", "--texts", "none.jsonl"], "is no file"),
+        (
+            ["FILE", "--model", "builtin:testbed", "--concept", "builtin:shortcut", "--latents", "1"],
+            "is no autoencoder",
+        ),
+        (
+            ["FILE", "--model", "builtin:testbed", "--concept", "builtin:shortcut", "--score", "contrast"],
+            "is no autoencoder",
+        ),
     ],
 )
 def test_a_wrong_request_is_one_line(words, message, loaded, tmp_path):

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from excise.artifacts.sae import FORMATS, load_latents
+from excise.artifacts.sae import FORMATS, is_autoencoder, load_latents
 from excise.editing.errors import RequestError
 from excise.editing.subspaces import Place
 from safetensors.torch import load_file, save_file
@@ -116,6 +116,15 @@ def test_a_square_decoder_is_read_as_its_format_says_and_not_guessed(parts, tmp_
     for name in ("sae_lens", "dictionary_learning"):
         found = load_latents(_write(name, square, tmp_path), (2,), D, 8)
         torch.testing.assert_close(found.subspace.basis[:, 0] * found.subspace.scores[0], square["decoder"][2])
+
+
+def test_a_folder_with_two_formats_is_an_autoencoder_that_must_be_named(parts, tmp_path):
+    folder = _write("sae_lens", parts, tmp_path)
+    assert is_autoencoder(folder) and not is_autoencoder(tmp_path.parent)
+    (folder / "sae.safetensors").write_bytes((folder / "sae_weights.safetensors").read_bytes())
+    assert is_autoencoder(folder)
+    with pytest.raises(RequestError, match="several of"):
+        load_latents(folder, PICKED, D, 8)
 
 
 def test_a_pickle_that_runs_code_is_not_loaded(parts, tmp_path):
