@@ -1,6 +1,6 @@
 """Seconds and memory of an ELM step, against a plain loop that does the same work as the method's published code does it.
 
-    python benchmarks/elm.py MODEL [--rounds 3] [--lengths lines,texts]
+    python benchmarks/elm.py MODEL [--rounds 3] [--lengths lines,texts] [--dtype float32]
 
 Both train rank 4 on layers 4 to 7 with 12 sequences a step: 4 to forget, 4 to retain, 4 continuations (where a
 continuation follows its forget text, excise reads both as one row). The plain loop takes them one at a time: separate
@@ -38,10 +38,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", default="lines,texts")
     parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="Of the base; adapters are fp32."
+    )
     parser.add_argument("--worker", nargs=3, metavar=("SIDE", "LENGTH", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(measure(options.model, *options.worker)))
+        print(json.dumps(measure(options.model, options.dtype, *options.worker)))
         return
     print(f"{'':24}{'s a step':>28}{'peak MB':>22}")
     print(f"{'':24}{'excise':>10}{'plain':>10}{'ratio':>8}{'excise':>12}{'plain':>10}")
@@ -50,7 +53,7 @@ def main() -> None:
             found: dict[str, list[dict[str, Any]]] = {"excise": [], "plain": []}
             for _ in range(options.rounds):
                 for side, results in found.items():
-                    results.append(_in_process(options.model, side, length, mode))
+                    results.append(_in_process(options.model, options.dtype, side, length, mode))
             report(f"{length}, {mode}", found)
 
 
@@ -70,12 +73,12 @@ def report(name: str, found: dict[str, list[dict[str, Any]]]) -> None:
     print(f"{'':24}{shares}; {whole / found['excise'][0]['floor']:.1f}x the matrix-multiply floor", flush=True)
 
 
-def measure(ref: str, side: str, length: str, mode: str) -> dict[str, Any]:
+def measure(ref: str, dtype: str, side: str, length: str, mode: str) -> dict[str, Any]:
     """Seconds an optimizer step and peak memory of one side, in this process."""
     import torch
     from excise.artifacts.models import find_model, load_model
 
-    loaded = load_model(find_model(ref), torch.device("cpu"), torch.float32)
+    loaded = load_model(find_model(ref), torch.device("cpu"), getattr(torch, dtype))
     steps = STEPS[side][length]
     rng = random.Random(0)
     texts = [make_text(loaded.tokenizer, length, rng) for _ in range(2 * GROUPS * steps)]
@@ -201,7 +204,7 @@ class PlainLoop:
 
     def logits(self, ids: Any) -> Any:
         """Logits [n, v]."""
-        return self.model(input_ids=ids, use_cache=False).logits[0]
+        return self.model(input_ids=ids, use_cache=False).logits[0].float()
 
     def frozen(self, ids: Any) -> Any:
         """Logits without the adapter."""
@@ -279,7 +282,7 @@ def _floor(model: Any, teacher: int, student: int) -> float:
     shapes = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
     rows, seconds = 512, 0.0
     for shape in dict.fromkeys(shapes):
-        x, w = torch.randn(rows, shape[1]), torch.randn(*shape)
+        x, w = torch.randn(rows, shape[1], dtype=model.dtype), torch.randn(*shape, dtype=model.dtype)
         x @ w.T
         started = time.perf_counter()
         for _ in range(3):
@@ -288,10 +291,10 @@ def _floor(model: Any, teacher: int, student: int) -> float:
     return seconds * (teacher + 2 * student)
 
 
-def _in_process(ref: str, side: str, length: str, mode: str) -> dict[str, Any]:
+def _in_process(ref: str, dtype: str, side: str, length: str, mode: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).resolve()), ref, "--worker", side, length, mode],
+            [sys.executable, str(Path(__file__).resolve()), ref, "--dtype", dtype, "--worker", side, length, mode],
             capture_output=True, text=True, cwd=place, check=False,
         )  # fmt: skip
     if done.returncode:
