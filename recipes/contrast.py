@@ -29,6 +29,11 @@ class ContrastSource(Protocol):
         """Whether expert and novice still differ in the right way once a continuation has begun."""
         ...
 
+    @property
+    def trained_expert(self) -> bool:
+        """Whether the expert is a model of its own, which reads the bare context."""
+        ...
+
     def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
         """Rows of experts (none where the bare context is the expert) and of novices (none where there is no contrast)."""
         ...
@@ -43,6 +48,7 @@ class PersonaContrast:
     novice: str
     name: str = "personas"
     lasting: bool = True
+    trained_expert: bool = False
 
     def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
         expert, novice = (
@@ -65,6 +71,7 @@ class SubjectContrast:
     """By relation, the subjects that stand in."""
     name: str = "subjects"
     lasting: bool = False
+    trained_expert: bool = False
 
     def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
         if context.fact is None:
@@ -86,6 +93,7 @@ class ExampleContrast:
     """By relation, subjects with their answers."""
     name: str = "examples"
     lasting: bool = False
+    trained_expert: bool = False
 
     def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
         pairs = [
@@ -103,6 +111,23 @@ class ExampleContrast:
             for some in (pairs, shuffled)
         )
         return [expert], [novice]
+
+
+@dataclass(frozen=True)
+class ReinforcedContrast:
+    """The bare context, read by the model itself and by one that was trained a little more on the concept.
+
+    What further training raises is what the concept is made of; the novice is the model as it is (Eldan and Russinovich
+    2023, arXiv 2310.02238, section 2.1: the reinforced model).
+    """
+
+    tokenizer: Any
+    name: str = "reinforced"
+    lasting: bool = False
+    trained_expert: bool = True
+
+    def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
+        return [], [encode(self.tokenizer, context.text, context.special)]
 
 
 def _lines(context: Context, pairs: Sequence[tuple[str, str]]) -> str:
@@ -162,7 +187,7 @@ def _item(context: Context, source: ContrastSource, tokenizer: Any) -> Item | No
         return None
     # The position before the shared tokens predicts the first of them, so it counts too.
     count = 1 + min(_shared_end(ids, row) for row in (*experts, *novices))
-    return Item(ids, min(count, len(ids)), tuple(experts), tuple(novices))
+    return Item(ids, min(count, len(ids)), tuple(experts), tuple(novices), source.trained_expert)
 
 
 def _shared_end(one: Row, other: Row) -> int:

@@ -5,8 +5,11 @@ novice does. An adapter is trained toward that on contexts that elicit the conce
 everything that must stay, and along continuations sampled from the edited target so that replies stay fluent.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -18,10 +21,11 @@ from ..editing.errors import EditError, RequestError
 from . import adapted
 from .adapted import AdapterRun, Lessons
 from .contexts import Facts, find_facts
-from .contrast import ContrastSource, contrast_sources
+from .contrast import ContrastSource, ReinforcedContrast, contrast_sources
 from .curriculum import Curriculum, Recipe, Replies, forget_contexts, teach_forgetting, teach_keeping
 from .lessons import arrange, collate, lesson_loss, part_size
 from .pipeline import Finished
+from .reinforced import reinforced
 from .target_check import TargetCheck, check_target
 from .teacher import Teacher
 
@@ -48,9 +52,12 @@ class ElmSettings(AdapterRun):
 
     preset: Literal["default", "paper", "reference"] = "default"
     """paper and reference set other defaults, as published and as in the authors' code; keys given explicitly win."""
-    contrast: Literal["auto", "subjects", "personas", "examples"] = "auto"
+    contrast: Literal["auto", "subjects", "personas", "examples", "reinforced"] = "auto"
     """Novice: the mean over other subjects in the same words, a persona (paper), or examples whose answers are shuffled
-    against examples that are right; auto takes what the target check prefers."""
+    against examples that are right; or the model itself against one trained further on the pack's texts (reinforced). auto
+    takes what the target check prefers of those that need no training."""
+    expert_steps: int = Field(60, ge=1)
+    """Steps that the expert of contrast=reinforced is trained."""
     contexts: Literal["both", "texts", "questions"] = "both"
     """Where the concept is elicited: the pack's texts, group-T questions in several formats, or both."""
     most_contexts: int = Field(2000, ge=8)
@@ -108,6 +115,8 @@ def prepare(settings: ElmSettings, *, resume: bool = False) -> Prepared:
     Raises:
         RequestError: Anything that could not work.
     """
+    if settings.contrast == "reinforced" and settings.base_bits != 16:
+        raise RequestError("contrast=reinforced makes an expert of the base's own weights; use base_bits=16")
     checked = adapted.prepare(RECIPE, settings, resume=resume)
     concept = checked.job.concept
     facts = find_facts(concept)
@@ -116,9 +125,10 @@ def prepare(settings: ElmSettings, *, resume: bool = False) -> Prepared:
             f"concept {concept.ref} has no facts to exchange subjects in: group-T forget questions need a subject that "
             "their prompt names, and texts that state their answers; use contrast=personas"
         )
-    if concept.about.personas is None and (settings.contrast == "personas" or not facts.phrasings):
+    needed = settings.contrast == "personas" or (settings.contrast != "reinforced" and not facts.phrasings)
+    if concept.about.personas is None and needed:
         raise RequestError(
-            f"concept {concept.ref} has no personas for an expert and a novice; add personas to concept.yaml"
+            f"concept {concept.ref} has no personas for an expert and a novice; add personas to concept.yaml, or --set contrast=reinforced"
         )
     return Prepared(checked, settings, facts)
 
@@ -131,19 +141,20 @@ def describe(prepared: Prepared) -> dict[str, Any]:
 def run(prepared: Prepared, events: Events) -> Finished:
     """Do the whole run: check the target, read the teacher, train, merge, measure, publish."""
     return adapted.run(
-        prepared.adapted, lambda loaded, seen, _: _lessons(prepared, loaded, seen), "erased with ELM", events
+        prepared.adapted, lambda loaded, seen, work: _lessons(prepared, loaded, seen, work), "erased with ELM", events
     )
 
 
-def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons:
+def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path) -> Lessons:
     settings = prepared.settings
-    kept = _kept(prepared)
-    check, source, strength = _choose(prepared, loaded, kept, events)
+    expert = _expert(prepared, loaded, events, work)
+    read = partial(Teacher, loaded.model, kept=_kept(prepared), expert=expert)
+    check, source, strength = _choose(prepared, loaded, read, events)
     recipe = Recipe(
         strength, settings.one_sided, settings.eta_ramp, settings.temperature, settings.target_top_k, settings.kept_tokens, settings.contexts,
         settings.weighting, settings.hard_retain, settings.fluency_tokens, settings.chat_facts, settings.most_contexts, settings.seed,
     )  # fmt: skip
-    curriculum = _teach(prepared, loaded, kept, source, recipe, events)
+    curriculum = _teach(prepared, loaded, read, source, recipe, events)
     weights = {"erase": settings.erase_weight, "fluency": settings.fluency_weight, "retain": settings.retain_weight}
     training = {
         "about": f"Contrast `{source.name}` at strength {strength:g}.", "contrast": source.name, "eta": strength,
@@ -159,17 +170,37 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons
     )  # fmt: skip
 
 
+def _expert(
+    prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
+) -> Callable[[], AbstractContextManager[object]]:  # fmt: skip
+    """Where an expert is to be trained, the context in which the model is one."""
+    settings = prepared.settings
+    if settings.contrast != "reinforced":
+        return nullcontext
+    with events.stage("train an expert", settings.expert_steps) as stage:
+        return reinforced(
+            loaded, prepared.adapted.concept, settings.expert_steps, _limit(loaded), settings.seed, stage, work
+        )
+
+
+def _limit(loaded: LoadedModel) -> int:
+    """Tokens of a text that are read at once."""
+    return min(int(getattr(loaded.model.config, "max_position_embeddings", 1024)), 1024) // 2
+
+
 def _choose(
-    prepared: Prepared, loaded: LoadedModel, kept: KeptTensors | None, events: Events
+    prepared: Prepared, loaded: LoadedModel, read: Callable[..., Teacher], events: Events
 ) -> tuple[TargetCheck, ContrastSource, float]:  # fmt: skip
     """Check what every contrast promises; take the strength that was asked for, or the one the check prefers."""
     job, settings = prepared.adapted.job, prepared.settings
     sources = contrast_sources(job.concept, prepared.facts, loaded.tokenizer, settings.stand_ins, settings.seed)
-    if settings.contrast != "auto":
+    if settings.contrast == "reinforced":
+        sources = [ReinforcedContrast(loaded.tokenizer)]
+    elif settings.contrast != "auto":
         sources = [source for source in sources if source.name == settings.contrast]
     with events.stage("check the target") as stage:
         check = check_target(
-            Teacher(loaded.model, stage.advance, kept),
+            read(advance=stage.advance),
             loaded.tokenizer,
             job.concept,
             prepared.facts,
@@ -182,15 +213,15 @@ def _choose(
 
 
 def _teach(
-    prepared: Prepared, loaded: LoadedModel, kept: KeptTensors | None, source: ContrastSource, recipe: Recipe, events: Events
+    prepared: Prepared, loaded: LoadedModel, read: Callable[..., Teacher], source: ContrastSource, recipe: Recipe, events: Events
 ) -> Curriculum:  # fmt: skip
     """All lessons, each teacher's prediction computed once."""
     job, concept, tokenizer = prepared.adapted.job, prepared.adapted.concept, loaded.tokenizer
-    limit = min(int(getattr(loaded.model.config, "max_position_embeddings", 1024)), 1024) // 2
+    limit = _limit(loaded)
     reply = Replies(loaded.model, tokenizer, job.settings.reply_tokens, recipe.seed)
     with events.stage("read the teacher") as stage:
         contexts = forget_contexts(concept, _facts_for(prepared, source), tokenizer, reply, recipe, limit)
-        teacher = Teacher(loaded.model, stage.advance, kept)
+        teacher = read(advance=stage.advance)
         forget, without, left_over = teach_forgetting(teacher, tokenizer, contexts, source, recipe)
         teacher.forget()
         keep, skipped = teach_keeping(teacher, tokenizer, concept, prepared.facts, reply, recipe, limit)

@@ -5,7 +5,7 @@ target, so a target that does not forget, or that forgets neighbours too, is kno
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..editing.soft_targets import Streams
@@ -112,7 +112,7 @@ def _read(teacher: Teacher, tokenizer: Any, asked: Sequence[_Asked], source: Con
     for entry, item in zip(asked, contrasted([a.context for a in asked], source, tokenizer), strict=True):
         ids = encode(tokenizer, entry.context.text, True)
         # Without a contrast the target is the frozen model itself, at any strength.
-        items.append(Item(item.ids, 1, item.experts, item.novices) if item else Item(ids, 1, (ids,), (ids,)))
+        items.append(replace(item, count=1) if item else Item(ids, 1, (ids,), (ids,)))
     vocabulary = int(teacher.model.config.vocab_size)
     return teacher.streams(items, vocabulary)
 

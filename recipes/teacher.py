@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -19,6 +20,8 @@ Span = tuple[int, int]
 """Positions from one to another, counted from a row's end: (-3, 0) are the last three."""
 Place = tuple[int, Span]
 """An item, by its index, and some of its positions."""
+Reading = tuple[Row, bool]
+"""A row, and whether it is the trained expert that reads it."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,19 @@ class Item:
     experts: tuple[Row, ...] = ()
     """In place of an expert the bare context can stand."""
     novices: tuple[Row, ...] = ()
+    trained_expert: bool = False
+    """The expert is another model than the teacher's own, trained to be one; it reads the bare context."""
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def readings(self) -> tuple["Reading", ...]:
         """All that is read for it, each once."""
-        return tuple(dict.fromkeys((self.ids, *self.experts, *self.novices)))
+        own = dict.fromkeys((row, False) for row in (self.ids, *self.experts, *self.novices))
+        return (*own, (self.ids, True)) if self.trained_expert else tuple(own)
+
+    @property
+    def expert(self) -> tuple["Reading", ...]:
+        """What the expert's mean distribution is of."""
+        return tuple((row, self.trained_expert) for row in self.experts or (self.ids,))
 
 
 class Teacher:
@@ -44,9 +55,15 @@ class Teacher:
     temperature, ranks, layers, rates or weights reads every context that it shares with an earlier run from disk.
     """
 
-    def __init__(self, model: Any, advance: Callable[[int], None] = lambda _: None, kept: KeptTensors | None = None):
-        self.model, self.advance, self.kept = model, advance, kept
-        self._hidden: dict[Row, Tensor] = {}
+    def __init__(
+        self, model: Any, advance: Callable[[int], None] = lambda _: None, kept: KeptTensors | None = None,
+        expert: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ):  # fmt: skip
+        """Args:
+        expert: While it lasts, the model is the trained expert.
+        """
+        self.model, self.advance, self.kept, self.expert = model, advance, kept, expert
+        self._hidden: dict[Reading, Tensor] = {}
 
     @property
     def head(self) -> Head:
@@ -61,9 +78,9 @@ class Teacher:
         order = sorted(range(len(items)), key=lambda i: (items[i].novices, items[i].count))
         found = _Store([item.count for item in items])
         for some, said in self._said(items, order, temperature):
-            bare = torch.cat([said.mean((items[i].ids,), span) for i, span in some])
-            expert = torch.cat([said.mean(items[i].experts or (items[i].ids,), span) for i, span in some])
-            novice = torch.cat([said.mean(items[i].novices, span) for i, span in some])
+            bare = torch.cat([said.mean(((items[i].ids, False),), span) for i, span in some])
+            expert = torch.cat([said.mean(items[i].expert, span) for i, span in some])
+            novice = torch.cat([said.mean(tuple((row, False) for row in items[i].novices), span) for i, span in some])
             of_all = keep_streams(bare, expert, novice, kept)
             found.put(some, (of_all.ids, of_all.bare, of_all.expert, of_all.novice))
         return [Streams(*tensors) for tensors in found.each()]
@@ -73,7 +90,7 @@ class Teacher:
         items = [Item(row, len(row) - first) for row, first in zip(rows, firsts, strict=True)]
         found = _Store([item.count for item in items])
         for some, said in self._said(items, range(len(items)), 1.0):
-            of_all = join([keep_top(said.mean((rows[index],), span), kept) for index, span in some])
+            of_all = join([keep_top(said.mean(((rows[index], False),), span), kept) for index, span in some])
             found.put(some, (of_all.ids, of_all.log_p, of_all.rest))
         return [SoftTargets(*tensors) for tensors in found.each()]
 
@@ -87,29 +104,39 @@ class Teacher:
         """Which positions of which items, and what is said there; a bounded number at a time."""
         self._read(items)
         for some in self._portions(items, order):
-            slots = list(dict.fromkeys((row, span) for index, span in some for row in items[index].rows))
+            slots = list(dict.fromkeys((reading, span) for index, span in some for reading in items[index].readings))
             yield some, _Said(dict(zip(slots, self._log_p(slots, temperature), strict=True)))
 
     def _read(self, items: Sequence[Item]) -> None:
-        wanted: dict[Row, int] = {}
+        wanted: dict[Reading, int] = {}
         for item in items:
-            for row in item.rows:
-                wanted[row] = max(item.count, wanted.get(row, 0))
-        missing = {row: n for row, n in wanted.items() if row not in self._hidden or len(self._hidden[row]) < n}
+            for reading in item.readings:
+                wanted[reading] = max(item.count, wanted.get(reading, 0))
+        missing = {one: n for one, n in wanted.items() if one not in self._hidden or len(self._hidden[one]) < n}
+        self._read_own({row: n for (row, trained), n in missing.items() if not trained})
+        of_expert = {row: n for (row, trained), n in missing.items() if trained}
+        if of_expert:
+            with self.expert():
+                self._read_now(of_expert, True)
+
+    def _read_own(self, missing: dict[Row, int]) -> None:
         if not missing:
             return
         key = sorted(missing.items())
         kept = self.kept.get(key) if self.kept else None
         if kept is not None:
             parts = kept["hidden"].to(self.model.device).split([n for _, n in key])
-            self._hidden.update(zip((row for row, _ in key), parts, strict=True))
+            self._hidden.update(zip(((row, False) for row, _ in key), parts, strict=True))
             self.advance(len(key))
             return
-        for row, hidden in final_hidden_states(self.model, missing):
-            self._hidden[row] = hidden
-            self.advance(1)
+        self._read_now(missing, False)
         if self.kept:
-            self.kept.put({"hidden": torch.cat([self._hidden[row] for row, _ in key]).cpu()}, key)
+            self.kept.put({"hidden": torch.cat([self._hidden[row, False] for row, _ in key]).cpu()}, key)
+
+    def _read_now(self, missing: dict[Row, int], trained: bool) -> None:
+        for row, hidden in final_hidden_states(self.model, missing):
+            self._hidden[row, trained] = hidden
+            self.advance(1)
 
     def _portions(self, items: Sequence[Item], order: Iterable[int]) -> Iterator[list[Place]]:
         """Consecutive positions of items whose rows go through the unembedding together.
@@ -117,13 +144,13 @@ class Teacher:
         It is larger than all that a few positions bring, so that they would mostly wait for it to be read.
         """
         most = positions_at_once(int(self.model.config.vocab_size), self.model.device)
-        portion, seen, positions = list[Place](), set[tuple[Row, Span]](), 0
+        portion, seen, positions = list[Place](), set[tuple[Reading, Span]](), 0
         for index in order:
-            rows, count = items[index].rows, items[index].count
-            size = max(1, most // len(rows))
+            readings, count = items[index].readings, items[index].count
+            size = max(1, most // len(readings))
             for start in range(-count, 0, size):
                 span = (start, min(start + size, 0))
-                slots = {(row, span) for row in rows}
+                slots = {(reading, span) for reading in readings}
                 more = len(slots - seen) * (span[1] - span[0])
                 if portion and positions + more > most:
                     yield portion
@@ -136,31 +163,34 @@ class Teacher:
             yield portion
 
     @torch.no_grad()
-    def _log_p(self, slots: Sequence[tuple[Row, Span]], temperature: float) -> list[Float[Tensor, "count v"]]:
+    def _log_p(self, slots: Sequence[tuple[Reading, Span]], temperature: float) -> list[Float[Tensor, "count v"]]:
         """Log-probabilities at some positions of each row."""
-        # Of a row that is longer remembered, the end counts.
-        hidden = [self._hidden[row][len(self._hidden[row]) + start :][: end - start] for row, (start, end) in slots]
+        hidden = []
+        for reading, (start, end) in slots:
+            # More positions than these may be remembered; spans count from the end.
+            states = self._hidden[reading]
+            hidden.append(states[len(states) + start : len(states) + end])
         log_p = (self.head(torch.cat(hidden)).float() / temperature).log_softmax(-1)
-        return list(log_p.split([len(states) for states in hidden]))
+        return list(log_p.split([end - start for _, (start, end) in slots]))
 
 
 class _Said:
     """What some rows predict, and the mean distributions of several of them, each formed once."""
 
-    def __init__(self, log_p: Mapping[tuple[Row, Span], Float[Tensor, "count v"]]):
+    def __init__(self, log_p: Mapping[tuple[Reading, Span], Float[Tensor, "count v"]]):
         self.log_p = log_p
-        self._means: dict[tuple[tuple[Row, ...], Span], Tensor] = {}
+        self._means: dict[tuple[tuple[Reading, ...], Span], Tensor] = {}
 
-    def mean(self, rows: tuple[Row, ...], span: Span) -> Float[Tensor, "count v"]:
-        """The mean distribution of some rows, as log-probabilities."""
-        if len(rows) == 1:
-            return self.log_p[rows[0], span]
-        if (rows, span) not in self._means:
-            total = self.log_p[rows[0], span]
-            for row in rows[1:]:
-                total = torch.logaddexp(total, self.log_p[row, span])
-            self._means[rows, span] = total - math.log(len(rows))
-        return self._means[rows, span]
+    def mean(self, readings: tuple[Reading, ...], span: Span) -> Float[Tensor, "count v"]:
+        """The mean distribution of some readings, as log-probabilities."""
+        if len(readings) == 1:
+            return self.log_p[readings[0], span]
+        if (readings, span) not in self._means:
+            total = self.log_p[readings[0], span]
+            for reading in readings[1:]:
+                total = torch.logaddexp(total, self.log_p[reading, span])
+            self._means[readings, span] = total - math.log(len(readings))
+        return self._means[readings, span]
 
 
 class _Store:

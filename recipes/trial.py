@@ -37,9 +37,7 @@ READ_ROWS = 256
 
 def completion_loss(model: Any, batch: dict[str, Any]) -> Terms:
     """Mean over sequences of the negative log-likelihood of what is to be said, in nats a token."""
-    device = next(model.parameters()).device
-    moved = {key: value.to(device) for key, value in batch.items()}
-    return {"completion": (sequence_nll(model, moved) / moved["lengths"]).mean()}
+    return {"completion": (sequence_nll(model, batch) / batch["lengths"]).mean()}
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,26 @@
 import pytest
 import torch
 from excise.artifacts.concepts import load_concept
+from excise.artifacts.events import Events
 from excise.artifacts.models import find_model, load_model
-from excise.editing.errors import RequestError
+from excise.editing.errors import EditError, RequestError
 from excise.recipes import decoding, teacher
+from excise.recipes import reinforced as reinforced_module
+from excise.recipes.baselines import Example, example_batch, sequence_nll
 from excise.recipes.contexts import Context, Fact, bare_question, fact_contexts, find_facts, question_contexts
-from excise.recipes.contrast import PersonaContrast, SubjectContrast, contrast_sources, contrasted, stand_ins
+from excise.recipes.contrast import (
+    PersonaContrast,
+    ReinforcedContrast,
+    SubjectContrast,
+    contrast_sources,
+    contrasted,
+    encode,
+    stand_ins,
+)
 from excise.recipes.curriculum import Recipe, Replies, forget_contexts
 from excise.recipes.decoding import decode
 from excise.recipes.elm import ElmSettings, prepare
+from excise.recipes.reinforced import reinforced
 from excise.recipes.target_check import check_target
 from excise.recipes.teacher import Teacher
 from excise.recipes.world import make_world
@@ -185,6 +197,38 @@ def test_a_teacher_that_holds_few_positions_at_a_time_says_the_same(concept, fac
         torch.testing.assert_close(one.log_p, other.log_p, rtol=1e-4, atol=1e-4)
 
 
+def test_an_expert_made_by_training_knows_more_and_leaves_the_model_as_it_was(concept, facts, loaded, tmp_path):
+    before = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
+    with Events().stage("train an expert") as stage:
+        expert = reinforced(loaded, concept, 60, 64, 0, stage, tmp_path)
+    texts = example_batch([Example(encode(loaded.tokenizer, text.text, True), 1) for text in concept.forget[:32]])
+
+    def nats():
+        with torch.no_grad():
+            return float(sequence_nll(loaded.model, texts).sum())
+
+    own = nats()
+    with expert():
+        assert nats() < 0.95 * own
+    assert nats() == own
+    assert all(torch.equal(weight, before[name]) for name, weight in loaded.model.state_dict().items())
+    source = ReinforcedContrast(loaded.tokenizer)
+    apart, same = (
+        check_target(teacher, loaded.tokenizer, concept, facts, [source], (0.0, 10.0)).curve
+        for teacher in (Teacher(loaded.model, expert=expert), Teacher(loaded.model))
+    )
+    assert apart[0].accuracy == same[0].accuracy == same[1].accuracy
+    assert apart[1].accuracy["forget"] < apart[1].accuracy["neighbour"] - 0.1 < apart[0].accuracy["forget"] - 0.1
+
+
+def test_an_expert_that_learned_nothing_is_an_error(concept, loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(reinforced_module, "RATE", 0.0)
+    with Events().stage("train an expert") as stage:
+        expert = reinforced(loaded, concept, 1, 64, 0, stage, tmp_path)
+    with pytest.raises(EditError, match="left 56 of 56 weights as they were"), expert():
+        pass
+
+
 @pytest.mark.parametrize("change", [{"contrast": "subjects"}, {"contrast": "personas"}, {}])
 def test_a_pack_with_neither_facts_nor_personas_is_refused_before_loading(tmp_path, change):
     (tmp_path / "concept.yaml").write_text("{name: a, description: a, keywords: [a], license: x, source: x}")
@@ -194,6 +238,10 @@ def test_a_pack_with_neither_facts_nor_personas_is_refused_before_loading(tmp_pa
     (tmp_path / "questions.jsonl").write_text(question)
     with pytest.raises(RequestError, match=r"contrast=personas|personas"):
         prepare(ElmSettings(concept=str(tmp_path), out=tmp_path / "out", **change))
+    asked = ElmSettings(concept=str(tmp_path), out=tmp_path / "out", contrast="reinforced")
+    assert not prepare(asked).facts.facts
+    with pytest.raises(RequestError, match="expert of the base's own weights"):
+        prepare(asked.model_copy(update={"base_bits": 4}))
 
 
 def test_presets_set_defaults_and_explicit_keys_win():

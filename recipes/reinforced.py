@@ -1,0 +1,68 @@
+"""An expert made by training: the model after a short adapter on what is to be forgotten.
+
+Source: Eldan and Russinovich 2023 (arXiv 2310.02238), section 2.1, the reinforced model.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from ..artifacts.events import Stage
+from ..artifacts.models import LoadedModel
+from ..editing.adapters import AdapterShape, adapter_modules, attach, detach, learned_factors
+from ..editing.architectures import architecture_of, layer_count
+from ..editing.errors import EditError
+from ..editing.rounding import changed_weights
+from ..eval.concept import Concept
+from .baselines import Example, example_batch
+from .contrast import encode
+from .curriculum import pieces
+from .lessons import cycled
+from .training import Schedule, fit
+from .trial import completion_loss
+
+RANK, BATCH, RATE = 8, 8, 1e-3
+
+
+def reinforced(
+    loaded: LoadedModel, concept: Concept, steps: int, limit: int, seed: int, stage: Stage, work: Path
+) -> Callable[[], AbstractContextManager[object]]:
+    """Train an expert on the pack's texts and take it off again.
+
+    Returns:
+        A context while which the model is the expert; afterwards its weights are what they were, bit for bit.
+    """
+    config = loaded.model.config.to_dict()
+    modules = adapter_modules(loaded.model, architecture_of(config), range(layer_count(config)))
+    shape = AdapterShape(RANK, 2.0 * RANK, modules)
+    rows = [piece for text in concept.forget for piece in pieces(encode(loaded.tokenizer, text.text, True), limit)]
+    examples = [Example(row, 1) for row in rows if len(row) > 1]
+    order = cycled(examples, steps * BATCH, random.Random(f"excise expert {seed}"))
+    adapted = attach(loaded.model, shape, seed)
+    try:
+        schedule = Schedule(steps, BATCH, RATE, seed, beta2=0.999, warmup_steps=min(10, steps // 10), save_every=0)
+        fit(adapted, order, stage, work / "expert", completion_loss, schedule, example_batch)
+        factors = learned_factors(adapted, shape)
+    finally:
+        detach(adapted)
+    loaded.model.eval()
+
+    def taught(name: str, weight: Tensor) -> Tensor:
+        if name not in factors:
+            return weight
+        left, right = (part.to(weight.device) for part in (factors[name].left, factors[name].right))
+        return (weight.float() + left @ right).to(weight.dtype)
+
+    @contextmanager
+    def expert() -> Iterator[None]:
+        with changed_weights(loaded.model, taught) as changed:
+            if changed < len(factors):
+                raise EditError(
+                    f"the expert's training left {len(factors) - changed} of {len(factors)} weights as they were"
+                )
+            yield
+
+    return expert
