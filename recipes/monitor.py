@@ -105,7 +105,11 @@ class RelearningMonitor(TrainerCallback):
             [f"{q.prompt} {q.choices[q.answer]}" for q in others if (q.split == "neighbour") == near] for near in (True, False)
         ]  # fmt: skip
         self.rows = [
-            [tuple(tokenizer(text)["input_ids"][:128]) for text in rng.sample(pool, k=min(texts, len(pool)))]
+            # Rows of like length stand together, so that little is padding.
+            sorted(
+                (tuple(tokenizer(text)["input_ids"][:128]) for text in rng.sample(pool, k=min(texts, len(pool)))),
+                key=len,
+            )
             for pool in (*pools, *(told if all(told) else ()))
         ]
 
