@@ -120,14 +120,18 @@ class RelearningMonitor(TrainerCallback):
         step = state.global_step
         wanted = step in self.every if self.every is not None else step & (step - 1) == 0
         if wanted or step == state.max_steps:
-            self.look(model, step)
+            self.look(model, step, neighbours=step == state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.out is not None:
             self.plot(self.out)
 
-    def look(self, model: Any, step: int) -> Seen:
-        """Measure now; mode, random states and gradients are left as they were."""
+    def look(self, model: Any, step: int, *, neighbours: bool = True) -> Seen:
+        """Measure now; mode, random states and gradients are left as they were.
+
+        Args:
+            neighbours: Also read what units are for among the neighbours; a training does so before and after.
+        """
         inner = causal_model(model)
         row = architecture_of(inner.config.to_dict())
         if row.mlp_units is None:
@@ -136,7 +140,7 @@ class RelearningMonitor(TrainerCallback):
             hits, answered = self.exam.hits_and_probabilities(inner)
             answers = np.log(np.maximum(answered, 1e-30))
             utility = self.control.hits(inner) if self.control else (float("nan"),)
-            (effect, *others), tokens = self._effects(inner, row)
+            (effect, *others), tokens = self._effects(inner, row, self.rows if neighbours else self.rows[:2])
             found = Seen(
                 step, {"value": sum(hits) / len(hits), "n": len(hits), "ci95": wilson(int(sum(hits)), len(hits))},
                 float(answers.mean()), sum(utility) / len(utility), effect, others[0] if others else None,
@@ -210,15 +214,17 @@ class RelearningMonitor(TrainerCallback):
         out.mkdir(parents=True, exist_ok=True)
         figure.savefig(out / "recovery.png", dpi=130)
 
-    def _effects(self, model: Any, row: Architecture) -> tuple[list[Tensor], dict[str, list[int]]]:
+    def _effects(
+        self, model: Any, row: Architecture, kinds: Sequence[Sequence[tuple[int, ...]]]
+    ) -> tuple[list[Tensor], dict[str, list[int]]]:
         """d' of each neuron for the concept, and for its neighbour where there is one; the tokens of those that are followed."""
         assert row.mlp_units is not None
         layers = len(model.get_submodule(row.layers))
-        moments = [UnitMoments(layers) for _ in self.rows]
+        moments = [UnitMoments(layers) for _ in kinds]
         followed = self._followed()
         sums = {unit: torch.zeros(int(model.config.vocab_size), dtype=torch.float64) for unit in followed}
         counts = torch.zeros(int(model.config.vocab_size), dtype=torch.float64)
-        for kind, rows in enumerate(self.rows):
+        for kind, rows in enumerate(kinds):
             for start in range(0, len(rows), 32):
                 inputs = pad_right(rows[start : start + 32], model.device)
                 mask = inputs["attention_mask"].bool()

@@ -90,6 +90,12 @@ def test_pruned_units_grow_back_and_are_left_out_of_the_picture(watched):
 
 def test_the_units_that_carry_the_concept_are_held_against_what_they_were_there_for(watched):
     _, _, monitor = watched
+    # What units are for among the neighbours is read before and after, and not in between.
+    assert [monitor.event(seen)["carriers"] is None for seen in monitor.seen] == [
+        False,
+        *[True] * (len(monitor.seen) - 2),
+        False,
+    ]
     first, last = (monitor.event(seen)["carriers"] for seen in (monitor.seen[0], monitor.seen[-1]))
     assert first["concept"] == first["concept_before"] and first["neighbour"] == first["neighbour_before"] > 0
     # Of the units that are strongest now, no others can have been stronger before than the strongest were.
