@@ -24,7 +24,7 @@ from . import adapted
 from .adapted import AdapterRun, Lessons
 from .contexts import Facts, fact_contexts, find_facts, question_contexts, spread
 from .contrast import encode
-from .curriculum import RETAIN_TEXTS, pieces
+from .curriculum import RETAIN_TEXTS, pieces, text_limit
 from .lessons import cycled
 from .pipeline import Finished
 from .prefixes import Row
@@ -121,7 +121,7 @@ def run(prepared: Prepared, events: Events) -> Finished:
 def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events) -> Lessons:
     settings, concept = prepared.settings, prepared.adapted.concept
     with events.stage("read the base on what is to be trained") as stage:
-        limit = min(int(getattr(loaded.model.config, "max_position_embeddings", 1024)), 1024) // 2
+        limit = text_limit(loaded.model)
         forget = forget_examples(concept, prepared.facts, loaded.tokenizer, settings.seed, limit)
         retain = retain_examples(concept, loaded.tokenizer, settings.seed, limit)
         count = settings.steps * settings.batch_size

@@ -129,6 +129,8 @@ def teach_forgetting(
     """
     items = contrasted(contexts, source, tokenizer)
     pairs = [(context, item) for context, item in zip(contexts, items, strict=True) if item]
+    if not pairs:
+        return [], len(contexts), 0.0
     streams = teacher.streams([item for _, item in pairs], recipe.kept, recipe.temperature)
     targets = [form_target(stream, recipe) for stream in streams]
     rows = _continued(teacher, tokenizer, pairs, targets, source, recipe)
@@ -238,6 +240,11 @@ def _reply_start(tokenizer: Any, context: Context) -> int:
 
 def _holds(row: Row, part: Row) -> bool:
     return any(row[start : start + len(part)] == part for start in range(len(row) - len(part) + 1))
+
+
+def text_limit(model: Any) -> int:
+    """Tokens of a text that are read at once."""
+    return min(int(getattr(model.config, "max_position_embeddings", 1024)), 1024) // 2
 
 
 def pieces(ids: Row, limit: int) -> list[Row]:

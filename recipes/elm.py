@@ -22,7 +22,7 @@ from . import adapted
 from .adapted import AdapterRun, Lessons
 from .contexts import Facts, find_facts
 from .contrast import ContrastSource, ReinforcedContrast, contrast_sources
-from .curriculum import Curriculum, Recipe, Replies, forget_contexts, teach_forgetting, teach_keeping
+from .curriculum import Curriculum, Recipe, Replies, forget_contexts, teach_forgetting, teach_keeping, text_limit
 from .lessons import arrange, collate, lesson_loss, part_size
 from .pipeline import Finished
 from .reinforced import reinforced
@@ -179,13 +179,14 @@ def _expert(
         return nullcontext
     with events.stage("train an expert", settings.expert_steps) as stage:
         return reinforced(
-            loaded, prepared.adapted.concept, settings.expert_steps, _limit(loaded), settings.seed, stage, work
+            loaded,
+            prepared.adapted.concept,
+            settings.expert_steps,
+            text_limit(loaded.model),
+            settings.seed,
+            stage,
+            work,
         )
-
-
-def _limit(loaded: LoadedModel) -> int:
-    """Tokens of a text that are read at once."""
-    return min(int(getattr(loaded.model.config, "max_position_embeddings", 1024)), 1024) // 2
 
 
 def _choose(
@@ -217,7 +218,7 @@ def _teach(
 ) -> Curriculum:  # fmt: skip
     """All lessons, each teacher's prediction computed once."""
     job, concept, tokenizer = prepared.adapted.job, prepared.adapted.concept, loaded.tokenizer
-    limit = _limit(loaded)
+    limit = text_limit(loaded.model)
     reply = Replies(loaded.model, tokenizer, job.settings.reply_tokens, recipe.seed)
     with events.stage("read the teacher") as stage:
         contexts = forget_contexts(concept, _facts_for(prepared, source), tokenizer, reply, recipe, limit)

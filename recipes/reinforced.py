@@ -40,6 +40,8 @@ def reinforced(
     shape = AdapterShape(RANK, 2.0 * RANK, modules)
     rows = [piece for text in concept.forget for piece in pieces(encode(loaded.tokenizer, text.text, True), limit)]
     examples = [Example(row, 1) for row in rows if len(row) > 1]
+    if not examples:
+        raise EditError(f"no text of concept {concept.ref} has two tokens to train an expert on; give longer ones")
     order = cycled(examples, steps * BATCH, random.Random(f"excise expert {seed}"))
     adapted = attach(loaded.model, shape, seed)
     try:

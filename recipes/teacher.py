@@ -200,7 +200,7 @@ class _Store:
     """
 
     def __init__(self, counts: Sequence[int]):
-        self.ends = list(accumulate(counts))
+        self.counts, self.ends = counts, list(accumulate(counts))
         self._tensors: tuple[Tensor, ...] = ()
 
     def put(self, some: Sequence[Place], found: tuple[Tensor, ...]) -> None:
@@ -216,5 +216,7 @@ class _Store:
 
     def each(self) -> list[tuple[Tensor, ...]]:
         """Every item's own."""
-        begins = [0, *self.ends[:-1]]
-        return [tuple(part[begin:end] for part in self._tensors) for begin, end in zip(begins, self.ends, strict=True)]
+        return [
+            tuple(part[end - count : end] for part in self._tensors)
+            for count, end in zip(self.counts, self.ends, strict=True)
+        ]

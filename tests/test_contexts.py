@@ -19,7 +19,7 @@ from excise.recipes.contrast import (
     encode,
     stand_ins,
 )
-from excise.recipes.curriculum import Recipe, Replies, forget_contexts
+from excise.recipes.curriculum import Recipe, Replies, forget_contexts, teach_forgetting
 from excise.recipes.decoding import decode
 from excise.recipes.elm import ElmSettings, prepare
 from excise.recipes.reinforced import reinforced
@@ -195,6 +195,17 @@ def test_a_teacher_that_holds_few_positions_at_a_time_says_the_same(concept, fac
     for row, one, other in zip(rows, all_top, few_top, strict=True):
         assert len(one) == len(row) - 1
         torch.testing.assert_close(one.log_p, other.log_p, rtol=1e-4, atol=1e-4)
+
+
+def test_contexts_without_a_contrast_make_no_lesson_and_are_counted(concept, facts, loaded):
+    source = SubjectContrast(loaded.tokenizer, {})
+    recipe = Recipe(1.0, False, False, 1.0, 0, 16, "both", "disagreement", False, 0, 8, 100, 0)
+    contexts = list(fact_contexts(facts, "texts", 0))[:5]
+    assert Teacher(loaded.model).streams([], 16) == Teacher(loaded.model).top([], [], 16) == []
+    assert teach_forgetting(Teacher(loaded.model), loaded.tokenizer, contexts, source, recipe) == ([], 5, 0.0)
+    other = contrast_sources(concept, facts, loaded.tokenizer, 8, 0)[0]
+    lessons, without, _ = teach_forgetting(Teacher(loaded.model), loaded.tokenizer, contexts, other, recipe)
+    assert (len(lessons), without) == (5, 0)
 
 
 def test_an_expert_made_by_training_knows_more_and_leaves_the_model_as_it_was(concept, facts, loaded, tmp_path):
