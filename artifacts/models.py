@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from ..editing.attention import train_attention_in_float32
 from ..editing.errors import CheckpointError, ExciseError, RequestError, one_line
 from .checkpoints import Checkpoint, open_checkpoint
 from .concepts import nearest
@@ -155,6 +156,8 @@ def load_model(
                 f"{source.name} has {len(names)} {problem.replace('_', ' ')}, the first is {names[0]}; "
                 "transformers would go on with random weights; fetch the checkpoint again"
             )
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        train_attention_in_float32(model)
     return LoadedModel(model.to(device).eval(), tokenizer, source)
 
 

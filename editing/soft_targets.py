@@ -167,18 +167,28 @@ class _Chunked(torch.autograd.Function):
 
 def _compare(logits: Tensor, targets: SoftTargets) -> tuple[Tensor, Tensor]:
     """Divergence of each position, and its gradient for the logits."""
-    q = logits.float().log_softmax(-1)
-    own = q.gather(-1, targets.ids)
-    p, p_rest = targets.log_p.exp(), targets.rest.exp()
-    divergence = torch.where(p > 0, p * (targets.log_p - own), 0.0).sum(-1)
-    gradient = q.exp()
-    if targets.ids.shape[-1] < q.shape[-1]:
-        q_rest = q.scatter(-1, targets.ids, -torch.inf).logsumexp(-1)
-        divergence = divergence + torch.where(p_rest > 0, p_rest * (targets.rest - q_rest), 0.0)
-        share = torch.where(p_rest > 0, (targets.rest - q_rest).exp(), 0.0)
-        gradient *= (1 - share)[:, None]
-        gradient.scatter_add_(-1, targets.ids, own.exp() * share[:, None])
-    return divergence, gradient.scatter_add_(-1, targets.ids, -p)
+    logits, p = logits.float(), targets.log_p.exp()
+    if targets.ids.shape[-1] == logits.shape[-1]:
+        own = logits.log_softmax(-1).gather(-1, targets.ids)
+        gradient = torch.empty_like(logits)
+        gradient.scatter_(-1, targets.ids, own.exp() - p)
+        return _weighted(p, targets.log_p - own), gradient
+    # Kept tokens and all others apart: the others' distribution among themselves scales with the rest alone.
+    kept = logits.gather(-1, targets.ids)
+    others = logits.scatter(-1, targets.ids, -torch.inf)
+    gradient = others.softmax(-1)
+    of_others = others.amax(-1, keepdim=True) - gradient.amax(-1, keepdim=True).log()
+    whole = torch.logaddexp(kept.logsumexp(-1, keepdim=True), of_others)
+    own, q_rest = kept - whole, (of_others - whole)[:, 0]
+    p_rest = targets.rest.exp()
+    divergence = _weighted(p, targets.log_p - own) + torch.where(p_rest > 0, p_rest * (targets.rest - q_rest), 0.0)
+    gradient *= (q_rest.exp() - p_rest)[:, None]
+    return divergence, gradient.scatter_(-1, targets.ids, own.exp() - p)
+
+
+def _weighted(p: Tensor, difference: Tensor) -> Tensor:
+    """Where p is 0 a difference may be infinite."""
+    return torch.where(p > 0, p * difference, 0.0).sum(-1)
 
 
 def _with_rest(log_p: Tensor, ids: Tensor) -> Tensor:

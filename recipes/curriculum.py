@@ -135,21 +135,29 @@ def teach_forgetting(
     targets = [form_target(stream, recipe) for stream in streams]
     rows = _continued(teacher, tokenizer, pairs, targets, source, recipe)
     firsts = [_reply_start(tokenizer, context) for context, _ in pairs]
-    bare = teacher.top(rows, firsts, recipe.kept)
+    begins = [max(first, len(item.ids) - item.count) for (_, item), first in zip(pairs, firsts, strict=True)]
+    ends = [len(item.ids) for _, item in pairs]
+    # Where an edited target stands, the frozen model's own distribution is not needed.
+    starts = [first if begin > first else end for first, begin, end in zip(firsts, begins, ends, strict=True)]
+    longer = [index for index, row in enumerate(rows) if starts[index] < len(row)]
+    own = dict(
+        zip(longer, teacher.top([rows[i] for i in longer], [starts[i] for i in longer], recipe.kept), strict=True)
+    )
     mean = torch.stack([stream.disagreement().sum() for stream in streams]).mean().clamp_min(1e-6)
     lessons = []
-    for (_, item), stream, target, row, first, own in zip(pairs, streams, targets, rows, firsts, bare, strict=True):
-        end = len(item.ids) - first
-        begin = max(0, end - item.count)
+    for index, (stream, target, row) in enumerate(zip(streams, targets, rows, strict=True)):
+        first, begin, end = firsts[index], begins[index], ends[index]
         used = end - begin
         weights = torch.full((len(row) - first,), OUTSIDE / (len(row) - first))
         if recipe.weighting == "disagreement":
-            weights[begin:end] = ((stream.disagreement() + FLOOR) / mean)[-used:]
+            weights[begin - first : end - first] = ((stream.disagreement() + FLOOR) / mean)[-used:]
         else:
-            weights[begin:end] = 1 / used
+            weights[begin - first : end - first] = 1 / used
         terms = torch.full((len(weights),), TERMS.index("fluency"))
-        terms[begin:end] = TERMS.index("erase")
-        lessons.append(Lesson(row, join([own[:begin], target[-used:], own[end:]]), weights, terms))
+        terms[begin - first : end - first] = TERMS.index("erase")
+        outside = own.get(index, target[:0])
+        whole = join([outside[: begin - first], target[-used:], outside[end - starts[index] :]])
+        lessons.append(Lesson(row, whole, weights, terms))
     left_over = float(torch.cat([stream.left_over() for stream in streams]).mean())
     return lessons, len(contexts) - len(pairs), left_over
 

@@ -51,7 +51,7 @@ def arrange(kinds: Mapping[str, Sequence[Lesson]], groups: int, seed: int) -> li
     return [list(group) for group in zip(*orders, strict=True)]
 
 
-ACTIVATIONS = 128 << 20
+ACTIVATIONS = 96 << 20
 """Bytes that the activations of one forward of a training step may take on a processor, about."""
 FEWEST = 128
 """Tokens of one forward, at least."""
@@ -64,8 +64,8 @@ def part_size(model: Any) -> int:
     if model.device.type == "cuda":
         return DEVICE_PART
     config = model.config.to_dict()
-    # A token leaves about 16 fp32 values of the stream's width in each layer.
-    return max(FEWEST, ACTIVATIONS // (64 * layer_count(config) * residual_width(config)))
+    # A token leaves about 16 values of the stream's width in each layer.
+    return max(FEWEST, ACTIVATIONS // (16 * model.dtype.itemsize * layer_count(config) * residual_width(config)))
 
 
 def collate(groups: Sequence[Sequence[Lesson]], most: int | None = None) -> dict[str, Any]:
