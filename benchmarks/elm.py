@@ -5,8 +5,9 @@
 Both train rank 4 on layers 4 to 7 with 12 sequences a step: 4 to forget, 4 to retain, 4 continuations (where a
 continuation follows its forget text, excise reads both as one row). The plain loop takes them one at a time: separate
 forwards of bare, expert, novice and retain, targets over the whole vocabulary in float64, three streams decoded in turn
-for each sample. Three ways to treat the fluency term: decoded for every step, sampled beforehand, none. Each
-measurement is a process of its own, interleaved; the teacher's work is charged to both at every step. The published
+for each sample. Three ways to treat the fluency term: decoded for every step, sampled beforehand (for excise with the
+frozen model's predictions along them, which its decoding leaves behind), none. Each measurement is a process of its
+own, interleaved; the teacher's work is charged to both at every step. The published
 code computes in float32 alone, and so does the plain loop unless told otherwise; excise loads a base in bfloat16 where
 that is native.
 """
@@ -137,8 +138,12 @@ def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, s
         with watch("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
-    read = sum(len(lesson.ids) for lesson in [*lessons, *kept])
-    return watch.spent, _floor(loaded.model, read + 2 * sum(len(lesson.ids) for lesson in lessons), read)
+    student = sum(len(lesson.ids) for lesson in [*lessons, *kept])
+    said = 0 if mode == "none" else len(lessons) * NEW_TOKENS
+    contexts = sum(len(lesson.ids) for lesson in lessons) - said
+    # Bare, expert and novice; where continuations are sampled, all three go on.
+    teacher = student - said + 2 * contexts + (3 * (contexts + said) if mode == "decoded" else 0)
+    return watch.spent, _floor(loaded.model, teacher, student)
 
 
 def _lessons(loaded: Any, forget: list[str], retain: list[str], mode: str) -> tuple[list[Any], list[Any]]:
@@ -153,14 +158,24 @@ def _lessons(loaded: Any, forget: list[str], retain: list[str], mode: str) -> tu
         most=10**6, seed=0,
     )  # fmt: skip
     if mode == "pre-generated":
-        rng = random.Random(0)
-        curriculum.decode = lambda *_: [tuple(rng.choices(range(1000, 9000), k=NEW_TOKENS - 1)) for _ in forget]
+        said = [_sampled(recipe.kept) for _ in forget]
+        curriculum.decode = lambda *_: said
     teacher, tokenizer = Teacher(loaded.model), loaded.tokenizer
     source = PersonaContrast(tokenizer, EXPERT, NOVICE)
     lessons, _, _ = curriculum.teach_forgetting(teacher, tokenizer, [Context(text) for text in forget], source, recipe)
     rows = [encode(tokenizer, text, True) for text in retain]
     own = teacher.top(rows, [0] * len(rows), recipe.kept)
     return lessons, [curriculum.keep(row, targets, recipe, 1) for row, targets in zip(rows, own, strict=True)]
+
+
+def _sampled(kept: int) -> Any:
+    """A continuation, with the frozen model's predictions that decoding leaves behind."""
+    import torch
+    from excise.editing.soft_targets import keep_top
+    from excise.recipes.decoding import Continuation
+
+    ids = tuple(torch.randint(1000, 9000, (NEW_TOKENS - 1,)).tolist())
+    return Continuation(ids, keep_top(torch.randn(NEW_TOKENS, 9000).log_softmax(-1), kept))
 
 
 def plain_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, steps: int) -> Spent:

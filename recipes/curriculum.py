@@ -131,32 +131,27 @@ def teach_forgetting(
     pairs = [(context, item) for context, item in zip(contexts, items, strict=True) if item]
     if not pairs:
         return [], len(contexts), 0.0
-    streams = teacher.streams([item for _, item in pairs], recipe.kept, recipe.temperature)
-    targets = [form_target(stream, recipe) for stream in streams]
-    rows = _continued(teacher, tokenizer, pairs, targets, source, recipe)
     firsts = [_reply_start(tokenizer, context) for context, _ in pairs]
     begins = [max(first, len(item.ids) - item.count) for (_, item), first in zip(pairs, firsts, strict=True)]
-    ends = [len(item.ids) for _, item in pairs]
-    # Where an edited target stands, the frozen model's own distribution is not needed.
-    starts = [first if begin > first else end for first, begin, end in zip(firsts, begins, ends, strict=True)]
-    longer = [index for index, row in enumerate(rows) if starts[index] < len(row)]
-    own = dict(
-        zip(longer, teacher.top([rows[i] for i in longer], [starts[i] for i in longer], recipe.kept), strict=True)
-    )
+    # What comes before the contrast is kept. It is read first, as it covers what the streams need of the bare contexts.
+    early = [index for index, begin in enumerate(begins) if begin > firsts[index]]
+    said = teacher.top([pairs[index][1].ids for index in early], [firsts[index] for index in early], recipe.kept)
+    before = dict(zip(early, said, strict=True))
+    streams = teacher.streams([item for _, item in pairs], recipe.kept, recipe.temperature)
+    targets = [form_target(stream, recipe) for stream in streams]
     mean = torch.stack([stream.disagreement().sum() for stream in streams]).mean().clamp_min(1e-6)
     lessons = []
-    for index, (stream, target, row) in enumerate(zip(streams, targets, rows, strict=True)):
-        first, begin, end = firsts[index], begins[index], ends[index]
-        used = end - begin
-        weights = torch.full((len(row) - first,), OUTSIDE / (len(row) - first))
+    for index, (row, after) in enumerate(_continued(teacher, tokenizer, pairs, targets, source, recipe)):
+        stream, target, kept = streams[index], targets[index], begins[index] - firsts[index]
+        used = len(pairs[index][1].ids) - begins[index]
+        weights = torch.full((len(row) - firsts[index],), OUTSIDE / (len(row) - firsts[index]))
         if recipe.weighting == "disagreement":
-            weights[begin - first : end - first] = ((stream.disagreement() + FLOOR) / mean)[-used:]
+            weights[kept : kept + used] = ((stream.disagreement() + FLOOR) / mean)[-used:]
         else:
-            weights[begin - first : end - first] = 1 / used
+            weights[kept : kept + used] = 1 / used
         terms = torch.full((len(weights),), TERMS.index("fluency"))
-        terms[begin - first : end - first] = TERMS.index("erase")
-        outside = own.get(index, target[:0])
-        whole = join([outside[: begin - first], target[-used:], outside[end - starts[index] :]])
+        terms[kept : kept + used] = TERMS.index("erase")
+        whole = join([before.get(index, target)[:kept], target[-used:], after])
         lessons.append(Lesson(row, whole, weights, terms))
     left_over = float(torch.cat([stream.left_over() for stream in streams]).mean())
     return lessons, len(contexts) - len(pairs), left_over
@@ -216,24 +211,26 @@ def keep(row: Row, own: SoftTargets, recipe: Recipe, kinds: int) -> Lesson:
 def _continued(
     teacher: Teacher, tokenizer: Any, pairs: Sequence[tuple[Context, Item]], targets: Sequence[SoftTargets],
     source: ContrastSource, recipe: Recipe,
-) -> list[Row]:  # fmt: skip
-    """Each context with what the edited target would say next."""
+) -> list[tuple[Row, SoftTargets]]:  # fmt: skip
+    """Each context with what the edited target would say next, and what the frozen model predicts from there on."""
     if not recipe.fluency_tokens:
-        return [item.ids for _, item in pairs]
+        return [(item.ids, target[:0]) for (_, item), target in zip(pairs, targets, strict=True)]
     generator = torch.Generator().manual_seed(recipe.seed)
     starts = []
     for (_, item), target in zip(pairs, targets, strict=True):
         place = int(torch.multinomial(target.log_p[-1].exp(), 1, generator=generator))
         starts.append((item, int(target.ids[-1, place])))
-    said = decode(
-        teacher.model, tokenizer, starts, recipe.strength if source.lasting else 0.0, recipe.fluency_tokens, generator
+    found = decode(
+        teacher.model, tokenizer, starts, recipe.strength if source.lasting else 0.0, recipe.fluency_tokens, recipe.kept, generator,
+        teacher.advance,
     )  # fmt: skip
     rows = []
-    for (context, item), (_, token), more in zip(pairs, starts, said, strict=True):
+    for (context, item), (_, token), said in zip(pairs, starts, found, strict=True):
+        more = said.ids
         if not source.lasting and context.fact:
             # Where the subject is named again, the frozen model would go on with what it knows of it.
             more = _until(more, encode(tokenizer, f" {context.fact.subject}", False)[0])
-        rows.append((*item.ids, token, *more))
+        rows.append(((*item.ids, token, *more), said.own[: len(more) + 1]))
     return rows
 
 

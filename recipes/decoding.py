@@ -1,6 +1,7 @@
 """Sampling what an edited target would say, many contexts at a time, with all its streams in lockstep."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import StaticCache
 
+from ..editing.soft_targets import SoftTargets, keep_top
 from ..eval.generation import end_tokens
 from .prefixes import Row
 from .teacher import Item
@@ -20,19 +22,34 @@ DEVICE_CACHE_BUDGET = 4 << 30
 """The same on an accelerator."""
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """What was drawn after a context's given token."""
+
+    ids: Row
+    """An end token included."""
+    own: SoftTargets
+    """What the bare stream predicts after the given token and after each that was drawn: one more than ``ids``."""
+
+
 @torch.no_grad()
 def decode(
-    model: Any, tokenizer: Any, starts: Sequence[tuple[Item, int]], strength: float, tokens: int, generator: torch.Generator
-) -> list[Row]:  # fmt: skip
+    model: Any, tokenizer: Any, starts: Sequence[tuple[Item, int]], strength: float, tokens: int, kept: int,
+    generator: torch.Generator, advance: Callable[[int], None] = lambda _: None,
+) -> list[Continuation]:  # fmt: skip
     """Continue each context after its given first token by at most ``tokens`` more.
 
     Every token is drawn from ``p0 (p_novice / p_expert)^strength``, and the bare, expert and novice rows of a context
     all go on with it. At strength 0 only the bare rows run. What is drawn for a context does not depend on how many are
     decoded together.
+
+    Args:
+        kept: Tokens of each of the bare stream's predictions, at most.
+        advance: Called with the number of contexts that were continued.
     """
     chances = torch.rand(len(starts), tokens, generator=generator, device=generator.device)
     streams = [_streams(item, strength) for item, _ in starts]
-    found: list[Row] = [()] * len(starts)
+    found: dict[int, Continuation] = {}
     # Contexts of like length stand together, so that little is padding.
     order = sorted(range(len(starts)), key=lambda index: -max(len(row) for row in streams[index]))
     width = max(map(len, streams), default=1)
@@ -44,10 +61,11 @@ def decode(
         batch = order[begin : begin + max(1, rows_at_once // width)]
         begin += len(batch)
         rows = [(*row, starts[index][1]) for index in batch for row in streams[index]]
-        said = _decode_batch(model, tokenizer, rows, width, strength, chances[batch])
-        for index, ids in zip(batch, said, strict=True):
-            found[index] = ids
-    return found
+        found.update(
+            zip(batch, _decode_batch(model, tokenizer, rows, width, strength, chances[batch], kept), strict=True)
+        )
+        advance(len(batch))
+    return [found[index] for index in range(len(starts))]
 
 
 def cached_bytes(model: Any) -> int:
@@ -66,8 +84,9 @@ def _streams(item: Item, strength: float) -> list[Row]:
 
 
 def _decode_batch(
-    model: Any, tokenizer: Any, rows: Sequence[Row], width: int, strength: float, chances: Float[Tensor, "contexts tokens"]
-) -> list[Row]:  # fmt: skip
+    model: Any, tokenizer: Any, rows: Sequence[Row], width: int, strength: float,
+    chances: Float[Tensor, "contexts tokens"], kept: int,
+) -> list[Continuation]:  # fmt: skip
     padded = tokenizer.pad(
         {"input_ids": [list(row) for row in rows]}, padding=True, padding_side="left", return_tensors="pt"
     )
@@ -79,14 +98,17 @@ def _decode_batch(
     done = [bool(row[-1] in ends) for row in rows[::width]]
     position = mask.cumsum(-1) - 1
     step, step_positions = ids, position.clamp_min(0)
-    for chance in chances.to(ids.device).unbind(1):
-        if all(done):
-            break
+    own: list[SoftTargets] = []
+    for chance in (*chances.to(ids.device).unbind(1), None):
         output = model(
             input_ids=step, attention_mask=mask, position_ids=step_positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
-        chosen = _draw(output.logits[:, -1].float().log_softmax(-1), width, strength, chance)
+        log_p = output.logits[:, -1].float().log_softmax(-1)
+        own.append(keep_top(log_p[::width], kept))
+        if chance is None or all(done):
+            break
+        chosen = _draw(log_p, width, strength, chance)
         for place, token in enumerate(chosen.tolist()):
             if not done[place]:
                 said[place].append(token)
@@ -94,7 +116,11 @@ def _decode_batch(
         step = chosen.repeat_interleave(width)[:, None]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
         step_positions = step_positions[:, -1:] + 1
-    return [tuple(ids) for ids in said]
+    top, log_p, rest = (torch.stack(parts, 1) for parts in zip(*((o.ids, o.log_p, o.rest) for o in own), strict=True))
+    return [
+        Continuation(tuple(ids), SoftTargets(top[place], log_p[place], rest[place])[: len(ids) + 1])
+        for place, ids in enumerate(said)
+    ]
 
 
 def _draw(log_p: Float[Tensor, "rows v"], width: int, strength: float, chance: Float[Tensor, " contexts"]) -> Tensor:

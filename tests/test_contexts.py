@@ -140,19 +140,40 @@ def _start(facts, loaded):
 def test_decoding_in_lockstep_is_the_product_of_its_streams(facts, loaded):
     said = [
         decode(
-            loaded.model, loaded.tokenizer, [_start(facts, loaded)] * 3, strength, 5, torch.Generator().manual_seed(0)
+            loaded.model,
+            loaded.tokenizer,
+            [_start(facts, loaded)] * 3,
+            strength,
+            5,
+            16,
+            torch.Generator().manual_seed(0),
         )
         for strength in (0.0, 0.0, 20.0)
     ]
-    assert said[0] == said[1] and all(len(row) <= 5 for row in said[0])
-    assert said[0] != said[2]
+    drawn = [[one.ids for one in each] for each in said]
+    assert drawn[0] == drawn[1] and all(len(row) <= 5 for row in drawn[0])
+    assert drawn[0] != drawn[2]
+
+
+@pytest.mark.parametrize("strength", [0.0, 3.0])
+def test_decoding_leaves_behind_what_the_frozen_model_predicts_along_it(facts, loaded, strength):
+    starts = [_start(facts, loaded)] * 3
+    found = decode(loaded.model, loaded.tokenizer, starts, strength, 6, 16, torch.Generator().manual_seed(0))
+    rows = [(*item.ids, token, *said.ids) for (item, token), said in zip(starts, found, strict=True)]
+    read = Teacher(loaded.model).top(rows, [len(item.ids) for item, _ in starts], 16)
+    for said, wanted in zip(found, read, strict=True):
+        assert len(said.own) == len(said.ids) + 1 == len(wanted)
+        assert torch.allclose(said.own.log_p, wanted.log_p, atol=1e-3)
+        # Each position's own, and not its neighbour's.
+        assert not torch.allclose(said.own.log_p[1:], wanted.log_p[:-1], atol=1e-1)
 
 
 def test_what_is_drawn_does_not_depend_on_how_many_are_decoded_together(facts, loaded, monkeypatch):
     starts = [_start(facts, loaded)] * 7
 
     def said(seed):
-        return decode(loaded.model, loaded.tokenizer, starts, 1.0, 8, torch.Generator().manual_seed(seed))
+        found = decode(loaded.model, loaded.tokenizer, starts, 1.0, 8, 16, torch.Generator().manual_seed(seed))
+        return [one.ids for one in found]
 
     together = said(0)
     monkeypatch.setattr(decoding, "CACHE_BUDGET", 1)
