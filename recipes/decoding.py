@@ -98,14 +98,18 @@ def _decode_batch(
     done = [bool(row[-1] in ends) for row in rows[::width]]
     position = mask.cumsum(-1) - 1
     step, step_positions = ids, position.clamp_min(0)
-    own: list[SoftTargets] = []
-    for chance in (*chances.to(ids.device).unbind(1), None):
+    # Kept one by one between temporaries many times their size, they would pin the memory around them.
+    kept = min(kept, int(model.config.vocab_size))
+    top = torch.empty(contexts, tokens + 1, kept, dtype=torch.long, device=ids.device)
+    top_log_p, rest = torch.empty(top.shape, device=ids.device), torch.empty(contexts, tokens + 1, device=ids.device)
+    for turn, chance in enumerate((*chances.to(ids.device).unbind(1), None)):
         output = model(
             input_ids=step, attention_mask=mask, position_ids=step_positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
         log_p = output.logits[:, -1].float().log_softmax(-1)
-        own.append(keep_top(log_p[::width], kept))
+        own = keep_top(log_p[::width], kept)
+        top[:, turn], top_log_p[:, turn], rest[:, turn] = own.ids, own.log_p, own.rest
         if chance is None or all(done):
             break
         chosen = _draw(log_p, width, strength, chance)
@@ -116,9 +120,8 @@ def _decode_batch(
         step = chosen.repeat_interleave(width)[:, None]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
         step_positions = step_positions[:, -1:] + 1
-    top, log_p, rest = (torch.stack(parts, 1) for parts in zip(*((o.ids, o.log_p, o.rest) for o in own), strict=True))
     return [
-        Continuation(tuple(ids), SoftTargets(top[place], log_p[place], rest[place])[: len(ids) + 1])
+        Continuation(tuple(ids), SoftTargets(top[place], top_log_p[place], rest[place])[: len(ids) + 1])
         for place, ids in enumerate(said)
     ]
 

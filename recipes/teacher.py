@@ -170,7 +170,8 @@ class Teacher:
             # More positions than these may be remembered; spans count from the end.
             states = self._hidden[reading]
             hidden.append(states[len(states) + start : len(states) + end])
-        log_p = (self.head(torch.cat(hidden)).float() / temperature).log_softmax(-1)
+        logits = self.head(torch.cat(hidden)).float()
+        log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         return list(log_p.split([end - start for _, (start, end) in slots]))
 
 
