@@ -142,19 +142,24 @@ def teach_forgetting(
     mean = torch.stack([stream.disagreement().sum() for stream in streams]).mean().clamp_min(1e-6)
     lessons = []
     for index, (row, after) in enumerate(_continued(teacher, tokenizer, pairs, targets, source, recipe)):
-        stream, target, kept = streams[index], targets[index], begins[index] - firsts[index]
         used = len(pairs[index][1].ids) - begins[index]
-        weights = torch.full((len(row) - firsts[index],), OUTSIDE / (len(row) - firsts[index]))
+        weights = torch.full((used,), 1 / used)
         if recipe.weighting == "disagreement":
-            weights[kept : kept + used] = ((stream.disagreement() + FLOOR) / mean)[-used:]
-        else:
-            weights[kept : kept + used] = 1 / used
-        terms = torch.full((len(weights),), TERMS.index("fluency"))
-        terms[kept : kept + used] = TERMS.index("erase")
-        whole = join([before.get(index, target)[:kept], target[-used:], after])
-        lessons.append(Lesson(row, whole, weights, terms))
+            weights = ((streams[index].disagreement() + FLOOR) / mean)[-used:]
+        kept = before.get(index, after)[: begins[index] - firsts[index]]
+        lessons.append(_erase(row, kept, targets[index][-used:], after, weights))
     left_over = float(torch.cat([stream.left_over() for stream in streams]).mean())
     return lessons, len(contexts) - len(pairs), left_over
+
+
+def _erase(row: Row, before: SoftTargets, target: SoftTargets, after: SoftTargets, weights: Tensor) -> Lesson:
+    """A lesson whose target is an edited one in the middle, with these weights, and the frozen model's own around it."""
+    whole, begin = join([before, target, after]), len(before)
+    all_weights = torch.full((len(whole),), OUTSIDE / len(whole))
+    all_weights[begin : begin + len(target)] = weights
+    terms = torch.full((len(whole),), TERMS.index("fluency"))
+    terms[begin : begin + len(target)] = TERMS.index("erase")
+    return Lesson(row, whole, all_weights, terms)
 
 
 def form_target(stream: Streams, recipe: Recipe) -> SoftTargets:
