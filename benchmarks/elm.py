@@ -7,9 +7,8 @@ continuation follows its forget text, excise reads both as one row). The plain l
 forwards of bare, expert, novice and retain, targets over the whole vocabulary in float64, three streams decoded in turn
 for each sample. Three ways to treat the fluency term: decoded for every step, sampled beforehand (for excise with the
 frozen model's predictions along them, which its decoding leaves behind), none. Each measurement is a process of its
-own, interleaved; the teacher's work is charged to both at every step. The published
-code computes in float32 alone, and so does the plain loop unless told otherwise; excise loads a base in bfloat16 where
-that is native.
+own, interleaved; the teacher's work is charged to both at every step. The published code computes in float32 alone, and
+so does the plain loop unless told otherwise; excise loads a base in bfloat16 where that is native.
 """
 
 import argparse

@@ -12,8 +12,8 @@ FLOAT32_BACKWARD = "excise_float32_backward"
 def train_attention_in_float32(model: Any) -> None:
     """Let a bfloat16 model compute attention in float32 wherever a gradient goes through it.
 
-    On processors the fused kernel's backward takes two to seven times as long in bfloat16 as in float32 (rows of 13
-    to 113 tokens). Without a gradient nothing changes. A model whose attention is not transformers' fused one is left alone.
+    On processors the fused kernel's backward is slower in bfloat16 than in float32. Without a gradient nothing
+    changes. A model whose attention is not transformers' fused one is left alone.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from conftest import make_pico
 from excise.artifacts.models import find_model, load_model
@@ -10,6 +11,7 @@ from excise.editing.attention import FLOAT32_BACKWARD, train_attention_in_float3
 IDS = torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 MASK[0, -4:] = 0
+NOT_FUSED = ("gemma2", "gpt_oss")
 
 
 def _gradients(model):
@@ -19,21 +21,18 @@ def _gradients(model):
 
 
 def _fused(name):
-    """The model as transformers runs it, and as it is trained; both None where attention is not fused."""
+    """The model as transformers runs it, and as it is trained."""
     model = make_pico(name, torch.bfloat16)
-    try:
-        model.set_attn_implementation("sdpa")
-    except ValueError:
-        return None, None
+    model.set_attn_implementation("sdpa")
     changed = copy.deepcopy(model)
     train_attention_in_float32(changed)
     return model, changed
 
 
 def test_without_a_gradient_nothing_changes_and_with_one_it_is_as_near_to_float32s(architecture):
+    if architecture in NOT_FUSED:
+        pytest.skip(f"transformers has no fused attention for {architecture}")
     model, changed = _fused(architecture)
-    if model is None:
-        return
     assert changed.config._attn_implementation == FLOAT32_BACKWARD
     with torch.no_grad():
         of_each = [m(input_ids=IDS, attention_mask=MASK).logits for m in (model, changed)]
