@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from ..editing.attention import train_attention_in_float32
+from ..editing.attention import attend_by_products
 from ..editing.errors import CheckpointError, ExciseError, RequestError, one_line
 from .checkpoints import Checkpoint, open_checkpoint
 from .concepts import nearest
@@ -157,7 +157,7 @@ def load_model(
                 "transformers would go on with random weights; fetch the checkpoint again"
             )
     if device.type == "cpu" and dtype == torch.bfloat16:
-        train_attention_in_float32(model)
+        attend_by_products(model)
     return LoadedModel(model.to(device).eval(), tokenizer, source)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..editing.adapters import causal_model
+from ..editing.attention import products_everywhere
 from ..eval.likelihood import batch_budget, pad_right, token_batches
 
 Row = tuple[int, ...]
@@ -29,11 +30,13 @@ def final_hidden_states(model: Any, wanted: Mapping[Row, int]) -> Iterator[tuple
     rows = list(wanted)
     decoder, device = causal_model(model).base_model, model.device
     for shared, members in group_by_prefix(rows, list(wanted.values())):
-        cache = _read_prefix(decoder, rows[members[0]][:shared], device) if shared else None
+        with products_everywhere():
+            cache = _read_prefix(decoder, rows[members[0]][:shared], device) if shared else None
         lengths = [len(rows[index]) - shared for index in members]
         for batch in token_batches(lengths, 4 * batch_budget(model) if device.type == "cuda" else READ):
             chosen = [rows[members[place]] for place in batch]
-            hidden = _read_rest(decoder, cache, shared, [row[shared:] for row in chosen], device)
+            with products_everywhere():
+                hidden = _read_rest(decoder, cache, shared, [row[shared:] for row in chosen], device)
             for row, states in zip(chosen, hidden, strict=True):
                 end = len(row) - shared
                 yield row, states[end - wanted[row] : end].clone()
