@@ -1,7 +1,7 @@
 """What ELM trains on: forget contexts with their targets and continuations, and everything that must stay."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from .contexts import (
     text_contexts,
 )
 from .contrast import ContrastSource, contrasted, encode
-from .decoding import decode
+from .decoding import decode, decoded_rows
 from .lessons import TERMS, Lesson
 from .plain_chat import CHAT_PROMPTS
 from .prefixes import Row
@@ -135,13 +135,16 @@ def teach_forgetting(
     begins = [max(first, len(item.ids) - item.count) for (_, item), first in zip(pairs, firsts, strict=True)]
     # What comes before the contrast is kept. It is read first, as it covers what the streams need of the bare contexts.
     early = [index for index, begin in enumerate(begins) if begin > firsts[index]]
-    said = teacher.top([pairs[index][1].ids for index in early], [firsts[index] for index in early], recipe.kept)
-    before = dict(zip(early, said, strict=True))
+    wanted = [max(item.count, len(item.ids) - first) for (_, item), first in zip(pairs, firsts, strict=True)]
+    continued = _continued(teacher, tokenizer, pairs, wanted, source, recipe)
+    own = teacher.top([pairs[index][1].ids for index in early], [firsts[index] for index in early], recipe.kept)
+    before = dict(zip(early, own, strict=True))
     streams = teacher.streams([item for _, item in pairs], recipe.kept, recipe.temperature)
     targets = [form_target(stream, recipe) for stream in streams]
     mean = torch.stack([stream.disagreement().sum() for stream in streams]).mean().clamp_min(1e-6)
     lessons = []
-    for index, (row, after) in enumerate(_continued(teacher, tokenizer, pairs, targets, source, recipe)):
+    for index, (row, said) in enumerate(continued):
+        after = said or targets[index][:0]
         used = len(pairs[index][1].ids) - begins[index]
         weights = torch.full((used,), 1 / used)
         if recipe.weighting == "disagreement":
@@ -214,27 +217,41 @@ def keep(row: Row, own: SoftTargets, recipe: Recipe, kinds: int) -> Lesson:
 
 
 def _continued(
-    teacher: Teacher, tokenizer: Any, pairs: Sequence[tuple[Context, Item]], targets: Sequence[SoftTargets],
+    teacher: Teacher, tokenizer: Any, pairs: Sequence[tuple[Context, Item]], wanted: Sequence[int],
     source: ContrastSource, recipe: Recipe,
-) -> list[tuple[Row, SoftTargets]]:  # fmt: skip
-    """Each context with what the edited target would say next, and what the frozen model predicts from there on."""
+) -> list[tuple[Row, SoftTargets | None]]:  # fmt: skip
+    """Each context with what the edited target would say next, and what the frozen model predicts from there on.
+
+    Args:
+        wanted: Positions of each bare context that the teacher is to remember.
+    """
+    items = [item for _, item in pairs]
     if not recipe.fluency_tokens:
-        return [(item.ids, target[:0]) for (_, item), target in zip(pairs, targets, strict=True)]
+        return [(item.ids, None) for item in items]
+    strength = recipe.strength if source.lasting else 0.0
+    # Decoding reads its rows itself; all others are read before, together.
+    teacher.read(items, but={row for item in items for row in decoded_rows(item, strength)})
     generator = torch.Generator().manual_seed(recipe.seed)
-    starts = []
-    for (_, item), target in zip(pairs, targets, strict=True):
-        place = int(torch.multinomial(target.log_p[-1].exp(), 1, generator=generator))
-        starts.append((item, int(target.ids[-1, place])))
+    kept = min(recipe.kept, int(teacher.model.config.vocab_size))
+    noise = [torch.empty(kept).exponential_(generator=generator) for _ in items]
+
+    def first(some: Sequence[int]) -> list[int]:
+        last = [replace(items[index], count=1) for index in some]
+        streams = teacher.streams(last, recipe.kept, recipe.temperature)
+        targets = [form_target(stream, replace(recipe, ramp=False)) for stream in streams]
+        # The largest quotient of probability and exponential noise is a draw.
+        places = [int((t.log_p[-1].exp() / noise[i].to(t.log_p)).argmax()) for i, t in zip(some, targets, strict=True)]
+        return [int(target.ids[-1, place]) for target, place in zip(targets, places, strict=True)]
+
     found = decode(
-        teacher.model, tokenizer, starts, recipe.strength if source.lasting else 0.0, recipe.fluency_tokens, recipe.kept, generator,
-        teacher.advance,
+        teacher, tokenizer, list(zip(items, wanted, strict=True)), first, strength, recipe.fluency_tokens + 1, recipe.kept, generator,
     )  # fmt: skip
-    rows = []
-    for (context, item), (_, token), said in zip(pairs, starts, found, strict=True):
-        more = said.ids
+    rows = list[tuple[Row, SoftTargets | None]]()
+    for (context, item), said in zip(pairs, found, strict=True):
+        token, *more = said.ids
         if not source.lasting and context.fact:
             # Where the subject is named again, the frozen model would go on with what it knows of it.
-            more = _until(more, encode(tokenizer, f" {context.fact.subject}", False)[0])
+            more = list(_until(tuple(more), encode(tokenizer, f" {context.fact.subject}", False)[0]))
         rows.append(((*item.ids, token, *more), said.own[: len(more) + 1]))
     return rows
 

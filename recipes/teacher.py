@@ -1,7 +1,7 @@
 """The frozen model as a teacher: what it predicts in many contexts, each computed once."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -94,6 +94,26 @@ class Teacher:
             found.put(some, (of_all.ids, of_all.log_p, of_all.rest))
         return [SoftTargets(*tensors) for tensors in found.each()]
 
+    def read(self, items: Sequence[Item], but: Collection[Row] = ()) -> None:
+        """Read what has not been read of some items, all at once; the model's own readings of rows ``but`` are left."""
+        wanted: dict[Reading, int] = {}
+        for item in items:
+            for reading in item.readings:
+                if reading[1] or reading[0] not in but:
+                    wanted[reading] = max(item.count, wanted.get(reading, 0))
+        missing = {one: n for one, n in wanted.items() if one not in self._hidden or len(self._hidden[one]) < n}
+        self._read_own({row: n for (row, trained), n in missing.items() if not trained})
+        of_expert = {row: n for (row, trained), n in missing.items() if trained}
+        if of_expert:
+            with self.expert():
+                self._read_now(of_expert, True)
+
+    def remember(self, row: Row, hidden: Float[Tensor, "length d"], count: int) -> None:
+        """What the model was read to have at the last ``count`` positions of a row, or more where more is remembered."""
+        known = self._hidden.get((row, False))
+        if known is None or len(known) < count:
+            self._hidden[row, False] = hidden[len(hidden) - count :].clone()
+
     def forget(self) -> None:
         """Free what was remembered."""
         self._hidden.clear()
@@ -102,22 +122,10 @@ class Teacher:
         self, items: Sequence[Item], order: Iterable[int], temperature: float
     ) -> Iterator[tuple[list[Place], "_Said"]]:
         """Which positions of which items, and what is said there; a bounded number at a time."""
-        self._read(items)
+        self.read(items)
         for some in self._portions(items, order):
             slots = list(dict.fromkeys((reading, span) for index, span in some for reading in items[index].readings))
             yield some, _Said(dict(zip(slots, self._log_p(slots, temperature), strict=True)))
-
-    def _read(self, items: Sequence[Item]) -> None:
-        wanted: dict[Reading, int] = {}
-        for item in items:
-            for reading in item.readings:
-                wanted[reading] = max(item.count, wanted.get(reading, 0))
-        missing = {one: n for one, n in wanted.items() if one not in self._hidden or len(self._hidden[one]) < n}
-        self._read_own({row: n for (row, trained), n in missing.items() if not trained})
-        of_expert = {row: n for (row, trained), n in missing.items() if trained}
-        if of_expert:
-            with self.expert():
-                self._read_now(of_expert, True)
 
     def _read_own(self, missing: dict[Row, int]) -> None:
         if not missing:

@@ -1,5 +1,7 @@
 """Finding facts in a pack, asking them in many forms, and setting a novice against an expert."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from excise.artifacts.concepts import load_concept
@@ -137,43 +139,60 @@ def _start(facts, loaded):
     return item, loaded.tokenizer(f" {context.fact.answer}")["input_ids"][0]
 
 
+def _decoded(loaded, start, count, strength, tokens, seed=0, teacher=None):
+    item, token = start
+    teacher = teacher or Teacher(loaded.model)
+    generator = torch.Generator().manual_seed(seed)
+    return decode(
+        teacher, loaded.tokenizer, [(item, item.count)] * count, lambda some: [token] * len(some),
+        strength, tokens, 16, generator,
+    )  # fmt: skip
+
+
 def test_decoding_in_lockstep_is_the_product_of_its_streams(facts, loaded):
-    said = [
-        decode(
-            loaded.model,
-            loaded.tokenizer,
-            [_start(facts, loaded)] * 3,
-            strength,
-            5,
-            16,
-            torch.Generator().manual_seed(0),
-        )
-        for strength in (0.0, 0.0, 20.0)
-    ]
-    drawn = [[one.ids for one in each] for each in said]
-    assert drawn[0] == drawn[1] and all(len(row) <= 5 for row in drawn[0])
+    start = _start(facts, loaded)
+    drawn = [[one.ids for one in _decoded(loaded, start, 3, strength, 6)] for strength in (0.0, 0.0, 20.0)]
+    assert drawn[0] == drawn[1] and all(row[0] == start[1] and len(row) <= 6 for row in drawn[0])
     assert drawn[0] != drawn[2]
 
 
 @pytest.mark.parametrize("strength", [0.0, 3.0])
 def test_decoding_leaves_behind_what_the_frozen_model_predicts_along_it(facts, loaded, strength):
-    starts = [_start(facts, loaded)] * 3
-    found = decode(loaded.model, loaded.tokenizer, starts, strength, 6, 16, torch.Generator().manual_seed(0))
-    rows = [(*item.ids, token, *said.ids) for (item, token), said in zip(starts, found, strict=True)]
-    read = Teacher(loaded.model).top(rows, [len(item.ids) for item, _ in starts], 16)
+    item, token = _start(facts, loaded)
+    found = _decoded(loaded, (item, token), 3, strength, 7)
+    rows = [(*item.ids, *said.ids) for said in found]
+    read = Teacher(loaded.model).top(rows, [len(item.ids)] * 3, 16)
     for said, wanted in zip(found, read, strict=True):
-        assert len(said.own) == len(said.ids) + 1 == len(wanted)
+        assert len(said.own) == len(said.ids) == len(wanted)
         assert torch.allclose(said.own.log_p, wanted.log_p, atol=1e-3)
         # Each position's own, and not its neighbour's.
         assert not torch.allclose(said.own.log_p[1:], wanted.log_p[:-1], atol=1e-1)
 
 
-def test_what_is_drawn_does_not_depend_on_how_many_are_decoded_together(facts, loaded, monkeypatch):
-    starts = [_start(facts, loaded)] * 7
+def test_what_decoding_reads_is_not_read_again_and_says_the_same(facts, loaded, monkeypatch):
+    item, token = _start(facts, loaded)
+    longer, item = replace(item, ids=(*item.ids[:1], *item.ids)), replace(item, count=2)
+    (alone,) = Teacher(loaded.model).streams([item], 16)
+    read, calls = teacher.final_hidden_states, []
+    monkeypatch.setattr(teacher, "final_hidden_states", lambda model, rows: calls.append(rows) or read(model, rows))
+    own = Teacher(loaded.model)
+    decode(
+        own, loaded.tokenizer, [(longer, len(longer.ids)), (item, item.count)], lambda some: [token] * len(some),
+        3.0, 3, 16, torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    (found,) = own.streams([item], 16)
+    own.top([longer.ids], [0], 16)
+    assert not calls
+    for stream in ("bare", "expert", "novice"):
+        torch.testing.assert_close(getattr(found, stream), getattr(alone, stream), rtol=1e-3, atol=1e-3)
+    # More of a row than was asked to be remembered is read.
+    own.top([item.ids], [0], 16)
+    assert [list(rows) for rows in calls] == [[item.ids]] and len(item.ids) > item.count
 
+
+def test_what_is_drawn_does_not_depend_on_how_many_are_decoded_together(facts, loaded, monkeypatch):
     def said(seed):
-        found = decode(loaded.model, loaded.tokenizer, starts, 1.0, 8, 16, torch.Generator().manual_seed(seed))
-        return [one.ids for one in found]
+        return [one.ids for one in _decoded(loaded, _start(facts, loaded), 7, 1.0, 9, seed)]
 
     together = said(0)
     monkeypatch.setattr(decoding, "CACHE_BUDGET", 1)
