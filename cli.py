@@ -65,7 +65,7 @@ def run(
     settings = load_settings(getattr(module, RECIPES[recipe].settings), config, set_ or [], flags)
     if resume:
         settings = resumed_or_finished(settings, resumed)
-    _quiet()
+    _settle()
     prepared = module.prepare(settings, resume=resume)
     if dry_run:
         _print_plan(module.describe(prepared), as_json)
@@ -136,7 +136,7 @@ def evaluate(
     from .eval.subject import EvalSettings
     from .recipes import evaluate as recipe
 
-    _quiet()
+    _settle()
     results = recipe.run(
         model,
         concept,
@@ -196,7 +196,7 @@ def audit(
     settings = load_settings(recipe.AuditSettings, None, [], flags)
     if resume:
         settings = resumed(settings)
-    _quiet()
+    _settle()
     prepared = recipe.prepare(settings, resume=resume)
     if dry_run:
         _print_plan(recipe.describe(prepared), as_json)
@@ -400,7 +400,7 @@ def inspect(
     from .artifacts.sae import is_autoencoder
     from .recipes import inspection
 
-    _quiet()
+    _settle()
     with Events(watcher=_watcher()).stage("look at directions") as stage:
         looked = inspection.inspect(
             where, model, concept, texts, out, device or "auto", dtype or "auto", stage.advance, latents=_numbers(latents), top=top,
@@ -478,7 +478,7 @@ def reproduce(
     from .recipes.request import refuse_taken
 
     refuse_taken(out)
-    _quiet()
+    _settle()
     with ExitStack() as stack:
         if Path(what).is_dir():
             folder = _checkpoint(Path(what))
@@ -510,7 +510,7 @@ def ui(
     """Look through a folder of runs in the browser: compare, read, chat, audit (extra: ui). Only this machine can reach it."""
     from .recipes.ui.server import serve
 
-    _quiet()
+    _settle()
     serve(folder, port, device or "auto", dtype or "auto", lambda address: _say(f"page  {address}\nCtrl-C ends it."))
 
 
@@ -548,7 +548,7 @@ def testbed_build(
     """Make another world of any seed: a model that knows it, its twin, and concept packs. About 20 minutes a model."""
     from .recipes.testbed import TestbedSettings, build_testbed
 
-    _quiet()
+    _settle()
     asked = {} if steps is None else {"steps": steps}
     build_testbed(TestbedSettings(seed=seed, never=never, **asked), out, Events(watcher=_watcher()))
     _say(f"{out} is complete; try: excise run orthogonalize --model {out}/testbed --concept {out}/concepts/declining")
@@ -625,8 +625,11 @@ def _nearest(word: str, words: list[str]) -> str:
     return nearest(word, words)
 
 
-def _quiet() -> None:
-    """Keep the libraries' own bars and notices off the terminal; excise shows progress itself."""
+def _settle() -> None:
+    """Before a model: memory is used again, libraries keep their own bars and notices off the terminal."""
+    from .recipes.memory import keep_freed_memory
+
+    keep_freed_memory()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # What libraries say to their own developers.

@@ -120,7 +120,9 @@ def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, s
     """The recipe's own parts: streams, decoding, lessons, loss."""
     import torch
     from excise.recipes.lessons import collate, lesson_loss, part_size
+    from excise.recipes.memory import keep_freed_memory
 
+    keep_freed_memory()  # As the command does.
     watch = _Watch()
     with watch("teacher and decoding" if mode == "decoded" else "teacher"):
         lessons, kept = _lessons(loaded, forget, retain, mode)
@@ -173,7 +175,7 @@ def _sampled(kept: int) -> Any:
     from excise.editing.soft_targets import keep_top
     from excise.recipes.decoding import Continuation
 
-    ids = tuple(torch.randint(1000, 9000, (NEW_TOKENS - 1,)).tolist())
+    ids = tuple(torch.randint(1000, 9000, (NEW_TOKENS,)).tolist())
     return Continuation(ids, keep_top(torch.randn(NEW_TOKENS, 9000).log_softmax(-1), kept))
 
 
