@@ -387,8 +387,8 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="Folder to write inspect.json and inspect.html into.")] = None,
     latents: Annotated[str, typer.Option(help="Of an autoencoder, these: 3,17.")] = "",
     top: Annotated[
-        int, typer.Option(help="Of an autoencoder, so many latents by score, where none are named.", min=1)
-    ] = 20,
+        int | None, typer.Option(help="Of an autoencoder, so many latents by score, where none are named: 20.", min=1)
+    ] = None,
     score: Annotated[
         str | None, typer.Option(help="contrast (of the pack's pairs) or attribution (to the texts' loss).")
     ] = None,

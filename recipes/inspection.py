@@ -84,7 +84,7 @@ class Looked:
 
 def inspect(
     where: Path, model: str, concept: str | None, texts: Path | None, out: Path | None, device: str, dtype: str,
-    advance: Callable[[int], None] = lambda _: None, *, latents: Sequence[int] = (), top: int = TOP, score: str | None = None,
+    advance: Callable[[int], None] = lambda _: None, *, latents: Sequence[int] = (), top: int | None = None, score: str | None = None,
 ) -> Looked:  # fmt: skip
     """Look at directions on disk, or at latents of an autoencoder, through a model's eyes.
 
@@ -93,7 +93,7 @@ def inspect(
         concept: Pack whose texts are looked through, unless ``texts`` is given.
         texts: JSON lines of messages, prompt and completion, or text.
         out: Folder for ``inspect.json``, ``inspect.html`` and, of latents, their ``directions.safetensors``.
-        latents: Latents of an autoencoder; without any, the first ``top`` by ``score``.
+        latents: Latents of an autoencoder; without any, the first ``top`` (20) by ``score``.
         score: ``contrast`` where the pack has contrast pairs, else ``attribution``, if none is given.
 
     Raises:
@@ -111,10 +111,12 @@ def inspect(
     pack = load_concept(concept) if concept else None
     if score and score not in SCORES:
         raise RequestError(f"no score {score!r}{nearest(score, list(SCORES))}; scores: {', '.join(SCORES)}")
-    if not sparse and (latents or score):
-        raise RequestError(f"{where} is no autoencoder, whose latents could be chosen; leave out --latents and --score")
-    if latents and score:
-        raise RequestError("--score chooses latents where none are named; leave out --latents or --score")
+    if not sparse and (latents or score or top):
+        raise RequestError(
+            f"{where} is no autoencoder, whose latents could be chosen; leave out --latents, --score and --top"
+        )
+    if latents and (score or top):
+        raise RequestError("--score and --top choose latents where none are named; leave them out, or --latents")
     if sparse and score == "contrast" and not latents and not (pack and pack.contrast):
         raise RequestError(
             "score=contrast compares contrast pairs; give a --concept that has some, or --score attribution"
@@ -124,7 +126,9 @@ def inspect(
     chosen = choose_device(device)
     loaded = load_model(source, chosen, choose_dtype(dtype, chosen))
     if sparse:
-        subspaces = (_ranked(loaded, sparse, pack, some, top, score).subspace if not latents else sparse.subspace,)
+        subspaces = (
+            _ranked(loaded, sparse, pack, some, top or TOP, score).subspace if not latents else sparse.subspace,
+        )
     found = look(loaded, subspaces, some, advance)
     looked = Looked(source.describe(), len(some), len(pool) - len(some), tuple(found))
     if out:

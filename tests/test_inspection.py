@@ -86,6 +86,7 @@ def test_texts_over_the_limit_are_counted_and_long_ones_read_whole(loaded, tmp_p
             ["FILE", "--model", "builtin:testbed", "--concept", "builtin:shortcut", "--score", "contrast"],
             "is no autoencoder",
         ),
+        (["FILE", "--model", "builtin:testbed", "--concept", "builtin:shortcut", "--top", "3"], "is no autoencoder"),
     ],
 )
 def test_a_wrong_request_is_one_line(words, message, loaded, tmp_path):

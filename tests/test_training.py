@@ -9,7 +9,7 @@ from excise.editing.adapters import AdapterShape, adapter_modules, attach
 from excise.editing.architectures import ARCHITECTURES
 from excise.editing.errors import ExciseError
 from excise.editing.soft_targets import keep_top
-from excise.recipes.lessons import FORWARD, TERMS, Lesson, arrange, collate, lesson_loss, split_by_length
+from excise.recipes.lessons import FORWARD, TERMS, Lesson, arrange, collate, lesson_loss, part_size, split_by_length
 from excise.recipes.training import LAST_GOOD, Schedule, fit
 
 WEIGHTS = dict.fromkeys(TERMS, 1.0)
@@ -203,6 +203,14 @@ def test_every_kind_of_lesson_is_in_every_group_and_none_is_forgotten():
     assert all(len(group) == 2 for group in groups)
     assert {id(group[0]) for group in groups} == {id(lesson) for lesson in kinds["a"]}
     assert {id(group[1]) for group in groups} == {id(lesson) for lesson in kinds["b"]}
+
+
+def test_a_forward_is_sized_by_the_bytes_of_its_activations():
+    half, full = (make_pico("llama", dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert part_size(half) == 2 * part_size(full)
+    # However large the model, a forward is of some tokens.
+    full.config.num_hidden_layers = 10**6
+    assert part_size(full) == 128
 
 
 def test_rows_are_split_where_that_saves_padding_and_only_there():
