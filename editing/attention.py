@@ -24,8 +24,8 @@ Piece = tuple[slice, slice, slice]
 def attend_by_products(model: Any) -> None:
     """Let a bfloat16 model compute attention by matrix products wherever a gradient goes through it.
 
-    On processors the fused kernel takes over twice as long, backward too. Elsewhere nothing changes, bit for bit, except
-    inside ``products_everywhere``. A model whose attention is not transformers' fused one is left alone.
+    On processors the fused kernel is slower, backward too (``benchmarks/attention.py``). Elsewhere nothing changes, bit for
+    bit, except inside ``products_everywhere``. A model whose attention is not transformers' fused one is left alone.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -38,7 +38,8 @@ def attend_by_products(model: Any) -> None:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
         dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **rest: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        wanted = _everywhere.get() or (torch.is_grad_enabled() and query.requires_grad)
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        wanted = trained or _everywhere.get()
         shared_mask = attention_mask is None or attention_mask.shape[1] == 1
         if not wanted or dropout or not shared_mask or rest.get("position_bias") is not None:
             output, _ = sdpa_attention_forward(

@@ -80,17 +80,18 @@ def test_without_a_gradient_nothing_changes_unless_asked_and_with_one_it_is_abou
     assert changed.config._attn_implementation == PRODUCTS
     full = copy.deepcopy(model).float()
 
-    def logits(one):
+    def logits(one, mask=MASK):
         with torch.no_grad():
-            return one(input_ids=IDS, attention_mask=MASK).logits[:, :7].float()
+            return one(input_ids=IDS, attention_mask=mask).logits[:, :7].float()
 
     assert torch.equal(logits(model), logits(changed))
     with products_everywhere():
-        by_products = logits(changed)
+        by_products, unmasked = logits(changed), logits(changed, None)
         assert torch.equal(logits(model), logits(copy.deepcopy(model)))
     assert torch.equal(logits(model), logits(changed)) and not torch.equal(logits(model), by_products)
-    off = (logits(model) - logits(full)).norm()
-    assert (by_products - logits(full)).norm() < 2 * off
+    for mask, found in ((MASK, by_products), (None, unmasked)):
+        off = (logits(model, mask) - logits(full, mask)).norm()
+        assert (found - logits(full, mask)).norm() < 2 * off
     exact = _gradients(full)
     plain, ours = (_gradients(m) for m in (model, changed))
     assert not torch.equal(plain, ours)
