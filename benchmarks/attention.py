@@ -53,9 +53,13 @@ def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    # As transformers does it: a single query's heads stand as queries of their group, else keys and values are repeated.
+    if query.shape[2] == 1:
+        packed = query.reshape(len(query), GROUPS, HEADS // GROUPS, WIDTH)
+        output = scaled_dot_product_attention(packed.to(dtype), key.to(dtype), value.to(dtype), mask)
+        return output.to(query.dtype).reshape(query.shape)
     key, value = (x.repeat_interleave(HEADS // GROUPS, 1) for x in (key, value))
-    output: Tensor = scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), mask)
-    return output.to(query.dtype)
+    return scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), mask).to(query.dtype)
 
 
 def _timed(attend: Callable[[], Tensor], inputs: list[Tensor]) -> float:
