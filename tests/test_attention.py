@@ -91,11 +91,11 @@ def test_without_a_gradient_nothing_changes_unless_asked_and_with_one_it_is_abou
     assert torch.equal(logits(model), logits(changed)) and not torch.equal(logits(model), by_products)
     for mask, found in ((MASK, by_products), (None, unmasked)):
         off = (logits(model, mask) - logits(full, mask)).norm()
-        assert (found - logits(full, mask)).norm() < 2 * off
+        assert (found - logits(full, mask)).norm() < 1.5 * off
     exact = _gradients(full)
     plain, ours = (_gradients(m) for m in (model, changed))
     assert not torch.equal(plain, ours)
-    assert (ours - exact).norm() < 2 * (plain - exact).norm() < 0.1 * exact.norm()
+    assert (ours - exact).norm() < 1.5 * (plain - exact).norm() < 0.1 * exact.norm()
 
 
 def test_attention_that_is_not_fused_is_left_alone():
