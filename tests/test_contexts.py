@@ -21,7 +21,7 @@ from excise.recipes.contrast import (
     encode,
     stand_ins,
 )
-from excise.recipes.curriculum import Recipe, Replies, forget_contexts, teach_forgetting
+from excise.recipes.curriculum import Recipe, Replies, forget_contexts, form_target, teach_forgetting
 from excise.recipes.decoding import decode
 from excise.recipes.elm import ElmSettings, prepare
 from excise.recipes.reinforced import reinforced
@@ -139,12 +139,11 @@ def _start(facts, loaded):
     return item, loaded.tokenizer(f" {context.fact.answer}")["input_ids"][0]
 
 
-def _decoded(loaded, start, count, strength, tokens, seed=0, teacher=None):
+def _decoded(loaded, start, count, strength, tokens, seed=0):
     item, token = start
-    teacher = teacher or Teacher(loaded.model)
     generator = torch.Generator().manual_seed(seed)
     return decode(
-        teacher, loaded.tokenizer, [(item, item.count)] * count, lambda some: [token] * len(some),
+        Teacher(loaded.model), loaded.tokenizer, [(item, item.count)] * count, lambda some: [token] * len(some),
         strength, tokens, 16, generator,
     )  # fmt: skip
 
@@ -188,6 +187,23 @@ def test_what_decoding_reads_is_not_read_again_and_says_the_same(facts, loaded, 
     # More of a row than was asked to be remembered is read.
     own.top([item.ids], [0], 16)
     assert [list(rows) for rows in calls] == [[item.ids]] and len(item.ids) > item.count
+
+
+def test_the_first_token_of_a_continuation_is_drawn_from_the_edited_target(concept, facts, loaded):
+    source = contrast_sources(concept, facts, loaded.tokenizer, 8, 0)[0]
+    contexts = list(fact_contexts(facts, "questions", 0))[:24]
+    items = contrasted(contexts, source, loaded.tokenizer)
+    recipe = Recipe(1.5, False, True, 1.0, 0, 16, "both", "uniform", False, 1, 8, 100, 7)
+    lessons, _, _ = teach_forgetting(Teacher(loaded.model), loaded.tokenizer, contexts, source, recipe)
+    said = [lesson.ids[len(item.ids)] for lesson, item in zip(lessons, items, strict=True)]
+    targets = [form_target(stream, recipe) for stream in Teacher(loaded.model).streams(items, 16)]
+
+    def drawn(seed):
+        generator = torch.Generator().manual_seed(seed)
+        places = [int(torch.multinomial(target.log_p[-1].exp(), 1, generator=generator)) for target in targets]
+        return [int(target.ids[-1, place]) for target, place in zip(targets, places, strict=True)]
+
+    assert said == drawn(7) != drawn(8)
 
 
 def test_what_is_drawn_does_not_depend_on_how_many_are_decoded_together(facts, loaded, monkeypatch):
