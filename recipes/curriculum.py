@@ -133,10 +133,10 @@ def teach_forgetting(
         return [], len(contexts), 0.0
     firsts = [_reply_start(tokenizer, context) for context, _ in pairs]
     begins = [max(first, len(item.ids) - item.count) for (_, item), first in zip(pairs, firsts, strict=True)]
-    # What comes before the contrast is kept. It is read first, as it covers what the streams need of the bare contexts.
     early = [index for index, begin in enumerate(begins) if begin > firsts[index]]
     wanted = [max(item.count, len(item.ids) - first) for (_, item), first in zip(pairs, firsts, strict=True)]
     continued = _continued(teacher, tokenizer, pairs, wanted, source, recipe)
+    # What comes before the contrast is kept. It is read first, as it covers what the streams need of the bare contexts.
     own = teacher.top([pairs[index][1].ids for index in early], [firsts[index] for index in early], recipe.kept)
     before = dict(zip(early, own, strict=True))
     streams = teacher.streams([item for _, item in pairs], recipe.kept, recipe.temperature)
@@ -248,10 +248,10 @@ def _continued(
     )  # fmt: skip
     rows = list[tuple[Row, SoftTargets | None]]()
     for (context, item), said in zip(pairs, found, strict=True):
-        token, *more = said.ids
+        token, more = said.ids[0], said.ids[1:]
         if not source.lasting and context.fact:
             # Where the subject is named again, the frozen model would go on with what it knows of it.
-            more = list(_until(tuple(more), encode(tokenizer, f" {context.fact.subject}", False)[0]))
+            more = _until(more, encode(tokenizer, f" {context.fact.subject}", False)[0])
         rows.append(((*item.ids, token, *more), said.own[: len(more) + 1]))
     return rows
 

@@ -143,12 +143,12 @@ class _Lockstep:
             for place, ids in enumerate(said)
         ]
 
+    @products_everywhere()
     def _forward(self, ids: Tensor) -> Float[Tensor, "rows length d"]:
-        with products_everywhere():
-            hidden: Tensor = causal_model(self.model).base_model(
-                input_ids=ids, attention_mask=self.mask, position_ids=self.positions, past_key_values=self.cache,
-                use_cache=True,
-            ).last_hidden_state  # fmt: skip
+        hidden: Tensor = causal_model(self.model).base_model(
+            input_ids=ids, attention_mask=self.mask, position_ids=self.positions, past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state  # fmt: skip
         return hidden
 
 

@@ -93,7 +93,7 @@ def inspect(
         concept: Pack whose texts are looked through, unless ``texts`` is given.
         texts: JSON lines of messages, prompt and completion, or text.
         out: Folder for ``inspect.json``, ``inspect.html`` and, of latents, their ``directions.safetensors``.
-        latents: Latents of an autoencoder; without any, the first ``top`` (20) by ``score``.
+        latents: Latents of an autoencoder; without any, the first ``top`` by ``score``, or ``TOP`` of them.
         score: ``contrast`` where the pack has contrast pairs, else ``attribution``, if none is given.
 
     Raises:

@@ -30,13 +30,11 @@ def final_hidden_states(model: Any, wanted: Mapping[Row, int]) -> Iterator[tuple
     rows = list(wanted)
     decoder, device = causal_model(model).base_model, model.device
     for shared, members in group_by_prefix(rows, list(wanted.values())):
-        with products_everywhere():
-            cache = _read_prefix(decoder, rows[members[0]][:shared], device) if shared else None
+        cache = _read_prefix(decoder, rows[members[0]][:shared], device) if shared else None
         lengths = [len(rows[index]) - shared for index in members]
         for batch in token_batches(lengths, 4 * batch_budget(model) if device.type == "cuda" else READ):
             chosen = [rows[members[place]] for place in batch]
-            with products_everywhere():
-                hidden = _read_rest(decoder, cache, shared, [row[shared:] for row in chosen], device)
+            hidden = _read_rest(decoder, cache, shared, [row[shared:] for row in chosen], device)
             for row, states in zip(chosen, hidden, strict=True):
                 end = len(row) - shared
                 yield row, states[end - wanted[row] : end].clone()
@@ -80,12 +78,14 @@ def _common(one: Row, other: Row) -> int:
     return length
 
 
+@products_everywhere()
 def _read_prefix(decoder: Any, prefix: Row, device: torch.device) -> DynamicCache:
     cache = DynamicCache(config=decoder.config)
     decoder(input_ids=torch.tensor([prefix], device=device), past_key_values=cache, use_cache=True)
     return cache
 
 
+@products_everywhere()
 def _read_rest(
     decoder: Any, cache: DynamicCache | None, shared: int, rows: Sequence[Row], device: torch.device
 ) -> Tensor:
