@@ -18,6 +18,8 @@ DPI = 150
 
 Point = tuple[float, float, float, float]
 """x, value, and both ends of its interval."""
+Spread = tuple[float, float, float]
+"""A value and both ends of its interval."""
 
 
 def recovery(attacks: Sequence[dict[str, Any]], chance: float) -> Any:
@@ -76,15 +78,58 @@ def strengths(points: Sequence[dict[str, Any]], splits: Sequence[str]) -> Any:
     return figure
 
 
+def trade_off(points: Sequence[tuple[str, bool, Spread, Spread]], x_label: str, y_label: str, title: str) -> Any:
+    """What was given up for what was removed: a name, whether it is on the front, x and y with their intervals."""
+    figure, (axes,) = _panels(1, 1, size=(7, 5))
+    _label(axes, x_label, y_label, title=title)
+    for name, front, x, y in points:
+        ends = [[[value - low], [high - value]] for value, low, high in (x, y)]
+        axes.errorbar(x[0], y[0], xerr=ends[0], yerr=ends[1], fmt="o" if front else "x", elinewidth=0.8, label=name)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def kinds_by_layer(lines: Mapping[str, Sequence[tuple[int, float]]], y_label: str, title: str) -> Any:
+    """A line for each kind of tensor, layer by layer."""
+    figure, (axes,) = _panels(1, 1, size=(7, 4))
+    _label(axes, "layer", y_label, title=title)
+    for kind, points in sorted(lines.items()):
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=kind)
+    if lines:
+        axes.legend(fontsize=7)
+    return figure
+
+
+def watched(looks: Sequence[dict[str, Any]], chance: float) -> Any:
+    """A concept while a model trained: accuracy, where its neurons sit, and their centre, look by look."""
+    figure, (left, middle, right) = _panels(1, 3, size=(10, 3.6))
+    steps = [look["step"] + 1 for look in looks]
+    _label(left, "step + 1", "multiple choice", title="Recovery")
+    low, high = zip(*(look["accuracy"]["ci95"] for look in looks), strict=True)
+    left.fill_between(steps, low, high, color=SERIES["edited"], alpha=0.15, linewidth=0)
+    asked = f"group V (n = {looks[0]['accuracy']['n']})"
+    left.plot(steps, [look["accuracy"]["value"] for look in looks], color=SERIES["edited"], marker="o", label=asked)
+    left.plot(steps, [look["utility"] for look in looks], color=SERIES["base"], label="everything else")
+    left.axhline(chance, color=FAINT, linewidth=0.8, linestyle=":")
+    left.set_xscale("log")
+    _finish(left)
+    _label(middle, "step", "layer", title="Mean squared d' of neurons")
+    by_look = zip(*(look["mass_by_layer"] for look in looks), strict=True)
+    image = middle.imshow(list(by_look), aspect="auto", origin="lower", cmap="viridis")
+    middle.set_xticks(range(len(looks)), [str(look["step"]) for look in looks])
+    figure.colorbar(image, ax=middle)
+    _label(right, "step + 1", "layer", title="Where the concept sits")
+    right.plot(steps, [look["centre_of_mass"] for look in looks], color=SERIES["edited"], marker="o", label="now")
+    before = [look["centre_of_mass_before"] for look in looks]
+    right.plot(steps, before, color=SERIES["base"], linestyle="--", label="same units before")
+    right.set_xscale("log")
+    right.legend(fontsize=7, frameon=False, labelcolor=INK)
+    return figure
+
+
 def svg(figure: Any, label: str) -> Markup:
     """A figure for a page: text stays text, ink and series follow the page's colours."""
-    import matplotlib
-
-    drawn = io.BytesIO()
-    salt = hashlib.sha256(label.encode()).hexdigest()[:12]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    text = drawn.getvalue().decode()
+    text = _svg(figure, label, transparent=True)
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for subject, colour in SERIES.items():
         text = text.replace(colour, f"var(--{subject})")
@@ -92,6 +137,11 @@ def svg(figure: Any, label: str) -> Markup:
     # Only groups are named alike in every figure; nothing refers to them.
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(label)}" ', 1))
+
+
+def svg_file(figure: Any) -> str:
+    """A figure as a file of its own, on white; the same figure gives the same text."""
+    return _svg(figure, "excise")
 
 
 def png(figure: Any) -> bytes:
@@ -117,11 +167,22 @@ def whiskers(row: Row) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _panels(rows: int, columns: int) -> tuple[Any, list[Any]]:
+def _svg(figure: Any, salt: str, *, transparent: bool = False) -> str:
+    """Names inside a drawing come of the salt alone, so that two drawings of a figure are one text."""
+    import matplotlib
+
+    drawn = io.BytesIO()
+    salt = hashlib.sha256(salt.encode()).hexdigest()[:12]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(drawn, format="svg", transparent=transparent, metadata={"Date": None, "Creator": None})
+    return drawn.getvalue().decode()
+
+
+def _panels(rows: int, columns: int, size: tuple[float, float] | None = None) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
+    figure = Figure(figsize=size or (4.2 * columns, 2.9 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 

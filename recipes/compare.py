@@ -1,10 +1,12 @@
 """Runs side by side: one table, and what each gave up for what it removed."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..artifacts import charts
 from ..artifacts.results import RESULTS, format_value, read_measurements
 from ..artifacts.staging import staged_folder
 from ..editing.errors import RequestError
@@ -44,6 +46,13 @@ class Line:
         found = [self.values[name].value for name in KEPT if name in self.values]
         return sum(found) / len(found) if found else None
 
+    def kept_ci95(self) -> tuple[float, float]:
+        """Interval of that mean, from those of its parts (MOVER, Zou and Donner 2008); the parts are other questions."""
+        found = [self.values[name] for name in KEPT if name in self.values]
+        mean = sum(item.value for item in found) / len(found)
+        below, above = (math.hypot(*(item.ci95[end] - item.value for item in found)) / len(found) for end in (0, 1))
+        return mean - below, mean + above
+
 
 def compare(runs: list[Path], out: Path) -> list[Line]:
     """Read finished runs of one concept; write ``compare.md``, ``compare.json`` and ``compare.png`` into ``out``.
@@ -55,7 +64,7 @@ def compare(runs: list[Path], out: Path) -> list[Line]:
     with staged_folder(out) as staging:
         (staging / "compare.md").write_text(as_markdown(lines), encoding="utf-8")
         (staging / "compare.json").write_text(json.dumps(_as_json(lines), indent=2) + "\n", encoding="utf-8")
-        _plot(lines, staging / "compare.png")
+        (staging / "compare.png").write_bytes(_plot(lines))
     return lines
 
 
@@ -148,25 +157,17 @@ def _as_json(lines: list[Line]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _plot(lines: list[Line], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+def _plot(lines: list[Line]) -> bytes:
     front = pareto(lines)
+    points = []
     for line in lines:
         kept = line.kept()
-        if FORGOTTEN not in line.values or kept is None:
-            continue
-        item = line.values[FORGOTTEN]
-        error = [[item.value - item.ci95[0]], [item.ci95[1] - item.value]]
-        axes.errorbar(
-            item.value, kept, xerr=error, fmt="o" if line in front else "x", label=f"{line.name} ({line.recipe})"
-        )
-    axes.set_xlabel("multiple choice on what to forget, group V (lower is better)")
-    axes.set_ylabel("multiple choice on neighbours and the rest, mean (higher is better)")
-    axes.set_title("Forgetting against keeping; circles are on the Pareto front")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+        if FORGOTTEN in line.values and kept is not None:
+            forgotten = line.values[FORGOTTEN]
+            name = f"{line.name} ({line.recipe})"
+            points.append((name, line in front, (forgotten.value, *forgotten.ci95), (kept, *line.kept_ci95())))
+    return charts.png(charts.trade_off(
+        points, "multiple choice on what to forget, group V (lower is better)",
+        "multiple choice on neighbours and the rest, mean (higher is better)",
+        "Forgetting against keeping; circles are on the Pareto front",
+    ))  # fmt: skip

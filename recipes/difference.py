@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..artifacts import charts
 from ..artifacts.checkpoints import Checkpoint, open_checkpoint, read_tensor
 from ..artifacts.models import find_model
 from ..artifacts.staging import staged_folder
@@ -92,7 +93,7 @@ def write(found: Difference, out: Path) -> None:
     """Write ``diff.json`` and ``diff.svg`` into a new folder."""
     with staged_folder(out) as staging:
         (staging / "diff.json").write_text(json.dumps(found.describe(), indent=1) + "\n", encoding="utf-8")
-        _plot(found, staging / "diff.svg")
+        (staging / "diff.svg").write_text(_plot(found), encoding="utf-8")
 
 
 def _compare(name: str, a: Checkpoint, b: Checkpoint, spectrum: bool) -> TensorDifference | None:
@@ -123,23 +124,10 @@ def effective_rank(values: Tensor) -> float:
     return float((-(shares * shares.log()).sum()).exp())
 
 
-def _plot(found: Difference, path: Path) -> None:
+def _plot(found: Difference) -> str:
     """Relative change by layer, one line for each kind of tensor."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     lines: dict[str, list[tuple[int, float]]] = {}
     for item in found.changed:
         if item.relative_norm is not None and (match := re.search(r"\.(\d+)\.(.+)", item.name)):
             lines.setdefault(match[2].removesuffix(".weight"), []).append((int(match[1]), item.relative_norm))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    for kind, points in sorted(lines.items()):
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=kind)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("|B - A| / |A|")
-    axes.set_title(f"{found.b} against {found.a}", fontsize=10)
-    if lines:
-        axes.legend(fontsize=7)
-    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    return charts.svg_file(charts.kinds_by_layer(lines, "|B - A| / |A|", f"{found.b} against {found.a}"))

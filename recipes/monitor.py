@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..artifacts import charts
 from ..artifacts.concepts import load_concept
 from ..artifacts.edits import load_edit
 from ..editing.adapters import causal_model, final_hidden
@@ -183,36 +184,10 @@ class RelearningMonitor(TrainerCallback):
         return {name: float(effect[top].mean()) for name, effect in flat.items()}
 
     def plot(self, out: Path) -> None:
-        """Write ``recovery.png`` and ``saliency.png`` (layer by step)."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        events = [self.event(seen) for seen in self.seen]
-        steps = [event["step"] + 1 for event in events]
-        figure = Figure(figsize=(10, 3.6), layout="constrained")
-        FigureCanvasAgg(figure)
-        left, middle, right = figure.subplots(1, 3)
-        values = [event["accuracy"]["value"] for event in events]
-        ends = [event["accuracy"]["ci95"] for event in events]
-        left.fill_between(steps, [low for low, _ in ends], [high for _, high in ends], alpha=0.2)
-        left.plot(steps, values, marker="o", label=f"group V (n = {events[0]['accuracy']['n']})")
-        left.plot(steps, [event["utility"] for event in events], label="everything else")
-        left.axhline(self.exam.chance, linestyle=":", color="#888")
-        left.set(xscale="log", xlabel="step + 1", ylabel="multiple choice", ylim=(-0.03, 1.03), title="Recovery")
-        left.legend(fontsize=7)
-        mass = np.array([event["mass_by_layer"] for event in events]).T
-        image = middle.imshow(mass, aspect="auto", origin="lower", cmap="viridis")
-        middle.set(xlabel="look", ylabel="layer", title="Mean squared d' of neurons")
-        middle.set_xticks(range(len(steps)), [str(event["step"]) for event in events])
-        figure.colorbar(image, ax=middle)
-        right.plot(steps, [event["centre_of_mass"] for event in events], marker="o", label="now")
-        right.plot(
-            steps, [event["centre_of_mass_before"] for event in events], linestyle="--", label="same units before"
-        )
-        right.set(xscale="log", xlabel="step + 1", ylabel="layer", title="Where the concept sits")
-        right.legend(fontsize=7)
+        """Write ``recovery.png``: accuracy, and where the concept sits, layer by step."""
+        figure = charts.watched([self.event(seen) for seen in self.seen], self.exam.chance)
         out.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out / "recovery.png", dpi=130)
+        (out / "recovery.png").write_bytes(charts.png(figure))
 
     def _effects(
         self, model: Any, row: Architecture, kinds: Sequence[Sequence[tuple[int, ...]]]
