@@ -60,18 +60,16 @@ def recovery_picture(results: dict[str, Any]) -> bytes | None:
     return charts.png(charts.recovery(trained, results["controls"]["chance"])) if trained else None
 
 
-def write_card(folder: Path, results: dict[str, Any]) -> None:
+def write_card(folder: Path, results: dict[str, Any], picture: bytes | None) -> None:
     """Write the section and its picture into an audit's own folder."""
-    picture = recovery_picture(results)
     if picture:
         write_whole(folder / PICTURE, picture)
     write_whole(folder / "card.md", card_section(results, PICTURE if picture else None))
 
 
-def amend_card(folder: Path, results: dict[str, Any]) -> None:
+def amend_card(folder: Path, results: dict[str, Any], picture: bytes | None) -> None:
     """Put the audit into a published checkpoint: its figures, and a section of its card in place of an older one."""
     card = (folder / CARD).read_text(encoding="utf-8").replace(UNTESTED, "")
-    picture = recovery_picture(results)
     section = card_section(results, f"{FOLDER}/{PICTURE}" if picture else None)
     before, _, after = card.partition(SECTION)
     if after:

@@ -20,7 +20,8 @@ from ..artifacts.staging import write_whole
 from ..eval.recovery import Attacked
 
 YARDSTICKS = ("base", "suppressed", "never")
-UTILITY = "utility"
+UNTOUCHED, UTILITY = "untouched", "utility"
+"""Names of what is found without an attack."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from excise.editing.errors import RequestError, VerifyError
 from excise.editing.pruning import PrunedUnits
 from excise.editing.side_by_side import low_rank_attackers
 from excise.eval.exam import Exam
-from excise.recipes import attacks, audit, hiding, training
+from excise.recipes import attacks, audit, audit_request, hiding, training
 from excise.recipes.attackers import Budget, trained
 from excise.recipes.attacks import ATTACKS, untrained
 from excise.recipes.contexts import find_facts
@@ -46,7 +46,7 @@ def material():
 def audited(tmp_path_factory):
     """The twin that never knew, audited as if it had been edited."""
     patch = pytest.MonkeyPatch()
-    patch.setitem(audit.BUDGETS, "quick", SHORT)
+    patch.setitem(attacks.BUDGETS, "quick", SHORT)
     out = tmp_path_factory.mktemp("audits") / "never"
     prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed-never", out=out, questions=40))
     results = audit.run(prepared, Events())
@@ -101,22 +101,23 @@ def test_a_card_takes_in_its_audit_and_a_newer_one_replaces_it(audited, tmp_path
     folder = publish(
         tmp_path / "checkpoint", edit, {"README.md": "# A model\n\n## Samples\n\nsome\n\n## Limits\n\nmany\n"}
     )
-    audit_report.amend_card(folder, results)
+    picture = audit_report.recovery_picture(results)
+    audit_report.amend_card(folder, results, picture)
     once = (folder / "README.md").read_text()
     assert once.index("## Does it hold?") < once.index("## Samples") < once.index("## Limits")
     assert "Like a model that never learned it" in once and verify_folder(folder) > 4
-    audit_report.amend_card(folder, {**results, "verdict": "comes_back"})
+    audit_report.amend_card(folder, {**results, "verdict": "comes_back"}, picture)
     twice = (folder / "README.md").read_text()
     assert twice == once.replace("Like a model that never learned it", "It comes back")
     assert json.loads((folder / "excise" / "audit.json").read_text())["verdict"] == "comes_back"
     assert verify_folder(folder) > 4 and sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
     (folder / "config.json").write_text("{}")
     with pytest.raises(VerifyError):
-        audit_report.amend_card(folder, results)
+        audit_report.amend_card(folder, results, picture)
 
 
 def test_a_killed_audit_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setitem(audit.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
+    monkeypatch.setitem(attacks.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
     settings = audit.AuditSettings(model="builtin:testbed-never", out=tmp_path / "audit", questions=20, fresh=True)
     whole = audit.run(audit.prepare(settings.model_copy(update={"out": tmp_path / "whole", "fresh": True})), Events())
     calls = []
@@ -150,7 +151,7 @@ def test_the_control_hides_the_concept_and_nothing_else(material, tmp_path):
 
 
 def test_a_second_audit_takes_over_what_the_first_found_of_base_and_controls(tmp_path, monkeypatch):
-    monkeypatch.setitem(audit.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
+    monkeypatch.setitem(attacks.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
     attacked = []
 
     def counted(model, names, *rest):
@@ -353,7 +354,7 @@ def test_a_concept_that_is_too_small_says_how_many_it_needs(monkeypatch):
     concept = load_concept("builtin:potions")
     few = [q for q in concept.questions if q.group == "T" or q.split != "forget"]
     few += [q for q in concept.questions if q.split == "forget" and q.group == "V"][:7]
-    monkeypatch.setattr(audit, "load_concept", lambda _: dataclasses.replace(concept, questions=tuple(few)))
+    monkeypatch.setattr(audit_request, "load_concept", lambda _: dataclasses.replace(concept, questions=tuple(few)))
     with pytest.raises(RequestError, match=r"has 7 forget questions of group V; an interval of ±0.10 needs 9\d"):
         audit.prepare(audit.AuditSettings(model="builtin:testbed"))
 
@@ -364,7 +365,7 @@ def test_texts_of_t_that_name_what_is_tested_are_refused(monkeypatch):
         text.model_copy(update={"group": "T"}) if text.group == "V" and not place % 50 else text
         for place, text in enumerate(concept.forget)
     ]
-    monkeypatch.setattr(audit, "load_concept", lambda _: dataclasses.replace(concept, forget=tuple(texts)))
+    monkeypatch.setattr(audit_request, "load_concept", lambda _: dataclasses.replace(concept, forget=tuple(texts)))
     with pytest.raises(RequestError, match="name subjects of group V"):
         audit.prepare(audit.AuditSettings(model="builtin:testbed"))
 

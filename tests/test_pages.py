@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     for name, value in (("HF_TOKEN", TOKEN), ("LOGNAME", USER), ("USER", USER)):
         patch.setenv(name, value)
     short = dataclasses.replace(attacks.BUDGETS["quick"], attacks=("int4", "rtt"), steps=4, seeds=1)
-    patch.setitem(audit.BUDGETS, "quick", short)
+    patch.setitem(attacks.BUDGETS, "quick", short)
     settings = audit.AuditSettings(
         model=str(out / "checkpoint"), base="builtin:testbed", questions=20, card=True, out=out / "audit"
     )
