@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +35,11 @@ def recovery(attacks: Sequence[dict[str, Any]], chance: float) -> Any:
                 axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=subject)
         axes.axhline(chance, color=FAINT, linewidth=0.8, linestyle=":")
         # Logarithmic from the first tokens on, so that the untouched model has its place at 0.
-        axes.set_xscale("symlog", linthresh=min(point["tokens"] for point in attack["curve"] if point["tokens"]))
+        seen = [point["tokens"] for point in attack["curve"] if point["tokens"]]
+        axes.set_xscale("symlog", linthresh=min(seen))
+        marks = _round_numbers(min(seen), max(seen))
+        axes.set_xticks([0, *marks], ["0", *(f"{mark:,}" for mark in marks)])
+        axes.set_xticks([], minor=True)
         axes.set_xlim(left=0)
         _finish(axes)
     for axes in panels[len(attacks) :]:
@@ -104,26 +109,31 @@ def watched(looks: Sequence[dict[str, Any]], chance: float) -> Any:
     """A concept while a model trained: accuracy, where its neurons sit, and their centre, look by look."""
     figure, (left, middle, right) = _panels(1, 3, size=(10, 3.6))
     steps = [look["step"] + 1 for look in looks]
-    _label(left, "step + 1", "multiple choice", title="Recovery")
+    _label(left, "step", "multiple choice", title="Recovery")
     low, high = zip(*(look["accuracy"]["ci95"] for look in looks), strict=True)
     left.fill_between(steps, low, high, color=SERIES["edited"], alpha=0.15, linewidth=0)
     asked = f"group V (n = {looks[0]['accuracy']['n']})"
     left.plot(steps, [look["accuracy"]["value"] for look in looks], color=SERIES["edited"], marker="o", label=asked)
     left.plot(steps, [look["utility"] for look in looks], color=SERIES["base"], label="everything else")
     left.axhline(chance, color=FAINT, linewidth=0.8, linestyle=":")
-    left.set_xscale("log")
     _finish(left)
     _label(middle, "step", "layer", title="Mean squared d' of neurons")
     by_look = zip(*(look["mass_by_layer"] for look in looks), strict=True)
     image = middle.imshow(list(by_look), aspect="auto", origin="lower", cmap="viridis")
-    middle.set_xticks(range(len(looks)), [str(look["step"]) for look in looks])
     figure.colorbar(image, ax=middle)
-    _label(right, "step + 1", "layer", title="Where the concept sits")
+    _label(right, "step", "layer", title="Where the concept sits")
     right.plot(steps, [look["centre_of_mass"] for look in looks], color=SERIES["edited"], marker="o", label="now")
     before = [look["centre_of_mass_before"] for look in looks]
     right.plot(steps, before, color=SERIES["base"], linestyle="--", label="same units before")
-    right.set_xscale("log")
     right.legend(fontsize=7, frameon=False, labelcolor=INK)
+    shown = range(0, len(looks), -(-len(looks) // 8))
+    names = [str(looks[place]["step"]) for place in shown]
+    middle.set_xticks(shown, names)
+    for axes in (left, right):
+        # Logarithmic, with a place for the look before the first step.
+        axes.set_xscale("log")
+        axes.set_xticks([steps[place] for place in shown], names)
+        axes.set_xticks([], minor=True)
     return figure
 
 
@@ -195,6 +205,13 @@ def _label(axes: Any, x_label: str, y_label: str, title: str = "") -> None:
     for side, spine in axes.spines.items():
         spine.set_color(INK)
         spine.set_visible(side in ("left", "bottom"))
+
+
+def _round_numbers(low: float, high: float) -> list[int]:
+    """1, 2 and 5 times each power of ten in a range; the powers alone where those would be many."""
+    powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    found = [n * 10**power for power in powers for n in (1, 2, 5) if low <= n * 10**power <= high]
+    return found if len(found) <= 6 else [10**power for power in powers if low <= 10**power]
 
 
 def _finish(axes: Any) -> None:

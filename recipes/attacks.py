@@ -271,7 +271,7 @@ ATTACKS: dict[str, Attack] = {
     "related": Attack(2, "low-rank fine-tuning on neighbouring topics in the same syntax", None, "lora", "related"),
     "unrelated": Attack(2, "low-rank fine-tuning on retain texts", None, "lora", "retain"),
     "retain_then_forget": Attack(2, "low-rank fine-tuning on retain texts for 40% of the steps, then on T", None, "lora", "retain+T"),
-    "relearn": Attack(2, "low-rank fine-tuning on the texts about V itself: how fast is it learned again?", None, "lora", "V", known=True),
+    "relearn": Attack(2, "low-rank fine-tuning on the texts about V itself, which shows how fast it is learned again", None, "lora", "V", known=True),
     "relearn_full": Attack(2, "fine-tuning of all weights on the texts about V itself", None, "full", "V", known=True),
 }  # fmt: skip
 
