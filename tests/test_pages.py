@@ -111,6 +111,18 @@ def test_replies_are_searched_and_filtered_and_settings_copied(run):
         assert page.evaluate("navigator.clipboard.readText()") == results["run"]["command"]
 
 
+def test_on_paper_no_table_is_cut_off_and_nothing_asks_for_a_click(run):
+    """An A4 page is 794 pixels wide; printed pages have margins of their own."""
+    out, _ = run
+    wide = "[...document.querySelectorAll('table')].filter(t => t.getBoundingClientRect().right > innerWidth).length"
+    with opened(out / "report.html", width=720) as seen:
+        # On a screen the same tables are wider and scroll.
+        assert seen.page.evaluate(wide) > 0 and seen.page.get_by_label("Search").is_visible()
+        seen.page.emulate_media(media="print")
+        assert seen.page.evaluate(wide) == 0 and not seen.page.get_by_label("Search").is_visible()
+        assert seen.page.evaluate("document.querySelector('.scroll table').innerText").count("[") > 20
+
+
 def test_hostile_texts_do_nothing_on_any_page(run, tmp_path):
     out, _ = run
     results, manifest, audited = _results(out)
