@@ -87,8 +87,8 @@ class ElmSettings(AdapterRun):
     """Keep only the likeliest token on retain sequences (authors' code) instead of the distribution (equation 8)."""
     erase_weight: float = Field(1.0, ge=0)
     """Lambda 1 (equation 10)."""
-    retain_weight: float = Field(9.0, ge=0)
-    """Lambda 2, of the mean over the kinds of retain sequences (paper: 1)."""
+    retain_weight: float = Field(16.0, ge=0)
+    """Lambda 2, of the mean over the kinds of retain sequences (paper: 1). Less loses neighbours, more forgets less."""
     fluency_weight: float = Field(1.0, ge=0)
     """Lambda 3 (paper: 0 for models of 32B and more)."""
 
