@@ -44,7 +44,10 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder to write; runs/RECIPE-N by default.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="One setting; may be repeated. `excise list RECIPE` shows all."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
     device: Device = None,
@@ -514,25 +517,34 @@ def ui(
     serve(folder, port, device or "auto", dtype or "auto", lambda address: _say(f"page  {address}\nCtrl-C ends it."))
 
 
-@app.command("list")
+@app.command("list", epilog="Example: excise list elm")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="recipes, measurements, attacks, architectures, concepts or models.")
+        str,
+        typer.Argument(
+            help="recipes, measurements, attacks, architectures, concepts or models; or a recipe, for its settings."
+        ),
     ] = "recipes",
+    as_json: Json = False,
 ) -> None:
-    """List recipes, measurements, attacks, architectures, concepts or models."""
+    """List recipes, measurements, attacks, architectures, concepts, models or a recipe's settings."""
+    from .recipes import RECIPES
+
     kinds = {
         "recipes": _recipes, "measurements": _measurements, "architectures": _architectures,
         "concepts": _concepts, "models": _models, "attacks": _attacks,
     }  # fmt: skip
-    if what not in kinds:
+    if what not in kinds and what not in RECIPES:
         raise RequestError(
-            f"nothing called {what!r} to list{_nearest(what, list(kinds))}; give one of {', '.join(kinds)}"
+            f"nothing called {what!r} to list{_nearest(what, [*kinds, *RECIPES])}; give one of {', '.join(kinds)}, or a "
+            f"recipe for its settings: {', '.join(RECIPES)}"
         )
-    lines = kinds[what]()
-    width = max(len(name) for name, _ in lines)
-    for name, about in lines:
-        _say(f"{name:<{width}}  {about}")
+    header = ("setting", "default", "about") if what in RECIPES else ("name", "about")
+    lines: list[tuple[str, ...]] = [*(_settings(what) if what in RECIPES else kinds[what]())]
+    if as_json:
+        print(json.dumps([dict(zip(header, line, strict=True)) for line in lines]))  # noqa: T201
+    else:
+        _print_lines(lines, header if what in RECIPES else None)
 
 
 @testbed_app.command("build")
@@ -794,6 +806,21 @@ def _print_comparison(lines: list[Any], columns: list[str]) -> None:
     Console(width=None if sys.stdout.isatty() else 30 * (len(lines) + 1), soft_wrap=True).print(shown)
 
 
+def _print_lines(lines: list[tuple[str, ...]], header: tuple[str, ...] | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=None, pad_edge=False, show_header=header is not None, header_style="bold")
+    last = len(lines[0]) - 1
+    for place, heading in enumerate(header or lines[0]):
+        shown.add_column(heading, no_wrap=place < last, overflow="fold")
+    for line in lines:
+        shown.add_row(*map(Text, line))
+    # In a file or a pipe each stays one line.
+    Console(width=None if sys.stdout.isatty() else 1000).print(shown)
+
+
 def _numbers(text: str) -> list[int]:
     from .editing.errors import RequestError
 
@@ -801,6 +828,13 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise RequestError(f"{text!r} are no numbers; write them as 3,17") from error
+
+
+def _settings(recipe: str) -> list[tuple[str, str, str]]:
+    from .recipes import RECIPES
+    from .recipes.settings import settings_help
+
+    return settings_help(getattr(importlib.import_module(RECIPES[recipe].module), RECIPES[recipe].settings))
 
 
 def _recipes() -> list[tuple[str, str]]:

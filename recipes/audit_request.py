@@ -40,6 +40,7 @@ class AuditSettings(RunRequest):
     model: str
     """Model to audit: any, edited here or elsewhere."""
     concept: str = "builtin:potions"
+    """Concept pack that the edit was to remove: builtin:NAME or a folder."""
     base: str = "builtin:testbed"
     """The model it was made from."""
     never: str | None = None

@@ -47,6 +47,7 @@ class PruneSettings(MeasuredRun):
     """Settings of pruning."""
 
     concept: str = "builtin:potions"
+    """Concept pack whose neurons are looked for: builtin:NAME or a folder."""
     score: Literal["attribution", "mean_attribution", "mean_difference", "selectivity", "saliency"] = "attribution"
     """How much a unit matters to the concept: activation times gradient (against zero or its mean), d', a ratio of sizes,
     or the published rank-based saliency."""

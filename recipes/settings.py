@@ -36,10 +36,13 @@ def load_settings(kind: type[T], file: Path | None, assignments: list[str], flag
     except ValidationError as error:
         problems += [_explain(detail, kind, places) for detail in error.errors()]
     if problems:
-        listed = "\n  ".join(dict.fromkeys(problems))
-        keys = ", ".join(sorted(kind.model_fields))
-        raise RequestError(f"{len(set(problems))} settings are wrong; keys: {keys}\n  {listed}")
+        raise RequestError(_all_of(list(dict.fromkeys(problems))))
     return made
+
+
+def _all_of(problems: list[str]) -> str:
+    """One is a line of its own."""
+    return problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} settings are wrong", *problems])
 
 
 Given = list[tuple[str, Any, str]]
@@ -69,13 +72,20 @@ def _explain(detail: Any, kind: type[BaseModel], places: dict[str, str]) -> str:
     key = str(detail["loc"][0])
     place = places.get(key, key)
     if detail["type"] == "extra_forbidden":
-        return f"{place}: unknown key {key!r}{nearest(key, sorted(kind.model_fields))}"
+        keys = sorted(kind.model_fields)
+        return f"{place}: unknown key {key!r}{nearest(key, keys) or '; keys: ' + ', '.join(keys)}"
     return f"{place}: {key}: {_reason(detail, kind)}"
 
 
 def settings_help(kind: type[BaseModel]) -> list[tuple[str, str, str]]:
-    """``(key, default, help)`` of each setting, for the command line's help."""
-    return [(name, str(field.default), field.description or "") for name, field in kind.model_fields.items()]
+    """``(key, default, help)`` of each setting, for the command line; what may be chosen stands at the help's end."""
+    found = []
+    for name, field in kind.model_fields.items():
+        words = [*_allowed(field.annotation)]
+        choices = f" One of {', '.join(words)}." if words else ""
+        default = "" if field.default is None else str(field.default)
+        found.append((name, default, " ".join((field.description or "").split()) + choices))
+    return found
 
 
 def _read_yaml(file: Path) -> list[tuple[str, Any, int]]:
@@ -110,10 +120,15 @@ def _reason(detail: Any, kind: type[BaseModel]) -> str:
     name = str(detail["loc"][0])
     message = str(detail["msg"]).removeprefix("Value error, ")
     annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
-    allowed = typing.get_args(annotation)
-    if typing.get_origin(annotation) is typing.Literal:
-        close = nearest(str(detail["input"]), [str(word) for word in allowed])
-        return f"got {detail['input']!r}{close}; allowed: {', '.join(map(str, allowed))}"
+    if allowed := _allowed(annotation):
+        return f"got {detail['input']!r}{nearest(str(detail['input']), allowed)}; allowed: {', '.join(allowed)}"
     if isinstance(annotation, types.UnionType):
         return f"got {detail['input']!r}; {message}"
     return f"got {detail['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _allowed(annotation: Any) -> list[str]:
+    """The words of a setting that is one of some."""
+    return (
+        [str(word) for word in typing.get_args(annotation)] if typing.get_origin(annotation) is typing.Literal else []
+    )

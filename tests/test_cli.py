@@ -53,6 +53,15 @@ def test_lists_are_not_empty(what):
     assert done.returncode == 0 and len(done.stdout.splitlines()) >= 1
 
 
+def test_a_recipe_is_listed_with_its_settings_and_what_is_neither_is_refused():
+    listed = {line["setting"]: line["default"] for line in json.loads(excise("list", "prune", "--json").stdout)}
+    assert listed["score"] == "attribution" and listed["concept"] == "builtin:potions"
+    table = excise("list", "prune").stdout
+    assert len(table.splitlines()) == len(listed) + 1 and "One of attribution, mean_attribution" in table
+    wrong = excise("list", "prun")
+    assert wrong.returncode == 2 and "did you mean 'prune'?" in wrong.stderr
+
+
 def test_a_background_job_that_ignores_the_interrupt_is_still_terminated(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "excise.cli", "run", "orthogonalize", "--out", str(tmp_path / "run")],

@@ -1,5 +1,8 @@
+import importlib
+
 import pytest
 from excise.editing.errors import RequestError
+from excise.recipes import RECIPES
 from excise.recipes.orthogonalize import OrthogonalizeSettings
 from excise.recipes.settings import load_settings, settings_help
 
@@ -41,5 +44,18 @@ def test_a_file_that_holds_a_list_is_refused(tmp_path):
         _load(tmp_path, "- seed\n")
 
 
-def test_every_setting_has_a_help_text():
-    assert all(about for _, _, about in settings_help(OrthogonalizeSettings))
+def test_one_mistake_is_one_line_and_a_key_like_no_other_brings_all_keys(tmp_path):
+    with pytest.raises(RequestError) as caught:
+        _load(tmp_path, assignments=["leyers=3"])
+    assert str(caught.value) == "--set leyers=3: unknown key 'leyers' (did you mean 'layers'?)"
+    with pytest.raises(RequestError, match=r"unknown key 'zzzz'; keys: .*layers, .*max_kl, "):
+        _load(tmp_path, assignments=["zzzz=3"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_setting_of_a_recipe_is_listed_with_its_default_and_a_help_text(recipe):
+    kind = getattr(importlib.import_module(RECIPES[recipe].module), RECIPES[recipe].settings)
+    listed = {key: (default, about) for key, default, about in settings_help(kind)}
+    assert set(listed) == set(kind.model_fields)
+    assert all(about and not about.startswith("One of") for _, about in listed.values())
+    assert listed["dtype"][0] == "auto" and listed["dtype"][1].endswith("One of auto, float32, bfloat16.")
