@@ -149,7 +149,8 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
     settings = prepared.settings
     expert = _expert(prepared, loaded, events, work)
     read = partial(Teacher, loaded.model, kept=_kept(prepared), expert=expert)
-    check, source, strength = _choose(prepared, loaded, read, events)
+    check, source = _choose(prepared, loaded, read, events)
+    strength = check.best.strength
     recipe = Recipe(
         strength, settings.one_sided, settings.eta_ramp, settings.temperature, settings.target_top_k, settings.kept_tokens, settings.contexts,
         settings.weighting, settings.hard_retain, settings.fluency_tokens, settings.chat_facts, settings.most_contexts, settings.seed,
@@ -166,7 +167,7 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
         arrange(curriculum.lessons, settings.steps * settings.batch_size, settings.seed),
         partial(collate, most=part_size(loaded.model)), lesson_loss(weights),
         [lesson.ids for lessons in curriculum.lessons.values() for lesson in lessons[:8]], training,
-        {"target_check": check.describe(), "warnings": [*prepared.adapted.warnings, *_warnings(check, curriculum)]},
+        {"target_check": check.describe(), "warnings": [*prepared.adapted.warnings, *_warnings(check, curriculum, settings.eta)]},
     )  # fmt: skip
 
 
@@ -191,8 +192,8 @@ def _expert(
 
 def _choose(
     prepared: Prepared, loaded: LoadedModel, read: Callable[..., Teacher], events: Events
-) -> tuple[TargetCheck, ContrastSource, float]:  # fmt: skip
-    """Check what every contrast promises; take the strength that was asked for, or the one the check prefers."""
+) -> tuple[TargetCheck, ContrastSource]:  # fmt: skip
+    """Check what every contrast promises, at the strength that was asked for or the one that the check prefers."""
     job, settings = prepared.adapted.job, prepared.settings
     sources = contrast_sources(job.concept, prepared.facts, loaded.tokenizer, settings.stand_ins, settings.seed)
     if settings.contrast == "reinforced":
@@ -207,10 +208,11 @@ def _choose(
             prepared.facts,
             sources,
             one_sided=settings.one_sided,
+            strength=None if settings.eta == "auto" else settings.eta,
         )
         stage.advance(0, forget=check.best.accuracy["forget"], strength=check.best.strength)
     source = next(source for source in sources if source.name == check.best.contrast)
-    return check, source, check.best.strength if settings.eta == "auto" else settings.eta
+    return check, source
 
 
 def _teach(
@@ -245,12 +247,17 @@ def _facts_for(prepared: Prepared, source: ContrastSource) -> Facts:
     return Facts((), {}) if whole else prepared.facts
 
 
-def _warnings(check: TargetCheck, curriculum: Curriculum) -> list[str]:
+def _warnings(check: TargetCheck, curriculum: Curriculum, eta: float | str) -> list[str]:
     found = []
     if not check.separates:
+        tried = (
+            "No contrast and strength that was tried makes"
+            if eta == "auto"
+            else f"At strength {eta:g} no contrast makes"
+        )
         found.append(
-            "No contrast and strength that was tried makes the target forget the concept and keep its neighbours; "
-            "the widest gap was taken. Expect little effect, or damage."
+            f"{tried} the target forget the concept and keep its neighbours; the widest gap was taken. Expect little effect, "
+            "or damage."
         )
     if curriculum.without_contrast:
         found.append(f"{curriculum.without_contrast} contexts offered no contrast and were left out.")

@@ -11,6 +11,7 @@ from typing import Any
 from ..editing.soft_targets import Streams
 from ..eval.concept import Concept, Question
 from ..eval.likelihood import Request, encode_request
+from ..eval.statistics import wilson
 from .contexts import Context, Fact, Facts, spread
 from .contrast import ContrastSource, contrasted, encode
 from .teacher import Item, Teacher
@@ -67,9 +68,14 @@ class _Asked:
 
 def check_target(
     teacher: Teacher, tokenizer: Any, concept: Concept, facts: Facts, sources: Sequence[ContrastSource],
-    grid: Sequence[float] = GRID, *, one_sided: bool = False,
+    grid: Sequence[float] = GRID, *, one_sided: bool = False, strength: float | None = None,
 ) -> TargetCheck:  # fmt: skip
-    """Score every source and strength on group-T questions of each split."""
+    """Score every source and strength on group-T questions of each split.
+
+    Args:
+        strength: The one that will be used; without it the check chooses.
+    """
+    grid = sorted({*grid, *(() if strength is None else (strength,))})
     asked = {
         split: [item for question in spread(questions, QUESTIONS, f"excise check {split}") if (item := _ask(tokenizer, question, facts))]
         for split, questions in _by_split(concept).items()
@@ -78,10 +84,11 @@ def check_target(
     curve = []
     for source in sources:
         read = {split: _read(teacher, tokenizer, items, source) for split, items in asked.items()}
-        curve += [_point(source.name, strength, asked, read, one_sided) for strength in grid]
+        curve += [_point(source.name, value, asked, read, one_sided) for value in grid]
     chance = sum(1 / len(item.firsts) for item in asked["forget"]) / len(asked["forget"])
-    best, separates = _best(curve, chance)
-    return TargetCheck(tuple(curve), best, separates, chance, {split: len(items) for split, items in asked.items()})
+    counts = {split: len(items) for split, items in asked.items()}
+    best, separates = _best(curve, chance, counts["forget"], strength)
+    return TargetCheck(tuple(curve), best, separates, chance, counts)
 
 
 def _by_split(concept: Concept) -> dict[str, list[Question]]:
@@ -137,19 +144,22 @@ def _point(
     return Point(name, strength, accuracy, greedy / n, probability / n)
 
 
-def _best(curve: Sequence[Point], chance: float) -> tuple[Point, bool]:
-    """The weakest strength that forgets and keeps; the widest gap where there is none."""
-    for name in dict.fromkeys(point.contrast for point in curve):
-        points = [point for point in curve if point.contrast == name]
-        whole = points[0].accuracy
-        for point in points:
-            keeps = all(
-                point.accuracy[split] >= value - KEPT for split, value in whole.items() if split != "forget"
-            )  # fmt: skip
-            forgets = point.greedy <= SAID and point.accuracy["forget"] <= chance
-            if keeps and forgets and point.probability <= MARGIN * chance:
-                return point, True
+def _best(curve: Sequence[Point], chance: float, n: int, strength: float | None = None) -> tuple[Point, bool]:
+    """The weakest strength, or the one that is given, that forgets and keeps; the widest gap where none does."""
+    open_to = [point for point in curve if strength in (None, point.strength)]
+    for point in open_to:
+        whole = next(one for one in curve if one.contrast == point.contrast).accuracy
+        keeps = all(point.accuracy[split] >= value - KEPT for split, value in whole.items() if split != "forget")
+        if keeps and _forgets(point, chance, n):
+            return point, True
     others = [split for split in curve[0].accuracy if split != "forget"]
     return max(
-        curve, key=lambda p: sum(p.accuracy[s] for s in others) / max(1, len(others)) - p.accuracy["forget"]
+        open_to, key=lambda p: sum(p.accuracy[s] for s in others) / max(1, len(others)) - p.accuracy["forget"]
     ), False
+
+
+def _forgets(point: Point, chance: float, n: int) -> bool:
+    """Surely no better than chance, as far as n questions can tell: what is at chance by luck is learned to lie above it."""
+    right = round(point.accuracy["forget"] * n)
+    surely = right == 0 or wilson(right, n)[1] <= chance
+    return surely and point.greedy <= SAID and point.probability <= MARGIN * chance
