@@ -25,7 +25,7 @@ from excise.recipes.curriculum import Recipe, Replies, forget_contexts, form_tar
 from excise.recipes.decoding import decode
 from excise.recipes.elm import ElmSettings, prepare
 from excise.recipes.reinforced import reinforced
-from excise.recipes.target_check import check_target
+from excise.recipes.target_check import Point, _best, check_target
 from excise.recipes.teacher import Teacher
 from excise.recipes.world import make_world
 
@@ -112,6 +112,37 @@ def test_the_check_tells_a_contrast_that_forgets_from_one_that_does_not(concept,
     alone = check_target(Teacher(loaded.model), loaded.tokenizer, concept, facts, [useless])
     assert not alone.separates
     assert all(point.accuracy == untouched.accuracy for point in alone.curve)
+
+
+def _curve(*right, n):
+    """A contrast whose target has so many of n right at strengths 0, 1, 2 ..., and keeps every neighbour."""
+    return [
+        Point("subjects", float(strength), {"forget": hits / n, "neighbour": 1.0}, 0.0, 0.0)
+        for strength, hits in enumerate(right)
+    ]
+
+
+def test_a_target_must_be_surely_below_chance_which_more_questions_tell_better():
+    """Chance is 0.25; 17 of 80 may well be chance, 12 of 80 and 170 of 800 hardly."""
+    best, separates = _best(_curve(60, 17, 12, 3, n=80), 0.25, 80)
+    assert separates and best.strength == 2.0
+    best, separates = _best(_curve(600, 170, 120, 30, n=800), 0.25, 800)
+    assert separates and best.strength == 1.0
+    # So few that no number would do; none right is as low as a target goes.
+    assert _best(_curve(8, 1, 0, n=8), 0.125, 8)[0].strength == 2.0
+    assert not _best(_curve(8, 1, 1, n=8), 0.125, 8)[1]
+
+
+def test_a_strength_that_was_asked_for_is_the_one_that_is_judged(concept, facts, loaded):
+    assert _best(_curve(60, 17, 12, 3, n=80), 0.25, 80, 3.0)[0].strength == 3.0
+    assert not _best(_curve(60, 17, 12, 3, n=80), 0.25, 80, 1.0)[1]
+    source = contrast_sources(concept, facts, loaded.tokenizer, 8, 0)[0]
+    for strength, forgets in ((4.0, True), (0.25, False)):
+        check = check_target(
+            Teacher(loaded.model), loaded.tokenizer, concept, facts, [source], (0.0, 1.5), strength=strength
+        )
+        chosen = [point["strength"] for point in check.describe()["curve"] if point["chosen"]]
+        assert chosen == [strength] and check.separates == forgets and len(check.curve) == 3
 
 
 def test_at_strength_1_the_target_answers_as_for_any_subject(concept, facts, loaded):
