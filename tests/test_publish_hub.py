@@ -303,28 +303,36 @@ def test_a_fault_while_pulling_ends_well_or_in_one_line(kind, match, survives, p
     assert folder_files(out) == {name: data for name, data in files.items() if name != ".gitattributes"}
 
 
-def _killed(command, environment, after):
-    child = subprocess.Popen(
-        [sys.executable, "-m", "excise.cli", *map(str, command)], env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    time.sleep(after)
-    child.send_signal(signal.SIGKILL)
-    return child.wait()
+def _kills(command, environment):
+    """Start a command again and again and kill it at some moment of the time it takes; says after each whether it was killed.
+
+    How long it takes is found on the way: machines differ, and so do runs of one command.
+    """
+    rng, longest = random.Random(0), 4.0
+    for _ in range(KILLS):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "excise.cli", *map(str, command)], env={**os.environ, **environment},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(rng.uniform(0.1, 1) * longest)
+        child.send_signal(signal.SIGKILL)
+        killed = child.wait() != 0
+        longest *= 1.1 if killed else 0.5
+        yield killed
 
 
 def test_kills_at_any_moment_leave_nothing_half_and_a_rerun_completes(world, edited, tmp_path):
     known, environment = world
-    rng, killed = random.Random(0), 0
-    for _ in range(KILLS):
-        killed += _killed(["push", edited, ID], environment, rng.uniform(0.5, 4.0)) != 0
+    killed = 0
+    for was_killed in _kills(["push", edited, ID], environment):
+        killed += was_killed
         if ID in known.repos and SUMS in known.head(ID):
             there = {k: v for k, v in known.head(ID).items() if k != ".gitattributes"}
             assert there == folder_files(edited)
     assert killed and excise("push", edited, ID, **environment).returncode == 0
     out, killed = tmp_path / "pulled", 0
-    for _ in range(KILLS):
-        killed += _killed(["pull", ID, "--out", out], environment, rng.uniform(0.5, 4.0)) != 0
+    for was_killed in _kills(["pull", ID, "--out", out], environment):
+        killed += was_killed
         if out.exists():
             assert folder_files(out) == folder_files(edited)
             shutil.rmtree(out)
