@@ -81,7 +81,7 @@ def settings_help(kind: type[BaseModel]) -> list[tuple[str, str, str]]:
     """``(key, default, help)`` of each setting, for the command line; what may be chosen stands at the help's end."""
     found = []
     for name, field in kind.model_fields.items():
-        words = [*_allowed(field.annotation)]
+        words = _allowed(field.annotation)
         choices = f" One of {', '.join(words)}." if words else ""
         default = "" if field.default is None else str(field.default)
         found.append((name, default, " ".join((field.description or "").split()) + choices))

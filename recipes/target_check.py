@@ -148,7 +148,7 @@ def _best(curve: Sequence[Point], chance: float, n: int, strength: float | None 
     """The weakest strength, or the one that is given, that forgets and keeps; the widest gap where none does."""
     open_to = [point for point in curve if strength in (None, point.strength)]
     for point in open_to:
-        whole = next(one for one in curve if one.contrast == point.contrast).accuracy
+        whole = next(one for one in curve if one.contrast == point.contrast and not one.strength).accuracy
         keeps = all(point.accuracy[split] >= value - KEPT for split, value in whole.items() if split != "forget")
         if keeps and _forgets(point, chance, n):
             return point, True
