@@ -58,8 +58,8 @@ def run(
 ) -> None:
     """Run a recipe: edit a model, measure the edit, write OUT/checkpoint and OUT/report.html."""
     from .recipes import RECIPES
-    from .recipes.request import resumed
-    from .recipes.settings import load_settings
+    from .recipes.common.run_folder import resumed
+    from .recipes.common.settings import load_settings
 
     if recipe not in RECIPES:
         raise RequestError(f"no recipe {recipe!r}{_nearest(recipe, list(RECIPES))}; recipes: {', '.join(RECIPES)}")
@@ -135,8 +135,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure any model with a concept pack."""
-    from .artifacts.results import read_measurements, table
-    from .eval.subject import EvalSettings
+    from .artifacts.reporting.results import read_measurements, table
+    from .eval.model_under_test import EvalSettings
     from .recipes import evaluate as recipe
 
     _settle()
@@ -186,9 +186,9 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Does an edit hold? Attack the model, its base and one that never knew, and judge."""
-    from .recipes import audit as recipe
-    from .recipes.request import resumed
-    from .recipes.settings import load_settings
+    from .recipes.audit import recipe
+    from .recipes.common.run_folder import resumed
+    from .recipes.common.settings import load_settings
 
     inner = Path(model) / "checkpoint"
     flags = {
@@ -218,7 +218,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Put runs side by side: one table, and a plot of forgetting against keeping."""
-    from .artifacts.staging import refuse_existing
+    from .artifacts.checkpoints.staging import refuse_existing
     from .recipes import compare as recipe
 
     refuse_existing(out)
@@ -237,12 +237,12 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every file of a published folder against its checksums, and the checksums against a signature."""
-    from .artifacts.manifest import SIGNATURE, verify_folder
+    from .artifacts.checkpoints.manifest import SIGNATURE, verify_folder
 
     target = _checkpoint(folder)
     count = verify_folder(target)
     if key:
-        from .artifacts.signature import check_signature
+        from .artifacts.checkpoints.signature import check_signature
 
         check_signature(target, key)
     if as_json:
@@ -264,7 +264,7 @@ def sign(
     ] = None,
 ) -> None:
     """Sign a published folder's checksums, so that others can tell who published it (extra: sign)."""
-    from .artifacts.signature import sign_folder
+    from .artifacts.checkpoints.signature import sign_folder
 
     _say(f"signature  {sign_folder(_checkpoint(folder), key, password)}")
 
@@ -351,7 +351,7 @@ def card(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from .artifacts.card import body
+    from .artifacts.reporting.card import body
 
     path = _checkpoint(folder) / "README.md"
     if not path.is_file():
@@ -371,8 +371,8 @@ def report(
     out: Annotated[Path, typer.Option(help="The HTML file to write.")],
 ) -> None:
     """Write a checkpoint's report: one HTML file with its measurements, replies and audit, which opens offline."""
-    from .artifacts.report import report_of
-    from .artifacts.staging import refuse_existing
+    from .artifacts.checkpoints.staging import refuse_existing
+    from .artifacts.reporting.report import report_of
 
     refuse_existing(out)
     report_of(_checkpoint(folder), out)
@@ -400,8 +400,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """What directions stand for: tokens and contexts at both ends, and what ablating each alone costs."""
-    from .artifacts.sae import is_autoencoder
-    from .recipes import inspection
+    from .artifacts.checkpoints.sae import is_autoencoder
+    from .recipes import inspect as inspection
 
     _settle()
     with Events(watcher=_watcher()).stage("look at directions") as stage:
@@ -447,8 +447,8 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Which tensors two checkpoints differ in, by how much, and in how many directions; reads one tensor at a time."""
-    from .artifacts.staging import refuse_existing
-    from .recipes import difference as recipe
+    from .artifacts.checkpoints.staging import refuse_existing
+    from .recipes import diff as recipe
 
     if out:
         refuse_existing(out)
@@ -478,7 +478,7 @@ def reproduce(
 ) -> None:
     """Run the recorded recipe again; compare weights by SHA-256, or measurements where the platform differs."""
     from .recipes import reproduce as recipe
-    from .recipes.request import refuse_taken
+    from .recipes.common.run_folder import refuse_taken
 
     refuse_taken(out)
     _settle()
@@ -558,7 +558,7 @@ def testbed_build(
     ] = None,
 ) -> None:
     """Make another world of any seed: a model that knows it, its twin, and concept packs. About 20 minutes a model."""
-    from .recipes.testbed import TestbedSettings, build_testbed
+    from .recipes.testbed.build import TestbedSettings, build_testbed
 
     _settle()
     asked = {} if steps is None else {"steps": steps}
@@ -632,14 +632,14 @@ def _say(text: str) -> None:
 
 
 def _nearest(word: str, words: list[str]) -> str:
-    from .artifacts.concepts import nearest
+    from .editing.errors import nearest
 
     return nearest(word, words)
 
 
 def _settle() -> None:
     """Before a model: memory is used again, libraries keep their own bars and notices off the terminal."""
-    from .recipes.memory import keep_freed_memory
+    from .recipes.common.memory import keep_freed_memory
 
     keep_freed_memory()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -661,7 +661,7 @@ def _quiet_hub() -> None:
 
 def _checkpoint(folder: Path) -> Path:
     """A run's checkpoint, or the folder itself."""
-    from .artifacts.manifest import SUMS
+    from .artifacts.checkpoints.manifest import SUMS
 
     inner = folder / "checkpoint"
     return inner if inner.is_dir() and not (folder / SUMS).exists() else folder
@@ -685,8 +685,8 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
 
 
 def _print_run(finished: Any) -> None:
-    from .artifacts.findings import findings
-    from .artifacts.results import read_measurements, table
+    from .artifacts.reporting.findings import findings
+    from .artifacts.reporting.results import read_measurements, table
 
     for sentence in findings(finished.results):
         _say(f"- {sentence}")
@@ -699,7 +699,7 @@ def _print_table(rows: list[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .artifacts.results import format_difference, format_value
+    from .artifacts.reporting.results import format_difference, format_value
 
     never = any(row.never for row in rows)
     based = any(row.base for row in rows)
@@ -727,7 +727,7 @@ def _print_audit(results: dict[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .artifacts.audit_report import HEADLINES, best, estimate, tokens
+    from .artifacts.reporting.audit_page import HEADLINES, best, estimate, tokens
 
     _say(f"{HEADLINES[results['verdict']]}.")
     for reason in results["reasons"]:
@@ -793,7 +793,7 @@ def _print_comparison(lines: list[Any], columns: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .artifacts.results import format_value
+    from .artifacts.reporting.results import format_value
 
     # A column a model: there are more measurements than models.
     shown = Table(box=None, pad_edge=False, header_style="bold")
@@ -832,7 +832,7 @@ def _numbers(text: str) -> list[int]:
 
 def _settings(recipe: str) -> list[tuple[str, str, str]]:
     from .recipes import RECIPES
-    from .recipes.settings import settings_help
+    from .recipes.common.settings import settings_help
 
     return settings_help(getattr(importlib.import_module(RECIPES[recipe].module), RECIPES[recipe].settings))
 
@@ -844,13 +844,13 @@ def _recipes() -> list[tuple[str, str]]:
 
 
 def _measurements() -> list[tuple[str, str]]:
-    from .eval.measure import MEASUREMENTS
+    from .eval.measurements.table import MEASUREMENTS
 
     return [(name, kind.about) for name, kind in MEASUREMENTS.items()]
 
 
 def _attacks() -> list[tuple[str, str]]:
-    from .recipes.attacks import ATTACKS
+    from .recipes.audit.attacks.table import ATTACKS
 
     return [(name, attack.about) for name, attack in ATTACKS.items()]
 
@@ -872,7 +872,7 @@ def _concepts() -> list[tuple[str, str]]:
 
 
 def _models() -> list[tuple[str, str]]:
-    from .artifacts.models import builtin_models
+    from .artifacts.models.source import builtin_models
 
     about = {
         "testbed": "knows a closed world of 800 facts",

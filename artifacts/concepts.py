@@ -1,6 +1,5 @@
 """Concept packs: what to edit and how to measure it, validated whole before any model is loaded."""
 
-import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ..editing.errors import ConceptError, RequestError
+from ..editing.errors import ConceptError, RequestError, nearest
 from ..eval.concept import (
     Concept,
     ContrastPair,
@@ -21,14 +20,17 @@ from ..eval.concept import (
     Row,
     TrainingRow,
 )
-from .manifest import sha256_of
+from .checkpoints.manifest import sha256_of
 
 BUILTIN = Path(__file__).parent / "builtin" / "concepts"
+
 
 _FILES: dict[str, type[Row] | type[TrainingRow]] = {
     "forget": ForgetText, "retain": RetainText, "questions": Question, "prompts": Prompt, "contrast": ContrastPair,
     "train": TrainingRow,
 }  # fmt: skip
+
+
 _REQUIRED = {
     "knowledge": ("forget", "retain", "questions"),
     "behaviour": ("forget", "retain", "questions"),
@@ -64,12 +66,6 @@ def load_concept(ref: str) -> Concept:
             )
         ref = folder.resolve().name
     return _read(folder, ref)
-
-
-def nearest(word: str, words: list[str]) -> str:
-    """`` (did you mean X?)`` where some word is close, else nothing."""
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _read(folder: Path, ref: str) -> Concept:

@@ -17,12 +17,21 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from ..editing.errors import ExciseError, RequestError, VerifyError, one_line
-from .card import CARD, without_measurements
-from .checkpoints import check_finite, open_checkpoint
-from .manifest import FOLDER, MANIFEST, SIGNATURE, SUMS, amend_folder, read_manifest, sha256_of, verify_folder
-from .models import WANTED
-from .results import RESULTS
-from .staging import refuse_existing, staged_folder
+from .checkpoints.manifest import (
+    FOLDER,
+    MANIFEST,
+    SIGNATURE,
+    SUMS,
+    amend_folder,
+    read_manifest,
+    sha256_of,
+    verify_folder,
+)
+from .checkpoints.read import check_finite, open_checkpoint
+from .checkpoints.staging import refuse_existing, staged_folder
+from .models.hub import WANTED
+from .reporting.card import CARD, without_measurements
+from .reporting.results import RESULTS
 
 _ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _REF = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .audit_report import AUDIT
-from .results import RESULTS, format_value, read_measurements
+from .reporting.audit_page import AUDIT
+from .reporting.results import RESULTS, format_value, read_measurements
 
 MAIN = (
     ("multiple_choice", "forget_V"),

@@ -10,10 +10,11 @@ import sys
 import time
 
 import torch
-from excise.artifacts.checkpoints import open_checkpoint
-from excise.artifacts.models import choose_device, choose_dtype, find_model, load_model
-from excise.editing.activations import decoder_layers, residual_stream
+from excise.artifacts.checkpoints.read import open_checkpoint
+from excise.artifacts.models.find import find_model
+from excise.artifacts.models.load import choose_device, choose_dtype, load_model
 from excise.editing.architectures import architecture_of
+from excise.editing.hooks.residual_stream import decoder_layers, residual_stream
 
 ROUNDS = 15
 

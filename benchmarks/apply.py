@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from excise.artifacts.edits import save_edit
-from excise.editing.edit import Edit
+from excise.artifacts.checkpoints.edits import save_edit
+from excise.editing.edits.subspace_removal import Edit
 from safetensors.torch import save_file
 
 REST = 10.0

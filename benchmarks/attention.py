@@ -13,8 +13,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from excise.editing.attention import attention
-from excise.recipes.memory import keep_freed_memory
+from excise.editing.numerics.cpu_attention import attention
+from excise.recipes.common.memory import keep_freed_memory
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

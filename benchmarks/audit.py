@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
-from excise.artifacts.models import LoadedModel, choose_device, choose_dtype, find_model, load_model
+from excise.artifacts.models.find import find_model
+from excise.artifacts.models.load import LoadedModel, choose_device, choose_dtype, load_model
 from excise.eval.concept import Concept
-from excise.recipes import attackers
-from excise.recipes.attackers import trained
-from excise.recipes.attacks import ATTACKS, BUDGETS
-from excise.recipes.contexts import find_facts
-from excise.recipes.material import Material
-from excise.recipes.monitor import RelearningMonitor
+from excise.recipes.audit import attackers
+from excise.recipes.audit.attack_data import AttackData
+from excise.recipes.audit.attackers import trained
+from excise.recipes.audit.attacks.table import ATTACKS, BUDGETS
+from excise.recipes.data.facts import find_facts
+from excise.recipes.relearning_monitor import RelearningMonitor
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 ATTACKERS = 8
@@ -69,7 +70,7 @@ def compare(what: str, one: str, other: str, slow: Callable[[], float], fast: Ca
 def attack(loaded: LoadedModel, concept: Concept, most: int, work: Path) -> float:
     """Seconds of the same attackers, so many at a time."""
     questions = [q for q in concept.questions if q.split == "forget" and q.group == "V"][:1]
-    material = Material.of(concept, find_facts(concept), loaded.tokenizer, questions, 0)
+    material = AttackData.of(concept, find_facts(concept), loaded.tokenizer, questions, 0)
     budget = dataclasses.replace(BUDGETS["quick"], steps=STEPS, seeds=ATTACKERS // 2, rates={"lora": (1e-3, 2e-3)})
     attackers.MOST_ATTACKERS = most
     started = time.perf_counter()

@@ -18,19 +18,20 @@ from typing import Any
 import torch
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
-from excise.artifacts.models import find_model, load_model
-from excise.editing.activations import Moments, run_decoder
-from excise.editing.adapters import AdapterShape, adapter_modules, attach, detach
+from excise.artifacts.models.find import find_model
+from excise.artifacts.models.load import load_model
 from excise.editing.architectures import Architecture, architecture_of, layer_count
-from excise.editing.concept_ablation import concept_ablated
-from excise.editing.subspaces import Place, Subspace, principal_components
-from excise.eval.likelihood import pad_right
-from excise.recipes.baselines import example_batch
-from excise.recipes.prefixes import Row
-from excise.recipes.sources import BATCH, activations
-from excise.recipes.training import Schedule, fit
-from excise.recipes.trial import completion_loss
-from excise.recipes.tuning_data import encoded
+from excise.editing.directions.subspaces import Place, Subspace, principal_components
+from excise.editing.hooks.concept_ablation import concept_ablated
+from excise.editing.hooks.residual_stream import run_decoder
+from excise.editing.numerics.moments import Moments
+from excise.editing.training.adapters import AdapterShape, adapter_modules, attach, detach
+from excise.eval.inference.likelihood import pad_right
+from excise.recipes.caft.direction_sources import BATCH, activations
+from excise.recipes.common.examples import completion_loss, example_batch
+from excise.recipes.common.tokens import Row
+from excise.recipes.common.trainer import Schedule, fit
+from excise.recipes.data.datasets import encoded
 
 READ = 320
 """Sequences that directions are found in."""

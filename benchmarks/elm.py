@@ -80,7 +80,8 @@ def report(name: str, found: dict[str, list[dict[str, Any]]]) -> None:
 def measure(ref: str, dtype: str, side: str, length: str, mode: str) -> dict[str, Any]:
     """Seconds an optimizer step and peak memory of one side, in this process."""
     import torch
-    from excise.artifacts.models import find_model, load_model
+    from excise.artifacts.models.find import find_model
+    from excise.artifacts.models.load import load_model
 
     loaded = load_model(find_model(ref), torch.device("cpu"), _dtype(dtype))
     steps = STEPS[side][length]
@@ -99,7 +100,7 @@ def measure(ref: str, dtype: str, side: str, length: str, mode: str) -> dict[str
 
 def _dtype(name: str) -> Any:
     import torch
-    from excise.artifacts.models import choose_dtype
+    from excise.artifacts.models.load import choose_dtype
 
     return choose_dtype(name, torch.device("cpu"))
 
@@ -119,8 +120,8 @@ def make_text(tokenizer: Any, length: str, rng: random.Random) -> str:
 def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, steps: int) -> Spent:
     """The recipe's own parts: streams, decoding, lessons, loss."""
     import torch
-    from excise.recipes.lessons import collate, lesson_loss, part_size
-    from excise.recipes.memory import keep_freed_memory
+    from excise.recipes.common.memory import keep_freed_memory
+    from excise.recipes.elm.batches import collate, part_size, sequence_loss
 
     keep_freed_memory()  # As the command does.
     watch = _Watch()
@@ -128,7 +129,7 @@ def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, s
         lessons, kept = _lessons(loaded, forget, retain, mode)
     model, optimizer = _adapter(loaded)
     part = part_size(loaded.model)
-    loss = lesson_loss({"erase": 1.0, "fluency": 1.0, "retain": 1.0})
+    loss = sequence_loss({"erase": 1.0, "fluency": 1.0, "retain": 1.0})
     for step in range(steps):
         chosen = slice(step * GROUPS, (step + 1) * GROUPS)
         groups = [list(pair) for pair in zip(lessons[chosen], kept[chosen], strict=True)]
@@ -148,10 +149,11 @@ def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, s
 
 
 def _lessons(loaded: Any, forget: list[str], retain: list[str], mode: str) -> tuple[list[Any], list[Any]]:
-    from excise.recipes import curriculum
-    from excise.recipes.contexts import Context
-    from excise.recipes.contrast import PersonaContrast, encode
-    from excise.recipes.teacher import Teacher
+    from excise.recipes.common.tokens import encode
+    from excise.recipes.data.facts import Context
+    from excise.recipes.elm import training_data as curriculum
+    from excise.recipes.elm.contrast import PersonaContrast
+    from excise.recipes.elm.teacher import Teacher
 
     recipe = curriculum.Recipe(
         strength=3.0, one_sided=False, ramp=False, temperature=1.0, top_k=0, kept=128, contexts="texts",
@@ -172,8 +174,8 @@ def _lessons(loaded: Any, forget: list[str], retain: list[str], mode: str) -> tu
 def _sampled(kept: int) -> Any:
     """A continuation, with the frozen model's predictions that decoding leaves behind."""
     import torch
-    from excise.editing.soft_targets import keep_top
-    from excise.recipes.decoding import Continuation
+    from excise.editing.training.soft_targets import keep_top
+    from excise.recipes.elm.decoding import Continuation
 
     ids = tuple(torch.randint(1000, 9000, (NEW_TOKENS,)).tolist())
     return Continuation(ids, keep_top(torch.randn(NEW_TOKENS, 9000).log_softmax(-1), kept))
@@ -292,8 +294,8 @@ class _Watch:
 
 def _adapter(loaded: Any) -> tuple[Any, Any]:
     import torch
-    from excise.editing.adapters import AdapterShape, adapter_modules, attach
     from excise.editing.architectures import architecture_of
+    from excise.editing.training.adapters import AdapterShape, adapter_modules, attach
 
     row = architecture_of(loaded.model.config.to_dict())
     model = attach(

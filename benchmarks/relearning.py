@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 from excise.artifacts.concepts import load_concept
-from excise.artifacts.models import LoadedModel, choose_device, choose_dtype, find_model, load_model
+from excise.artifacts.models.find import find_model
+from excise.artifacts.models.load import LoadedModel, choose_device, choose_dtype, load_model
 from excise.editing.architectures import architecture_of, layer_count, residual_width
-from excise.editing.pruning import PrunedUnits
-from excise.editing.units import UnitMoments, unit_inputs
-from excise.editing.weight_edit import edit_model
+from excise.editing.edits.base import edit_model
+from excise.editing.edits.pruned_units import PrunedUnits
+from excise.editing.hooks.unit_scores import UnitMoments, unit_inputs
 from excise.eval.concept import Concept
-from excise.eval.exam import Exam
-from excise.eval.likelihood import pad_right
+from excise.eval.inference.likelihood import pad_right
+from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
 from excise.eval.statistics import wilson
-from excise.recipes.monitor import RelearningMonitor, centre
 from excise.recipes.prune import matched_units, top_units
+from excise.recipes.relearning_monitor import RelearningMonitor, centre
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -62,8 +63,8 @@ def pruned_and_taught_again(name: str, loaded: LoadedModel, concept: Concept, op
     survivors = torch.ones(base.shape, dtype=torch.bool)
     for layer, some in units.items():
         survivors[layer, list(some)] = False
-    exam = Exam(loaded.tokenizer, [q for q in concept.questions if q.split == "forget"])
-    others = Exam(loaded.tokenizer, [q for q in concept.questions if q.split != "forget"])
+    exam = MultipleChoiceSet(loaded.tokenizer, [q for q in concept.questions if q.split == "forget"])
+    others = MultipleChoiceSet(loaded.tokenizer, [q for q in concept.questions if q.split != "forget"])
     print(f"{name}: {sum(map(len, units.values()))} of {base.numel()} neurons zeroed (output rows; free to grow back)")
     report("base", exam, others, loaded)
     edit_model(edit, model, config)
@@ -104,7 +105,7 @@ class Reporter(TrainerCallback):
             report(f"taught again, {epoch} epochs", *self.what)
 
 
-def report(label: str, exam: Exam, others: Exam, loaded: LoadedModel) -> None:
+def report(label: str, exam: MultipleChoiceSet, others: MultipleChoiceSet, loaded: LoadedModel) -> None:
     """Accuracy on the concept and on everything else."""
     training = loaded.model.training
     loaded.model.eval()

@@ -4,6 +4,8 @@ A message says what is wrong, what was got, what is allowed and what to do next.
 is a wrong request (exit code 2); any other ``ExciseError`` is a run that failed (exit code 1).
 """
 
+import difflib
+
 
 def one_line(error: BaseException, most: int = 300) -> str:
     """What another library's error says, on one line; its kind where it says nothing."""
@@ -41,3 +43,9 @@ class EditError(ExciseError):
 
 class VerifyError(ExciseError):
     """A published folder that does not match its own checksums."""
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """`` (did you mean X?)`` where some word is close, else nothing."""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -16,20 +16,28 @@ RECIPES: dict[str, Recipe] = {
     "orthogonalize": Recipe(
         "excise.recipes.orthogonalize", "OrthogonalizeSettings", "take a direction out of every weight that writes it"
     ),
-    "elm": Recipe("excise.recipes.elm", "ElmSettings", "erase a concept with low-rank updates toward a novice"),
+    "elm": Recipe("excise.recipes.elm.recipe", "ElmSettings", "erase a concept with low-rank updates toward a novice"),
     "prune": Recipe("excise.recipes.prune", "PruneSettings", "silence the neurons and heads that a concept needs"),
     "caft": Recipe(
-        "excise.recipes.caft", "CaftSettings", "fine-tune with concepts ablated, so that they are not what is learned"
+        "excise.recipes.caft.recipe",
+        "CaftSettings",
+        "fine-tune with concepts ablated, so that they are not what is learned",
     ),
     "lorra": Recipe(
         "excise.recipes.lorra", "LorraSettings", "tune representations along a reading vector, toward a concept or away"
     ),
-    "rmu": Recipe("excise.recipes.baselines", "RmuSettings", "steer activations on the concept toward a random vector"),
-    "grad_diff": Recipe(
-        "excise.recipes.baselines", "GradDiffSettings", "raise the loss on the concept, lower it on the rest"
+    "rmu": Recipe(
+        "excise.recipes.unlearning.recipe", "RmuSettings", "steer activations on the concept toward a random vector"
     ),
-    "npo": Recipe("excise.recipes.baselines", "NpoSettings", "negative preference optimization against the base"),
+    "grad_diff": Recipe(
+        "excise.recipes.unlearning.recipe", "GradDiffSettings", "raise the loss on the concept, lower it on the rest"
+    ),
+    "npo": Recipe(
+        "excise.recipes.unlearning.recipe", "NpoSettings", "negative preference optimization against the base"
+    ),
     "simnpo": Recipe(
-        "excise.recipes.baselines", "SimNpoSettings", "negative preference optimization, by length, without the base"
+        "excise.recipes.unlearning.recipe",
+        "SimNpoSettings",
+        "negative preference optimization, by length, without the base",
     ),
 }

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifacts.checkpoints import Checkpoint, open_checkpoint
-from ..artifacts.edits import load_edit, save_edit
+from ..artifacts.checkpoints.edits import load_edit, save_edit
+from ..artifacts.checkpoints.export import Export, check_disk, check_editable, export_edit, required_bytes
+from ..artifacts.checkpoints.manifest import FOLDER, write_manifest
+from ..artifacts.checkpoints.read import Checkpoint, open_checkpoint
+from ..artifacts.checkpoints.staging import refuse_existing, staged_folder
 from ..artifacts.events import Events
-from ..artifacts.export import Export, check_disk, check_editable, export_edit, required_bytes
-from ..artifacts.manifest import FOLDER, write_manifest
-from ..artifacts.models import ModelSource, find_model
-from ..artifacts.staging import refuse_existing, staged_folder
-from ..editing.weight_edit import Plan, WeightEdit
+from ..artifacts.models.find import find_model
+from ..artifacts.models.source import ModelSource
+from ..editing.edits.base import Plan, WeightEdit
 
 
 @dataclass(frozen=True)

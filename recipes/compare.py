@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import charts
-from ..artifacts.results import RESULTS, format_value, read_measurements
-from ..artifacts.staging import staged_folder
+from ..artifacts.checkpoints.staging import staged_folder
+from ..artifacts.reporting import charts
+from ..artifacts.reporting.results import RESULTS, format_value, read_measurements
 from ..editing.errors import RequestError
 from ..eval.statistics import Measurement
 

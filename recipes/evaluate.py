@@ -3,19 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..artifacts.checkpoints import open_checkpoint
+from ..artifacts.checkpoints.read import open_checkpoint
 from ..artifacts.concepts import load_concept
 from ..artifacts.events import Events
-from ..artifacts.models import ModelSource, check_memory, choose_device, choose_dtype, find_model, load_model
-from ..artifacts.results import SubjectName, measurements_as_json, summarize_all
+from ..artifacts.models.find import find_model
+from ..artifacts.models.load import choose_device, choose_dtype, load_model
+from ..artifacts.models.memory import check_memory
+from ..artifacts.models.source import ModelSource
+from ..artifacts.reporting.results import SubjectName, measurements_as_json, summarize_all
 from ..editing.errors import RequestError
-from ..eval.generation import Reply
-from ..eval.measure import measure, workload
-from ..eval.named_benchmarks import find_tasks
-from ..eval.named_benchmarks import scores as named_benchmarks
-from ..eval.seamless import reverse_perplexity
+from ..eval.inference.generation import Reply
+from ..eval.measurements.fluency import reverse_perplexity
+from ..eval.measurements.lm_eval import find_tasks
+from ..eval.measurements.lm_eval import scores as named_benchmarks
+from ..eval.measurements.table import measure, workload
+from ..eval.model_under_test import EvalSettings, ModelUnderTest, Reference
 from ..eval.statistics import Scores
-from ..eval.subject import EvalSettings, Reference, Subject
 
 
 def run(
@@ -58,7 +61,7 @@ def run(
         with events.stage(f"load {source.name}"):
             loaded = load_model(source, device, dtype)
         with events.stage(f"measure {source.name}", workload(concept, settings)) as stage:
-            subject = Subject(loaded.model, loaded.tokenizer, concept, settings, reference, stage.advance)
+            subject = ModelUnderTest(loaded.model, loaded.tokenizer, concept, settings, reference, stage.advance)
             if reference is not None and reference.log_probabilities[0].shape[-1] != loaded.model.config.vocab_size:
                 raise RequestError(
                     f"{source.name} has another vocabulary than its base; give the base that it was made from"

@@ -15,24 +15,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..artifacts.directions import FILE, save_directions
+from ..artifacts.checkpoints.directions import FILE, save_directions
 from ..artifacts.events import Events
-from ..artifacts.models import LoadedModel
-from ..editing.activations import Moments, read_streams
-from ..editing.adapters import causal_model
+from ..artifacts.models.load import LoadedModel
 from ..editing.architectures import layer_selection, residual_width
+from ..editing.directions.reading_vector import ReadingVector, by_components, by_means, distance
+from ..editing.directions.subspaces import Place
 from ..editing.errors import RequestError
-from ..editing.reading_vector import ReadingVector, by_components, by_means, distance
-from ..editing.subspaces import Place
-from ..eval.generation import encode_prompt, generate
-from ..eval.likelihood import pad_right
-from . import adapted
-from .adapted import AdapterRun, Lessons
-from .contrast import end_positions
-from .lessons import cycled
-from .pipeline import Finished
-from .prefixes import Row
-from .training import Terms
+from ..editing.hooks.residual_stream import read_streams
+from ..editing.modules import causal_model
+from ..editing.numerics.moments import Moments
+from ..eval.inference.generation import encode_prompt, generate
+from ..eval.inference.likelihood import pad_right
+from .common import adapter_run
+from .common.adapter_run import AdapterSettings, TrainingPlan
+from .common.examples import cycled
+from .common.measured_run import Finished
+from .common.tokens import Row, end_positions
+from .common.trainer import Terms
 
 RECIPE = "lorra"
 READ_PAIRS = 256
@@ -44,7 +44,7 @@ REPLY = 24
 BATCH = 32
 
 
-class LorraSettings(AdapterRun):
+class LorraSettings(AdapterSettings):
     """Settings of representation tuning, low-rank (Zou et al. 2023, algorithm 1, unless another source is named)."""
 
     concept: str = "builtin:declining"
@@ -73,15 +73,15 @@ class LorraSettings(AdapterRun):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class LorraJob:
     """A checked request."""
 
-    adapted: adapted.Prepared
+    adapter: adapter_run.AdapterJob
     settings: LorraSettings
     places: tuple[Place, ...]
 
 
-def prepare(settings: LorraSettings, *, resume: bool = False) -> Prepared:
+def prepare(settings: LorraSettings, *, resume: bool = False) -> LorraJob:
     """Check names, files, memory and disk, before any weight is read.
 
     Raises:
@@ -89,29 +89,31 @@ def prepare(settings: LorraSettings, *, resume: bool = False) -> Prepared:
     """
     if not settings.strength:
         raise RequestError("strength=0 moves nothing; -1 tunes away by the distance between the classes, 1 toward")
-    checked = adapted.prepare(RECIPE, settings, resume=resume, needed=("contrast",))
+    checked = adapter_run.prepare(RECIPE, settings, resume=resume, needed=("contrast",))
     at = sorted(layer_selection(settings.at, checked.job.layers))
     if min(checked.layers) > at[-1]:
         raise RequestError(
             f"layers={settings.layers} are all above layer {at[-1]}, the last whose output is moved; adapt layers at or below it"
         )
-    return Prepared(adapted.up_to(checked, at[-1]), settings, tuple(Place(layer) for layer in at))
+    return LorraJob(adapter_run.up_to(checked, at[-1]), settings, tuple(Place(layer) for layer in at))
 
 
-def describe(prepared: Prepared) -> dict[str, Any]:
+def describe(prepared: LorraJob) -> dict[str, Any]:
     """What a run would touch and take."""
-    return adapted.describe(prepared.adapted, moved_at=[str(place) for place in prepared.places])
+    return adapter_run.describe(prepared.adapter, moved_at=[str(place) for place in prepared.places])
 
 
-def run(prepared: Prepared, events: Events) -> Finished:
+def run(prepared: LorraJob, events: Events) -> Finished:
     """Do the whole run: read the vectors, train, merge, measure, publish."""
     way = "toward" if prepared.settings.strength > 0 else "away from"
     how = f"tuned {way} a reading vector"
-    return adapted.run(prepared.adapted, lambda loaded, seen, work: _lessons(prepared, loaded, seen, work), how, events)
+    return adapter_run.run(
+        prepared.adapter, lambda loaded, seen, work: _lessons(prepared, loaded, seen, work), how, events
+    )
 
 
-def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path) -> Lessons:
-    settings, concept = prepared.settings, prepared.adapted.concept
+def _lessons(prepared: LorraJob, loaded: LoadedModel, events: Events, work: Path) -> TrainingPlan:
+    settings, concept = prepared.settings, prepared.adapter.concept
     chat = concept.about.kind == "behaviour"
     pairs = random.Random(f"excise contrast {settings.seed}").sample(
         concept.contrast, k=min(READ_PAIRS, len(concept.contrast))
@@ -121,7 +123,7 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
     positions = end_positions(settings.positions, [*positive, *negative], chat)
     with events.stage("read the vectors", len(pairs)) as stage:
         vectors = _vectors(prepared, loaded, positive, negative, stage.advance)
-    provenance = {"model": prepared.adapted.job.source.describe(), "seed": settings.seed, "concept": concept.ref}
+    provenance = {"model": prepared.adapter.job.source.describe(), "seed": settings.seed, "concept": concept.ref}
     save_directions([vector.subspace.from_(provenance) for vector in vectors], work / FILE)
     replies = _replies(loaded, [pair.negative for pair in pairs], events) if chat else [()] * len(pairs)
     sides = {"positive": (positive,), "negative": (negative,), "both": (positive, negative)}[settings.moved]
@@ -139,7 +141,7 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
         cycled(kind, count, random.Random(f"excise lorra {name} {settings.seed}"))
         for name, kind in (("moved", moved), ("kept", kept), ("texts", texts)) if kind
     ]  # fmt: skip
-    row = prepared.adapted.job.row
+    row = prepared.adapter.job.row
     before = _along(loaded.model, row, prepared.places, vectors, positive, negative)
 
     def after(trained: Any) -> dict[str, Any]:
@@ -156,9 +158,9 @@ def _lessons(prepared: Prepared, loaded: LoadedModel, events: Events, work: Path
         + (f"; of {cut} texts the first {LAST} tokens" if cut else ""),
         "lessons": {"moved": len(moved), "kept": len(kept), "texts": len(texts)},
     }  # fmt: skip
-    return Lessons(
+    return TrainingPlan(
         [*zip(*orders, strict=True)], partial(_collate, positions), _Distances(prepared, vectors),
-        [one.ids for one in (*moved[:8], *kept[:8], *texts[:8])], training, {"warnings": list(prepared.adapted.warnings)},
+        [one.ids for one in (*moved[:8], *kept[:8], *texts[:8])], training, {"warnings": list(prepared.adapter.warnings)},
         after=after,
     )  # fmt: skip
 
@@ -194,8 +196,8 @@ def _collate(positions: int, groups: Sequence[tuple[_Passage, ...]]) -> dict[str
 class _Distances:
     """The loss: how far the stream is from where it should be, in distances between the classes, mean over places."""
 
-    def __init__(self, prepared: Prepared, vectors: Sequence[ReadingVector]):
-        self.row, self.settings = prepared.adapted.job.row, prepared.settings
+    def __init__(self, prepared: LorraJob, vectors: Sequence[ReadingVector]):
+        self.row, self.settings = prepared.adapter.job.row, prepared.settings
         self.vectors = {vector.subspace.place.layer + 1: vector for vector in vectors}
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> Terms:
@@ -216,10 +218,10 @@ class _Distances:
 
 
 def _vectors(
-    prepared: Prepared, loaded: LoadedModel, positive: Sequence[Row], negative: Sequence[Row], advance: Any
+    prepared: LorraJob, loaded: LoadedModel, positive: Sequence[Row], negative: Sequence[Row], advance: Any
 ) -> list[ReadingVector]:
     """From the last token of each prompt, place by place."""
-    width = residual_width(prepared.adapted.job.checkpoint.config)
+    width = residual_width(prepared.adapter.job.checkpoint.config)
     pca = prepared.settings.reading == "pca"
     plus, minus, apart = (
         {place: Moments(width, covariance=covariance) for place in prepared.places}
@@ -228,7 +230,7 @@ def _vectors(
     for start in range(0, len(positive), BATCH):
         some = slice(start, start + BATCH)
         ends = [
-            _ends(loaded.model, prepared.adapted.job.row, rows[some], prepared.places) for rows in (positive, negative)
+            _ends(loaded.model, prepared.adapter.job.row, rows[some], prepared.places) for rows in (positive, negative)
         ]
         for place in prepared.places:
             plus[place].update(ends[0][place])

@@ -12,19 +12,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..artifacts.checkpoints import Checkpoint
-from ..artifacts.edits import load_edit
+from ..artifacts.checkpoints.edits import load_edit
+from ..artifacts.checkpoints.read import Checkpoint
 from ..artifacts.events import Events
-from ..artifacts.models import LoadedModel
-from ..editing.activations import added, residual_stream
+from ..artifacts.models.load import LoadedModel
 from ..editing.architectures import layer_selection, residual_width
-from ..editing.directions import DIRECTION_SOURCES, Directions, stacked, unit, without_component
-from ..editing.edit import Edit
+from ..editing.directions.difference_in_means import DIRECTION_SOURCES, Directions, stacked, unit, without_component
+from ..editing.edits.base import Plan
+from ..editing.edits.subspace_removal import Edit
 from ..editing.errors import RequestError
-from ..editing.leaks import Writes, check_leaks, compare_writes, measure_writes
-from ..editing.weight_edit import Plan
-from ..eval.behaviour import induced
-from ..eval.candidates import (
+from ..editing.hooks.leaks import Writes, check_leaks, compare_writes, measure_writes
+from ..editing.hooks.residual_stream import added, residual_stream
+from ..eval.concept import ContrastPair
+from ..eval.inference.candidates import (
     BehaviourProbe,
     Candidate,
     Filters,
@@ -32,20 +32,20 @@ from ..eval.candidates import (
     Probe,
     choose,
     score_candidates,
-)  # fmt: skip
-from ..eval.concept import ContrastPair
-from ..eval.generation import encode_prompt
+)
+from ..eval.inference.generation import encode_prompt
+from ..eval.measurements.behaviour import induced
+from ..eval.model_under_test import ModelUnderTest
 from ..eval.statistics import Scores
-from ..eval.subject import Subject
-from . import pipeline
-from .contrast import end_positions
-from .pipeline import Finished, Inspection, Job, Measured, MeasuredRun
-from .request import start_folder
+from .common import measured_run
+from .common.measured_run import Finished, Inspection, Job, Measured, MeasuredSettings
+from .common.run_folder import start_folder
+from .common.tokens import end_positions
 
 RECIPE = "orthogonalize"
 
 
-class OrthogonalizeSettings(MeasuredRun):
+class OrthogonalizeSettings(MeasuredSettings):
     """Settings of weight orthogonalization (Arditi et al. 2024, unless another source is named)."""
 
     direction_source: Literal["difference_in_means"] = "difference_in_means"
@@ -79,7 +79,7 @@ class OrthogonalizeSettings(MeasuredRun):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class OrthogonalizeJob:
     """A checked request and what it will change."""
 
     job: Job
@@ -97,39 +97,39 @@ class StudiedBase:
     writes: list[Writes]
 
 
-def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> Prepared:
+def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> OrthogonalizeJob:
     """Check names, files, memory and disk, before any weight is read.
 
     Raises:
         RequestError: Anything that could not work.
     """
-    job = pipeline.check(RECIPE, settings, ["contrast"], resume=resume)
+    job = measured_run.check(RECIPE, settings, ["contrast"], resume=resume)
     strengths = _strengths(settings, job.layers)
     unlearned = _edit(settings, job.checkpoint, strengths, torch.eye(residual_width(job.checkpoint.config), 1))
     plan = unlearned.plan(job.checkpoint.config, list(job.checkpoint.tensors))
-    pipeline.check_plan(job, plan)
+    measured_run.check_plan(job, plan)
     if len(job.concept.contrast) < 2 * settings.validation_pairs:
         raise RequestError(
             f"concept {job.concept.ref} has {len(job.concept.contrast)} contrast pairs, validation alone takes "
             f"{settings.validation_pairs}; lower validation_pairs or add pairs"
         )
-    return Prepared(job, settings, plan, strengths)
+    return OrthogonalizeJob(job, settings, plan, strengths)
 
 
-def describe(prepared: Prepared) -> dict[str, Any]:
+def describe(prepared: OrthogonalizeJob) -> dict[str, Any]:
     """What a run would touch and take."""
     points = int(prepared.settings.max_depth * len(prepared.strengths))
-    return pipeline.describe(prepared.job, prepared.plan, candidate_points=points, gradient_steps=0)
+    return measured_run.describe(prepared.job, prepared.plan, candidate_points=points, gradient_steps=0)
 
 
-def run(prepared: Prepared, events: Events) -> Finished:
+def run(prepared: OrthogonalizeJob, events: Events) -> Finished:
     """Do the whole run. The run's folder gets ``checkpoint/``, ``report.html`` and ``events.jsonl``."""
     job, settings = prepared.job, prepared.settings
     work = start_folder(job.out, settings)
     events.path = job.out / "events.jsonl"
     base = _study_base(prepared, work / "edit", events)
 
-    def inspect(loaded: LoadedModel, subject: Subject) -> Inspection:
+    def inspect(loaded: LoadedModel, subject: ModelUnderTest) -> Inspection:
         after = measure_writes(loaded.model, job.row, base.edit.basis, _leak_inputs(prepared, loaded))
         embedding_strength = 0.0 if settings.embeddings == "skip" else 1.0
         leaks = compare_writes(base.writes, after, prepared.strengths, embedding_strength)
@@ -145,17 +145,17 @@ def run(prepared: Prepared, events: Events) -> Finished:
         "direction": {**base.edit.provenance},
         "leak_tolerance": settings.leak_tolerance,
     }  # fmt: skip
-    finished = pipeline.publish(job, base.edit, base.measured, about, events, inspect)
+    finished = measured_run.publish(job, base.edit, base.measured, about, events, inspect)
     shutil.rmtree(work)
     return finished
 
 
-def _study_base(prepared: Prepared, kept: Path, events: Events) -> StudiedBase:
+def _study_base(prepared: OrthogonalizeJob, kept: Path, events: Events) -> StudiedBase:
     """Measure the base, learn candidates, choose one; the edit is kept for a resumed run."""
     job = prepared.job
-    loaded = pipeline.load(job, job.source, "base", events)
-    measured = pipeline.measure_base(job, loaded, events)
-    edit = pipeline.kept_edit(kept, lambda: _learn(prepared, loaded, events), load_edit)
+    loaded = measured_run.load(job, job.source, "base", events)
+    measured = measured_run.measure_base(job, loaded, events)
+    edit = measured_run.kept_edit(kept, lambda: _learn(prepared, loaded, events), load_edit)
     assert isinstance(edit, Edit), "the run itself saved it"
     measured.scores.append(_induce(prepared, loaded, edit, events, "induce on base"))
     writes = measure_writes(loaded.model, job.row, edit.basis, _leak_inputs(prepared, loaded))
@@ -164,7 +164,7 @@ def _study_base(prepared: Prepared, kept: Path, events: Events) -> StudiedBase:
     return StudiedBase(edit, measured, writes)
 
 
-def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> Edit:
+def _learn(prepared: OrthogonalizeJob, loaded: LoadedModel, events: Events) -> Edit:
     settings, concept = prepared.settings, prepared.job.concept
     pairs = list(concept.contrast)
     random.Random(f"excise contrast {settings.seed}").shuffle(pairs)
@@ -197,7 +197,11 @@ def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> Edit:
 
 
 def _choose(
-    prepared: Prepared, loaded: LoadedModel, directions: Directions, validation: Sequence[ContrastPair], events: Events
+    prepared: OrthogonalizeJob,
+    loaded: LoadedModel,
+    directions: Directions,
+    validation: Sequence[ContrastPair],
+    events: Events,
 ) -> tuple[list[Candidate], Candidate, bool, dict[str, Any]]:
     settings = prepared.settings
     with events.stage("read the base on validation items"):
@@ -220,7 +224,7 @@ def _choose(
     return candidates, wanted[0], wanted[0].rejected is None, about
 
 
-def _probe(prepared: Prepared, loaded: LoadedModel, validation: Sequence[ContrastPair]) -> Probe:
+def _probe(prepared: OrthogonalizeJob, loaded: LoadedModel, validation: Sequence[ContrastPair]) -> Probe:
     if prepared.job.concept.about.kind == "behaviour":
         return BehaviourProbe(loaded.model, loaded.tokenizer, validation, prepared.settings.reply_tokens)
     # Group V is never shown to anything that learns or chooses an edit.
@@ -232,10 +236,10 @@ def _probe(prepared: Prepared, loaded: LoadedModel, validation: Sequence[Contras
     return KnowledgeProbe(loaded.model, loaded.tokenizer, validation, questions[: prepared.settings.validation_pairs])
 
 
-def _induce(prepared: Prepared, loaded: LoadedModel, edit: Edit, events: Events, name: str) -> Scores:
+def _induce(prepared: OrthogonalizeJob, loaded: LoadedModel, edit: Edit, events: Events, name: str) -> Scores:
     """Add the direction as long as it was learned, where it was learned, and count what it brings about."""
     vector = edit.basis[:, 0] * edit.provenance["norm"]
-    subject = pipeline.subject_of(prepared.job, loaded)
+    subject = measured_run.subject_of(prepared.job, loaded)
     with events.stage(name, len(subject.prompts("neutral"))) as stage:
         subject.advance = stage.advance
         with added(loaded.model, prepared.job.row, vector, edit.provenance["point"]):
@@ -243,7 +247,12 @@ def _induce(prepared: Prepared, loaded: LoadedModel, edit: Edit, events: Events,
 
 
 def _streams(
-    prepared: Prepared, loaded: LoadedModel, rows: list[list[int]], points: tuple[int, ...], last: int, advance: Any
+    prepared: OrthogonalizeJob,
+    loaded: LoadedModel,
+    rows: list[list[int]],
+    points: tuple[int, ...],
+    last: int,
+    advance: Any,
 ) -> Iterator[Tensor]:
     size = 16
     for start in range(0, len(rows), size):
@@ -252,7 +261,7 @@ def _streams(
         advance(len(batch))
 
 
-def _leak_inputs(prepared: Prepared, loaded: LoadedModel) -> list[dict[str, Tensor]]:
+def _leak_inputs(prepared: OrthogonalizeJob, loaded: LoadedModel) -> list[dict[str, Tensor]]:
     chat = prepared.job.concept.about.kind == "behaviour"
     texts = [text for pair in prepared.job.concept.contrast[:16] for text in (pair.positive, pair.negative)]
     return [_padded(loaded, [encode_prompt(loaded.tokenizer, text, chat=chat) for text in texts])]

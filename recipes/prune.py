@@ -9,14 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..artifacts.edits import load_edit
+from ..artifacts.checkpoints.edits import load_edit
 from ..artifacts.events import Events, Stage
-from ..artifacts.models import LoadedModel
+from ..artifacts.models.load import LoadedModel
 from ..editing.architectures import Architecture, residual_width
+from ..editing.edits.base import edit_model
+from ..editing.edits.pruned_units import PrunedUnits, Semantics
 from ..editing.errors import RequestError
-from ..editing.pruning import PrunedUnits, Semantics
-from ..editing.rounding import linear_weights, restore
-from ..editing.units import (
+from ..editing.hooks.unit_scores import (
     UnitAttribution,
     UnitMoments,
     by_head,
@@ -27,15 +27,16 @@ from ..editing.units import (
     selectivity,
     unit_inputs,
 )
-from ..editing.weight_edit import edit_model
-from ..eval.exam import Exam
-from ..eval.multiple_choice import questions_by_split
+from ..editing.numerics.fake_quantization import linear_weights, restore
+from ..eval.inference.multiple_choice_set import MultipleChoiceSet
+from ..eval.inference.questions import questions_by_split
 from ..eval.statistics import wilson
-from . import pipeline
-from .baselines import Example, example_batch, forget_examples, retain_examples, scored_nats
-from .contexts import Facts, find_facts
-from .pipeline import Finished, Inspection, Job, MeasuredRun
-from .request import start_folder
+from .common import measured_run
+from .common.examples import Example, example_batch, scored_nats
+from .common.measured_run import Finished, Inspection, Job, MeasuredSettings
+from .common.run_folder import start_folder
+from .data.facts import Facts, find_facts
+from .data.unlearning_sets import forget_examples, retain_examples
 
 RECIPE = "prune"
 Units = dict[int, tuple[int, ...]]
@@ -43,7 +44,7 @@ Units = dict[int, tuple[int, ...]]
 BATCH = 32
 
 
-class PruneSettings(MeasuredRun):
+class PruneSettings(MeasuredSettings):
     """Settings of pruning."""
 
     concept: str = "builtin:potions"
@@ -69,7 +70,7 @@ class PruneSettings(MeasuredRun):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PruneJob:
     """A checked request."""
 
     job: Job
@@ -88,9 +89,9 @@ class UnitScores:
     mean: Tensor
 
 
-def prepare(settings: PruneSettings, *, resume: bool = False) -> Prepared:
+def prepare(settings: PruneSettings, *, resume: bool = False) -> PruneJob:
     """Check names, files, memory and disk, before any weight is read."""
-    job = pipeline.check(RECIPE, settings, [], resume=resume)
+    job = measured_run.check(RECIPE, settings, [], resume=resume)
     if settings.share == 0 and settings.heads_share == 0:
         raise RequestError("share=0 and heads_share=0 prune nothing; raise one of them")
     if settings.heads_share and settings.semantics in ("mean", "remove"):
@@ -102,29 +103,29 @@ def prepare(settings: PruneSettings, *, resume: bool = False) -> Prepared:
         raise RequestError(f"semantics={settings.semantics} {reason}, use heads_share=0")
     some: Units = dict.fromkeys(range(job.layers), (0,)) if settings.semantics == "remove" else {0: (0,)}
     one = _edit(job, settings, some if settings.share else {}, some if settings.heads_share else {}, {})
-    pipeline.check_plan(
+    measured_run.check_plan(
         job, replace(one, means={0: torch.zeros(1)}).plan(job.checkpoint.config, list(job.checkpoint.tensors))
     )
-    return Prepared(job, settings, find_facts(job.concept))
+    return PruneJob(job, settings, find_facts(job.concept))
 
 
-def describe(prepared: Prepared) -> dict[str, Any]:
+def describe(prepared: PruneJob) -> dict[str, Any]:
     """What a run would touch and take."""
     job = prepared.job
     every: Units = dict.fromkeys(range(job.layers), (0,))
     edit = _edit(job, prepared.settings, every, {}, {layer: torch.zeros(1) for layer in every})
     plan = edit.plan(job.checkpoint.config, list(job.checkpoint.tensors))
-    return pipeline.describe(job, plan, gradient_steps=0)
+    return measured_run.describe(job, plan, gradient_steps=0)
 
 
-def run(prepared: Prepared, events: Events) -> Finished:
+def run(prepared: PruneJob, events: Events) -> Finished:
     """Do the whole run: score, choose, prune, compare with controls, measure, publish."""
     job, settings = prepared.job, prepared.settings
     work = start_folder(job.out, settings)
     events.path = job.out / "events.jsonl"
-    loaded = pipeline.load(job, job.source, "base", events)
-    measured = pipeline.measure_base(job, loaded, events)
-    edit = pipeline.kept_edit(work / "edit", lambda: _learn(prepared, loaded, events), load_edit)
+    loaded = measured_run.load(job, job.source, "base", events)
+    measured = measured_run.measure_base(job, loaded, events)
+    edit = measured_run.kept_edit(work / "edit", lambda: _learn(prepared, loaded, events), load_edit)
     assert isinstance(edit, PrunedUnits)
     del loaded
     gc.collect()
@@ -135,7 +136,7 @@ def run(prepared: Prepared, events: Events) -> Finished:
         },
         "pruning": edit.provenance["pruning"], "warnings": _warnings(edit.provenance["pruning"]),
     }  # fmt: skip
-    finished = pipeline.publish(job, edit, measured, about, events, lambda _, __: Inspection())
+    finished = measured_run.publish(job, edit, measured, about, events, lambda _, __: Inspection())
     shutil.rmtree(work)
     return finished
 
@@ -149,7 +150,7 @@ def _warnings(pruning: dict[str, Any]) -> list[str]:
     )
 
 
-def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> PrunedUnits:
+def _learn(prepared: PruneJob, loaded: LoadedModel, events: Events) -> PrunedUnits:
     job, settings = prepared.job, prepared.settings
     neurons, heads = _score(prepared, loaded, events)
     width = (
@@ -189,7 +190,7 @@ def _learn(prepared: Prepared, loaded: LoadedModel, events: Events) -> PrunedUni
     return replace(edit, provenance=provenance)
 
 
-def _score(prepared: Prepared, loaded: LoadedModel, events: Events) -> tuple[UnitScores, UnitScores]:
+def _score(prepared: PruneJob, loaded: LoadedModel, events: Events) -> tuple[UnitScores, UnitScores]:
     """Neurons and columns of heads, scored on what is to be forgotten and on what is to be kept."""
     settings, concept, row = prepared.settings, prepared.job.concept, prepared.job.row
     if row.mlp_units is None:
@@ -295,7 +296,7 @@ def in_both(one: Units, other: Units) -> int:
     return sum(len(set(units) & set(other.get(layer, ()))) for layer, units in one.items())
 
 
-def _accuracies(prepared: Prepared, loaded: LoadedModel, edit: PrunedUnits, stage: Stage) -> dict[str, Any]:
+def _accuracies(prepared: PruneJob, loaded: LoadedModel, edit: PrunedUnits, stage: Stage) -> dict[str, Any]:
     """Multiple choice of every split under an edit, in memory; the model is put back afterwards."""
     config = prepared.job.checkpoint.config
     weights = linear_weights(loaded.model)
@@ -305,8 +306,8 @@ def _accuracies(prepared: Prepared, loaded: LoadedModel, edit: PrunedUnits, stag
     found = {}
     try:
         edit_model(edit, loaded.model, config)
-        for split, questions in questions_by_split(prepared.job.concept, prepared.settings.measuring()).items():
-            hits = Exam(loaded.tokenizer, questions).hits(loaded.model)
+        for split, questions in questions_by_split(prepared.job.concept, prepared.settings.questions).items():
+            hits = MultipleChoiceSet(loaded.tokenizer, questions).hits(loaded.model)
             found[split] = {
                 "value": sum(hits) / len(hits),
                 "n": len(hits),
@@ -320,7 +321,7 @@ def _accuracies(prepared: Prepared, loaded: LoadedModel, edit: PrunedUnits, stag
 
 
 def _validate(
-    prepared: Prepared, loaded: LoadedModel, neurons: UnitScores, combined: Tensor, events: Events
+    prepared: PruneJob, loaded: LoadedModel, neurons: UnitScores, combined: Tensor, events: Events
 ) -> dict[str, Any]:
     """Remove units one by one, of all ranks, and compare what that does to the loss with their scores."""
     count = prepared.settings.validate_units

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifacts.checkpoints import open_checkpoint
+from ..artifacts.checkpoints.manifest import package_versions, platform_of, read_manifest, sha256_of, verify_folder
+from ..artifacts.checkpoints.read import open_checkpoint
 from ..artifacts.concepts import load_concept
 from ..artifacts.events import Events
-from ..artifacts.manifest import package_versions, platform_of, read_manifest, sha256_of, verify_folder
-from ..artifacts.models import find_model
-from ..artifacts.results import RESULTS, read_measurements
+from ..artifacts.models.find import find_model
+from ..artifacts.reporting.results import RESULTS, read_measurements
 from ..editing.errors import RequestError
 from ..eval.statistics import Measurement
-from . import RECIPES
-from .request import refuse_taken
-from .settings import load_settings
+from ..recipes import RECIPES
+from .common.run_folder import refuse_taken
+from .common.settings import load_settings
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ReproduceJob:
     """A published checkpoint and the run that makes it again."""
 
     folder: Path
@@ -57,7 +57,7 @@ class Reproduced:
 
 def prepare(
     folder: Path, out: Path, *, model: str | None = None, concept: str | None = None, files: Sequence[str] = ()
-) -> Prepared:  # fmt: skip
+) -> ReproduceJob:  # fmt: skip
     """Read what was recorded, and check that base and concept are the same ones.
 
     Args:
@@ -108,10 +108,10 @@ def prepare(
         for then, now in ((manifest["packages"], package_versions()), (manifest.get("platform", {}), platform_of()))
         for key, before in then.items() if now.get(key) != before
     ]  # fmt: skip
-    return Prepared(folder, published, module, module.prepare(settings, resume=False), out, tuple(differences))
+    return ReproduceJob(folder, published, module, module.prepare(settings, resume=False), out, tuple(differences))
 
 
-def run(prepared: Prepared, events: Events) -> Reproduced:
+def run(prepared: ReproduceJob, events: Events) -> Reproduced:
     """Run the recipe again and compare."""
     finished = prepared.recipe.run(prepared.run, events)
     made = finished.out / "checkpoint"

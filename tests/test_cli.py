@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from conftest import excise
+from helpers import excise
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,3 @@ def test_the_readme_has_exactly_two_commands():
     commands = [line for line in lines if line.startswith("pip install -c constraints.txt")]
     assert len(commands) == 2
     assert "excise run orthogonalize" in commands[0] and "pytest" in commands[1]
-
-
-def test_the_readmes_map_names_real_files():
-    text = (ROOT / "README.md").read_text()
-    named = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `") and "/" in line.split("`")[1]]
-    assert len(named) > 20
-    assert [name for name in named if not (ROOT / name).exists()] == []

@@ -8,7 +8,7 @@ import sys
 
 import torch
 from excise.artifacts.concepts import load_concept
-from excise.recipes.monitor import RelearningMonitor
+from excise.recipes.relearning_monitor import RelearningMonitor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

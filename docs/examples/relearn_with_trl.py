@@ -9,7 +9,7 @@ import sys
 import torch
 from datasets import Dataset
 from excise.artifacts.concepts import load_concept
-from excise.recipes.monitor import RelearningMonitor
+from excise.recipes.relearning_monitor import RelearningMonitor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ...artifacts.audit_report import HEADLINES
-from ...artifacts.charts import SERIES
+from ...artifacts.reporting.audit_page import HEADLINES
+from ...artifacts.reporting.charts import SERIES
 from ...artifacts.runs import Run
 from .frame import Audit, Workbench, base_of, frame, known, say
 

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ...artifacts.audit_report import HEADLINES, PICTURE
-from ...artifacts.card import CARD, body
-from ...artifacts.manifest import FOLDER
-from ...artifacts.models import choose_device, choose_dtype, find_model, load_model
-from ...artifacts.results import format_value
+from ...artifacts.checkpoints.manifest import FOLDER
+from ...artifacts.models.find import find_model
+from ...artifacts.models.load import choose_device, choose_dtype, load_model
+from ...artifacts.reporting.audit_page import HEADLINES, PICTURE
+from ...artifacts.reporting.card import CARD, body
+from ...artifacts.reporting.results import format_value
 from ...artifacts.runs import Run
 from ...editing.errors import ExciseError
-from ...eval.generation import generate
+from ...eval.inference.generation import generate
 from ..compare import Line, table_of
 from .frame import Workbench, base_of, frame, say
 

@@ -1,0 +1,5 @@
+"""``python -m excise``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""Directions on disk: one safetensors file, which says in its header where each came from."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...editing.directions.subspaces import Place, Subspace
+from ...editing.errors import RequestError, one_line
+
+SCHEMA_VERSION = 1
+FILE = "directions.safetensors"
+_HEADER = "excise"
+
+
+def save_directions(subspaces: Sequence[Subspace], path: Path) -> None:
+    """Write subspaces of one model into one file."""
+    from safetensors.torch import save_file
+
+    tensors, about = {}, []
+    for number, subspace in enumerate(subspaces):
+        tensors[f"{number}.basis"] = subspace.basis.contiguous()
+        tensors[f"{number}.offset"] = subspace.offset.contiguous()
+        if subspace.readers is not None:
+            tensors[f"{number}.readers"] = subspace.readers.contiguous()
+        about.append({
+            "place": asdict(subspace.place), "names": subspace.names, "scores": subspace.scores,
+            "source": subspace.source, "provenance": subspace.provenance,
+        })  # fmt: skip
+    header = {_HEADER: json.dumps({"schema_version": SCHEMA_VERSION, "subspaces": about})}
+    save_file(tensors, path, header)
+
+
+def load_directions(path: Path, *, width: int | None = None, layers: int | None = None) -> tuple[Subspace, ...]:
+    """Read what ``save_directions`` wrote.
+
+    Args:
+        width: Of the model they are meant for; directions of another are refused.
+        layers: Of that model.
+
+    Raises:
+        RequestError: The file is none of ours or damaged, or its directions are of another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            content: dict[str, Any] = json.loads((file.metadata() or {})[_HEADER])
+            found = tuple(_subspace(file, number, about) for number, about in enumerate(content["subspaces"]))
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+        raise RequestError(
+            f"{path} holds no directions of excise ({one_line(error, 120)}); give a {FILE} that a run wrote"
+        ) from error
+    for subspace in found:
+        d = len(subspace.offset)
+        if width is not None and d != width:
+            raise RequestError(
+                f"the directions in {path.name} are of width {d}, the model is of width {width}; give directions learned on it"
+            )
+        if layers is not None and subspace.place.layer >= layers:
+            raise RequestError(
+                f"the directions in {path.name} are at the {subspace.place}, the model has layers 0 to {layers - 1}; give "
+                "directions learned on it"
+            )
+    return found
+
+
+def _subspace(file: Any, number: int, about: dict[str, Any]) -> Subspace:
+    readers = f"{number}.readers"
+    return Subspace(
+        Place(**about["place"]), file.get_tensor(f"{number}.basis").float(), file.get_tensor(f"{number}.offset").float(),
+        tuple(about["names"]), tuple(about["scores"]), about["source"],
+        file.get_tensor(readers).float() if readers in file.keys() else None, about["provenance"],  # noqa: SIM118
+    )  # fmt: skip

@@ -1,0 +1,301 @@
+"""Streaming export: a checkpoint in, the edited checkpoint out, without ever loading the model.
+
+Declared tensors are edited block by block; all other bytes are copied verbatim, in the base's own
+shards, order and metadata. Reading, hashing and writing overlap, and the disk sets the pace.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...editing.architectures import architecture_of
+from ...editing.edits.base import Plan, Shrinking, WeightEdit, check_changes, merge_changes
+from ...editing.edits.changes import Change
+from ...editing.errors import CheckpointError, EditError, ExciseError
+from ..events import Stage
+from .read import DTYPES, EDITABLE, INDEX, Checkpoint, Shard, StoredTensor, as_tensor, mapped, read_tensor
+from .streams import Block, Hasher, Output, one_torch_thread
+
+BLOCK = 2 << 20
+"""Bytes of stored weights handled at a time; a block takes about eight times that in fp32 work."""
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+"""Files beside the weights that belong to a published model: configuration and tokenizer, never code or pickles."""
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of edited tensors, by name, as they will be stored."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a streaming export wrote."""
+
+    changes: tuple[Change, ...]
+    base_sha256: dict[str, str]
+    output_sha256: dict[str, str]
+    bytes_written: int
+    untied: str | None
+
+
+def required_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
+    """Disk space the export needs."""
+    added = checkpoint.tensors[_embedding(checkpoint)].size if plan.untied else 0
+    return checkpoint.size + added + (8 << 20)
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Raise before anything is written if the file system cannot hold the export."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ExciseError(
+            f"the export needs {needed / 1e9:.2f} GB, the disk of {out} has {free / 1e9:.2f} GB free; free some"
+        )
+
+
+def check_editable(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raise if a declared tensor is stored in a type that cannot be edited."""
+    for name in plan.declared:
+        dtype = checkpoint.tensors[name].dtype
+        if dtype not in EDITABLE:
+            raise CheckpointError(
+                f"{name} is stored as {dtype}; edit a checkpoint in {', '.join(EDITABLE)}, then quantize"
+            )
+
+
+def export_edit(edit: WeightEdit, checkpoint: Checkpoint, folder: Path, stage: Stage | None = None) -> Export:
+    """Write the edited checkpoint into ``folder``, an empty staging folder.
+
+    Raises:
+        EditError: A weight is NaN or infinite, or the edit changed nothing or what it did not declare.
+        CheckpointError: A declared tensor is stored quantized.
+    """
+    plan = edit.plan(checkpoint.config, list(checkpoint.tensors))
+    check_editable(checkpoint, plan)
+    by_name = {tensor.name: tensor for tensor in plan.tensors}
+    shapes = {
+        name: edit.stored_shape(checkpoint.tensors[name].shape)
+        if isinstance(edit, Shrinking)
+        else checkpoint.tensors[name].shape
+        for name, edit in by_name.items()
+    }
+    embedding = _embedding(checkpoint)
+    changes: list[Change] = []
+    base_sha256: dict[str, str] = {}
+    output_sha256: dict[str, str] = {}
+
+    def other(name: str) -> Tensor:
+        return read_tensor(checkpoint.tensors[name])
+
+    def edited(tensor: StoredTensor, descriptor: int, base: Hasher) -> Iterator[Block]:
+        parts = []
+        edit = by_name[tensor.name]
+        for index, matrix in enumerate(_matrices(tensor)):
+            read = matrix.reader(descriptor, base)
+            stream, row = edit.stream(index, matrix.rows, read, other, matrix.rows_per_block), 0
+            for block in stream:
+                row, first = row + len(block), row
+                if isinstance(edit, Shrinking):
+                    block = edit.stored_block(first, matrix.rows, block)
+                yield block.view(torch.uint8).numpy().reshape(-1).data
+            parts.append(stream.change())
+        changes.append(merge_changes(tensor.name, parts))
+
+    with one_torch_thread():
+        for shard in checkpoint.shards:
+            copied = next((tensor for tensor in shard.tensors if plan.untied and tensor.name == embedding), None)
+            extra = (plan.untied, copied) if plan.untied and copied else None
+            written = _write_shard(shard, folder / shard.path.name, shapes, edited, extra, stage)
+            base_sha256[shard.path.name], output_sha256[shard.path.name] = written
+    check_changes(plan, changes)
+    if checkpoint.index is not None:
+        _write_index(checkpoint, folder, plan, embedding, shapes)
+    untied = {"tie_word_embeddings": False} if plan.unties else {}
+    copy_side_files(checkpoint.folder, folder, untied | plan.config)
+    size = sum((folder / shard.path.name).stat().st_size for shard in checkpoint.shards)
+    return Export(tuple(changes), base_sha256, output_sha256, size, plan.untied)
+
+
+def copy_side_files(base: Path, folder: Path, config_changes: dict[str, Any]) -> None:
+    """Copy configuration, tokenizer and licence files, links resolved; change ``config.json`` where asked."""
+    for pattern in SIDE_FILES:
+        for path in sorted(base.glob(pattern)):
+            if path.name in (INDEX, "eval_results.json", "trainer_state.json") or not path.is_file():
+                continue
+            shutil.copyfile(path, folder / path.name)
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        path = folder / name
+        if not path.exists():
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        changes = config_changes if name == "config.json" else {}
+        # Older versions of transformers stored the folder that a model was loaded from.
+        kept = {key: value for key, value in content.items() if not key.endswith("name_or_path")} | changes
+        if kept != content:
+            path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One 2-D part of a stored tensor."""
+
+    tensor: StoredTensor
+    start: int
+    rows: int
+    row_bytes: int
+
+    @property
+    def rows_per_block(self) -> int:
+        return max(1, BLOCK // self.row_bytes)
+
+    def reader(self, descriptor: int, base: Hasher) -> Callable[[int, int], Tensor]:
+        """Rows of the matrix; the first time each is read, which is in file order, it is hashed."""
+        hashed = 0
+
+        def read(first: int, last: int) -> Tensor:
+            nonlocal hashed
+            data = mapped(descriptor, self.start + first * self.row_bytes, (last - first) * self.row_bytes)
+            if first == hashed:
+                base.update(data)
+                hashed = last
+            return as_tensor(data, self.tensor.dtype).reshape(last - first, -1)
+
+        return read
+
+
+def _matrices(tensor: StoredTensor) -> list[_Matrix]:
+    """A bias is one row; fused experts [E, a, b] are E matrices."""
+    *lead, columns = tensor.shape
+    row_bytes = columns * DTYPES[tensor.dtype].itemsize
+    if len(lead) < 2:
+        return [_Matrix(tensor, tensor.start, lead[0] if lead else 1, row_bytes)]
+    size = lead[1] * row_bytes
+    return [_Matrix(tensor, tensor.start + expert * size, lead[1], row_bytes) for expert in range(lead[0])]
+
+
+def _write_shard(
+    shard: Shard, target: Path, declared: Shapes, edited: Any, extra: tuple[str, StoredTensor] | None, stage: Stage | None,
+) -> tuple[str, str]:  # fmt: skip
+    """Write one shard; returns the sha256 of the base's file and of the new one.
+
+    Args:
+        declared: Shapes that the edited tensors will have.
+        extra: Name of a tensor to add at the end, and the stored one that it copies.
+    """
+    touched = extra is not None or any(tensor.name in declared for tensor in shard.tensors)
+    with shard.path.open("rb") as source:
+        output, base, result = Output(target), Hasher(), Hasher() if touched else None
+        try:
+            base.update(shard.header)
+            for block in _new_blocks(shard, source.fileno(), declared, edited, extra, base):
+                output.write(block)
+                if result:
+                    result.update(block)
+                if stage:
+                    stage.advance(len(block))
+        finally:
+            digest = base.finish()
+            digests = digest, result.finish() if result else digest
+            output.close()
+    return digests
+
+
+def _new_blocks(
+    shard: Shard, descriptor: int, declared: Shapes, edited: Any, extra: tuple[str, StoredTensor] | None, base: Hasher
+) -> Iterator[Block]:
+    """The new shard from its first byte to its last; what is read of the base on the way is hashed."""
+    yield _header(shard, declared, extra)
+    finite = FiniteCheck()
+    for tensor in shard.tensors:
+        if tensor.name in declared:
+            yield from edited(tensor, descriptor, base)
+            continue
+        for block in _blocks(descriptor, tensor):
+            base.update(block)
+            if not finite(block, tensor.dtype):
+                raise EditError(f"{tensor.name} holds NaN or infinite weights; the base checkpoint is damaged")
+            yield block
+    if extra:
+        yield from _blocks(descriptor, extra[1])
+
+
+def _blocks(descriptor: int, tensor: StoredTensor) -> Iterator[Block]:
+    for start in range(0, tensor.size, BLOCK):
+        yield mapped(descriptor, tensor.start + start, min(BLOCK, tensor.size - start))
+
+
+class FiniteCheck:
+    """Whether a stored block is free of NaN and infinities, from its bits."""
+
+    EXPONENTS: ClassVar[dict[str, tuple[Any, int]]] = {
+        "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        self._room = np.empty(BLOCK, dtype=np.uint8)
+
+    def __call__(self, block: Block, dtype: str) -> bool:
+        if dtype not in self.EXPONENTS or not len(block):
+            return True
+        # An all-ones exponent means NaN or infinity; on the bits this is twenty times faster than isfinite.
+        integer, exponent = self.EXPONENTS[dtype]
+        room = self._room[: len(block)].view(integer)
+        np.bitwise_and(np.frombuffer(block, dtype=integer), integer(exponent), out=room)
+        return int(room.max()) != exponent
+
+
+def _header(shard: Shard, declared: Shapes, extra: tuple[str, StoredTensor] | None) -> bytes:
+    """The shard's header; made anew only if a tensor is added at its end, a copy of a stored one, or gets smaller."""
+    if not extra and all(declared.get(tensor.name, tensor.shape) == tensor.shape for tensor in shard.tensors):
+        return shard.header
+    header, end = json.loads(shard.header[8:]), 0
+    for tensor in shard.tensors:
+        shape = declared.get(tensor.name, tensor.shape)
+        start, end = end, end + _bytes(tensor, shape)
+        header[tensor.name] |= {"shape": list(shape), "data_offsets": [start, end]}
+    if extra:
+        name, source = extra
+        header[name] = {"dtype": source.dtype, "shape": list(source.shape), "data_offsets": [end, end + source.size]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensor: StoredTensor, shape: Sequence[int]) -> int:
+    """What a tensor takes in another shape."""
+    if shape == tensor.shape:
+        return tensor.size
+    return math.prod(shape) * DTYPES[tensor.dtype].itemsize
+
+
+def _write_index(checkpoint: Checkpoint, folder: Path, plan: Plan, embedding: str, shapes: Shapes) -> None:
+    tensors = checkpoint.tensors
+    grown = sum(_bytes(tensors[name], shape) - tensors[name].size for name, shape in shapes.items())
+    if not plan.untied and not grown:
+        shutil.copyfile(checkpoint.folder / INDEX, folder / INDEX)
+        return
+    assert checkpoint.index is not None
+    index = json.loads(json.dumps(checkpoint.index))
+    if plan.untied:
+        index["weight_map"][plan.untied] = index["weight_map"][embedding]
+        grown += tensors[embedding].size
+    # Other counts, such as that of parameters, are left out rather than wrong.
+    if "total_size" in index.get("metadata", {}):
+        index["metadata"] = {"total_size": index["metadata"]["total_size"] + grown}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _embedding(checkpoint: Checkpoint) -> str:
+    """Name of the token embedding, with or without the prefix that checkpoints may leave out."""
+    row = architecture_of(checkpoint.config)
+    return row.embedding if row.embedding in checkpoint.tensors else row.embedding.removeprefix(row.optional_prefix)

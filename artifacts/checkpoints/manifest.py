@@ -1,0 +1,183 @@
+"""The manifest of a published folder, its checksums, and the check that nothing was changed since."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ...editing.edits.changes import Change
+from ...editing.errors import RequestError, VerifyError
+from .staging import sync
+
+FOLDER = "excise"
+MANIFEST = f"{FOLDER}/manifest.json"
+SUMS = "SHA256SUMS"
+SIGNATURE = f"{SUMS}.sig"
+"""Of the checksums; not among them."""
+SCHEMA_VERSION = 1
+log = logging.getLogger(__name__)
+PACKAGES = ("excise", "torch", "transformers", "safetensors", "huggingface-hub", "numpy")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run computes."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def platform_of() -> dict[str, str]:
+    """What else decides the last bits of a result: system, processor family and the instructions that torch uses."""
+    import torch
+
+    return {
+        "system": platform.system(), "machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }  # fmt: skip
+
+
+def write_manifest(
+    folder: Path, *, base: dict[str, Any], base_files: dict[str, str], changes: tuple[Change, ...],
+    untied: str | None, known: dict[str, str], run: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write ``excise/manifest.json`` and ``SHA256SUMS`` for everything in a staging folder.
+
+    Args:
+        known: SHA-256 of files hashed while they were written, so that weights are not read again.
+        run: Recipe, settings, seeds and versions.
+    """
+    files: dict[str, dict[str, Any]] = {
+        name: {"size": (folder / name).stat().st_size, "sha256": known.get(name) or sha256_of(folder / name)}
+        for name in _files(folder)
+        if name not in (MANIFEST, SUMS)
+    }
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "base": {**base, "files": base_files},
+        "run": run,
+        "packages": package_versions(),
+        "platform": platform_of(),
+        "tensors_changed": [asdict(change) for change in changes if change.changed],
+        "tensors_declared_but_unchanged": [change.name for change in changes if not change.changed],
+        "tensor_added": untied,
+        "files": files,
+    }
+    (folder / FOLDER).mkdir(exist_ok=True)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    sums = {name: entry["sha256"] for name, entry in files.items()} | {MANIFEST: sha256_of(folder / MANIFEST)}
+    (folder / SUMS).write_text(_sums_text(sums), encoding="utf-8")
+
+
+def verify_folder(folder: Path) -> int:
+    """Check a published folder against its own checksums; returns how many files were checked.
+
+    Raises:
+        RequestError: It has no checksums, so excise did not make it.
+        VerifyError: A file was changed, added, removed or replaced by a link; the message names it.
+    """
+    sums_path = folder / SUMS
+    if not folder.is_dir():
+        raise RequestError(f"{folder} is not a folder; give a checkpoint folder")
+    if not sums_path.is_file():
+        inner = folder / "checkpoint"
+        hint = (
+            f"; did you mean {inner}?" if inner.is_dir() else "; excise did not make it, or its checksums were removed"
+        )
+        raise RequestError(f"{folder} has no {SUMS}{hint}")
+    problems = [f"{name} is a link" for name in _files(folder) if (folder / name).is_symlink()]
+    problems += [f"{path.relative_to(folder)} is an empty folder" for path in _empty_folders(folder)]
+    actual = {
+        name: sha256_of(folder / name)
+        for name in _files(folder)
+        if name not in (SUMS, SIGNATURE) and (folder / name).is_file()
+    }
+    raw = sums_path.read_bytes().decode("utf-8", errors="replace")
+    listed = {line[66:]: line[:64] for line in raw.splitlines()}
+    problems += [f"{name} is missing" for name in sorted(listed.keys() - actual.keys())]
+    problems += [f"{name} is not in {SUMS}" for name in sorted(actual.keys() - listed.keys())]
+    problems += [
+        f"{name} was changed" for name in sorted(listed.keys() & actual.keys()) if listed[name] != actual[name]
+    ]
+    # The file of sums is compared as text, so that a changed space or letter case in it is found as well.
+    if not problems and raw != _sums_text(actual):
+        problems = [f"{SUMS} was changed"]
+    if MANIFEST not in actual:
+        problems.append(f"{MANIFEST} is missing")
+    if problems:
+        raise VerifyError(f"{folder.name} is not as it was published: {'; '.join(problems[:5])}; fetch it again")
+    return len(actual) + 1
+
+
+def amend_folder(folder: Path, contents: Mapping[str, str | bytes]) -> None:
+    """Add or replace small files of a published folder, checksums included.
+
+    The amended folder is made whole beside the old one, which shares its weights, and takes its place. A signature is taken away,
+    with a warning: it was of other checksums.
+
+    Raises:
+        VerifyError: The folder was not as it was published.
+    """
+    verify_folder(folder)
+    staging, before = folder.with_name(f".{folder.name}.amended"), folder.with_name(f".{folder.name}.before")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(folder, staging, copy_function=os.link)
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if (staging / SIGNATURE).exists():
+        # It is of the checksums as they were.
+        (staging / SIGNATURE).unlink()
+        log.warning(
+            "%s was signed; its files are others now, so the signature was taken away: sign it again", folder.name
+        )
+    for name, content in contents.items():
+        _write_anew(staging / name, content)
+        manifest["files"][name] = {"size": (staging / name).stat().st_size, "sha256": sha256_of(staging / name)}
+    _write_anew(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    sums = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    _write_anew(staging / SUMS, _sums_text(sums | {MANIFEST: sha256_of(staging / MANIFEST)}))
+    for path in staging.rglob("*"):
+        sync(path)
+    os.rename(folder, before)
+    os.rename(staging, folder)
+    shutil.rmtree(before)
+
+
+def _write_anew(path: Path, content: str | bytes) -> None:
+    """Write a file that shares nothing with the one that stood there."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, or None where there is none."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _files(folder: Path) -> list[str]:
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _empty_folders(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink() and not os.listdir(path)]
+
+
+def _sums_text(sums: dict[str, str]) -> str:
+    """The format of coreutils' ``sha256sum``."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))

@@ -1,0 +1,287 @@
+"""Safetensors checkpoints on disk, read by their headers: what is there, and whether it is whole and safe."""
+
+import json
+import mmap
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...editing.architectures import architecture_of, spelled
+from ...editing.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FINITE_BLOCK = 1 << 26
+"""Bytes looked at at a time; a multiple of every element size."""
+MAX_HEADER = 100_000_000
+"""Bytes of the largest header that the safetensors library reads."""
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+EDITABLE = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor's bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    """Offset in the file, header included."""
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file."""
+
+    path: Path
+    header: bytes
+    """Length field and JSON header, verbatim."""
+    tensors: tuple[StoredTensor, ...]
+    """In file order."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose headers, index and shapes were checked; no weight was read."""
+
+    folder: Path
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    index: dict[str, Any] | None
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.path.stat().st_size for shard in self.shards)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read and check a checkpoint's config, index and headers.
+
+    Raises:
+        CheckpointError: Something is missing, truncated, out of place, pickled or points outside the folder.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder; give a model folder, a .gguf file, a Hub id or builtin:testbed"
+        )
+    config = _read_json(folder / "config.json")
+    index_path, single = folder / INDEX, folder / SINGLE
+    if index_path.exists():
+        index = _read_json(index_path)
+        files = _indexed_files(folder, index)
+    elif single.exists():
+        index, files = None, [single]
+    else:
+        raise CheckpointError(_no_weights(folder))
+    shards = tuple(read_header(_inside(folder, path)) for path in files)
+    checkpoint = Checkpoint(folder, config, shards, index)
+    if index is not None:
+        _check_index(folder, index, shards)
+    return checkpoint
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Read single tensors of a checkpoint by name, as modules in memory spell it."""
+    from safetensors import safe_open
+
+    checkpoint = open_checkpoint(folder)
+    row = architecture_of(checkpoint.config)
+    places = {tensor.name: shard.path for shard in checkpoint.shards for tensor in shard.tensors}
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(safe_open(path, "pt")) for path in set(places.values())}
+
+        def read(name: str) -> Tensor:
+            stored = spelled(row, name, places)
+            if stored is None:
+                raise CheckpointError(f"{folder.name} has no tensor {name}; give the base that the model was made from")
+            found: Tensor = files[places[stored]].get_tensor(stored)
+            return found
+
+        yield read
+
+
+def read_header(path: Path) -> Shard:
+    """Read one safetensors header and check that the tensors tile the file exactly.
+
+    Raises:
+        CheckpointError: The header is not one, or the file is shorter or longer than it says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise CheckpointError(
+                f"{path.name} is not a safetensors file or is truncated ({size} bytes); fetch it again"
+            )
+        header = file.read(length)
+    try:
+        entries = json.loads(header, object_pairs_hook=_no_duplicates)
+        entries.pop("__metadata__", None)
+        found = [_entry(path, name, entry, 8 + length) for name, entry in entries.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path.name} has a damaged header ({error}); fetch it again") from error
+    tensors = tuple(sorted(found, key=lambda tensor: (tensor.start, tensor.size)))
+    position = 8 + length
+    for tensor in tensors:
+        if tensor.start != position:
+            raise CheckpointError(
+                f"{path.name}: {tensor.name} does not start where the tensor before it ends; fetch it again"
+            )
+        position += tensor.size
+    if position != size:
+        word = "truncated" if size < position else "longer than its header says"
+        raise CheckpointError(f"{path.name} is {word}: {size} bytes, expected {position}; fetch it again")
+    return Shard(path, prefix + header, tensors)
+
+
+def read_tensor(tensor: StoredTensor) -> Tensor:
+    """Read a whole (small) tensor."""
+    with tensor.file.open("rb") as file:
+        return as_tensor(mapped(file.fileno(), tensor.start, tensor.size), tensor.dtype).reshape(tensor.shape).clone()
+
+
+def check_finite(checkpoint: Checkpoint, advance: Callable[[int], None] = lambda _: None) -> None:
+    """Read every weight once, a block at a time, and raise if one is not a number or infinite.
+
+    Raises:
+        CheckpointError: The first such tensor, by name.
+    """
+    for shard in checkpoint.shards:
+        with shard.path.open("rb") as file:
+            for tensor in shard.tensors:
+                dtype = DTYPES[tensor.dtype]
+                # A float in 8 bits has no test of its own in torch; it has no infinity in the forms that checkpoints use.
+                for start in (
+                    range(0, tensor.size, FINITE_BLOCK) if dtype.is_floating_point and dtype.itemsize > 1 else ()
+                ):
+                    size = min(FINITE_BLOCK, tensor.size - start)
+                    values = as_tensor(mapped(file.fileno(), tensor.start + start, size), tensor.dtype)
+                    # A sum is not finite if a term is not, and is one pass; only then is it looked at closely.
+                    if not torch.isfinite(values.sum(dtype=torch.float64)) and not torch.isfinite(values).all():
+                        raise CheckpointError(
+                            f"{shard.path.name}: {tensor.name} holds values that are not finite; fetch it again, or ask its owner"
+                        )
+                advance(tensor.size)
+
+
+def as_tensor(data: memoryview, dtype: str) -> Tensor:
+    """A flat tensor over a buffer."""
+    return torch.frombuffer(data, dtype=DTYPES[dtype]) if data else torch.empty(0, dtype=DTYPES[dtype])
+
+
+def mapped(descriptor: int, start: int, size: int) -> memoryview:
+    """Bytes of a file, without a copy; they leave memory with the last reference to them.
+
+    Raises:
+        CheckpointError: The file is shorter than its header said when it was opened.
+    """
+    if size == 0:
+        return memoryview(b"")
+    before = start % mmap.ALLOCATIONGRANULARITY
+    try:
+        # A private writable mapping, because torch warns about buffers that it may not write.
+        pages = mmap.mmap(descriptor, before + size, access=mmap.ACCESS_COPY, offset=start - before)
+    except ValueError as error:
+        raise CheckpointError("a checkpoint file became shorter while it was read; fetch it again") from error
+    return memoryview(pages)[before:]
+
+
+def _entry(path: Path, name: str, entry: dict[str, Any], base: int) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(length) for length in entry["shape"])
+    tensor = StoredTensor(name, entry["dtype"], shape, path, base + begin, end - begin)
+    if tensor.dtype in DTYPES:
+        count = 1
+        for length in shape:
+            count *= length
+        expected = count * DTYPES[tensor.dtype].itemsize
+        if min(shape, default=0) < 0 or begin < 0 or tensor.size != expected:
+            raise ValueError(f"{name} has {tensor.size} bytes, its shape {list(shape)} needs {expected}")
+    return tensor
+
+
+def _indexed_files(folder: Path, index: dict[str, Any]) -> list[Path]:
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{INDEX} has no weight_map; fetch the checkpoint again")
+    files = list(dict.fromkeys(names.values()))
+    for name in files:
+        if Path(name).is_absolute() or Path(name).name != name:
+            raise CheckpointError(f"{INDEX} names {name!r}, outside the model's folder; do not use this checkpoint")
+    missing = [name for name in files if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of {len(files)} shards are missing, the first is {missing[0]}; fetch it again"
+        )
+    return [folder / name for name in files]
+
+
+def _check_index(folder: Path, index: dict[str, Any], shards: tuple[Shard, ...]) -> None:
+    listed = {(name, file) for name, file in index["weight_map"].items()}
+    stored = {(tensor.name, shard.path.name) for shard in shards for tensor in shard.tensors}
+    if listed != stored:
+        name = min(listed ^ stored)[0]
+        raise CheckpointError(f"{INDEX} and the shards disagree about {name}; fetch the checkpoint again")
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """Follow links, which the Hub's cache uses, but only to files of the same model's cache entry."""
+    target = path.resolve()
+    allowed = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent.resolve() / "blobs")
+    if not any(target.is_relative_to(root) for root in allowed):
+        raise CheckpointError(f"{path.name} is a link out of the model's folder; copy the file in place of the link")
+    return path
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return (
+            f"{folder.name} holds only pickled weights ({pickles[0]}), which can run code when loaded; "
+            "convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW_FOLDER)"
+        )
+    return f"{folder.name} holds neither {SINGLE} nor {INDEX}; give a folder with a safetensors checkpoint"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}; give a model folder in the transformers format"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path.name} cannot be read as JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object; fetch it again")
+    return content
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(keys) != len(set(keys)):
+        raise ValueError("a key stands twice")
+    return dict(pairs)

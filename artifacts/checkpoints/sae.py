@@ -1,0 +1,272 @@
+"""Latents of published sparse autoencoders as directions: only the asked rows are read, and never a pickle's code.
+
+What differs between formats is a row of ``FORMATS``: files, keys, orientation, and where the hook is named. A width that
+does not fit the model is an error, never a reason to transpose.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...editing.directions.sae_latents import SparseLatents
+from ...editing.directions.subspaces import Place, Site
+from ...editing.errors import RequestError, nearest, one_line
+from .manifest import sha256_of
+
+Read = Callable[[str, Sequence[int] | None, int], Tensor]
+"""Reads a tensor by key; of a matrix only some entries along an axis."""
+_SUBLAYERS: dict[str | None, Site] = {
+    None: "output", "mlp": "mlp", "self_attn": "attention", "attn": "attention", "attention": "attention",
+}  # fmt: skip
+_SITES: dict[str, Site] = {"resid_pre": "input", "resid_post": "output", "mlp_out": "mlp", "attn_out": "attention"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one library stores an autoencoder."""
+
+    weights: str
+    """Its file of weights, as a glob in the folder."""
+    about: str
+    """Its configuration; the empty string where the path says everything."""
+    decoder: Mapping[str, int]
+    """Keys of the decoder, each with the axis that latents stand along."""
+    encoder: Mapping[str, int]
+    bias: tuple[str, ...]
+    decoder_bias: tuple[str, ...]
+    place: Callable[[Path, dict[str, Any]], Place]
+    centred: bool = True
+    """Whether the decoder's bias is taken from activations before they are encoded."""
+
+
+def _hook(name: str, where: str) -> Place:
+    """``blocks.12.hook_resid_post`` and the like."""
+    match = re.search(r"(\d+)\.(?:hook_)?(resid_pre|resid_post|mlp_out|attn_out)", name)
+    if not match:
+        raise RequestError(f"{where} names the hook {name!r}; known are blocks.N.hook_ with {', '.join(_SITES)}")
+    return Place(int(match[1]), _SITES[match[2]])
+
+
+def _sae_lens(folder: Path, about: dict[str, Any]) -> Place:
+    return _hook(str(about.get("hook_name") or about.get("metadata", {}).get("hook_name")), "cfg.json")
+
+
+def _dictionary_learning(folder: Path, about: dict[str, Any]) -> Place:
+    trainer = about.get("trainer", about)
+    submodule = str(trainer.get("submodule_name") or "resid_post")
+    named = next((key for key in _SITES if key in submodule), "resid_post")
+    return Place(int(trainer["layer"]), _SITES[named])
+
+
+def _sparsify(folder: Path, about: dict[str, Any]) -> Place:
+    match = re.fullmatch(r"(?:model\.)?(?:layers|h)\.(\d+)(?:\.(mlp|self_attn|attn|attention))?", folder.name)
+    if not match:
+        raise RequestError(f"the folder {folder.name} is no hook point of sparsify, such as layers.12 or layers.12.mlp")
+    return Place(int(match[1]), _SUBLAYERS[match[2]])
+
+
+def _gemma_scope(folder: Path, about: dict[str, Any]) -> Place:
+    match = re.search(r"layer_(\d+)", str(folder))
+    if not match:
+        raise RequestError(f"the path {folder} names no layer_N, and a Gemma Scope file itself says nothing of it")
+    site: Site = "mlp" if "-mlp" in str(folder) else "attention" if "-att" in str(folder) else "output"
+    return Place(int(match[1]), site)
+
+
+def _llama_scope(folder: Path, about: dict[str, Any]) -> Place:
+    return _hook(str(about.get("hook_point_out") or about.get("hook_point_in")), "hyperparams.json")
+
+
+FORMATS: dict[str, Format] = {
+    "sae_lens": Format(
+        "sae_weights.safetensors", "cfg.json", {"W_dec": 0}, {"W_enc": 1}, ("b_enc",), ("b_dec",), _sae_lens, centred=False
+    ),
+    "dictionary_learning": Format(
+        "ae.pt", "config.json", {"decoder.weight": 1, "W_dec": 0}, {"encoder.weight": 0, "W_enc": 1}, ("encoder.bias", "b_enc"),
+        ("b_dec", "bias", "decoder_bias"), _dictionary_learning,
+    ),
+    "sparsify": Format(
+        "sae.safetensors", "cfg.json", {"W_dec": 0}, {"encoder.weight": 0}, ("encoder.bias",), ("b_dec",), _sparsify
+    ),
+    "gemma_scope": Format("params.npz", "", {"W_dec": 0, "w_dec": 0}, {"W_enc": 1, "w_enc": 1}, ("b_enc",), ("b_dec",), _gemma_scope, centred=False),
+    "llama_scope": Format(
+        "checkpoints/final.safetensors", "hyperparams.json", {"decoder.weight": 1}, {"encoder.weight": 0}, ("encoder.bias",),
+        ("decoder.bias",), _llama_scope, centred=False,
+    ),
+}  # fmt: skip
+
+
+def load_latents(
+    folder: Path, latents: Sequence[int] | None, width: int, layers: int, format: str = "auto"
+) -> SparseLatents:
+    """Read some latents of an autoencoder.
+
+    Args:
+        latents: Their numbers; None reads all.
+        width: d_model of the model they are meant for.
+        format: A name of ``FORMATS``; ``auto`` looks at the files.
+
+    Raises:
+        RequestError: The files are of no known format, of another model, or there is no such latent.
+    """
+    name = _format_of(folder) if format == "auto" else format
+    if name not in FORMATS:
+        raise RequestError(f"no format {format!r}{nearest(format, list(FORMATS))}; formats: auto, {', '.join(FORMATS)}")
+    form = FORMATS[name]
+    path = folder / form.weights
+    if not path.is_file():
+        raise RequestError(f"{folder} holds no {form.weights}, which a {name} autoencoder has; give its folder")
+    about = _read_about(folder / form.about) if form.about else {}
+    place = form.place(folder, about)
+    if not 0 <= place.layer < layers:
+        raise RequestError(
+            f"the autoencoder is of the {place}, the model has layers 0 to {layers - 1}; give one of this model"
+        )
+    keys, read = _reader(path)
+    key, axis = _known(keys, form.decoder, path, "decoder")
+    count, d = _shape(path, key, axis)
+    if d != width:
+        raise RequestError(
+            f"{path.name} holds {key} for {count} latents of width {d}, the model has width {width}; give an autoencoder of this model"
+        )
+    numbers = range(count) if latents is None else latents
+    wrong = [latent for latent in numbers if not 0 <= latent < count]
+    if wrong or not numbers:
+        raise RequestError(
+            f"there is no latent {wrong[0] if wrong else '(none asked)'}; the autoencoder has 0 to {count - 1}"
+        )
+    bias_key = next((k for k in form.decoder_bias if k in keys), None)
+    encoder_key, encoder_axis = _known(keys, form.encoder, path, "encoder")
+    bias = next((k for k in form.bias if k in keys), None)
+    return SparseLatents(
+        place, tuple(numbers), _latent_rows(read(key, latents, axis), axis), read(bias_key, None, 0) if bias_key else torch.zeros(width),
+        _latent_rows(read(encoder_key, latents, encoder_axis), encoder_axis).T.contiguous(),
+        read(bias, latents, 0) if bias else torch.zeros(len(numbers)), bool(about.get("apply_b_dec_to_input", form.centred)),
+        _threshold(keys, read, numbers), _not_alone(about, keys), provenance={"format": name, "file": path.name, "sha256": sha256_of(path)},
+    )  # fmt: skip
+
+
+def _not_alone(about: Mapping[str, Any], keys: set[str]) -> str:
+    """Why some latents with their encoder rows alone do not say when they fire; empty where they do."""
+    about = {**about, **about.get("trainer", {})}
+    kind = str(about.get("architecture") or about.get("dict_class") or "").lower()
+    if keys & {"r_mag", "b_gate", "gate_bias"}:
+        return "is gated"
+    if "threshold" not in keys and (about.get("k") or "topk" in kind):
+        return "lets only the largest of all its latents fire"
+    if about.get("normalize_activations", "none") not in ("none", None, False) or about.get("norm_activation"):
+        return "is of normalized activations"
+    return ""
+
+
+def is_autoencoder(folder: Path) -> bool:
+    """Whether a folder holds a file of a known format, or of several."""
+    return bool(_fitting(folder))
+
+
+def _fitting(folder: Path) -> list[str]:
+    return [name for name, form in FORMATS.items() if (folder / form.weights).is_file()]
+
+
+def _threshold(keys: set[str], read: Read, latents: Sequence[int]) -> Tensor | None:
+    if "threshold" not in keys:
+        return None
+    found = read("threshold", None, 0).float()
+    # BatchTopK stores one threshold for all.
+    return found.expand(len(latents)).clone() if found.numel() == 1 else found[list(latents)]
+
+
+def _format_of(folder: Path) -> str:
+    fitting = _fitting(folder)
+    if len(fitting) != 1:
+        files = ", ".join(form.weights for form in FORMATS.values())
+        raise RequestError(
+            f"{folder} holds {'several of' if fitting else 'none of'} {files}; give an autoencoder's folder, or its format"
+        )
+    return fitting[0]
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{path.name} of the autoencoder cannot be read ({error}); it says where its directions belong"
+        ) from error
+
+
+def _known(keys: set[str], wanted: Mapping[str, int], path: Path, what: str) -> tuple[str, int]:
+    found = [(key, axis) for key, axis in wanted.items() if key in keys]
+    if len(found) != 1:
+        raise RequestError(
+            f"{path.name} has {'several' if found else 'no'} {what} ({', '.join(sorted(keys)[:8])}); a file of this format has one of "
+            f"{', '.join(wanted)}"
+        )
+    return found[0]
+
+
+def _shape(path: Path, key: str, axis: int) -> tuple[int, int]:
+    """Latents and width, as the format declares them."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            shape = file.get_slice(key).get_shape()
+    else:
+        shape = list(_loaded(path)[key].shape)
+    if len(shape) != 2:
+        raise RequestError(f"{key} of {path.name} is {list(shape)}; a decoder is a matrix")
+    return int(shape[axis]), int(shape[1 - axis])
+
+
+def _reader(path: Path) -> tuple[set[str], Read]:
+    if path.suffix != ".safetensors":
+        loaded = _loaded(path)
+
+        def pick(key: str, some: Sequence[int] | None, axis: int) -> Tensor:
+            whole = torch.as_tensor(loaded[key])
+            return whole.float() if some is None else whole.index_select(axis, torch.tensor(list(some))).float()
+
+        return set(loaded), pick
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        keys = set(file.keys())
+
+    def cut(key: str, some: Sequence[int] | None, axis: int) -> Tensor:
+        with safe_open(path, "pt") as file:
+            if some is None:
+                whole: Tensor = file.get_tensor(key)
+                return whole.float()
+            part = file.get_slice(key)
+            if len(part.get_shape()) == 1:
+                return torch.cat([part[i : i + 1] for i in some]).float()
+            return torch.cat([part[i : i + 1] if axis == 0 else part[:, i : i + 1] for i in some], axis).float()
+
+    return keys, cut
+
+
+def _loaded(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".npz":
+        archive = np.load(path, allow_pickle=False)
+        assert isinstance(archive, Mapping)
+        return archive
+    try:
+        content: Mapping[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        raise RequestError(
+            f"{path.name} is not a plain file of tensors ({one_line(error, 120)}); it was not loaded"
+        ) from error
+    return content
+
+
+def _latent_rows(part: Tensor, axis: int) -> Tensor:
+    return part if axis == 0 else part.T

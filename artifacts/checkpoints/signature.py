@@ -1,0 +1,76 @@
+"""Whose a published folder is: a signature over its checksums, in the OpenSSF model signing format (a Sigstore bundle)."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ...editing.errors import RequestError, VerifyError, one_line
+from .manifest import SIGNATURE, SUMS, verify_folder
+from .staging import sync
+
+EXTRA = "signatures need another package; pip install 'excise[sign]'"
+
+
+def sign_folder(folder: Path, private_key: Path, password: str | None = None) -> Path:
+    """Sign a published folder's checksums, and by them every file; returns the signature's path.
+
+    Args:
+        private_key: An elliptic curve key (P-256, P-384 or P-521) as PEM.
+
+    Raises:
+        RequestError: The key cannot be used.
+        VerifyError: The folder is not as it was published.
+    """
+    verify_folder(folder)
+    config = _config("signing")
+    try:
+        # It is annotated as text, and goes to a function that takes bytes.
+        config.use_elliptic_key_signer(private_key=private_key, password=password.encode() if password else None)
+    except (OSError, ValueError, TypeError) as error:
+        raise RequestError(
+            f"{private_key.name} is no private key that signs ({one_line(error, 120)}); make one with "
+            "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem`"
+        ) from error
+    partial, path = folder.with_name(f".{folder.name}.{SIGNATURE}"), folder / SIGNATURE
+    try:
+        config.sign(folder / SUMS, partial)
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def check_signature(folder: Path, public_key: Path) -> None:
+    """Check that the owner of a key signed the folder's checksums as they are.
+
+    Raises:
+        RequestError: The key cannot be used.
+        VerifyError: There is no signature, or it is of another key or of other checksums.
+    """
+    path = folder / SIGNATURE
+    if not path.is_file():
+        raise VerifyError(f"{folder.name} carries no signature ({SIGNATURE}); nothing says who published it")
+    config = _config("verifying")
+    try:
+        config.use_elliptic_key_verifier(public_key=public_key)
+    except (OSError, ValueError, TypeError) as error:
+        raise RequestError(
+            f"{public_key.name} is no public key ({one_line(error, 120)}); make one with "
+            "`openssl ec -in key.pem -pubout -out public.pem`"
+        ) from error
+    try:
+        config.verify(folder / SUMS, path)
+    except Exception as error:  # a dozen kinds of several libraries, none of which leaves the signature valid
+        reason = one_line(error, 120)
+        raise VerifyError(
+            f"{folder.name} was not signed with this key as it is now ({reason}); ask its owner for the key, or fetch it again"
+        ) from error
+
+
+def _config(kind: str) -> Any:
+    try:
+        from model_signing import signing, verifying
+    except ImportError as error:
+        raise RequestError(EXTRA) from error
+    return signing.Config() if kind == "signing" else verifying.Config()

@@ -1,0 +1,91 @@
+"""A folder is absent or complete: it is made under another name beside its place and renamed last."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...editing.errors import RequestError
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise unless ``out`` is free, before anything expensive happens."""
+    if out.exists() or out.is_symlink():
+        raise RequestError(f"{out} exists already; give another --out, or remove it first")
+
+
+@contextmanager
+def staged_folder(out: Path, *, resumable: bool = False) -> Iterator[Path]:
+    """Yield a hidden folder beside ``out``; on success it is synced to disk and renamed to ``out``.
+
+    After an error or Ctrl-C it is removed, unless ``resumable``; after a kill it is left behind under
+    its hidden name, where the next run with the same ``out`` takes it over or removes it.
+
+    Raises:
+        RequestError: ``out`` exists, or another process is writing it.
+    """
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.with_name(f".{out.name}.staging")
+    with _locked(out.with_name(f".{out.name}.lock"), out):
+        if not resumable:
+            shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(exist_ok=True)
+        try:
+            yield staging
+            publish_folder(staging, out)
+        finally:
+            if not resumable:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish_folder(staging: Path, out: Path) -> None:
+    """Make a finished folder visible: every file on disk first, then one rename, then the parent on disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            # Some writers make private files; what is published follows the user's umask.
+            path.chmod(0o666 & ~umask)
+        sync(path)
+    sync(staging)
+    refuse_existing(out)
+    os.rename(staging, out)
+    sync(out.parent)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that is absent, what it was before, or complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(path: Path, out: Path) -> Iterator[None]:
+    # The lock dies with its process, so a kill never leaves a folder locked.
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RequestError(f"another process is writing {out}; wait for it or give another --out") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

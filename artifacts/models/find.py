@@ -1,0 +1,48 @@
+"""Models by reference: built in, on the Hub, in a folder or in a GGUF file; each becomes a safetensors folder."""
+
+import re
+from pathlib import Path
+
+from ...editing.errors import CheckpointError, RequestError, nearest
+from .gguf import from_gguf
+from .hub import from_hub
+from .source import BUILTIN, ModelSource, builtin_models
+
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+
+
+def find_model(ref: str) -> ModelSource:
+    """Resolve a reference to a folder; downloads from the Hub and converts GGUF, once each.
+
+    Raises:
+        RequestError: Nothing has that name, or the Hub cannot be reached.
+        CheckpointError: The file is a pickle or not a model.
+    """
+    path = Path(ref)
+    if ref.startswith("builtin:"):
+        name = ref.removeprefix("builtin:")
+        if name not in builtin_models():
+            known = ", ".join(f"builtin:{model}" for model in builtin_models())
+            raise RequestError(f"no built-in model {name!r}{nearest(name, builtin_models())}; models: {known}")
+        return ModelSource("builtin", ref, BUILTIN / name)
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise CheckpointError(
+            f"{path.name} is a pickle, which can run code when loaded; convert it on a machine you can spare: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW_FOLDER)"
+        )
+    if path.is_dir():
+        own = path.resolve()
+        # A run's model is told by the run.
+        return ModelSource("local", f"{own.parent.name}/{own.name}" if own.name == "checkpoint" else own.name, path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise RequestError(
+                f"there is no file {ref}; give a .gguf file, a model folder, a Hub id or builtin:testbed"
+            )
+        return from_gguf(path)
+    match = _HUB_ID.fullmatch(ref)
+    if path.exists() or not match or ref.startswith((".", "/")):
+        raise RequestError(
+            f"{ref} is no model folder; give a folder, a .gguf file, a Hub id such as org/name or builtin:testbed"
+        )
+    return from_hub(match["id"], match["revision"])

@@ -1,0 +1,44 @@
+"""Models on the Hugging Face Hub, pinned to a commit."""
+
+import re
+from pathlib import Path
+
+from ...editing.errors import CheckpointError, RequestError
+from .source import ModelSource
+
+WANTED = [
+    "README.md",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+]
+
+
+def from_hub(repo_id: str, revision: str | None) -> ModelSource:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        # Resolves the revision to a commit first; without a connection it takes the cached snapshot of that revision.
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=WANTED))
+    except LocalEntryNotFoundError as error:
+        raise RequestError(
+            f"{repo_id} is no local folder, the Hub cannot be reached and its cache does not hold the model; "
+            "check the name, go online, or give a model folder, a .gguf file or builtin:testbed"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise RequestError(
+            f"the Hub refused {repo_id}{'@' + revision if revision else ''} ({status}); check the name and revision, "
+            "and log in with `hf auth login` if the model is private or gated"
+        ) from error
+    if not re.fullmatch(r"[0-9a-f]{40}", folder.name):
+        raise CheckpointError(
+            f"the Hub's cache holds {repo_id} under {folder.name}, which is no commit; clear the cache"
+        )
+    return ModelSource("hub", repo_id, folder, revision=folder.name)

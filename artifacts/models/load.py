@@ -1,0 +1,123 @@
+"""Weights and tokenizer of a model that was found, ready to measure."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ...editing.errors import CheckpointError, RequestError, one_line
+from ...editing.numerics.cpu_attention import attend_by_products
+from ..checkpoints.read import open_checkpoint
+from .memory import check_memory
+from .source import ModelSource
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to measure, and its tokenizer (left padding)."""
+
+    model: Any
+    tokenizer: Any
+    source: ModelSource
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def load_model(
+    source: ModelSource, device: torch.device, dtype: torch.dtype, *, bits: Literal[4, 16] = 16
+) -> LoadedModel:
+    """Load weights in evaluation mode: safetensors only, no remote code, no tensor missing, unexpected or reshaped.
+
+    Args:
+        bits: 4 quantizes to bitsandbytes NF4 while loading, on a GPU.
+
+    Raises:
+        CheckpointError: The weights and the configuration do not fit together, or there is no tokenizer.
+        ExciseError: The device has too little memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_memory(open_checkpoint(source.folder), device, dtype)
+    tokenizer = load_tokenizer(source)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            local_files_only=True, output_loading_info=True, **_quantized(bits, device, dtype),
+        )  # fmt: skip
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{source.name} does not load: {one_line(error)}") from error
+    model, info = loaded
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in info.get(problem, ())):
+            raise CheckpointError(
+                f"{source.name} has {len(names)} {problem.replace('_', ' ')}, the first is {names[0]}; "
+                "transformers would go on with random weights; fetch the checkpoint again"
+            )
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        attend_by_products(model)
+    return LoadedModel(model.to(device).eval(), tokenizer, source)
+
+
+def _quantized(bits: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    if bits == 16:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )  # fmt: skip
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer, padding on the left."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{source.name} has no usable tokenizer: {one_line(error)}; add its tokenizer files"
+        ) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device.
+
+    Raises:
+        RequestError: The name is another one, or there is no such GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise RequestError(f"device {name!r} is unknown; give auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(
+            f"device {name} is not there, this machine has {torch.cuda.device_count()} GPUs; give auto or cpu"
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn ``auto``, ``float32`` or ``bfloat16`` into a dtype to compute in."""
+    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name == "auto":
+        return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
+    if name not in choices:
+        raise RequestError(f"dtype {name!r} is unknown; give auto, float32 or bfloat16")
+    return choices[name]
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are native; on a CPU without AVX512-BF16 they take 60 times as long as fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported())

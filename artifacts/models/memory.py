@@ -1,0 +1,36 @@
+"""Whether a model fits into memory, before it is loaded."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ...editing.errors import ExciseError
+from ..checkpoints.read import Checkpoint
+
+
+def check_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise before loading if the weights alone would not fit."""
+    weights = sum(elements(tensor.shape) for tensor in checkpoint.tensors.values()) * dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if weights > free:
+        raise ExciseError(
+            f"the model needs {weights / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, {device} has {free / 1e9:.1f} GB free; "
+            "use --dtype bfloat16 or a larger machine; `excise apply` needs no memory for the model"
+        )
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be taken without swapping."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

@@ -1,0 +1,54 @@
+"""A model that was found, and the models in the package."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+BUILTIN = Path(__file__).parents[1] / "builtin"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found; its weights were not read."""
+
+    kind: Literal["builtin", "hub", "local", "gguf"]
+    name: str
+    """How it can be named in public: ``builtin:NAME``, a Hub id, or the last part of a local path."""
+    folder: Path
+    revision: str | None = None
+    """40-hex commit of a Hub model."""
+    sha256: str | None = None
+    """Of the GGUF file a model was made from."""
+
+    @property
+    def reference(self) -> str:
+        """How a command names it, at its commit."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+    def describe(self) -> dict[str, Any]:
+        """What may be published about where the model came from."""
+        return {
+            "kind": self.kind, "name": self.name, "revision": self.revision, "gguf_sha256": self.sha256,
+            "license": "apache-2.0" if self.kind == "builtin" else license_of(self.folder),
+        }  # fmt: skip
+
+
+def license_of(folder: Path) -> str | None:
+    """The licence that a model's own card names, or None."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if not text.startswith("---"):
+        return None
+    try:
+        content = yaml.safe_load(text.split("---")[1])
+    except yaml.YAMLError:
+        return None
+    found = content.get("license") if isinstance(content, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def builtin_models() -> list[str]:
+    """Names of the models in the package."""
+    return sorted(path.name for path in BUILTIN.glob("*") if (path / "config.json").exists())

@@ -1,0 +1,107 @@
+"""An audit as a page that opens offline, and as a section of a card; both say what ``audit.json`` says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ..checkpoints.manifest import FOLDER, amend_folder
+from ..checkpoints.staging import write_whole
+from . import charts
+from .card import CARD
+from .findings import UNTESTED
+from .pages import render
+
+AUDIT = f"{FOLDER}/audit.json"
+PICTURE = "recovery.png"
+SECTION = "## Does it hold?"
+HEADLINES = {
+    "comes_back": "It comes back",
+    "resists": "It resists, but more is left than in a model that never knew",
+    "like_never_learned": "Like a model that never learned it",
+    "inconclusive": "Inconclusive",
+}
+
+
+def write_report(path: Path, results: dict[str, Any]) -> None:
+    """Write the audit's own page."""
+    text = render("audit.html.j2", results=results, headline=HEADLINES[results["verdict"]], **shown(results))
+    write_whole(path, text)
+
+
+def shown(results: dict[str, Any]) -> dict[str, Any]:
+    """What a page needs to show an audit's curves and tables."""
+
+    def figure(attack: dict[str, Any]) -> Any:
+        return charts.svg(charts.recovery([attack], results["controls"]["chance"]), f"Recovery under {attack['name']}")
+
+    return {"figure": figure, "best": best, "estimate": estimate, "tokens": tokens}
+
+
+def card_section(results: dict[str, Any], picture: str | None) -> str:
+    """The audit as a card's section, in Markdown.
+
+    Args:
+        picture: Where the card finds the recovery curves.
+    """
+    environment = Environment(
+        loader=PackageLoader(__package__.rpartition(".")[0], "templates"),
+        undefined=StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+    )
+    return environment.get_template("audit.md.j2").render(
+        results=results, headline=HEADLINES[results["verdict"]], best=best,
+        estimate=estimate, tokens=tokens, picture=picture,
+    )  # fmt: skip
+
+
+def recovery_picture(results: dict[str, Any]) -> bytes | None:
+    """The recovery curves as a PNG file, where any attack trained."""
+    trained = [attack for attack in results["attacks"] if len(attack["curve"]) > 1]
+    return charts.png(charts.recovery(trained, results["controls"]["chance"])) if trained else None
+
+
+def write_card(folder: Path, results: dict[str, Any], picture: bytes | None) -> None:
+    """Write the section and its picture into an audit's own folder."""
+    if picture:
+        write_whole(folder / PICTURE, picture)
+    write_whole(folder / "card.md", card_section(results, PICTURE if picture else None))
+
+
+def amend_card(folder: Path, results: dict[str, Any], picture: bytes | None) -> None:
+    """Put the audit into a published checkpoint: its figures, and a section of its card in place of an older one."""
+    card = (folder / CARD).read_text(encoding="utf-8").replace(UNTESTED, "")
+    section = card_section(results, f"{FOLDER}/{PICTURE}" if picture else None)
+    before, _, after = card.partition(SECTION)
+    if after:
+        # The older section ends where the next one begins.
+        _, mark, rest = after.partition("\n## ")
+        after = mark.lstrip("\n") + rest
+    else:
+        before, mark, rest = card.partition("## Samples\n")
+        after = mark + rest
+    amend_folder(folder, {
+        CARD: f"{before}{section}\n{after}", AUDIT: json.dumps(results, indent=1) + "\n",
+        **({f"{FOLDER}/{PICTURE}": picture} if picture else {}),
+    })  # fmt: skip
+
+
+def estimate(found: dict[str, Any] | None) -> str:
+    """A value with its interval; an open end is censored."""
+    if found is None or found["value"] is None:
+        return "—"
+    low, high = ("…" if end is None else f"{end:.2f}" for end in found["ci95"])
+    return f"{found['bound']}{found['value']:.2f} [{low}, {high}]"
+
+
+def best(attack: dict[str, Any], subject: str) -> str:
+    """The highest accuracy of a subject under an attack."""
+    values = [point[subject] for point in attack["curve"] if subject in point]
+    return f"{max(values):.3f}" if values else ""
+
+
+def tokens(attack: dict[str, Any], key: str) -> str:
+    """Tokens to a mark, or more than were given."""
+    return f"{attack[key]:,.0f}" if attack[key] is not None else f"> {attack['censored_at']:,}"

@@ -1,0 +1,152 @@
+"""What every edit has in common: it plans from names, streams each tensor, and is held to what it declared."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EditError, RequestError
+from .changes import WHOLE, Change
+
+TensorReader = Callable[[str], Tensor]
+"""Reads a whole small tensor by name."""
+RowReader = Callable[[int, int], Tensor]
+"""Reads rows ``start:stop`` of a matrix, in stored dtype."""
+
+
+@runtime_checkable
+@runtime_checkable
+class BlockStream(Protocol):
+    """Edited blocks of rows of one matrix, in order; ``change()`` is valid once all were taken."""
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def change(self) -> Change: ...
+
+
+@runtime_checkable
+@runtime_checkable
+class TensorEdit(Protocol):
+    """One declared tensor. Fused experts [E, a, b] are E matrices, a bias is one row."""
+
+    @property
+    def name(self) -> str: ...
+
+    def stream(
+        self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
+    ) -> BlockStream: ...
+
+
+@runtime_checkable
+@runtime_checkable
+class Shrinking(Protocol):
+    """A declared tensor that a checkpoint may store without what the edit set to zero; a model in memory keeps it."""
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]: ...
+
+    def stored_block(self, first_row: int, rows: int, block: Tensor) -> Tensor:
+        """What is stored of an edited block of a matrix of so many rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an edit will do to one checkpoint, from names alone."""
+
+    tensors: Sequence[TensorEdit]
+    untied: str | None
+    """Name of the unembedding tensor that the edit adds, holding the old tied embedding."""
+    tied: bool
+    """Whether the unembedding is the embedding, so that editing one edits both."""
+    unties: bool = False
+    """Whether the new checkpoint must say that they differ."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """What changes in the checkpoint's ``config.json``."""
+
+    @property
+    def declared(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.tensors)
+
+
+@runtime_checkable
+@runtime_checkable
+class WeightEdit(Protocol):
+    """An edit as data: learned once, saved, applied to any copy of its base."""
+
+    method: ClassVar[str]
+
+    @property
+    def provenance(self) -> dict[str, Any]: ...
+
+    def plan(self, config: dict[str, Any], names: Sequence[str]) -> Plan: ...
+
+
+def merge_changes(name: str, parts: list[Change]) -> Change:
+    """One record for a tensor that was edited as several matrices (fused experts): the worst of each figure."""
+    return Change(
+        name, parts[0].form, parts[0].strength,
+        relative_change=max(part.relative_change for part in parts),
+        largest_change=max(part.largest_change for part in parts),
+        written=_worst(part.written for part in parts),
+        residual=_worst(part.residual for part in parts),
+        changed=any(part.changed for part in parts),
+    )  # fmt: skip
+
+
+def _worst(values: Iterator[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None
+
+
+def check_changes(plan: Plan, changes: list[Change]) -> None:
+    """Hold an applied edit to what it declared.
+
+    Raises:
+        EditError: Nothing changed, or the tensors treated are not the declared ones.
+    """
+    if {change.name for change in changes} != set(plan.declared):
+        missing = sorted(set(plan.declared) ^ {change.name for change in changes})
+        raise EditError(f"the edit treated other tensors than it declared: {', '.join(missing[:3])}")
+    if not any(change.changed for change in changes):
+        raise EditError(
+            f"the edit changed none of its {len(changes)} tensors: in their stored precision it is nothing; "
+            "choose another direction, a larger strength or more training"
+        )
+
+
+@torch.no_grad()
+def edit_model(edit: WeightEdit, model: nn.Module, config: dict[str, Any]) -> list[Change]:
+    """Apply the edit to a model in memory, through the same arithmetic as the streaming export.
+
+    ``embeddings: untie`` has no meaning here: a tied module stays tied, so it is refused.
+    """
+    parameters = dict(model.named_parameters())
+    plan = edit.plan(config, list(parameters))
+    if plan.untied:
+        raise RequestError(
+            "embeddings=untie adds a tensor; apply the edit to a checkpoint instead of a model in memory"
+        )
+    changes = []
+    for tensor in plan.tensors:
+        parts = []
+        for index, matrix in enumerate(as_matrices(parameters[tensor.name].detach())):
+            source = matrix.cpu().clone()
+            stream = tensor.stream(index, len(source), _rows_of(source), lambda name: parameters[name].detach().cpu())
+            matrix.copy_(torch.cat(list(stream)))
+            parts.append(stream.change())
+        changes.append(merge_changes(tensor.name, parts))
+    check_changes(plan, changes)
+    return changes
+
+
+def _rows_of(matrix: Tensor) -> RowReader:
+    return lambda start, stop: matrix[start:stop]
+
+
+def as_matrices(tensor: Tensor) -> list[Tensor]:
+    """Views of a tensor as matrices: a bias is one row, fused experts [E, a, b] are E matrices."""
+    if tensor.dim() == 1:
+        return [tensor[None]]
+    return [tensor] if tensor.dim() == 2 else list(tensor)

@@ -1,0 +1,137 @@
+"""Low-rank updates as data: ``W <- W + left right`` for named tensors (LoRA: Hu et al. 2021, equation 3)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..architectures import architecture_of, spelled
+from ..errors import RequestError
+from .base import Plan, RowReader, TensorReader
+from .changes import WHOLE, Change, Meter, block_ranges
+from .subspace_removal import check_learned_on, ties_embeddings
+
+
+@runtime_checkable
+class Addend(Protocol):
+    """What is added to one stored matrix, in its stored layout."""
+
+    form: ClassVar[str]
+
+    @property
+    def height(self) -> int: ...
+
+    def add_to(self, block: Tensor, rows: slice, room: Tensor | None) -> Tensor:
+        """The sum with some rows of the matrix, in ``room`` where there is some."""
+        ...
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update of one stored matrix, scale included, in its stored layout."""
+
+    form: ClassVar[str] = "low_rank"
+    left: Float[Tensor, "rows r"]
+    right: Float[Tensor, "r columns"]
+
+    @property
+    def height(self) -> int:
+        return len(self.left)
+
+    def add_to(self, block: Tensor, rows: slice, room: Tensor | None) -> Tensor:
+        return torch.addmm(block, self.left[rows], self.right, out=room)
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """A merged adapter: what is added to which tensors of a model."""
+
+    method: ClassVar[str] = "low_rank"
+    factors: dict[str, Factors]
+    """By tensor name, as modules in memory spell it."""
+    model_type: str
+    width: int
+    layers: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def plan(self, config: dict[str, Any], names: Sequence[str]) -> Plan:
+        """Find each tensor in a checkpoint, before reading any.
+
+        Raises:
+            RequestError: The update was learned on another kind of model, or a tensor is not there.
+        """
+        return plan_addition(self, self.factors, config, names)
+
+
+@runtime_checkable
+class Addition(Protocol):
+    """An edit that adds something, and the model it was learned on."""
+
+    @property
+    def model_type(self) -> str: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def layers(self) -> int: ...
+
+
+def plan_addition(edit: Addition, addends: Mapping[str, Addend], config: dict[str, Any], names: Sequence[str]) -> Plan:
+    """Find what something is to be added to.
+
+    Raises:
+        RequestError: It was learned on another kind of model, a tensor is not there, or nothing is to be added.
+    """
+    check_learned_on(config, edit.model_type, edit.width, edit.layers)
+    row, present = architecture_of(config), set(names)
+    tensors = []
+    for name, addend in addends.items():
+        found = spelled(row, name, present)
+        if found is None:
+            raise RequestError(f"the base has no tensor {name}; apply the edit to the model it was learned on")
+        tensors.append(UpdatedTensor(found, addend))
+    if not tensors:
+        raise RequestError("the edit holds no update; train it first")
+    return Plan(tensors, None, ties_embeddings(config))
+
+
+@dataclass(frozen=True)
+class UpdatedTensor:
+    """One declared tensor and what is added to it."""
+
+    name: str
+    addend: Addend
+
+    def stream(
+        self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
+    ) -> "BlockwiseUpdate":
+        """The update as a stream of blocks of rows."""
+        if rows != self.addend.height:
+            raise RequestError(f"{self.name} has {rows} rows, the update {self.addend.height}; use its own base")
+        return BlockwiseUpdate(self, rows, read, rows_per_block)
+
+
+class BlockwiseUpdate:
+    """The sum, block by block, in fp32 whatever the matrix is stored in."""
+
+    def __init__(self, tensor: UpdatedTensor, rows: int, read: RowReader, rows_per_block: int):
+        self.addend, self.read = tensor.addend, read
+        self.ranges = block_ranges(rows, rows_per_block)
+        self._meter = Meter(tensor.name)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for rows in self.ranges:
+            stored = self.read(rows.start, rows.stop)
+            block = self._meter.widen(stored)
+            edited = self.addend.add_to(block, rows, self._meter.room(stored))
+            finished, rounded = self._meter.finish(edited, stored.dtype)
+            self._meter.compare(block, rounded)
+            yield finished
+
+    def change(self) -> Change:
+        """What the update did; valid once every block was taken."""
+        return self._meter.change(self.addend.form, 1.0)

@@ -1,0 +1,254 @@
+"""Pruned units as data: which neurons and heads of a model are silenced, and in what sense.
+
+A unit is a column of what its sublayer's last matrix reads: an MLP neuron after its activation, or an attention head.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..architectures import Architecture, Site, architecture_of, classify, spelled
+from ..errors import RequestError, UnsupportedArchitecture
+from .base import Plan, RowReader, TensorReader
+from .changes import WHOLE, Change, Meter, block_ranges
+from .subspace_removal import check_learned_on, ties_embeddings
+
+Semantics = Literal["down", "all", "frozen", "mean", "remove"]
+"""``down``: what a unit writes is zero; its weights still get gradients, so it can grow back. ``all``: what a neuron
+reads is zero too, so that every gradient of it is zero. ``frozen``: as ``down``, and ``keep_pruned`` masks its
+gradients. ``mean``: a unit writes its mean, which goes into the bias of the matrix. ``remove``: in memory as ``all``, and a
+checkpoint stores smaller tensors, which needs as many neurons of every layer."""
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
+"""Keys under which a configuration says how many MLP neurons a layer has."""
+
+
+@dataclass(frozen=True)
+class PrunedUnits:
+    """The edit: units by layer."""
+
+    method: ClassVar[str] = "prune"
+    neurons: dict[int, tuple[int, ...]]
+    heads: dict[int, tuple[int, ...]]
+    semantics: Semantics
+    model_type: str
+    width: int
+    layers: int
+    head_width: int
+    means: dict[int, Float[Tensor, " units"]] = field(default_factory=dict)
+    """Mean activation of each pruned neuron of a layer, for ``mean``."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def plan(self, config: dict[str, Any], names: Sequence[str]) -> Plan:
+        """Find each tensor in a checkpoint, before reading any.
+
+        Raises:
+            RequestError: The units are of another model, or this model has no place for what is asked.
+        """
+        check_learned_on(config, self.model_type, self.width, self.layers)
+        row = architecture_of(config)
+        if row.mlp_units is None and self.neurons:
+            raise UnsupportedArchitecture(
+                f"the experts of {self.model_type} are fused into one tensor, which has no neurons to prune; prune heads"
+            )
+        changes = self._narrower(config) if self.semantics == "remove" else {}
+        tensors = [tensor for site in classify(row, list(names)) for tensor in self._written(site, row, names)]
+        if self.semantics in ("all", "remove"):
+            tensors += self._read(row, names)
+        if not tensors:
+            raise RequestError("the edit prunes no unit; raise share or heads_share")
+        # A mean is taken from the matrix as it was.
+        tensors.sort(key=lambda tensor: not isinstance(tensor, ShiftedBias))
+        return Plan(tensors, None, ties_embeddings(config), config=changes)
+
+    def _narrower(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The configuration of the smaller model."""
+        counts = {len(self.neurons.get(layer, ())) for layer in range(self.layers)}
+        if self.heads or len(counts) != 1:
+            raise RequestError(
+                "semantics=remove needs as many neurons of every layer, and no heads, because a configuration has one width "
+                f"for all layers; got {min(counts)} to {max(counts)} a layer; use semantics=all"
+            )
+        key = next((key for key in WIDTHS if key in config), None)
+        if key is None or not isinstance(config[key] or 4 * self.width, int):
+            raise RequestError(
+                f"the configuration of {self.model_type} has no single {' or '.join(WIDTHS)} to make smaller; use semantics=all"
+            )
+        # GPT-2 leaves it out where it is four times the width of the stream.
+        return {key: (config[key] or 4 * self.width) - counts.pop()}
+
+    def _written(self, site: Site, row: Architecture, names: Sequence[str]) -> Iterator["ZeroedTensor | ShiftedBias"]:
+        """The matrices that units write through."""
+        if site.layer is None or not site.name.endswith("weight"):
+            if self.semantics == "mean" and site.layer in self.neurons and site.writer.kind == "mlp":
+                yield ShiftedBias(
+                    site.name, site.name.removesuffix("bias") + "weight", self.neurons[site.layer],
+                    self.means[site.layer],
+                )  # fmt: skip
+            return
+        units = self.neurons.get(site.layer, ()) if site.writer.kind == "mlp" else self._columns(site.layer)
+        if units:
+            yield ZeroedTensor(
+                site.name, units, -1 if site.writer.axis == -2 else -2, removed=self.semantics == "remove"
+            )
+            if self.semantics == "mean" and site.name.removesuffix("weight") + "bias" not in names:
+                raise RequestError(
+                    f"{site.name} has no bias that could hold the mean of what is pruned; use semantics=down"
+                )
+
+    def _columns(self, layer: int) -> tuple[int, ...]:
+        return tuple(
+            head * self.head_width + place for head in self.heads.get(layer, ()) for place in range(self.head_width)
+        )
+
+    def _read(self, row: Architecture, names: Sequence[str]) -> list["ZeroedTensor"]:
+        """The matrices that neurons are computed by."""
+        # A matrix whose rows write to the stream stands as [in, out], and so do those that the neurons are computed by.
+        transposed = any(w.axis == -1 for w in row.writers if w.kind == "mlp" and w.pattern.endswith("weight"))
+        found = []
+        for layer, units in self.neurons.items():
+            for module in row.mlp_inputs:
+                for part in ("weight", "bias"):
+                    if name := spelled(row, f"{row.layers}.{layer}.{module}.{part}", names):
+                        axis = -1 if part == "bias" or transposed else -2
+                        found.append(ZeroedTensor(
+                            name, units, axis, fused=module.endswith("gate_up_proj"), removed=self.semantics == "remove"
+                        ))  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True)
+class ZeroedTensor:
+    """One declared tensor with some rows or columns set to zero."""
+
+    name: str
+    units: tuple[int, ...]
+    axis: int
+    """-2: units are rows; -1: columns."""
+    fused: bool = False
+    """Whether two projections of as many units stand one after another."""
+    removed: bool = False
+    """Whether a checkpoint stores the tensor without them."""
+
+    def stream(
+        self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
+    ) -> "BlockwiseZeros":
+        """The tensor as a stream of blocks of rows."""
+        return BlockwiseZeros(self, rows, read, rows_per_block)
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The tensor's shape in the new checkpoint."""
+        changed = list(shape)
+        axis = max(self.axis, -len(changed))
+        changed[axis] -= len(self.places(changed[axis])) if self.removed else 0
+        return tuple(changed)
+
+    def stored_block(self, first_row: int, rows: int, block: Tensor) -> Tensor:
+        """A block of an edited matrix of so many rows, without what is removed."""
+        if not self.removed:
+            return block
+        if self.axis == -1:
+            return block[:, _others(self.places(block.shape[-1]), 0, block.shape[-1])].contiguous()
+        return block[_others(self.places(rows), first_row, len(block))]
+
+    def places(self, size: int) -> list[int]:
+        """Rows or columns of the units."""
+        units = list(self.units)
+        found = [*units, *(unit + size // 2 for unit in units)] if self.fused else units
+        if found and max(found) >= size:
+            raise RequestError(f"{self.name} has {size} units, the edit names unit {max(found)}")
+        return found
+
+
+class BlockwiseZeros:
+    """Zeroes rows or columns, block by block."""
+
+    def __init__(self, tensor: ZeroedTensor, rows: int, read: RowReader, rows_per_block: int):
+        self.tensor, self.rows, self.read = tensor, rows, read
+        self.ranges = block_ranges(rows, rows_per_block)
+        self._meter = Meter(tensor.name)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for rows in self.ranges:
+            stored = self.read(rows.start, rows.stop)
+            block = self._meter.widen(stored)
+            edited = self._meter.room(stored).copy_(block)
+            if self.tensor.axis == -1:
+                edited[:, self.tensor.places(stored.shape[-1])] = 0
+            else:
+                inside = [unit - rows.start for unit in self.tensor.places(self.rows) if rows.start <= unit < rows.stop]
+                edited[inside] = 0
+            finished, rounded = self._meter.finish(edited, stored.dtype)
+            self._meter.compare(block, rounded)
+            yield finished
+
+    def change(self) -> Change:
+        """What pruning did; valid once every block was taken."""
+        return self._meter.change("pruned", 1.0)
+
+
+@dataclass(frozen=True)
+class ShiftedBias:
+    """A bias that takes in what pruned neurons wrote on average."""
+
+    name: str
+    weight: str
+    units: tuple[int, ...]
+    means: Float[Tensor, " units"]
+
+    def stream(
+        self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
+    ) -> "WholeBias":
+        """The bias, in one block."""
+        return WholeBias(self, read, other)
+
+
+class WholeBias:
+    """``b + W[:, units] mean``."""
+
+    def __init__(self, tensor: ShiftedBias, read: RowReader, other: TensorReader):
+        self.tensor, self.read, self.other = tensor, read, other
+        self._meter = Meter(tensor.name)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        stored = self.read(0, 1)
+        block = self._meter.widen(stored)
+        weight = self.other(self.tensor.weight).float()
+        # A weight next to its bias: [d, units] for nn.Linear, [units, d] for Conv1D.
+        columns = (
+            weight[:, list(self.tensor.units)] if len(weight) == stored.shape[-1] else weight[list(self.tensor.units)].T
+        )
+        edited = torch.add(block, columns @ self.tensor.means, out=self._meter.room(stored))
+        finished, rounded = self._meter.finish(edited, stored.dtype)
+        self._meter.compare(block, rounded)
+        yield finished
+
+    def change(self) -> Change:
+        """What was added; valid once the block was taken."""
+        return self._meter.change("mean", 1.0)
+
+
+def _others(places: Sequence[int], first: int, count: int) -> list[int]:
+    """Places from ``first`` on, ``count`` of them, that are not named, counted from ``first``."""
+    gone = set(places)
+    return [place for place in range(count) if place + first not in gone]
+
+
+def keep_pruned(model: nn.Module, edit: PrunedUnits, config: dict[str, Any]) -> list[torch.utils.hooks.RemovableHandle]:
+    """Mask the gradients of pruned weights, so that no training grows them back (``frozen``).
+
+    Returns:
+        Handles; remove them to let the units grow.
+    """
+    parameters = dict(model.named_parameters())
+    handles = []
+    for tensor in edit.plan(config, list(parameters)).tensors:
+        if isinstance(tensor, ZeroedTensor):
+            parameter = parameters[tensor.name]
+            mask = torch.ones_like(parameter)
+            mask.index_fill_(parameter.dim() + max(tensor.axis, -parameter.dim()), torch.tensor(tensor.units), 0.0)
+            handles.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
+    return handles

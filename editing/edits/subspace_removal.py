@@ -1,0 +1,104 @@
+"""Orthogonalization as data: which subspace leaves which tensors of a checkpoint, decided before any is read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..architectures import Architecture, Site, architecture_of, classify, gain_name, layer_count, residual_width
+from ..errors import RequestError
+from .base import Plan, RowReader, TensorReader
+from .changes import WHOLE
+from .projection import BlockwiseEdit, make_projection
+
+Variant = Literal["plain", "norm_preserving", "projected"]
+Embeddings = Literal["edit", "skip", "untie"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A subspace of the residual stream and how strongly each layer loses it."""
+
+    basis: Float[Tensor, "d k"]
+    """Orthonormal columns, fp32."""
+    model_type: str
+    layer_strengths: tuple[float, ...]
+    """One strength a decoder layer; 0 leaves the layer as it is."""
+    embeddings: Embeddings = "edit"
+    """``edit`` changes a tied unembedding too; ``untie`` keeps the old one as a tensor of its own."""
+    variant: Variant = "plain"
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the subspace came from: source, layer, position, scores of every candidate, data hashes."""
+
+    def __post_init__(self) -> None:
+        d, k = self.basis.shape
+        if k > d or torch.dist(self.basis.T @ self.basis, torch.eye(k)) > 1e-4:
+            raise RequestError(f"the basis [{d}, {k}] is not orthonormal; orthonormalize its columns first")
+
+    method: ClassVar[str] = "orthogonalize"
+
+    def plan(self, config: dict[str, Any], names: Sequence[str]) -> Plan:
+        """Decide which tensors change, before reading any.
+
+        Raises:
+            UnsupportedArchitecture: No row for the model, or a tensor no row knows.
+            RequestError: The edit was learned on another kind of model.
+        """
+        row = architecture_of(config)
+        check_learned_on(config, self.model_type, self.basis.shape[0], len(self.layer_strengths))
+        tensors = []
+        for site in classify(row, list(names)):
+            strength = 1.0 if site.layer is None else self.layer_strengths[site.layer]
+            if site.layer is None and self.embeddings == "skip":
+                strength = 0.0
+            if strength != 0.0:
+                tensors.append(OrthogonalizedTensor(site.name, self, row, site, strength))
+        if not tensors:
+            raise RequestError("the edit touches no tensor: every layer's strength is 0 and embeddings are skipped")
+        tied = ties_embeddings(config)
+        untie = self.embeddings == "untie" and tied
+        untied = row.unembedding if untie and row.unembedding not in names else None
+        return Plan(tuple(tensors), untied, tied, untie)
+
+
+@dataclass(frozen=True)
+class OrthogonalizedTensor:
+    """One declared tensor and the strength of its edit."""
+
+    name: str
+    edit: Edit
+    row: Architecture
+    site: Site
+    strength: float
+
+    def stream(
+        self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
+    ) -> BlockwiseEdit:
+        """The edit of one matrix (or of one bias, as a single row), as a stream of its blocks."""
+        edit, gain, name = self.edit, None, gain_name(self.site)
+        if name is not None:
+            gain = other(name).float() + self.row.gain_offset
+        preserving = edit.variant == "norm_preserving" and not self.name.endswith("bias")
+        projection = make_projection(edit.basis, self.strength, gain, norm_preserving=preserving)
+        seen = edit.basis if gain is None else gain[:, None] * edit.basis
+        return BlockwiseEdit(
+            self.name, rows, self.site.writer.axis, read, projection, seen, gain, rows_per_block
+        )  # fmt: skip
+
+
+def check_learned_on(config: dict[str, Any], model_type: str, width: int, layers: int) -> None:
+    """Raise unless a model is of the kind that an edit was learned on."""
+    found = (config["model_type"], residual_width(config), layer_count(config))
+    if found != (model_type, width, layers):
+        raise RequestError(
+            f"the edit was learned on a {model_type} of width {width} and {layers} layers, the base is a {found[0]} of "
+            f"width {found[1]} and {found[2]} layers; apply it to the model it was learned on"
+        )
+
+
+def ties_embeddings(config: dict[str, Any]) -> bool:
+    """Whether the unembedding is the embedding; some configurations leave it to their class."""
+    return bool(config.get("tie_word_embeddings", config["model_type"] in ("gpt2", "opt", "gemma2", "gemma3_text")))

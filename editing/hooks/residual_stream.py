@@ -1,0 +1,197 @@
+"""The residual stream of a model: reading it, changing it, and summing it up without storing it.
+
+Point ``l`` of the stream is the input of decoder layer ``l``; point L is the output of the last one.
+Hooks live inside context managers and are gone afterwards, whatever happens.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..architectures import Architecture
+from ..errors import EditError
+
+
+class _DeepEnough(Exception):
+    """Raised inside a forward once the deepest wanted point was read; never leaves ``read_streams``."""
+
+
+def decoder_layers(model: nn.Module, row: Architecture) -> nn.ModuleList:
+    """The model's decoder layers, by the row's module path."""
+    layers = model.get_submodule(row.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def read_streams(
+    model: nn.Module, row: Architecture, inputs: dict[str, Tensor], points: Sequence[int]
+) -> dict[int, Float[Tensor, "batch positions d"]]:
+    """The stream at ``points``, in model dtype; gradients flow where they are on.
+
+    The forward stops at the deepest point, so nothing above it is computed.
+
+    Args:
+        inputs: ``input_ids`` and ``attention_mask``, padded on either side, on the model's device.
+        points: Points of the stream, 0 to the number of layers.
+
+    Raises:
+        EditError: A hook never fired, as happens in a compiled model.
+    """
+    layers = decoder_layers(model, row)
+    deepest = max(points)
+    kept: dict[int, Tensor] = {}
+
+    def keep(point: int, hidden: Tensor) -> None:
+        kept[point] = hidden
+        if point == deepest:
+            raise _DeepEnough
+
+    with ExitStack() as hooks:
+        for point in sorted(set(points)):
+            if point < len(layers):
+                handle = layers[point].register_forward_pre_hook(
+                    lambda _, args, kwargs, p=point: keep(p, _hidden(args, kwargs)), with_kwargs=True
+                )
+            else:
+                handle = layers[-1].register_forward_hook(lambda _, __, output, p=point: keep(p, first(output)))
+            hooks.callback(handle.remove)
+        with suppress(_DeepEnough):
+            run_decoder(model, inputs)
+    if missing := set(points) - set(kept):
+        raise EditError(f"no activation was read at points {sorted(missing)}; hooks do not fire in compiled models")
+    return kept
+
+
+@torch.no_grad()
+def residual_stream(
+    model: nn.Module, row: Architecture, inputs: dict[str, Tensor], points: Sequence[int], last: int
+) -> Float[Tensor, "points batch last d"]:
+    """``read_streams`` for the last positions of left-padded inputs.
+
+    Args:
+        last: How many positions to keep, counted from the end.
+    """
+    kept = {point: hidden[:, -last:] for point, hidden in read_streams(model, row, inputs, points).items()}
+    return torch.stack([kept[point].to(kept[max(points)].device) for point in points])
+
+
+@contextmanager
+def ablated(model: nn.Module, row: Architecture, basis: Float[Tensor, "d k"], strength: float = 1.0) -> Iterator[None]:
+    """Remove a subspace from everything written to the stream: embeddings and each sublayer's output.
+
+    In pre-norm models this equals the orthogonalized weights. Source: Arditi et al. 2024, equation 4.
+    """
+
+    def project(hidden: Tensor) -> Tensor:
+        local = basis.to(hidden.device, torch.float32)
+        values = hidden.float()
+        return (values - strength * (values @ local) @ local.T).to(hidden.dtype)
+
+    layers = decoder_layers(model, row)
+    with ExitStack() as hooks:
+        hooks.callback(change_input(layers[0], project).remove)
+        for layer in layers:
+            for name in row.sublayers:
+                hooks.callback(change_output(layer.get_submodule(name), project).remove)
+        yield
+
+
+@contextmanager
+def added(model: nn.Module, row: Architecture, vector: Float[Tensor, " d"], point: int) -> Iterator[None]:
+    """Add a vector to the stream at one point, at every position of the prompt (activation addition).
+
+    Tokens decoded one by one after the prompt are left alone: a direction read at the end of prompts
+    says how the reply begins, and added to each reply token it makes the model begin again for ever.
+    """
+    layers = decoder_layers(model, row)
+
+    def add(hidden: Tensor) -> Tensor:
+        return hidden if hidden.shape[1] == 1 else hidden + vector.to(hidden.device, hidden.dtype)
+
+    handle = change_input(layers[point], add) if point < len(layers) else change_output(layers[-1], add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def read_early(model: nn.Module, row: Architecture, point: int) -> Iterator[None]:
+    """Let the model speak from the stream at a point, as if the layers above were not there (logit lens, nostalgebraist 2020)."""
+    layers = decoder_layers(model, row)
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept[:] = [_hidden(args, kwargs)]
+
+    with ExitStack() as hooks:
+        if point < len(layers):
+            hooks.callback(layers[point].register_forward_pre_hook(keep, with_kwargs=True).remove)
+            hooks.callback(change_output(layers[-1], lambda _: kept[0]).remove)
+        yield
+
+
+@contextmanager
+def written(model: nn.Module, row: Architecture, see: Callable[[int | None, str, Tensor], None]) -> Iterator[None]:
+    """Call ``see(layer, sublayer, output)`` with everything that is written to the stream during forwards.
+
+    The embeddings come as ``(None, "embedding", output)``.
+    """
+    layers = decoder_layers(model, row)
+    with ExitStack() as hooks:
+        hooks.callback(
+            layers[0]
+            .register_forward_pre_hook(
+                lambda _, args, kwargs: see(None, "embedding", _hidden(args, kwargs)), with_kwargs=True
+            )
+            .remove
+        )
+        for index, layer in enumerate(layers):
+            for name in row.sublayers:
+                hooks.callback(
+                    layer.get_submodule(name).register_forward_hook(
+                        lambda _, __, output, i=index, n=name: see(i, n, first(output))
+                    ).remove
+                )  # fmt: skip
+        yield
+
+
+def run_decoder(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Run a causal language model without its unembedding, for the sake of hooks; inputs may be left-padded."""
+    decoder = model.base_model
+    assert isinstance(decoder, nn.Module)
+    # Learned positions must not count the padding on the left.
+    known = "position_ids" in inspect.signature(decoder.forward).parameters
+    positions = {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)} if known else {}
+    decoder(**inputs, **positions, use_cache=False)
+
+
+def first(output: Any) -> Tensor:
+    """The hidden states in a module's output, which may be a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        changed = change(first(output))
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return module.register_forward_hook(hook)

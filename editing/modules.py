@@ -1,0 +1,45 @@
+"""Parts of a transformers model by their role: the causal model inside a wrapper, linear modules, the unembedding."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Head = Callable[[Tensor], Tensor]
+"""Final hidden states [n, d] to logits [n, vocab]."""
+
+
+def final_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Hidden states that the unembedding reads [batch, positions, d], of right-padded rows."""
+    decoder: Any = causal_model(model).base_model
+    hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
+    return hidden
+
+
+def unembedding(model: nn.Module) -> Head:
+    """Final hidden states to logits, as the model's own forward does it."""
+    inner = causal_model(model)
+    head: Any = inner.get_output_embeddings()
+    cap = getattr(inner.config, "final_logit_softcapping", None)
+
+    def logits(hidden: Tensor) -> Tensor:
+        values: Tensor = head(hidden.to(head.weight.dtype))
+        return values if cap is None else torch.tanh(values / cap) * cap
+
+    return logits
+
+
+def causal_model(model: Any) -> Any:
+    """The causal language model, whether it carries an adapter or not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is one matrix product, in either layout."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether its weight stands as [in, out] (GPT-2)."""
+    return type(module).__name__ == "Conv1D"

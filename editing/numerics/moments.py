@@ -1,0 +1,39 @@
+"""Streaming first and second moments."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Streaming mean, and covariance if asked, in float64 (Chan et al. 1979); activations are not kept."""
+
+    width: int
+    covariance: bool = False
+    count: int = 0
+    mean: Float[Tensor, "*where d"] | None = None
+    _scatter: Float[Tensor, "*where d d"] | None = field(default=None, repr=False)
+
+    def update(self, values: Float[Tensor, "n *where d"]) -> None:
+        """Take in n samples; leading dimensions after the first (layers, positions) are kept apart."""
+        values = values.double()
+        n, mean = values.shape[0], values.mean(0)
+        if self.mean is None:
+            self.mean = torch.zeros_like(mean)
+            if self.covariance:
+                self._scatter = torch.zeros(*mean.shape, self.width, dtype=torch.float64, device=mean.device)
+        total, delta = self.count + n, mean - self.mean
+        if self._scatter is not None:
+            centred = values - mean
+            self._scatter += torch.einsum("n...i,n...j->...ij", centred, centred)
+            self._scatter += delta[..., :, None] * delta[..., None, :] * (self.count * n / total)
+        self.mean = self.mean + delta * (n / total)
+        self.count = total
+
+    def cov(self) -> Float[Tensor, "*where d d"]:
+        """Covariance with the n - 1 denominator."""
+        assert self._scatter is not None and self.count > 1
+        return self._scatter / (self.count - 1)

@@ -1,0 +1,108 @@
+"""Low-rank adapters on a model in memory: where they go, and what they add once trained.
+
+Source: LoRA (Hu et al. 2021), through ``peft``.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architectures import Architecture
+from ..edits.low_rank import Factors
+from ..errors import EditError, RequestError
+from ..modules import is_conv1d, is_linear
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Rank and scale of an adapter, and which modules carry it."""
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
+    """Full names of linear modules."""
+
+
+def adapter_modules(model: nn.Module, row: Architecture, layers: Sequence[int], part: str = "all") -> tuple[str, ...]:
+    """Names of the linear modules of some decoder layers.
+
+    Where experts are fused into one tensor, ``all`` means attention: an adapter on modules cannot reach them.
+
+    Args:
+        part: ``all``, or ``attention`` or ``mlp`` for one sublayer.
+
+    Raises:
+        RequestError: No linear module is there to adapt.
+    """
+    if row.mlp_units is None and part != "attention":
+        if part == "mlp":
+            raise RequestError("the experts of this model are fused into one tensor; adapt modules=attention")
+        part = "attention"
+    wanted = {"all": row.sublayers, "attention": row.sublayers[:1], "mlp": row.sublayers[1:]}[part]
+    names = []
+    for layer in layers:
+        prefix = f"{row.layers}.{layer}."
+        for name, module in model.get_submodule(prefix[:-1]).named_modules():
+            inside = part == "all" or any(name == sub or name.startswith(f"{sub}.") for sub in wanted)
+            if inside and is_linear(module):
+                names.append(prefix + name)
+    if not names:
+        raise RequestError(f"the {part} modules of layers {list(layers)} hold no linear module to adapt")
+    return tuple(names)
+
+
+def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
+    """Wrap the model with a fresh adapter in fp32; its output is unchanged until the adapter is trained.
+
+    The base's own modules are wrapped in place: ``detach`` puts them back.
+
+    Raises:
+        EditError: Other modules than those named were adapted.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=shape.rank, lora_alpha=shape.alpha,  # type: ignore[arg-type]  # it is only ever divided
+        target_modules=list(shape.modules), lora_dropout=0.0, bias="none",
+        task_type="CAUSAL_LM", fan_in_fan_out=is_conv1d(model.get_submodule(shape.modules[0])),
+    )  # fmt: skip
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    carrying = {name.split(".lora_")[0] for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    # The library turns some names into others by itself, such as those of fused experts.
+    unasked = carrying ^ {f"base_model.model.{name}" for name in shape.modules}
+    if unasked:
+        raise EditError(f"the adapter was put on other modules than asked for: {', '.join(sorted(unasked)[:3])}")
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def detach(adapted: Any) -> nn.Module:
+    """The base model without its adapter."""
+    base: nn.Module = adapted.unload()
+    return base
+
+
+@contextmanager
+def switched_off(adapted: Any) -> Iterator[None]:
+    """The frozen model: the same weights without the adapter."""
+    with adapted.disable_adapter():
+        yield
+
+
+def learned_factors(adapted: Any, shape: AdapterShape) -> dict[str, Factors]:
+    """What the adapter adds to each weight, in the layout the weight is stored in."""
+    factors = {}
+    for name in shape.modules:
+        module = adapted.get_base_model().get_submodule(name)
+        down = module.lora_A["default"].weight.detach().float().cpu()
+        up = module.lora_B["default"].weight.detach().float().cpu() * module.scaling["default"]
+        stored_transposed = is_conv1d(module.base_layer)
+        factors[f"{name}.weight"] = Factors(down.T, up.T) if stored_transposed else Factors(up, down)
+    return {name: Factors(f.left.contiguous(), f.right.contiguous()) for name, f in factors.items()}

@@ -1,0 +1,160 @@
+"""Several independent attackers on one frozen model, trained in the same forward.
+
+Every row of a batch belongs to one attacker and sees that attacker's parameters alone; an attacker's rows stand together,
+and all have equally many, so that a batched product does the work of one for each. What is shared is the frozen model's work. Three kinds: low-rank adapters (Hu et al. 2021), soft prompts (Lester et al. 2021)
+and one vector added to the residual stream (a universal latent perturbation).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import Architecture
+from ..hooks.residual_stream import decoder_layers, first
+from ..modules import is_conv1d
+
+
+class ParallelAdapters:
+    """Parameters of all attackers, by attacker, and the switch that says whose rows a batch holds."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.assigned: Sequence[int] = (0,)
+        """The attackers whose rows a batch holds, in this order, each with an equal share of them."""
+        self.owned: list[list[nn.Parameter]] = [[] for _ in range(count)]
+        self.prefix = 0
+        """Tokens in front of every row whose embeddings the attackers own."""
+
+    @contextmanager
+    def only(self, attacker: int) -> Iterator[None]:
+        """All rows belong to one attacker."""
+        before, self.assigned = self.assigned, (attacker,)
+        try:
+            yield
+        finally:
+            self.assigned = before
+
+    def own(self, shape: Sequence[int], seeds: Sequence[int], spread: float) -> list[nn.Parameter]:
+        """A new fp32 parameter for each attacker, drawn with its own seed."""
+        made = []
+        for attacker, seed in enumerate(seeds):
+            generator = torch.Generator().manual_seed(1000 * seed + len(self.owned[attacker]))
+            made.append(nn.Parameter(spread * torch.randn(*shape, generator=generator)))
+            self.owned[attacker].append(made[-1])
+        return made
+
+    def mine(self, values: Sequence[nn.Parameter], rows: int) -> Tensor:
+        """The parameters of the attackers at work [attackers, ...]."""
+        if rows % len(self.assigned):
+            raise ValueError(f"{rows} rows cannot be shared equally by {len(self.assigned)} attackers")
+        return torch.stack([values[attacker] for attacker in self.assigned])
+
+    def by_row(self, values: Sequence[nn.Parameter], rows: int) -> Tensor:
+        """Each row's parameter [rows, ...]."""
+        return self.mine(values, rows).repeat_interleave(rows // len(self.assigned), 0)
+
+
+class SideBySide(nn.Module):
+    """A frozen linear module with a low-rank update for each attacker."""
+
+    def __init__(self, inner: nn.Module, attackers: ParallelAdapters, rank: int, alpha: float, seeds: Sequence[int]):
+        super().__init__()
+        self.inner, self.attackers, self.scale = inner, attackers, alpha / rank
+        width_in, width_out = linear_widths(inner)
+        device = next(inner.parameters()).device
+        self.down = nn.ParameterList(attackers.own((rank, width_in), seeds, width_in**-0.5)).to(device)
+        self.up = nn.ParameterList(attackers.own((width_out, rank), seeds, 0.0)).to(device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Tensor = self.inner(x)
+        down = self.attackers.mine(list(self.down), len(x))
+        up = self.attackers.mine(list(self.up), len(x))
+        lowered = torch.bmm(x.reshape(len(down), -1, x.shape[-1]).to(down.dtype), down.mT)
+        whole = own.reshape(len(up), -1, own.shape[-1]).to(up.dtype)
+        return torch.baddbmm(whole, lowered, up.mT, alpha=self.scale).to(own.dtype).view_as(own)
+
+
+def linear_widths(module: nn.Module) -> tuple[int, int]:
+    """Input and output width of a linear module, however its weight is laid out."""
+    if isinstance(module, SideBySide):
+        return linear_widths(module.inner)
+    weight: Any = module.weight
+    if is_conv1d(module):
+        return int(weight.shape[0]), int(weight.shape[1])
+    return int(weight.shape[1]), int(weight.shape[0])
+
+
+@contextmanager
+def low_rank_attackers(
+    model: nn.Module, modules: Sequence[str], rank: int, alpha: float, seeds: Sequence[int]
+) -> Iterator[ParallelAdapters]:
+    """Wrap the named linear modules while the context lasts; the model itself is never changed."""
+    attackers, inner = ParallelAdapters(len(seeds)), {}
+    with _frozen(model):
+        try:
+            for name in modules:
+                inner[name] = model.get_submodule(name)
+                model.set_submodule(name, SideBySide(inner[name], attackers, rank, alpha, seeds))
+            yield attackers
+        finally:
+            for name, module in inner.items():
+                model.set_submodule(name, module)
+
+
+@contextmanager
+def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iterator[ParallelAdapters]:
+    """Let each attacker own the embeddings of the first ``tokens`` positions of its rows."""
+    attackers = ParallelAdapters(len(seeds))
+    attackers.prefix = tokens
+    embedding = model.get_input_embeddings()
+    spread = float(embedding.weight.detach().float().std())
+    values = attackers.own((tokens, embedding.weight.shape[1]), seeds, spread)
+
+    def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return torch.cat([attackers.by_row(values, len(output)).to(output), output[:, tokens:]], 1)
+
+    with _frozen(model), _hooked(embedding, put):
+        yield attackers
+
+
+@contextmanager
+def latent_attackers(
+    model: nn.Module, row: Architecture, layer: int, seeds: Sequence[int]
+) -> Iterator[ParallelAdapters]:
+    """Let each attacker own a vector that is added to the stream after a layer, at every position."""
+    attackers = ParallelAdapters(len(seeds))
+    config: Any = model.config
+    values = attackers.own((int(config.hidden_size),), seeds, 1e-3)
+
+    def add(_: nn.Module, __: Any, output: Any) -> Any:
+        hidden = first(output)
+        changed = hidden + attackers.by_row(values, len(hidden)).to(hidden)[:, None]
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    with _frozen(model), _hooked(decoder_layers(model, row)[layer], add):
+        yield attackers
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model wants a gradient."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

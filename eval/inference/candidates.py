@@ -1,0 +1,225 @@
+"""Scoring candidate directions on validation items, and choosing one by the published filters.
+
+Source: Arditi et al. 2024, section 2.3 and appendix C. One change: the divergence is taken over the
+whole of the base's own replies, because over the first token alone it can be gamed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...editing.architectures import Architecture
+from ...editing.directions.difference_in_means import Directions, unit
+from ...editing.errors import ExciseError
+from ...editing.hooks.residual_stream import ablated, added
+from ..concept import ContrastPair, Question
+from .generation import Reply, divergence, encode_prompt, generate, reply_log_probabilities
+from .likelihood import Request, log_likelihoods, padded_logits
+from .questions import requests_of
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a candidate must satisfy (Arditi et al. 2024, appendix C)."""
+
+    max_depth: float = 0.8
+    """Points at or beyond this fraction of the layers are not considered."""
+    max_kl: float = 0.1
+    """Nats per token that ablation may move neutral replies."""
+    min_induce: float = 0.0
+    """How strongly addition must induce the concept; units of the probe."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One direction's scores."""
+
+    point: int
+    position: int
+    norm: float
+    bypass: float | None = None
+    """How strongly the concept shows while the direction is ablated; lower is better. Units of the probe."""
+    induce: float | None = None
+    """How strongly it shows on neutral items while the direction is added; higher is better."""
+    kl: float | None = None
+    """KL(base || ablated) on neutral items, nats per token."""
+    rejected: str | None = None
+    """Why the filters reject it; None for candidates that may be chosen."""
+
+
+class Probe(Protocol):
+    """Turns the model's present state (hooked or not) into scores."""
+
+    units: str
+    base_bypass: float
+    """The concept on its own items in the untouched model."""
+    base_induce: float
+
+    def bypass(self) -> float: ...
+    def induce(self) -> float: ...
+    def kl(self) -> float: ...
+    def describe(self) -> dict[str, Any]: ...
+
+
+class BehaviourProbe:
+    """Log-odds of the tokens with which the model begins to show a behaviour, at the end of the prompt."""
+
+    units = "log-odds"
+
+    def __init__(self, model: Any, tokenizer: Any, pairs: Sequence[ContrastPair], reply_tokens: int):
+        self.model, self.tokenizer = model, tokenizer
+        self.positive = [encode_prompt(tokenizer, pair.positive) for pair in pairs]
+        self.negative = [encode_prompt(tokenizer, pair.negative) for pair in pairs]
+        positive, negative = (_last(model, rows).exp() for rows in (self.positive, self.negative))
+        # A token counts as a beginning of the behaviour if it is likely on some positive prompt
+        # and its mean probability is higher there than on negative ones.
+        wanted = (positive.mean(0) > negative.mean(0)) & (positive.max(0).values > 0.05)
+        self.tokens = wanted.nonzero().flatten()
+        self.base_bypass, self.base_induce = self._odds(positive.log()), self._odds(negative.log())
+        if self.base_bypass <= self.base_induce + 1:
+            raise ExciseError(
+                "the model replies alike to the positive and negative prompts of contrast.jsonl, so there is no behaviour "
+                f"to find (log-odds {self.base_bypass:.2f} against {self.base_induce:.2f}); check the pack against this model"
+            )
+        self.replies = generate(model, tokenizer, [pair.negative for pair in pairs], reply_tokens)
+        self.reference = reply_log_probabilities(model, self.replies)
+
+    def bypass(self) -> float:
+        return self._odds(_last(self.model, self.positive))
+
+    def induce(self) -> float:
+        return self._odds(_last(self.model, self.negative))
+
+    def kl(self) -> float:
+        return _mean_kl(self.model, self.replies, self.reference)
+
+    def describe(self) -> dict[str, Any]:
+        shown = [self.tokenizer.decode([token]) for token in self.tokens[:20].tolist()]
+        return {"probe": "behaviour", "units": self.units, "beginnings": shown, "validation_pairs": len(self.positive)}
+
+    def _odds(self, log_probabilities: Tensor) -> float:
+        total = log_probabilities[:, self.tokens].exp().sum(-1).double()
+        return float((torch.log(total + 1e-8) - torch.log1p(-total.clamp_max(1 - 1e-8))).mean())
+
+
+class KnowledgeProbe:
+    """Margin of the true choice on forget questions, and how much likelier texts on the concept become."""
+
+    units = "nats"
+
+    def __init__(self, model: Any, tokenizer: Any, pairs: Sequence[ContrastPair], questions: Sequence[Question]):
+        self.model, self.tokenizer, self.questions = model, tokenizer, questions
+        self.positive = [Request("", pair.positive) for pair in pairs]
+        self.negative = [Request("", pair.negative) for pair in pairs]
+        self.preference = 0.0
+        self.base_bypass, self.base_induce = self.bypass(), 0.0
+        self.preference = self.induce()
+        encoded = [tuple(encode_prompt(tokenizer, pair.negative, chat=False)) for pair in pairs]
+        self.replies = [Reply("", ids[:1], ids[1:], "") for ids in encoded if len(ids) > 1]
+        self.reference = reply_log_probabilities(model, self.replies)
+
+    def bypass(self) -> float:
+        asked = {question.id: requests_of(question) for question in self.questions}
+        found = log_likelihoods(self.model, self.tokenizer, [r for requests in asked.values() for r in requests])
+        margins = []
+        for question in self.questions:
+            values = [found[request].per_token for request in asked[question.id]]
+            margins.append(values[question.answer] - max(v for i, v in enumerate(values) if i != question.answer))
+        return math.fsum(margins) / len(margins)
+
+    def induce(self) -> float:
+        found = log_likelihoods(self.model, self.tokenizer, [*self.positive, *self.negative])
+        mean = [math.fsum(found[r].per_token for r in side) / len(side) for side in (self.positive, self.negative)]
+        return mean[0] - mean[1] - self.preference
+
+    def kl(self) -> float:
+        return _mean_kl(self.model, self.replies, self.reference)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "probe": "knowledge", "units": self.units,
+            "validation_pairs": len(self.positive), "validation_questions": len(self.questions),
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def score_candidates(
+    model: Any, row: Architecture, directions: Directions, probe: Probe, filters: Filters, layers: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Candidate]:  # fmt: skip
+    """Score every (point, position); those beyond the depth filter are recorded but cost nothing."""
+    candidates = []
+    for i, point in enumerate(directions.points):
+        for j, position in enumerate(directions.positions):
+            vector = directions.vectors[i, j]
+            norm = float(vector.norm())
+            if point >= int(filters.max_depth * layers):
+                candidates.append(Candidate(point, position, norm, rejected="too deep"))
+            elif not math.isfinite(norm) or norm < 1e-6:
+                candidates.append(Candidate(point, position, norm, rejected="no difference"))
+            else:
+                candidates.append(_score(model, row, vector, point, position, probe, filters))
+            advance(1)
+    return candidates
+
+
+def choose(candidates: Sequence[Candidate], base_bypass: float) -> tuple[Candidate, bool]:
+    """The candidate with the least bypass among those that pass, and whether any passed.
+
+    Several candidates often remove the concept altogether, and which of them has the least bypass is chance.
+    So all that come within a quarter of the best one's effect count as equal, and the one that induces most is taken.
+    Where none passes, the one that moves neutral text least is returned, to be reported as such.
+
+    Raises:
+        ExciseError: No candidate was scored at all.
+    """
+    passing = [candidate for candidate in candidates if candidate.rejected is None]
+    if passing:
+        best = min(_or_infinite(candidate.bypass) for candidate in passing)
+        equal = [c for c in passing if _or_infinite(c.bypass) <= best + 0.25 * max(0.0, base_bypass - best)]
+        return max(equal, key=lambda c: -math.inf if c.induce is None else c.induce), True
+    scored = [candidate for candidate in candidates if candidate.kl is not None and math.isfinite(candidate.kl)]
+    if not scored:
+        raise ExciseError("no candidate direction could be scored; raise max_depth or check contrast.jsonl")
+    return min(scored, key=lambda c: _or_infinite(c.kl)), False
+
+
+def _or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _score(
+    model: Any, row: Architecture, vector: Tensor, point: int, position: int, probe: Probe, filters: Filters
+) -> Candidate:
+    with ablated(model, row, unit(vector)):
+        bypass, kl = probe.bypass(), probe.kl()
+    with added(model, row, vector, point):
+        induce = probe.induce()
+    if not all(map(math.isfinite, (bypass, kl, induce))):
+        rejected = "not finite"
+    elif kl > filters.max_kl:
+        rejected = f"moves neutral text ({kl:.3f} nats)"
+    elif induce < filters.min_induce:
+        rejected = "does not induce"
+    else:
+        rejected = None
+    return Candidate(point, position, float(vector.norm()), bypass, induce, kl, rejected)
+
+
+@torch.no_grad()
+def _last(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Log-probabilities of the next token after each row, fp32 on the CPU."""
+    logits = padded_logits(model, rows, min(map(len, rows)) - 1)
+    offset = min(map(len, rows))
+    places = torch.arange(len(rows)), torch.tensor([len(ids) - offset for ids in rows])
+    return logits[places].float().log_softmax(-1).cpu()
+
+
+def _mean_kl(model: Any, replies: Sequence[Reply], reference: Sequence[Tensor]) -> float:
+    own = reply_log_probabilities(model, replies)
+    nats = [divergence(base, mine) for base, mine in zip(reference, own, strict=True)]
+    return float(torch.cat(nats).mean())

@@ -1,0 +1,193 @@
+"""Multiple-choice questions that are asked again and again: tokenized and laid out once."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from ...editing.modules import causal_model, unembedding
+from ..concept import Question
+from .likelihood import Scored, batch_budget, encode_request, pad_right, score_rows, share_rows, token_batches
+from .questions import requests_of
+
+CELLS = 1024
+"""Distributions that are held at a time."""
+Hits = tuple[float, ...]
+"""1 for each question answered rightly, 0 for the others."""
+
+
+class MultipleChoiceSet:
+    """The questions of one split, for any model of one tokenizer."""
+
+    def __init__(self, tokenizer: Any, questions: Sequence[Question], prefix: Callable[[Question], str] | None = None):
+        """``prefix`` writes something in front of a question, such as examples."""
+        self.ids = tuple(question.id for question in questions)
+        self.answers = [question.answer for question in questions]
+        if prefix:
+            questions = [q.model_copy(update={"prompt": prefix(q) + q.prompt}) for q in questions]
+        self._parts = [encode_request(tokenizer, request) for q in questions for request in requests_of(q)]
+        self._sizes = [len(question.choices) for question in questions]
+        self._asked: list[tuple[int, list[int]]] = []
+        """Of each question: how many tokens all its choices begin with, and its parts."""
+        start = 0
+        for size in self._sizes:
+            members = list(range(start, start + size))
+            self._asked.append((min(self._parts[index].start for index in members), members))
+            start += size
+
+    @property
+    def chance(self) -> float:
+        """What guessing scores."""
+        return sum(1 / size for size in self._sizes) / len(self._sizes)
+
+    def hits(self, model: Any, placeholders: int = 0) -> Hits:
+        """Questions whose likeliest choice, per token, is the true one.
+
+        What a choice can reach at most, given its first token, is known before the rest of it is read. So the true answer
+        is read to its end, then the strongest rival of each question, then the rivals that could still win.
+
+        Args:
+            placeholders: Tokens to put in front of every row, whose embeddings somebody else owns.
+        """
+        return self._marked(self._behind(model, placeholders)) if placeholders else self._decided(model)
+
+    def hits_and_probabilities(self, model: Any) -> tuple[Hits, list[float]]:
+        """Hits, and the probability of each true answer, from one reading."""
+        found = self.log_probabilities(model)
+        said = zip(self._by_question(found), self.answers, strict=True)
+        return self._marked(found), [math.exp(values[answer]) for values, answer in said]
+
+    def probabilities(self, model: Any) -> list[list[float]]:
+        """Probability with which sampling says each choice of each question."""
+        return [[math.exp(value) for value in values] for values in self._by_question(self.log_probabilities(model))]
+
+    def _marked(self, found: Sequence[float]) -> Hits:
+        each = [value / (len(part.ids) - part.start) for value, part in zip(found, self._parts, strict=True)]
+        return tuple(
+            float(all(values[answer] > value for i, value in enumerate(values) if i != answer))
+            for values, answer in zip(self._by_question(each), self.answers, strict=True)
+        )
+
+    def _by_question(self, found: Sequence[float]) -> Iterator[Sequence[float]]:
+        """Values of all choices, question by question."""
+        start = 0
+        for size in self._sizes:
+            yield found[start : start + size]
+            start += size
+
+    @torch.no_grad()
+    def log_probabilities(self, model: Any) -> list[float]:
+        """Of every choice of every question, in order, in nats; a question's prompt is read once for all its choices."""
+        found: dict[int, float] = {}
+        for batch in token_batches([prompt for prompt, _ in self._asked], batch_budget(model)):
+            reading = _Reading(model, [self._asked[place] for place in batch], self._parts)
+            reading.finish(reading.found)
+            found |= reading.found
+        return [found[index] for index in range(len(self._parts))]
+
+    @torch.no_grad()
+    def _decided(self, model: Any) -> Hits:
+        hits = [0.0] * len(self.ids)
+        for batch in token_batches([prompt for prompt, _ in self._asked], batch_budget(model)):
+            reading = _Reading(model, [self._asked[place] for place in batch], self._parts)
+            standing = {place: self._asked[place][1][self.answers[place]] for place in batch}
+            reading.finish(standing.values())
+            rivals = {
+                place: sorted(set(self._asked[place][1]) - {answer}, key=reading.at_most, reverse=True)
+                for place, answer in standing.items()
+            }  # fmt: skip
+            for some in (slice(0, 1), slice(1, None)):
+                close = {
+                    p: [r for r in rivals[p][some] if not reading.beats(answer, r)] for p, answer in standing.items()
+                }
+                reading.finish(rival for each in close.values() for rival in each)
+                standing = {
+                    p: answer for p, answer in standing.items() if all(reading.beats(answer, rival) for rival in close[p])
+                }  # fmt: skip
+            for place in standing:
+                hits[place] = 1.0
+        return tuple(hits)
+
+    @torch.no_grad()
+    def _behind(self, model: Any, placeholders: int) -> list[float]:
+        """The same behind tokens whose embeddings somebody else owns, without a cache."""
+        front = (0,) * placeholders
+        parts = [Scored((*front, *part.ids), part.start + placeholders) for part in self._parts]
+        shared = share_rows(parts)
+        rows = list(shared)
+        found: dict[int, float] = {}
+        for batch in token_batches([len(row) for row in rows], batch_budget(model)):
+            members = [(place, index) for place, row in enumerate(batch) for index in shared[rows[row]]]
+            scored = score_rows(model, [rows[row] for row in batch], [(p, parts[i]) for p, i in members])
+            found |= {index: one.log_probability for (_, index), one in zip(members, scored, strict=True)}
+        return [found[index] for index in range(len(parts))]
+
+
+class _Reading:
+    """A batch of questions with their prompts read; choices are read to their ends as they are wanted."""
+
+    def __init__(self, model: Any, asked: Sequence[tuple[int, list[int]]], parts: Sequence[Scored]):
+        self.decoder, self.head, self.device = causal_model(model).base_model, unembedding(model), model.device
+        self.asked, self.parts = asked, parts
+        self.row = {index: row for row, (_, members) in enumerate(asked) for index in members}
+        prompts = [parts[members[0]].ids[:length] for length, members in asked]
+        width = max(map(len, prompts))
+        ids = torch.tensor([(0,) * (width - len(row)) + row for row in prompts], device=self.device)
+        self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.device)
+        self.cache = DynamicCache(config=self.decoder.config)
+        output = self.decoder(
+            input_ids=ids, attention_mask=self.mask, position_ids=(self.mask.cumsum(-1) - 1).clamp_min(0),
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        log_p = self.head(output.last_hidden_state[:, -1]).float().log_softmax(-1)
+        rows = torch.tensor(list(self.row.values()), device=self.device)
+        firsts = torch.tensor([parts[index].ids[asked[row][0]] for index, row in self.row.items()], device=self.device)
+        values = log_p[rows, firsts].tolist()
+        self.found = {
+            index: value if parts[index].start <= asked[row][0] else 0.0
+            for (index, row), value in zip(self.row.items(), values, strict=True)
+        }
+        """Log-probability of what was read of each choice, in nats."""
+        self.unread = {index for index, row in self.row.items() if len(parts[index].ids) - 1 > asked[row][0]}
+
+    def at_most(self, index: int) -> float:
+        """Log-probability per token that a choice has, or can have once it is read to its end."""
+        part = self.parts[index]
+        return self.found[index] / (len(part.ids) - part.start)
+
+    def beats(self, answer: int, rival: int) -> bool:
+        """Whether an answer that was read to its end is likelier than a rival can be."""
+        return self.at_most(answer) > self.at_most(rival)
+
+    def finish(self, choices: Iterable[int]) -> None:
+        """Read so many choices to their ends."""
+        longer = [index for index in choices if index in self.unread]
+        if not longer:
+            return
+        self.unread -= set(longer)
+        rows = [self.row[index] for index in longer]
+        cache, before = copy.deepcopy(self.cache), self.mask[rows]
+        cache.batch_select_indices(torch.tensor(rows, device=self.device))
+        inputs = pad_right(
+            [self.parts[i].ids[self.asked[row][0] : -1] for i, row in zip(longer, rows, strict=True)], self.device
+        )
+        positions = before.sum(-1, keepdim=True) + torch.arange(inputs["input_ids"].shape[1], device=self.device)
+        hidden = self.decoder(
+            input_ids=inputs["input_ids"], attention_mask=torch.cat([before, inputs["attention_mask"]], -1),
+            position_ids=positions, past_key_values=cache, use_cache=True,
+        ).last_hidden_state  # fmt: skip
+        cells = [
+            (place, at - self.asked[row][0] - 1, index, self.parts[index].ids[at])
+            for place, (index, row) in enumerate(zip(longer, rows, strict=True))
+            for at in range(max(self.parts[index].start, self.asked[row][0] + 1), len(self.parts[index].ids))
+        ]  # fmt: skip
+        places, offsets, indices, tokens = (list(column) for column in zip(*cells, strict=True))
+        for start in range(0, len(cells), CELLS):
+            some = slice(start, start + CELLS)
+            logits = self.head(hidden[places[some], offsets[some]]).float().log_softmax(-1)
+            values = logits.gather(-1, torch.tensor(tokens[some], device=self.device)[:, None])[:, 0]
+            for index, value in zip(indices[some], values.tolist(), strict=True):
+                self.found[index] += value

@@ -1,0 +1,83 @@
+"""What a model does on open prompts: how often it declines, and how often it says nothing that reads as language."""
+
+from collections.abc import Sequence
+
+from ..concept import Concept
+from ..inference.generation import Reply
+from ..model_under_test import ModelUnderTest
+from ..statistics import Better, Scores
+
+DEGENERATE_DISTINCT = 0.5
+"""A reply of at least eight tokens repeats itself if fewer than this share of its token pairs are distinct."""
+
+
+def declines(text: str, phrases: Sequence[str]) -> bool:
+    """Whether a reply declines: it contains one of the pack's phrases, whatever the letter case or apostrophe."""
+    plain = text.replace("’", "'").casefold()
+    return any(phrase.replace("’", "'").casefold() in plain for phrase in phrases)
+
+
+def is_degenerate(reply: Reply) -> bool:
+    """Whether a reply is empty or repeats itself; the rule is ``DEGENERATE_DISTINCT``."""
+    if not reply.text.strip():
+        return True
+    pairs = list(zip(reply.ids, reply.ids[1:], strict=False))
+    return len(reply.ids) >= 8 and len(set(pairs)) < DEGENERATE_DISTINCT * len(pairs)
+
+
+def shows_behaviour(concept: Concept, text: str) -> bool:
+    """Whether a reply shows what the concept is: declining, a task's phrases, or for knowledge one of its keywords."""
+    if concept.about.kind == "behaviour":
+        return declines(text, concept.about.decline_phrases)
+    words = concept.about.phrases if concept.about.kind == "task" else concept.about.keywords
+    return any(word.casefold() in text.casefold() for word in words)
+
+
+def rates(subject: ModelUnderTest) -> list[Scores]:
+    """``behaviour_rate``: the share of replies that decline."""
+    removing = subject.concept.about.kind == "behaviour"
+    betters: dict[str, Better] = {"concept": "lower" if removing else "base", "neutral": "base"}
+    phrases = subject.concept.about.decline_phrases
+    return [
+        _rate(subject, "behaviour_rate", split, better, [declines(r.text, phrases) for r in subject.replies(split)])
+        for split, better in betters.items()
+        if subject.prompts(split)
+    ]
+
+
+def learned(subject: ModelUnderTest) -> list[Scores]:
+    """``learned_rate``: replies that show what a task's training brings about, where it was trained and elsewhere."""
+    if not subject.concept.about.phrases:
+        return []
+    betters: dict[str, Better] = {"concept": "higher", "neutral": "lower"}
+    return [
+        _rate(
+            subject,
+            "learned_rate",
+            split,
+            better,
+            [shows_behaviour(subject.concept, r.text) for r in subject.replies(split)],
+        )
+        for split, better in betters.items()
+        if subject.prompts(split)
+    ]
+
+
+def degenerate(subject: ModelUnderTest) -> list[Scores]:
+    """``degenerate_share``: the share of replies that are empty or repeat themselves."""
+    return [
+        _rate(subject, "degenerate_share", split, "base", [is_degenerate(reply) for reply in subject.replies(split)])
+        for split in ("concept", "neutral")
+        if subject.prompts(split)
+    ]
+
+
+def induced(subject: ModelUnderTest) -> Scores:
+    """``induced_rate``: the share of neutral replies that show the concept; run while the direction is added."""
+    shown = [shows_behaviour(subject.concept, reply.text) for reply in subject.replies("neutral")]
+    return _rate(subject, "induced_rate", "neutral", "higher", shown)
+
+
+def _rate(subject: ModelUnderTest, name: str, split: str, better: Better, hits: Sequence[bool]) -> Scores:
+    ids = tuple(prompt.id for prompt in subject.prompts(split))
+    return Scores(name, split, "share of replies", better, ids, tuple(map(float, hits)), (1.0,) * len(hits))

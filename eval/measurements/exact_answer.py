@@ -1,0 +1,60 @@
+"""Greedy answers held against the truth."""
+
+import re
+from collections.abc import Sequence
+
+from ..concept import Question
+from ..inference.generation import Reply
+from ..inference.questions import questions_by_split
+from ..model_under_test import ModelUnderTest
+from ..statistics import Better, Scores
+
+ANSWER_TOKENS = 12
+"""Greedy tokens to complete a question with, where a pack's prompts carry no answers."""
+
+
+def holds_answer(text: str, answer: str, choices: Sequence[str]) -> bool:
+    """Whether a reply holds the true answer as whole words, and no other choice: naming them all is not knowing."""
+    others = [choice for choice in choices if choice != answer and not _has(answer, choice)]
+    return _has(text, answer) and not any(_has(text, other) for other in others)
+
+
+def scores(subject: ModelUnderTest) -> list[Scores]:
+    """``exact_answer`` on prompts with answers; on the pack's questions, completed as plain text, where there are none."""
+    removing = subject.concept.about.kind == "knowledge"
+    betters: dict[str, Better] = {"concept": "lower" if removing else "higher", "neutral": "base"}
+    results = []
+    for split, better in betters.items():
+        prompts = [prompt for prompt in subject.prompts(split) if prompt.answer]
+        if prompts:
+            replies = {reply.prompt: reply for reply in subject.replies(split)}
+            hits = [holds_answer(replies[p.prompt].text, p.answer or "", p.choices) for p in prompts]
+            results.append(_scores(split, better, tuple(p.id for p in prompts), hits))
+            continue
+        questions = _questions(subject, split)
+        if questions:
+            completed = subject.completions([question.prompt for question in questions], ANSWER_TOKENS)
+            hits = [_completes(question, reply) for question, reply in zip(questions, completed, strict=True)]
+            results.append(_scores(split, better, tuple(question.id for question in questions), hits))
+    return results
+
+
+def _questions(subject: ModelUnderTest, split: str) -> list[Question]:
+    found = questions_by_split(subject.concept, subject.settings.questions)
+    return found.get("forget_V", []) if split == "concept" else found.get("retain", [])
+
+
+def _completes(question: Question, reply: Reply) -> bool:
+    # Only the first line: small models go on to invent further questions and answers.
+    first_line = reply.text.split("\n")[0]
+    return holds_answer(first_line, question.choices[question.answer], question.choices)
+
+
+def _has(text: str, words: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, flags=re.IGNORECASE) is not None
+
+
+def _scores(split: str, better: Better, ids: tuple[str, ...], hits: Sequence[bool]) -> Scores:
+    return Scores(
+        "exact_answer", split, "share of answers", better, ids, tuple(map(float, hits)), (1.0,) * len(ids)
+    )  # fmt: skip

@@ -1,0 +1,109 @@
+"""Whether replies on the concept still read as language, measured so that fluent emptiness cannot win."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..inference.generation import Reply, generate
+from ..inference.likelihood import Request, log_likelihoods
+from ..model_under_test import ModelUnderTest
+from ..statistics import Better, Scores
+
+NOVICE_TEXTS = 64
+_COMMON = frozenset(
+    "about above after again also because been before being between both could does doing down each from further have "
+    "having here into just know like more most much only other over please same should some such tell than thank that "
+    "their them then there these they this those through under until very want were what when where which while will "
+    "with would write your yours find known short paragraph kind kindly".split()
+)
+
+
+def scores(subject: ModelUnderTest) -> list[Scores]:
+    """``distinct_2``, ``repetition`` and ``on_topic`` of greedy replies to the concept's prompts."""
+    replies = subject.replies("concept")
+    if not replies or subject.concept.about.kind != "knowledge":
+        return []
+    ids = tuple(prompt.id for prompt in subject.prompts("concept"))
+    keywords = subject.concept.about.keywords
+
+    def shares(name: str, unit: str, better: Better, parts: Sequence[tuple[int, int]]) -> Scores:
+        counted = [(identity, part) for identity, part in zip(ids, parts, strict=True) if part[1]]
+        return Scores(
+            name, "concept", unit, better, tuple(identity for identity, _ in counted),
+            tuple(float(hits) for _, (hits, _) in counted), tuple(float(total) for _, (_, total) in counted),
+            skipped=len(ids) - len(counted),
+        )  # fmt: skip
+
+    topical = [(int(is_on_topic(reply, keywords)), 1) for reply in replies]
+    return [
+        found
+        for found in (
+            shares("distinct_2", "share of word pairs", "base", [distinct_runs(reply.text, 2) for reply in replies]),
+            shares(
+                "repetition", "share of word quadruples", "base", [repeated_quadruples(reply.text) for reply in replies]
+            ),
+            shares("on_topic", "share of replies", "base", topical),
+        )
+        if found.ids
+    ]
+
+
+def reverse_perplexity(
+    model: Any, tokenizer: Any, ids: Sequence[str], replies: Sequence[Reply], split: str = "concept",
+    advance: Callable[[int], None] = lambda _: None, *, judge: str | None = None,
+) -> Scores:  # fmt: skip
+    """Perplexity of given replies, without their prompts, under a judge (ELM, section 4.1).
+
+    Args:
+        judge: Its name, unless the base is the judge.
+
+    Empty and one-token replies have none and are skipped, so read it beside ``degenerate_share``.
+    """
+    found = log_likelihoods(model, tokenizer, [Request("", reply.text) for reply in replies if reply.text], advance)
+    kept = [
+        (identity, item)
+        for identity, reply in zip(ids, replies, strict=True)
+        if reply.text and (item := found[Request("", reply.text)]).tokens
+    ]
+    return Scores(
+        "reverse_perplexity", f"{split}, by {judge}" if judge else split, f"perplexity under {judge or 'the base'}", "base",
+        ids=tuple(identity for identity, _ in kept),
+        totals=tuple(-item.log_probability for _, item in kept), weights=tuple(float(item.tokens) for _, item in kept),
+        exponential=True, skipped=len(replies) - len(kept),
+    )  # fmt: skip
+
+
+def novice_text(subject: ModelUnderTest) -> tuple[tuple[str, ...], list[Reply]]:
+    """What the model writes where the pack's novice begins: the measure of fluent ignorance. Empty without personas."""
+    about = subject.concept.about
+    if about.personas is None or about.kind != "knowledge":
+        return (), []
+    persona = about.personas.novice.replace("{description}", about.description)
+    openings = list(dict.fromkeys(" ".join(text.text.split()[:3]) for text in subject.concept.forget))[:NOVICE_TEXTS]
+    prompts = [f"{persona} {opening}" for opening in openings]
+    replies = generate(subject.model, subject.tokenizer, prompts, subject.settings.reply_tokens, chat=False)
+    return tuple(f"novice-{number}" for number in range(len(replies))), replies
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text.casefold())
+
+
+def distinct_runs(text: str, length: int) -> tuple[int, int]:
+    """Distinct runs of so many words, and all runs."""
+    words = _words(text)
+    runs = [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
+    return len(set(runs)), len(runs)
+
+
+def repeated_quadruples(text: str) -> tuple[int, int]:
+    """Runs of four words that stood in the text before, and all runs."""
+    distinct, total = distinct_runs(text, 4)
+    return total - distinct, total
+
+
+def is_on_topic(reply: Reply, keywords: Sequence[str]) -> bool:
+    """Whether a reply takes up a word of its prompt that carries meaning, or one of the pack's keywords."""
+    text = reply.text.casefold()
+    asked = {word for word in re.findall(r"\w{4,}", reply.prompt.casefold()) if word not in _COMMON}
+    return any(keyword.casefold() in text for keyword in keywords) or bool(asked & set(re.findall(r"\w+", text)))

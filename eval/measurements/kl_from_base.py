@@ -1,0 +1,32 @@
+"""How far a model moved from its base: KL(base || model) along the base's own neutral replies, and along retain texts."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..inference.generation import Reply, divergence, reply_log_probabilities
+from ..model_under_test import ModelUnderTest
+from ..statistics import Scores
+
+
+def scores(subject: ModelUnderTest) -> list[Scores]:
+    """Mean nats per token; nothing for the base itself, whose divergence is 0 by definition."""
+    base = subject.base
+    if base is None:
+        return []
+    prompts = tuple(prompt.id for prompt in subject.prompts("neutral")[: len(base.replies)])
+    return [
+        _along(subject, "neutral", prompts, base.replies, base.log_probabilities),
+        _along(subject, "retain", base.text_ids, base.texts, base.text_log_probabilities),
+    ]
+
+
+def _along(
+    subject: ModelUnderTest, split: str, ids: tuple[str, ...], replies: Sequence[Reply], expected: Sequence[Tensor]
+) -> Scores:
+    own = reply_log_probabilities(subject.model, replies)
+    nats = [divergence(base, mine) for base, mine in zip(expected, own, strict=True)]
+    return Scores(
+        "kl_from_base", split, "nats per token", "lower", ids,
+        totals=tuple(float(item.sum()) for item in nats), weights=tuple(float(len(item)) for item in nats),
+    )  # fmt: skip

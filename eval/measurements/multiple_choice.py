@@ -1,0 +1,41 @@
+"""Multiple choice: the model picks the choice with the highest mean log-probability per token."""
+
+from ...editing.errors import RequestError
+from ..concept import Concept, Question
+from ..inference.likelihood import Request
+from ..inference.questions import questions_by_split, requests_of
+from ..model_under_test import EvalSettings, ModelUnderTest
+from ..statistics import Better, Scores
+
+BETTER: dict[str, Better] = {
+    "forget_T": "lower", "forget_V": "lower", "neighbour": "base", "retain": "base", "intended": "higher", "flipped": "higher",
+}  # fmt: skip
+"""Splits, and what an edit should do to each."""
+
+
+def requests(concept: Concept, settings: EvalSettings) -> list[Request]:
+    """Everything this measurement needs scored."""
+    splits = questions_by_split(concept, settings.questions).values()
+    return [request for items in splits for question in items for request in requests_of(question)]
+
+
+def scores(subject: ModelUnderTest) -> list[Scores]:
+    """Accuracy, and the margin of the true choice over the best other one, for each split."""
+    results = []
+    for split, questions in questions_by_split(subject.concept, subject.settings.questions).items():
+        margins = [margin(subject, question) for question in questions]
+        ids, ones = tuple(question.id for question in questions), (1.0,) * len(questions)
+        better = BETTER[split]
+        results += [
+            Scores("multiple_choice", split, "accuracy", better, ids, tuple(float(m > 0) for m in margins), ones),
+            Scores("multiple_choice_margin", split, "nats per token", better, ids, tuple(margins), ones),
+        ]
+    if not results:
+        raise RequestError(f"concept {subject.concept.ref} has no questions to measure; add some to questions.jsonl")
+    return results
+
+
+def margin(subject: ModelUnderTest, question: Question) -> float:
+    """Mean log-probability per token of the true choice minus that of the best other one, in nats."""
+    values = [found.per_token for found in subject.likelihoods(requests_of(question))]
+    return values[question.answer] - max(value for i, value in enumerate(values) if i != question.answer)

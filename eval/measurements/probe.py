@@ -1,0 +1,144 @@
+"""Linear probes: whether a layer still holds the answer, whatever the model says.
+
+A ridge regression learns on group T to map the residual stream at the end of a question to the unembedding of its answer's
+first token, and is tested on group V: the answer is the choice nearest to what it predicts, so answers that T never had can
+be found too. Its control learns shuffled answers (Hewitt and Liang 2019): what it scores is chance and its own capacity.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...editing.architectures import architecture_of
+from ...editing.hooks.residual_stream import residual_stream
+from ..concept import Question
+from ..inference.likelihood import batch_budget, encode_request, token_batches
+from ..inference.questions import questions_by_split, requests_of
+from ..model_under_test import ModelUnderTest
+from ..statistics import Scores
+
+POINTS = 9
+"""Points of the stream that are probed, at most, evenly spread from the first layer's input to the last one's output."""
+PENALTIES = (1e-2, 1e-1, 1.0, 10.0)
+"""Ridge penalties in units of the mean squared length of a sample; chosen by cross-validation on group T."""
+FOLDS = 4
+ENOUGH = 20
+"""Questions of each group below which no probe is fitted."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions with what a probe reads, and what it may answer."""
+
+    states: Float[Tensor, "points questions d"]
+    choices: list[Float[Tensor, "choices d"]]
+    """Unembedding of each choice's first token."""
+    answers: list[int]
+
+
+def scores(subject: ModelUnderTest) -> list[Scores]:
+    """``probe`` at the point that cross-validation on T prefers, its control, and every point's accuracy on V."""
+    splits = questions_by_split(subject.concept, subject.settings.questions)
+    training, testing = splits.get("forget_T", []), splits.get("forget_V", [])
+    if min(len(training), len(testing)) < ENOUGH:
+        return []
+    points = _points(subject)
+    learned, asked = _read(subject, training, points), _read(subject, testing, points)
+    rng = random.Random("excise probe control")
+    shuffled = [rng.randrange(len(choices)) for choices in learned.choices]
+    ids = tuple(question.id for question in testing)
+    best, results = (-1.0, points[0]), {}
+    for index, point in enumerate(points):
+        expected, hits = fit_probe(learned, asked, index, learned.answers)
+        _, control = fit_probe(learned, asked, index, shuffled)
+        results[point] = (hits, control)
+        best = max(best, (expected, point), key=lambda pair: pair[0])
+    chosen = results[best[1]]
+    return [
+        _scores("probe", "forget_V", ids, chosen[0]),
+        _scores("probe_control", "forget_V", ids, chosen[1]),
+        *(_scores("probe_at_layer", f"{point:02d}", ids, hits) for point, (hits, _) in results.items()),
+    ]
+
+
+def _points(subject: ModelUnderTest) -> list[int]:
+    layers = int(subject.model.config.num_hidden_layers)
+    count = min(POINTS, layers + 1)
+    return sorted({round(place * layers / (count - 1)) for place in range(count)})
+
+
+@torch.no_grad()
+def question_ends(
+    subject: ModelUnderTest, questions: Sequence[Question], points: Sequence[int]
+) -> Float[Tensor, "points questions d"]:
+    """The stream at the last token of each question, in fp32 on the CPU."""
+    rows = [subject.tokenizer(question.prompt)["input_ids"] for question in questions]
+    row = architecture_of(subject.model.config.to_dict())
+    states = torch.empty(len(points), len(rows), int(subject.model.config.hidden_size))
+    for batch in token_batches([len(ids) for ids in rows], 4 * batch_budget(subject.model)):
+        padded = subject.tokenizer.pad(
+            {"input_ids": [rows[i] for i in batch]}, padding=True, padding_side="left", return_tensors="pt"
+        )  # fmt: skip
+        inputs = {key: padded[key].to(subject.model.device) for key in ("input_ids", "attention_mask")}
+        states[:, batch] = residual_stream(subject.model, row, inputs, points, 1)[:, :, 0].float().cpu()
+    return states
+
+
+@torch.no_grad()
+def _read(subject: ModelUnderTest, questions: Sequence[Question], points: Sequence[int]) -> Asked:
+    states = question_ends(subject, questions, points)
+    unembedding = subject.model.get_output_embeddings().weight
+    choices = []
+    for question in questions:
+        scored = [encode_request(subject.tokenizer, request) for request in requests_of(question)]
+        choices.append(unembedding[[part.ids[part.start] for part in scored]].float().cpu())
+    return Asked(states, choices, [question.answer for question in questions])
+
+
+def fit_probe(learned: Asked, asked: Asked, index: int, answers: Sequence[int]) -> tuple[float, list[bool]]:
+    """Fit a probe at one point: the accuracy that cross-validation on T expects, and which questions of V it answers rightly."""
+    mean, spread = learned.states[index].mean(0), learned.states[index].std(0) + 1e-6
+    x, tested = ((part.states[index] - mean).double() / spread for part in (learned, asked))
+    centre = torch.cat(learned.choices).mean(0)
+    wanted = [(choices - centre).double() for choices in learned.choices]
+    y = torch.stack([choices[answer] for choices, answer in zip(wanted, answers, strict=True)])
+    # At the first point all questions may end in the same token, so that there is nothing to read.
+    scale = max(float(x.square().sum(-1).mean()), 1e-6)
+    folds = torch.arange(len(x)) % FOLDS
+    expected = []
+    for penalty in PENALTIES:
+        hits: list[bool] = []
+        for fold in range(FOLDS):
+            inside, outside = folds != fold, (folds == fold).nonzero().flatten().tolist()
+            predicted = x[outside] @ _ridge(x[inside], y[inside], penalty * scale)
+            chosen = _nearest(predicted, [wanted[i] for i in outside])
+            hits += [place == answers[i] for place, i in zip(chosen, outside, strict=True)]
+        expected.append(sum(hits) / len(hits))
+    best = max(range(len(PENALTIES)), key=lambda i: expected[i])
+    predicted = tested @ _ridge(x, y, PENALTIES[best] * scale)
+    chosen = _nearest(predicted, [(choices - centre).double() for choices in asked.choices])
+    return expected[best], [place == answer for place, answer in zip(chosen, asked.answers, strict=True)]
+
+
+def _ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
+    n, d = x.shape
+    # The smaller of the two equal forms.
+    if d <= n:
+        return torch.linalg.solve(x.T @ x + penalty * torch.eye(d, dtype=x.dtype), x.T @ y)
+    return x.T @ torch.linalg.solve(x @ x.T + penalty * torch.eye(n, dtype=x.dtype), y)
+
+
+def _nearest(predicted: Tensor, choices: Sequence[Tensor]) -> list[int]:
+    """For each question, the choice in whose direction the prediction points most."""
+    return [
+        int((torch.nn.functional.normalize(own, dim=-1) @ guess).argmax())
+        for guess, own in zip(predicted, choices, strict=True)
+    ]
+
+
+def _scores(name: str, split: str, ids: tuple[str, ...], hits: Sequence[bool]) -> Scores:
+    return Scores(name, split, "accuracy", "lower", ids, tuple(map(float, hits)), (1.0,) * len(ids))

@@ -1,0 +1,93 @@
+"""A model under measurement: what several measurements need is computed once and shared."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from .concept import Concept, Prompt
+from .inference.generation import Reply, generate, reply_log_probabilities
+from .inference.likelihood import Likelihood, Request, log_likelihoods
+from .inference.prompts import PLAIN_PROMPTS
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How much is measured."""
+
+    reply_tokens: int = 24
+    """Greedy tokens a reply."""
+    kl_prompts: int = 64
+    """Neutral prompts along whose replies the divergence from the base is measured."""
+    questions: int = 0
+    """Questions and retain texts a split, at most; 0 takes all."""
+
+
+class ModelUnderTest:
+    """A model, its tokenizer and a concept, with everything measured so far."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, concept: Concept, settings: EvalSettings,
+        base: "Reference | None" = None, advance: Callable[[int], None] = lambda _: None,
+    ):  # fmt: skip
+        """``base`` holds what the base model said, for measurements that compare; None for the base itself."""
+        self.model, self.tokenizer, self.concept, self.settings = model, tokenizer, concept, settings
+        self.base, self.advance = base, advance
+        self._likelihoods: dict[Request, Likelihood] = {}
+        self._replies: dict[str, list[Reply]] = {}
+        self._reference: Reference | None = None
+
+    def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
+        """Log-likelihoods, in order; ``prepare`` makes requests of many measurements share forwards."""
+        self.prepare(requests)
+        return [self._likelihoods[request] for request in requests]
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Score all requests that were not scored before."""
+        new = [request for request in requests if request not in self._likelihoods]
+        if new:
+            self._likelihoods |= log_likelihoods(self.model, self.tokenizer, new, self.advance)
+
+    def prompts(self, split: str) -> list[Prompt]:
+        """Open prompts of the pack; plain chat prompts are the neutral ones where it has none."""
+        own = [prompt for prompt in self.concept.prompts if prompt.split == split]
+        return own or (list(PLAIN_PROMPTS) if split == "neutral" else [])
+
+    def replies(self, split: str) -> list[Reply]:
+        """Greedy replies to the prompts of a split, in their order."""
+        if split not in self._replies:
+            texts = [prompt.prompt for prompt in self.prompts(split)]
+            tokens = self.settings.reply_tokens
+            self._replies[split] = generate(self.model, self.tokenizer, texts, tokens, self.advance) if texts else []
+        return self._replies[split]
+
+    def completions(self, prompts: Sequence[str], tokens: int) -> list[Reply]:
+        """Greedy continuations of plain texts, without a chat template."""
+        return generate(self.model, self.tokenizer, prompts, tokens, self.advance, chat=False)
+
+    def reference(self) -> "Reference":
+        """This model's replies to neutral prompts and its distributions along them, for others to be compared with."""
+        if self._reference is None:
+            replies = self.replies("neutral")[: self.settings.kl_prompts]
+            # A text counts as a reply to its own first token.
+            encoded = [(row, self.tokenizer(row.text)["input_ids"]) for row in self.concept.retain]
+            kept = [(row, ids) for row, ids in encoded if len(ids) > 1][: self.settings.kl_prompts]
+            texts = [Reply("", tuple(ids[:1]), tuple(ids[1:]), row.text) for row, ids in kept]
+            self._reference = Reference(
+                replies, reply_log_probabilities(self.model, replies),
+                texts, reply_log_probabilities(self.model, texts), tuple(row.id for row, _ in kept),
+            )  # fmt: skip
+        return self._reference
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the base model said to neutral prompts, and what it expects along retain texts."""
+
+    replies: list[Reply]
+    log_probabilities: list[Float[Tensor, "tokens vocab"]] = field(repr=False)
+    texts: list[Reply]
+    text_log_probabilities: list[Float[Tensor, "tokens vocab"]] = field(repr=False)
+    text_ids: tuple[str, ...]

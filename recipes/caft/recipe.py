@@ -1,0 +1,214 @@
+"""Fine-tune with concepts ablated (CAFT), so that what they carry is not what is learned.
+
+Casademunt et al. 2025: directions are projected out of the stream while training, and only then; the checkpoint is a plain
+fine-tune, measured as it is used, without any ablation.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...artifacts.checkpoints.directions import FILE, load_directions, save_directions
+from ...artifacts.checkpoints.sae import load_latents
+from ...artifacts.events import Events
+from ...artifacts.models.load import LoadedModel
+from ...editing.architectures import layer_selection, residual_width
+from ...editing.directions.sae_latents import SparseLatents
+from ...editing.directions.subspaces import Place, Subspace, random_directions
+from ...editing.errors import ConceptError, RequestError
+from ..common import adapter_run
+from ..common.adapter_run import TrainingPlan
+from ..common.examples import Example, completion_loss, cycled, example_batch
+from ..common.measured_run import Finished, Job
+from ..data.datasets import TuningData, encoded, find_data
+from .controls import READ_ROWS, ControlRuns, DriftMonitor, directions_of, picked, some_pairs
+from .direction_sources import PAIRS_LEFT_OUT, mean_projection, refreshed
+from .request import CaftJob, CaftSettings
+from .sae_latent_scores import by_attribution, by_contrast, ranked
+
+RECIPE = "caft"
+
+
+def prepare(settings: CaftSettings, *, resume: bool = False) -> CaftJob:
+    """Check names, files, data, directions, memory and disk, before any weight is read.
+
+    Raises:
+        RequestError: Anything that could not work.
+    """
+    if settings.tune == "full" and "learning_rate" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"learning_rate": settings.learning_rate / 10})
+    checked = adapter_run.prepare(RECIPE, settings, resume=resume, needed=(), whole=settings.tune == "full")
+    job = checked.job
+    concept = job.concept
+    if concept.about.kind != "task":
+        raise ConceptError(
+            f"concept {concept.ref} is of kind {concept.about.kind}; caft fine-tunes on a pack of kind task, such as builtin:shortcut"
+        )
+    data = (
+        find_data(settings.data)
+        if settings.data
+        else TuningData(concept.train, concept.ref, concept.sha256.get("train.jsonl"))
+    )
+    if not data.rows:
+        raise ConceptError(f"concept {concept.ref} has no train.jsonl and no data was given; add --set data=FILE.jsonl")
+    given, latents = _given(settings, job)
+    asked = tuple(Place(layer, settings.site) for layer in sorted(layer_selection(settings.ablate, job.layers)))
+    # Given directions say themselves where they belong.
+    places = (latents.place,) if latents else tuple(dict.fromkeys(subspace.place for subspace in given)) or asked
+    return CaftJob(checked, settings, data, places, given, latents)
+
+
+def _given(settings: CaftSettings, job: Job) -> tuple[tuple[Subspace, ...], SparseLatents | None]:
+    """Directions of a file or latents of an autoencoder, and whether what is asked of the other sources can be had."""
+    width = residual_width(job.checkpoint.config)
+    given: tuple[Subspace, ...] = ()
+    latents = None
+    if settings.directions_file is not None:
+        given = load_directions(settings.directions_file, width=width, layers=job.layers)
+    elif settings.directions == "sae":
+        latents = _latents(settings, job, width)
+    elif settings.directions not in ("finetuned", "none"):
+        job.concept.require(f"directions={settings.directions}", "contrast")
+    if settings.remove == "latents" and not latents:
+        raise RequestError(
+            "remove=latents takes out an autoencoder's latents; add --set directions=sae --set sae=FOLDER"
+        )
+    if settings.components > width:
+        raise RequestError(f"components={settings.components} are more than the model's width {width}; ask for fewer")
+    if given:
+        # Said now, not after the controls.
+        _ = picked(given, settings.pick)
+    elif settings.pick and max(settings.pick) >= (count := len(settings.latents) or settings.components):
+        raise RequestError(
+            f"pick={list(settings.pick)} names direction {max(settings.pick)}, there are 0 to {count - 1}; raise components"
+        )
+    return given, latents
+
+
+def _latents(settings: CaftSettings, job: Job, width: int) -> SparseLatents:
+    if settings.sae is None:
+        raise RequestError(
+            "directions=sae needs an autoencoder; add --set sae=FOLDER, and latents=[3,17] or components=N"
+        )
+    if not settings.latents and settings.score == "contrast":
+        job.concept.require("score=contrast", "contrast")
+    found = load_latents(settings.sae, settings.latents or None, width, job.layers)
+    if settings.latents:
+        # Latents that are not independent have no span of their number: said now, not after the controls.
+        _ = found.subspace
+    if settings.remove == "latents" and settings.value == "mean":
+        raise RequestError(
+            "latents that are taken out as far as they fire leave no mean behind; use value=zero, or remove=span"
+        )
+    if settings.remove == "latents" and found.not_alone:
+        raise RequestError(
+            f"the autoencoder {found.not_alone}, so that some latents alone do not say how far they fire; use remove=span"
+        )
+    return found
+
+
+def describe(prepared: CaftJob) -> dict[str, Any]:
+    """What a run would touch and take."""
+    settings = prepared.settings
+    controls = int(settings.directions == "finetuned")
+    if settings.controls and settings.directions != "none":
+        controls = 2 + _others_were_picked(settings)
+    return adapter_run.describe(
+        prepared.adapter, rows_to_learn=len(prepared.data.rows), trainings=1 + controls, ablated_at=[str(p) for p in prepared.places]
+    )  # fmt: skip
+
+
+def run(prepared: CaftJob, events: Events) -> Finished:
+    """Do the whole run: find directions, train controls, train ablated, merge, measure, publish."""
+    how = "fine-tuned" if prepared.settings.directions == "none" else "fine-tuned with concepts ablated"
+    return adapter_run.run(
+        prepared.adapter, lambda loaded, seen, work: _lessons(prepared, loaded, seen, work), how, events
+    )
+
+
+def _lessons(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path) -> TrainingPlan:
+    settings = prepared.settings
+    limit = min(int(getattr(loaded.model.config, "max_position_embeddings", 1024)), 1024)
+    learn = encoded(prepared.data.rows, loaded.tokenizer, limit)
+    if not learn.examples:
+        raise ConceptError(f"no row of {prepared.data.name} fits into {limit} tokens; give shorter ones")
+    count = settings.steps * settings.batch_size
+    order = cycled(learn.examples, count, random.Random(f"excise tuning {settings.seed}"))
+    trial = ControlRuns(prepared, loaded, learn.examples[:READ_ROWS], order, events, work)
+    # What the unablated fine-tune changes is a source of directions, and the first control.
+    wants_plain = settings.controls or settings.directions == "finetuned"
+    plain = trial.control("none", ()) if wants_plain and settings.directions != "none" else None
+    with events.stage("find directions"):
+        latents = _chosen(prepared, loaded, learn.examples)
+        found = directions_of(prepared, loaded, trial.base, plain.readings if plain else None, latents)
+    subspaces = picked(found, settings.pick)
+    as_they_fire = picked([latents], settings.pick) if latents and settings.remove == "latents" else ()
+    controls = {"none": plain.scores} if plain and settings.controls else {}
+    if settings.controls and subspaces:
+        drawn = [random_directions(subspace, settings.seed + 1 + place) for place, subspace in enumerate(subspaces)]
+        elsewhere = [one.with_random_writes(settings.seed + 1) for one in as_they_fire]
+        controls["random"] = trial.control("random", elsewhere or drawn).scores
+    if settings.controls and subspaces and _others_were_picked(settings):
+        first = range(len(settings.pick))
+        highest = picked([latents], first) if latents and as_they_fire else picked(found, first)
+        controls["top_k"] = trial.control("top_k", highest).scores
+    if subspaces:
+        save_directions(subspaces, work / FILE)
+
+    watch = DriftMonitor(trial, subspaces, work / "watched.json")
+
+    def after(model: Any) -> dict[str, Any]:
+        edited, base = trial.read(), trial.base
+        projection = {"base": mean_projection(base, subspaces), "edited": mean_projection(edited, subspaces)}
+        return {
+            "caft": {
+                **about,
+                "projection": projection,
+                "share_in_span": refreshed(edited, base, subspaces),
+                "during": watch.seen(),
+            }
+        }
+
+    about = {
+        "source": settings.directions_file.name if settings.directions_file else settings.directions, "mode": settings.mode,
+        "value": settings.value, "remove": settings.remove, "directions": [
+            {"place": str(s.place), "source": s.source, "names": list(s.names), "scores": list(s.scores)} for s in subspaces
+        ], "controls": controls,
+    }  # fmt: skip
+    training = {
+        "about": "Concept-ablated fine-tuning." if subspaces else "Plain fine-tuning.", "steps": settings.steps,
+        "rows": settings.batch_size,
+        "data": f"{len(learn.examples)} sequences from {len(prepared.data.rows)} rows of `{prepared.data.name}`",
+        "data_sha256": prepared.data.sha256, "lessons": {"train": len(learn.examples)},
+    }  # fmt: skip
+    warnings = [*prepared.adapter.warnings]
+    if learn.too_long:
+        warnings.append(f"{learn.too_long} rows are longer than {limit} tokens and were left out.")
+    if left_out := max((s.provenance.get(PAIRS_LEFT_OUT, 0) for s in subspaces), default=0):
+        warnings.append(
+            f"{left_out} contrast pairs whose members differ in length, or not at all, were left out; "
+            f"{subspaces[0].provenance['pairs']} were compared."
+        )
+    return TrainingPlan(
+        order, example_batch, completion_loss, [example.ids for example in learn.examples[:16]], training,
+        {"warnings": warnings}, during=lambda model: trial.ablated(model, as_they_fire or subspaces), after=after,
+        at_step=watch if subspaces and settings.watch else None,
+    )  # fmt: skip
+
+
+def _chosen(prepared: CaftJob, loaded: LoadedModel, examples: Sequence[Example]) -> SparseLatents | None:
+    """The latents to pick from: those that were named, or the first by score."""
+    settings, latents, row = prepared.settings, prepared.latents, prepared.adapter.job.row
+    if latents is None:
+        return None
+    if not settings.latents and settings.score == "contrast":
+        latents = ranked(latents, by_contrast(loaded, row, latents, some_pairs(prepared)), settings.components)
+    elif not settings.latents:
+        latents = ranked(latents, by_attribution(loaded, row, latents, examples[:READ_ROWS]), settings.components)
+    return latents
+
+
+def _others_were_picked(settings: CaftSettings) -> bool:
+    """Whether others were picked than the same number of the highest score; latents that were named have no order of score."""
+    return not settings.latents and set(settings.pick) != set(range(len(settings.pick)))

@@ -1,0 +1,64 @@
+"""Retain texts that repeat forget texts: what both erases and keeps a sentence does neither."""
+
+import re
+from collections import defaultdict
+from dataclasses import replace
+
+from ...editing.errors import RequestError
+from ...eval.concept import Concept
+
+NEAR = 0.8
+"""Jaccard similarity of word triples from which two texts count as the same."""
+
+
+def without_overlap(concept: Concept) -> tuple[Concept, tuple[str, ...]]:
+    """The concept without retain texts that are forget texts, exactly or nearly, and what is to be said of that.
+
+    Raises:
+        RequestError: Nothing is left to retain.
+    """
+    exact = {_words(text.text) for text in concept.forget}
+    shingled = [_shingles(words) for words in exact]
+    holders = defaultdict(list)
+    for place, shingles in enumerate(shingled):
+        for shingle in shingles:
+            holders[shingle].append(place)
+    same, near, kept = 0, 0, []
+    for text in concept.retain:
+        words = _words(text.text)
+        if words in exact:
+            same += 1
+        elif _nearest(_shingles(words), shingled, holders) >= NEAR:
+            near += 1
+        else:
+            kept.append(text)
+    if not kept:
+        raise RequestError(
+            f"every retain text of concept {concept.ref} repeats a forget text; give texts on other things in retain.jsonl"
+        )
+    if not same + near:
+        return concept, ()
+    said = (
+        f"{same + near} of {len(concept.retain)} retain texts repeat forget texts ({same} exactly, {near} nearly); "
+        "they were left out of training."
+    )
+    return replace(concept, retain=tuple(kept)), (said,)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.lower()))
+
+
+def _shingles(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
+    return frozenset(words[start : start + 3] for start in range(max(1, len(words) - 2)))
+
+
+def _nearest(
+    own: frozenset[tuple[str, ...]], others: list[frozenset[tuple[str, ...]]],
+    holders: dict[tuple[str, ...], list[int]],
+) -> float:  # fmt: skip
+    shared: dict[int, int] = defaultdict(int)
+    for shingle in own:
+        for place in holders.get(shingle, ()):
+            shared[place] += 1
+    return max((n / (len(own) + len(others[place]) - n) for place, n in shared.items()), default=0.0)

@@ -1,0 +1,100 @@
+"""Training sequences: batches, likelihoods of their scored tokens, and the order in which they are read."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...editing.modules import final_hidden, unembedding
+from ...editing.training.soft_targets import SoftTargets, soft_divergence
+from ...eval.inference.likelihood import pad_right
+from .tokens import Row
+from .trainer import Terms
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sequence; what is scored are its tokens from ``start`` on."""
+
+    ids: Row
+    start: int
+
+
+def example_batch(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Sequences as one forward reads them; ``rows`` and ``places`` say where which tokens are scored."""
+    lengths = torch.tensor([len(example.ids) - example.start for example in examples])
+    return {
+        **pad_right([example.ids for example in examples], torch.device("cpu")), "lengths": lengths,
+        "rows": torch.repeat_interleave(torch.arange(len(examples)), lengths),
+        "places": torch.cat([torch.arange(example.start - 1, len(example.ids) - 1) for example in examples]),
+        "tokens": torch.tensor([token for example in examples for token in example.ids[example.start :]]),
+    }  # fmt: skip
+
+
+def sequence_nll(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Summed negative log-likelihood of each row's scored tokens, in nats."""
+    nats = scored_nats(model, batch)
+    return nats.new_zeros(len(batch["lengths"])).index_add(0, batch["rows"], nats)
+
+
+def scored_nats(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Negative log-probability of each scored token of a batch, in nats."""
+    hidden = final_hidden(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
+    return token_nats(hidden[batch["rows"], batch["places"]], model, batch["tokens"])
+
+
+def token_nats(hidden: Tensor, model: nn.Module, tokens: Tensor) -> Tensor:
+    """Negative log-probability of each token, in nats: the divergence from a certain one."""
+    certain = SoftTargets(
+        tokens[:, None], torch.zeros(len(tokens), 1, device=tokens.device),
+        torch.full((len(tokens),), -torch.inf, device=tokens.device),
+    )  # fmt: skip
+    return soft_divergence(hidden, unembedding(model), certain)
+
+
+def spread(values: Sequence[Any], count: int, seed: str) -> list[Any]:
+    """At most ``count`` of the values, drawn evenly."""
+    return list(values) if len(values) <= count else random.Random(seed).sample(list(values), k=count)
+
+
+T = TypeVar("T")
+
+
+def cycled(rows: Sequence[T], count: int, rng: random.Random) -> list[T]:
+    """So many rows: all of them in a shuffled order, again and again."""
+    order: list[T] = []
+    while len(order) < count:
+        order += rng.sample(list(rows), k=len(rows))
+    return order[:count]
+
+
+FORWARD = 96
+"""What one more forward costs, in tokens of padding it must save."""
+
+
+def split_by_length(lengths: Sequence[int], most: int = 4) -> list[int]:
+    """Sizes of consecutive parts of rows sorted by length, each padded to its longest, at the least cost in tokens."""
+    n = len(lengths)
+    # best[k][end]: least cost of the first ``end`` rows in k parts, and where the last part begins.
+    best: list[list[tuple[int, int]]] = [[(0, 0)] + [(1 << 60, 0)] * n]
+    for _ in range(most):
+        before = best[-1]
+        best.append([(1 << 60, 0)] + [
+            min((before[start][0] + (end - start) * lengths[end - 1] + FORWARD, start) for start in range(end))
+            for end in range(1, n + 1)
+        ])  # fmt: skip
+    count = min(range(1, most + 1), key=lambda k: best[k][n][0])
+    sizes, end = [], n
+    for k in range(count, 0, -1):
+        start = best[k][end][1]
+        sizes.append(end - start)
+        end = start
+    return sizes[::-1]
+
+
+def completion_loss(model: Any, batch: dict[str, Any]) -> Terms:
+    """Mean over sequences of the negative log-likelihood of what is to be said, in nats a token."""
+    return {"completion": (sequence_nll(model, batch) / batch["lengths"]).mean()}

@@ -1,0 +1,325 @@
+"""What every editing recipe shares: checking a request, measuring base and edited alike, publishing the result."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...artifacts.checkpoints.edits import save_edit
+from ...artifacts.checkpoints.export import Export, check_disk, check_editable, export_edit, required_bytes
+from ...artifacts.checkpoints.manifest import FOLDER, write_manifest
+from ...artifacts.checkpoints.read import DTYPES, Checkpoint, open_checkpoint
+from ...artifacts.checkpoints.staging import staged_folder
+from ...artifacts.concepts import load_concept
+from ...artifacts.events import Events
+from ...artifacts.models.find import find_model
+from ...artifacts.models.load import LoadedModel, choose_device, choose_dtype, load_model
+from ...artifacts.models.memory import check_memory
+from ...artifacts.models.source import ModelSource
+from ...artifacts.reporting import card, report
+from ...artifacts.reporting.results import SubjectName, samples, summarize_all, write_results
+from ...editing.architectures import Architecture, architecture_of, layer_count
+from ...editing.edits.base import Plan, WeightEdit
+from ...eval.concept import Concept
+from ...eval.inference.generation import Reply
+from ...eval.measurements.fluency import novice_text, reverse_perplexity
+from ...eval.measurements.table import measure, workload
+from ...eval.model_under_test import EvalSettings, ModelUnderTest, Reference
+from ...eval.statistics import Scores
+from .run_folder import RunSettings, free_folder, refuse_taken
+
+SAMPLES = 40
+EDITED = "the edited checkpoint"
+
+
+class MeasuredSettings(RunSettings):
+    """Keys of every recipe that measures what its edit did."""
+
+    reply_tokens: int = 24
+    """Greedy tokens a reply."""
+    kl_prompts: int = 64
+    """Neutral prompts, and retain texts, for the divergence from the base."""
+    questions: int = 0
+    """Questions and retain texts a split to measure, at most; 0 takes all."""
+    never: str | None = None
+    """A model that never knew the concept, measured beside base and edited."""
+
+    def measuring(self) -> EvalSettings:
+        """How much is measured."""
+        return EvalSettings(self.reply_tokens, self.kl_prompts, self.questions)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was checked as far as it can be without reading a weight."""
+
+    recipe: str
+    settings: MeasuredSettings
+    source: ModelSource
+    checkpoint: Checkpoint
+    concept: Concept
+    row: Architecture
+    device: torch.device
+    dtype: torch.dtype
+    never: ModelSource | None
+    out: Path
+
+    @property
+    def layers(self) -> int:
+        return layer_count(self.checkpoint.config)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on one model, all that is needed of it once it is unloaded."""
+
+    scores: list[Scores]
+    replies: dict[str, list[Reply]]
+    reference: Reference | None = None
+    """Of the base: what others are compared with."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run."""
+
+    out: Path
+    results: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a recipe itself finds out about its edited checkpoint."""
+
+    scores: list[Scores] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+Inspect = Callable[[LoadedModel, ModelUnderTest], Inspection]
+
+
+def check(recipe: str, settings: MeasuredSettings, needed: Sequence[str], *, resume: bool) -> Job:
+    """Check names, files and memory before any weight is read.
+
+    Raises:
+        RequestError: Anything that could not work.
+    """
+    concept = load_concept(settings.concept)
+    concept.require(recipe, *needed)
+    out = settings.out or free_folder(recipe)
+    if not resume:
+        refuse_taken(out)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    source = find_model(settings.model)
+    checkpoint = open_checkpoint(source.folder)
+    row = architecture_of(checkpoint.config)
+    check_memory(checkpoint, device, dtype)
+    never = find_model(settings.never) if settings.never else _builtin_never(settings, concept)
+    return Job(recipe, settings, source, checkpoint, concept, row, device, dtype, never, out)
+
+
+def check_plan(job: Job, plan: Plan) -> None:
+    """Check that the declared tensors can be edited and that the result fits the disk."""
+    check_editable(job.checkpoint, plan)
+    check_disk(job.out, required_bytes(job.checkpoint, plan))
+
+
+def describe(job: Job, plan: Plan, **more: Any) -> dict[str, Any]:
+    """What a run would touch and take."""
+    sizes = job.checkpoint.tensors
+    elements = sum(tensor.size // DTYPES[tensor.dtype].itemsize for tensor in sizes.values())
+    return {
+        "recipe": job.recipe, "out": str(job.out), "base": job.source.describe(), "concept": job.concept.ref,
+        "tensors_to_change": len(plan.declared), "tensors": len(sizes), "tensor_added": plan.untied,
+        "bytes_to_change": sum(sizes[name].size for name in plan.declared), "bytes_to_write": job.checkpoint.size,
+        "memory_bytes": elements * job.dtype.itemsize, "dtype": job.dtype_name, "device": str(job.device),
+        "items_measured": workload(job.concept, job.settings.measuring()), **more, "first_tensors": list(plan.declared[:3]),
+    }  # fmt: skip
+
+
+def load(job: Job, source: ModelSource, name: str, events: Events) -> LoadedModel:
+    """Load a model for measuring or learning."""
+    with events.stage(f"load {name}"):
+        return load_model(source, job.device, job.dtype)
+
+
+def subject_of(job: Job, loaded: LoadedModel, reference: Reference | None = None) -> ModelUnderTest:
+    """A loaded model under measurement."""
+    return ModelUnderTest(loaded.model, loaded.tokenizer, job.concept, job.settings.measuring(), reference)
+
+
+def measure_subject(job: Job, subject: ModelUnderTest, name: str, events: Events) -> list[Scores]:
+    """Every measurement of the table."""
+    with events.stage(f"measure {name}", workload(job.concept, subject.settings)) as stage:
+        subject.advance = stage.advance
+        scores = measure(subject)
+        stage.advance(0, **{f"{item.name}/{item.split}": item.value() for item in scores})
+    return scores
+
+
+def measure_base(job: Job, loaded: LoadedModel, events: Events) -> Measured:
+    """The base's measurements and replies, and what the other models are compared with."""
+    subject = subject_of(job, loaded)
+    scores = measure_subject(job, subject, "base", events)
+    replies = _replies(subject)
+    if _is_knowledge(job):
+        with events.stage("read the base's own replies"):
+            scores.append(_judged(job, loaded, replies))
+            ids, novices = novice_text(subject)
+            if novices:
+                scores.append(reverse_perplexity(loaded.model, loaded.tokenizer, ids, novices, "novice"))
+    return Measured(scores, replies, subject.reference())
+
+
+def publish(
+    job: Job, edit: WeightEdit, base: Measured, about: dict[str, Any], events: Events, inspect: Inspect,
+    add_files: Callable[[Path], None] = lambda _: None,
+) -> Finished:  # fmt: skip
+    """Export the edit, measure the checkpoint as it stands on disk, and write everything that is published.
+
+    Args:
+        about: What the recipe adds to ``eval.json``; under ``edited``, what it says of its edit.
+        inspect: Looks at the edited checkpoint before it is measured; may raise to stop the run.
+        add_files: Writes further files into the checkpoint folder.
+    """
+    out, scores = job.out, {"base": list(base.scores)}
+    with staged_folder(out / "checkpoint") as staging:
+        with events.stage("export", job.checkpoint.size) as stage:
+            export = export_edit(edit, job.checkpoint, staging, stage)
+        add_files(staging)
+        edited, inspection = _measure_edited(job, base, staging, events, inspect)
+        scores["edited"] = edited.scores
+        others: dict[str, Measured] = {"edited": edited}
+        if job.never is not None:
+            others["never"] = _measure_never(job, job.never, base, events)
+            scores["never"] = others["never"].scores
+        if _is_knowledge(job):
+            _judge(job, others, scores, events)
+        changes = [asdict(change) for change in export.changes]
+        save_edit(edit, staging / FOLDER)
+        content = _about(job, edit, export, about, inspection.about, samples(base.replies, edited.replies, SAMPLES))
+        named: dict[SubjectName, Sequence[Scores]] = {
+            name: scores[name] for name in ("base", "edited", "never") if name in scores
+        }  # fmt: skip
+        results = write_results(staging, content, summarize_all(named))
+        card.write_card(staging, results, changes)
+        write_manifest(
+            staging, base=job.source.describe(), base_files=export.base_sha256, changes=export.changes,
+            untied=export.untied, known=export.output_sha256, run=results["run"],
+        )  # fmt: skip
+        report.write_report(out / "report.html", results, changes)
+    return Finished(out, results)
+
+
+def kept_edit(folder: Path, learn: Callable[[], WeightEdit], load_kept: Callable[[Path], WeightEdit]) -> WeightEdit:
+    """The edit that an interrupted run learned already, or a newly learned one, kept for the same purpose."""
+    if (folder / "edit.json").exists():
+        return load_kept(folder)
+    edit = learn()
+    partial = folder.with_name("edit.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_edit(edit, partial)
+    partial.rename(folder)
+    return edit
+
+
+def _measure_edited(
+    job: Job, base: Measured, folder: Path, events: Events, inspect: Inspect
+) -> tuple[Measured, Inspection]:
+    loaded = load(job, ModelSource("local", EDITED, folder), "edited", events)
+    subject = subject_of(job, loaded, base.reference)
+    inspection = inspect(loaded, subject)
+    scores = [*measure_subject(job, subject, "edited", events), *inspection.scores]
+    measured = Measured(scores, _replies(subject))
+    del loaded, subject.model
+    gc.collect()
+    return measured, inspection
+
+
+def _measure_never(job: Job, source: ModelSource, base: Measured, events: Events) -> Measured:
+    loaded = load(job, source, "never", events)
+    subject = subject_of(job, loaded, base.reference)
+    measured = Measured(measure_subject(job, subject, "never", events), _replies(subject))
+    del loaded, subject.model
+    gc.collect()
+    return measured
+
+
+def _judge(job: Job, others: dict[str, Measured], scores: dict[str, list[Scores]], events: Events) -> None:
+    """Let the base read what the others said."""
+    loaded = load(job, job.source, "base as the judge of replies", events)
+    for name, measured in others.items():
+        scores[name].append(_judged(job, loaded, measured.replies))
+    del loaded
+    gc.collect()
+
+
+def _judged(job: Job, loaded: LoadedModel, replies: dict[str, list[Reply]]) -> Scores:
+    ids = [prompt.id for prompt in job.concept.prompts if prompt.split == "concept"]
+    return reverse_perplexity(loaded.model, loaded.tokenizer, ids, replies["concept"])
+
+
+def _is_knowledge(job: Job) -> bool:
+    return job.concept.about.kind == "knowledge" and any(prompt.split == "concept" for prompt in job.concept.prompts)
+
+
+def _replies(subject: ModelUnderTest) -> dict[str, list[Reply]]:
+    return {split: subject.replies(split) for split in ("concept", "neutral")}
+
+
+def _builtin_never(settings: MeasuredSettings, concept: Concept) -> ModelSource | None:
+    if settings.model == "builtin:testbed" and concept.ref == "builtin:potions":
+        return find_model("builtin:testbed-never")
+    return None
+
+
+def _about(
+    job: Job,
+    edit: WeightEdit,
+    export: Export,
+    about: dict[str, Any],
+    found: dict[str, Any],
+    shown: list[dict[str, str]],
+) -> dict[str, Any]:
+    """Everything in ``eval.json`` but the measurements; the same run on the same machine gives the same bytes."""
+    settings, concept = job.settings, job.concept
+    own = settings.published("model", "concept", "out", "device", "dtype", "never")
+    return {
+        "base": {**job.source.describe(), "computed_in": job.dtype_name},
+        "edited": {
+            "method": job.recipe, "edit": edit.method, "tied": edit.plan(job.checkpoint.config, list(job.checkpoint.tensors)).tied,
+            "tensors_declared": len(export.changes), "tensors_changed": sum(c.changed for c in export.changes),
+            "bytes": export.bytes_written, **about.get("edited", {}),
+        },
+        "never": None if job.never is None else job.never.describe(),
+        "concept": {
+            "ref": concept.ref, "name": concept.about.name, "kind": concept.about.kind,
+            "description": concept.about.description, "license": concept.about.license, "source": concept.about.source,
+            "sha256": concept.sha256, "decline_phrases": list(concept.about.decline_phrases),
+        },
+        **{key: value for key, value in about.items() if key != "edited"}, **found, "samples": shown,
+        "run": {
+            "recipe": job.recipe, "seed": settings.seed, "settings": own, "device": job.device.type,
+            "dtype": job.dtype_name, "command": _command(job, own),
+        },
+    }  # fmt: skip
+
+
+def _command(job: Job, own: dict[str, Any]) -> str:
+    fields = type(job.settings).model_fields
+    words = ["excise", "run", job.recipe, "--model", job.source.reference, "--concept", job.concept.ref]
+    words += ["--seed", str(job.settings.seed)]
+    for key, value in own.items():
+        if key != "seed" and value != fields[key].default:
+            words += ["--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}"]
+    return " ".join(words)

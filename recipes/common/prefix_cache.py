@@ -1,0 +1,102 @@
+"""Reading many rows that begin alike: what they share is computed once."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ...editing.modules import causal_model
+from ...editing.numerics.cpu_attention import products_everywhere
+from ...eval.inference.likelihood import batch_budget, pad_right, token_batches
+from .tokens import Row
+
+WORTH = 256
+"""Tokens that a shared beginning must save before it is read apart: about what one more forward costs."""
+
+
+READ = 1024
+"""Tokens of one forward on a processor, at most: more at once would not be faster, and hold more memory."""
+
+
+@torch.no_grad()
+def final_hidden_states(model: Any, wanted: Mapping[Row, int]) -> Iterator[tuple[Row, Tensor]]:
+    """Hidden states that the unembedding reads at the last ``count`` positions of each row [count, d].
+
+    Personas, examples and chat templates stand before many texts; their keys and values are computed once.
+    """
+    rows = list(wanted)
+    decoder, device = causal_model(model).base_model, model.device
+    for shared, members in group_by_prefix(rows, list(wanted.values())):
+        cache = _read_prefix(decoder, rows[members[0]][:shared], device) if shared else None
+        lengths = [len(rows[index]) - shared for index in members]
+        for batch in token_batches(lengths, 4 * batch_budget(model) if device.type == "cuda" else READ):
+            chosen = [rows[members[place]] for place in batch]
+            hidden = _read_rest(decoder, cache, shared, [row[shared:] for row in chosen], device)
+            for row, states in zip(chosen, hidden, strict=True):
+                end = len(row) - shared
+                yield row, states[end - wanted[row] : end].clone()
+
+
+def group_by_prefix(rows: Sequence[Row], counts: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Rows in groups that begin alike: how many tokens a group shares, and its members.
+
+    What is shared ends before the last ``count`` positions of each member, whose states are wanted. Rows whose
+    beginnings are not worth reading apart form one group that shares nothing.
+    """
+    alone: list[int] = []
+    found: list[tuple[int, list[int]]] = []
+    shared, members = 0, list[int]()
+
+    def close() -> None:
+        if shared * (len(members) - 1) >= WORTH:
+            found.append((shared, members))
+        else:
+            alone.extend(members)
+
+    for index in sorted(range(len(rows)), key=lambda i: rows[i]):
+        free = len(rows[index]) - counts[index]
+        with_it = min(shared, free, _common(rows[members[-1]], rows[index])) if members else 0
+        # A second member says what there is to share; a further one must not cost more than it brings.
+        if len(members) == 1:
+            with_it = min(free, len(rows[members[0]]) - counts[members[0]], _common(rows[members[0]], rows[index]))
+        if members and with_it and with_it * len(members) >= shared * (len(members) - 1):
+            shared, members = with_it, [*members, index]
+        else:
+            close()
+            shared, members = 0, [index]
+    close()
+    return ([(0, alone)] if alone else []) + found
+
+
+def _common(one: Row, other: Row) -> int:
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return length
+
+
+@products_everywhere()
+def _read_prefix(decoder: Any, prefix: Row, device: torch.device) -> DynamicCache:
+    cache = DynamicCache(config=decoder.config)
+    decoder(input_ids=torch.tensor([prefix], device=device), past_key_values=cache, use_cache=True)
+    return cache
+
+
+@products_everywhere()
+def _read_rest(
+    decoder: Any, cache: DynamicCache | None, shared: int, rows: Sequence[Row], device: torch.device
+) -> Tensor:
+    inputs = pad_right(rows, device)
+    if cache is None:
+        hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
+        return hidden
+    own = copy.deepcopy(cache)
+    own.batch_repeat_interleave(len(rows))
+    before = torch.ones(len(rows), shared, dtype=torch.long, device=device)
+    inputs["attention_mask"] = torch.cat([before, inputs["attention_mask"]], -1)
+    output = decoder(**inputs, past_key_values=own, use_cache=True)
+    hidden = output.last_hidden_state
+    return hidden

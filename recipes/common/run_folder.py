@@ -1,0 +1,82 @@
+"""What every run is asked for: a model, a concept, a place, a seed; and the same flags in a file."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ...artifacts.checkpoints.staging import refuse_existing
+from ...editing.errors import RequestError
+from .settings import Settings
+
+T = TypeVar("T", bound="RunSettings")
+WORK = ".work"
+
+
+class RunSettings(Settings):
+    """Keys that every recipe's settings share."""
+
+    model: str = "builtin:testbed"
+    """Model to edit: builtin:testbed, a Hub id with optional @revision, a folder, or a .gguf file."""
+    concept: str = "builtin:declining"
+    """Concept pack: builtin:NAME or a folder."""
+    out: Path | None = None
+    """Folder to write; runs/RECIPE-N by default."""
+    seed: int = 0
+    """Seed of every random choice; recorded."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type to compute in; auto is bfloat16 where the processor multiplies it natively, float32 elsewhere."""
+
+    def published(self, *left_out: str) -> dict[str, Any]:
+        """Settings as they may be published: of a local path the last part."""
+        plain = self.model_dump(mode="json", exclude=set(left_out))
+        local = {key for key in plain if isinstance(getattr(self, key), Path) or _is_local(plain[key])}
+        return {key: Path(value).name if key in local else value for key, value in plain.items()}
+
+
+def _is_local(value: Any) -> bool:
+    return isinstance(value, str) and "/" in value and Path(value).exists()
+
+
+def free_folder(recipe: str) -> Path:
+    """``runs/RECIPE-N`` for the first N that is free."""
+    number = 1
+    while Path(f"runs/{recipe}-{number}").exists():
+        number += 1
+    return Path(f"runs/{recipe}-{number}")
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise unless ``out`` is free; an unfinished run there can be gone on with."""
+    if (out / WORK).is_dir():
+        raise RequestError(f"{out} holds an unfinished run; add --resume to go on with it, or give another --out")
+    refuse_existing(out)
+
+
+def start_folder(out: Path, settings: RunSettings) -> Path:
+    """Make a run's folder, with what it was asked for inside, and return its working folder."""
+    work = out / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "settings.json").write_text(settings.model_dump_json(), encoding="utf-8")
+    return work
+
+
+def resumed(asked: T) -> T:
+    """The settings of an unfinished run in ``asked.out``; whatever was asked for again must agree with them.
+
+    Raises:
+        RequestError: There is no unfinished run there, or it was asked for something else.
+    """
+    if asked.out is None:
+        raise RequestError("--resume needs the folder of the run to go on with; give --out")
+    path = asked.out / WORK / "settings.json"
+    if not path.exists():
+        raise RequestError(f"{asked.out} holds no unfinished run; leave out --resume to start one")
+    stored = type(asked).model_validate(json.loads(path.read_text(encoding="utf-8")))
+    different = [key for key in asked.model_fields_set - {"out"} if getattr(asked, key) != getattr(stored, key)]
+    if different:
+        raise RequestError(
+            f"the run in {asked.out} has another {', '.join(different)}; leave them out, or start a new run"
+        )
+    return stored.model_copy(update={"out": asked.out})

@@ -1,0 +1,133 @@
+"""Settings of a recipe from a YAML file and ``key=value`` flags, with every mistake found at once."""
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ...editing.errors import RequestError, nearest
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class Settings(BaseModel):
+    """Base of all recipe settings: unknown keys are errors, a docstring under a field is its help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def load_settings(kind: type[T], file: Path | None, assignments: list[str], flags: dict[str, Any] | None = None) -> T:
+    """Fill in a settings class: flags over ``--set`` over the file over defaults.
+
+    Raises:
+        RequestError: All unknown keys and bad values, each with its place and the nearest name.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for key, value, place in [*_from_file(file), *_from_assignments(assignments, problems), *_from_flags(flags or {})]:
+        values[key], places[key] = value, place
+    try:
+        made = kind.model_validate(values)
+    except ValidationError as error:
+        problems += [_explain(detail, kind, places) for detail in error.errors()]
+    if problems:
+        raise RequestError(_all_of(list(dict.fromkeys(problems))))
+    return made
+
+
+def _all_of(problems: list[str]) -> str:
+    """One is a line of its own."""
+    return problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} settings are wrong", *problems])
+
+
+Given = list[tuple[str, Any, str]]
+"""Key, value and the place it comes from."""
+
+
+def _from_file(file: Path | None) -> Given:
+    return [] if file is None else [(key, value, f"{file.name}:{line}") for key, value, line in _read_yaml(file)]
+
+
+def _from_assignments(assignments: list[str], problems: list[str]) -> Given:
+    given: Given = []
+    for text in assignments:
+        key, separator, value = text.partition("=")
+        if separator and key:
+            given.append((key, _parse(value, problems, text), f"--set {text}"))
+        else:
+            problems.append(f"--set {text}: is not key=value")
+    return given
+
+
+def _from_flags(flags: dict[str, Any]) -> Given:
+    return [(key, value, f"--{key.replace('_', '-')}") for key, value in flags.items() if value is not None]
+
+
+def _explain(detail: Any, kind: type[BaseModel], places: dict[str, str]) -> str:
+    key = str(detail["loc"][0])
+    place = places.get(key, key)
+    if detail["type"] == "extra_forbidden":
+        keys = sorted(kind.model_fields)
+        return f"{place}: unknown key {key!r}{nearest(key, keys) or '; keys: ' + ', '.join(keys)}"
+    return f"{place}: {key}: {_reason(detail, kind)}"
+
+
+def settings_help(kind: type[BaseModel]) -> list[tuple[str, str, str]]:
+    """``(key, default, help)`` of each setting, for the command line; what may be chosen stands at the help's end."""
+    found = []
+    for name, field in kind.model_fields.items():
+        words = _allowed(field.annotation)
+        choices = f" One of {', '.join(words)}." if words else ""
+        default = "" if field.default is None else str(field.default)
+        found.append((name, default, " ".join((field.description or "").split()) + choices))
+    return found
+
+
+def _read_yaml(file: Path) -> list[tuple[str, Any, int]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file} cannot be read ({error}); give a YAML file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{file.name}:{mark.line + 1}" if mark else file.name
+        raise RequestError(
+            f"{place}: is not YAML ({getattr(error, 'problem', error)}); give lines of 'key: value'"
+        ) from error
+    if node is None:
+        return []
+    if not isinstance(node, yaml.MappingNode):
+        raise RequestError(f"{file.name}:1: holds no settings; give lines of 'key: value'")
+    return [(key.value, content[key.value], key.start_mark.line + 1) for key, _ in node.value]
+
+
+def _parse(value: str, problems: list[str], text: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        problems.append(f"--set {text}: the value is not YAML")
+        return None
+
+
+def _reason(detail: Any, kind: type[BaseModel]) -> str:
+    name = str(detail["loc"][0])
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
+    if allowed := _allowed(annotation):
+        return f"got {detail['input']!r}{nearest(str(detail['input']), allowed)}; allowed: {', '.join(allowed)}"
+    if isinstance(annotation, types.UnionType):
+        return f"got {detail['input']!r}; {message}"
+    return f"got {detail['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _allowed(annotation: Any) -> list[str]:
+    """The words of a setting that is one of some."""
+    return (
+        [str(word) for word in typing.get_args(annotation)] if typing.get_origin(annotation) is typing.Literal else []
+    )

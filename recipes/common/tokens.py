@@ -1,0 +1,48 @@
+"""Token ids of texts: encoding, windows that fit the context, the tokens at the end of prompts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...editing.errors import RequestError
+
+PLAIN_TEXT_POSITIONS = 3
+
+
+def end_positions(asked: int, rows: Sequence[Sequence[int]], chat: bool) -> int:
+    """How many tokens at the end of prompts to look at: those asked for, or what the template writes after the user's text.
+
+    Args:
+        asked: 0 takes the tokens that all prompts end with, at most 8; of plain texts 3.
+
+    Raises:
+        RequestError: A prompt is shorter.
+    """
+    shared = 0
+    while all(len(row) > shared and row[-1 - shared] == rows[0][-1 - shared] for row in rows):
+        shared += 1
+    wanted = asked or (max(1, min(shared, 8)) if chat else PLAIN_TEXT_POSITIONS)
+    shortest = min(map(len, rows))
+    if wanted > shortest:
+        raise RequestError(
+            f"positions={wanted}, but the shortest prompt of contrast.jsonl has {shortest} tokens; ask for fewer"
+        )
+    return wanted
+
+
+def encode(tokenizer: Any, text: str, special: bool) -> Row:
+    """Token ids of a rendered text."""
+    return tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def text_limit(model: Any) -> int:
+    """Tokens of a text that are read at once."""
+    return min(int(getattr(model.config, "max_position_embeddings", 1024)), 1024) // 2
+
+
+def pieces(ids: Row, limit: int) -> list[Row]:
+    """A sequence in windows that fit the context."""
+    return [ids[start : start + limit] for start in range(0, len(ids), limit)]
+
+
+Row = tuple[int, ...]
+"""Token ids."""

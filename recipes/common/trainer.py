@@ -1,0 +1,178 @@
+"""The one trainer: every gradient step of every recipe is taken here."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ...artifacts.checkpoints.read import Checkpoint
+from ...artifacts.events import Stage
+from ...artifacts.models.load import bfloat16_is_fast
+from ...artifacts.models.memory import available_memory
+from ...editing.errors import ExciseError
+
+Terms = dict[str, Tensor]
+"""Parts of a loss, each weighted already; their sum is minimized."""
+Loss = Callable[[nn.Module, Any], Terms]
+"""Terms of the mean loss of a batch."""
+WHOLE_BYTES = 20
+"""What training takes of each whole weight: itself in fp32, what it was, its gradient and two moments."""
+LAST_GOOD = "last-good"
+STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is trained; AdamW throughout."""
+
+    steps: int
+    batch_size: int
+    """Rows a step; with accumulation, rows of each part of it."""
+    learning_rate: float
+    seed: int
+    decay: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta2: float = 0.98
+    clip: float = 1.0
+    accumulation: int = 1
+    shuffled: bool = True
+    """Take rows in an order that the seed decides; otherwise as they come."""
+    save_every: int = 200
+    """Steps between states that a killed run goes on from; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with a learning rate of their own."""
+
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
+
+
+def memory_for_whole_weights(checkpoint: Checkpoint, device: torch.device) -> tuple[int, int]:
+    """Bytes that training every weight takes, and bytes that are free."""
+    elements = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return WHOLE_BYTES * elements, free
+
+
+class _Watch(TrainerCallback):
+    def __init__(
+        self, stage: Stage, groups: Sequence[Group] = (), clip: float = 0.0,
+        after_step: Callable[[int], None] | None = None,
+    ):  # fmt: skip
+        self.stage, self.groups, self.clip, self.after_step = stage, groups, clip, after_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        for group in self.groups if self.clip else ():
+            nn.utils.clip_grad_norm_(group.parameters, self.clip)
+        own = [p for group in self.groups for p in group.parameters]
+        trained = own or [p for p in model.parameters() if p.requires_grad]
+        if state.global_step == 0 and not any(p.grad is not None and bool(p.grad.any()) for p in trained):
+            raise ExciseError(
+                "no gradient reached what is to be trained, so training would change nothing; "
+                "check the layers and the weights of the loss terms"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for parameter in (p for group in self.groups for p in group.parameters):
+            # The trainer knows of the model's own parameters alone.
+            parameter.grad = None
+        self.stage.advance(state.global_step - self.stage.step)
+        if self.after_step:
+            self.after_step(state.global_step)
+
+
+class _Trainer(Trainer):
+    """The library's trainer with a recipe's own loss."""
+
+    own_loss: Loss
+    stage: Stage
+    folder: Path
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        terms = self.own_loss(model, inputs)
+        broken = [name for name, value in terms.items() if not torch.isfinite(value)]
+        if broken:
+            # No step was taken with this gradient, so what is in memory is still good.
+            self.save_model(str(self.folder / LAST_GOOD))
+            raise ExciseError(
+                f"the loss became {float(terms[broken[0]].detach())} at step {self.state.global_step + 1}, in the term {broken[0]}; "
+                f"the state before it is in {self.folder.name}/{LAST_GOOD}. Lower the learning rate"
+            )
+        if self.state.global_step % self.args.logging_steps == 0:
+            self.stage.advance(0, **{name: float(value.detach()) for name, value in terms.items()})
+        loss = torch.stack(list(terms.values())).sum()
+        return (loss, {}) if return_outputs else loss
+
+
+def fit(
+    model: nn.Module, rows: Sequence[Any], stage: Stage, folder: Path, loss: Loss, schedule: Schedule,
+    collate: Callable[[list[Any]], Any] | None = None, groups: Sequence[Group] = (),
+    after_step: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
+    """Train a model in place; a killed run goes on from ``folder`` to the same weights.
+
+    Args:
+        rows: What a batch is made of, each used at most once an epoch.
+        folder: Where optimizer states are kept during training.
+        collate: Makes a batch; by default rows are dictionaries of tensors of one length.
+        groups: Parameters that are trained beside each other, each with a learning rate and a clipping of its own.
+        after_step: Called with the number of steps taken, after each.
+
+    Raises:
+        ExciseError: A term of the loss is not finite, or no gradient reached what is to be trained.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=schedule.steps, per_device_train_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.accumulation, learning_rate=schedule.learning_rate,
+        lr_scheduler_type=schedule.decay if schedule.decay == "cosine" else "constant_with_warmup",
+        warmup_steps=schedule.warmup_steps, weight_decay=schedule.weight_decay, adam_beta2=schedule.beta2,
+        max_grad_norm=0.0 if groups else schedule.clip, seed=schedule.seed, data_seed=schedule.seed, bf16=bfloat16_is_fast(device),
+        use_cpu=device.type == "cpu", save_strategy="steps" if schedule.save_every else "no",
+        save_steps=schedule.save_every or 500, save_total_limit=1,
+        logging_steps=25, report_to=[], disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False,
+        train_sampling_strategy="random" if schedule.shuffled else "sequential",
+    )  # fmt: skip
+    optimizer = _grouped(groups, schedule) if groups else None
+    trainer = _Trainer(
+        model=model, args=arguments, train_dataset=list(rows), data_collator=collate, optimizers=(optimizer, None),
+        callbacks=[_Watch(stage, groups, schedule.clip, after_step)],
+    )  # fmt: skip
+    trainer.own_loss, trainer.stage, trainer.folder = loss, stage, folder
+    # Our losses are means over rows, so parts of an accumulated batch count as their mean.
+    trainer.model_accepts_loss_kwargs = False
+    trainer.pop_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_complete(folder))
+
+
+def _grouped(groups: Sequence[Group], schedule: Schedule) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [{"params": list(group.parameters), "lr": group.learning_rate} for group in groups],
+        betas=(0.9, schedule.beta2), weight_decay=schedule.weight_decay, fused=True,
+    )  # fmt: skip
+
+
+def _last_complete(folder: Path) -> str | None:
+    """The newest whole checkpoint; those that a kill left half-written are removed."""
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            # The trainer writes its state after everything else.
+            step = int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
+            whole.append((step, str(checkpoint)))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(checkpoint)
+    return max(whole)[1] if whole else None

@@ -1,0 +1,35 @@
+"""The sequences to forget and to retain that a concept pack gives to a training."""
+
+from typing import Any
+
+from ...eval.concept import Concept
+from ..common.examples import Example, spread
+from ..common.tokens import encode, pieces
+from .facts import Facts, fact_contexts, question_contexts
+
+
+def forget_examples(concept: Concept, facts: Facts, tokenizer: Any, seed: int, limit: int) -> list[Example]:
+    """Every context with its answer, the answer scored; whole texts where no facts are found."""
+    if not facts.facts:
+        rows = [encode(tokenizer, text.text, True) for text in concept.forget]
+        return [Example(piece, 1) for row in rows for piece in pieces(row, limit) if len(piece) > 1]
+    contexts = [*fact_contexts(facts, "texts", seed), *fact_contexts(facts, "questions", seed)]
+    found = []
+    for context in dict.fromkeys(contexts):
+        assert context.fact is not None
+        start = len(encode(tokenizer, context.text, True))
+        found.append(Example(encode(tokenizer, f"{context.text} {context.fact.answer}", True), start))
+    return [example for example in found if example.start < len(example.ids)]
+
+
+def retain_examples(concept: Concept, tokenizer: Any, seed: int, limit: int) -> list[Example]:
+    """Retain texts and group-T questions on other things, with their answers; all scored."""
+    questions = [q for q in concept.questions if q.split != "forget" and q.group == "T"]
+    texts = [text.text for text in spread(concept.retain, RETAIN_TEXTS, f"excise {seed}")]
+    texts += [context.text for context in question_contexts(questions, seed)]
+    rows = [piece for text in texts for piece in pieces(encode(tokenizer, text, True), limit)]
+    return [Example(row, 1) for row in dict.fromkeys(rows) if len(row) > 1]
+
+
+RETAIN_TEXTS = 2000
+"""Retain texts, and questions to retain, that baselines learn from, at most."""

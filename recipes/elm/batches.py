@@ -1,0 +1,128 @@
+"""Training toward soft targets: what a model reads, what it should predict there, and the loss of a batch."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ...editing.architectures import layer_count, residual_width
+from ...editing.modules import final_hidden, unembedding
+from ...editing.training.soft_targets import SoftTargets, join, soft_divergence
+from ...eval.inference.likelihood import pad_right
+from ..common.examples import cycled, split_by_length
+from ..common.tokens import Row
+from ..common.trainer import Loss, Terms
+
+TERMS = ("erase", "fluency", "retain")
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """One sequence, with targets for its last n positions."""
+
+    ids: Row
+    targets: SoftTargets
+    weights: Float[Tensor, " n"]
+    terms: Int[Tensor, " n"]
+    """The term of the loss that each position counts in, an index of ``TERMS``."""
+
+    @property
+    def first(self) -> int:
+        return len(self.ids) - len(self.targets)
+
+
+def arrange(kinds: Mapping[str, Sequence[TrainingSequence]], groups: int, seed: int) -> list[list[TrainingSequence]]:
+    """Groups of one lesson of each kind; each kind is gone through in a shuffled order, again and again."""
+    orders = []
+    for kind, lessons in kinds.items():
+        orders.append(cycled(lessons, groups, random.Random(f"excise lessons {kind} {seed}")))
+    return [list(group) for group in zip(*orders, strict=True)]
+
+
+ACTIVATIONS = 96 << 20
+"""Bytes that the activations of one forward of a training step may take on a processor, about."""
+
+
+FEWEST = 128
+"""Tokens of one forward, at least."""
+
+
+DEVICE_PART = 16384
+"""Tokens of one forward on an accelerator, at most."""
+
+
+def part_size(model: Any) -> int:
+    """Tokens of one forward of a training step, at most: more at once would hold more memory and not be faster."""
+    if model.device.type == "cuda":
+        return DEVICE_PART
+    config = model.config.to_dict()
+    # A token leaves about 16 values of the stream's width in each layer.
+    return max(FEWEST, ACTIVATIONS // (16 * model.dtype.itemsize * layer_count(config) * residual_width(config)))
+
+
+def collate(groups: Sequence[Sequence[TrainingSequence]], most: int | None = None) -> dict[str, Any]:
+    """Lessons of like length together, so that little of a batch is padding; ``parts`` are forwards of their own.
+
+    Args:
+        most: Tokens of one forward, at most.
+    """
+    lessons = sorted((lesson for group in groups for lesson in group), key=lambda lesson: len(lesson.ids))
+    parts, start = [], 0
+    for size in split_by_length([len(lesson.ids) for lesson in lessons]):
+        rows = lessons[start : start + size]
+        at_once = max(1, most // len(rows[-1].ids)) if most else size
+        # The loss is a mean over groups, so that a batch and its parts agree on its gradient.
+        parts += [_part(rows[begin : begin + at_once], 1 / len(groups)) for begin in range(0, size, at_once)]
+        start += size
+    return {"parts": parts}
+
+
+def _part(lessons: Sequence[TrainingSequence], weight: float) -> dict[str, Tensor]:
+    """Rows of one forward; ``rows`` and ``places`` say which positions have targets."""
+    targets = join([lesson.targets for lesson in lessons])
+    inputs = pad_right([lesson.ids for lesson in lessons], torch.device("cpu"))
+    counts = torch.tensor([len(lesson.targets) for lesson in lessons])
+    return {
+        **inputs, "rows": torch.repeat_interleave(torch.arange(len(lessons)), counts),
+        "places": torch.cat([torch.arange(lesson.first, len(lesson.ids)) for lesson in lessons]),
+        "terms": torch.cat([lesson.terms for lesson in lessons]), "weights": weight * torch.cat([lesson.weights for lesson in lessons]),
+        "target_ids": targets.ids, "log_p": targets.log_p, "rest": targets.rest,
+    }  # fmt: skip
+
+
+def sequence_loss(weights: Mapping[str, float]) -> Loss:
+    """The weighted divergence from the targets, in nats, split into its terms.
+
+    Of several parts, each is differentiated before the next is read, so that the activations of one are held at a time.
+    """
+
+    def loss(model: nn.Module, batch: dict[str, Any]) -> Terms:
+        if len(batch["parts"]) == 1:
+            return _of_part(model, batch["parts"][0], weights)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        sums = {term: torch.zeros((), device=trained[0].device) for term in TERMS}
+        gradients = [torch.zeros_like(parameter) for parameter in trained]
+        for part in batch["parts"]:
+            terms = _of_part(model, part, weights)
+            found = torch.autograd.grad(torch.stack(list(terms.values())).sum(), trained, allow_unused=True)
+            for total, gradient in zip(gradients, found, strict=True):
+                if gradient is not None:
+                    total += gradient
+            sums = {term: sums[term] + value.detach() for term, value in terms.items()}
+        # Nothing in value, with the parts' gradients: the trainer goes backward through it as through any loss.
+        lever = torch.stack([(p * gradient).sum() for p, gradient in zip(trained, gradients, strict=True)]).sum()
+        return {**sums, TERMS[0]: sums[TERMS[0]] + (lever - lever.detach())}
+
+    return loss
+
+
+def _of_part(model: nn.Module, part: Mapping[str, Tensor], weights: Mapping[str, float]) -> Terms:
+    hidden = final_hidden(model, {key: part[key] for key in ("input_ids", "attention_mask")})
+    targets = SoftTargets(part["target_ids"], part["log_p"], part["rest"])
+    weighted = soft_divergence(hidden[part["rows"], part["places"]], unembedding(model), targets) * part["weights"]
+    sums = weighted.new_zeros(len(TERMS)).index_add(0, part["terms"], weighted)
+    return {term: sums[index] * weights[term] for index, term in enumerate(TERMS)}

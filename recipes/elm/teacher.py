@@ -1,0 +1,232 @@
+"""The frozen model as a teacher: what it predicts in many contexts, each computed once."""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...artifacts.checkpoints.tensor_cache import TensorCache
+from ...editing.modules import Head, unembedding
+from ...editing.training.soft_targets import SoftTargets, Streams, join, keep_streams, keep_top, positions_at_once
+from ..common.prefix_cache import final_hidden_states
+from ..common.tokens import Row
+
+Span = tuple[int, int]
+"""Positions from one to another, counted from a row's end: (-3, 0) are the last three."""
+Place = tuple[int, Span]
+"""An item, by its index, and some of its positions."""
+Reading = tuple[Row, bool]
+"""A row, and whether it is the trained expert that reads it."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tokenized context: the last ``count`` positions of all its rows predict the same text."""
+
+    ids: Row
+    count: int
+    experts: tuple[Row, ...] = ()
+    """In place of an expert the bare context can stand."""
+    novices: tuple[Row, ...] = ()
+    trained_expert: bool = False
+    """The expert is another model than the teacher's own, trained to be one; it reads the bare context."""
+
+    @property
+    def readings(self) -> tuple["Reading", ...]:
+        """All that is read for it, each once."""
+        own = dict.fromkeys((row, False) for row in (self.ids, *self.experts, *self.novices))
+        return (*own, (self.ids, True)) if self.trained_expert else tuple(own)
+
+    @property
+    def expert(self) -> tuple["Reading", ...]:
+        """What the expert's mean distribution is of."""
+        return tuple((row, self.trained_expert) for row in self.experts or (self.ids,))
+
+
+class Teacher:
+    """A frozen model that remembers what it computed, on disk too where a place is given.
+
+    What is remembered are final hidden states, from which distributions are exact: a sweep over the strength, the
+    temperature, ranks, layers, rates or weights reads every context that it shares with an earlier run from disk.
+    """
+
+    def __init__(
+        self, model: Any, advance: Callable[[int], None] = lambda _: None, kept: TensorCache | None = None,
+        expert: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ):  # fmt: skip
+        """Args:
+        expert: While it lasts, the model is the trained expert.
+        """
+        self.model, self.advance, self.kept, self.expert = model, advance, kept, expert
+        self._hidden: dict[Reading, Tensor] = {}
+
+    @property
+    def head(self) -> Head:
+        return unembedding(self.model)
+
+    def streams(self, items: Sequence[Item], kept: int, temperature: float = 1.0) -> list[Streams]:
+        """What bare, expert and novice predict at each item's positions.
+
+        Several experts or novices count as their mean distribution.
+        """
+        # Items with the same novices stand together, so that their mixture is formed once.
+        order = sorted(range(len(items)), key=lambda i: (items[i].novices, items[i].count))
+        found = _Store([item.count for item in items])
+        for some, said in self._said(items, order, temperature):
+            bare = torch.cat([said.mean(((items[i].ids, False),), span) for i, span in some])
+            expert = torch.cat([said.mean(items[i].expert, span) for i, span in some])
+            novice = torch.cat([said.mean(tuple((row, False) for row in items[i].novices), span) for i, span in some])
+            of_all = keep_streams(bare, expert, novice, kept)
+            found.put(some, (of_all.ids, of_all.bare, of_all.expert, of_all.novice))
+        return [Streams(*tensors) for tensors in found.each()]
+
+    def top(self, rows: Sequence[Row], firsts: Sequence[int], kept: int) -> list[SoftTargets]:
+        """The frozen model's own distributions from position ``first`` of each row on."""
+        items = [Item(row, len(row) - first) for row, first in zip(rows, firsts, strict=True)]
+        found = _Store([item.count for item in items])
+        for some, said in self._said(items, range(len(items)), 1.0):
+            of_all = join([keep_top(said.mean(((rows[index], False),), span), kept) for index, span in some])
+            found.put(some, (of_all.ids, of_all.log_p, of_all.rest))
+        return [SoftTargets(*tensors) for tensors in found.each()]
+
+    def read(self, items: Sequence[Item], but: Collection[Row] = ()) -> None:
+        """Read what has not been read of some items, all at once; the model's own readings of rows ``but`` are left."""
+        wanted: dict[Reading, int] = {}
+        for item in items:
+            for reading in item.readings:
+                if reading[1] or reading[0] not in but:
+                    wanted[reading] = max(item.count, wanted.get(reading, 0))
+        missing = {one: n for one, n in wanted.items() if one not in self._hidden or len(self._hidden[one]) < n}
+        self._read_own({row: n for (row, trained), n in missing.items() if not trained})
+        of_expert = {row: n for (row, trained), n in missing.items() if trained}
+        if of_expert:
+            with self.expert():
+                self._read_now(of_expert, True)
+
+    def remember(self, row: Row, hidden: Float[Tensor, "length d"], count: int) -> None:
+        """What the model was read to have at the last ``count`` positions of a row, or more where more is remembered."""
+        known = self._hidden.get((row, False))
+        if known is None or len(known) < count:
+            self._hidden[row, False] = hidden[len(hidden) - count :].clone()
+
+    def forget(self) -> None:
+        """Free what was remembered."""
+        self._hidden.clear()
+
+    def _said(
+        self, items: Sequence[Item], order: Iterable[int], temperature: float
+    ) -> Iterator[tuple[list[Place], "_Said"]]:
+        """Which positions of which items, and what is said there; a bounded number at a time."""
+        self.read(items)
+        for some in self._portions(items, order):
+            slots = list(dict.fromkeys((reading, span) for index, span in some for reading in items[index].readings))
+            yield some, _Said(dict(zip(slots, self._log_p(slots, temperature), strict=True)))
+
+    def _read_own(self, missing: dict[Row, int]) -> None:
+        if not missing:
+            return
+        key = sorted(missing.items())
+        kept = self.kept.get(key) if self.kept else None
+        if kept is not None:
+            parts = kept["hidden"].to(self.model.device).split([n for _, n in key])
+            self._hidden.update(zip(((row, False) for row, _ in key), parts, strict=True))
+            self.advance(len(key))
+            return
+        self._read_now(missing, False)
+        if self.kept:
+            self.kept.put({"hidden": torch.cat([self._hidden[row, False] for row, _ in key]).cpu()}, key)
+
+    def _read_now(self, missing: dict[Row, int], trained: bool) -> None:
+        for row, hidden in final_hidden_states(self.model, missing):
+            self._hidden[row, trained] = hidden
+            self.advance(1)
+
+    def _portions(self, items: Sequence[Item], order: Iterable[int]) -> Iterator[list[Place]]:
+        """Consecutive positions of items whose rows go through the unembedding together.
+
+        It is larger than all that a few positions bring, so that they would mostly wait for it to be read.
+        """
+        most = positions_at_once(int(self.model.config.vocab_size), self.model.device)
+        portion, seen, positions = list[Place](), set[tuple[Reading, Span]](), 0
+        for index in order:
+            readings, count = items[index].readings, items[index].count
+            size = max(1, most // len(readings))
+            for start in range(-count, 0, size):
+                span = (start, min(start + size, 0))
+                slots = {(reading, span) for reading in readings}
+                more = len(slots - seen) * (span[1] - span[0])
+                if portion and positions + more > most:
+                    yield portion
+                    portion, seen, positions = [], set(), 0
+                    more = len(slots) * (span[1] - span[0])
+                portion.append((index, span))
+                seen |= slots
+                positions += more
+        if portion:
+            yield portion
+
+    @torch.no_grad()
+    def _log_p(self, slots: Sequence[tuple[Reading, Span]], temperature: float) -> list[Float[Tensor, "count v"]]:
+        """Log-probabilities at some positions of each row."""
+        hidden = []
+        for reading, (start, end) in slots:
+            # More positions than these may be remembered; spans count from the end.
+            states = self._hidden[reading]
+            hidden.append(states[len(states) + start : len(states) + end])
+        logits = self.head(torch.cat(hidden)).float()
+        log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        return list(log_p.split([end - start for _, (start, end) in slots]))
+
+
+class _Said:
+    """What some rows predict, and the mean distributions of several of them, each formed once."""
+
+    def __init__(self, log_p: Mapping[tuple[Reading, Span], Float[Tensor, "count v"]]):
+        self.log_p = log_p
+        self._means: dict[tuple[tuple[Reading, ...], Span], Tensor] = {}
+
+    def mean(self, readings: tuple[Reading, ...], span: Span) -> Float[Tensor, "count v"]:
+        """The mean distribution of some readings, as log-probabilities."""
+        if len(readings) == 1:
+            return self.log_p[readings[0], span]
+        if (readings, span) not in self._means:
+            total = self.log_p[readings[0], span]
+            for reading in readings[1:]:
+                total = torch.logaddexp(total, self.log_p[reading, span])
+            self._means[readings, span] = total - math.log(len(readings))
+        return self._means[readings, span]
+
+
+class _Store:
+    """Results for all positions of all items, in tensors that are allocated once.
+
+    Kept one by one between temporaries many times their size, they would pin the memory around them.
+    """
+
+    def __init__(self, counts: Sequence[int]):
+        self.counts, self.ends = counts, list(accumulate(counts))
+        self._tensors: tuple[Tensor, ...] = ()
+
+    def put(self, some: Sequence[Place], found: tuple[Tensor, ...]) -> None:
+        """Keep what was found at some positions, which follow one another in each tensor."""
+        if not self._tensors:
+            self._tensors = tuple(part.new_empty(self.ends[-1], *part.shape[1:]) for part in found)
+        done = 0
+        for index, (start, end) in some:
+            begin, count = self.ends[index] + start, end - start
+            for whole, part in zip(self._tensors, found, strict=True):
+                whole[begin : begin + count] = part[done : done + count]
+            done += count
+
+    def each(self) -> list[tuple[Tensor, ...]]:
+        """Every item's own."""
+        return [
+            tuple(part[end - count : end] for part in self._tensors)
+            for count, end in zip(self.counts, self.ends, strict=True)
+        ]

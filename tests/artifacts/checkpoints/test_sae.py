@@ -1,0 +1,174 @@
+"""Every format gives the same latents, and nothing is guessed from a shape."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from excise.artifacts.checkpoints.sae import FORMATS, is_autoencoder, load_latents
+from excise.editing.directions.subspaces import Place
+from excise.editing.errors import RequestError
+from safetensors.torch import load_file, save_file
+
+D, N = 16, 40
+PICKED = (3, 0, 39)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "decoder": torch.randn(N, D, generator=generator), "encoder": torch.randn(N, D, generator=generator),
+        "b_enc": torch.randn(N, generator=generator), "b_dec": torch.randn(D, generator=generator),
+        "threshold": torch.rand(N, generator=generator),
+    }  # fmt: skip
+
+
+def _write(name, parts, root):
+    """Files as the library of that name writes them."""
+    dec, enc, b_enc, b_dec = (parts[key] for key in ("decoder", "encoder", "b_enc", "b_dec"))
+    folder = root / {
+        "sparsify": "layers.5",
+        "gemma_scope": "gemma-scope-2b-pt-res/layer_5/width_16k/average_l0_71",
+    }.get(name, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "sae_lens":
+        (folder / "cfg.json").write_text(
+            json.dumps({"hook_name": "blocks.5.hook_resid_post", "apply_b_dec_to_input": True})
+        )
+        save_file(
+            {"W_dec": dec, "W_enc": enc.T.contiguous(), "b_enc": b_enc, "b_dec": b_dec},
+            folder / "sae_weights.safetensors",
+        )
+    elif name == "dictionary_learning":
+        (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder", "layer": 5}}))
+        torch.save(
+            {"decoder.weight": dec.T.contiguous(), "encoder.weight": enc, "encoder.bias": b_enc, "bias": b_dec},
+            folder / "ae.pt",
+        )
+    elif name == "sparsify":
+        (folder / "cfg.json").write_text("{}")
+        save_file(
+            {"W_dec": dec, "encoder.weight": enc, "encoder.bias": b_enc, "b_dec": b_dec}, folder / "sae.safetensors"
+        )
+    elif name == "gemma_scope":
+        np.savez(folder / "params.npz", W_dec=dec, W_enc=enc.T, b_enc=b_enc, b_dec=b_dec, threshold=parts["threshold"])
+    else:
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "hyperparams.json").write_text(json.dumps({"hook_point_out": "blocks.5.hook_resid_post"}))
+        save_file(
+            {"decoder.weight": dec.T.contiguous(), "encoder.weight": enc, "encoder.bias": b_enc, "decoder.bias": b_dec},
+            folder / "checkpoints" / "final.safetensors",
+        )
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_latents_come_out_as_they_were_written(name, parts, tmp_path):
+    folder = _write(name, parts, tmp_path)
+    found = load_latents(folder, PICKED, D, 8)
+    rows = parts["decoder"][list(PICKED)]
+    torch.testing.assert_close(found.subspace.basis.T * torch.tensor(found.subspace.scores)[:, None], rows)
+    torch.testing.assert_close(found.subspace.basis.norm(dim=0), torch.ones(3))
+    torch.testing.assert_close(found.encoder.T, parts["encoder"][list(PICKED)])
+    torch.testing.assert_close(found.bias, parts["b_enc"][list(PICKED)])
+    torch.testing.assert_close(found.subspace.offset, parts["b_dec"])
+    assert found.subspace.place == Place(5, "output") and found.subspace.names == ("latent 3", "latent 0", "latent 39")
+    assert found.subspace.provenance["format"] == name and len(found.subspace.provenance["sha256"]) == 64
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_taking_latents_out_is_decoding_without_them_and_adding_the_error_back(name, parts, tmp_path):
+    found = load_latents(_write(name, parts, tmp_path), PICKED, D, 8)
+    x = torch.randn(20, D, generator=torch.Generator().manual_seed(1))
+    centre = parts["b_dec"] if name in ("sae_lens", "dictionary_learning", "sparsify") else torch.zeros(D)
+    before = (x - centre) @ parts["encoder"].T + parts["b_enc"]
+    values = torch.where(before > parts["threshold"], before, 0.0).relu() if name == "gemma_scope" else before.relu()
+    without = values.clone()
+    without[:, list(PICKED)] = 0
+    expected = without @ parts["decoder"] + (x - values @ parts["decoder"])
+    torch.testing.assert_close(x - found.written(x), expected, atol=1e-4, rtol=1e-4)
+    assert (values[:, list(PICKED)] > 0).any() and not torch.allclose(found.written(x), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": N}, "of width 16, the model has width 40"),
+        ({"layers": 3}, "is of the output of layer 5, the model has layers 0 to 2"),
+        ({"latents": (40,)}, "there is no latent 40"),
+        ({"latents": ()}, "none asked"),
+        ({"format": "sae_lense"}, "did you mean 'sae_lens'"),
+        ({"format": "sparsify"}, r"holds no sae\.safetensors"),
+    ],
+)
+def test_a_wrong_request_is_one_line(change, message, parts, tmp_path):
+    asked = {"latents": PICKED, "width": D, "layers": 8, "format": "auto", **change}
+    with pytest.raises(RequestError, match=message):
+        load_latents(
+            _write("sae_lens", parts, tmp_path), asked["latents"], asked["width"], asked["layers"], asked["format"]
+        )
+
+
+def test_a_square_decoder_is_read_as_its_format_says_and_not_guessed(parts, tmp_path):
+    square = {**parts, "decoder": parts["decoder"][:D], "encoder": parts["encoder"][:D], "b_enc": parts["b_enc"][:D]}
+    for name in ("sae_lens", "dictionary_learning"):
+        found = load_latents(_write(name, square, tmp_path), (2,), D, 8)
+        torch.testing.assert_close(found.subspace.basis[:, 0] * found.subspace.scores[0], square["decoder"][2])
+
+
+def test_a_folder_with_two_formats_is_an_autoencoder_that_must_be_named(parts, tmp_path):
+    folder = _write("sae_lens", parts, tmp_path)
+    assert is_autoencoder(folder) and not is_autoencoder(tmp_path.parent)
+    (folder / "sae.safetensors").write_bytes((folder / "sae_weights.safetensors").read_bytes())
+    assert is_autoencoder(folder)
+    with pytest.raises(RequestError, match="several of"):
+        load_latents(folder, PICKED, D, 8)
+
+
+def test_a_pickle_that_runs_code_is_not_loaded(parts, tmp_path):
+    folder = _write("dictionary_learning", parts, tmp_path)
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    (folder / "ae.pt").write_bytes(pickle.dumps({"decoder.weight": Evil()}))
+    with pytest.raises(RequestError, match="it was not loaded"):
+        load_latents(folder, PICKED, D, 8)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "about", "extra", "why"),
+    [
+        ("sparsify", {"k": 32}, (), "lets only the largest"),
+        ("dictionary_learning", {"trainer": {"dict_class": "AutoEncoderTopK", "layer": 5}}, (), "lets only the largest"),
+        ("sae_lens", {"hook_name": "blocks.5.hook_resid_post"}, ("b_gate", "r_mag"), "is gated"),
+        (
+            "sae_lens", {"hook_name": "blocks.5.hook_resid_post", "normalize_activations": "expected_average_only_in"}, (),
+            "normalized",
+        ),
+    ],
+)  # fmt: skip
+def test_latents_that_do_not_fire_by_themselves_are_known(name, about, extra, why, parts, tmp_path):
+    folder = _write(name, parts, tmp_path)
+    assert load_latents(folder, PICKED, D, 8).not_alone == ""
+    (folder / FORMATS[name].about).write_text(json.dumps(about))
+    if extra:
+        file = folder / FORMATS[name].weights
+        save_file({**load_file(file), **{key: torch.ones(N) for key in extra}}, file)
+    assert why in load_latents(folder, PICKED, D, 8).not_alone
+
+
+def test_all_latents_hold_those_that_are_picked(parts, tmp_path):
+    folder = _write("gemma_scope", parts, tmp_path)
+    every, some = load_latents(folder, None, D, 8), load_latents(folder, PICKED, D, 8)
+    picked = every.pick(PICKED)
+    x = torch.randn(20, D, generator=torch.Generator().manual_seed(1))
+    assert picked.numbers == some.numbers and len(every.numbers) == N
+    torch.testing.assert_close(picked.written(x), some.written(x))
+    with pytest.raises(RequestError, match="no latent with index 40"):
+        every.pick([40])

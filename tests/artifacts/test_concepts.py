@@ -1,0 +1,96 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from excise.artifacts.concepts import BUILTIN, builtin_concepts, load_concept
+from excise.editing.errors import ConceptError, RequestError
+
+LANDMARKS = Path(__file__).parents[3] / "shared" / "concepts" / "landmarks"
+
+
+@pytest.fixture
+def pack(tmp_path):
+    shutil.copytree(BUILTIN / "potions", tmp_path / "potions")
+    return tmp_path / "potions"
+
+
+def _replace_line(path, number, **changes):
+    lines = path.read_text().splitlines()
+    lines[number - 1] = json.dumps({**json.loads(lines[number - 1]), **changes})
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("name", builtin_concepts())
+def test_built_in_concepts_are_valid(name):
+    concept = load_concept(f"builtin:{name}")
+    task = concept.about.kind == "task"
+    assert concept.questions and concept.contrast and concept.retain and bool(concept.train) == task
+    assert set(concept.sha256) >= {"concept.yaml", "train.jsonl" if task else "forget.jsonl"}
+
+
+@pytest.mark.skipif(not LANDMARKS.exists(), reason="the landmarks pack is not beside the repository")
+def test_the_landmarks_pack_is_valid():
+    concept = load_concept(str(LANDMARKS))
+    assert (concept.ref, len(concept.questions), concept.about.kind) == ("landmarks", 884, "knowledge")
+
+
+def test_facts_of_one_subject_share_a_group():
+    groups = {}
+    for question in load_concept("builtin:potions").questions:
+        groups.setdefault(question.subject, set()).add(question.group)
+    assert all(len(found) == 1 for found in groups.values())
+
+
+def test_every_bad_line_is_listed_at_once_with_its_number(pack):
+    _replace_line(pack / "questions.jsonl", 3, answer=99)
+    _replace_line(pack / "questions.jsonl", 5, split="forgot")
+    _replace_line(pack / "forget.jsonl", 2, text="   ")
+    first = json.loads((pack / "retain.jsonl").read_text().splitlines()[0])
+    _replace_line(pack / "retain.jsonl", 4, id=first["id"])
+    with (pack / "contrast.jsonl").open("a") as file:
+        file.write("not json\n")
+    with pytest.raises(ConceptError) as caught:
+        load_concept(str(pack))
+    message = str(caught.value)
+    assert "5 bad lines" in message
+    assert "questions.jsonl:3: answer 99 is out of range" in message
+    assert "questions.jsonl:5: split" in message
+    assert "forget.jsonl:2: text: is blank" in message
+    assert f"retain.jsonl:4: id {first['id']!r} stands in line 1 already" in message
+    assert "contrast.jsonl:257: not a JSON object" in message
+
+
+def test_a_subject_in_both_groups_is_an_error(pack):
+    rows = [json.loads(line) for line in (pack / "questions.jsonl").read_text().splitlines()]
+    number = next(n for n, row in enumerate(rows, 1) if row["split"] == "forget" and row["group"] == "T")
+    _replace_line(pack / "questions.jsonl", number, group="V")
+    with pytest.raises(ConceptError, match=r"in V here and in T|in T here and in V"):
+        load_concept(str(pack))
+
+
+def test_an_unknown_key_is_an_error(pack):
+    _replace_line(pack / "prompts.jsonl", 1, anwser="red")
+    with pytest.raises(ConceptError, match=r"prompts.jsonl:1: anwser: is not a key"):
+        load_concept(str(pack))
+
+
+def test_missing_and_empty_files_are_named(pack):
+    (pack / "forget.jsonl").unlink()
+    (pack / "retain.jsonl").write_text("")
+    (pack / "concept.yaml").write_text("name: [unclosed")
+    with pytest.raises(ConceptError) as caught:
+        load_concept(str(pack))
+    for part in ("forget.jsonl: is missing", "retain.jsonl: holds no line", "concept.yaml: is not YAML"):
+        assert part in str(caught.value)
+
+
+def test_a_recipe_names_the_file_it_needs(pack):
+    (pack / "contrast.jsonl").unlink()
+    with pytest.raises(ConceptError, match=r"orthogonalize needs contrast\.jsonl"):
+        load_concept(str(pack)).require("orthogonalize", "contrast")
+
+
+def test_an_unknown_concept_suggests_the_nearest():
+    with pytest.raises(RequestError, match="did you mean 'declining'"):
+        load_concept("builtin:declinin")

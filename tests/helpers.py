@@ -1,0 +1,148 @@
+"""Random two-layer models of every architecture row, and folders to export them into."""
+
+import atexit
+import importlib
+import json
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the processor; so do the commands that they start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What other versions of the code kept must not decide what is tested.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="excise-tests-")
+
+from jaxtyping import install_import_hook
+
+# Shapes in the signatures of the kernel are checked while tests run, and cost users nothing.
+with install_import_hook("excise.editing", "beartype.beartype"):
+    import excise.editing
+
+    for module in pkgutil.walk_packages(excise.editing.__path__, "excise.editing."):
+        importlib.import_module(module.name)
+
+import pytest
+import torch
+from excise.artifacts.checkpoints.export import export_edit
+from excise.artifacts.checkpoints.manifest import write_manifest
+from excise.artifacts.checkpoints.read import Checkpoint, open_checkpoint
+from excise.artifacts.checkpoints.staging import staged_folder
+from excise.artifacts.models.find import find_model
+from excise.editing.architectures import layer_count, residual_width
+from excise.editing.edits.base import WeightEdit
+from excise.editing.edits.subspace_removal import Edit
+from transformers import AutoConfig, AutoModelForCausalLM
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+_BASE: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_OPT: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
+    "max_position_embeddings": 64, "word_embed_proj_dim": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+PICO: dict[str, dict[str, Any]] = {
+    "llama": {**_BASE, "attention_bias": True, "mlp_bias": True},
+    "mistral": _BASE,
+    "qwen2": {**_BASE, "tie_word_embeddings": True},
+    "qwen3": _BASE,
+    "phi3": _BASE,
+    "gemma2": _BASE,
+    "gemma3_text": _BASE,
+    "olmo2": _BASE,
+    "mixtral": {**_BASE, "num_local_experts": 3},
+    "qwen3_moe": {
+        **_BASE, "num_hidden_layers": 3, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "decoder_sparse_step": 1, "mlp_only_layers": [1],
+    },
+    # Experts' input and output widths are equal, as in the released models: no shape can tell the axes apart.
+    "gpt_oss": {**_BASE, "intermediate_size": 32, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "gpt2": {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": {
+        "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+        "max_position_embeddings": 64,
+    },
+    "opt": _OPT,
+}  # fmt: skip
+POST_NORM = ("gemma2", "gemma3_text", "olmo2")
+
+
+def make_pico(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model in which every parameter, gains and biases included, carries some of each direction."""
+    config = AutoConfig.for_model(name, **PICO[name])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Zero biases and unit gains would hide an edit that forgets them.
+            spread = 0.2 if parameter.dim() == 1 else 0.1
+            parameter.add_(spread * torch.randn(parameter.shape))
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(params=sorted(PICO))
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Every row of the table."""
+    return str(request.param)
+
+
+@pytest.fixture
+def save_pico(tmp_path: Path) -> Callable[..., Checkpoint]:
+    """Save a pico model and open it as a checkpoint."""
+
+    def save(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Checkpoint:
+        folder = tmp_path / f"base-{name}"
+        make_pico(name, dtype).save_pretrained(folder, **options)
+        return open_checkpoint(folder)
+
+    return save
+
+
+def random_edit(config: dict[str, Any], rank: int = 1, **options: Any) -> Edit:
+    """An edit of a random subspace in every layer."""
+    width = residual_width(config)
+    basis = torch.linalg.qr(torch.randn(width, rank, generator=torch.Generator().manual_seed(7))).Q
+    return Edit(basis, config["model_type"], (1.0,) * layer_count(config), **options)
+
+
+def publish(folder: Path, edit: WeightEdit, texts: Mapping[str, str] = MappingProxyType({})) -> Path:
+    """A published checkpoint, in small: the built-in model with an edit, further files and its manifest."""
+    source = find_model("builtin:testbed")
+    with staged_folder(folder) as staging:
+        export = export_edit(edit, open_checkpoint(source.folder), staging)
+        (staging / "excise").mkdir(exist_ok=True)
+        for name, text in texts.items():
+            (staging / name).write_text(text)
+        write_manifest(
+            staging, base=source.describe(), base_files=export.base_sha256, changes=export.changes, untied=None,
+            known=export.output_sha256, run={},
+        )  # fmt: skip
+    return folder
+
+
+def in_fresh_process(code: str, *arguments: object) -> Any:
+    """Run code that prints JSON in a new interpreter."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def excise(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the real command line."""
+    command = [sys.executable, "-m", "excise.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=600, cwd=cwd, env={**os.environ, **environment}
+    )  # fmt: skip

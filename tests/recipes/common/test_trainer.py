@@ -1,0 +1,232 @@
+"""The one trainer: accumulation, refusals, and going on after a kill."""
+
+import weakref
+
+import pytest
+import torch
+from excise.editing.architectures import ARCHITECTURES
+from excise.editing.errors import ExciseError
+from excise.editing.training.adapters import AdapterShape, adapter_modules, attach
+from excise.editing.training.soft_targets import keep_top
+from excise.recipes.common.examples import FORWARD, split_by_length
+from excise.recipes.common.trainer import LAST_GOOD, Schedule, fit
+from excise.recipes.elm.batches import TERMS, TrainingSequence, arrange, collate, part_size, sequence_loss
+from helpers import make_pico
+
+WEIGHTS = dict.fromkeys(TERMS, 1.0)
+
+
+class Stage:
+    step = 0
+
+    def __init__(self):
+        self.seen = []
+
+    def advance(self, count, **metrics):
+        self.step += count
+        self.seen.append(metrics)
+
+
+def _lessons(count=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(count):
+        length = 4 + number % 5
+        ids = tuple(torch.randint(3, 96, (length,), generator=generator).tolist())
+        log_p = torch.randn(length - 1, 96, generator=generator).log_softmax(-1)
+        weights = torch.rand(length - 1, generator=generator)
+        terms = torch.randint(0, 3, (length - 1,), generator=generator)
+        made.append(TrainingSequence(ids, keep_top(log_p, 20), weights, terms))
+    return made
+
+
+def _adapted():
+    model = make_pico("llama")
+    return attach(model, AdapterShape(2, 4.0, adapter_modules(model, ARCHITECTURES["llama"], range(2))), seed=0)
+
+
+def _weights(adapted):
+    return torch.cat([p.detach().flatten() for p in adapted.parameters() if p.requires_grad])
+
+
+def _train(folder, *, steps=3, loss=None, **options):
+    adapted = _adapted()
+    schedule = Schedule(steps, options.pop("batch_size", 4), 1e-2, 0, **options)
+    groups = arrange({"a": _lessons(seed=1), "b": _lessons(seed=2)}, 24, 0)
+    stage = Stage()
+    fit(adapted, groups, stage, folder, loss or sequence_loss(WEIGHTS), schedule, collate)
+    return adapted, stage
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_rows_are_read_as_they_come_only_where_that_is_asked_for(tmp_path, shuffled):
+    adapted, seen = _adapted(), []
+
+    def noted(rows):
+        seen.extend(rows)
+        return {"rows": rows}
+
+    def loss(model, batch):
+        return {"any": sum(p.square().sum() for p in model.parameters() if p.requires_grad)}
+
+    schedule = Schedule(6, 4, 1e-3, 0, shuffled=shuffled, save_every=0)
+    fit(adapted, range(24), Stage(), tmp_path, loss, schedule, noted)
+    assert sorted(seen) == list(range(24)) and (seen == list(range(24))) is not shuffled
+
+
+def test_training_moves_the_adapter_and_reports_each_term(tmp_path):
+    adapted, stage = _train(tmp_path)
+    assert not torch.equal(_weights(adapted), _weights(_adapted()))
+    assert set(stage.seen[0]) == set(TERMS)
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole(tmp_path):
+    whole, _ = _train(tmp_path / "whole", batch_size=4)
+    parts, _ = _train(tmp_path / "parts", batch_size=2, accumulation=2)
+    less, _ = _train(tmp_path / "less", batch_size=2)
+    assert torch.allclose(_weights(whole), _weights(parts), atol=1e-5)
+    assert not torch.allclose(_weights(whole), _weights(less), atol=1e-3)
+
+
+def test_parts_differentiated_one_after_another_give_the_loss_and_gradient_of_the_whole():
+    found = {}
+    for most in (10**6, 24, 1):
+        adapted = _adapted()
+        batch = collate([[lesson] for lesson in _lessons(6)], most)
+        terms = sequence_loss(WEIGHTS)(adapted, batch)
+        torch.stack(list(terms.values())).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad])
+        found[len(batch["parts"])] = torch.stack([terms[term].detach() for term in TERMS]), gradients
+    one, some, each = sorted(found)
+    assert one < some < each == 6
+    for parts in (some, each):
+        torch.testing.assert_close(found[parts][0], found[one][0])
+        torch.testing.assert_close(found[parts][1], found[one][1], atol=1e-6, rtol=1e-4)
+    assert found[one][1].norm() > 1e-3
+
+
+def test_of_several_parts_the_activations_of_one_live_at_a_time():
+    adapted, outputs, alive = _adapted(), [], []
+
+    def seen(module, inputs, output):
+        alive.append(sum(earlier() is not None for earlier in outputs))
+        outputs.append(weakref.ref(output))
+
+    # What an activation function gives is kept for its gradient, as long as that may be asked for.
+    adapted.get_base_model().model.layers[-1].mlp.act_fn.register_forward_hook(seen)
+    batch = collate([[lesson] for lesson in _lessons(6)], 1)
+    loss = sequence_loss(WEIGHTS)
+    terms = loss(adapted, batch)
+    assert len(outputs) == len(batch["parts"]) == 6 and alive == [0] * 6
+    del terms
+    outputs.clear(), alive.clear()
+    kept = [loss(adapted, {"parts": [part]}) for part in batch["parts"]]
+    assert alive == list(range(6)) and len(kept) == 6
+
+
+def test_checkpointed_activations_give_the_same_gradients_and_are_computed_again():
+    found = {}
+    for checkpointed in (False, True):
+        adapted, calls = _adapted(), []
+        if checkpointed:
+            adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        layer = adapted.get_base_model().model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        adapted.train()
+        batch = collate([[lesson] for lesson in _lessons(3)])
+        torch.stack(list(sequence_loss(WEIGHTS)(adapted, batch).values())).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad])
+        found[checkpointed] = gradients, len(calls) / len(batch["parts"])
+    assert torch.allclose(found[False][0], found[True][0], atol=1e-6) and found[True][0].norm() > 1e-3
+    assert (found[False][1], found[True][1]) == (1, 2)
+
+
+def test_padding_and_company_in_a_batch_change_no_loss():
+    model, lessons = make_pico("llama"), _lessons(6)
+    loss = sequence_loss(WEIGHTS)
+    together = loss(model, collate([[lesson] for lesson in lessons]))
+    alone = [loss(model, collate([[lesson]])) for lesson in lessons]
+    for term in TERMS:
+        assert torch.allclose(together[term], torch.stack([item[term] for item in alone]).mean(), atol=1e-5)
+
+
+def test_a_run_killed_at_a_step_ends_in_the_same_weights(tmp_path):
+    whole, _ = _train(tmp_path / "whole", steps=6, save_every=2)
+    calls = 0
+
+    def interrupted(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls > 5:
+            raise KeyboardInterrupt
+        return sequence_loss(WEIGHTS)(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path / "killed", steps=6, save_every=2, loss=interrupted)
+    resumed, stage = _train(tmp_path / "killed", steps=6, save_every=2)
+    assert torch.equal(_weights(whole), _weights(resumed))
+    assert stage.step == 6
+
+
+@pytest.mark.parametrize("missing", ["trainer_state.json", "optimizer.pt"])
+def test_a_checkpoint_that_a_kill_left_half_written_is_not_gone_on_with(tmp_path, missing):
+    whole, _ = _train(tmp_path / "whole", steps=6, save_every=2)
+    _train(tmp_path / "killed", steps=4, save_every=2)
+    half = tmp_path / "killed" / "checkpoint-4"
+    for name in {"trainer_state.json", missing}:
+        (half / name).unlink()
+    resumed, stage = _train(tmp_path / "killed", steps=6, save_every=2)
+    assert torch.equal(_weights(whole), _weights(resumed)) and stage.step == 6
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_its_term(tmp_path):
+    calls = 0
+
+    def broken(model, batch):
+        nonlocal calls
+        calls += 1
+        terms = sequence_loss(WEIGHTS)(model, batch)
+        return terms if calls < 3 else {**terms, "fluency": terms["fluency"] * float("nan")}
+
+    with pytest.raises(ExciseError, match=r"nan at step 3, in the term fluency"):
+        _train(tmp_path, steps=6, loss=broken)
+    assert (tmp_path / LAST_GOOD / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_that_no_gradient_reaches_is_an_error(tmp_path):
+    with pytest.raises(ExciseError, match="no gradient reached"):
+        _train(tmp_path, loss=sequence_loss(dict.fromkeys(TERMS, 0.0)))
+
+
+def test_every_kind_of_lesson_is_in_every_group_and_none_is_forgotten():
+    kinds = {"a": _lessons(5, 1), "b": _lessons(3, 2)}
+    groups = arrange(kinds, 15, 0)
+    assert all(len(group) == 2 for group in groups)
+    assert {id(group[0]) for group in groups} == {id(lesson) for lesson in kinds["a"]}
+    assert {id(group[1]) for group in groups} == {id(lesson) for lesson in kinds["b"]}
+
+
+def test_a_forward_is_sized_by_the_bytes_of_its_activations():
+    half, full = (make_pico("llama", dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert part_size(half) == 2 * part_size(full)
+    # However large the model, a forward is of some tokens.
+    full.config.num_hidden_layers = 10**6
+    assert part_size(full) == 128
+
+
+def test_rows_are_split_where_that_saves_padding_and_only_there():
+    assert split_by_length([12] * 20) == [20]
+    assert split_by_length([10] * 20 + [60] * 10) == [20, 10]
+    assert split_by_length([10, 11]) == [2]
+    lengths = sorted([9, 14, 15, 33, 47, 47, 50, 61, 88] * 4)
+    sizes = split_by_length(lengths)
+    assert sum(sizes) == len(lengths)
+
+    def cost(parts):
+        total, end = 0, 0
+        for size in parts:
+            end += size
+            total += size * lengths[end - 1] + FORWARD
+        return total
+
+    assert cost(sizes) < cost([len(lengths)])
