@@ -5,6 +5,9 @@ from typing import Any
 
 from ...editing.errors import RequestError
 
+Row = tuple[int, ...]
+"""Token ids."""
+
 PLAIN_TEXT_POSITIONS = 3
 
 
@@ -42,7 +45,3 @@ def text_limit(model: Any) -> int:
 def pieces(ids: Row, limit: int) -> list[Row]:
     """A sequence in windows that fit the context."""
     return [ids[start : start + limit] for start in range(0, len(ids), limit)]
-
-
-Row = tuple[int, ...]
-"""Token ids."""
