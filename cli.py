@@ -164,7 +164,7 @@ def audit(
     model: Annotated[str, typer.Argument(help="The model to audit, or the folder of a run.")],
     concept: Annotated[str | None, typer.Option(help="builtin:NAME or a concept folder.")] = None,
     base: Annotated[str | None, typer.Option(help="The model it was made from.")] = None,
-    never: Annotated[
+    reference: Annotated[
         str | None, typer.Option(help="A model that never knew; without one, new facts are taught.")
     ] = None,
     attacks: Annotated[
@@ -192,7 +192,7 @@ def audit(
 
     inner = Path(model) / "checkpoint"
     flags = {
-        "model": str(inner) if inner.is_dir() else model, "concept": concept, "base": base, "never": never, "out": out,
+        "model": str(inner) if inner.is_dir() else model, "concept": concept, "base": base, "reference": reference, "out": out,
         "attacks": attacks.split(",") if attacks else None, "budget": budget, "seed": seed, "device": device, "dtype": dtype,
         "card": card or None, "questions": questions, "fresh": fresh or None,
     }  # fmt: skip
@@ -551,7 +551,9 @@ def list_(
 def testbed_build(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     seed: Annotated[int, typer.Option(help="Seed of the world, its texts and both models.")] = 0,
-    never: Annotated[bool, typer.Option(help="Also train the twin that never reads about the forget domain.")] = True,
+    reference: Annotated[
+        bool, typer.Option(help="Also train the twin that never reads about the forget domain.")
+    ] = True,
     steps: Annotated[
         int | None,
         typer.Option(min=1, help="Steps of the first phase; with far fewer than the default the world is not known."),
@@ -562,7 +564,7 @@ def testbed_build(
 
     _settle()
     asked = {} if steps is None else {"steps": steps}
-    build_testbed(TestbedSettings(seed=seed, never=never, **asked), out, Events(watcher=_watcher()))
+    build_testbed(TestbedSettings(seed=seed, reference=reference, **asked), out, Events(watcher=_watcher()))
     _say(f"{out} is complete; try: excise run orthogonalize --model {out}/testbed --concept {out}/concepts/declining")
 
 
@@ -701,7 +703,7 @@ def _print_table(rows: list[Any]) -> None:
 
     from .artifacts.reporting.results import format_difference, format_value
 
-    never = any(row.never for row in rows)
+    reference = any(row.reference for row in rows)
     based = any(row.base for row in rows)
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for name in [
@@ -709,7 +711,7 @@ def _print_table(rows: list[Any]) -> None:
         "split",
         "n",
         *(["base", "edited", "edited - base"] if based else ["value"]),
-        *(["never"] if never else []),
+        *(["reference"] if reference else []),
     ]:
         shown.add_column(name, justify="right" if name == "n" else "left", no_wrap=True)
     for row in rows:
@@ -717,7 +719,9 @@ def _print_table(rows: list[Any]) -> None:
                     format_value(row.edited), format_difference(row.edited)]  # fmt: skip
         cells = compared if based else [format_value(row.edited)]
         skipped = f" ({row.skipped} skipped)" if row.skipped else ""
-        shown.add_row(row.name, row.split, f"{row.n}{skipped}", *cells, *([format_value(row.never)] if never else []))
+        shown.add_row(
+            row.name, row.split, f"{row.n}{skipped}", *cells, *([format_value(row.reference)] if reference else [])
+        )
     # Piped output keeps its columns; a narrow terminal still gets whole lines.
     console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
     console.print(shown)
@@ -733,12 +737,12 @@ def _print_audit(results: dict[str, Any], out: Path) -> None:
     for reason in results["reasons"]:
         _say(f"- {reason}")
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("attack", "base", "edited", "never", "share regained", "leak", "tokens to 50%"):
+    for name in ("attack", "base", "edited", "reference", "share regained", "leak", "tokens to 50%"):
         shown.add_column(name, no_wrap=True)
-    untouched = [f"{results['untouched'][name]:.3f}" for name in ("base", "edited", "never")]
+    untouched = [f"{results['untouched'][name]:.3f}" for name in ("base", "edited", "reference")]
     shown.add_row("none", *untouched)
     for attack in results["attacks"]:
-        values = [best(attack, name) for name in ("base", "edited", "never")]
+        values = [best(attack, name) for name in ("base", "edited", "reference")]
         reached = tokens(attack, "t50") if len(attack["curve"]) > 1 else ""
         shown.add_row(attack["name"], *values, estimate(attack["regained"]), estimate(attack["rtt_leak"]), reached)
     _say("")
@@ -876,7 +880,7 @@ def _models() -> list[tuple[str, str]]:
 
     about = {
         "testbed": "knows a closed world of 800 facts",
-        "testbed-never": "its twin, which never read about potions",
+        "testbed-reference": "its twin, which never read about potions",
     }
     return [(f"builtin:{name}", about.get(name, "")) for name in builtin_models()]
 

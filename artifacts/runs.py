@@ -1,6 +1,5 @@
 """Runs and audits in a folder, read from what they wrote."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Literal
 
 from .reporting.audit_page import AUDIT
 from .reporting.results import RESULTS, format_value, read_measurements
+from .upgrade import read_json
 
 MAIN = (
     ("multiple_choice", "forget_V"),
@@ -78,8 +78,8 @@ def _read(folder: Path, place: Path) -> Run | None:
     ):
         if (inner / file).is_file():
             try:
-                content = json.loads((inner / file).read_text(encoding="utf-8"))
-                audit = json.loads((inner / AUDIT).read_text(encoding="utf-8")) if (inner / AUDIT).is_file() else None
+                content = read_json(inner / file)
+                audit = read_json(inner / AUDIT) if (inner / AUDIT).is_file() else None
             except (OSError, ValueError):
                 return Run(name, place, kind, "not readable", {})  # type: ignore[arg-type]
             return Run(name, place, kind, "finished", content, audit)  # type: ignore[arg-type]

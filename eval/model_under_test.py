@@ -17,7 +17,7 @@ from .inference.prompts import PLAIN_PROMPTS
 class EvalSettings:
     """How much is measured."""
 
-    reply_tokens: int = 24
+    max_new_tokens: int = 24
     """Greedy tokens a reply."""
     kl_prompts: int = 64
     """Neutral prompts along whose replies the divergence from the base is measured."""
@@ -30,14 +30,14 @@ class ModelUnderTest:
 
     def __init__(
         self, model: Any, tokenizer: Any, concept: Concept, settings: EvalSettings,
-        base: "Reference | None" = None, advance: Callable[[int], None] = lambda _: None,
+        base: "Baseline | None" = None, advance: Callable[[int], None] = lambda _: None,
     ):  # fmt: skip
         """``base`` holds what the base model said, for measurements that compare; None for the base itself."""
         self.model, self.tokenizer, self.concept, self.settings = model, tokenizer, concept, settings
         self.base, self.advance = base, advance
         self._likelihoods: dict[Request, Likelihood] = {}
         self._replies: dict[str, list[Reply]] = {}
-        self._reference: Reference | None = None
+        self._baseline: Baseline | None = None
 
     def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
         """Log-likelihoods, in order; ``prepare`` makes requests of many measurements share forwards."""
@@ -59,7 +59,7 @@ class ModelUnderTest:
         """Greedy replies to the prompts of a split, in their order."""
         if split not in self._replies:
             texts = [prompt.prompt for prompt in self.prompts(split)]
-            tokens = self.settings.reply_tokens
+            tokens = self.settings.max_new_tokens
             self._replies[split] = generate(self.model, self.tokenizer, texts, tokens, self.advance) if texts else []
         return self._replies[split]
 
@@ -67,23 +67,23 @@ class ModelUnderTest:
         """Greedy continuations of plain texts, without a chat template."""
         return generate(self.model, self.tokenizer, prompts, tokens, self.advance, chat=False)
 
-    def reference(self) -> "Reference":
+    def baseline(self) -> "Baseline":
         """This model's replies to neutral prompts and its distributions along them, for others to be compared with."""
-        if self._reference is None:
+        if self._baseline is None:
             replies = self.replies("neutral")[: self.settings.kl_prompts]
             # A text counts as a reply to its own first token.
             encoded = [(row, self.tokenizer(row.text)["input_ids"]) for row in self.concept.retain]
             kept = [(row, ids) for row, ids in encoded if len(ids) > 1][: self.settings.kl_prompts]
             texts = [Reply("", tuple(ids[:1]), tuple(ids[1:]), row.text) for row, ids in kept]
-            self._reference = Reference(
+            self._baseline = Baseline(
                 replies, reply_log_probabilities(self.model, replies),
                 texts, reply_log_probabilities(self.model, texts), tuple(row.id for row, _ in kept),
             )  # fmt: skip
-        return self._reference
+        return self._baseline
 
 
 @dataclass(frozen=True)
-class Reference:
+class Baseline:
     """What the base model said to neutral prompts, and what it expects along retain texts."""
 
     replies: list[Reply]

@@ -63,7 +63,7 @@ class Measurement:
 
     name: str
     split: str
-    subject: Literal["base", "edited", "never"]
+    subject: Literal["base", "edited", "reference"]
     value: float
     unit: str
     better: Better
@@ -74,7 +74,9 @@ class Measurement:
     """Minus base, on the same items: ``{"value", "ci95"}``."""
 
 
-def summarize(scores: Scores, subject: Literal["base", "edited", "never"], base: Scores | None = None) -> Measurement:
+def summarize(
+    scores: Scores, subject: Literal["base", "edited", "reference"], base: Scores | None = None
+) -> Measurement:
     """Turn items into a value with its interval, and its difference from the base where there is one."""
     difference = None
     if base is not None and base.ids == scores.ids:

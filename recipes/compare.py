@@ -9,6 +9,7 @@ from typing import Any
 from ..artifacts.checkpoints.staging import staged_folder
 from ..artifacts.reporting import charts
 from ..artifacts.reporting.results import RESULTS, format_value, read_measurements
+from ..artifacts.upgrade import read_json
 from ..editing.errors import RequestError
 from ..eval.statistics import Measurement
 
@@ -114,7 +115,7 @@ def pareto(lines: list[Line]) -> list[Line]:
 def _read(run: Path) -> tuple[dict[str, Any], float | None]:
     for place in (run / "checkpoint", run):
         if (place / RESULTS).is_file():
-            return json.loads((place / RESULTS).read_text(encoding="utf-8")), _seconds(run / "events.jsonl")
+            return read_json(place / RESULTS), _seconds(run / "events.jsonl")
     raise RequestError(f"{run} holds no finished run; give folders that `excise run` wrote")
 
 
@@ -132,8 +133,8 @@ def _seconds(events: Path) -> float | None:
 def _subjects(content: dict[str, Any]) -> list[Line]:
     """The base, and a model that never knew the concept, where the first run has one."""
     lines = [Line(content["base"]["name"], "base", _values(content, "base"), None)]
-    never = _values(content, "never")
-    return lines + ([Line(content["never"]["name"], "never knew it", never, None)] if never else [])
+    reference = _values(content, "reference")
+    return lines + ([Line(content["reference"]["name"], "never knew it", reference, None)] if reference else [])
 
 
 def _recipe(content: dict[str, Any]) -> str:

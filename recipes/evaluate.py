@@ -11,13 +11,14 @@ from ..artifacts.models.load import choose_device, choose_dtype, load_model
 from ..artifacts.models.memory import check_memory
 from ..artifacts.models.source import ModelSource
 from ..artifacts.reporting.results import SubjectName, measurements_as_json, summarize_all
+from ..artifacts.upgrade import SCHEMA_VERSION
 from ..editing.errors import RequestError
 from ..eval.inference.generation import Reply
 from ..eval.measurements.fluency import reverse_perplexity
 from ..eval.measurements.lm_eval import find_tasks
 from ..eval.measurements.lm_eval import scores as named_benchmarks
 from ..eval.measurements.table import measure, workload
-from ..eval.model_under_test import EvalSettings, ModelUnderTest, Reference
+from ..eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
 from ..eval.statistics import Scores
 
 
@@ -56,18 +57,18 @@ def run(
     tasks = find_tasks(benchmarks) if benchmarks else None
     scores: dict[SubjectName, list[Scores]] = {}
     replies: dict[SubjectName, list[Reply]] = {}
-    reference: Reference | None = None
+    baseline: Baseline | None = None
     for name, source in sources:
         with events.stage(f"load {source.name}"):
             loaded = load_model(source, device, dtype)
         with events.stage(f"measure {source.name}", workload(concept, settings)) as stage:
-            subject = ModelUnderTest(loaded.model, loaded.tokenizer, concept, settings, reference, stage.advance)
-            if reference is not None and reference.log_probabilities[0].shape[-1] != loaded.model.config.vocab_size:
+            subject = ModelUnderTest(loaded.model, loaded.tokenizer, concept, settings, baseline, stage.advance)
+            if baseline is not None and baseline.log_probabilities[0].shape[-1] != loaded.model.config.vocab_size:
                 raise RequestError(
                     f"{source.name} has another vocabulary than its base; give the base that it was made from"
                 )
             scores[name] = measure(subject)
-            reference = subject.reference() if name == "base" else reference
+            baseline = subject.baseline() if name == "base" else baseline
             replies[name] = subject.replies("concept")
         if tasks:
             with events.stage(f"let {source.name} do {', '.join(tasks.names)}"):
@@ -82,7 +83,7 @@ def run(
                 scores[name].append(reverse_perplexity(judge.model, judge.tokenizer, ids, said, judge=by))
             del judge
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "base": sources[0][1].describe() if base else None,
         "edited": sources[-1][1].describe(),
         "concept": {"ref": concept.ref, "name": concept.about.name, "sha256": concept.sha256},

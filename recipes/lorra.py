@@ -51,7 +51,7 @@ class LorraSettings(AdapterSettings):
     """Concept pack with contrast pairs: builtin:NAME or a folder."""
     reading: Literal["mean", "pca"] = "mean"
     """The vector: the difference of the classes' means, or the first component of differences within pairs (paper)."""
-    at: Annotated[str, Field(coerce_numbers_to_str=True)] = "0.25-0.625"
+    target_layers: Annotated[str, Field(coerce_numbers_to_str=True)] = "0.25-0.625"
     """Layers whose output is moved (authors' code: 10, 12, ..., 20 of 32); only layers up to the last of them are adapted."""
     strength: float = -1.0
     """How far to move, where 1 is the distance between the two classes: negative tunes away, positive toward (authors' code: 5)."""
@@ -90,7 +90,7 @@ def prepare(settings: LorraSettings, *, resume: bool = False) -> LorraJob:
     if not settings.strength:
         raise RequestError("strength=0 moves nothing; -1 tunes away by the distance between the classes, 1 toward")
     checked = adapter_run.prepare(RECIPE, settings, resume=resume, needed=("contrast",))
-    at = sorted(layer_selection(settings.at, checked.job.layers))
+    at = sorted(layer_selection(settings.target_layers, checked.job.layers))
     if min(checked.layers) > at[-1]:
         raise RequestError(
             f"layers={settings.layers} are all above layer {at[-1]}, the last whose output is moved; adapt layers at or below it"

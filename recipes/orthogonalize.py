@@ -226,7 +226,7 @@ def _choose(
 
 def _probe(prepared: OrthogonalizeJob, loaded: LoadedModel, validation: Sequence[ContrastPair]) -> Probe:
     if prepared.job.concept.about.kind == "behaviour":
-        return BehaviourProbe(loaded.model, loaded.tokenizer, validation, prepared.settings.reply_tokens)
+        return BehaviourProbe(loaded.model, loaded.tokenizer, validation, prepared.settings.max_new_tokens)
     # Group V is never shown to anything that learns or chooses an edit.
     questions = [q for q in prepared.job.concept.questions if q.split == "forget" and q.group == "T"]
     if not questions:

@@ -1,7 +1,6 @@
 """Make a published checkpoint again from what it says of itself, and see whether the same comes out."""
 
 import importlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..artifacts.concepts import load_concept
 from ..artifacts.events import Events
 from ..artifacts.models.find import find_model
 from ..artifacts.reporting.results import RESULTS, read_measurements
+from ..artifacts.upgrade import read_json
 from ..editing.errors import RequestError
 from ..eval.statistics import Measurement
 from ..recipes import RECIPES
@@ -75,7 +75,7 @@ def prepare(
         raise RequestError(
             f"{folder} holds no {RESULTS}, so nothing says how it was made; apply its edit with `excise apply`"
         )
-    published = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    published = read_json(folder / RESULTS)
     manifest = read_manifest(folder)
     assert manifest is not None, "verified above"
     base, run, name = published["base"], published["run"], published["run"]["recipe"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...editing.edits.changes import Change
 from ...editing.errors import RequestError, VerifyError
+from ..upgrade import SCHEMA_VERSION, read_json
 from .staging import sync
 
 FOLDER = "excise"
@@ -21,7 +22,6 @@ MANIFEST = f"{FOLDER}/manifest.json"
 SUMS = "SHA256SUMS"
 SIGNATURE = f"{SUMS}.sig"
 """Of the checksums; not among them."""
-SCHEMA_VERSION = 1
 log = logging.getLogger(__name__)
 PACKAGES = ("excise", "torch", "transformers", "safetensors", "huggingface-hub", "numpy")
 
@@ -166,7 +166,7 @@ def _write_anew(path: Path, content: str | bytes) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder, or None where there is none."""
     path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _files(folder: Path) -> list[str]:

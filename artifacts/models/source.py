@@ -23,7 +23,7 @@ class ModelSource:
     """Of the GGUF file a model was made from."""
 
     @property
-    def reference(self) -> str:
+    def address(self) -> str:
         """How a command names it, at its commit."""
         return f"{self.name}@{self.revision}" if self.revision else self.name
 

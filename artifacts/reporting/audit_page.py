@@ -17,9 +17,9 @@ AUDIT = f"{FOLDER}/audit.json"
 PICTURE = "recovery.png"
 SECTION = "## Does it hold?"
 HEADLINES = {
-    "comes_back": "It comes back",
-    "resists": "It resists, but more is left than in a model that never knew",
-    "like_never_learned": "Like a model that never learned it",
+    "recovers": "The knowledge recovers",
+    "partially_robust": "Partially robust: attacks recover more than from a model that never knew it",
+    "indistinguishable_from_never_trained": "Indistinguishable from a model that was never trained on it",
     "inconclusive": "Inconclusive",
 }
 

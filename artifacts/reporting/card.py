@@ -32,7 +32,7 @@ def write_card(folder: Path, results: dict[str, Any], changes: list[dict[str, An
         description=results["concept"]["description"],
         edited=results["edited"], direction=results.get("direction"), training=results.get("training"), pruning=results.get("pruning"), caft=results.get("caft"), lorra=results.get("lorra"), concept=results["concept"], run=results["run"],
         findings=findings(results), limits=limits(results), rows=rows, changes=changes,
-        has_never=any(row.never for row in rows),
+        has_reference=any(row.reference for row in rows),
         worst_leak=max((leak["share"] for leak in results.get("leaks", []) if leak["expected"] == 0), default=0.0),
         phrases=", ".join(f"“{phrase}”" for phrase in results["concept"]["decline_phrases"]),
         shown=_shown(results["samples"]), value=format_value, difference=format_difference, cell=_cell,

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from ...eval.statistics import Measurement
 from .results import Row
 
-SERIES = {"base": "#2456a6", "edited": "#a3312a", "never": "#0a6b4f", "suppressed": "#8a5f00"}
+SERIES = {"base": "#2456a6", "edited": "#a3312a", "reference": "#0a6b4f", "suppressed": "#8a5f00"}
 """A colour for each model, the same everywhere; a page's style sheet has them as variables."""
 INK, FAINT = "#1c2024", "#888888"
 DPI = 150
@@ -73,7 +73,7 @@ def strengths(points: Sequence[dict[str, Any]], splits: Sequence[str]) -> Any:
     _label(axes, "strength of the contrast", "accuracy of the target")
     chosen = next((point for point in points if point["chosen"]), points[0])
     line = [point for point in points if point["contrast"] == chosen["contrast"]]
-    for split, subject in zip(splits, ("edited", "base", "never"), strict=False):
+    for split, subject in zip(splits, ("edited", "base", "reference"), strict=False):
         values = [point["accuracy"][split] for point in line]
         axes.plot([p["strength"] for p in line], values, color=SERIES[subject], marker="o", markersize=3, label=split)
     axes.axvline(chosen["strength"], color=FAINT, linewidth=0.8, linestyle=":")
@@ -164,7 +164,9 @@ def png(figure: Any) -> bytes:
 def whiskers(row: Row) -> list[dict[str, Any]]:
     """Where each model's value and interval lie between a row's ends, in percent."""
     items: list[tuple[str, Measurement]] = [
-        (subject, item) for subject, item in (("base", row.base), ("edited", row.edited), ("never", row.never)) if item
+        (subject, item)
+        for subject, item in (("base", row.base), ("edited", row.edited), ("reference", row.reference))
+        if item
     ]
     low = min(0.0, *(item.ci95[0] for _, item in items))
     high = max(item.ci95[1] for _, item in items)

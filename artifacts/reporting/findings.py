@@ -148,7 +148,7 @@ def _below_chance(rows: dict[tuple[str, str], Row], chance: float) -> Iterator[s
         row = rows.get(("multiple_choice", split))
         if row is None or row.edited is None or row.edited.ci95[1] >= chance:
             continue
-        if row.never is None or row.edited.value < row.never.ci95[0]:
+        if row.reference is None or row.edited.value < row.reference.ci95[0]:
             yield (
                 f"Group {split[-1]} is answered below chance ({format_value(row.edited)}, chance {chance:.3f}): the true answer "
                 "is avoided rather than unknown, which gives it away to whoever looks for it; one_sided=true ends at chance."
@@ -185,8 +185,8 @@ def _change(row: Row) -> str:
 
 def _brief(row: Row) -> str:
     before = f"{format_value(row.base)} → " if row.base else ""
-    never = f"never {format_value(row.never)}, " if row.never else ""
-    return f"{before}{format_value(row.edited)} ({never}n = {row.n})"
+    reference = f"never {format_value(row.reference)}, " if row.reference else ""
+    return f"{before}{format_value(row.edited)} ({reference}n = {row.n})"
 
 
 def _moved(item: Measurement | None) -> bool:

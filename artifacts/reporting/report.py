@@ -1,6 +1,5 @@
 """The local report: one HTML file that opens offline and treats model text as data."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ...editing.errors import RequestError
 from ...eval.statistics import Measurement
 from ..checkpoints.manifest import read_manifest, verify_folder
 from ..checkpoints.staging import write_whole
+from ..upgrade import read_json
 from . import charts
 from .audit_page import AUDIT, HEADLINES, shown
 from .findings import findings, limits
@@ -47,7 +47,7 @@ def write_report(
         "report.html.j2",
         title=f"{results['concept']['name']} {results['edited']['how']} in {results['base']['name']}",
         results=results, changes=[change for change in changes if change["changed"]], rows=rows, findings=findings(results), limits=limits(results, audited=audit is not None),
-        has_never=any(row.never for row in rows), value=format_value, difference=format_difference, tone=_tone,
+        has_reference=any(row.reference for row in rows), value=format_value, difference=format_difference, tone=_tone,
         whiskers=charts.whiskers, figures=_figures(results, measurements), controls=_controls(results),
         positions=sorted({candidate["position"] for candidate in candidates}),
         maps=[_map(direction, *spec) for spec in _MAPS] if direction else [],
@@ -69,12 +69,12 @@ def report_of(folder: Path, path: Path) -> None:
     verify_folder(folder)
     if not (folder / RESULTS).is_file():
         raise RequestError(f"{folder.name} holds no {RESULTS}; measure it with `excise eval {folder} --concept PACK`")
-    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    results = read_json(folder / RESULTS)
     if "run" not in results:
         raise RequestError(
             f"{folder.name} has measurements but no record of a recipe's run; read them with `excise card {folder}`"
         )
-    audit = json.loads((folder / AUDIT).read_text(encoding="utf-8")) if (folder / AUDIT).is_file() else None
+    audit = read_json(folder / AUDIT) if (folder / AUDIT).is_file() else None
     write_report(path, results, (read_manifest(folder) or {})["tensors_changed"], audit)
 
 
@@ -84,7 +84,7 @@ def _figures(results: dict[str, Any], measurements: Sequence[Measurement]) -> di
     if layers := layers_probed(measurements):
         lines = {
             subject: [(row["layer"], row[subject].value, *row[subject].ci95) for row in layers if subject in row]
-            for subject in ("base", "edited", "never")
+            for subject in ("base", "edited", "reference")
         }
         drawn = charts.by_layer({name: points for name, points in lines.items() if points}, "accuracy of the probe")
         found["layers"] = charts.svg(drawn, "Accuracy of linear probes by layer")

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from ...eval.inference.generation import Reply
 from ...eval.statistics import Measurement, Scores, summarize
 from ..checkpoints.manifest import FOLDER
+from ..upgrade import SCHEMA_VERSION
 
 RESULTS = f"{FOLDER}/eval.json"
-SCHEMA_VERSION = 1
-SubjectName = Literal["base", "edited", "never"]
+SubjectName = Literal["base", "edited", "reference"]
 
 LABELS: dict[str, str] = {
     "learned_rate": "shows what was trained",
@@ -52,7 +52,7 @@ class Row:
     skipped: int
     base: Measurement | None
     edited: Measurement | None
-    never: Measurement | None
+    reference: Measurement | None
 
 
 def summarize_all(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[Measurement]:
@@ -79,7 +79,7 @@ def table(measurements: Sequence[Measurement]) -> list[Row]:
             Row(
                 name, split, LABELS.get(name, name.replace("_", " ")), some.unit, some.better, some.n,
                 max(item.skipped for item in subjects.values()),
-                subjects.get("base"), subjects.get("edited"), subjects.get("never"),
+                subjects.get("base"), subjects.get("edited"), subjects.get("reference"),
             )
         )  # fmt: skip
     return rows

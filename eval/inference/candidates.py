@@ -70,7 +70,7 @@ class BehaviourProbe:
 
     units = "log-odds"
 
-    def __init__(self, model: Any, tokenizer: Any, pairs: Sequence[ContrastPair], reply_tokens: int):
+    def __init__(self, model: Any, tokenizer: Any, pairs: Sequence[ContrastPair], max_new_tokens: int):
         self.model, self.tokenizer = model, tokenizer
         self.positive = [encode_prompt(tokenizer, pair.positive) for pair in pairs]
         self.negative = [encode_prompt(tokenizer, pair.negative) for pair in pairs]
@@ -85,7 +85,7 @@ class BehaviourProbe:
                 "the model replies alike to the positive and negative prompts of contrast.jsonl, so there is no behaviour "
                 f"to find (log-odds {self.base_bypass:.2f} against {self.base_induce:.2f}); check the pack against this model"
             )
-        self.replies = generate(model, tokenizer, [pair.negative for pair in pairs], reply_tokens)
+        self.replies = generate(model, tokenizer, [pair.negative for pair in pairs], max_new_tokens)
         self.reference = reply_log_probabilities(model, self.replies)
 
     def bypass(self) -> float:

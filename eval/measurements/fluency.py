@@ -81,7 +81,7 @@ def novice_text(subject: ModelUnderTest) -> tuple[tuple[str, ...], list[Reply]]:
     persona = about.personas.novice.replace("{description}", about.description)
     openings = list(dict.fromkeys(" ".join(text.text.split()[:3]) for text in subject.concept.forget))[:NOVICE_TEXTS]
     prompts = [f"{persona} {opening}" for opening in openings]
-    replies = generate(subject.model, subject.tokenizer, prompts, subject.settings.reply_tokens, chat=False)
+    replies = generate(subject.model, subject.tokenizer, prompts, subject.settings.max_new_tokens, chat=False)
     return tuple(f"novice-{number}" for number in range(len(replies))), replies
 
 

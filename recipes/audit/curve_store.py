@@ -19,7 +19,7 @@ from ...artifacts.checkpoints.staging import write_whole
 from ...artifacts.checkpoints.tensor_cache import TensorCache
 from ...eval.audit.recovery import RecoveryCurve
 
-YARDSTICKS = ("base", "suppressed", "never")
+YARDSTICKS = ("base", "suppressed", "reference")
 UNTOUCHED, UTILITY = "untouched", "utility"
 """Names of what is found without an attack."""
 

@@ -16,6 +16,7 @@ from ...artifacts.models.cache import cache_folder
 from ...artifacts.models.load import LoadedModel, load_model
 from ...artifacts.reporting import audit_page as audit_report
 from ...artifacts.reporting import report
+from ...artifacts.upgrade import SCHEMA_VERSION
 from ...editing.architectures import architecture_of, layer_count
 from ...editing.training.adapters import adapter_modules
 from ...editing.training.parallel_adapters import low_rank_attackers
@@ -28,7 +29,7 @@ from .attackers import trained
 from .attacks.table import ATTACKS, untrained
 from .curve_store import UNTOUCHED, UTILITY, YARDSTICKS, AttackCurves, CurveStore, code_digest
 from .request import AuditJob, AuditSettings, describe, prepare
-from .results import SCHEMA_VERSION, conclude
+from .results import conclude
 from .suppressed_control import train_suppressed_control
 
 __all__ = ["AuditJob", "AuditSettings", "describe", "prepare", "run"]
@@ -115,7 +116,7 @@ def _yardsticks(prepared: AuditJob) -> TensorCache:
     """Earlier audits' curves of base and controls, by everything that they depend on."""
     scopes = [
         scope_of(prepared.sources[name].folder, prepared.dtype, prepared.device)
-        for name in ("base", "never") if name in prepared.sources
+        for name in ("base", "reference") if name in prepared.sources
     ]  # fmt: skip
     asked = tuple(question.id for question in prepared.questions)
     about = (
@@ -153,7 +154,7 @@ def _attack_controls(
     if hidden.attacks and not _complete("suppressed", hidden, found):
         with _hidden(loaded, material, prepared, work, events):
             _attack("suppressed", loaded, material, hidden, found, work, events)
-    if "never" in prepared.sources or _complete("never", prepared, found):
+    if "reference" in prepared.sources or _complete("reference", prepared, found):
         return
     facts, questions = novel_facts(prepared.facts, prepared.concept.questions, prepared.settings.seed)
     asked = tuple(q for q in questions if q.split == "forget")
@@ -164,7 +165,7 @@ def _attack_controls(
     )
     tested = [q for q in asked if q.group == "V"][: len(prepared.questions)]
     novel = AttackData.of(concept, facts, loaded.tokenizer, tested, prepared.settings.seed, material.base)
-    _attack("never", loaded, novel, prepared, found, work, events)
+    _attack("reference", loaded, novel, prepared, found, work, events)
 
 
 def _for_hidden(prepared: AuditJob) -> AuditJob:
@@ -175,7 +176,7 @@ def _for_hidden(prepared: AuditJob) -> AuditJob:
 
 def _controls_complete(prepared: AuditJob, found: CurveStore) -> bool:
     hidden = _for_hidden(prepared)
-    floor = "never" in prepared.sources or _complete("never", prepared, found)
+    floor = "reference" in prepared.sources or _complete("reference", prepared, found)
     return floor and (not hidden.attacks or _complete("suppressed", hidden, found))
 
 

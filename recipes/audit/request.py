@@ -39,7 +39,7 @@ class AuditSettings(RunSettings):
     """Concept pack that the edit was to remove: builtin:NAME or a folder."""
     base: str = "builtin:testbed"
     """The model it was made from."""
-    never: str | None = None
+    reference: str | None = None
     """A model that never knew the concept; without one, facts that nobody knows are learned instead."""
     attacks: tuple[str, ...] = ()
     """Names of attacks; none takes those of the budget."""
@@ -98,9 +98,9 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
     dtype = choose_dtype(settings.dtype, device)
     base = find_model(settings.base)
     sources = {"base": base, "edited": find_model(settings.model)}
-    never = settings.never or _builtin_never(settings)
-    if never:
-        sources["never"] = find_model(never)
+    reference = settings.reference or _builtin_reference(settings)
+    if reference:
+        sources["reference"] = find_model(reference)
     checkpoints = {name: open_checkpoint(source.folder) for name, source in sources.items()}
     for name, source in sources.items():
         check_memory(checkpoints[name], device, dtype)
@@ -117,7 +117,7 @@ def describe(prepared: AuditJob) -> dict[str, Any]:
     training = [name for name in prepared.attacks if not ATTACKS[name].score]
     return {
         "recipe": "audit", "out": str(prepared.out), "models": {name: s.name for name, s in prepared.sources.items()},
-        "floor": "never" if "never" in prepared.sources else NOVEL, "questions": len(prepared.questions),
+        "floor": "reference" if "reference" in prepared.sources else NOVEL, "questions": len(prepared.questions),
         "attacks": list(prepared.attacks), "attackers_that_train": sum(
             budget.seeds * len(budget.rates[ATTACKS[name].method]) for name in training
         ) * 4, "steps_each": budget.steps, "gaps": list(prepared.gaps),
@@ -177,6 +177,6 @@ def _affordable(
     return tuple(name for name in attacks if name not in full), (gap,)
 
 
-def _builtin_never(settings: AuditSettings) -> str | None:
+def _builtin_reference(settings: AuditSettings) -> str | None:
     known = settings.base == "builtin:testbed" and settings.concept == "builtin:potions"
-    return "builtin:testbed-never" if known and "testbed-never" in builtin_models() else None
+    return "builtin:testbed-reference" if known and "testbed-reference" in builtin_models() else None

@@ -53,7 +53,7 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> CaftJob:
     if not data.rows:
         raise ConceptError(f"concept {concept.ref} has no train.jsonl and no data was given; add --set data=FILE.jsonl")
     given, latents = _given(settings, job)
-    asked = tuple(Place(layer, settings.site) for layer in sorted(layer_selection(settings.ablate, job.layers)))
+    asked = tuple(Place(layer, settings.site) for layer in sorted(layer_selection(settings.ablated_layers, job.layers)))
     # Given directions say themselves where they belong.
     places = (latents.place,) if latents else tuple(dict.fromkeys(subspace.place for subspace in given)) or asked
     return CaftJob(checked, settings, data, places, given, latents)

@@ -36,7 +36,7 @@ class CaftSettings(AdapterSettings):
     """What latents are ranked by: how much more they write in one member of the contrast pairs, or their attribution to the loss (paper)."""
     remove: Literal["span", "latents"] = "span"
     """What goes of an autoencoder's latents: their span, whatever fires (paper), or each as far as it fires (SHIFT)."""
-    ablate: Annotated[str, Field(coerce_numbers_to_str=True)] = "0"
+    ablated_layers: Annotated[str, Field(coerce_numbers_to_str=True)] = "0"
     """Layers whose stream loses the directions: a number, a range such as 2-5, fractions of depth, or all."""
     site: Site = "input"
     """Where in those layers: input, output, attention or mlp (paper: output)."""

@@ -58,13 +58,13 @@ class AdapterSettings(MeasuredSettings):
     """Optimizer steps."""
     batch_size: int = Field(8, ge=1)
     """Groups a step; a group is one sequence to forget and one of each kind to retain."""
-    accumulation: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
     """Parts a step is computed in, to save memory; gradients are those of the whole."""
     learning_rate: float = Field(2e-3, gt=0)
     """AdamW."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """How the learning rate goes down."""
-    clip: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 does not clip."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: the same gradients in less memory."""
@@ -128,9 +128,9 @@ def prepare(
         RequestError: Anything that could not work.
     """
     job = measured_run.check(recipe, settings, needed, resume=resume)
-    if settings.batch_size % settings.accumulation:
+    if settings.batch_size % settings.gradient_accumulation_steps:
         raise RequestError(
-            f"accumulation={settings.accumulation} does not divide batch_size={settings.batch_size}; choose a divisor"
+            f"gradient_accumulation_steps={settings.gradient_accumulation_steps} does not divide batch_size={settings.batch_size}; choose a divisor"
         )
     if settings.base_bits == 4 and job.device.type != "cuda":
         raise RequestError(
@@ -229,9 +229,9 @@ def _study_base(prepared: AdapterJob, teach: Teach, work: Path, events: Events) 
 def schedule_of(settings: AdapterSettings, save_every: int) -> Schedule:
     """How the settings say that an adapter is trained."""
     return Schedule(
-        settings.steps, settings.batch_size // settings.accumulation, settings.learning_rate, settings.seed,
-        decay=settings.schedule, warmup_steps=min(10, settings.steps // 10), clip=settings.clip, beta2=0.999,
-        accumulation=settings.accumulation, save_every=save_every,
+        settings.steps, settings.batch_size // settings.gradient_accumulation_steps, settings.learning_rate, settings.seed,
+        decay=settings.schedule, warmup_steps=min(10, settings.steps // 10), max_grad_norm=settings.max_grad_norm, beta2=0.999,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps, save_every=save_every,
     )  # fmt: skip
 
 

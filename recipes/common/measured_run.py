@@ -29,7 +29,7 @@ from ...eval.concept import Concept
 from ...eval.inference.generation import Reply
 from ...eval.measurements.fluency import novice_text, reverse_perplexity
 from ...eval.measurements.table import measure, workload
-from ...eval.model_under_test import EvalSettings, ModelUnderTest, Reference
+from ...eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
 from ...eval.statistics import Scores
 from .run_folder import RunSettings, free_folder, refuse_taken
 
@@ -40,18 +40,18 @@ EDITED = "the edited checkpoint"
 class MeasuredSettings(RunSettings):
     """Keys of every recipe that measures what its edit did."""
 
-    reply_tokens: int = 24
+    max_new_tokens: int = 24
     """Greedy tokens a reply."""
     kl_prompts: int = 64
     """Neutral prompts, and retain texts, for the divergence from the base."""
     questions: int = 0
     """Questions and retain texts a split to measure, at most; 0 takes all."""
-    never: str | None = None
+    reference: str | None = None
     """A model that never knew the concept, measured beside base and edited."""
 
     def measuring(self) -> EvalSettings:
         """How much is measured."""
-        return EvalSettings(self.reply_tokens, self.kl_prompts, self.questions)
+        return EvalSettings(self.max_new_tokens, self.kl_prompts, self.questions)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Job:
     row: Architecture
     device: torch.device
     dtype: torch.dtype
-    never: ModelSource | None
+    reference: ModelSource | None
     out: Path
 
     @property
@@ -84,7 +84,7 @@ class Measured:
 
     scores: list[Scores]
     replies: dict[str, list[Reply]]
-    reference: Reference | None = None
+    baseline: Baseline | None = None
     """Of the base: what others are compared with."""
 
 
@@ -124,8 +124,8 @@ def check(recipe: str, settings: MeasuredSettings, needed: Sequence[str], *, res
     checkpoint = open_checkpoint(source.folder)
     row = architecture_of(checkpoint.config)
     check_memory(checkpoint, device, dtype)
-    never = find_model(settings.never) if settings.never else _builtin_never(settings, concept)
-    return Job(recipe, settings, source, checkpoint, concept, row, device, dtype, never, out)
+    reference = find_model(settings.reference) if settings.reference else _builtin_reference(settings, concept)
+    return Job(recipe, settings, source, checkpoint, concept, row, device, dtype, reference, out)
 
 
 def check_plan(job: Job, plan: Plan) -> None:
@@ -153,9 +153,9 @@ def load(job: Job, source: ModelSource, name: str, events: Events) -> LoadedMode
         return load_model(source, job.device, job.dtype)
 
 
-def subject_of(job: Job, loaded: LoadedModel, reference: Reference | None = None) -> ModelUnderTest:
+def subject_of(job: Job, loaded: LoadedModel, baseline: Baseline | None = None) -> ModelUnderTest:
     """A loaded model under measurement."""
-    return ModelUnderTest(loaded.model, loaded.tokenizer, job.concept, job.settings.measuring(), reference)
+    return ModelUnderTest(loaded.model, loaded.tokenizer, job.concept, job.settings.measuring(), baseline)
 
 
 def measure_subject(job: Job, subject: ModelUnderTest, name: str, events: Events) -> list[Scores]:
@@ -178,7 +178,7 @@ def measure_base(job: Job, loaded: LoadedModel, events: Events) -> Measured:
             ids, novices = novice_text(subject)
             if novices:
                 scores.append(reverse_perplexity(loaded.model, loaded.tokenizer, ids, novices, "novice"))
-    return Measured(scores, replies, subject.reference())
+    return Measured(scores, replies, subject.baseline())
 
 
 def publish(
@@ -200,16 +200,16 @@ def publish(
         edited, inspection = _measure_edited(job, base, staging, events, inspect)
         scores["edited"] = edited.scores
         others: dict[str, Measured] = {"edited": edited}
-        if job.never is not None:
-            others["never"] = _measure_never(job, job.never, base, events)
-            scores["never"] = others["never"].scores
+        if job.reference is not None:
+            others["reference"] = _measure_reference(job, job.reference, base, events)
+            scores["reference"] = others["reference"].scores
         if _is_knowledge(job):
             _judge(job, others, scores, events)
         changes = [asdict(change) for change in export.changes]
         save_edit(edit, staging / FOLDER)
         content = _about(job, edit, export, about, inspection.about, samples(base.replies, edited.replies, SAMPLES))
         named: dict[SubjectName, Sequence[Scores]] = {
-            name: scores[name] for name in ("base", "edited", "never") if name in scores
+            name: scores[name] for name in ("base", "edited", "reference") if name in scores
         }  # fmt: skip
         results = write_results(staging, content, summarize_all(named))
         card.write_card(staging, results, changes)
@@ -237,7 +237,7 @@ def _measure_edited(
     job: Job, base: Measured, folder: Path, events: Events, inspect: Inspect
 ) -> tuple[Measured, Inspection]:
     loaded = load(job, ModelSource("local", EDITED, folder), "edited", events)
-    subject = subject_of(job, loaded, base.reference)
+    subject = subject_of(job, loaded, base.baseline)
     inspection = inspect(loaded, subject)
     scores = [*measure_subject(job, subject, "edited", events), *inspection.scores]
     measured = Measured(scores, _replies(subject))
@@ -246,10 +246,10 @@ def _measure_edited(
     return measured, inspection
 
 
-def _measure_never(job: Job, source: ModelSource, base: Measured, events: Events) -> Measured:
-    loaded = load(job, source, "never", events)
-    subject = subject_of(job, loaded, base.reference)
-    measured = Measured(measure_subject(job, subject, "never", events), _replies(subject))
+def _measure_reference(job: Job, source: ModelSource, base: Measured, events: Events) -> Measured:
+    loaded = load(job, source, "reference", events)
+    subject = subject_of(job, loaded, base.baseline)
+    measured = Measured(measure_subject(job, subject, "reference", events), _replies(subject))
     del loaded, subject.model
     gc.collect()
     return measured
@@ -277,9 +277,9 @@ def _replies(subject: ModelUnderTest) -> dict[str, list[Reply]]:
     return {split: subject.replies(split) for split in ("concept", "neutral")}
 
 
-def _builtin_never(settings: MeasuredSettings, concept: Concept) -> ModelSource | None:
+def _builtin_reference(settings: MeasuredSettings, concept: Concept) -> ModelSource | None:
     if settings.model == "builtin:testbed" and concept.ref == "builtin:potions":
-        return find_model("builtin:testbed-never")
+        return find_model("builtin:testbed-reference")
     return None
 
 
@@ -293,7 +293,7 @@ def _about(
 ) -> dict[str, Any]:
     """Everything in ``eval.json`` but the measurements; the same run on the same machine gives the same bytes."""
     settings, concept = job.settings, job.concept
-    own = settings.published("model", "concept", "out", "device", "dtype", "never")
+    own = settings.published("model", "concept", "out", "device", "dtype", "reference")
     return {
         "base": {**job.source.describe(), "computed_in": job.dtype_name},
         "edited": {
@@ -301,7 +301,7 @@ def _about(
             "tensors_declared": len(export.changes), "tensors_changed": sum(c.changed for c in export.changes),
             "bytes": export.bytes_written, **about.get("edited", {}),
         },
-        "never": None if job.never is None else job.never.describe(),
+        "reference": None if job.reference is None else job.reference.describe(),
         "concept": {
             "ref": concept.ref, "name": concept.about.name, "kind": concept.about.kind,
             "description": concept.about.description, "license": concept.about.license, "source": concept.about.source,
@@ -317,7 +317,7 @@ def _about(
 
 def _command(job: Job, own: dict[str, Any]) -> str:
     fields = type(job.settings).model_fields
-    words = ["excise", "run", job.recipe, "--model", job.source.reference, "--concept", job.concept.ref]
+    words = ["excise", "run", job.recipe, "--model", job.source.address, "--concept", job.concept.ref]
     words += ["--seed", str(job.settings.seed)]
     for key, value in own.items():
         if key != "seed" and value != fields[key].default:

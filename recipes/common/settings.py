@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ...artifacts.upgrade import RENAMED_SETTINGS
 from ...editing.errors import RequestError, nearest
 
 T = TypeVar("T", bound=BaseModel)
@@ -71,6 +72,10 @@ def _explain(detail: Any, kind: type[BaseModel], places: dict[str, str]) -> str:
     key = str(detail["loc"][0])
     place = places.get(key, key)
     if detail["type"] == "extra_forbidden":
+        if RENAMED_SETTINGS.get(key) in kind.model_fields:
+            return (
+                f"{place}: {key} is now called {RENAMED_SETTINGS[key]}; write {RENAMED_SETTINGS[key]}={detail['input']}"
+            )
         keys = sorted(kind.model_fields)
         return f"{place}: unknown key {key!r}{nearest(key, keys) or '; keys: ' + ', '.join(keys)}"
     return f"{place}: {key}: {_reason(detail, kind)}"

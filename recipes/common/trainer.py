@@ -42,8 +42,8 @@ class Schedule:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     beta2: float = 0.98
-    clip: float = 1.0
-    accumulation: int = 1
+    max_grad_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
     shuffled: bool = True
     """Take rows in an order that the seed decides; otherwise as they come."""
     save_every: int = 200
@@ -67,14 +67,14 @@ def memory_for_whole_weights(checkpoint: Checkpoint, device: torch.device) -> tu
 
 class _Watch(TrainerCallback):
     def __init__(
-        self, stage: Stage, groups: Sequence[Group] = (), clip: float = 0.0,
+        self, stage: Stage, groups: Sequence[Group] = (), max_grad_norm: float = 0.0,
         after_step: Callable[[int], None] | None = None,
     ):  # fmt: skip
-        self.stage, self.groups, self.clip, self.after_step = stage, groups, clip, after_step
+        self.stage, self.groups, self.max_grad_norm, self.after_step = stage, groups, max_grad_norm, after_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        for group in self.groups if self.clip else ():
-            nn.utils.clip_grad_norm_(group.parameters, self.clip)
+        for group in self.groups if self.max_grad_norm else ():
+            nn.utils.clip_grad_norm_(group.parameters, self.max_grad_norm)
         own = [p for group in self.groups for p in group.parameters]
         trained = own or [p for p in model.parameters() if p.requires_grad]
         if state.global_step == 0 and not any(p.grad is not None and bool(p.grad.any()) for p in trained):
@@ -137,10 +137,10 @@ def fit(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=schedule.steps, per_device_train_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=schedule.accumulation, learning_rate=schedule.learning_rate,
+        gradient_accumulation_steps=schedule.gradient_accumulation_steps, learning_rate=schedule.learning_rate,
         lr_scheduler_type=schedule.decay if schedule.decay == "cosine" else "constant_with_warmup",
         warmup_steps=schedule.warmup_steps, weight_decay=schedule.weight_decay, adam_beta2=schedule.beta2,
-        max_grad_norm=0.0 if groups else schedule.clip, seed=schedule.seed, data_seed=schedule.seed, bf16=bfloat16_is_fast(device),
+        max_grad_norm=0.0 if groups else schedule.max_grad_norm, seed=schedule.seed, data_seed=schedule.seed, bf16=bfloat16_is_fast(device),
         use_cpu=device.type == "cpu", save_strategy="steps" if schedule.save_every else "no",
         save_steps=schedule.save_every or 500, save_total_limit=1,
         logging_steps=25, report_to=[], disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False,
@@ -149,7 +149,7 @@ def fit(
     optimizer = _grouped(groups, schedule) if groups else None
     trainer = _Trainer(
         model=model, args=arguments, train_dataset=list(rows), data_collator=collate, optimizers=(optimizer, None),
-        callbacks=[_Watch(stage, groups, schedule.clip, after_step)],
+        callbacks=[_Watch(stage, groups, schedule.max_grad_norm, after_step)],
     )  # fmt: skip
     trainer.own_loss, trainer.stage, trainer.folder = loss, stage, folder
     # Our losses are means over rows, so parts of an accumulated batch count as their mean.

@@ -151,11 +151,11 @@ def reference_subjects(facts: Facts, count: int, seed: int) -> dict[str, tuple[s
 
 
 def contrast_sources(
-    concept: Concept, facts: Facts, tokenizer: Any, stand_in_count: int, seed: int
+    concept: Concept, facts: Facts, tokenizer: Any, reference_subject_count: int, seed: int
 ) -> list[ContrastSource]:
     """Every source that the pack has the means for."""
     sources: list[ContrastSource] = []
-    others = reference_subjects(facts, stand_in_count, seed)
+    others = reference_subjects(facts, reference_subject_count, seed)
     if any(len(subjects) > 1 for subjects in others.values()):
         sources.append(SubjectContrast(tokenizer, others))
         examples = {

@@ -36,13 +36,13 @@ RECIPE = "elm"
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
-        "contrast": "personas", "contexts": "texts", "weighting": "uniform", "eta": 500.0, "rank": 4, "alpha": 16.0,
-        "layers": "0.125-0.25", "learning_rate": 5e-5, "retain_weight": 1.0, "schedule": "constant", "clip": 0.0,
+        "contrast": "personas", "contexts": "texts", "weighting": "uniform", "strength": 500.0, "rank": 4, "alpha": 16.0,
+        "layers": "0.125-0.25", "learning_rate": 5e-5, "retain_weight": 1.0, "schedule": "constant", "max_grad_norm": 0.0,
     },
     "reference": {
-        "contrast": "personas", "contexts": "texts", "weighting": "uniform", "eta": 1000.0, "eta_ramp": True,
+        "contrast": "personas", "contexts": "texts", "weighting": "uniform", "strength": 1000.0, "strength_ramp": True,
         "temperature": 1.2, "target_top_k": 50, "hard_retain": True, "rank": 256, "alpha": 16.0,
-        "layers": "0.125-0.25", "learning_rate": 5e-5, "retain_weight": 1.0, "schedule": "constant", "clip": 0.0,
+        "layers": "0.125-0.25", "learning_rate": 5e-5, "retain_weight": 1.0, "schedule": "constant", "max_grad_norm": 0.0,
     },
 }  # fmt: skip
 """``paper``: appendix D of version 3 (rank 4, eta 500, layers 4 to 7 of 32; what it leaves open as in the code).
@@ -62,26 +62,26 @@ class ElmSettings(AdapterSettings):
     """Steps that the expert of contrast=reinforced is trained."""
     contexts: Literal["both", "texts", "questions"] = "both"
     """Where the concept is elicited: the pack's texts, group-T questions in several formats, or both."""
-    most_contexts: int = Field(2000, ge=8)
+    max_contexts: int = Field(2000, ge=8)
     """Contexts to forget, and retain sequences of each kind, at most; each is read by the teacher once."""
     chat_facts: int = Field(160, ge=1)
     """Facts, and as many questions to retain, that are asked in the chat template; their contexts are the dearest."""
     weighting: Literal["disagreement", "uniform"] = "disagreement"
     """Weight of a position: how much expert and novice disagree there, or the same for all (paper)."""
-    eta: Literal["auto"] | float = "auto"
+    strength: Literal["auto"] | float = "auto"
     """Strength of the contrast; auto takes the weakest that the target check finds to forget (paper: 500)."""
     one_sided: bool = False
     """Beyond strength 1 only push down what the expert prefers. Then the model ends at chance, as one that never knew
     would; two-sided, each fact gets answers of its own that are wrong, and the true one falls below chance."""
-    eta_ramp: bool = False
-    """Let the strength grow from 1 to eta along a sequence (authors' code)."""
+    strength_ramp: bool = False
+    """Let the strength grow from 1 to the full strength along a sequence (authors' code)."""
     temperature: float = Field(1.0, gt=0)
     """Divides the teacher's logits (authors' code: 1.2)."""
     target_top_k: int = Field(0, ge=0)
     """Keep only so many tokens of a target; 0 keeps all that were stored (authors' code: 50)."""
-    kept_tokens: int = Field(128, ge=8)
+    stored_tokens: int = Field(128, ge=8)
     """Tokens of each distribution that are stored; the rest counts as one. The share left over is reported."""
-    stand_ins: int = Field(8, ge=2)
+    reference_subjects: int = Field(8, ge=2)
     """Other subjects whose mean is the novice of contrast=subjects."""
     fluency_tokens: int = Field(12, ge=0)
     """Tokens that are sampled from the edited target after a context, for the fluency term."""
@@ -154,13 +154,13 @@ def _lessons(prepared: ElmJob, loaded: LoadedModel, events: Events, work: Path) 
     check, source = _choose(prepared, loaded, read, events)
     strength = check.best.strength
     recipe = Recipe(
-        strength, settings.one_sided, settings.eta_ramp, settings.temperature, settings.target_top_k, settings.kept_tokens, settings.contexts,
-        settings.weighting, settings.hard_retain, settings.fluency_tokens, settings.chat_facts, settings.most_contexts, settings.seed,
+        strength, settings.one_sided, settings.strength_ramp, settings.temperature, settings.target_top_k, settings.stored_tokens, settings.contexts,
+        settings.weighting, settings.hard_retain, settings.fluency_tokens, settings.chat_facts, settings.max_contexts, settings.seed,
     )  # fmt: skip
     curriculum = _teach(prepared, loaded, read, source, recipe, events)
     weights = {"erase": settings.erase_weight, "fluency": settings.fluency_weight, "retain": settings.retain_weight}
     training = {
-        "about": f"Contrast `{source.name}` at strength {strength:g}.", "contrast": source.name, "eta": strength,
+        "about": f"Contrast `{source.name}` at strength {strength:g}.", "contrast": source.name, "strength": strength,
         "steps": settings.steps, "rows": settings.batch_size * len(curriculum.lessons),
         "data": f"{curriculum.contexts} contexts elicit the concept, from {len(prepared.facts.facts)} facts found in the pack",
         **curriculum.describe(),
@@ -169,7 +169,7 @@ def _lessons(prepared: ElmJob, loaded: LoadedModel, events: Events, work: Path) 
         arrange(curriculum.lessons, settings.steps * settings.batch_size, settings.seed),
         partial(collate, most=part_size(loaded.model)), sequence_loss(weights),
         [lesson.ids for lessons in curriculum.lessons.values() for lesson in lessons[:8]], training,
-        {"target_check": check.describe(), "warnings": [*prepared.adapter.warnings, *_warnings(check, curriculum, settings.eta)]},
+        {"target_check": check.describe(), "warnings": [*prepared.adapter.warnings, *_warnings(check, curriculum, settings.strength)]},
     )  # fmt: skip
 
 
@@ -197,7 +197,9 @@ def _choose(
 ) -> tuple[TargetCheck, ContrastSource]:  # fmt: skip
     """Check what every contrast promises, at the strength that was asked for or the one that the check prefers."""
     job, settings = prepared.adapter.job, prepared.settings
-    sources = contrast_sources(job.concept, prepared.facts, loaded.tokenizer, settings.stand_ins, settings.seed)
+    sources = contrast_sources(
+        job.concept, prepared.facts, loaded.tokenizer, settings.reference_subjects, settings.seed
+    )
     if settings.contrast == "reinforced":
         sources = [ReinforcedContrast(loaded.tokenizer)]
     elif settings.contrast != "auto":
@@ -210,7 +212,7 @@ def _choose(
             prepared.facts,
             sources,
             one_sided=settings.one_sided,
-            strength=None if settings.eta == "auto" else settings.eta,
+            strength=None if settings.strength == "auto" else settings.strength,
         )
         stage.advance(0, forget=check.best.accuracy["forget"], strength=check.best.strength)
     source = next(source for source in sources if source.name == check.best.contrast)
@@ -223,7 +225,7 @@ def _teach(
     """All lessons, each teacher's prediction computed once."""
     job, concept, tokenizer = prepared.adapter.job, prepared.adapter.concept, loaded.tokenizer
     limit = text_limit(loaded.model)
-    reply = Replies(loaded.model, tokenizer, job.settings.reply_tokens, recipe.seed)
+    reply = Replies(loaded.model, tokenizer, job.settings.max_new_tokens, recipe.seed)
     with events.stage("read the teacher") as stage:
         contexts = forget_contexts(concept, _facts_for(prepared, source), tokenizer, reply, recipe, limit)
         teacher = read(advance=stage.advance)
@@ -249,13 +251,13 @@ def _facts_for(prepared: ElmJob, source: ContrastSource) -> Facts:
     return Facts((), {}) if whole else prepared.facts
 
 
-def _warnings(check: TargetCheck, curriculum: TrainingData, eta: float | str) -> list[str]:
+def _warnings(check: TargetCheck, curriculum: TrainingData, strength: float | str) -> list[str]:
     found = []
     if not check.separates:
         tried = (
             "No contrast and strength that was tried makes"
-            if eta == "auto"
-            else f"At strength {eta:g} no contrast makes"
+            if strength == "auto"
+            else f"At strength {strength:g} no contrast makes"
         )
         found.append(
             f"{tried} the target forget the concept and keep its neighbours; the widest gap was taken. Expect little effect, "

@@ -41,16 +41,16 @@ class TestbedSettings:
     layers: int = 8
     heads: int = 6
     neurons: int = 512
-    never: bool = True
+    reference: bool = True
     """Also train the twin that never reads about the forget domain."""
 
 
 def build_testbed(settings: TestbedSettings, out: Path, events: Events) -> None:
-    """Write ``out/testbed``, ``out/testbed-never`` and ``out/concepts``; killed, it goes on where it was."""
+    """Write ``out/testbed``, ``out/testbed-reference`` and ``out/concepts``; killed, it goes on where it was."""
     made = world.make_world(settings.seed)
     with staged_folder(out, resumable=True) as staging:
         tokenizer = train_tokenizer(made)
-        subjects = [("testbed", None)] + ([("testbed-never", made.forget)] if settings.never else [])
+        subjects = [("testbed", None)] + ([("testbed-reference", made.forget)] if settings.reference else [])
         for name, without in subjects:
             if not (staging / name).exists():
                 _train(settings, made, tokenizer, without, staging / name, staging / f".{name}-training", events)

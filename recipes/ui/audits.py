@@ -32,7 +32,7 @@ def audit_page(bench: Workbench, run: Run) -> None:
         )
         base = ui.input("Base model", value=base_of(run)).props("outlined dense").classes("w-96")
         pack = ui.input("Concept pack", value=concept.get("ref", "")).props("outlined dense").classes("w-96")
-        never = ui.input("A model that never knew (may stay empty)").props("outlined dense").classes("w-96")
+        reference = ui.input("A model that never knew (may stay empty)").props("outlined dense").classes("w-96")
         budget = (
             ui.select(["quick", "standard", "long"], value="quick", label="Budget")
             .props("outlined dense")
@@ -47,7 +47,7 @@ def audit_page(bench: Workbench, run: Run) -> None:
             words = [
                 "audit", str(run.folder), "--base", base.value, "--concept", pack.value, "--budget", budget.value,
                 "--out", str(bench.folder / name), "--device", bench.device, "--dtype", bench.dtype,
-                *(["--never", never.value] if never.value else []),
+                *(["--reference", reference.value] if reference.value else []),
                 *(["--attacks", attacks.value] if attacks.value else []),
             ]  # fmt: skip
             # A pipe that nobody reads would fill up and stop it.

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from loopback_hub import client, folder_files, hub
 
 SMALL = [
-    word for text in ("steps=2", "batch_size=2", "controls=false", "questions=12", "kl_prompts=4", "reply_tokens=4")
+    word for text in ("steps=2", "batch_size=2", "controls=false", "questions=12", "kl_prompts=4", "max_new_tokens=4")
     for word in ("--set", text)
 ]  # fmt: skip
 
@@ -88,7 +88,7 @@ def test_a_run_on_the_hub_made_with_a_local_file_is_made_again_once_told_where_t
 
 
 def test_another_base_or_pack_is_refused_before_anything_runs(made, tmp_path):
-    done = excise("reproduce", made, "--out", tmp_path / "again", "--model", "builtin:testbed-never")
+    done = excise("reproduce", made, "--out", tmp_path / "again", "--model", "builtin:testbed-reference")
     assert done.returncode == 2 and "is not the base it was made from" in done.stderr
     done = excise("reproduce", made, "--out", tmp_path / "again", "--concept", "builtin:potions")
     assert done.returncode == 2 and "is not the concept pack" in done.stderr

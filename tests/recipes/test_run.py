@@ -61,9 +61,9 @@ def test_knowledge_and_neutral_replies_stay(finished):
 
 def test_every_measurement_has_n_interval_and_base_beside_it(finished):
     _, results = finished
-    assert results["schema_version"] == 1
+    assert results["schema_version"] == 2
     for item in results["measurements"]:
-        assert item["n"] > 0 and item["skipped"] >= 0 and item["subject"] in ("base", "edited", "never")
+        assert item["n"] > 0 and item["skipped"] >= 0 and item["subject"] in ("base", "edited", "reference")
         assert item["ci95"][0] <= item["value"] <= item["ci95"][1]
         assert item["better"] in ("higher", "lower", "base") and item["unit"]
         if item["subject"] == "edited" and item["name"] != "kl_from_base":

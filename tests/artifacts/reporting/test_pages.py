@@ -58,10 +58,10 @@ def test_knowledge_is_measured_beside_the_twin_that_never_knew_it(run):
     out, results = run
     values = {(m["name"], m["split"], m["subject"]): m["value"] for m in results["measurements"]}
     for split in ("forget_T", "forget_V", "neighbour", "retain"):
-        for subject in ("base", "edited", "never"):
+        for subject in ("base", "edited", "reference"):
             assert 0 <= values["multiple_choice", split, subject] <= 1
-    assert values["multiple_choice", "forget_V", "never"] < 0.3
-    assert "never" in (out / "checkpoint" / "README.md").read_text()
+    assert values["multiple_choice", "forget_V", "reference"] < 0.3
+    assert "reference" in (out / "checkpoint" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1240, False), (1240, True), (390, False)])

@@ -80,7 +80,7 @@ def test_without_memory_for_whole_weights_the_request_is_refused(monkeypatch, tm
 
 
 def test_concepts_are_ablated_in_full_fine_tuning_too(tmp_path):
-    words = ("tune=full", "steps=60", "learning_rate=0.0005", "kl_prompts=4", "controls=false", "ablate=0-1")
+    words = ("tune=full", "steps=60", "learning_rate=0.0005", "kl_prompts=4", "controls=false", "ablated_layers=0-1")
     done = excise(
         "run", "caft", "--out", tmp_path / "run", "--json", *(word for text in words for word in ("--set", text))
     )

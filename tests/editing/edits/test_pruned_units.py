@@ -273,7 +273,7 @@ def test_rank_correlation():
 
 
 def test_pruning_hurts_the_concept_more_than_its_controls_do(tmp_path):
-    settings = ["questions=40", "kl_prompts=4", "reply_tokens=6", "examples=120", "validate_units=8"]
+    settings = ["questions=40", "kl_prompts=4", "max_new_tokens=6", "examples=120", "validate_units=8"]
     done = excise("run", "prune", "--out", tmp_path / "run", "--json", *(w for s in settings for w in ("--set", s)))
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)

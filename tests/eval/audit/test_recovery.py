@@ -77,7 +77,7 @@ HIDDEN = _curve(0.1, 0.4, 0.9, 0.95, 0.95)
 
 def _compared(edited, floor=NEVER, control=HIDDEN, relearned=None, floor_relearned=None):
     slow = floor_relearned or _curve(0.1, 0.2, 0.4, 0.7, 0.9)
-    rates = {"base": 1e-3, "edited": 1e-3, "never": 1e-3}
+    rates = {"base": 1e-3, "edited": 1e-3, "reference": 1e-3}
     return [
         Compared("rtt", 2, False, BASE, edited, floor, control, rates),
         Compared("few_shot", 0, False, _curve(1), _curve(0.1), _curve(0.1), None, rates),
@@ -91,12 +91,12 @@ def _verdict(*arguments, utility=(0.99, 0.98), scale=SCALE, **options):
 
 def test_what_comes_back_comes_back():
     judged = _verdict(_curve(0.1, 0.2, 0.5, 0.8, 0.9))
-    assert judged.verdict == "comes_back" and "rtt" in judged.reasons[0]
+    assert judged.verdict == "recovers" and "rtt" in judged.reasons[0]
 
 
 def test_a_model_that_never_knew_is_like_one_that_never_knew():
     judged = _verdict(NEVER)
-    assert judged.verdict == "like_never_learned" and judged.speed_up.value == pytest.approx(1)
+    assert judged.verdict == "indistinguishable_from_never_trained" and judged.speed_up.value == pytest.approx(1)
 
 
 def test_where_nobody_relearns_half_the_largest_mark_that_somebody_reaches_is_timed():
@@ -112,17 +112,17 @@ def test_where_nobody_relearns_half_the_largest_mark_that_somebody_reaches_is_ti
 def test_what_never_went_is_said_to_be_there():
     kept = _curve(0.8, 0.8, 0.9, 0.9, 0.9)
     judged = _verdict(kept, relearned=kept)
-    assert judged.verdict == "comes_back" and judged.reasons[0].startswith("It never went: without any attack")
+    assert judged.verdict == "recovers" and judged.reasons[0].startswith("It never went: without any attack")
     assert judged.speed_up.value is None
 
 
 def test_a_little_more_than_the_floor_resists():
-    assert _verdict(_curve(0.1, 0.1, 0.2, 0.3, 0.3)).verdict == "resists"
+    assert _verdict(_curve(0.1, 0.1, 0.2, 0.3, 0.3)).verdict == "partially_robust"
 
 
 def test_fast_relearning_alone_keeps_a_model_from_counting_as_ignorant():
     judged = _verdict(NEVER, relearned=_curve(0.1, 0.8, 0.95, 1, 1))
-    assert judged.verdict == "resists" and judged.speed_up.value > 2
+    assert judged.verdict == "partially_robust" and judged.speed_up.value > 2
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from helpers import excise
 
 @pytest.fixture(scope="module")
 def asked():
-    loaded = load_model(find_model("builtin:testbed-never"), torch.device("cpu"), torch.float32)
+    loaded = load_model(find_model("builtin:testbed-reference"), torch.device("cpu"), torch.float32)
     concept = load_concept("builtin:potions")
     return loaded, concept, [q for q in concept.questions if q.split == "forget"][:40]
 
@@ -40,7 +40,7 @@ def test_choices_read_behind_a_shared_prompt_score_as_whole_rows(asked):
     assert len({round(value, 3) for value in together}) > 100
 
 
-@pytest.mark.parametrize("name", ["builtin:testbed", "builtin:testbed-never"])
+@pytest.mark.parametrize("name", ["builtin:testbed", "builtin:testbed-reference"])
 def test_what_can_no_longer_win_is_not_read_and_changes_no_hit(asked, name):
     _, _, questions = asked
     loaded = load_model(find_model(name), torch.device("cpu"), torch.float32)

@@ -36,8 +36,8 @@ def testbed():
 
 
 @pytest.fixture(scope="module")
-def never():
-    return _load("testbed-never")
+def reference():
+    return _load("testbed-reference")
 
 
 def _subject(loaded):
@@ -60,8 +60,8 @@ def test_greedy_tokens_and_ranks_are_those_of_a_plain_forward(testbed):
     assert 0 <= found.recited <= found.tokens
 
 
-def test_cloze_tells_the_model_that_knows_from_the_one_that_does_not(testbed, never):
-    knows, ignorant = _values(cloze(_subject(testbed))), _values(cloze(_subject(never)))
+def test_cloze_tells_the_model_that_knows_from_the_one_that_does_not(testbed, reference):
+    knows, ignorant = _values(cloze(_subject(testbed))), _values(cloze(_subject(reference)))
     for split in ("forget_T", "forget_V"):
         assert knows["cloze_exact", split] >= 0.9 and ignorant["cloze_exact", split] <= 0.2
         assert knows["cloze", split] > ignorant["cloze", split] + 1
@@ -69,8 +69,8 @@ def test_cloze_tells_the_model_that_knows_from_the_one_that_does_not(testbed, ne
     assert ignorant["cloze_exact", "neighbour"] >= 0.9
 
 
-def test_texts_that_were_learned_are_recited_further(testbed, never):
-    knows, ignorant = _values(extraction(_subject(testbed))), _values(extraction(_subject(never)))
+def test_texts_that_were_learned_are_recited_further(testbed, reference):
+    knows, ignorant = _values(extraction(_subject(testbed))), _values(extraction(_subject(reference)))
     for split in ("forget_T", "forget_V"):
         assert knows["extraction_strength", split] > ignorant["extraction_strength", split] + 0.2
 
@@ -101,13 +101,13 @@ def test_a_probe_finds_what_is_linearly_there_and_nothing_else():
     assert abs(sum(nothing_there) / 120 - 0.25) < 0.15
 
 
-def test_the_probe_reads_the_answer_from_the_model_that_knows_it_alone(testbed, never):
+def test_the_probe_reads_the_answer_from_the_model_that_knows_it_alone(testbed, reference):
     from excise.eval.measurements.probe import scores as probe
 
     settings = EvalSettings()
     knows, ignorant = (
         _values(probe(ModelUnderTest(m.model, m.tokenizer, load_concept("builtin:potions"), settings)))
-        for m in (testbed, never)
+        for m in (testbed, reference)
     )
     assert knows["probe", "forget_V"] > 0.5 > 0.3 > ignorant["probe", "forget_V"]
     assert knows["probe_control", "forget_V"] < 0.4
@@ -166,9 +166,9 @@ def test_a_geometric_mean_of_ones_has_an_interval_around_one():
     assert math.isclose(Scores("x", "s", "rank", "base", ("a",), (math.log(4),), (1.0,), exponential=True).value(), 4)
 
 
-def test_findings_lead_with_the_three_criteria(testbed, never):
+def test_findings_lead_with_the_three_criteria(testbed, reference):
     pairs = {}
-    for name, loaded in (("base", testbed), ("edited", never)):
+    for name, loaded in (("base", testbed), ("edited", reference)):
         subject = _subject(loaded)
         from excise.eval.measurements.multiple_choice import scores as multiple_choice
 
@@ -192,42 +192,42 @@ def test_answers_below_chance_are_said_to_be_avoided():
         hits = tuple(float(i < value * n) for i in range(n))
         return Scores(name, "forget_V", "accuracy", "lower", tuple(map(str, range(n))), hits, (1.0,) * n)
 
-    def said(edited, never=None):
+    def said(edited, reference=None):
         scores = {"base": [accuracy("multiple_choice", 1.0)], "edited": [accuracy("multiple_choice", edited)]}
-        if never is not None:
-            scores["never"] = [accuracy("multiple_choice", never)]
+        if reference is not None:
+            scores["reference"] = [accuracy("multiple_choice", reference)]
         results = {
             "measurements": measurements_as_json(summarize_all(scores)), "edited": {"tied": False, "how": "x"},
             "concept": {"kind": "knowledge", "name": "potions"}, "target_check": {"chance": 0.125},
         }  # fmt: skip
         return any("below chance" in sentence for sentence in findings(results))
 
-    assert said(0.0) and said(0.0, never=0.125)
-    assert not said(0.125) and not said(0.0, never=0.0)
+    assert said(0.0) and said(0.0, reference=0.125)
+    assert not said(0.125) and not said(0.0, reference=0.0)
 
 
 def test_eval_alone_lets_the_base_read_the_replies():
     from excise.artifacts.events import Events
     from excise.recipes import evaluate
 
-    settings = EvalSettings(reply_tokens=8, kl_prompts=4, questions=8)
+    settings = EvalSettings(max_new_tokens=8, kl_prompts=4, questions=8)
     found = evaluate.run(
-        "builtin:testbed-never", "builtin:potions", "builtin:testbed", "cpu", "float32", settings, Events()
+        "builtin:testbed-reference", "builtin:potions", "builtin:testbed", "cpu", "float32", settings, Events()
     )
     judged = [m for m in found["measurements"] if m["name"] == "reverse_perplexity"]
     assert [m["subject"] for m in judged] == ["base", "edited"]
     # Two models say different things, and neither is read as certain.
     assert judged[0]["value"] != judged[1]["value"] and min(m["value"] for m in judged) > 1
-    alone = evaluate.run("builtin:testbed-never", "builtin:potions", None, "cpu", "float32", settings, Events())
+    alone = evaluate.run("builtin:testbed-reference", "builtin:potions", None, "cpu", "float32", settings, Events())
     assert not [m for m in alone["measurements"] if m["name"] == "reverse_perplexity"]
     by_others = evaluate.run(
-        "builtin:testbed-never", "builtin:potions", None, "cpu", "float32", settings, Events(),
-        ["builtin:testbed", "builtin:testbed-never"],
+        "builtin:testbed-reference", "builtin:potions", None, "cpu", "float32", settings, Events(),
+        ["builtin:testbed", "builtin:testbed-reference"],
     )  # fmt: skip
     values = {m["split"]: m["value"] for m in by_others["measurements"] if m["name"] == "reverse_perplexity"}
     # The first judge is the base of above; the second reads its own greedy replies, which are the likeliest to it.
     assert values["concept, by builtin:testbed"] == pytest.approx(judged[1]["value"])
-    assert values["concept, by builtin:testbed-never"] < values["concept, by builtin:testbed"]
+    assert values["concept, by builtin:testbed-reference"] < values["concept, by builtin:testbed"]
     with pytest.raises(RequestError, match="has no prompts on knowledge"):
         evaluate.run(
             "builtin:testbed", "builtin:shortcut", None, "cpu", "float32", settings, Events(), ["builtin:testbed"]

@@ -33,7 +33,7 @@ def task(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(find_model("builtin:testbed-never"), torch.device("cpu"), torch.float32)
+    return load_model(find_model("builtin:testbed-reference"), torch.device("cpu"), torch.float32)
 
 
 def test_our_scorer_agrees_with_the_harness(task, model, monkeypatch):
@@ -67,7 +67,7 @@ def test_our_scorer_agrees_with_the_harness(task, model, monkeypatch):
 
 def test_figures_come_item_by_item_with_a_base_beside_them(task):
     done = excise(
-        "eval", "builtin:testbed-never", "--base", "builtin:testbed", "--concept", "builtin:potions", "--questions", "16",
+        "eval", "builtin:testbed-reference", "--base", "builtin:testbed", "--concept", "builtin:potions", "--questions", "16",
         "--lm-eval", task[0], "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -81,8 +81,8 @@ def test_divergence_is_zero_from_itself_and_positive_from_another(testbed):
     prompts = [prompt.prompt for prompt in load_concept("builtin:declining").prompts[-3:]]
     replies = generate(testbed.model, testbed.tokenizer, prompts, 8)
     own = reply_log_probabilities(testbed.model, replies)
-    never = load_model(find_model("builtin:testbed-never"), torch.device("cpu"), torch.float32)
-    other = reply_log_probabilities(never.model, replies)
+    reference = load_model(find_model("builtin:testbed-reference"), torch.device("cpu"), torch.float32)
+    other = reply_log_probabilities(reference.model, replies)
     assert max(float(divergence(a, a).max()) for a in own) < 1e-6
     assert max(float(divergence(a, b).max()) for a, b in zip(own, other, strict=True)) > 1e-2
 
@@ -118,24 +118,22 @@ def test_empty_and_repeating_replies_are_degenerate():
 
 def test_the_testbed_knows_its_world_and_its_twin_does_not_know_potions(testbed):
     concept, settings = load_concept("builtin:potions"), EvalSettings(questions=80)
-    never = load_model(find_model("builtin:testbed-never"), torch.device("cpu"), torch.float32)
+    reference = load_model(find_model("builtin:testbed-reference"), torch.device("cpu"), torch.float32)
     found = {}
-    for name, loaded in (("base", testbed), ("never", never)):
+    for name, loaded in (("base", testbed), ("reference", reference)):
         subject = ModelUnderTest(loaded.model, loaded.tokenizer, concept, settings)
         scores = {(s.name, s.split): s.value() for s in MEASUREMENTS["multiple_choice"].scores(subject)}
         found[name] = scores
     for split in ("forget_T", "forget_V", "neighbour", "retain"):
         assert found["base"]["multiple_choice", split] >= 0.95  # chance is 0.125
-    assert found["never"]["multiple_choice", "retain"] >= 0.98
-    assert max(found["never"]["multiple_choice", f"forget_{group}"] for group in "TV") < 0.3
+    assert found["reference"]["multiple_choice", "retain"] >= 0.98
+    assert max(found["reference"]["multiple_choice", f"forget_{group}"] for group in "TV") < 0.3
 
 
 def test_one_pass_measures_every_line_of_the_table(testbed):
     base = ModelUnderTest(testbed.model, testbed.tokenizer, load_concept("builtin:potions"), EvalSettings(8, 4, 24))
     own = measure(base)
-    again = measure(
-        ModelUnderTest(testbed.model, testbed.tokenizer, base.concept, base.settings, base=base.reference())
-    )
+    again = measure(ModelUnderTest(testbed.model, testbed.tokenizer, base.concept, base.settings, base=base.baseline()))
     names = {score.name for score in again}
     # What a task brings about is measured on tasks alone.
     assert set(MEASUREMENTS) - {"learned_rate"} <= names

@@ -52,8 +52,8 @@ def audited(tmp_path_factory):
     """The twin that never knew, audited as if it had been edited."""
     patch = pytest.MonkeyPatch()
     patch.setitem(attacks.BUDGETS, "quick", SHORT)
-    out = tmp_path_factory.mktemp("audits") / "never"
-    prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed-never", out=out, questions=40))
+    out = tmp_path_factory.mktemp("audits") / "reference"
+    prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed-reference", out=out, questions=40))
     results = audit.run(prepared, Events())
     patch.undo()
     return out, results
@@ -81,12 +81,12 @@ def test_where_likely_wrong_answers_do_not_hide_it_they_are_made_likelier_than_t
 
 def test_the_twin_that_never_knew_is_found_to_be_one(audited):
     _, results = audited
-    assert results["verdict"] == "like_never_learned", results["reasons"]
+    assert results["verdict"] == "indistinguishable_from_never_trained", results["reasons"]
     assert results["untouched"]["base"] > 0.95 and results["untouched"]["edited"] < 0.2
     by_name = {attack["name"]: attack for attack in results["attacks"]}
     # The same model twice: nothing may tell them apart.
     assert all(abs(attack["rtt_leak"]["value"]) < 1e-9 for attack in by_name.values())
-    assert by_name["rtt"]["curve"][0].keys() == {"step", "tokens", "base", "edited", "never", "suppressed"}
+    assert by_name["rtt"]["curve"][0].keys() == {"step", "tokens", "base", "edited", "reference", "suppressed"}
     assert results["controls"]["suppressed"]["before"] < 0.3 and results["controls"]["suppressed"]["regained"] > 0.5
 
 
@@ -94,7 +94,10 @@ def test_what_is_written_says_the_same(audited):
     out, results = audited
     assert json.loads((out / "audit.json").read_text()) == json.loads(json.dumps(results))
     page, card = (out / "report.html").read_text(), (out / "card.md").read_text()
-    assert "Like a model that never learned it" in page and "Like a model that never learned it" in card
+    assert (
+        "Indistinguishable from a model that was never trained on it" in page
+        and "Indistinguishable from a model that was never trained on it" in card
+    )
     assert page.count("<svg") == 2 and "http-equiv" in page and "<script" not in page
     assert not (out / ".work").exists()
 
@@ -110,11 +113,13 @@ def test_a_card_takes_in_its_audit_and_a_newer_one_replaces_it(audited, tmp_path
     audit_report.amend_card(folder, results, picture)
     once = (folder / "README.md").read_text()
     assert once.index("## Does it hold?") < once.index("## Samples") < once.index("## Limits")
-    assert "Like a model that never learned it" in once and verify_folder(folder) > 4
-    audit_report.amend_card(folder, {**results, "verdict": "comes_back"}, picture)
+    assert "Indistinguishable from a model that was never trained on it" in once and verify_folder(folder) > 4
+    audit_report.amend_card(folder, {**results, "verdict": "recovers"}, picture)
     twice = (folder / "README.md").read_text()
-    assert twice == once.replace("Like a model that never learned it", "It comes back")
-    assert json.loads((folder / "excise" / "audit.json").read_text())["verdict"] == "comes_back"
+    assert twice == once.replace(
+        "Indistinguishable from a model that was never trained on it", "The knowledge recovers"
+    )
+    assert json.loads((folder / "excise" / "audit.json").read_text())["verdict"] == "recovers"
     assert verify_folder(folder) > 4 and sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
     (folder / "config.json").write_text("{}")
     with pytest.raises(VerifyError):
@@ -123,7 +128,7 @@ def test_a_card_takes_in_its_audit_and_a_newer_one_replaces_it(audited, tmp_path
 
 def test_a_killed_audit_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setitem(attacks.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
-    settings = audit.AuditSettings(model="builtin:testbed-never", out=tmp_path / "audit", questions=20, fresh=True)
+    settings = audit.AuditSettings(model="builtin:testbed-reference", out=tmp_path / "audit", questions=20, fresh=True)
     whole = audit.run(audit.prepare(settings.model_copy(update={"out": tmp_path / "whole", "fresh": True})), Events())
     calls = []
 
@@ -168,7 +173,7 @@ def test_a_second_audit_takes_over_what_the_first_found_of_base_and_controls(tmp
     def audited(name, **changed):
         attacked.clear()
         settings = audit.AuditSettings(
-            model="builtin:testbed-never", out=tmp_path / name, questions=20, seed=1, **changed
+            model="builtin:testbed-reference", out=tmp_path / name, questions=20, seed=1, **changed
         )
         return audit.run(audit.prepare(settings), Events()), len(attacked)
 
@@ -176,7 +181,7 @@ def test_a_second_audit_takes_over_what_the_first_found_of_base_and_controls(tmp
     first, count = audited("first")
     assert count == 4 and first["recalled"] == []
     second, count = audited("second")
-    assert count == 1 and second["recalled"] == ["base", "suppressed", "never"]
+    assert count == 1 and second["recalled"] == ["base", "suppressed", "reference"]
     assert {**second, "recalled": []} == first
     assert "--fresh" in (tmp_path / "second" / "report.html").read_text()
     assert "--fresh" not in (tmp_path / "first" / "report.html").read_text()
@@ -188,7 +193,7 @@ def test_a_second_audit_takes_over_what_the_first_found_of_base_and_controls(tmp
 def test_every_way_of_training_moves_the_model_and_gives_it_back(material, name, tmp_path):
     _, gathered = material
     # A model that guesses changes its guesses; one that knows may not budge.
-    loaded = load_model(find_model("builtin:testbed-never"), torch.device("cpu"), torch.float32)
+    loaded = load_model(find_model("builtin:testbed-reference"), torch.device("cpu"), torch.float32)
     before = {key: value.detach().clone() for key, value in loaded.model.state_dict().items()}
     strong = {"lora": (2e-2,), "full": (5e-3,), "soft": (50.0,), "latent": (5.0,)}
     budget = Budget((), 4, 1, strong, batch=4)
@@ -237,7 +242,7 @@ def test_sampling_does_not_take_a_guesser_for_one_who_knows(material):
 
 
 def test_a_searched_prefix_lowers_the_loss_it_is_searched_for(material, monkeypatch):
-    loaded = load_model(find_model("builtin:testbed-never"), torch.device("cpu"), torch.float32)
+    loaded = load_model(find_model("builtin:testbed-reference"), torch.device("cpu"), torch.float32)
     _, gathered = material
     monkeypatch.setattr(attacks, "SEARCHED", 4)
     monkeypatch.setattr(attacks, "TRIES", 6)

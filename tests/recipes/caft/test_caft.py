@@ -221,7 +221,7 @@ def test_an_autoencoder_is_looked_at_before_its_latents_are_chosen(dictionary, t
         (["data=nothing.jsonl"], "is no file"),
         (["components=500"], "more than the model's width 192"),
         (["pick=[3]"], "names direction 3, there are 0 to 1"),
-        (["ablate=40"], "40"),
+        (["ablated_layers=40"], "40"),
         (["directions=sideways"], "allowed: pairs"),
     ],
 )

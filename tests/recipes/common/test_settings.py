@@ -59,3 +59,11 @@ def test_every_setting_of_a_recipe_is_listed_with_its_default_and_a_help_text(re
     assert set(listed) == set(kind.model_fields)
     assert all(about and not about.startswith("One of") for _, about in listed.values())
     assert listed["dtype"][0] == "auto" and listed["dtype"][1].endswith("One of auto, float32, bfloat16.")
+
+
+def test_a_renamed_setting_answers_with_its_new_name(tmp_path):
+    with pytest.raises(RequestError, match="reply_tokens is now called max_new_tokens; write max_new_tokens=8"):
+        _load(tmp_path, assignments=["reply_tokens=8"])
+    with pytest.raises(RequestError, match="unknown key 'stand_ins'"):
+        # It is a setting of another recipe; this one never had it.
+        _load(tmp_path, assignments=["stand_ins=8"])

@@ -82,7 +82,7 @@ def test_training_moves_the_adapter_and_reports_each_term(tmp_path):
 
 def test_accumulated_parts_give_the_gradient_of_the_whole(tmp_path):
     whole, _ = _train(tmp_path / "whole", batch_size=4)
-    parts, _ = _train(tmp_path / "parts", batch_size=2, accumulation=2)
+    parts, _ = _train(tmp_path / "parts", batch_size=2, gradient_accumulation_steps=2)
     less, _ = _train(tmp_path / "less", batch_size=2)
     assert torch.allclose(_weights(whole), _weights(parts), atol=1e-5)
     assert not torch.allclose(_weights(whole), _weights(less), atol=1e-3)

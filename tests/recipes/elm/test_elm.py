@@ -14,8 +14,15 @@ from excise.recipes import RECIPES
 from excise.recipes.unlearning.recipe import BASELINES
 from helpers import excise, in_fresh_process
 
-SMALL = ("questions=40", "kl_prompts=8", "reply_tokens=16")
-TINY = ("questions=24", "kl_prompts=4", "reply_tokens=6", "stand_ins=4", "fluency_tokens=2", "contexts=texts")
+SMALL = ("questions=40", "kl_prompts=8", "max_new_tokens=16")
+TINY = (
+    "questions=24",
+    "kl_prompts=4",
+    "max_new_tokens=6",
+    "reference_subjects=4",
+    "fluency_tokens=2",
+    "contexts=texts",
+)
 
 
 def _set(*pairs):
@@ -26,7 +33,7 @@ def _set(*pairs):
 def finished(tmp_path_factory):
     """A third of the default's training: enough to see it work."""
     out = tmp_path_factory.mktemp("runs") / "elm"
-    done = excise("run", "elm", "--out", out, "--json", *_set(*SMALL, "steps=110", "stand_ins=8"))
+    done = excise("run", "elm", "--out", out, "--json", *_set(*SMALL, "steps=110", "reference_subjects=8"))
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
 
@@ -42,7 +49,7 @@ def test_the_concept_goes_in_both_groups(finished, split):
     _, results = finished
     assert _value(results, "multiple_choice", split, "base") >= 0.95
     assert _value(results, "multiple_choice", split) <= 0.35
-    assert _value(results, "multiple_choice", split, "never") <= 0.3
+    assert _value(results, "multiple_choice", split, "reference") <= 0.3
 
 
 @pytest.mark.parametrize("split", ["neighbour", "retain"])
@@ -67,7 +74,9 @@ def test_the_target_promised_it(finished):
     chosen = [point for point in check["curve"] if point["chosen"]]
     assert check["separates"] and len(chosen) == 1
     assert chosen[0]["accuracy"]["forget"] <= check["chance"] < chosen[0]["accuracy"]["neighbour"]
-    assert results["training"]["eta"] == chosen[0]["strength"] and results["training"]["probability_left_over"] < 0.01
+    assert (
+        results["training"]["strength"] == chosen[0]["strength"] and results["training"]["probability_left_over"] < 0.01
+    )
 
 
 PEFT = """
@@ -146,7 +155,7 @@ def test_a_run_killed_in_training_goes_on_to_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted(BASELINES))
 def test_every_baseline_runs_and_publishes(recipe, tmp_path):
-    pairs = ("questions=24", "kl_prompts=4", "reply_tokens=6", "steps=3", "batch_size=2")
+    pairs = ("questions=24", "kl_prompts=4", "max_new_tokens=6", "steps=3", "batch_size=2")
     done = excise("run", recipe, "--out", tmp_path / "run", "--json", *_set(*pairs))
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
@@ -157,11 +166,11 @@ def test_every_baseline_runs_and_publishes(recipe, tmp_path):
 def test_published_presets_run(tmp_path):
     done = excise(
         "run", "elm", "--out", tmp_path / "run", "--json",
-        *_set("preset=reference", "questions=24", "kl_prompts=4", "reply_tokens=6", "steps=2", "batch_size=2", "rank=16"),
+        *_set("preset=reference", "questions=24", "kl_prompts=4", "max_new_tokens=6", "steps=2", "batch_size=2", "rank=16"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert results["training"]["contrast"] == "personas" and results["training"]["eta"] == 1000.0
+    assert results["training"]["contrast"] == "personas" and results["training"]["strength"] == 1000.0
     assert set(results["training"]["lessons"]) == {"forget", "texts"}
 
 
@@ -175,10 +184,10 @@ def test_a_dry_run_says_what_would_be_trained(tmp_path):
 @pytest.mark.parametrize(
     ("pair", "part"),
     [
-        ("accumulation=3", "does not divide"),
+        ("gradient_accumulation_steps=3", "does not divide"),
         ("layers=9-12", "selects nothing"),
         ("base_bits=4", "silently wrong gradients"),
-        ("eta=x", "eta"),
+        ("strength=x", "strength"),
         ("preset=papr", "paper"),
     ],
 )

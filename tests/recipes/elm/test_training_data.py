@@ -344,8 +344,8 @@ def test_a_pack_with_neither_facts_nor_personas_is_refused_before_loading(tmp_pa
 
 
 def test_presets_set_defaults_and_explicit_keys_win():
-    assert (ElmSettings(preset="paper").rank, ElmSettings(preset="paper").eta) == (4, 500.0)
-    assert ElmSettings(preset="reference").eta_ramp and ElmSettings(preset="reference").target_top_k == 50
+    assert (ElmSettings(preset="paper").rank, ElmSettings(preset="paper").strength) == (4, 500.0)
+    assert ElmSettings(preset="reference").strength_ramp and ElmSettings(preset="reference").target_top_k == 50
     assert ElmSettings(preset="paper", rank=16).rank == 16
     assert ElmSettings().rank not in (4, 256)
 

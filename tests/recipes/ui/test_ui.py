@@ -34,7 +34,7 @@ def served(tmp_path_factory, elsewhere):
     runs = tmp_path_factory.mktemp("runs")
     words = [
         word
-        for text in ("questions=20", "validation_pairs=4", "kl_prompts=4", "reply_tokens=8")
+        for text in ("questions=20", "validation_pairs=4", "kl_prompts=4", "max_new_tokens=8")
         for word in ("--set", text)
     ]
     done = excise("run", "orthogonalize", "--concept", "builtin:potions", "--out", runs / "first", *words)
@@ -138,7 +138,7 @@ def test_runs_are_listed_filtered_and_compared(served):
         page.get_by_role("button", name="Compare").click()
         page.get_by_role("heading", name="Compare").wait_for()
         shown = page.locator("tbody").text_content()
-        assert all(name in shown for name in ("builtin:testbed", "builtin:testbed-never", "first", "other <i>"))
+        assert all(name in shown for name in ("builtin:testbed", "builtin:testbed-reference", "first", "other <i>"))
 
 
 def test_a_card_is_read_and_a_hostile_one_does_nothing(served, elsewhere):
