@@ -24,23 +24,26 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "never": "reference", "comes_back": "recovers", "resists": "partially_robust", "eta": "strength",
+    "like_never_learned": "indistinguishable_from_never_trained",
+}  # fmt: skip
 """Old word to new word, in the keys and texts of the earlier record, before it is compared. Whole words, as ``\\w+`` finds them."""
 
 HERE = "--device cpu --dtype float32"
-SMALL = "questions=20 kl_prompts=4 reply_tokens=6"
+SMALL = "questions=20 kl_prompts=4 max_new_tokens=6"
 TRAINED = f"{SMALL} steps=8 batch_size=2"
-ERASED = f"{TRAINED} stand_ins=4 fluency_tokens=4 chat_facts=8 most_contexts=32"
+ERASED = f"{TRAINED} reference_subjects=4 fluency_tokens=4 chat_facts=8 max_contexts=32"
 CASES: dict[str, tuple[str, str]] = {
     "elm": (f"run elm --seed 0 {HERE}", ERASED),
-    "orthogonalize": (f"run orthogonalize --seed 0 {HERE}", f"{SMALL} reply_tokens=12 train_pairs=32 validation_pairs=8 max_depth=0.5"),
+    "orthogonalize": (f"run orthogonalize --seed 0 {HERE}", f"{SMALL} max_new_tokens=12 train_pairs=32 validation_pairs=8 max_depth=0.5"),
     "audit": (
         f"audit {{elm}} --concept builtin:potions --base builtin:testbed --budget quick --questions 20 --seed 0 {HERE} --attacks "
         "few_shot,int4,logit_lens,sampling,probe,undo_singular,rtt,few_8,relearn,unrelated,soft_prompt,latent,rtt_full", "",
     ),
-    "elm_texts": (f"run elm --seed 0 {HERE}", f"{ERASED} most_contexts=16 contexts=texts contrast=examples eta=5.0 one_sided=true"),
-    "elm_reinforced": (f"run elm --seed 0 {HERE}", f"{ERASED} contexts=texts contrast=reinforced expert_steps=4 eta=1.5"),
-    "elm_reference": (f"run elm --seed 0 {HERE}", f"{TRAINED} preset=reference rank=16 most_contexts=32"),
+    "elm_texts": (f"run elm --seed 0 {HERE}", f"{ERASED} max_contexts=16 contexts=texts contrast=examples strength=5.0 one_sided=true"),
+    "elm_reinforced": (f"run elm --seed 0 {HERE}", f"{ERASED} contexts=texts contrast=reinforced expert_steps=4 strength=1.5"),
+    "elm_reference": (f"run elm --seed 0 {HERE}", f"{TRAINED} preset=reference rank=16 max_contexts=32"),
     "prune": (f"run prune --seed 0 {HERE}", f"{SMALL} examples=64 validate_units=4"),
     "prune_removed": (
         f"run prune --seed 0 {HERE}",
@@ -48,12 +51,12 @@ CASES: dict[str, tuple[str, str]] = {
     ),
     "caft": (f"run caft --seed 0 {HERE}", f"{SMALL} steps=8 batch_size=4 watch=8 components=3 pick=[1] site=output"),
     "caft_quirk": (f"run caft --concept builtin:quirk --seed 0 {HERE}", f"{SMALL} steps=6 batch_size=4 tune=full watch=0"),
-    "lorra": (f"run lorra --seed 0 {HERE}", f"{SMALL} reply_tokens=12 steps=8 batch_size=4"),
+    "lorra": (f"run lorra --seed 0 {HERE}", f"{SMALL} max_new_tokens=12 steps=8 batch_size=4"),
     "rmu": (f"run rmu --seed 0 {HERE}", TRAINED),
     "grad_diff": (f"run grad_diff --seed 0 {HERE}", TRAINED),
     "npo": (f"run npo --seed 0 {HERE}", TRAINED),
     "simnpo": (f"run simnpo --seed 0 {HERE}", TRAINED),
-    "eval": (f"eval builtin:testbed-never --concept builtin:potions --base builtin:testbed --questions 20 {HERE}", ""),
+    "eval": (f"eval builtin:testbed-reference --concept builtin:potions --base builtin:testbed --questions 20 {HERE}", ""),
     "diff": ("diff builtin:testbed {elm}", ""),
     "inspect": (f"inspect {{caft}} --model builtin:testbed --concept builtin:shortcut {HERE}", ""),
 }  # fmt: skip
@@ -62,14 +65,25 @@ CASES: dict[str, tuple[str, str]] = {
 SHORT = """
 from dataclasses import replace
 from excise.cli import main
-from excise.recipes.attacks import BUDGETS
+from excise.recipes.audit.attacks.table import BUDGETS
 BUDGETS["quick"] = replace(BUDGETS["quick"], steps=8)
 main()
 """
 """What an audit runs in place of ``python -m excise.cli``: the same with an eighth of the steps of the shortest budget."""
 WRITES = ("run", "audit")
 ELSEWHERE = {"measurements", "samples", "attacks"}
-UNRECORDED = {*ELSEWHERE, "run", "warnings", "decline_phrases", "schema_version", "sha256", "bytes"}
+UNRECORDED = {
+    *ELSEWHERE,
+    "run",
+    "story",
+    "reasons",
+    "gaps",
+    "warnings",
+    "decline_phrases",
+    "schema_version",
+    "sha256",
+    "bytes",
+}
 """Keys that are recorded otherwise, or say nothing of what was computed. Of all else, numbers and lists are recorded."""
 
 Values = dict[str, Any]
@@ -150,7 +164,7 @@ def eval_values(content: Any) -> Values:
 
 def audit_values(content: Any) -> Values:
     """Of an ``audit.json``: the verdict, every number of every attack, by name and model, and every other number."""
-    found: Values = {"verdict": content["verdict"], "reasons": content["reasons"], "gaps": content["gaps"]}
+    found: Values = {"verdict": content["verdict"]}
     for attack in content["attacks"]:
         for subject in attack["curve"][0]:
             found[f"{attack['name']}/curve/{subject}"] = [point[subject] for point in attack["curve"]]
@@ -199,18 +213,19 @@ def renamed(content: Any) -> Any:
 
 
 def compare(earlier: dict[str, Values], now: dict[str, Values]) -> int:
-    """Print each key that differs, exactly or by being there; 1 if there is any."""
-    differing, equal = 0, 0
+    """Print each earlier value that is another now, or gone; 1 if there is any. Sentences are not compared."""
+    differing, equal, new = 0, 0, 0
     for name in dict.fromkeys([*earlier, *now]):
         before, after = earlier.get(name, {}), now.get(name, {})
-        for key in dict.fromkeys([*before, *after]):
+        new += len(after.keys() - before.keys())
+        for key, value in before.items():
             # As text: what is not a number is equal to itself there.
-            if key in before and key in after and json.dumps(before[key]) == json.dumps(after[key]):
+            if key in after and json.dumps(value) == json.dumps(after[key]):
                 equal += 1
-                continue
-            differing += 1
-            print(f"{name}: {key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}")
-    print(f"{len(now)} cases: {equal} values equal, {differing} differ")
+            elif key not in ("reasons", "gaps"):
+                differing += 1
+                print(f"{name}: {key}: {value} -> {after.get(key, 'absent')}")
+    print(f"{len(now)} cases: {equal} values equal, {differing} differ, {new} are new")
     return int(differing > 0)
 
 

@@ -4,6 +4,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 ORDER = ["editing", "eval", "artifacts", "recipes", "cli"]
 
@@ -29,6 +31,48 @@ def test_imports_run_one_way():
                     assert ORDER.index(target) <= ORDER.index(folder), f"{path} imports {target}"
                     checked += 1
     assert checked > 50
+
+
+def _rooms(folder):
+    """Which rooms import which inside one folder; a room is a sub-folder, or a file that stands beside them."""
+    edges = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        parts = path.relative_to(ROOT / folder).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = (folder, *parts)[: len(parts) + 1 - node.level]
+            for target in ((*base, *(node.module or "").split("."), alias.name) for alias in node.names):
+                target = tuple(part for part in target if part)
+                if target[0] == folder and len(target) > 1 and target[1] != parts[0]:
+                    edges.setdefault(parts[0], set()).add(target[1])
+    return edges
+
+
+def _storeys(edges):
+    """Rooms by storey, the longest way down below each; raises where the way leads in a circle."""
+    heights = {}
+
+    def height(room, way=()):
+        assert room not in way, f"imports run in a circle: {' -> '.join((*way, room))}"
+        if room not in heights:
+            heights[room] = 1 + max((height(below, (*way, room)) for below in edges.get(room, ())), default=0)
+        return heights[room]
+
+    for room in list(edges):
+        height(room)
+    return heights
+
+
+@pytest.mark.parametrize("folder", ORDER[:-1])
+def test_rooms_inside_a_folder_import_one_way_and_stand_in_few_storeys(folder):
+    heights = _storeys(_rooms(folder))
+    assert len(heights) >= 4 and max(heights.values()) <= 5, heights
+
+
+def test_a_circle_of_rooms_would_be_seen():
+    with pytest.raises(AssertionError, match="in a circle: elm -> caft -> elm"):
+        _storeys({"elm": {"caft"}, "caft": {"elm"}})
 
 
 def test_editing_opens_no_file_and_prints_nothing():
