@@ -140,21 +140,16 @@ def evaluate(
     from .recipes import evaluate as recipe
 
     _settle()
-    results = recipe.run(
-        model,
-        concept,
-        base,
-        device or "auto",
-        dtype or "auto",
-        EvalSettings(questions=questions),
-        Events(watcher=_watcher()),
-        judge or (),
-        [name.strip() for name in lm_eval.split(",") if name.strip()] if lm_eval else (),
-    )
+    job = recipe.prepare(
+        [model], concept, base, device=device or "auto", dtype=dtype or "auto",
+        settings=EvalSettings(questions=questions), judges=judge or (),
+        benchmarks=[name.strip() for name in lm_eval.split(",") if name.strip()] if lm_eval else (),
+    )  # fmt: skip
+    evaluation = recipe.run(job, Events(watcher=_watcher()))
     if as_json:
-        print(json.dumps(results))  # noqa: T201
+        print(json.dumps(evaluation.as_json()))  # noqa: T201
     else:
-        _print_table(table(read_measurements(results)))
+        _print_table(table(read_measurements(evaluation.results[0])))
 
 
 @app.command(

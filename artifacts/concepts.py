@@ -88,7 +88,7 @@ def _read(folder: Path, ref: str) -> Concept:
         shown = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
         raise ConceptError(f"concept {ref} has {len(problems)} bad lines; mend them:\n  {shown}")
     sums = {path.name: sha256_of(path) for path in sorted(folder.glob("*")) if path.suffix in (".yaml", ".jsonl")}
-    return Concept(about, ref, sha256=sums, **rows)
+    return Concept(about, ref, sha256=sums, folder=folder, **rows)
 
 
 def read_training(path: Path) -> tuple[TrainingRow, ...]:

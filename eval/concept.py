@@ -1,6 +1,7 @@
 """What a concept pack holds; ``artifacts.concepts`` reads one from disk."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -154,6 +155,8 @@ class Concept:
     contrast: tuple[ContrastPair, ...]
     train: tuple[TrainingRow, ...] = ()
     sha256: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = field(default=None, compare=False, repr=False)
+    """Where it was read from; never published."""
 
     def require(self, recipe: str, *names: str) -> None:
         """Raise if the recipe needs a file that the pack lacks."""

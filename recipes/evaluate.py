@@ -1,91 +1,163 @@
-"""Measure any model with a concept pack, beside its base if one is given."""
+"""Measure models with a concept pack, all on the same items, beside their base if one is given."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from ..artifacts.checkpoints.read import open_checkpoint
 from ..artifacts.concepts import load_concept
 from ..artifacts.events import Events
 from ..artifacts.models.find import find_model
-from ..artifacts.models.load import choose_device, choose_dtype, load_model
+from ..artifacts.models.in_memory import opened
+from ..artifacts.models.load import choose_device, choose_dtype
 from ..artifacts.models.memory import check_memory
-from ..artifacts.models.source import ModelSource
+from ..artifacts.models.source import ModelInMemory, ModelSource
+from ..artifacts.reporting.outcomes import Evaluation
 from ..artifacts.reporting.results import SubjectName, measurements_as_json, summarize_all
 from ..artifacts.upgrade import SCHEMA_VERSION
 from ..editing.errors import RequestError
+from ..eval.concept import Concept
 from ..eval.inference.generation import Reply
 from ..eval.measurements.fluency import reverse_perplexity
-from ..eval.measurements.lm_eval import find_tasks
+from ..eval.measurements.lm_eval import Tasks, find_tasks
 from ..eval.measurements.lm_eval import scores as named_benchmarks
 from ..eval.measurements.table import measure, workload
 from ..eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
 from ..eval.statistics import Scores
 
+AnyModel = ModelSource | ModelInMemory
 
-def run(
-    model: str,
-    concept_ref: str,
-    base: str | None,
-    device_name: str,
-    dtype_name: str,
-    settings: EvalSettings,
-    events: Events,
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """A checked request."""
+
+    models: tuple[AnyModel, ...]
+    base: AnyModel | None
+    concept: Concept
+    judges: tuple[ModelSource, ...]
+    """Further models that read the replies on a knowledge concept, beside the base."""
+    tasks: Tasks | None
+    settings: EvalSettings
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """What is needed of a model once it is unloaded."""
+
+    scores: list[Scores]
+    replies: list[Reply]
+    """To the prompts on the concept."""
+    baseline: Baseline | None = None
+    """Of the base: what other models are compared with."""
+
+
+def prepare(
+    models: Sequence[str | ModelInMemory],
+    concept: str | Concept,
+    base: str | ModelInMemory | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    settings: EvalSettings | None = None,
     judges: Sequence[str] = (),
     benchmarks: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Return what ``eval.json`` would hold: measurements of the model, and of its base on the same items.
+) -> EvaluateJob:
+    """Check names, files and memory, before any weight is read.
 
     Args:
+        models: One or more, each by reference or in memory.
         judges: Further models that read the replies on a knowledge concept, beside the base.
         benchmarks: Tasks of the lm-evaluation-harness, by name or YAML file.
 
     Raises:
-        RequestError: Anything that could not work, found before a model is loaded.
+        RequestError: Anything that could not work.
     """
-    concept = load_concept(concept_ref)
-    device = choose_device(device_name)
-    dtype = choose_dtype(dtype_name, device)
-    sources: list[tuple[SubjectName, ModelSource]] = [("base", find_model(base))] if base else []
-    sources.append(("edited", find_model(model)))
-    reading = [find_model(judge) for judge in judges]
-    if reading and (concept.about.kind != "knowledge" or not any(p.split == "concept" for p in concept.prompts)):
+    pack = load_concept(concept) if isinstance(concept, str) else concept
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    sources = tuple(_find(model) for model in models)
+    before = None if base is None else _find(base)
+    readers = tuple(find_model(judge) for judge in judges)
+    if readers and not _has_knowledge_prompts(pack):
         raise RequestError(
-            f"concept {concept.ref} has no prompts on knowledge whose replies a judge could read; leave out --judge"
+            f"concept {pack.ref} has no prompts on knowledge whose replies a judge could read; leave out the judges"
         )
-    for source in (*(source for _, source in sources), *reading):
-        check_memory(open_checkpoint(source.folder), device, dtype)
+    for source in (*sources, *readers, *([before] if before else [])):
+        if isinstance(source, ModelSource):
+            check_memory(open_checkpoint(source.folder), chosen_device, chosen_dtype)
     tasks = find_tasks(benchmarks) if benchmarks else None
-    scores: dict[SubjectName, list[Scores]] = {}
-    replies: dict[SubjectName, list[Reply]] = {}
-    baseline: Baseline | None = None
-    for name, source in sources:
+    return EvaluateJob(sources, before, pack, readers, tasks, settings or EvalSettings(), chosen_device, chosen_dtype)
+
+
+def run(job: EvaluateJob, events: Events) -> Evaluation:
+    """Measure the base, then every model on the same items; then let the base and the judges read the replies.
+
+    Raises:
+        RequestError: A model has another vocabulary than the base.
+    """
+    base = None if job.base is None else _measure(job, job.base, None, events)
+    measured = [_measure(job, model, base, events) for model in job.models]
+    _let_judges_read([*([base] if base else []), *measured], job, events)
+    return Evaluation(tuple(_results(job, source, base, one) for source, one in zip(job.models, measured, strict=True)))
+
+
+def _find(model: str | ModelInMemory) -> AnyModel:
+    return find_model(model) if isinstance(model, str) else model
+
+
+def _has_knowledge_prompts(concept: Concept) -> bool:
+    return concept.about.kind == "knowledge" and any(prompt.split == "concept" for prompt in concept.prompts)
+
+
+def _measure(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, events: Events) -> MeasuredModel:
+    """Every measurement of the table on one model, compared with the base where there is one."""
+    baseline = base.baseline if base else None
+    with ExitStack() as stack:
         with events.stage(f"load {source.name}"):
-            loaded = load_model(source, device, dtype)
-        with events.stage(f"measure {source.name}", workload(concept, settings)) as stage:
-            subject = ModelUnderTest(loaded.model, loaded.tokenizer, concept, settings, baseline, stage.advance)
+            loaded = stack.enter_context(opened(source, job.device, job.dtype))
+        with events.stage(f"measure {source.name}", workload(job.concept, job.settings)) as stage:
+            subject = ModelUnderTest(loaded.model, loaded.tokenizer, job.concept, job.settings, baseline, stage.advance)
             if baseline is not None and baseline.log_probabilities[0].shape[-1] != loaded.model.config.vocab_size:
                 raise RequestError(
                     f"{source.name} has another vocabulary than its base; give the base that it was made from"
                 )
-            scores[name] = measure(subject)
-            baseline = subject.baseline() if name == "base" else baseline
-            replies[name] = subject.replies("concept")
-        if tasks:
-            with events.stage(f"let {source.name} do {', '.join(tasks.names)}"):
-                scores[name] += named_benchmarks(loaded.model, loaded.tokenizer, tasks, settings.questions)
-        del loaded, subject
-    by_base = [sources[0][1]] if base and concept.about.kind == "knowledge" and replies["base"] else []
-    ids = [prompt.id for prompt in concept.prompts if prompt.split == "concept"]
-    for source, by in (*((source, None) for source in by_base), *((source, source.name) for source in reading)):
-        with events.stage(f"let {source.name} read the replies"):
-            judge = load_model(source, device, dtype)
-            for name, said in replies.items():
-                scores[name].append(reverse_perplexity(judge.model, judge.tokenizer, ids, said, judge=by))
+            scores = measure(subject)
+            # Only the base is compared with.
+            own_baseline = subject.baseline() if source is job.base else None
+            replies = subject.replies("concept")
+        if job.tasks:
+            with events.stage(f"let {source.name} do {', '.join(job.tasks.names)}"):
+                scores += named_benchmarks(loaded.model, loaded.tokenizer, job.tasks, job.settings.questions)
+    return MeasuredModel(scores, replies, own_baseline)
+
+
+def _let_judges_read(measured: Sequence[MeasuredModel], job: EvaluateJob, events: Events) -> None:
+    """Add to each model's scores how expected its replies are to the base, and to the further judges."""
+    ids = [prompt.id for prompt in job.concept.prompts if prompt.split == "concept"]
+    readers: list[tuple[AnyModel, str | None]] = [(judge, judge.name) for judge in job.judges]
+    if job.base is not None and _has_knowledge_prompts(job.concept):
+        readers.insert(0, (job.base, None))
+    for source, name in readers:
+        with events.stage(f"let {source.name} read the replies"), opened(source, job.device, job.dtype) as judge:
+            for one in measured:
+                one.scores.append(reverse_perplexity(judge.model, judge.tokenizer, ids, one.replies, judge=name))
             del judge
+
+
+def _results(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, measured: MeasuredModel) -> dict[str, Any]:
+    """What ``eval.json`` would hold of one model."""
+    scores: dict[SubjectName, Sequence[Scores]] = {"base": base.scores} if base else {}
+    scores["edited"] = measured.scores
     return {
         "schema_version": SCHEMA_VERSION,
-        "base": sources[0][1].describe() if base else None,
-        "edited": sources[-1][1].describe(),
-        "concept": {"ref": concept.ref, "name": concept.about.name, "sha256": concept.sha256},
+        "base": job.base.describe() if job.base else None,
+        "edited": source.describe(),
+        "concept": {"ref": job.concept.ref, "name": job.concept.about.name, "sha256": job.concept.sha256},
         "measurements": measurements_as_json(summarize_all(scores)),
     }

@@ -1,9 +1,7 @@
 """Take a direction out of a model's weights: find it, choose it, remove it, check it, measure it, export it."""
 
 import gc
-import random
 import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,59 +11,30 @@ from pydantic import Field
 from torch import Tensor
 
 from ..artifacts.checkpoints.edits import load_edit
-from ..artifacts.checkpoints.read import Checkpoint
 from ..artifacts.events import Events
 from ..artifacts.models.load import LoadedModel
 from ..editing.architectures import layer_selection, residual_width
-from ..editing.directions.difference_in_means import DIRECTION_SOURCES, Directions, stacked, unit, without_component
+from ..editing.directions.difference_in_means import unit, without_component
 from ..editing.edits.base import Plan
 from ..editing.edits.subspace_removal import Edit
 from ..editing.errors import RequestError
 from ..editing.hooks.leaks import Writes, check_leaks, compare_writes, measure_writes
-from ..editing.hooks.residual_stream import added, residual_stream
-from ..eval.concept import ContrastPair
-from ..eval.inference.candidates import (
-    BehaviourProbe,
-    Candidate,
-    Filters,
-    KnowledgeProbe,
-    Probe,
-    choose,
-    score_candidates,
-)
+from ..editing.hooks.residual_stream import added
 from ..eval.inference.generation import encode_prompt
 from ..eval.measurements.behaviour import induced
 from ..eval.model_under_test import ModelUnderTest
 from ..eval.statistics import Scores
 from .common import measured_run
-from .common.measured_run import Finished, Inspection, Job, Measured, MeasuredSettings
+from .common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs, padded
+from .common.measured_run import Finished, Inspection, Job, Measured
 from .common.run_folder import start_folder
-from .common.tokens import end_positions
 
 RECIPE = "orthogonalize"
 
 
-class OrthogonalizeSettings(MeasuredSettings):
+class OrthogonalizeSettings(DirectionSettings):
     """Settings of weight orthogonalization (Arditi et al. 2024, unless another source is named)."""
 
-    direction_source: Literal["difference_in_means"] = "difference_in_means"
-    """How directions are learned from contrast.jsonl (section 2.3)."""
-    train_pairs: int = 128
-    """Contrast pairs that directions are learned from (appendix A: 128)."""
-    validation_pairs: int = 32
-    """Contrast pairs, and forget questions, that candidates are scored on (appendix A: 32)."""
-    positions: int = 0
-    """End-of-prompt positions to look at; 0 takes all tokens of the template after the user's text, 3 of a plain text."""
-    point: int | None = None
-    """Take the direction at this point of the stream (the input of that layer) instead of choosing one."""
-    position: int | None = None
-    """With point: the position, -1 for the last."""
-    max_depth: float = 0.8
-    """Candidates at or beyond this fraction of the layers are rejected (appendix C)."""
-    max_kl: float = 0.1
-    """Candidates that move neutral text by more nats a token are rejected (appendix C, there on one token)."""
-    min_induce: float = 0.0
-    """Candidates that induce the concept less than this when added are rejected (appendix C)."""
     layers: Annotated[str, Field(coerce_numbers_to_str=True)] = "all"
     """Layers to edit: all, a number, a range such as 4-7, or fractions of depth such as 0.25-0.75."""
     strength: float | tuple[float, ...] = 1.0
@@ -104,15 +73,12 @@ def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> Orthogo
         RequestError: Anything that could not work.
     """
     job = measured_run.check(RECIPE, settings, ["contrast"], resume=resume)
-    strengths = _strengths(settings, job.layers)
-    unlearned = _edit(settings, job.checkpoint, strengths, torch.eye(residual_width(job.checkpoint.config), 1))
-    plan = unlearned.plan(job.checkpoint.config, list(job.checkpoint.tensors))
+    strengths = layer_strengths(settings, job.layers)
+    config = job.checkpoint.config
+    unlearned = _edit(settings, config["model_type"], strengths, torch.eye(residual_width(config), 1))
+    plan = unlearned.plan(config, list(job.checkpoint.tensors))
     measured_run.check_plan(job, plan)
-    if len(job.concept.contrast) < 2 * settings.validation_pairs:
-        raise RequestError(
-            f"concept {job.concept.ref} has {len(job.concept.contrast)} contrast pairs, validation alone takes "
-            f"{settings.validation_pairs}; lower validation_pairs or add pairs"
-        )
+    check_pairs(job.concept, settings)
     return OrthogonalizeJob(job, settings, plan, strengths)
 
 
@@ -165,75 +131,19 @@ def _study_base(prepared: OrthogonalizeJob, kept: Path, events: Events) -> Studi
 
 
 def _learn(prepared: OrthogonalizeJob, loaded: LoadedModel, events: Events) -> Edit:
-    settings, concept = prepared.settings, prepared.job.concept
-    pairs = list(concept.contrast)
-    random.Random(f"excise contrast {settings.seed}").shuffle(pairs)
-    validation, training = pairs[: settings.validation_pairs], pairs[settings.validation_pairs :]
-    training = training[: settings.train_pairs]
-    chat = concept.about.kind == "behaviour"
-    positive, negative = (
-        [encode_prompt(loaded.tokenizer, text, chat=chat) for text in texts]
-        for texts in ([pair.positive for pair in training], [pair.negative for pair in training])
-    )
-    last = end_positions(settings.positions, [*positive, *negative], chat)
-    positions = tuple(range(-last, 0))
-    points = tuple(range(len(prepared.strengths) + 1))
-    with events.stage("learn directions", len(positive) + len(negative)) as stage:
-        source = DIRECTION_SOURCES[settings.direction_source]
-        plus = _streams(prepared, loaded, positive, points, last, stage.advance)
-        minus = _streams(prepared, loaded, negative, points, last, stage.advance)
-        directions = source(plus, minus, points, positions)
-    candidates, chosen, passed, probe = _choose(prepared, loaded, directions, validation, events)
-    vector, negative_mean = stacked(directions, chosen.point, chosen.position)
-    provenance = {
-        "source": settings.direction_source, "point": chosen.point, "position": chosen.position,
-        "norm": float(vector.norm()), "passed_filters": passed, "pairs": {"train": len(training), "validation": len(validation)},
-        "probe": probe, "candidates": [asdict(candidate) for candidate in candidates],
-        "base": prepared.job.source.describe(), "concept": {"ref": concept.ref, "sha256": concept.sha256}, "seed": settings.seed,
-    }  # fmt: skip
-    if settings.variant == "projected":
-        vector = without_component(vector, negative_mean)
-    return _edit(settings, prepared.job.checkpoint, prepared.strengths, unit(vector), provenance)
-
-
-def _choose(
-    prepared: OrthogonalizeJob,
-    loaded: LoadedModel,
-    directions: Directions,
-    validation: Sequence[ContrastPair],
-    events: Events,
-) -> tuple[list[Candidate], Candidate, bool, dict[str, Any]]:
     settings = prepared.settings
-    with events.stage("read the base on validation items"):
-        probe = _probe(prepared, loaded, validation)
-    filters = Filters(settings.max_depth, settings.max_kl, settings.min_induce)
-    with events.stage("score candidates", len(directions.points) * len(directions.positions)) as stage:
-        candidates = score_candidates(
-            loaded.model, prepared.job.row, directions, probe, filters, len(prepared.strengths), stage.advance
-        )
-    about = probe.describe() | {"base_bypass": probe.base_bypass, "base_induce": probe.base_induce}
-    if settings.point is None:
-        return candidates, *choose(candidates, probe.base_bypass), about
-    position = -1 if settings.position is None else settings.position
-    wanted = [c for c in candidates if (c.point, c.position) == (settings.point, position)]
-    if not wanted:
-        raise RequestError(
-            f"there is no candidate at point {settings.point}, position {position}; points 0 to {directions.points[-1]}, "
-            f"positions {directions.positions[0]} to -1"
-        )
-    return candidates, wanted[0], wanted[0].rejected is None, about
+    direction = DirectionSearch(loaded, prepared.job.concept, settings, events).run()
+    return edit_along(direction, settings, prepared.job.checkpoint.config["model_type"], prepared.strengths)
 
 
-def _probe(prepared: OrthogonalizeJob, loaded: LoadedModel, validation: Sequence[ContrastPair]) -> Probe:
-    if prepared.job.concept.about.kind == "behaviour":
-        return BehaviourProbe(loaded.model, loaded.tokenizer, validation, prepared.settings.max_new_tokens)
-    # Group V is never shown to anything that learns or chooses an edit.
-    questions = [q for q in prepared.job.concept.questions if q.split == "forget" and q.group == "T"]
-    if not questions:
-        raise RequestError(
-            f"concept {prepared.job.concept.ref} has no forget questions of group T to choose a direction by"
-        )
-    return KnowledgeProbe(loaded.model, loaded.tokenizer, validation, questions[: prepared.settings.validation_pairs])
+def edit_along(
+    direction: Direction, settings: OrthogonalizeSettings, model_type: str, strengths: tuple[float, ...]
+) -> Edit:
+    """The edit that takes a direction out of the weights of the model that it was learned on."""
+    vector = direction.vector
+    if settings.variant == "projected":
+        vector = without_component(vector, direction.negative_mean)
+    return _edit(settings, model_type, strengths, unit(vector), direction.provenance)
 
 
 def _induce(prepared: OrthogonalizeJob, loaded: LoadedModel, edit: Edit, events: Events, name: str) -> Scores:
@@ -246,34 +156,14 @@ def _induce(prepared: OrthogonalizeJob, loaded: LoadedModel, edit: Edit, events:
             return induced(subject)
 
 
-def _streams(
-    prepared: OrthogonalizeJob,
-    loaded: LoadedModel,
-    rows: list[list[int]],
-    points: tuple[int, ...],
-    last: int,
-    advance: Any,
-) -> Iterator[Tensor]:
-    size = 16
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
-        yield residual_stream(loaded.model, prepared.job.row, _padded(loaded, batch), points, last)
-        advance(len(batch))
-
-
 def _leak_inputs(prepared: OrthogonalizeJob, loaded: LoadedModel) -> list[dict[str, Tensor]]:
     chat = prepared.job.concept.about.kind == "behaviour"
     texts = [text for pair in prepared.job.concept.contrast[:16] for text in (pair.positive, pair.negative)]
-    return [_padded(loaded, [encode_prompt(loaded.tokenizer, text, chat=chat) for text in texts])]
+    return [padded(loaded, [encode_prompt(loaded.tokenizer, text, chat=chat) for text in texts])]
 
 
-def _padded(loaded: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    encoded = [list(row) for row in rows]
-    padded = loaded.tokenizer.pad({"input_ids": encoded}, padding=True, padding_side="left", return_tensors="pt")
-    return {key: padded[key].to(loaded.device) for key in ("input_ids", "attention_mask")}
-
-
-def _strengths(settings: OrthogonalizeSettings, count: int) -> tuple[float, ...]:
+def layer_strengths(settings: OrthogonalizeSettings, count: int) -> tuple[float, ...]:
+    """One strength for each layer of the model; 0 where the layer is not selected."""
     chosen = set(layer_selection(settings.layers, count))
     given = settings.strength if isinstance(settings.strength, tuple) else (settings.strength,) * count
     if len(given) != count:
@@ -284,9 +174,10 @@ def _strengths(settings: OrthogonalizeSettings, count: int) -> tuple[float, ...]
 
 
 def _edit(
-    settings: OrthogonalizeSettings, checkpoint: Checkpoint, strengths: tuple[float, ...], basis: Tensor,
+    settings: OrthogonalizeSettings,
+    model_type: str,
+    strengths: tuple[float, ...],
+    basis: Tensor,
     provenance: dict[str, Any] | None = None,
-) -> Edit:  # fmt: skip
-    return Edit(
-        basis, checkpoint.config["model_type"], strengths, settings.embeddings, settings.variant, provenance or {}
-    )  # fmt: skip
+) -> Edit:
+    return Edit(basis, model_type, strengths, settings.embeddings, settings.variant, provenance or {})

@@ -31,6 +31,9 @@ def find_model(ref: str) -> ModelSource:
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW_FOLDER)"
         )
     if path.is_dir():
+        if not (path / "config.json").exists() and (path / "checkpoint").is_dir():
+            # A run's folder stands for the model that the run made.
+            path = path / "checkpoint"
         own = path.resolve()
         # A run's model is told by the run.
         return ModelSource("local", f"{own.parent.name}/{own.name}" if own.name == "checkpoint" else own.name, path)

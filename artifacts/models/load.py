@@ -10,7 +10,7 @@ from ...editing.errors import CheckpointError, RequestError, one_line
 from ...editing.numerics.cpu_attention import attend_by_products
 from ..checkpoints.read import open_checkpoint
 from .memory import check_memory
-from .source import ModelSource
+from .source import ModelInMemory, ModelSource
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class LoadedModel:
 
     model: Any
     tokenizer: Any
-    source: ModelSource
+    source: ModelSource | ModelInMemory
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,6 @@
 """A model that was found, and the models in the package."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,21 @@ class ModelSource:
             "kind": self.kind, "name": self.name, "revision": self.revision, "gguf_sha256": self.sha256,
             "license": "apache-2.0" if self.kind == "builtin" else license_of(self.folder),
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelInMemory:
+    """A model and its tokenizer that the caller loaded."""
+
+    name: str
+    """What tables and reports call it."""
+    model: Any = field(repr=False)
+    """A causal language model of transformers."""
+    tokenizer: Any = field(repr=False)
+
+    def describe(self) -> dict[str, Any]:
+        """What may be published about where the model came from: nothing but its name."""
+        return {"kind": "memory", "name": self.name, "revision": None, "gguf_sha256": None, "license": None}
 
 
 def license_of(folder: Path) -> str | None:

@@ -211,24 +211,24 @@ def test_eval_alone_lets_the_base_read_the_replies():
     from excise.recipes import evaluate
 
     settings = EvalSettings(max_new_tokens=8, kl_prompts=4, questions=8)
-    found = evaluate.run(
-        "builtin:testbed-reference", "builtin:potions", "builtin:testbed", "cpu", "float32", settings, Events()
-    )
+
+    def measured(model, concept, **more):
+        job = evaluate.prepare([model], concept, device="cpu", dtype="float32", settings=settings, **more)
+        return evaluate.run(job, Events()).results[0]
+
+    found = measured("builtin:testbed-reference", "builtin:potions", base="builtin:testbed")
     judged = [m for m in found["measurements"] if m["name"] == "reverse_perplexity"]
     assert [m["subject"] for m in judged] == ["base", "edited"]
     # Two models say different things, and neither is read as certain.
     assert judged[0]["value"] != judged[1]["value"] and min(m["value"] for m in judged) > 1
-    alone = evaluate.run("builtin:testbed-reference", "builtin:potions", None, "cpu", "float32", settings, Events())
+    alone = measured("builtin:testbed-reference", "builtin:potions")
     assert not [m for m in alone["measurements"] if m["name"] == "reverse_perplexity"]
-    by_others = evaluate.run(
-        "builtin:testbed-reference", "builtin:potions", None, "cpu", "float32", settings, Events(),
-        ["builtin:testbed", "builtin:testbed-reference"],
-    )  # fmt: skip
+    by_others = measured(
+        "builtin:testbed-reference", "builtin:potions", judges=["builtin:testbed", "builtin:testbed-reference"]
+    )
     values = {m["split"]: m["value"] for m in by_others["measurements"] if m["name"] == "reverse_perplexity"}
     # The first judge is the base of above; the second reads its own greedy replies, which are the likeliest to it.
     assert values["concept, by builtin:testbed"] == pytest.approx(judged[1]["value"])
     assert values["concept, by builtin:testbed-reference"] < values["concept, by builtin:testbed"]
     with pytest.raises(RequestError, match="has no prompts on knowledge"):
-        evaluate.run(
-            "builtin:testbed", "builtin:shortcut", None, "cpu", "float32", settings, Events(), ["builtin:testbed"]
-        )
+        measured("builtin:testbed", "builtin:shortcut", judges=["builtin:testbed"])

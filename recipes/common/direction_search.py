@@ -1,0 +1,203 @@
+"""Finding the direction of a concept in one model: candidates at every layer, scored on held-out items, one chosen."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ...artifacts.events import Events
+from ...artifacts.models.load import LoadedModel
+from ...editing.architectures import Architecture, architecture_of, layer_count
+from ...editing.directions.difference_in_means import DIRECTION_SOURCES, Directions, stacked
+from ...editing.errors import RequestError
+from ...editing.hooks.residual_stream import residual_stream
+from ...eval.concept import Concept, ContrastPair
+from ...eval.inference.candidates import (
+    BehaviourProbe,
+    Candidate,
+    Filters,
+    KnowledgeProbe,
+    Probe,
+    choose,
+    score_candidates,
+)
+from ...eval.inference.generation import encode_prompt
+from .measured_run import MeasuredSettings
+from .tokens import end_positions
+
+
+class DirectionSettings(MeasuredSettings):
+    """How a direction is learned and chosen (Arditi et al. 2024, unless another source is named)."""
+
+    direction_source: Literal["difference_in_means"] = "difference_in_means"
+    """How directions are learned from contrast.jsonl (section 2.3)."""
+    train_pairs: int = 128
+    """Contrast pairs that directions are learned from (appendix A: 128)."""
+    validation_pairs: int = 32
+    """Contrast pairs, and forget questions, that candidates are scored on (appendix A: 32)."""
+    positions: int = 0
+    """End-of-prompt positions to look at; 0 takes all tokens of the template after the user's text, 3 of a plain text."""
+    point: int | None = None
+    """Take the direction at this point of the stream (the input of that layer) instead of choosing one."""
+    position: int | None = None
+    """With point: the position, -1 for the last."""
+    max_depth: float = 0.8
+    """Candidates at or beyond this fraction of the layers are rejected (appendix C)."""
+    max_kl: float = 0.1
+    """Candidates that move neutral text by more nats a token are rejected (appendix C, there on one token)."""
+    min_induce: float = 0.0
+    """Candidates that induce the concept less than this when added are rejected (appendix C)."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The direction of a concept in the residual stream of one model."""
+
+    vector: Float[Tensor, " d"] = field(repr=False)
+    """As long as it was learned: mean activation on positive prompts minus that on negative ones."""
+    negative_mean: Float[Tensor, " d"] = field(repr=False)
+    """Mean activation on the negative prompts."""
+    point: int
+    """Where it was learned: the input of this layer."""
+    position: int
+    """Token it was learned at, counted from the end of the prompt: -1 is the last."""
+    passed_filters: bool
+    """Whether it satisfies the filters; if not, no candidate did, and it is the one that moves neutral text least."""
+    candidates: tuple[Candidate, ...] = field(repr=False)
+    """Every direction that was considered, with its scores."""
+    provenance: dict[str, Any] = field(repr=False)
+    """Where it came from, as the edit records it: model, concept, data, scores of every candidate."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the tensors."""
+        return dict(self.provenance)
+
+
+@dataclass(frozen=True)
+class DirectionSearch:
+    """A search for a direction in one loaded model."""
+
+    loaded: LoadedModel
+    concept: Concept
+    settings: DirectionSettings
+    events: Events
+
+    @property
+    def row(self) -> Architecture:
+        return architecture_of(self.loaded.model.config.to_dict())
+
+    @property
+    def layers(self) -> int:
+        return layer_count(self.loaded.model.config.to_dict())
+
+    def run(self) -> Direction:
+        """Learn candidates on training pairs, score them on validation pairs, choose one.
+
+        Raises:
+            ConceptError: The pack has no contrast pairs.
+            RequestError: The pack has too few pairs, or ``point`` and ``position`` name no candidate.
+            ExciseError: The model treats both sides of the pairs alike.
+        """
+        settings, concept, loaded = self.settings, self.concept, self.loaded
+        pairs = list(concept.contrast)
+        random.Random(f"excise contrast {settings.seed}").shuffle(pairs)
+        validation, training = pairs[: settings.validation_pairs], pairs[settings.validation_pairs :]
+        training = training[: settings.train_pairs]
+        directions = self._learn(training)
+        candidates, chosen, passed, probe = self._choose(directions, validation)
+        vector, negative_mean = stacked(directions, chosen.point, chosen.position)
+        provenance = {
+            "source": settings.direction_source,
+            "point": chosen.point,
+            "position": chosen.position,
+            "norm": float(vector.norm()),
+            "passed_filters": passed,
+            "pairs": {"train": len(training), "validation": len(validation)},
+            "probe": probe,
+            "candidates": [asdict(candidate) for candidate in candidates],
+            "base": loaded.source.describe(),
+            "concept": {"ref": concept.ref, "sha256": concept.sha256},
+            "seed": settings.seed,
+        }
+        return Direction(vector, negative_mean, chosen.point, chosen.position, passed, tuple(candidates), provenance)
+
+    def _learn(self, training: Sequence[ContrastPair]) -> Directions:
+        settings, tokenizer = self.settings, self.loaded.tokenizer
+        chat = self.concept.about.kind == "behaviour"
+        positive, negative = (
+            [encode_prompt(tokenizer, text, chat=chat) for text in texts]
+            for texts in ([pair.positive for pair in training], [pair.negative for pair in training])
+        )
+        last = end_positions(settings.positions, [*positive, *negative], chat)
+        points, positions = tuple(range(self.layers + 1)), tuple(range(-last, 0))
+        with self.events.stage("learn directions", len(positive) + len(negative)) as stage:
+            source = DIRECTION_SOURCES[settings.direction_source]
+            plus = self._streams(positive, points, last, stage.advance)
+            minus = self._streams(negative, points, last, stage.advance)
+            return source(plus, minus, points, positions)
+
+    def _choose(
+        self, directions: Directions, validation: Sequence[ContrastPair]
+    ) -> tuple[list[Candidate], Candidate, bool, dict[str, Any]]:
+        """All candidates, the chosen one, whether it passed the filters, and what it was chosen by."""
+        settings = self.settings
+        with self.events.stage("read the base on validation items"):
+            probe = self._probe(validation)
+        filters = Filters(settings.max_depth, settings.max_kl, settings.min_induce)
+        with self.events.stage("score candidates", len(directions.points) * len(directions.positions)) as stage:
+            candidates = score_candidates(
+                self.loaded.model, self.row, directions, probe, filters, self.layers, stage.advance
+            )
+        about = probe.describe() | {"base_bypass": probe.base_bypass, "base_induce": probe.base_induce}
+        if settings.point is None:
+            return candidates, *choose(candidates, probe.base_bypass), about
+        position = -1 if settings.position is None else settings.position
+        wanted = [c for c in candidates if (c.point, c.position) == (settings.point, position)]
+        if not wanted:
+            raise RequestError(
+                f"there is no candidate at point {settings.point}, position {position}; points 0 to {directions.points[-1]}, "
+                f"positions {directions.positions[0]} to -1"
+            )
+        return candidates, wanted[0], wanted[0].rejected is None, about
+
+    def _probe(self, validation: Sequence[ContrastPair]) -> Probe:
+        model, tokenizer, concept = self.loaded.model, self.loaded.tokenizer, self.concept
+        if concept.about.kind == "behaviour":
+            return BehaviourProbe(model, tokenizer, validation, self.settings.max_new_tokens)
+        # Group V is never shown to anything that learns or chooses an edit.
+        questions = [q for q in concept.questions if q.split == "forget" and q.group == "T"]
+        if not questions:
+            raise RequestError(f"concept {concept.ref} has no forget questions of group T to choose a direction by")
+        return KnowledgeProbe(model, tokenizer, validation, questions[: self.settings.validation_pairs])
+
+    def _streams(
+        self, rows: Sequence[Sequence[int]], points: tuple[int, ...], last: int, advance: Callable[[int], None]
+    ) -> Iterator[Tensor]:
+        size = 16
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            yield residual_stream(self.loaded.model, self.row, padded(self.loaded, batch), points, last)
+            advance(len(batch))
+
+
+def check_pairs(concept: Concept, settings: DirectionSettings) -> None:
+    """Raise unless the pack has pairs to learn from and pairs to validate on.
+
+    Raises:
+        RequestError: It has too few pairs.
+    """
+    if len(concept.contrast) < 2 * settings.validation_pairs:
+        raise RequestError(
+            f"concept {concept.ref} has {len(concept.contrast)} contrast pairs, validation alone takes "
+            f"{settings.validation_pairs}; lower validation_pairs or add pairs"
+        )
+
+
+def padded(loaded: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Prompts as one batch, padded on the left."""
+    encoded = [list(row) for row in rows]
+    padded = loaded.tokenizer.pad({"input_ids": encoded}, padding=True, padding_side="left", return_tensors="pt")
+    return {key: padded[key].to(loaded.device) for key in ("input_ids", "attention_mask")}
