@@ -42,6 +42,7 @@ from excise.editing.architectures import layer_count, residual_width
 from excise.editing.edits.base import WeightEdit
 from excise.editing.edits.subspace_removal import Edit
 from transformers import AutoConfig, AutoModelForCausalLM
+from warm import run_warm, warm_kind
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 _BASE: dict[str, Any] = {
@@ -133,15 +134,26 @@ def publish(folder: Path, edit: WeightEdit, texts: Mapping[str, str] = MappingPr
 
 
 def in_fresh_process(code: str, *arguments: object) -> Any:
-    """Run code that prints JSON in a new interpreter."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    """Run code that prints JSON in a new process, which excise has not been imported into."""
+    words = [*map(str, arguments)]
+    if kind := warm_kind(os.environ):
+        done = run_warm(kind, words, os.environ, code=code, timeout=300)
+    else:
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def excise(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the real command line."""
+    """Run the command line in a process of its own, which starts with torch imported where it can."""
+    if kind := warm_kind({**os.environ, **environment}):
+        return run_warm(kind, [*map(str, arguments)], {**os.environ, **environment}, cwd=cwd, timeout=600)
+    return excise_afresh(*arguments, cwd=cwd, **environment)
+
+
+def excise_afresh(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a new interpreter: what is made again must not depend on how strings hash."""
     command = [sys.executable, "-m", "excise.cli", *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=600, cwd=cwd, env={**os.environ, **environment}

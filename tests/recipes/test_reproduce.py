@@ -6,7 +6,7 @@ import shutil
 import pytest
 from excise.artifacts.checkpoints.manifest import amend_folder
 from excise.artifacts.models.source import BUILTIN
-from helpers import excise
+from helpers import excise, excise_afresh
 from huggingface_hub import ModelCard
 from loopback_hub import client, folder_files, hub
 
@@ -25,7 +25,7 @@ def made(tmp_path_factory):
 
 
 def test_the_same_weights_come_out_and_others_do_not(made, tmp_path):
-    done = excise("reproduce", made, "--out", tmp_path / "again", "--json")
+    done = excise_afresh("reproduce", made, "--out", tmp_path / "again", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["identical"] and found["holds"] and not found["differences"] and found["compared"] > 3
