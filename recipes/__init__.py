@@ -27,16 +27,14 @@ RECIPES: dict[str, Recipe] = {
         "excise.recipes.lorra", "LorraSettings", "tune representations along a reading vector, toward a concept or away"
     ),
     "rmu": Recipe(
-        "excise.recipes.unlearning.recipe", "RmuSettings", "steer activations on the concept toward a random vector"
+        "excise.recipes.unlearning.rmu", "RmuSettings", "steer activations on the concept toward a random vector"
     ),
     "grad_diff": Recipe(
-        "excise.recipes.unlearning.recipe", "GradDiffSettings", "raise the loss on the concept, lower it on the rest"
+        "excise.recipes.unlearning.grad_diff", "GradDiffSettings", "raise the loss on the concept, lower it on the rest"
     ),
-    "npo": Recipe(
-        "excise.recipes.unlearning.recipe", "NpoSettings", "negative preference optimization against the base"
-    ),
+    "npo": Recipe("excise.recipes.unlearning.npo", "NpoSettings", "negative preference optimization against the base"),
     "simnpo": Recipe(
-        "excise.recipes.unlearning.recipe",
+        "excise.recipes.unlearning.simnpo",
         "SimNpoSettings",
         "negative preference optimization, by length, without the base",
     ),

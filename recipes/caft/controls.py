@@ -21,7 +21,7 @@ from ...eval.concept import ContrastPair
 from ...eval.measurements.behaviour import learned
 from ...eval.measurements.multiple_choice import scores as multiple_choice
 from ...eval.statistics import summarize
-from ..common import adapter_run
+from ..common import adapter_job, adapter_run
 from ..common.examples import Example, completion_loss, example_batch
 from ..common.measured_run import subject_of
 from ..common.trainer import fit
@@ -56,13 +56,13 @@ class ControlRuns:
         """What holds while a model trains; with nothing to remove nothing is ablated."""
         settings = self.prepared.settings
         with concept_ablated(
-            model, self.prepared.adapter.job.row, removed, settings.mode, settings.value
+            model, self.prepared.adapter.run.row, removed, settings.mode, settings.value
         ) as self.ablation:
             yield
 
     def read(self, most: int = READ_ROWS) -> Readings:
         """The stream of the model as it is now, where something is to be said."""
-        return Readings.of(self.loaded.model, self.prepared.adapter.job.row, self.watched[:most], self.prepared.places)
+        return Readings.of(self.loaded.model, self.prepared.adapter.run.row, self.watched[:most], self.prepared.places)
 
     def control(self, name: str, removed: Sequence[Subspace | SparseLatents]) -> Control:
         """Train, read and measure a model that is then thrown away."""
@@ -73,12 +73,12 @@ class ControlRuns:
                 self.events.stage(f"train the control: {name}", settings.steps) as stage,
                 self.ablated(model, removed),
             ):
-                schedule = adapter_run.schedule_of(settings, save_every=0)
+                schedule = adapter_job.schedule_of(settings, save_every=0)
                 fit(model, self.order, stage, self.work / f"control-{name}", completion_loss, schedule, example_batch)
             model.eval()
             readings = self.read()
             subject = subject_of(
-                prepared.adapter.job, LoadedModel(causal_model(model), self.loaded.tokenizer, self.loaded.source)
+                prepared.adapter.run, LoadedModel(causal_model(model), self.loaded.tokenizer, self.loaded.source)
             )
             with self.events.stage(f"measure the control: {name}"):
                 scores = [*multiple_choice(subject), *learned(subject)]
@@ -131,7 +131,7 @@ class DriftMonitor:
 
 def some_pairs(prepared: CaftJob, most: int = READ_ROWS) -> list[ContrastPair]:
     """Contrast pairs of the task, at most so many, evenly drawn."""
-    pairs = prepared.adapter.job.concept.contrast
+    pairs = prepared.adapter.run.concept.contrast
     return random.Random(f"excise contrast {prepared.settings.seed}").sample(pairs, k=min(most, len(pairs)))
 
 
@@ -140,7 +140,7 @@ def directions_of(
     most: int = READ_ROWS,
 ) -> tuple[Subspace, ...]:  # fmt: skip
     """The directions of a file, the span of latents, or what another source finds; all, to pick from."""
-    settings, job = prepared.settings, prepared.adapter.job
+    settings, job = prepared.settings, prepared.adapter.run
     if prepared.given:
         return prepared.given
     if settings.directions == "none":

@@ -6,6 +6,9 @@ fine-tune, measured as it is used, without any ablation.
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,12 @@ from ...editing.architectures import layer_selection, residual_width
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Place, Subspace, random_directions
 from ...editing.errors import ConceptError, RequestError
-from ..common import adapter_run
-from ..common.adapter_run import TrainingPlan
+from ..common import adapter_job, adapter_run
+from ..common.adapter_run import Training
 from ..common.examples import Example, completion_loss, cycled, example_batch
 from ..common.measured_run import Finished, Job
+from ..common.tokens import Row
+from ..common.trainer import Terms
 from ..data.datasets import TuningData, encoded, find_data
 from .controls import READ_ROWS, ControlRuns, DriftMonitor, directions_of, picked, some_pairs
 from .direction_sources import PAIRS_LEFT_OUT, mean_projection, refreshed
@@ -38,8 +43,8 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> CaftJob:
     """
     if settings.tune == "full" and "learning_rate" not in settings.model_fields_set:
         settings = settings.model_copy(update={"learning_rate": settings.learning_rate / 10})
-    checked = adapter_run.prepare(RECIPE, settings, resume=resume, needed=(), whole=settings.tune == "full")
-    job = checked.job
+    checked = adapter_job.prepare(RECIPE, settings, resume=resume, needed=(), whole=settings.tune == "full")
+    job = checked.run
     concept = job.concept
     if concept.about.kind != "task":
         raise ConceptError(
@@ -114,7 +119,7 @@ def describe(prepared: CaftJob) -> dict[str, Any]:
     controls = int(settings.directions == "finetuned")
     if settings.controls and settings.directions != "none":
         controls = 2 + _others_were_picked(settings)
-    return adapter_run.describe(
+    return adapter_job.describe(
         prepared.adapter, rows_to_learn=len(prepared.data.rows), trainings=1 + controls, ablated_at=[str(p) for p in prepared.places]
     )  # fmt: skip
 
@@ -122,12 +127,10 @@ def describe(prepared: CaftJob) -> dict[str, Any]:
 def run(prepared: CaftJob, events: Events) -> Finished:
     """Do the whole run: find directions, train controls, train ablated, merge, measure, publish."""
     how = "fine-tuned" if prepared.settings.directions == "none" else "fine-tuned with concepts ablated"
-    return adapter_run.run(
-        prepared.adapter, lambda loaded, seen, work: _lessons(prepared, loaded, seen, work), how, events
-    )
+    return adapter_run.run(prepared.adapter, how, partial(_training, prepared), events)
 
 
-def _lessons(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path) -> TrainingPlan:
+def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path) -> Training:
     settings = prepared.settings
     limit = min(int(getattr(loaded.model.config, "max_position_embeddings", 1024)), 1024)
     learn = encoded(prepared.data.rows, loaded.tokenizer, limit)
@@ -158,18 +161,6 @@ def _lessons(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path)
 
     watch = DriftMonitor(trial, subspaces, work / "watched.json")
 
-    def after(model: Any) -> dict[str, Any]:
-        edited, base = trial.read(), trial.base
-        projection = {"base": mean_projection(base, subspaces), "edited": mean_projection(edited, subspaces)}
-        return {
-            "caft": {
-                **about,
-                "projection": projection,
-                "share_in_span": refreshed(edited, base, subspaces),
-                "during": watch.seen(),
-            }
-        }
-
     about = {
         "source": settings.directions_file.name if settings.directions_file else settings.directions, "mode": settings.mode,
         "value": settings.value, "remove": settings.remove, "directions": [
@@ -190,16 +181,50 @@ def _lessons(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path)
             f"{left_out} contrast pairs whose members differ in length, or not at all, were left out; "
             f"{subspaces[0].provenance['pairs']} were compared."
         )
-    return TrainingPlan(
-        order, example_batch, completion_loss, [example.ids for example in learn.examples[:16]], training,
-        {"warnings": warnings}, during=lambda model: trial.ablated(model, as_they_fire or subspaces), after=after,
-        at_step=watch if subspaces and settings.watch else None,
-    )  # fmt: skip
+    checked_rows = [example.ids for example in learn.examples[:16]]
+    report = {"training": training, "warnings": warnings, "caft": about}
+    return CaftTraining(order, checked_rows, trial, as_they_fire or subspaces, watch, report)
+
+
+@dataclass
+class CaftTraining(Training):
+    """Completions, learned while directions are ablated."""
+
+    rows: Sequence[Example]
+    checked_rows: Sequence[Row]
+    trial: ControlRuns
+    removed: Sequence[Subspace | SparseLatents]
+    monitor: DriftMonitor
+    sections: dict[str, Any]
+
+    def collate(self, rows: list[Example]) -> dict[str, Any]:
+        """Sequences as one forward reads them."""
+        return example_batch(rows)
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
+        """Of the completions."""
+        return completion_loss(model, batch)
+
+    def while_training(self, model: Any) -> AbstractContextManager[object]:
+        """The ablation."""
+        return self.trial.ablated(model, self.removed)
+
+    def after_step(self, step: int) -> None:
+        """Look at where the stream goes, where there are directions to look along."""
+        if self.monitor.subspaces and self.monitor.rows:
+            self.monitor(step)
+
+    def report(self, model: Any) -> dict[str, Any]:
+        """What was ablated, and what of it came in all the same."""
+        edited, base, subspaces = self.trial.read(), self.trial.base, self.monitor.subspaces
+        projection = {"base": mean_projection(base, subspaces), "edited": mean_projection(edited, subspaces)}
+        seen = {"share_in_span": refreshed(edited, base, subspaces), "during": self.monitor.seen()}
+        return {**self.sections, "caft": {**self.sections["caft"], "projection": projection, **seen}}
 
 
 def _chosen(prepared: CaftJob, loaded: LoadedModel, examples: Sequence[Example]) -> SparseLatents | None:
     """The latents to pick from: those that were named, or the first by score."""
-    settings, latents, row = prepared.settings, prepared.latents, prepared.adapter.job.row
+    settings, latents, row = prepared.settings, prepared.latents, prepared.adapter.run.row
     if latents is None:
         return None
     if not settings.latents and settings.score == "contrast":

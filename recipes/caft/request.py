@@ -9,8 +9,7 @@ from pydantic import Field
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Place, Site, Subspace
 from ...editing.hooks.concept_ablation import Mode, Value
-from ..common import adapter_run
-from ..common.adapter_run import AdapterSettings
+from ..common.adapter_job import AdapterJob, AdapterSettings
 from ..data.datasets import TuningData
 from .sae_latent_scores import Score
 
@@ -67,7 +66,7 @@ class CaftSettings(AdapterSettings):
 class CaftJob:
     """A checked request."""
 
-    adapter: adapter_run.AdapterJob
+    adapter: AdapterJob
     settings: CaftSettings
     data: TuningData
     places: tuple[Place, ...]

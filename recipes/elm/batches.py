@@ -36,10 +36,10 @@ class TrainingSequence:
 
 
 def arrange(kinds: Mapping[str, Sequence[TrainingSequence]], groups: int, seed: int) -> list[list[TrainingSequence]]:
-    """Groups of one lesson of each kind; each kind is gone through in a shuffled order, again and again."""
-    orders = []
-    for kind, lessons in kinds.items():
-        orders.append(cycled(lessons, groups, random.Random(f"excise lessons {kind} {seed}")))
+    """Groups of one sequence of each kind; each kind is gone through in a shuffled order, again and again."""
+    orders = [
+        cycled(sequences, groups, random.Random(f"excise lessons {kind} {seed}")) for kind, sequences in kinds.items()
+    ]
     return [list(group) for group in zip(*orders, strict=True)]
 
 
@@ -65,15 +65,15 @@ def part_size(model: Any) -> int:
 
 
 def collate(groups: Sequence[Sequence[TrainingSequence]], most: int | None = None) -> dict[str, Any]:
-    """Lessons of like length together, so that little of a batch is padding; ``parts`` are forwards of their own.
+    """Sequences of like length together, so that little of a batch is padding; ``parts`` are forwards of their own.
 
     Args:
         most: Tokens of one forward, at most.
     """
-    lessons = sorted((lesson for group in groups for lesson in group), key=lambda lesson: len(lesson.ids))
+    sequences = sorted((one for group in groups for one in group), key=lambda one: len(one.ids))
     parts, start = [], 0
-    for size in split_by_length([len(lesson.ids) for lesson in lessons]):
-        rows = lessons[start : start + size]
+    for size in split_by_length([len(one.ids) for one in sequences]):
+        rows = sequences[start : start + size]
         at_once = max(1, most // len(rows[-1].ids)) if most else size
         # The loss is a mean over groups, so that a batch and its parts agree on its gradient.
         parts += [_part(rows[begin : begin + at_once], 1 / len(groups)) for begin in range(0, size, at_once)]
@@ -81,17 +81,20 @@ def collate(groups: Sequence[Sequence[TrainingSequence]], most: int | None = Non
     return {"parts": parts}
 
 
-def _part(lessons: Sequence[TrainingSequence], weight: float) -> dict[str, Tensor]:
+def _part(sequences: Sequence[TrainingSequence], weight: float) -> dict[str, Tensor]:
     """Rows of one forward; ``rows`` and ``places`` say which positions have targets."""
-    targets = join([lesson.targets for lesson in lessons])
-    inputs = pad_right([lesson.ids for lesson in lessons], torch.device("cpu"))
-    counts = torch.tensor([len(lesson.targets) for lesson in lessons])
+    targets = join([one.targets for one in sequences])
+    counts = torch.tensor([len(one.targets) for one in sequences])
     return {
-        **inputs, "rows": torch.repeat_interleave(torch.arange(len(lessons)), counts),
-        "places": torch.cat([torch.arange(lesson.first, len(lesson.ids)) for lesson in lessons]),
-        "terms": torch.cat([lesson.terms for lesson in lessons]), "weights": weight * torch.cat([lesson.weights for lesson in lessons]),
-        "target_ids": targets.ids, "log_p": targets.log_p, "rest": targets.rest,
-    }  # fmt: skip
+        **pad_right([one.ids for one in sequences], torch.device("cpu")),
+        "rows": torch.repeat_interleave(torch.arange(len(sequences)), counts),
+        "places": torch.cat([torch.arange(one.first, len(one.ids)) for one in sequences]),
+        "terms": torch.cat([one.terms for one in sequences]),
+        "weights": weight * torch.cat([one.weights for one in sequences]),
+        "target_ids": targets.ids,
+        "log_p": targets.log_p,
+        "rest": targets.rest,
+    }
 
 
 def sequence_loss(weights: Mapping[str, float]) -> Loss:
@@ -102,14 +105,14 @@ def sequence_loss(weights: Mapping[str, float]) -> Loss:
 
     def loss(model: nn.Module, batch: dict[str, Any]) -> Terms:
         if len(batch["parts"]) == 1:
-            return _of_part(model, batch["parts"][0], weights)
+            return _part_terms(model, batch["parts"][0], weights)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         sums = {term: torch.zeros((), device=trained[0].device) for term in TERMS}
         gradients = [torch.zeros_like(parameter) for parameter in trained]
         for part in batch["parts"]:
-            terms = _of_part(model, part, weights)
-            found = torch.autograd.grad(torch.stack(list(terms.values())).sum(), trained, allow_unused=True)
-            for total, gradient in zip(gradients, found, strict=True):
+            terms = _part_terms(model, part, weights)
+            of_part = torch.autograd.grad(torch.stack(list(terms.values())).sum(), trained, allow_unused=True)
+            for total, gradient in zip(gradients, of_part, strict=True):
                 if gradient is not None:
                     total += gradient
             sums = {term: sums[term] + value.detach() for term, value in terms.items()}
@@ -120,7 +123,7 @@ def sequence_loss(weights: Mapping[str, float]) -> Loss:
     return loss
 
 
-def _of_part(model: nn.Module, part: Mapping[str, Tensor], weights: Mapping[str, float]) -> Terms:
+def _part_terms(model: nn.Module, part: Mapping[str, Tensor], weights: Mapping[str, float]) -> Terms:
     hidden = final_hidden(model, {key: part[key] for key in ("input_ids", "attention_mask")})
     targets = SoftTargets(part["target_ids"], part["log_p"], part["rest"])
     weighted = soft_divergence(hidden[part["rows"], part["places"]], unembedding(model), targets) * part["weights"]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ...eval.concept import Concept
 from ..common.tokens import Row, encode
 from ..data.facts import SUBJECT, Context, Facts
+from .erasure import Erasure
 from .teacher import Item
 
 
@@ -93,10 +93,8 @@ class ExampleContrast:
     trained_expert: bool = False
 
     def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
-        pairs = [
-            pair for pair in self.examples.get(context.fact.relation if context.fact else "", ())
-            if pair[0] not in context.text
-        ]  # fmt: skip
+        of_relation = self.examples.get(context.fact.relation, ()) if context.fact else ()
+        pairs = [pair for pair in of_relation if pair[0] not in context.text]
         if len({answer for _, answer in pairs}) < 2:
             return [], []
         answers = [answer for _, answer in pairs]
@@ -150,26 +148,27 @@ def reference_subjects(facts: Facts, count: int, seed: int) -> dict[str, tuple[s
     return chosen
 
 
-def contrast_sources(
-    concept: Concept, facts: Facts, tokenizer: Any, reference_subject_count: int, seed: int
-) -> list[ContrastSource]:
-    """Every source that the pack has the means for."""
+def contrast_sources(erasure: Erasure) -> list[ContrastSource]:
+    """Every source that the settings allow and the pack has the means for."""
+    facts, tokenizer, settings = erasure.facts, erasure.tokenizer, erasure.settings
+    if settings.contrast == "reinforced":
+        return [ReinforcedContrast(tokenizer)]
     sources: list[ContrastSource] = []
-    others = reference_subjects(facts, reference_subject_count, seed)
+    others = reference_subjects(facts, settings.reference_subjects, settings.seed)
     if any(len(subjects) > 1 for subjects in others.values()):
         sources.append(SubjectContrast(tokenizer, others))
         examples = {
             relation: tuple((subject, facts.subjects(relation)[subject]) for subject in subjects)
             for relation, subjects in others.items()
-        }  # fmt: skip
+        }
         sources.append(ExampleContrast(tokenizer, examples))
-    if concept.about.personas:
+    about = erasure.concept.about
+    if about.personas:
         expert, novice = (
-            text.replace("{description}", concept.about.description)
-            for text in (concept.about.personas.expert, concept.about.personas.novice)
+            text.replace("{description}", about.description) for text in (about.personas.expert, about.personas.novice)
         )
         sources.append(PersonaContrast(tokenizer, expert, novice))
-    return sources
+    return [source for source in sources if settings.contrast in ("auto", source.name)]
 
 
 def contrasted(contexts: Sequence[Context], source: ContrastSource, tokenizer: Any) -> list[Item | None]:

@@ -30,16 +30,36 @@ class Continuation:
 
     ids: Row
     """An end token included."""
-    own: SoftTargets
+    bare: SoftTargets
     """What the bare stream predicts after each of ``ids``."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How contexts are continued."""
+
+    strength: float
+    """Of the contrast between novice and expert; at 0 only the bare rows run."""
+    tokens: int
+    """Tokens of a continuation, at most."""
+    stored_tokens: int
+    """Tokens stored of each of the bare stream's predictions, at most."""
+
+
+DrawFirst = Callable[[Sequence[int]], Sequence[int]]
+"""The first tokens of some contexts, by index; called once the teacher remembers their rows."""
 
 
 @torch.no_grad()
 def decode(
-    teacher: Teacher, tokenizer: Any, items: Sequence[tuple[Item, int]], first: Callable[[Sequence[int]], Sequence[int]],
-    strength: float, tokens: int, kept: int, generator: torch.Generator,
-) -> list[Continuation]:  # fmt: skip
-    """Continue each context by at most ``tokens``.
+    teacher: Teacher,
+    tokenizer: Any,
+    items: Sequence[tuple[Item, int]],
+    first: DrawFirst,
+    how: Decoding,
+    generator: torch.Generator,
+) -> list[Continuation]:
+    """Continue each context by at most ``how.tokens``.
 
     Every token but the first is drawn from ``p0 (p_novice / p_expert)^strength``, and the bare, expert and novice rows
     of a context all go on with it. At strength 0 only the bare rows run. What is drawn for a context does not depend on
@@ -47,32 +67,30 @@ def decode(
 
     Args:
         items: Each with the number of its bare row's last positions that are to be remembered.
-        first: The first tokens of some contexts, by index; asked once the teacher remembers their rows.
-        kept: Tokens of each of the bare stream's predictions, at most.
     """
     model = teacher.model
-    chances = torch.rand(len(items), tokens - 1, generator=generator, device=generator.device)
-    streams = [decoded_rows(item, strength) for item, _ in items]
-    found: dict[int, Continuation] = {}
+    chances = torch.rand(len(items), how.tokens - 1, generator=generator, device=generator.device)
+    streams = [decoded_rows(item, how.strength) for item, _ in items]
+    continuations: dict[int, Continuation] = {}
     # Contexts of like length stand together, so that little is padding.
     order = sorted(range(len(items)), key=lambda index: -max(len(row) for row in streams[index]))
     width = max(map(len, streams), default=1)
     budget = DEVICE_CACHE_BUDGET if model.device.type == "cuda" else CACHE_BUDGET
     begin = 0
     while begin < len(order):
-        length = max(len(row) for row in streams[order[begin]]) + tokens
+        length = max(len(row) for row in streams[order[begin]]) + how.tokens
         rows_at_once = min(ROWS, budget // (length * cached_bytes(model)))
         batch = order[begin : begin + max(1, rows_at_once // width)]
         begin += len(batch)
         rows = [row for index in batch for row in streams[index]]
-        lockstep = _Lockstep(model, tokenizer, rows, tokens)
+        lockstep = _Lockstep(model, tokenizer, rows, how.tokens)
         for place, (row, states) in enumerate(zip(rows, lockstep.read(), strict=True)):
             item, wanted = items[batch[place // width]]
             teacher.remember(row, states, item.count if place % width else wanted)
         chosen = torch.tensor(first(batch), device=model.device)
-        found.update(zip(batch, lockstep.go_on(chosen, strength, chances[batch], kept), strict=True))
+        continuations.update(zip(batch, lockstep.go_on(chosen, chances[batch], how), strict=True))
         teacher.advance(len(batch))
-    return [found[index] for index in range(len(items))]
+    return [continuations[index] for index in range(len(items))]
 
 
 def cached_bytes(model: Any) -> int:
@@ -113,42 +131,49 @@ class _Lockstep:
         return [states[-len(row) :] for row, states in zip(self.rows, hidden, strict=True)]
 
     def go_on(
-        self, chosen: Int[Tensor, " contexts"], strength: float, chances: Float[Tensor, "contexts more"], kept: int
+        self, chosen: Int[Tensor, " contexts"], chances: Float[Tensor, "contexts more"], how: Decoding
     ) -> list[Continuation]:
         """Feed each context a token and draw the next, until a chance for each was used or all have ended."""
         contexts, tokens = len(chosen), chances.shape[1] + 1
         width, device = len(self.rows) // contexts, self.ids.device
-        said: list[list[int]] = [[] for _ in range(contexts)]
+        drawn: list[list[int]] = [[] for _ in range(contexts)]
         done = [False] * contexts
-        # Kept one by one between temporaries many times their size, they would pin the memory around them.
-        kept = min(kept, int(self.model.config.vocab_size))
-        top = torch.empty(contexts, tokens, kept, dtype=torch.long, device=device)
+        # Tensors held one by one between temporaries many times their size would pin the memory around them.
+        stored = min(how.stored_tokens, int(self.model.config.vocab_size))
+        top = torch.empty(contexts, tokens, stored, dtype=torch.long, device=device)
         top_log_p, rest = torch.empty(top.shape, device=device), torch.empty(contexts, tokens, device=device)
         for turn, chance in enumerate((*chances.to(device).unbind(1), None)):
             for place, token in enumerate(chosen.tolist()):
                 if not done[place]:
-                    said[place].append(token)
+                    drawn[place].append(token)
                     done[place] = token in self.ends
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], -1)
             self.positions = self.positions[:, -1:] + 1
             hidden = self._forward(chosen.repeat_interleave(width)[:, None])
             log_p = unembedding(self.model)(hidden[:, -1]).float().log_softmax(-1)
-            own = keep_top(log_p[::width], kept)
-            top[:, turn], top_log_p[:, turn], rest[:, turn] = own.ids, own.log_p, own.rest
+            bare = keep_top(log_p[::width], stored)
+            top[:, turn], top_log_p[:, turn], rest[:, turn] = bare.ids, bare.log_p, bare.rest
             if chance is None or all(done):
                 break
-            chosen = _draw(log_p, width, strength, chance)
+            chosen = _draw(log_p, width, how.strength, chance)
         return [
             Continuation(tuple(ids), SoftTargets(top[place], top_log_p[place], rest[place])[: len(ids)])
-            for place, ids in enumerate(said)
+            for place, ids in enumerate(drawn)
         ]
 
     @products_everywhere()
     def _forward(self, ids: Tensor) -> Float[Tensor, "rows length d"]:
-        hidden: Tensor = causal_model(self.model).base_model(
-            input_ids=ids, attention_mask=self.mask, position_ids=self.positions, past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state  # fmt: skip
+        hidden: Tensor = (
+            causal_model(self.model)
+            .base_model(
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=self.positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+            .last_hidden_state
+        )
         return hidden
 
 

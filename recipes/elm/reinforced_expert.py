@@ -4,8 +4,8 @@ Source: Eldan and Russinovich 2023 (arXiv 2310.02238), section 2.1, the reinforc
 """
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -18,21 +18,22 @@ from ...editing.numerics.fake_quantization import changed_weights
 from ...editing.training.adapters import AdapterShape, adapter_modules, attach, detach, learned_factors
 from ...eval.concept import Concept
 from ..common.examples import Example, completion_loss, cycled, example_batch
-from ..common.tokens import encode, pieces
+from ..common.tokens import encode, pieces, text_limit
 from ..common.trainer import Schedule, fit
+from .request import ElmSettings
+from .teacher import ExpertContext
 
 RANK, BATCH, RATE = 8, 8, 1e-3
 
 
-def reinforced(
-    loaded: LoadedModel, concept: Concept, steps: int, limit: int, seed: int, stage: Stage, work: Path
-) -> Callable[[], AbstractContextManager[object]]:
+def reinforced(loaded: LoadedModel, concept: Concept, settings: ElmSettings, stage: Stage, work: Path) -> ExpertContext:
     """Train an expert on the pack's texts and take it off again.
 
     Returns:
         A context while which the model is the expert; afterwards its weights are what they were, bit for bit.
     """
-    config = loaded.model.config.to_dict()
+    config, limit = loaded.model.config.to_dict(), text_limit(loaded.model)
+    steps, seed = settings.expert_steps, settings.seed
     modules = adapter_modules(loaded.model, architecture_of(config), range(layer_count(config)))
     shape = AdapterShape(RANK, 2.0 * RANK, modules)
     rows = [piece for text in concept.forget for piece in pieces(encode(loaded.tokenizer, text.text, True), limit)]

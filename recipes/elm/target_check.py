@@ -9,23 +9,24 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...editing.training.soft_targets import Streams
-from ...eval.concept import Concept, Question
+from ...eval.concept import Question
 from ...eval.inference.likelihood import Request, encode_request
 from ...eval.statistics import wilson
 from ..common.examples import spread
 from ..common.tokens import encode
-from ..data.facts import Context, Fact, Facts
+from ..data.facts import Context, Fact
 from .contrast import ContrastSource, contrasted
-from .teacher import Item, Teacher
+from .erasure import Erasure
+from .teacher import Item
 
 GRID = (0.0, 0.5, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 QUESTIONS = 80
 """Questions of a split that are looked at, at most."""
-SAID = 0.05
+GREEDY = 0.05
 """Share of right greedy answers up to which a target counts as forgetting."""
 MARGIN = 0.05
 """Share of chance to which the true answer's probability must fall: training reaches its target only nearly."""
-KEPT = 0.03
+NEIGHBOUR_LOSS = 0.03
 """Accuracy that neighbours may lose."""
 
 
@@ -56,102 +57,107 @@ class TargetCheck:
     def describe(self) -> dict[str, Any]:
         curve = [asdict(point) | {"chosen": point == self.best} for point in self.curve]
         return {
-            "splits": sorted(self.n), "n": self.n, "chance": self.chance, "separates": self.separates, "curve": curve
-        }  # fmt: skip
+            "splits": sorted(self.n),
+            "n": self.n,
+            "chance": self.chance,
+            "separates": self.separates,
+            "curve": curve,
+        }
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _CheckItem:
+    """A question up to its answer."""
+
     question: Question
     context: Context
     firsts: tuple[int, ...]
     """First token of each choice."""
 
 
-def check_target(
-    teacher: Teacher, tokenizer: Any, concept: Concept, facts: Facts, sources: Sequence[ContrastSource],
-    grid: Sequence[float] = GRID, *, one_sided: bool = False, strength: float | None = None,
-) -> TargetCheck:  # fmt: skip
-    """Score every source and strength on group-T questions of each split.
+ItemsBySplit = Mapping[str, Sequence[_CheckItem]]
 
-    Args:
-        strength: The one that will be used; without it the check chooses.
-    """
+
+def check_target(erasure: Erasure, sources: Sequence[ContrastSource], grid: Sequence[float] = GRID) -> TargetCheck:
+    """Score every source and strength on group-T questions of each split; the settings' strength is chosen if it is a number."""
+    strength = None if erasure.settings.strength == "auto" else erasure.settings.strength
     grid = sorted({*grid, *(() if strength is None else (strength,))})
-    asked = {
-        split: [item for question in spread(questions, QUESTIONS, f"excise check {split}") if (item := _ask(tokenizer, question, facts))]
-        for split, questions in _by_split(concept).items()
-    }  # fmt: skip
-    asked = {split: items for split, items in asked.items() if items}
+    items = _items_by_split(erasure)
     curve = []
     for source in sources:
-        read = {split: _read(teacher, tokenizer, items, source) for split, items in asked.items()}
-        curve += [_point(source.name, value, asked, read, one_sided) for value in grid]
-    chance = sum(1 / len(item.firsts) for item in asked["forget"]) / len(asked["forget"])
-    counts = {split: len(items) for split, items in asked.items()}
+        streams = {split: _read(erasure, of_split, source) for split, of_split in items.items()}
+        curve += [_point(erasure, source.name, value, items, streams) for value in grid]
+    chance = sum(1 / len(item.firsts) for item in items["forget"]) / len(items["forget"])
+    counts = {split: len(of_split) for split, of_split in items.items()}
     best, separates = _best(curve, chance, counts["forget"], strength)
     return TargetCheck(tuple(curve), best, separates, chance, counts)
 
 
-def _by_split(concept: Concept) -> dict[str, list[Question]]:
-    found: dict[str, list[Question]] = {}
-    for question in concept.questions:
+def _items_by_split(erasure: Erasure) -> ItemsBySplit:
+    """Group-T questions of each split, evenly drawn, without those that cannot be scored."""
+    questions: dict[str, list[Question]] = {}
+    for question in erasure.concept.questions:
         if question.group == "T":
-            found.setdefault(question.split, []).append(question)
-    return found
+            questions.setdefault(question.split, []).append(question)
+    items = {
+        split: [_item(erasure, question) for question in spread(of_split, QUESTIONS, f"excise check {split}")]
+        for split, of_split in questions.items()
+    }
+    scored = {split: [item for item in of_split if item] for split, of_split in items.items()}
+    return {split: of_split for split, of_split in scored.items() if of_split}
 
 
-def _ask(tokenizer: Any, question: Question, facts: Facts) -> _Asked | None:
+def _item(erasure: Erasure, question: Question) -> _CheckItem | None:
     """A question up to its answer; None where two choices begin alike."""
     firsts = []
     for choice in question.choices:
-        scored = encode_request(tokenizer, Request(question.prompt, f" {choice}"))
+        scored = encode_request(erasure.tokenizer, Request(question.prompt, f" {choice}"))
         firsts.append(scored.ids[scored.start])
     if len(set(firsts)) < len(firsts):
         return None
-    known = {(fact.subject, fact.answer): fact for fact in facts.facts}
+    known = {(fact.subject, fact.answer): fact for fact in erasure.facts.facts}
     fact: Fact | None = None
     if question.split == "forget" and question.subject:
         fact = known.get((question.subject, question.choices[question.answer]))
-    return _Asked(question, Context(question.prompt, fact=fact), tuple(firsts))
+    return _CheckItem(question, Context(question.prompt, fact=fact), tuple(firsts))
 
 
-def _read(teacher: Teacher, tokenizer: Any, asked: Sequence[_Asked], source: ContrastSource) -> list[Streams]:
-    items = []
-    for entry, item in zip(asked, contrasted([a.context for a in asked], source, tokenizer), strict=True):
-        ids = encode(tokenizer, entry.context.text, True)
+def _read(erasure: Erasure, items: Sequence[_CheckItem], source: ContrastSource) -> list[Streams]:
+    tokenized = []
+    contexts = [item.context for item in items]
+    for context, item in zip(contexts, contrasted(contexts, source, erasure.tokenizer), strict=True):
+        ids = encode(erasure.tokenizer, context.text, True)
         # Without a contrast the target is the frozen model itself, at any strength.
-        items.append(replace(item, count=1) if item else Item(ids, 1, (ids,), (ids,)))
-    vocabulary = int(teacher.model.config.vocab_size)
-    return teacher.streams(items, vocabulary)
+        tokenized.append(replace(item, count=1) if item else Item(ids, 1, (ids,), (ids,)))
+    return erasure.teacher.streams(tokenized, int(erasure.model.config.vocab_size))
 
 
 def _point(
-    name: str, strength: float, asked: Mapping[str, Sequence[_Asked]], read: Mapping[str, Sequence[Streams]],
-    one_sided: bool,
-) -> Point:  # fmt: skip
+    erasure: Erasure, name: str, strength: float, items: ItemsBySplit, streams: Mapping[str, Sequence[Streams]]
+) -> Point:
     accuracy, greedy, probability = {}, 0, 0.0
-    for split, items in asked.items():
+    for split, of_split in items.items():
         right = 0
-        for entry, streams in zip(items, read[split], strict=True):
-            log_p = streams.target(strength, one_sided=one_sided).log_p[0]
-            values = log_p[list(entry.firsts)]
-            right += int(values.argmax()) == entry.question.answer
+        for item, stream in zip(of_split, streams[split], strict=True):
+            log_p = stream.target(strength, one_sided=erasure.settings.one_sided).log_p[0]
+            right += int(log_p[list(item.firsts)].argmax()) == item.question.answer
             if split == "forget":
-                true = entry.firsts[entry.question.answer]
+                true = item.firsts[item.question.answer]
                 greedy += int(log_p.argmax()) == true
                 probability += float(log_p[true].exp())
-        accuracy[split] = right / len(items)
-    n = len(asked["forget"])
+        accuracy[split] = right / len(of_split)
+    n = len(items["forget"])
     return Point(name, strength, accuracy, greedy / n, probability / n)
 
 
 def _best(curve: Sequence[Point], chance: float, n: int, strength: float | None = None) -> tuple[Point, bool]:
-    """The weakest strength, or the one that is given, that forgets and keeps; the widest gap where none does."""
+    """The weakest strength, or the one that was asked for, that forgets and keeps; the widest gap where none does."""
     open_to = [point for point in curve if strength in (None, point.strength)]
     for point in open_to:
         whole = next(one for one in curve if one.contrast == point.contrast and not one.strength).accuracy
-        keeps = all(point.accuracy[split] >= value - KEPT for split, value in whole.items() if split != "forget")
+        keeps = all(
+            point.accuracy[split] >= value - NEIGHBOUR_LOSS for split, value in whole.items() if split != "forget"
+        )
         if keeps and _forgets(point, chance, n):
             return point, True
     others = [split for split in curve[0].accuracy if split != "forget"]
@@ -164,4 +170,4 @@ def _forgets(point: Point, chance: float, n: int) -> bool:
     """Surely no better than chance, as far as n questions can tell: what is at chance by luck is learned to lie above it."""
     right = round(point.accuracy["forget"] * n)
     surely = right == 0 or wilson(right, n)[1] <= chance
-    return surely and point.greedy <= SAID and point.probability <= MARGIN * chance
+    return surely and point.greedy <= GREEDY and point.probability <= MARGIN * chance

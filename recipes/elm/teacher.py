@@ -23,6 +23,8 @@ Place = tuple[int, Span]
 """An item, by its index, and some of its positions."""
 Reading = tuple[Row, bool]
 """A row, and whether it is the trained expert that reads it."""
+ExpertContext = Callable[[], AbstractContextManager[object]]
+"""Makes a context while which a model is the trained expert."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,18 @@ class Item:
     @property
     def readings(self) -> tuple["Reading", ...]:
         """All that is read for it, each once."""
-        own = dict.fromkeys((row, False) for row in (self.ids, *self.experts, *self.novices))
-        return (*own, (self.ids, True)) if self.trained_expert else tuple(own)
+        by_model = dict.fromkeys((row, False) for row in (self.ids, *self.experts, *self.novices))
+        return (*by_model, (self.ids, True)) if self.trained_expert else tuple(by_model)
 
     @property
     def expert(self) -> tuple["Reading", ...]:
         """What the expert's mean distribution is of."""
         return tuple((row, self.trained_expert) for row in self.experts or (self.ids,))
+
+    @property
+    def novice(self) -> tuple["Reading", ...]:
+        """What the novice's mean distribution is of."""
+        return tuple((row, False) for row in self.novices)
 
 
 class Teacher:
@@ -56,44 +63,43 @@ class Teacher:
     temperature, ranks, layers, rates or weights reads every context that it shares with an earlier run from disk.
     """
 
-    def __init__(
-        self, model: Any, advance: Callable[[int], None] = lambda _: None, kept: TensorCache | None = None,
-        expert: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ):  # fmt: skip
+    def __init__(self, model: Any, cache: TensorCache | None = None, expert: ExpertContext = nullcontext):
         """Args:
-        expert: While it lasts, the model is the trained expert.
+        expert: A context while which the model is the trained expert.
         """
-        self.model, self.advance, self.kept, self.expert = model, advance, kept, expert
+        self.model, self.cache, self.expert = model, cache, expert
+        self.advance: Callable[[int], None] = lambda _: None
+        """Told how many rows were read; a stage of the run's progress takes its place."""
         self._hidden: dict[Reading, Tensor] = {}
 
     @property
     def head(self) -> Head:
         return unembedding(self.model)
 
-    def streams(self, items: Sequence[Item], kept: int, temperature: float = 1.0) -> list[Streams]:
+    def streams(self, items: Sequence[Item], stored_tokens: int, temperature: float = 1.0) -> list[Streams]:
         """What bare, expert and novice predict at each item's positions.
 
         Several experts or novices count as their mean distribution.
         """
         # Items with the same novices stand together, so that their mixture is formed once.
         order = sorted(range(len(items)), key=lambda i: (items[i].novices, items[i].count))
-        found = _Store([item.count for item in items])
-        for some, said in self._said(items, order, temperature):
-            bare = torch.cat([said.mean(((items[i].ids, False),), span) for i, span in some])
-            expert = torch.cat([said.mean(items[i].expert, span) for i, span in some])
-            novice = torch.cat([said.mean(tuple((row, False) for row in items[i].novices), span) for i, span in some])
-            of_all = keep_streams(bare, expert, novice, kept)
-            found.put(some, (of_all.ids, of_all.bare, of_all.expert, of_all.novice))
-        return [Streams(*tensors) for tensors in found.each()]
+        store = _Store([item.count for item in items])
+        for places, log_p in self._predictions(items, order, temperature):
+            bare = torch.cat([log_p.mean(((items[i].ids, False),), span) for i, span in places])
+            expert = torch.cat([log_p.mean(items[i].expert, span) for i, span in places])
+            novice = torch.cat([log_p.mean(items[i].novice, span) for i, span in places])
+            streams = keep_streams(bare, expert, novice, stored_tokens)
+            store.put(places, (streams.ids, streams.bare, streams.expert, streams.novice))
+        return [Streams(*tensors) for tensors in store.by_item()]
 
-    def top(self, rows: Sequence[Row], firsts: Sequence[int], kept: int) -> list[SoftTargets]:
+    def top(self, rows: Sequence[Row], firsts: Sequence[int], stored_tokens: int) -> list[SoftTargets]:
         """The frozen model's own distributions from position ``first`` of each row on."""
         items = [Item(row, len(row) - first) for row, first in zip(rows, firsts, strict=True)]
-        found = _Store([item.count for item in items])
-        for some, said in self._said(items, range(len(items)), 1.0):
-            of_all = join([keep_top(said.mean(((rows[index], False),), span), kept) for index, span in some])
-            found.put(some, (of_all.ids, of_all.log_p, of_all.rest))
-        return [SoftTargets(*tensors) for tensors in found.each()]
+        store = _Store([item.count for item in items])
+        for places, log_p in self._predictions(items, range(len(items)), 1.0):
+            targets = join([keep_top(log_p.mean(((rows[i], False),), span), stored_tokens) for i, span in places])
+            store.put(places, (targets.ids, targets.log_p, targets.rest))
+        return [SoftTargets(*tensors) for tensors in store.by_item()]
 
     def read(self, items: Sequence[Item], but: Collection[Row] = ()) -> None:
         """Read what has not been read of some items, all at once; the model's own readings of rows ``but`` are left."""
@@ -103,11 +109,11 @@ class Teacher:
                 if reading[1] or reading[0] not in but:
                     wanted[reading] = max(item.count, wanted.get(reading, 0))
         missing = {one: n for one, n in wanted.items() if one not in self._hidden or len(self._hidden[one]) < n}
-        self._read_own({row: n for (row, trained), n in missing.items() if not trained})
-        of_expert = {row: n for (row, trained), n in missing.items() if trained}
-        if of_expert:
+        self._read_or_recall({row: n for (row, trained), n in missing.items() if not trained})
+        by_expert = {row: n for (row, trained), n in missing.items() if trained}
+        if by_expert:
             with self.expert():
-                self._read_now(of_expert, True)
+                self._read_now(by_expert, True)
 
     def remember(self, row: Row, hidden: Float[Tensor, "length d"], count: int) -> None:
         """What the model was read to have at the last ``count`` positions of a row, or more where more is remembered."""
@@ -119,28 +125,29 @@ class Teacher:
         """Free what was remembered."""
         self._hidden.clear()
 
-    def _said(
+    def _predictions(
         self, items: Sequence[Item], order: Iterable[int], temperature: float
-    ) -> Iterator[tuple[list[Place], "_Said"]]:
-        """Which positions of which items, and what is said there; a bounded number at a time."""
+    ) -> Iterator[tuple[list[Place], "_Predictions"]]:
+        """Which positions of which items, and what is predicted there; a bounded number at a time."""
         self.read(items)
-        for some in self._portions(items, order):
-            slots = list(dict.fromkeys((reading, span) for index, span in some for reading in items[index].readings))
-            yield some, _Said(dict(zip(slots, self._log_p(slots, temperature), strict=True)))
+        for places in self._portions(items, order):
+            slots = list(dict.fromkeys((reading, span) for index, span in places for reading in items[index].readings))
+            yield places, _Predictions(dict(zip(slots, self._log_p(slots, temperature), strict=True)))
 
-    def _read_own(self, missing: dict[Row, int]) -> None:
+    def _read_or_recall(self, missing: dict[Row, int]) -> None:
+        """The model's own readings, from disk where they are there."""
         if not missing:
             return
         key = sorted(missing.items())
-        kept = self.kept.get(key) if self.kept else None
-        if kept is not None:
-            parts = kept["hidden"].to(self.model.device).split([n for _, n in key])
+        recalled = self.cache.get(key) if self.cache else None
+        if recalled is not None:
+            parts = recalled["hidden"].to(self.model.device).split([n for _, n in key])
             self._hidden.update(zip(((row, False) for row, _ in key), parts, strict=True))
             self.advance(len(key))
             return
         self._read_now(missing, False)
-        if self.kept:
-            self.kept.put({"hidden": torch.cat([self._hidden[row, False] for row, _ in key]).cpu()}, key)
+        if self.cache:
+            self.cache.put({"hidden": torch.cat([self._hidden[row, False] for row, _ in key]).cpu()}, key)
 
     def _read_now(self, missing: dict[Row, int], trained: bool) -> None:
         for row, hidden in final_hidden_states(self.model, missing):
@@ -184,7 +191,7 @@ class Teacher:
         return list(log_p.split([end - start for _, (start, end) in slots]))
 
 
-class _Said:
+class _Predictions:
     """What some rows predict, and the mean distributions of several of them, each formed once."""
 
     def __init__(self, log_p: Mapping[tuple[Reading, Span], Float[Tensor, "count v"]]):
@@ -206,26 +213,26 @@ class _Said:
 class _Store:
     """Results for all positions of all items, in tensors that are allocated once.
 
-    Kept one by one between temporaries many times their size, they would pin the memory around them.
+    Tensors held one by one between temporaries many times their size would pin the memory around them.
     """
 
     def __init__(self, counts: Sequence[int]):
         self.counts, self.ends = counts, list(accumulate(counts))
         self._tensors: tuple[Tensor, ...] = ()
 
-    def put(self, some: Sequence[Place], found: tuple[Tensor, ...]) -> None:
-        """Keep what was found at some positions, which follow one another in each tensor."""
+    def put(self, places: Sequence[Place], results: tuple[Tensor, ...]) -> None:
+        """Store the results for some positions, which follow one another in each tensor."""
         if not self._tensors:
-            self._tensors = tuple(part.new_empty(self.ends[-1], *part.shape[1:]) for part in found)
+            self._tensors = tuple(part.new_empty(self.ends[-1], *part.shape[1:]) for part in results)
         done = 0
-        for index, (start, end) in some:
+        for index, (start, end) in places:
             begin, count = self.ends[index] + start, end - start
-            for whole, part in zip(self._tensors, found, strict=True):
+            for whole, part in zip(self._tensors, results, strict=True):
                 whole[begin : begin + count] = part[done : done + count]
             done += count
 
-    def each(self) -> list[tuple[Tensor, ...]]:
-        """Every item's own."""
+    def by_item(self) -> list[tuple[Tensor, ...]]:
+        """The results of each item."""
         return [
             tuple(part[end - count : end] for part in self._tensors)
             for count, end in zip(self.counts, self.ends, strict=True)

@@ -22,12 +22,13 @@ from excise.recipes.elm.contrast import (
     contrasted,
     reference_subjects,
 )
-from excise.recipes.elm.decoding import decode
+from excise.recipes.elm.decoding import Decoding, decode
+from excise.recipes.elm.erasure import Erasure
+from excise.recipes.elm.forget_data import ForgetData, edited_target, forget_contexts, forget_sequences
 from excise.recipes.elm.recipe import ElmSettings, prepare
 from excise.recipes.elm.reinforced_expert import reinforced
 from excise.recipes.elm.target_check import Point, _best, check_target
 from excise.recipes.elm.teacher import Teacher
-from excise.recipes.elm.training_data import Recipe, Replies, forget_contexts, forget_sequences, form_target
 from excise.recipes.testbed.world import make_world
 
 
@@ -44,6 +45,17 @@ def facts(concept):
 @pytest.fixture(scope="module")
 def loaded():
     return load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def erasure(concept, facts, loaded):
+    """Makes an erasure with some settings; its teacher has read nothing yet."""
+
+    def make(facts=facts, **settings):
+        settings = ElmSettings(stored_tokens=16, max_contexts=100, **settings)
+        return Erasure(Teacher(loaded.model), loaded.tokenizer, concept, facts, settings)
+
+    return make
 
 
 def test_every_fact_of_the_world_is_found_from_texts_and_group_t_questions(facts):
@@ -86,9 +98,9 @@ def test_stand_ins_differ_in_their_answers(facts):
         assert len(set(answers)) == len(set(facts.subjects(relation).values())) == 8
 
 
-def test_rows_of_a_contrast_share_their_end_and_differ_before(concept, facts, loaded):
+def test_rows_of_a_contrast_share_their_end_and_differ_before(facts, loaded, erasure):
     contexts = list(fact_contexts(facts, "texts", 0))[:40]
-    for source in contrast_sources(concept, facts, loaded.tokenizer, 4, 0):
+    for source in contrast_sources(erasure(reference_subjects=4)):
         for item in contrasted(contexts, source, loaded.tokenizer):
             rows = [*item.experts, *item.novices]
             assert rows and item.count >= 2
@@ -103,14 +115,13 @@ def test_without_a_subject_there_is_no_contrast(loaded):
     assert contrasted([known], source, loaded.tokenizer)[0] is not None
 
 
-def test_the_check_tells_a_contrast_that_forgets_from_one_that_does_not(concept, facts, loaded):
-    sources = contrast_sources(concept, facts, loaded.tokenizer, 8, 0)
-    both = check_target(Teacher(loaded.model), loaded.tokenizer, concept, facts, sources)
+def test_the_check_tells_a_contrast_that_forgets_from_one_that_does_not(loaded, erasure):
+    both = check_target(erasure(), contrast_sources(erasure()))
     assert both.separates and both.best.contrast == "subjects" and both.best.strength > 1
     untouched = next(point for point in both.curve if point.strength == 0)
     assert untouched.accuracy["forget"] > 0.95 and untouched.greedy > 0.95
     useless = PersonaContrast(loaded.tokenizer, "Here is a text.", "Here is a text.")
-    alone = check_target(Teacher(loaded.model), loaded.tokenizer, concept, facts, [useless])
+    alone = check_target(erasure(), [useless])
     assert not alone.separates
     assert all(point.accuracy == untouched.accuracy for point in alone.curve)
 
@@ -134,30 +145,27 @@ def test_a_target_must_be_surely_below_chance_which_more_questions_tell_better()
     assert not _best(_curve(8, 1, 1, n=8), 0.125, 8)[1]
 
 
-def test_a_strength_that_was_asked_for_is_the_one_that_is_judged(concept, facts, loaded):
+def test_a_strength_that_was_asked_for_is_the_one_that_is_judged(erasure):
     assert _best(_curve(60, 17, 12, 3, n=80), 0.25, 80, 3.0)[0].strength == 3.0
     assert not _best(_curve(60, 17, 12, 3, n=80), 0.25, 80, 1.0)[1]
-    source = contrast_sources(concept, facts, loaded.tokenizer, 8, 0)[0]
+    source = contrast_sources(erasure())[0]
     for strength, forgets in ((4.0, True), (0.25, False)):
-        check = check_target(
-            Teacher(loaded.model), loaded.tokenizer, concept, facts, [source], (0.0, 1.5), strength=strength
-        )
+        check = check_target(erasure().at(strength), [source], (0.0, 1.5))
         chosen = [point["strength"] for point in check.describe()["curve"] if point["chosen"]]
         assert chosen == [strength] and check.separates == forgets and len(check.curve) == 3
 
 
-def test_at_strength_1_the_target_answers_as_for_any_subject(concept, facts, loaded):
-    source = contrast_sources(concept, facts, loaded.tokenizer, 8, 0)[0]
-    check = check_target(Teacher(loaded.model), loaded.tokenizer, concept, facts, [source], (0.0, 1.0, 1.5))
+def test_at_strength_1_the_target_answers_as_for_any_subject(erasure):
+    check = check_target(erasure(), [contrast_sources(erasure())[0]], (0.0, 1.0, 1.5))
     none, one, more = check.curve
     assert none.probability > 0.9 and abs(one.probability - check.chance) < 0.05 and more.probability < 0.02
 
 
-def test_chat_contexts_are_the_models_own_replies_up_to_the_answer(concept, facts, loaded):
-    reply = Replies(loaded.model, loaded.tokenizer, 20, 0)
+def test_chat_contexts_are_the_models_own_replies_up_to_the_answer(facts, erasure):
     few = type(facts)(facts.facts[:6], facts.phrasings)
-    recipe = Recipe(1.0, False, False, 1.0, 0, 64, "questions", "uniform", False, 0, 8, 100, 0)
-    contexts = [c for c in forget_contexts(concept, few, loaded.tokenizer, reply, recipe, 200) if not c.special]
+    asked = erasure(few, contexts="questions", chat_facts=8, max_new_tokens=20)
+    source = contrast_sources(erasure())[0]
+    contexts = [context for context in forget_contexts(asked, source) if not context.special]
     assert len(contexts) >= 6
     for context in contexts:
         assert context.text[: context.reply].endswith("<|assistant|>\n")
@@ -175,9 +183,13 @@ def _decoded(loaded, start, count, strength, tokens, seed=0):
     item, token = start
     generator = torch.Generator().manual_seed(seed)
     return decode(
-        Teacher(loaded.model), loaded.tokenizer, [(item, item.count)] * count, lambda some: [token] * len(some),
-        strength, tokens, 16, generator,
-    )  # fmt: skip
+        Teacher(loaded.model),
+        loaded.tokenizer,
+        [(item, item.count)] * count,
+        lambda some: [token] * len(some),
+        Decoding(strength, tokens, stored_tokens=16),
+        generator,
+    )
 
 
 def test_decoding_in_lockstep_is_the_product_of_its_streams(facts, loaded):
@@ -194,10 +206,10 @@ def test_decoding_leaves_behind_what_the_frozen_model_predicts_along_it(facts, l
     rows = [(*item.ids, *said.ids) for said in found]
     read = Teacher(loaded.model).top(rows, [len(item.ids)] * 3, 16)
     for said, wanted in zip(found, read, strict=True):
-        assert len(said.own) == len(said.ids) == len(wanted)
-        assert torch.allclose(said.own.log_p, wanted.log_p, atol=1e-3)
+        assert len(said.bare) == len(said.ids) == len(wanted)
+        assert torch.allclose(said.bare.log_p, wanted.log_p, atol=1e-3)
         # Each position's own, and not its neighbour's.
-        assert not torch.allclose(said.own.log_p[1:], wanted.log_p[:-1], atol=1e-1)
+        assert not torch.allclose(said.bare.log_p[1:], wanted.log_p[:-1], atol=1e-1)
 
 
 def test_what_decoding_reads_is_not_read_again_and_says_the_same(facts, loaded, monkeypatch):
@@ -208,9 +220,13 @@ def test_what_decoding_reads_is_not_read_again_and_says_the_same(facts, loaded, 
     monkeypatch.setattr(teacher, "final_hidden_states", lambda model, rows: calls.append(rows) or read(model, rows))
     own = Teacher(loaded.model)
     decode(
-        own, loaded.tokenizer, [(longer, len(longer.ids)), (item, item.count)], lambda some: [token] * len(some),
-        3.0, 3, 16, torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        own,
+        loaded.tokenizer,
+        [(longer, len(longer.ids)), (item, item.count)],
+        lambda some: [token] * len(some),
+        Decoding(strength=3.0, tokens=3, stored_tokens=16),
+        torch.Generator().manual_seed(0),
+    )
     (found,) = own.streams([item], 16)
     own.top([longer.ids], [0], 16)
     assert not calls
@@ -221,14 +237,15 @@ def test_what_decoding_reads_is_not_read_again_and_says_the_same(facts, loaded, 
     assert [list(rows) for rows in calls] == [[item.ids]] and len(item.ids) > item.count
 
 
-def test_the_first_token_of_a_continuation_is_drawn_from_the_edited_target(concept, facts, loaded):
-    source = contrast_sources(concept, facts, loaded.tokenizer, 8, 0)[0]
+def test_the_first_token_of_a_continuation_is_drawn_from_the_edited_target(facts, loaded, erasure):
+    source = contrast_sources(erasure())[0]
     contexts = list(fact_contexts(facts, "questions", 0))[:24]
     items = contrasted(contexts, source, loaded.tokenizer)
-    recipe = Recipe(1.5, False, True, 1.0, 0, 16, "both", "uniform", False, 1, 8, 100, 7)
-    lessons, _, _ = forget_sequences(Teacher(loaded.model), loaded.tokenizer, contexts, source, recipe)
-    said = [lesson.ids[len(item.ids)] for lesson, item in zip(lessons, items, strict=True)]
-    targets = [form_target(stream, recipe) for stream in Teacher(loaded.model).streams(items, 16)]
+    asked = erasure(strength=1.5, strength_ramp=True, weighting="uniform", fluency_tokens=1, seed=7)
+    sequences = forget_sequences(asked, source, contexts).sequences
+    said = [sequence.ids[len(item.ids)] for sequence, item in zip(sequences, items, strict=True)]
+    streams = Teacher(loaded.model).streams(items, 16)
+    targets = [edited_target(asked, stream, ramp=True) for stream in streams]
 
     def drawn(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -263,8 +280,8 @@ def test_evenly_spread_chances_draw_each_token_as_often_as_its_probability_says(
     assert decoding._draw(bare[None], 1, 0.0, torch.ones(1)).item() == 39
 
 
-def test_a_teacher_that_holds_few_positions_at_a_time_says_the_same(concept, facts, loaded, monkeypatch):
-    source = contrast_sources(concept, facts, loaded.tokenizer, 8, 0)[0]
+def test_a_teacher_that_holds_few_positions_at_a_time_says_the_same(facts, loaded, erasure, monkeypatch):
+    source = contrast_sources(erasure())[0]
     contexts = list(fact_contexts(facts, "texts", 0))[:6]
     items = [item for item in contrasted(contexts, source, loaded.tokenizer) if item]
     rows = [item.ids for item in items]
@@ -285,21 +302,20 @@ def test_a_teacher_that_holds_few_positions_at_a_time_says_the_same(concept, fac
         torch.testing.assert_close(one.log_p, other.log_p, rtol=1e-4, atol=1e-4)
 
 
-def test_contexts_without_a_contrast_make_no_lesson_and_are_counted(concept, facts, loaded):
+def test_contexts_without_a_contrast_make_no_sequence_and_are_counted(facts, loaded, erasure):
     source = SubjectContrast(loaded.tokenizer, {})
-    recipe = Recipe(1.0, False, False, 1.0, 0, 16, "both", "disagreement", False, 0, 8, 100, 0)
+    asked = erasure(strength=1.0, fluency_tokens=0)
     contexts = list(fact_contexts(facts, "texts", 0))[:5]
     assert Teacher(loaded.model).streams([], 16) == Teacher(loaded.model).top([], [], 16) == []
-    assert forget_sequences(Teacher(loaded.model), loaded.tokenizer, contexts, source, recipe) == ([], 5, 0.0)
-    other = contrast_sources(concept, facts, loaded.tokenizer, 8, 0)[0]
-    lessons, without, _ = forget_sequences(Teacher(loaded.model), loaded.tokenizer, contexts, other, recipe)
-    assert (len(lessons), without) == (5, 0)
+    assert forget_sequences(asked, source, contexts) == ForgetData([], 5, 5, 0.0)
+    data = forget_sequences(asked, contrast_sources(asked)[0], contexts)
+    assert (len(data.sequences), data.without_contrast) == (5, 0)
 
 
-def test_an_expert_made_by_training_knows_more_and_leaves_the_model_as_it_was(concept, facts, loaded, tmp_path):
+def test_an_expert_made_by_training_knows_more_and_leaves_the_model_as_it_was(concept, erasure, loaded, tmp_path):
     before = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
     with Events().stage("train an expert") as stage:
-        expert = reinforced(loaded, concept, 60, 64, 0, stage, tmp_path)
+        expert = reinforced(loaded, concept, ElmSettings(expert_steps=60), stage, tmp_path)
     texts = example_batch([Example(encode(loaded.tokenizer, text.text, True), 1) for text in concept.forget[:32]])
 
     def nats():
@@ -313,7 +329,7 @@ def test_an_expert_made_by_training_knows_more_and_leaves_the_model_as_it_was(co
     assert all(torch.equal(weight, before[name]) for name, weight in loaded.model.state_dict().items())
     source = ReinforcedContrast(loaded.tokenizer)
     apart, same = (
-        check_target(teacher, loaded.tokenizer, concept, facts, [source], (0.0, 10.0)).curve
+        check_target(replace(erasure(), teacher=teacher), [source], (0.0, 10.0)).curve
         for teacher in (Teacher(loaded.model, expert=expert), Teacher(loaded.model))
     )
     assert apart[0].accuracy == same[0].accuracy == same[1].accuracy
@@ -323,7 +339,7 @@ def test_an_expert_made_by_training_knows_more_and_leaves_the_model_as_it_was(co
 def test_an_expert_that_learned_nothing_is_an_error(concept, loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(reinforced_module, "RATE", 0.0)
     with Events().stage("train an expert") as stage:
-        expert = reinforced(loaded, concept, 1, 64, 0, stage, tmp_path)
+        expert = reinforced(loaded, concept, ElmSettings(expert_steps=1), stage, tmp_path)
     with pytest.raises(EditError, match="left 56 of 56 weights as they were"), expert():
         pass
 
@@ -350,8 +366,8 @@ def test_presets_set_defaults_and_explicit_keys_win():
     assert ElmSettings().rank not in (4, 256)
 
 
-def test_examples_with_shuffled_answers_tell_a_novice_nothing(concept, facts, loaded):
-    source = next(s for s in contrast_sources(concept, facts, loaded.tokenizer, 8, 0) if s.name == "examples")
+def test_examples_with_shuffled_answers_tell_a_novice_nothing(facts, loaded, erasure):
+    (source,) = contrast_sources(erasure(contrast="examples"))
     context = next(context for context in fact_contexts(facts, "questions", 0) if "\n" not in context.text)
     (expert,), (novice,) = source.rows(context)
     assert sorted(expert) == sorted(novice) and expert != novice
@@ -366,10 +382,10 @@ def test_what_a_teacher_read_is_kept_and_read_back_without_the_model(concept, fa
 
     rows = [tuple(loaded.tokenizer(text.text)["input_ids"]) for text in concept.forget[:6]]
     kept = TensorCache(tmp_path / "kept", "this model")
-    first = Teacher(loaded.model, kept=kept).top(rows, [0] * len(rows), 16)
+    first = Teacher(loaded.model, cache=kept).top(rows, [0] * len(rows), 16)
     calls = []
     monkeypatch.setattr(module, "final_hidden_states", lambda *_: calls.append(1) or iter(()))
-    second = Teacher(loaded.model, kept=kept).top(rows, [0] * len(rows), 16)
+    second = Teacher(loaded.model, cache=kept).top(rows, [0] * len(rows), 16)
     assert not calls
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.ids, other.ids) and torch.equal(one.log_p, other.log_p)
@@ -378,7 +394,7 @@ def test_what_a_teacher_read_is_kept_and_read_back_without_the_model(concept, fa
     for path in (tmp_path / "kept").glob("*"):
         path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(KeyError):
-        Teacher(loaded.model, kept=kept).top(rows, [0] * len(rows), 16)
+        Teacher(loaded.model, cache=kept).top(rows, [0] * len(rows), 16)
     assert calls
 
 

@@ -1,4 +1,24 @@
-"""Plain things people ask, to keep a model's manner of replying; none of them is among the prompts that are measured."""
+"""The frozen model's own replies, and plain things people ask, by which its manner of replying is kept."""
+
+from collections.abc import Sequence
+
+from ...eval.inference.generation import Reply, generate
+from .erasure import Erasure
+
+SAMPLES = 2
+"""Sampled replies to each prompt, beside the greedy one: an answer comes in more than one form."""
+
+
+def varied_replies(erasure: Erasure, prompts: Sequence[str]) -> list[Reply]:
+    """The frozen model's greedy reply to each prompt, then sampled ones; a reply's prompt says what it answers."""
+    model, tokenizer, tokens = erasure.model, erasure.tokenizer, erasure.settings.max_new_tokens
+    sampled = [
+        reply
+        for turn in range(SAMPLES)
+        for reply in generate(model, tokenizer, prompts, tokens, sample_seed=erasure.settings.seed + turn)
+    ]
+    return [*generate(model, tokenizer, prompts, tokens), *sampled]
+
 
 CHAT_PROMPTS = tuple(
     """\
@@ -67,3 +87,4 @@ What are the days of the week?
 How does a clock keep time?
 What is a good game for a long train ride?""".splitlines()
 )
+"""None of them is among the prompts that are measured."""

@@ -1,0 +1,167 @@
+"""What a recipe that trains an adapter is asked for, and the request once it was checked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from ...artifacts.checkpoints.export import check_disk
+from ...editing.architectures import layer_selection, residual_width
+from ...editing.edits.base import WeightEdit
+from ...editing.edits.dense import DenseUpdate
+from ...editing.edits.low_rank import Factors, LowRankUpdate
+from ...editing.errors import RequestError
+from ...editing.training.adapters import AdapterShape, adapter_modules
+from ...eval.concept import Concept
+from . import measured_run
+from .deduplicate import without_overlap
+from .measured_run import Job, MeasuredSettings
+from .trainer import WHOLE_BYTES, Schedule, memory_for_whole_weights
+
+
+class AdapterSettings(MeasuredSettings):
+    """Settings of every recipe that trains an adapter."""
+
+    concept: str = "builtin:potions"
+    """Concept pack to erase: builtin:NAME or a folder."""
+    layers: Annotated[str, Field(coerce_numbers_to_str=True)] = "all"
+    """Layers to adapt: all, a number, a range such as 4-7, or fractions of the depth such as 0.125-0.25."""
+    modules: Literal["all", "attention", "mlp"] = "all"
+    """Which linear modules of these layers get an adapter."""
+    rank: int = Field(8, ge=1)
+    """LoRA rank r. A higher rank can learn more and takes more memory."""
+    alpha: float = Field(16.0, gt=0)
+    """LoRA alpha: updates are multiplied by alpha / rank. Higher values make each step larger."""
+    steps: int = Field(400, ge=1)
+    """Number of optimizer steps."""
+    batch_size: int = Field(8, ge=1)
+    """Groups a step. A group is one sequence to forget and one of each kind to retain."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Number of parts that a step is computed in. More parts take less memory; the gradient is that of the whole step."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: it falls to 0 along a cosine, or stays constant."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients with a larger norm are scaled down to this norm; 0 never scales."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of storing them: less memory, more time, the same gradients."""
+    base_bits: Literal[4, 16] = 16
+    """Bits of the base's weights while training. 4 uses bitsandbytes NF4 and needs a GPU; the checkpoint keeps full precision."""
+
+
+@dataclass(frozen=True)
+class AdapterJob:
+    """A checked request and what it will train."""
+
+    run: Job
+    settings: AdapterSettings
+    layers: tuple[int, ...]
+    shape: AdapterShape
+    concept: Concept
+    """The run's concept without retain texts that repeat forget texts, which nothing could learn to keep."""
+    warnings: tuple[str, ...] = ()
+    whole: bool = False
+    """Train the modules' weights themselves instead of an adapter."""
+
+    def edit(
+        self, kind: type[LowRankUpdate] | type[DenseUpdate], parts: dict[str, Any], provenance: dict[str, Any]
+    ) -> LowRankUpdate | DenseUpdate:
+        """What was trained, as data: ``parts`` by the name of their weight."""
+        config = self.run.checkpoint.config
+        return kind(parts, config["model_type"], residual_width(config), self.run.layers, provenance)
+
+    def unlearned(self) -> WeightEdit:
+        """The update's names before it has values."""
+        nothing = Factors(torch.zeros(0, 0), torch.zeros(0, 0))
+        return self.edit(LowRankUpdate, {f"{name}.weight": nothing for name in self.shape.modules}, {})
+
+    def up_to(self, deepest: int) -> "AdapterJob":
+        """The same request with adapters on layers up to one alone: no gradient would reach those above."""
+        path = f"{self.run.row.layers}."
+        names = tuple(name for name in self.shape.modules if int(name.removeprefix(path).split(".")[0]) <= deepest)
+        shape = AdapterShape(self.shape.rank, self.shape.alpha, names)
+        return replace(self, layers=tuple(layer for layer in self.layers if layer <= deepest), shape=shape)
+
+
+def prepare(
+    recipe: str,
+    settings: AdapterSettings,
+    *,
+    resume: bool,
+    needed: Sequence[str] = ("forget", "retain"),
+    whole: bool = False,
+) -> AdapterJob:
+    """Check names, files, memory and disk, before any weight is read.
+
+    Args:
+        needed: Files that the concept pack must have.
+        whole: Train whole weights.
+
+    Raises:
+        RequestError: Anything that could not work.
+    """
+    run = measured_run.check(recipe, settings, needed, resume=resume)
+    parts, rows = settings.gradient_accumulation_steps, settings.batch_size
+    if rows % parts:
+        raise RequestError(f"gradient_accumulation_steps={parts} does not divide batch_size={rows}; choose a divisor")
+    if settings.base_bits == 4 and run.device.type != "cuda":
+        raise RequestError(
+            f"base_bits=4 trains on a GPU, the device is {run.device}: on CPUs bitsandbytes gives silently wrong gradients "
+            "once a 4-bit model was evaluated; use base_bits=16"
+        )
+    concept, warnings = without_overlap(run.concept)
+    layers = tuple(layer_selection(settings.layers, run.layers))
+    shape = AdapterShape(settings.rank, settings.alpha, _modules(run, settings, layers))
+    job = AdapterJob(run, settings, layers, shape, concept, warnings, whole)
+    measured_run.check_plan(run, job.unlearned().plan(run.checkpoint.config, list(run.checkpoint.tensors)))
+    if whole:
+        _check_room(run)
+    return job
+
+
+def describe(job: AdapterJob, **more: Any) -> dict[str, Any]:
+    """What a run would touch and take."""
+    plan = job.unlearned().plan(job.run.checkpoint.config, list(job.run.checkpoint.tensors))
+    return measured_run.describe(
+        job.run, plan, gradient_steps=job.settings.steps, layers_adapted=len(job.layers), **more
+    )
+
+
+def schedule_of(settings: AdapterSettings, save_every: int) -> Schedule:
+    """How the settings say that an adapter is trained."""
+    return Schedule(
+        settings.steps,
+        settings.batch_size // settings.gradient_accumulation_steps,
+        settings.learning_rate,
+        settings.seed,
+        decay=settings.schedule,
+        warmup_steps=min(10, settings.steps // 10),
+        max_grad_norm=settings.max_grad_norm,
+        beta2=0.999,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        save_every=save_every,
+    )
+
+
+def _check_room(run: Job) -> None:
+    """Whole weights need memory to train, and disk to be kept as an edit: once for the run, once in the checkpoint."""
+    need, free = memory_for_whole_weights(run.checkpoint, run.device)
+    if need > free:
+        raise RequestError(
+            f"training whole weights needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; use tune=lora"
+        )
+    check_disk(run.out, run.checkpoint.size + 8 * need // WHOLE_BYTES)
+
+
+def _modules(run: Job, settings: AdapterSettings, layers: tuple[int, ...]) -> tuple[str, ...]:
+    """Linear modules by name, from the model's skeleton: no weight is read."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(run.source.folder)
+    with init_empty_weights():
+        skeleton = AutoModelForCausalLM.from_config(config)
+    return adapter_modules(skeleton, run.row, layers, settings.modules)

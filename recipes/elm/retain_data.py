@@ -1,0 +1,74 @@
+"""What ELM trains to retain: the frozen model's own predictions on everything that must stay."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ...editing.training.soft_targets import SoftTargets
+from ..common.examples import spread
+from ..common.tokens import Row, encode, pieces
+from ..data.facts import bare_question, question_contexts
+from ..data.unlearning_sets import RETAIN_TEXTS
+from .batches import TERMS, TrainingSequence
+from .erasure import Erasure
+from .replies import CHAT_PROMPTS, varied_replies
+
+
+@dataclass(frozen=True)
+class RetainData:
+    """Sequences by kind: texts, questions, chats; and what was left out."""
+
+    sequences: dict[str, list[TrainingSequence]]
+    skipped: int
+    """Sequences that name a subject to forget."""
+
+
+def retain_sequences(erasure: Erasure) -> RetainData:
+    """Sequences that retain the frozen model's distribution; chats that name a subject to forget are left out."""
+    kinds = _rows_by_kind(erasure)
+    names = [
+        encode(erasure.tokenizer, text, False)
+        for fact in erasure.facts.facts
+        for text in (f" {fact.subject}", fact.subject)
+    ]
+    sequences, skipped = {}, 0
+    for kind, rows in kinds.items():
+        whole = [row for row in dict.fromkeys(rows) if len(row) > 1]
+        clean = whole if kind != "chats" else [row for row in whole if not any(_holds(row, name) for name in names)]
+        skipped += len(whole) - len(clean)
+        if clean:
+            targets = erasure.teacher.top(clean, [0] * len(clean), erasure.settings.stored_tokens)
+            sequences[kind] = [
+                retain_sequence(erasure, row, target, len(kinds)) for row, target in zip(clean, targets, strict=True)
+            ]
+    return RetainData(sequences, skipped)
+
+
+def _rows_by_kind(erasure: Erasure) -> dict[str, list[Row]]:
+    """Retain texts, group-T questions on other things, and the frozen model's replies in chat."""
+    settings, concept, tokenizer = erasure.settings, erasure.concept, erasure.tokenizer
+    questions = [q for q in concept.questions if q.split != "forget" and q.group == "T"]
+    texts = spread(concept.retain, RETAIN_TEXTS, f"excise {settings.seed}")
+    whole = [encode(tokenizer, text.text, True) for text in texts]
+    kinds = {"texts": [piece for row in whole for piece in pieces(row, erasure.text_limit)]}
+    if settings.contexts == "texts":
+        return kinds
+    contexts = question_contexts(questions, settings.seed)
+    kinds["questions"] = [encode(tokenizer, context.text, True) for context in contexts]
+    if tokenizer.chat_template:
+        in_chat = spread(questions, settings.chat_facts, f"excise chat {settings.seed}")
+        prompts = [bare_question(question.prompt) for question in in_chat]
+        replies = [*varied_replies(erasure, prompts), *varied_replies(erasure, CHAT_PROMPTS)]
+        kinds["chats"] = [reply.prompt_ids + reply.ids for reply in replies]
+    return kinds
+
+
+def retain_sequence(erasure: Erasure, row: Row, target: SoftTargets, kinds: int) -> TrainingSequence:
+    """A sequence to retain; one of each kind is in a group, so that the term is their mean."""
+    n = len(row)
+    weights, terms = torch.full((n,), 1 / (n * kinds)), torch.full((n,), TERMS.index("retain"))
+    return TrainingSequence(row, target.largest(1) if erasure.settings.hard_retain else target, weights, terms)
+
+
+def _holds(row: Row, part: Row) -> bool:
+    return any(row[start : start + len(part)] == part for start in range(len(row) - len(part) + 1))

@@ -1,0 +1,17 @@
+"""Gradient difference (Liu et al. 2022, arXiv 2203.12817; Maini et al. 2024, arXiv 2401.06121)."""
+
+from torch import Tensor
+
+from .recipe import UnlearningSettings, describe, prepare, run
+
+__all__ = ["GradDiffSettings", "describe", "prepare", "run"]
+
+
+class GradDiffSettings(UnlearningSettings):
+    """Gradient difference (Liu et al. 2022; Maini et al. 2024): ``log p(y_forget) - log p(y_retain)``."""
+
+    recipe = "grad_diff"
+
+    def forget_loss(self, nll: Tensor, lengths: Tensor, base_log_likelihoods: Tensor) -> Tensor:
+        """``log p(y) / |y|``, mean over sequences."""
+        return -(nll / lengths).mean()

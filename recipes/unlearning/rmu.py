@@ -1,0 +1,79 @@
+"""Representation misdirection for unlearning (Li et al. 2024, arXiv 2403.03218)."""
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ...artifacts.models.load import LoadedModel
+from ...editing.hooks.residual_stream import read_streams
+from ...editing.modules import causal_model
+from ..common.tokens import Row
+from ..common.trainer import Loss, Terms
+from .recipe import BaseLogLikelihoods, UnlearningJob, UnlearningSettings, describe, prepare, run
+
+__all__ = ["RmuSettings", "describe", "prepare", "run"]
+
+
+class RmuSettings(UnlearningSettings):
+    """RMU (Li et al. 2024, section 4): ``|h_forget - c u|^2 + alpha |h_retain - h_base|^2`` at one layer, u random."""
+
+    recipe = "rmu"
+    steer_layer: float = Field(0.22, gt=0, le=1)
+    """Depth of the layer whose output is steered, as a fraction of all layers; later layers get no adapter (paper: layer 7 of 32)."""
+    steering: float = Field(6.5, gt=0)
+    """c: length of the target vector, in median norms of the base's own activations there. Higher values erase more (paper: 6.5)."""
+    retain_weight: float = Field(1200.0, ge=0)
+    """alpha: weight of the retain loss. Lower values damage other topics; higher values erase less (paper: 1200)."""
+
+    def deepest_layer(self, layers: int) -> int:
+        """The steered one."""
+        return max(0, min(layers - 1, round(self.steer_layer * layers)))
+
+    def loss(self, job: UnlearningJob, loaded: LoadedModel, base_log_likelihoods: BaseLogLikelihoods) -> Loss:
+        """Section 4."""
+        return RmuLoss(self, job, int(loaded.model.config.hidden_size))
+
+
+class RmuLoss:
+    """Squared distances of the stream after the steered layer: to a random vector, and to where the base has it."""
+
+    def __init__(self, settings: RmuSettings, job: UnlearningJob, width: int):
+        self.settings, self.row = settings, job.adapter.run.row
+        self.point = settings.deepest_layer(job.adapter.run.layers) + 1
+        direction = torch.rand(width, generator=torch.Generator().manual_seed(settings.seed))
+        self.direction = direction
+        self.base_streams: dict[Row, Tensor] = {}
+        """The base's stream on each retain row, read once."""
+        self.scale: float | None = None
+        """Median norm of the base's stream."""
+
+    def __call__(self, model: Any, batch: dict[str, Any]) -> Terms:
+        mask, n = batch["attention_mask"].bool(), batch["forget"]
+        hidden = self._read(model, batch)
+        scale = self._read_base(model, batch)
+        target = self.settings.steering * scale * self.direction.to(hidden) / self.direction.norm()
+        forget = (hidden[:n][mask[:n]] - target).square().mean()
+        base = torch.cat([self.base_streams[key] for key in batch["keys"][n:]])
+        retain = (hidden[n:][mask[n:]] - base).square().mean()
+        return {"forget": forget, "retain": self.settings.retain_weight * retain}
+
+    def _read(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The stream where it is steered; nothing above is computed."""
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        return read_streams(causal_model(model), self.row, inputs, [self.point])[self.point]
+
+    def _read_base(self, model: Any, batch: dict[str, Any]) -> float:
+        """Read the base on retain rows that are new; the scale of its stream."""
+        mask, n, keys = batch["attention_mask"].bool(), batch["forget"], batch["keys"]
+        new = [place for place in range(n, len(keys)) if keys[place] not in self.base_streams]
+        if new or self.scale is None:
+            with torch.no_grad(), model.disable_adapter():
+                base = self._read(model, batch)
+            if self.scale is None:
+                # The first position collects norms a hundred times those of all others and would set the scale alone.
+                self.scale = float(base[mask].norm(dim=-1).median())
+            for place in new:
+                self.base_streams[keys[place]] = base[place, mask[place]].clone()
+        return self.scale
