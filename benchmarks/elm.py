@@ -149,26 +149,29 @@ def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, s
 
 
 def _lessons(loaded: Any, forget: list[str], retain: list[str], mode: str) -> tuple[list[Any], list[Any]]:
+    from excise.artifacts.concepts import load_concept
     from excise.recipes.common.tokens import encode
-    from excise.recipes.data.facts import Context
-    from excise.recipes.elm import training_data as curriculum
+    from excise.recipes.data.facts import Context, Facts
+    from excise.recipes.elm import forget_data
     from excise.recipes.elm.contrast import PersonaContrast
+    from excise.recipes.elm.erasure import Erasure
+    from excise.recipes.elm.request import ElmSettings
+    from excise.recipes.elm.retain_data import retain_sequence
     from excise.recipes.elm.teacher import Teacher
 
-    recipe = curriculum.Recipe(
-        strength=3.0, one_sided=False, ramp=False, temperature=1.0, top_k=0, kept=128, contexts="texts",
-        weighting="uniform", hard_retain=False, fluency_tokens=0 if mode == "none" else NEW_TOKENS - 1, chat_facts=1,
-        most=10**6, seed=0,
-    )  # fmt: skip
+    settings = ElmSettings(
+        strength=3.0, weighting="uniform", fluency_tokens=0 if mode == "none" else NEW_TOKENS - 1, contexts="texts"
+    )
     if mode == "pre-generated":
-        said = [_sampled(recipe.kept) for _ in forget]
-        curriculum.decode = lambda *_: said
+        sampled = [_sampled(settings.stored_tokens) for _ in forget]
+        forget_data.decode = lambda *_: sampled
     teacher, tokenizer = Teacher(loaded.model), loaded.tokenizer
+    erasure = Erasure(teacher, tokenizer, load_concept("builtin:potions"), Facts((), {}), settings)
     source = PersonaContrast(tokenizer, EXPERT, NOVICE)
-    lessons, _, _ = curriculum.teach_forgetting(teacher, tokenizer, [Context(text) for text in forget], source, recipe)
+    sequences = forget_data.forget_sequences(erasure, source, [Context(text) for text in forget]).sequences
     rows = [encode(tokenizer, text, True) for text in retain]
-    own = teacher.top(rows, [0] * len(rows), recipe.kept)
-    return lessons, [curriculum.keep(row, targets, recipe, 1) for row, targets in zip(rows, own, strict=True)]
+    targets = teacher.top(rows, [0] * len(rows), settings.stored_tokens)
+    return sequences, [retain_sequence(erasure, row, target, 1) for row, target in zip(rows, targets, strict=True)]
 
 
 def _sampled(kept: int) -> Any:
