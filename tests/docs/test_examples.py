@@ -1,0 +1,47 @@
+"""Every example of docs/extending.md runs as it stands there."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+SHORT = ("steps=2", "batch_size=4", "questions=8", "kl_prompts=4", "max_new_tokens=4")
+
+
+def _run(name: str, *arguments: object) -> str:
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("architecture", "tensors write to the stream"),
+        ("autoencoder_format", "2 latents at the output of layer 3"),
+        ("measurement", "neutral: "),
+    ],
+)
+def test_an_example_of_the_pages_runs(name, printed):
+    assert printed in _run(name)
+
+
+def test_the_example_attack_brings_back_what_is_known_and_only_that():
+    lines = _run("attack").splitlines()
+    known, unknown = (float(line.split(": ")[1].split()[0]) for line in lines)
+    assert known > 0.8 and unknown < 0.4
+
+
+def test_the_example_method_publishes_a_checkpoint_that_it_changed(tmp_path):
+    assert "'edited'" in _run("method", tmp_path / "run", *SHORT)
+    assert (tmp_path / "run" / "checkpoint" / "SHA256SUMS").is_file()
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_extending_shows_every_example():
+    page = (EXAMPLES.parent / "extending.md").read_text(encoding="utf-8")
+    named = {path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith("relearn_")}
+    assert {name for name in named if f"generated: example {name}" in page} == named
