@@ -40,6 +40,7 @@ from excise.artifacts.checkpoints.staging import staged_folder
 from excise.artifacts.models.find import find_model
 from excise.editing.architectures import layer_count, residual_width
 from excise.editing.edits.base import WeightEdit
+from excise.editing.edits.pruned_units import PrunedUnits
 from excise.editing.edits.subspace_removal import Edit
 from transformers import AutoConfig, AutoModelForCausalLM
 from warm import run_warm, warm_kind
@@ -131,6 +132,13 @@ def publish(folder: Path, edit: WeightEdit, texts: Mapping[str, str] = MappingPr
             known=export.output_sha256, run={},
         )  # fmt: skip
     return folder
+
+
+def publish_small(folder: Path) -> Path:
+    """A published checkpoint with a card and measurements that say nothing."""
+    card = "---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n# A model\n"
+    texts = {"README.md": card, "excise/eval.json": '{"measurements": []}\n'}
+    return publish(folder, PrunedUnits({0: (1, 2)}, {}, "down", "llama", 192, 8, 1), texts)
 
 
 def in_fresh_process(code: str, *arguments: object) -> Any:

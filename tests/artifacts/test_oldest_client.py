@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from excise.artifacts.checkpoints.manifest import verify_folder
-from helpers import excise, in_fresh_process
+from helpers import excise, in_fresh_process, publish_small
 from loopback_hub import client, folder_files, hub
-from test_publish_hub import ID, edited  # noqa: F401  a fixture
 
+ID = "tester/edited"
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
@@ -26,8 +26,13 @@ def oldest(tmp_path_factory):
     return str(folder), f"{low}.0"
 
 
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory):
+    return publish_small(tmp_path_factory.mktemp("edited") / "checkpoint")
+
+
 @pytest.mark.parametrize("xet", [False, True])
-def test_the_oldest_client_pushes_and_pulls(xet, oldest, edited, tmp_path, monkeypatch):  # noqa: F811
+def test_the_oldest_client_pushes_and_pulls(xet, oldest, edited, tmp_path, monkeypatch):
     path, version = oldest
     monkeypatch.setenv("PYTHONPATH", path)
     assert in_fresh_process("import huggingface_hub, json; print(json.dumps(huggingface_hub.__version__))") == version

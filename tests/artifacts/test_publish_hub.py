@@ -16,9 +16,8 @@ from excise.artifacts.checkpoints.manifest import SUMS, verify_folder, write_man
 from excise.artifacts.checkpoints.read import check_finite, open_checkpoint
 from excise.artifacts.models.find import find_model
 from excise.editing.edits.low_rank import Factors, LowRankUpdate
-from excise.editing.edits.pruned_units import PrunedUnits
 from excise.editing.errors import CheckpointError
-from helpers import excise, in_fresh_process, publish
+from helpers import excise, in_fresh_process, publish, publish_small
 from loopback_hub import Fault, Stored, client, folder_files
 from loopback_hub import hub as running_hub
 
@@ -37,11 +36,7 @@ print(json.dumps(model(**ids).logits[0, -1].tolist()))
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory):
     """A published checkpoint with a card and measurements, in small."""
-    return publish(
-        tmp_path_factory.mktemp("edited") / "checkpoint", PrunedUnits({0: (1, 2)}, {}, "down", "llama", 192, 8, 1),
-        {"README.md": "---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n# A model\n",
-         "excise/eval.json": '{"measurements": []}\n'},
-    )  # fmt: skip
+    return publish_small(tmp_path_factory.mktemp("edited") / "checkpoint")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from excise.artifacts.checkpoints.read import open_checkpoint, read_tensor
 from excise.artifacts.models.find import find_model
 from excise.artifacts.reporting.card import write_card
-from helpers import excise, in_fresh_process
+from helpers import excise, excise_afresh, in_fresh_process
 
 LOAD = """
 import json, sys, torch
@@ -145,7 +145,7 @@ def test_card_and_report_carry_no_path_and_no_script_from_text(finished, tmp_pat
 
 def test_the_same_run_gives_the_same_bytes(finished, tmp_path):
     out, _ = finished
-    done = excise("run", "orthogonalize", "--out", tmp_path / "again")
+    done = excise_afresh("run", "orthogonalize", "--out", tmp_path / "again")
     assert done.returncode == 0
     assert (tmp_path / "again" / "checkpoint" / "SHA256SUMS").read_text() == (
         out / "checkpoint" / "SHA256SUMS"

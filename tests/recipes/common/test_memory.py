@@ -7,7 +7,7 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from excise.recipes.memory import keep_freed_memory
+from excise.recipes.common.memory import keep_freed_memory
 if {keep} and not keep_freed_memory():
     print("cannot")
     raise SystemExit
