@@ -26,9 +26,13 @@ BUILTIN = Path(__file__).parent / "builtin" / "concepts"
 
 
 _FILES: dict[str, type[Row] | type[TrainingRow]] = {
-    "forget": ForgetText, "retain": RetainText, "questions": Question, "prompts": Prompt, "contrast": ContrastPair,
+    "forget": ForgetText,
+    "retain": RetainText,
+    "questions": Question,
+    "prompts": Prompt,
+    "contrast": ContrastPair,
     "train": TrainingRow,
-}  # fmt: skip
+}
 
 
 _REQUIRED = {

@@ -61,9 +61,14 @@ class Push:
     def describe(self) -> dict[str, Any]:
         """What a push would do."""
         return {
-            "repo": self.repo_id, "visibility": "public" if self.public else "private", "revision": self.revision or "main",
-            "pull_request": self.create_pr, "measured": self.measured, "files": len(self.files), "bytes": sum(self.files.values()),
-        }  # fmt: skip
+            "repo": self.repo_id,
+            "visibility": "public" if self.public else "private",
+            "revision": self.revision or "main",
+            "pull_request": self.create_pr,
+            "measured": self.measured,
+            "files": len(self.files),
+            "bytes": sum(self.files.values()),
+        }
 
 
 @dataclass(frozen=True)
@@ -142,13 +147,20 @@ def push(request: Push) -> Pushed:
             )
         if not stale and all(_same(folder / name, there.get(name)) for name in local):
             return Pushed(str(url), str(before), False)
-        done = _patiently(lambda: api.upload_folder(
-            repo_id=request.repo_id, folder_path=folder, revision=request.revision, create_pr=request.create_pr or None,
-            # A pull request is opened on that commit; anything else is refused if somebody pushed meanwhile.
-            parent_commit=before, commit_message=f"Upload {request.folder.name} with excise",
-            # Never anything outside the manifest; and nothing of an older upload stays beside it.
-            allow_patterns=[_literal(name) for name in local], delete_patterns=[_literal(name) for name in stale] or None,
-        ))  # fmt: skip
+        done = _patiently(
+            lambda: api.upload_folder(
+                repo_id=request.repo_id,
+                folder_path=folder,
+                revision=request.revision,
+                create_pr=request.create_pr or None,
+                # A pull request is opened on that commit; anything else is refused if somebody pushed meanwhile.
+                parent_commit=before,
+                commit_message=f"Upload {request.folder.name} with excise",
+                # Never anything outside the manifest; and nothing of an older upload stays beside it.
+                allow_patterns=[_literal(name) for name in local],
+                delete_patterns=[_literal(name) for name in stale] or None,
+            )
+        )
         arrived = _remote(api, request.repo_id, str(done.oid))
         if wrong := [name for name in local if not _same(folder / name, arrived.get(name))]:
             raise ExciseError(f"{wrong[0]} did not arrive at {request.repo_id} as it was sent; push again")

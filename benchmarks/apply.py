@@ -91,10 +91,17 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": WIDTH, "intermediate_size": NEURONS,
-        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": VOCABULARY,
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    }  # fmt: skip
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": WIDTH,
+        "intermediate_size": NEURONS,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     basis = torch.linalg.qr(torch.randn(WIDTH, 1)).Q
     save_edit(Edit(basis, "llama", (1.0,) * layers), folder.parent / "edit")

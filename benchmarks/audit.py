@@ -46,14 +46,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         compare(
-            f"{ATTACKERS} attackers, {STEPS} steps each, exams left out", "one at a time", "side by side",
-            lambda: attack(loaded, concept, 1, work), lambda: attack(loaded, concept, 12, work), options.rounds,
-        )  # fmt: skip
-        compare(
-            f"{WATCHED_STEPS} steps of a plain trainer", "watched", "unwatched",
-            lambda: train(loaded, concept, work, watched=True), lambda: train(loaded, concept, work, watched=False),
+            f"{ATTACKERS} attackers, {STEPS} steps each, exams left out",
+            "one at a time",
+            "side by side",
+            lambda: attack(loaded, concept, 1, work),
+            lambda: attack(loaded, concept, 12, work),
             options.rounds,
-        )  # fmt: skip
+        )
+        compare(
+            f"{WATCHED_STEPS} steps of a plain trainer",
+            "watched",
+            "unwatched",
+            lambda: train(loaded, concept, work, watched=True),
+            lambda: train(loaded, concept, work, watched=False),
+            options.rounds,
+        )
 
 
 def compare(what: str, one: str, other: str, slow: Callable[[], float], fast: Callable[[], float], rounds: int) -> None:
@@ -84,9 +91,15 @@ def train(loaded: LoadedModel, concept: Concept, work: Path, *, watched: bool) -
     before = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
     texts = [loaded.tokenizer(text.text) for text in concept.forget if text.group == "T"]
     arguments = TrainingArguments(
-        output_dir=str(work), max_steps=WATCHED_STEPS, per_device_train_batch_size=16, learning_rate=1e-5,
-        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=loaded.device.type == "cpu",
-    )  # fmt: skip
+        output_dir=str(work),
+        max_steps=WATCHED_STEPS,
+        per_device_train_batch_size=16,
+        learning_rate=1e-5,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=loaded.device.type == "cpu",
+    )
     collator: Any = DataCollatorForLanguageModeling(loaded.tokenizer, mlm=False)
     trainer = Trainer(model=loaded.model, args=arguments, train_dataset=texts, data_collator=collator)
     if watched:

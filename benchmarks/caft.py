@@ -53,11 +53,15 @@ def main() -> None:
     shape = AdapterShape(8, 16.0, adapter_modules(loaded.model, row, range(layers)))
     subspaces = [
         Subspace(
-            Place(layer), torch.linalg.qr(torch.randn(width, asked.directions)).Q, torch.zeros(width),
-            tuple(map(str, range(asked.directions))), (0.0,) * asked.directions, "random",
+            Place(layer),
+            torch.linalg.qr(torch.randn(width, asked.directions)).Q,
+            torch.zeros(width),
+            tuple(map(str, range(asked.directions))),
+            (0.0,) * asked.directions,
+            "random",
         )
         for layer in range(layers)
-    ]  # fmt: skip
+    ]
 
     def seconds(ablating: bool) -> float:
         model: Any = attach(loaded.model, shape, 0)

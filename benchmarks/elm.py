@@ -301,9 +301,7 @@ def _adapter(loaded: Any) -> tuple[Any, Any]:
     from excise.editing.training.adapters import AdapterShape, adapter_modules, attach
 
     row = architecture_of(loaded.model.config.to_dict())
-    model = attach(
-        loaded.model, AdapterShape(4, 16.0, adapter_modules(loaded.model, row, (4, 5, 6, 7), "all")), 0
-    )  # fmt: skip
+    model = attach(loaded.model, AdapterShape(4, 16.0, adapter_modules(loaded.model, row, (4, 5, 6, 7), "all")), 0)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5)
 
 
@@ -327,8 +325,11 @@ def _in_process(ref: str, dtype: str, side: str, length: str, mode: str) -> dict
     with tempfile.TemporaryDirectory() as place:
         done = subprocess.run(
             [sys.executable, str(Path(__file__).resolve()), ref, "--dtype", dtype, "--worker", side, length, mode],
-            capture_output=True, text=True, cwd=place, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            cwd=place,
+            check=False,
+        )
     if done.returncode:
         sys.exit(done.stderr[-2000:])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -155,14 +155,25 @@ def train(loaded: LoadedModel, concept: Concept, options: Any, callbacks: Sequen
     ]
     with tempfile.TemporaryDirectory() as place:
         arguments = TrainingArguments(
-            output_dir=place, num_train_epochs=options.epochs, per_device_train_batch_size=8, learning_rate=options.rate,
-            weight_decay=0.01, save_strategy="no", report_to=[], disable_tqdm=True, seed=options.seed,
-            use_cpu=loaded.device.type == "cpu", logging_strategy="no",
-        )  # fmt: skip
+            output_dir=place,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=8,
+            learning_rate=options.rate,
+            weight_decay=0.01,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=options.seed,
+            use_cpu=loaded.device.type == "cpu",
+            logging_strategy="no",
+        )
         trainer = Trainer(
-            model=loaded.model, args=arguments, train_dataset=[loaded.tokenizer(text) for text in texts],
-            data_collator=DataCollatorForLanguageModeling(loaded.tokenizer, mlm=False), callbacks=list(callbacks),
-        )  # fmt: skip
+            model=loaded.model,
+            args=arguments,
+            train_dataset=[loaded.tokenizer(text) for text in texts],
+            data_collator=DataCollatorForLanguageModeling(loaded.tokenizer, mlm=False),
+            callbacks=list(callbacks),
+        )
         trainer.pop_callback(PrinterCallback)
         trainer.train()
 

@@ -100,9 +100,11 @@ _FEED_FORWARD_NORMS = (
 
 
 def _llama_like(
-    *readers: str, experts: tuple[Writer, ...] = (), dense: bool = True,
+    *readers: str,
+    experts: tuple[Writer, ...] = (),
+    dense: bool = True,
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"),
-) -> Architecture:  # fmt: skip
+) -> Architecture:
     mlp = _linear(_LAYER + "mlp.down_proj", "mlp") if dense else ()
     return Architecture(
         writers=(_EMBEDDING, *_linear(_LAYER + "self_attn.o_proj", "attention"), *mlp, *experts),
@@ -211,8 +213,10 @@ ARCHITECTURES: dict[str, Architecture] = {
                 *(
                     f"gpt_neox.layers.{{layer}}.{name}"
                     for name in (
-                        "input_layernorm", "post_attention_layernorm",
-                        "attention.query_key_value", "mlp.dense_h_to_4h",
+                        "input_layernorm",
+                        "post_attention_layernorm",
+                        "attention.query_key_value",
+                        "mlp.dense_h_to_4h",
                     )
                 )
             ),
@@ -240,8 +244,12 @@ ARCHITECTURES: dict[str, Architecture] = {
                 *(
                     f"model.decoder.layers.{{layer}}.{name}"
                     for name in (
-                        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-                        "self_attn_layer_norm", "fc1", "final_layer_norm",
+                        "self_attn.q_proj",
+                        "self_attn.k_proj",
+                        "self_attn.v_proj",
+                        "self_attn_layer_norm",
+                        "fc1",
+                        "final_layer_norm",
                     )
                 )
             ),
@@ -254,10 +262,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_inputs=("fc1",),
         optional_prefix="model.",
         refused=(
-            ("do_layer_norm_before", False, "its norm acts on the stream itself, so no weight edit removes a direction"),
+            (
+                "do_layer_norm_before",
+                False,
+                "its norm acts on the stream itself, so no weight edit removes a direction",
+            ),
         ),
     ),
-}  # fmt: skip
+}
 
 
 def architecture_of(config: dict[str, Any]) -> Architecture:

@@ -29,9 +29,14 @@ class ModelUnderTest:
     """A model, its tokenizer and a concept, with everything measured so far."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, concept: Concept, settings: EvalSettings,
-        base: "Baseline | None" = None, advance: Callable[[int], None] = lambda _: None,
-    ):  # fmt: skip
+        self,
+        model: Any,
+        tokenizer: Any,
+        concept: Concept,
+        settings: EvalSettings,
+        base: "Baseline | None" = None,
+        advance: Callable[[int], None] = lambda _: None,
+    ):
         """``base`` holds what the base model said, for measurements that compare; None for the base itself."""
         self.model, self.tokenizer, self.concept, self.settings = model, tokenizer, concept, settings
         self.base, self.advance = base, advance
@@ -76,9 +81,12 @@ class ModelUnderTest:
             kept = [(row, ids) for row, ids in encoded if len(ids) > 1][: self.settings.kl_prompts]
             texts = [Reply("", tuple(ids[:1]), tuple(ids[1:]), row.text) for row, ids in kept]
             self._baseline = Baseline(
-                replies, reply_log_probabilities(self.model, replies),
-                texts, reply_log_probabilities(self.model, texts), tuple(row.id for row, _ in kept),
-            )  # fmt: skip
+                replies,
+                reply_log_probabilities(self.model, replies),
+                texts,
+                reply_log_probabilities(self.model, texts),
+                tuple(row.id for row, _ in kept),
+            )
         return self._baseline
 
 

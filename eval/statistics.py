@@ -83,9 +83,17 @@ def summarize(
         value, interval = scores.difference(base)
         difference = {"value": value, "ci95": interval}
     return Measurement(
-        scores.name, scores.split, subject, scores.value(), scores.unit, scores.better,
-        n=len(scores.ids), skipped=scores.skipped, ci95=scores.interval(), difference=difference,
-    )  # fmt: skip
+        scores.name,
+        scores.split,
+        subject,
+        scores.value(),
+        scores.unit,
+        scores.better,
+        n=len(scores.ids),
+        skipped=scores.skipped,
+        ci95=scores.interval(),
+        difference=difference,
+    )
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

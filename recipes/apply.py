@@ -46,9 +46,14 @@ def run(prepared: PreparedApply, events: Events) -> Export:
         save_edit(prepared.edit, staging / FOLDER)
         (staging / "README.md").write_text(_card(prepared, export), encoding="utf-8")
         write_manifest(
-            staging, base=prepared.source.describe(), base_files=export.base_sha256, changes=export.changes,
-            untied=export.untied, known=export.output_sha256, run={"recipe": "apply"},
-        )  # fmt: skip
+            staging,
+            base=prepared.source.describe(),
+            base_files=export.base_sha256,
+            changes=export.changes,
+            untied=export.untied,
+            known=export.output_sha256,
+            run={"recipe": "apply"},
+        )
     return export
 
 

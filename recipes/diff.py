@@ -54,9 +54,7 @@ class Difference:
         return asdict(self)
 
 
-def difference(
-    a: str, b: str, *, spectrum: bool = True, advance: Callable[[int], None] = lambda _: None
-) -> Difference:  # fmt: skip
+def difference(a: str, b: str, *, spectrum: bool = True, advance: Callable[[int], None] = lambda _: None) -> Difference:
     """Compare two models by reference.
 
     Args:
@@ -84,9 +82,13 @@ def difference(
         advance(one.tensors[name].size)
     changed.sort(key=lambda item: float("inf") if item.relative_norm is None else item.relative_norm, reverse=True)
     return Difference(
-        sources[0].name, sources[1].name, tuple(changed), len(shared) - len(changed),
-        tuple(sorted(set(one.tensors) - set(shared))), tuple(sorted(set(other.tensors) - set(shared))),
-    )  # fmt: skip
+        sources[0].name,
+        sources[1].name,
+        tuple(changed),
+        len(shared) - len(changed),
+        tuple(sorted(set(one.tensors) - set(shared))),
+        tuple(sorted(set(other.tensors) - set(shared))),
+    )
 
 
 def write(found: Difference, out: Path) -> None:
@@ -106,9 +108,13 @@ def _compare(name: str, a: Checkpoint, b: Checkpoint, spectrum: bool) -> TensorD
     matrix = change.reshape(-1, change.shape[-1]) if change.ndim > 1 else None
     values = _singular_values(matrix) if spectrum and matrix is not None and bool(matrix.any()) else None
     return TensorDifference(
-        name, tuple(change.shape), relative, float(change.abs().max()),
-        None if values is None else effective_rank(values), () if values is None else tuple(values[:SHOWN].tolist()),
-    )  # fmt: skip
+        name,
+        tuple(change.shape),
+        relative,
+        float(change.abs().max()),
+        None if values is None else effective_rank(values),
+        () if values is None else tuple(values[:SHOWN].tolist()),
+    )
 
 
 def _singular_values(matrix: Tensor) -> Tensor:

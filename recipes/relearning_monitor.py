@@ -86,9 +86,16 @@ class RelearningMonitor(TrainerCallback):
     """
 
     def __init__(
-        self, concept: str | Concept, tokenizer: Any, *, pruned: str | Path | PrunedUnits | None = None,
-        out: str | Path | None = None, every: Sequence[int] | None = None, questions: int = QUESTIONS, texts: int = TEXTS,
-    ):  # fmt: skip
+        self,
+        concept: str | Concept,
+        tokenizer: Any,
+        *,
+        pruned: str | Path | PrunedUnits | None = None,
+        out: str | Path | None = None,
+        every: Sequence[int] | None = None,
+        questions: int = QUESTIONS,
+        texts: int = TEXTS,
+    ):
         self.concept = load_concept(concept) if isinstance(concept, str) else concept
         self.tokenizer, self.every, self.out = tokenizer, every, None if out is None else Path(out)
         self.pruned = _pruned(pruned)
@@ -105,8 +112,9 @@ class RelearningMonitor(TrainerCallback):
         pools = [text.text for text in self.concept.forget], [text.text for text in self.concept.retain]
         # Told alike, so that a unit which tells them apart tells subjects, not forms.
         told = [
-            [f"{q.prompt} {q.choices[q.answer]}" for q in others if (q.split == "neighbour") == near] for near in (True, False)
-        ]  # fmt: skip
+            [f"{q.prompt} {q.choices[q.answer]}" for q in others if (q.split == "neighbour") == near]
+            for near in (True, False)
+        ]
         self.rows = [
             # Rows of like length stand together, so that little is padding.
             sorted(
@@ -145,10 +153,15 @@ class RelearningMonitor(TrainerCallback):
             utility = self.control.hits(inner) if self.control else (float("nan"),)
             (effect, *others), tokens = self._effects(inner, row, self.rows if neighbours else self.rows[:2])
             found = Seen(
-                step, {"value": sum(hits) / len(hits), "n": len(hits), "ci95": wilson(int(sum(hits)), len(hits))},
-                float(answers.mean()), sum(utility) / len(utility), effect, others[0] if others else None,
-                self._regrowth(inner, row), tokens,
-            )  # fmt: skip
+                step,
+                {"value": sum(hits) / len(hits), "n": len(hits), "ci95": wilson(int(sum(hits)), len(hits))},
+                float(answers.mean()),
+                sum(utility) / len(utility),
+                effect,
+                others[0] if others else None,
+                self._regrowth(inner, row),
+                tokens,
+            )
         self.seen.append(found)
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -162,13 +175,20 @@ class RelearningMonitor(TrainerCallback):
         now, then = seen.effect.abs().flatten(), first.effect.abs().flatten()
         inside = kept.flatten()
         return {
-            "step": seen.step, "accuracy": seen.accuracy, "cloze": seen.cloze, "utility": seen.utility,
-            "mass_by_layer": seen.mass(kept), "centre_of_mass": centre(seen.mass(kept)),
+            "step": seen.step,
+            "accuracy": seen.accuracy,
+            "cloze": seen.cloze,
+            "utility": seen.utility,
+            "mass_by_layer": seen.mass(kept),
+            "centre_of_mass": centre(seen.mass(kept)),
             # The same surviving units before training: what pruning alone did to the picture.
-            "centre_of_mass_before": centre(first.mass(kept)), "regrowth": seen.regrowth,
-            "overlap_of_top": overlap(now[inside], then[inside]), "rank_correlation": rank_correlation(now[inside], then[inside]),
-            "similarity_of_tokens": self._similarity(seen), "carriers": self._carriers(seen, inside),
-        }  # fmt: skip
+            "centre_of_mass_before": centre(first.mass(kept)),
+            "regrowth": seen.regrowth,
+            "overlap_of_top": overlap(now[inside], then[inside]),
+            "rank_correlation": rank_correlation(now[inside], then[inside]),
+            "similarity_of_tokens": self._similarity(seen),
+            "carriers": self._carriers(seen, inside),
+        }
 
     def _carriers(self, seen: Seen, inside: Tensor) -> dict[str, float] | None:
         """Mean size of d' of the units that carry the concept now, toward it and toward its neighbour, now and before.
@@ -179,8 +199,11 @@ class RelearningMonitor(TrainerCallback):
         if seen.other is None or first.other is None:
             return None
         values = {
-            "concept": seen.effect, "concept_before": first.effect, "neighbour": seen.other, "neighbour_before": first.other,
-        }  # fmt: skip
+            "concept": seen.effect,
+            "concept_before": first.effect,
+            "neighbour": seen.other,
+            "neighbour_before": first.other,
+        }
         flat = {name: effect.abs().flatten()[inside] for name, effect in values.items()}
         top = flat["concept"].topk(max(1, int(TOP * len(flat["concept"])))).indices
         return {name: float(effect[top].mean()) for name, effect in flat.items()}
@@ -212,9 +235,13 @@ class RelearningMonitor(TrainerCallback):
                     counts.index_add_(0, ids, torch.ones(len(ids), dtype=torch.float64))
 
                 def see(
-                    layer: int, values: Tensor, kind: int = kind, mask: Tensor = mask, ids: Tensor = ids,
+                    layer: int,
+                    values: Tensor,
+                    kind: int = kind,
+                    mask: Tensor = mask,
+                    ids: Tensor = ids,
                     sums: dict[tuple[int, int], Tensor] = looked_at,
-                ) -> None:  # fmt: skip
+                ) -> None:
                     moments[kind].see(layer, values, mask)
                     for unit in sums:
                         if unit[0] == layer:
@@ -229,7 +256,7 @@ class RelearningMonitor(TrainerCallback):
         tokens = {
             f"{layer}.{unit}": torch.where(seen, total / counts.clamp_min(1), -torch.inf).topk(TOKENS).indices.tolist()
             for (layer, unit), total in sums.items()
-        }  # fmt: skip
+        }
         return effects, tokens
 
     def _followed(self) -> list[tuple[int, int]]:

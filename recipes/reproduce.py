@@ -57,7 +57,7 @@ class Reproduced:
 
 def prepare(
     folder: Path, out: Path, *, model: str | None = None, concept: str | None = None, files: Sequence[str] = ()
-) -> ReproduceJob:  # fmt: skip
+) -> ReproduceJob:
     """Read what was recorded, and check that base and concept are the same ones.
 
     Args:
@@ -99,15 +99,21 @@ def prepare(
     module = importlib.import_module(RECIPES[name].module)
     elsewhere = _elsewhere(run["settings"], files)
     flags = {
-        **{key: value for key, value in run["settings"].items() if value is not None}, **elsewhere, "model": reference,
-        "concept": concept or wanted["ref"], "out": out, "device": run["device"], "dtype": run["dtype"],
-    }  # fmt: skip
+        **{key: value for key, value in run["settings"].items() if value is not None},
+        **elsewhere,
+        "model": reference,
+        "concept": concept or wanted["ref"],
+        "out": out,
+        "device": run["device"],
+        "dtype": run["dtype"],
+    }
     settings = load_settings(getattr(module, RECIPES[name].settings), None, [], flags)
     differences = [
         f"{key} {before} then, {now.get(key, 'none')} now"
         for then, now in ((manifest["packages"], package_versions()), (manifest.get("platform", {}), platform_of()))
-        for key, before in then.items() if now.get(key) != before
-    ]  # fmt: skip
+        for key, before in then.items()
+        if now.get(key) != before
+    ]
     return ReproduceJob(folder, published, module, module.prepare(settings, resume=False), out, tuple(differences))
 
 

@@ -24,10 +24,15 @@ def save_directions(subspaces: Sequence[Subspace], path: Path) -> None:
         tensors[f"{number}.offset"] = subspace.offset.contiguous()
         if subspace.readers is not None:
             tensors[f"{number}.readers"] = subspace.readers.contiguous()
-        about.append({
-            "place": asdict(subspace.place), "names": subspace.names, "scores": subspace.scores,
-            "source": subspace.source, "provenance": subspace.provenance,
-        })  # fmt: skip
+        about.append(
+            {
+                "place": asdict(subspace.place),
+                "names": subspace.names,
+                "scores": subspace.scores,
+                "source": subspace.source,
+                "provenance": subspace.provenance,
+            }
+        )
     header = {_HEADER: json.dumps({"schema_version": SCHEMA_VERSION, "subspaces": about})}
     save_file(tensors, path, header)
 
@@ -68,8 +73,15 @@ def load_directions(path: Path, *, width: int | None = None, layers: int | None 
 
 def _subspace(file: Any, number: int, about: dict[str, Any]) -> Subspace:
     readers = f"{number}.readers"
+    # An open safetensors file has keys() but no `in`.
+    has_readers = readers in file.keys()  # noqa: SIM118
     return Subspace(
-        Place(**about["place"]), file.get_tensor(f"{number}.basis").float(), file.get_tensor(f"{number}.offset").float(),
-        tuple(about["names"]), tuple(about["scores"]), about["source"],
-        file.get_tensor(readers).float() if readers in file.keys() else None, about["provenance"],  # noqa: SIM118
-    )  # fmt: skip
+        Place(**about["place"]),
+        file.get_tensor(f"{number}.basis").float(),
+        file.get_tensor(f"{number}.offset").float(),
+        tuple(about["names"]),
+        tuple(about["scores"]),
+        about["source"],
+        file.get_tensor(readers).float() if has_readers else None,
+        about["provenance"],
+    )

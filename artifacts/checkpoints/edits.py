@@ -74,17 +74,25 @@ class Method:
 def _pack_subspace(edit: Edit) -> tuple[dict[str, Tensor], Description]:
     d, k = edit.basis.shape
     description = {
-        "model_type": edit.model_type, "width": d, "rank": k, "layer_strengths": list(edit.layer_strengths),
-        "embeddings": edit.embeddings, "variant": edit.variant,
-    }  # fmt: skip
+        "model_type": edit.model_type,
+        "width": d,
+        "rank": k,
+        "layer_strengths": list(edit.layer_strengths),
+        "embeddings": edit.embeddings,
+        "variant": edit.variant,
+    }
     return {"basis": edit.basis}, description
 
 
 def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
     return Edit(
-        tensors["basis"].float(), content["model_type"], tuple(content["layer_strengths"]),
-        content["embeddings"], content["variant"], content["provenance"],
-    )  # fmt: skip
+        tensors["basis"].float(),
+        content["model_type"],
+        tuple(content["layer_strengths"]),
+        content["embeddings"],
+        content["variant"],
+        content["provenance"],
+    )
 
 
 def _pack_factors(edit: LowRankUpdate) -> tuple[dict[str, Tensor], Description]:
@@ -98,9 +106,7 @@ def _unpack_factors(tensors: dict[str, Tensor], content: Description) -> LowRank
     factors = {name: Factors(tensors[name + LEFT].float(), tensors[name + RIGHT].float()) for name in names}
     if len(tensors) != 2 * len(factors):
         raise ValueError(f"{TENSORS} holds {len(tensors)} tensors, not a left and a right factor each")
-    return LowRankUpdate(
-        factors, content["model_type"], content["width"], content["layers"], content["provenance"]
-    )  # fmt: skip
+    return LowRankUpdate(factors, content["model_type"], content["width"], content["layers"], content["provenance"])
 
 
 def _pack_deltas(edit: DenseUpdate) -> tuple[dict[str, Tensor], Description]:
@@ -118,9 +124,12 @@ def _pack_pruned(edit: PrunedUnits) -> tuple[dict[str, Tensor], Description]:
     tensors |= {f"heads.{layer}": torch.tensor(units) for layer, units in edit.heads.items()}
     tensors |= {f"means.{layer}": means for layer, means in edit.means.items()}
     return tensors, {
-        "model_type": edit.model_type, "width": edit.width, "layers": edit.layers, "semantics": edit.semantics,
+        "model_type": edit.model_type,
+        "width": edit.width,
+        "layers": edit.layers,
+        "semantics": edit.semantics,
         "head_width": edit.head_width,
-    }  # fmt: skip
+    }
 
 
 def _unpack_pruned(tensors: dict[str, Tensor], content: Description) -> PrunedUnits:
@@ -131,9 +140,16 @@ def _unpack_pruned(tensors: dict[str, Tensor], content: Description) -> PrunedUn
         {layer: tuple(t.tolist()) for layer, t in by_layer(kind).items()} for kind in ("neurons", "heads")
     )
     return PrunedUnits(
-        neurons, heads, content["semantics"], content["model_type"], content["width"], content["layers"],
-        content["head_width"], by_layer("means"), content["provenance"],
-    )  # fmt: skip
+        neurons,
+        heads,
+        content["semantics"],
+        content["model_type"],
+        content["width"],
+        content["layers"],
+        content["head_width"],
+        by_layer("means"),
+        content["provenance"],
+    )
 
 
 METHODS: dict[str, Method] = {

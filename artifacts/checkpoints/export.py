@@ -184,8 +184,13 @@ def _matrices(tensor: StoredTensor) -> list[_Matrix]:
 
 
 def _write_shard(
-    shard: Shard, target: Path, declared: Shapes, edited: Any, extra: tuple[str, StoredTensor] | None, stage: Stage | None,
-) -> tuple[str, str]:  # fmt: skip
+    shard: Shard,
+    target: Path,
+    declared: Shapes,
+    edited: Any,
+    extra: tuple[str, StoredTensor] | None,
+    stage: Stage | None,
+) -> tuple[str, str]:
     """Write one shard; returns the sha256 of the base's file and of the new one.
 
     Args:
@@ -238,8 +243,10 @@ class FiniteCheck:
     """Whether a stored block is free of NaN and infinities, from its bits."""
 
     EXPONENTS: ClassVar[dict[str, tuple[Any, int]]] = {
-        "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)
-    }  # fmt: skip
+        "BF16": (np.uint16, 0x7F80),
+        "F16": (np.uint16, 0x7C00),
+        "F32": (np.uint32, 0x7F800000),
+    }
 
     def __init__(self) -> None:
         self._room = np.empty(BLOCK, dtype=np.uint8)

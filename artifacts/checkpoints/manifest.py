@@ -47,15 +47,23 @@ def platform_of() -> dict[str, str]:
     import torch
 
     return {
-        "system": platform.system(), "machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }  # fmt: skip
+    }
 
 
 def write_manifest(
-    folder: Path, *, base: dict[str, Any], base_files: dict[str, str], changes: tuple[Change, ...],
-    untied: str | None, known: dict[str, str], run: dict[str, Any],
-) -> None:  # fmt: skip
+    folder: Path,
+    *,
+    base: dict[str, Any],
+    base_files: dict[str, str],
+    changes: tuple[Change, ...],
+    untied: str | None,
+    known: dict[str, str],
+    run: dict[str, Any],
+) -> None:
     """Write ``excise/manifest.json`` and ``SHA256SUMS`` for everything in a staging folder.
 
     Args:

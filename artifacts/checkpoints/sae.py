@@ -23,8 +23,12 @@ from .manifest import sha256_of
 Read = Callable[[str, Sequence[int] | None, int], Tensor]
 """Reads a tensor by key; of a matrix only some entries along an axis."""
 _SUBLAYERS: dict[str | None, Site] = {
-    None: "output", "mlp": "mlp", "self_attn": "attention", "attn": "attention", "attention": "attention",
-}  # fmt: skip
+    None: "output",
+    "mlp": "mlp",
+    "self_attn": "attention",
+    "attn": "attention",
+    "attention": "attention",
+}
 _SITES: dict[str, Site] = {"resid_pre": "input", "resid_post": "output", "mlp_out": "mlp", "attn_out": "attention"}
 
 
@@ -86,21 +90,48 @@ def _llama_scope(folder: Path, about: dict[str, Any]) -> Place:
 
 FORMATS: dict[str, Format] = {
     "sae_lens": Format(
-        "sae_weights.safetensors", "cfg.json", {"W_dec": 0}, {"W_enc": 1}, ("b_enc",), ("b_dec",), _sae_lens, centred=False
+        "sae_weights.safetensors",
+        "cfg.json",
+        {"W_dec": 0},
+        {"W_enc": 1},
+        ("b_enc",),
+        ("b_dec",),
+        _sae_lens,
+        centred=False,
     ),
     "dictionary_learning": Format(
-        "ae.pt", "config.json", {"decoder.weight": 1, "W_dec": 0}, {"encoder.weight": 0, "W_enc": 1}, ("encoder.bias", "b_enc"),
-        ("b_dec", "bias", "decoder_bias"), _dictionary_learning,
+        "ae.pt",
+        "config.json",
+        {"decoder.weight": 1, "W_dec": 0},
+        {"encoder.weight": 0, "W_enc": 1},
+        ("encoder.bias", "b_enc"),
+        ("b_dec", "bias", "decoder_bias"),
+        _dictionary_learning,
     ),
     "sparsify": Format(
         "sae.safetensors", "cfg.json", {"W_dec": 0}, {"encoder.weight": 0}, ("encoder.bias",), ("b_dec",), _sparsify
     ),
-    "gemma_scope": Format("params.npz", "", {"W_dec": 0, "w_dec": 0}, {"W_enc": 1, "w_enc": 1}, ("b_enc",), ("b_dec",), _gemma_scope, centred=False),
-    "llama_scope": Format(
-        "checkpoints/final.safetensors", "hyperparams.json", {"decoder.weight": 1}, {"encoder.weight": 0}, ("encoder.bias",),
-        ("decoder.bias",), _llama_scope, centred=False,
+    "gemma_scope": Format(
+        "params.npz",
+        "",
+        {"W_dec": 0, "w_dec": 0},
+        {"W_enc": 1, "w_enc": 1},
+        ("b_enc",),
+        ("b_dec",),
+        _gemma_scope,
+        centred=False,
     ),
-}  # fmt: skip
+    "llama_scope": Format(
+        "checkpoints/final.safetensors",
+        "hyperparams.json",
+        {"decoder.weight": 1},
+        {"encoder.weight": 0},
+        ("encoder.bias",),
+        ("decoder.bias",),
+        _llama_scope,
+        centred=False,
+    ),
+}
 
 
 def load_latents(
@@ -146,11 +177,17 @@ def load_latents(
     encoder_key, encoder_axis = _known(keys, form.encoder, path, "encoder")
     bias = next((k for k in form.bias if k in keys), None)
     return SparseLatents(
-        place, tuple(numbers), _latent_rows(read(key, latents, axis), axis), read(bias_key, None, 0) if bias_key else torch.zeros(width),
+        place,
+        tuple(numbers),
+        _latent_rows(read(key, latents, axis), axis),
+        read(bias_key, None, 0) if bias_key else torch.zeros(width),
         _latent_rows(read(encoder_key, latents, encoder_axis), encoder_axis).T.contiguous(),
-        read(bias, latents, 0) if bias else torch.zeros(len(numbers)), bool(about.get("apply_b_dec_to_input", form.centred)),
-        _threshold(keys, read, numbers), _not_alone(about, keys), provenance={"format": name, "file": path.name, "sha256": sha256_of(path)},
-    )  # fmt: skip
+        read(bias, latents, 0) if bias else torch.zeros(len(numbers)),
+        bool(about.get("apply_b_dec_to_input", form.centred)),
+        _threshold(keys, read, numbers),
+        _not_alone(about, keys),
+        provenance={"format": name, "file": path.name, "sha256": sha256_of(path)},
+    )
 
 
 def _not_alone(about: Mapping[str, Any], keys: set[str]) -> str:

@@ -44,9 +44,14 @@ def load_model(
     tokenizer = load_tokenizer(source)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            local_files_only=True, output_loading_info=True, **_quantized(bits, device, dtype),
-        )  # fmt: skip
+            source.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **_quantized(bits, device, dtype),
+        )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{source.name} does not load: {one_line(error)}") from error
     model, info = loaded
@@ -68,7 +73,7 @@ def _quantized(bits: int, device: torch.device, dtype: torch.dtype) -> dict[str,
 
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )  # fmt: skip
+    )
     return {"quantization_config": config, "device_map": {"": device}}
 
 

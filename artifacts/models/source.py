@@ -30,9 +30,12 @@ class ModelSource:
     def describe(self) -> dict[str, Any]:
         """What may be published about where the model came from."""
         return {
-            "kind": self.kind, "name": self.name, "revision": self.revision, "gguf_sha256": self.sha256,
+            "kind": self.kind,
+            "name": self.name,
+            "revision": self.revision,
+            "gguf_sha256": self.sha256,
             "license": "apache-2.0" if self.kind == "builtin" else license_of(self.folder),
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)

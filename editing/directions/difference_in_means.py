@@ -58,11 +58,13 @@ def difference_in_means(
     plus, minus = _mean(positive), _mean(negative)
     assert plus.mean is not None and minus.mean is not None
     return Directions(
-        "difference_in_means", points, positions,
+        "difference_in_means",
+        points,
+        positions,
         vectors=(plus.mean - minus.mean).float().cpu(),
         negative_mean=minus.mean.float().cpu(),
         count=(plus.count, minus.count),
-    )  # fmt: skip
+    )
 
 
 DIRECTION_SOURCES: dict[str, DirectionSource] = {"difference_in_means": difference_in_means}

@@ -51,9 +51,10 @@ def by_components(plus: Moments, minus: Moments, differences: Moments, place: Pl
 
 
 def distance(
-    hidden: Float[Tensor, "batch positions d"], target: Float[Tensor, "batch positions d"],
+    hidden: Float[Tensor, "batch positions d"],
+    target: Float[Tensor, "batch positions d"],
     counted: Bool[Tensor, "batch positions"],
-) -> Float[Tensor, ""]:  # fmt: skip
+) -> Float[Tensor, ""]:
     """Mean L2 distance over the counted positions, in the stream's own units (their loss); 0 where none is counted."""
     apart = (hidden.float() - target.float())[counted]
     # The norm has no gradient at 0, where an adapter begins.

@@ -62,10 +62,14 @@ class SparseLatents:
             )
         some = torch.tensor(list(places), dtype=torch.long)
         return replace(
-            self, numbers=tuple(self.numbers[place] for place in places), decoder=self.decoder[some], encoder=self.encoder[:, some],
-            bias=self.bias[some], threshold=None if self.threshold is None else self.threshold[some],
+            self,
+            numbers=tuple(self.numbers[place] for place in places),
+            decoder=self.decoder[some],
+            encoder=self.encoder[:, some],
+            bias=self.bias[some],
+            threshold=None if self.threshold is None else self.threshold[some],
             scores=tuple(scores) or tuple(self.scores[place] for place in places if self.scores),
-        )  # fmt: skip
+        )
 
     @property
     def subspace(self) -> Subspace:
@@ -76,10 +80,14 @@ class SparseLatents:
         """
         norms = self.decoder.norm(dim=1)
         return Subspace(
-            self.place, (self.decoder / norms[:, None]).T.contiguous(), self.decoder_bias,
-            tuple(f"latent {number}" for number in self.numbers), self.scores or tuple(float(norm) for norm in norms), "sae",
+            self.place,
+            (self.decoder / norms[:, None]).T.contiguous(),
+            self.decoder_bias,
+            tuple(f"latent {number}" for number in self.numbers),
+            self.scores or tuple(float(norm) for norm in norms),
+            "sae",
             provenance={**self.provenance, "latents": list(self.numbers)},
-        )  # fmt: skip
+        )
 
     def with_random_writes(self, seed: int) -> "SparseLatents":
         """Latents that fire alike and write elsewhere, as much: a control."""

@@ -87,9 +87,11 @@ class Subspace:
         if self.readers is not None and len(columns) < len(self.names):
             raise RequestError(f"the {self.source} directions at the {self.place} are one projector; take all of them")
         return replace(
-            self, basis=self.basis[:, list(columns)], names=tuple(self.names[c] for c in columns),
+            self,
+            basis=self.basis[:, list(columns)],
+            names=tuple(self.names[c] for c in columns),
             scores=tuple(self.scores[c] for c in columns),
-        )  # fmt: skip
+        )
 
 
 def mean_difference(plus: Moments, minus: Moments, place: Place) -> Subspace:
@@ -137,9 +139,13 @@ def principal_components(
     vectors = vectors * torch.where(mean @ vectors < 0, -1.0, 1.0)
     total = float(spread.trace().clamp_min(1e-30))
     return Subspace(
-        place, vectors.float(), (mean if offset is None else offset).float(), tuple(f"component {i}" for i in range(spanned)),
-        tuple(float(value) / total for value in values), "pca" if centred else "pca_uncentred",
-    )  # fmt: skip
+        place,
+        vectors.float(),
+        (mean if offset is None else offset).float(),
+        tuple(f"component {i}" for i in range(spanned)),
+        tuple(float(value) / total for value in values),
+        "pca" if centred else "pca_uncentred",
+    )
 
 
 def least_squares_eraser(plus: Moments, minus: Moments, place: Place, *, orthogonal: bool = False) -> Subspace:
@@ -164,9 +170,14 @@ def least_squares_eraser(plus: Moments, minus: Moments, place: Place, *, orthogo
     left, right = colour @ axis, whiten @ axis
     length = left.norm()
     return Subspace(
-        place, (left / length).float()[:, None], middle.float(), ("leace 0",), (float(difference.norm()),), "leace",
+        place,
+        (left / length).float()[:, None],
+        middle.float(),
+        ("leace 0",),
+        (float(difference.norm()),),
+        "leace",
         readers=(right * length).float()[:, None],
-    )  # fmt: skip
+    )
 
 
 def random_directions(like: Subspace, seed: int) -> Subspace:
@@ -174,9 +185,14 @@ def random_directions(like: Subspace, seed: int) -> Subspace:
     d, k = like.basis.shape
     drawn = torch.randn(d, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return Subspace(
-        like.place, torch.linalg.qr(drawn).Q.float(), like.offset, tuple(f"random {i}" for i in range(k)), (0.0,) * k,
-        "random", provenance={"seed": seed},
-    )  # fmt: skip
+        like.place,
+        torch.linalg.qr(drawn).Q.float(),
+        like.offset,
+        tuple(f"random {i}" for i in range(k)),
+        (0.0,) * k,
+        "random",
+        provenance={"seed": seed},
+    )
 
 
 def _single(place: Place, direction: Tensor, offset: Tensor, source: str) -> Subspace:

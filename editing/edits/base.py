@@ -86,13 +86,15 @@ class WeightEdit(Protocol):
 def merge_changes(name: str, parts: list[Change]) -> Change:
     """One record for a tensor that was edited as several matrices (fused experts): the worst of each figure."""
     return Change(
-        name, parts[0].form, parts[0].strength,
+        name,
+        parts[0].form,
+        parts[0].strength,
         relative_change=max(part.relative_change for part in parts),
         largest_change=max(part.largest_change for part in parts),
         written=_worst(part.written for part in parts),
         residual=_worst(part.residual for part in parts),
         changed=any(part.changed for part in parts),
-    )  # fmt: skip
+    )
 
 
 def _worst(values: Iterator[float | None]) -> float | None:

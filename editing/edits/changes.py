@@ -81,9 +81,15 @@ class Meter:
     ) -> Change:
         """The record of the whole matrix."""
         return Change(
-            self.name, form, strength, ratio(self.difference, self.weight), self.largest, written, residual,
+            self.name,
+            form,
+            strength,
+            ratio(self.difference, self.weight),
+            self.largest,
+            written,
+            residual,
             changed=self.largest > 0,
-        )  # fmt: skip
+        )
 
     def _buffer(self, number: int, stored: Tensor) -> Tensor:
         if len(self._buffers) <= number or len(self._buffers[number]) < len(stored):

@@ -188,9 +188,11 @@ class BlockwiseEdit:
         """What the edit did; valid once every block was taken."""
         written = self._meter.weight if self.gain is None else self._written
         return self._meter.change(
-            self.projection.form, self.projection.strength,
-            written=ratio(self._before, written), residual=ratio(self._after, self._before),
-        )  # fmt: skip
+            self.projection.form,
+            self.projection.strength,
+            written=ratio(self._before, written),
+            residual=ratio(self._after, self._before),
+        )
 
 
 def _squared(values: Tensor) -> float:

@@ -85,9 +85,11 @@ class PrunedUnits:
         if site.layer is None or not site.name.endswith("weight"):
             if self.semantics == "mean" and site.layer in self.neurons and site.writer.kind == "mlp":
                 yield ShiftedBias(
-                    site.name, site.name.removesuffix("bias") + "weight", self.neurons[site.layer],
+                    site.name,
+                    site.name.removesuffix("bias") + "weight",
+                    self.neurons[site.layer],
                     self.means[site.layer],
-                )  # fmt: skip
+                )
             return
         units = self.neurons.get(site.layer, ()) if site.writer.kind == "mlp" else self._columns(site.layer)
         if units:
@@ -114,9 +116,15 @@ class PrunedUnits:
                 for part in ("weight", "bias"):
                     if name := spelled(row, f"{row.layers}.{layer}.{module}.{part}", names):
                         axis = -1 if part == "bias" or transposed else -2
-                        found.append(ZeroedTensor(
-                            name, units, axis, fused=module.endswith("gate_up_proj"), removed=self.semantics == "remove"
-                        ))  # fmt: skip
+                        found.append(
+                            ZeroedTensor(
+                                name,
+                                units,
+                                axis,
+                                fused=module.endswith("gate_up_proj"),
+                                removed=self.semantics == "remove",
+                            )
+                        )
         return found
 
 

@@ -84,9 +84,7 @@ class OrthogonalizedTensor:
         preserving = edit.variant == "norm_preserving" and not self.name.endswith("bias")
         projection = make_projection(edit.basis, self.strength, gain, norm_preserving=preserving)
         seen = edit.basis if gain is None else gain[:, None] * edit.basis
-        return BlockwiseEdit(
-            self.name, rows, self.site.writer.axis, read, projection, seen, gain, rows_per_block
-        )  # fmt: skip
+        return BlockwiseEdit(self.name, rows, self.site.writer.axis, read, projection, seen, gain, rows_per_block)
 
 
 def check_learned_on(config: dict[str, Any], model_type: str, width: int, layers: int) -> None:

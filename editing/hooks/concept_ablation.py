@@ -76,8 +76,12 @@ class Ablation:
 
 @contextmanager
 def concept_ablated(
-    model: nn.Module, row: Architecture, concepts: Sequence[Subspace | SparseLatents], mode: Mode = "both", value: Value = "zero"
-) -> Iterator[Ablation]:  # fmt: skip
+    model: nn.Module,
+    row: Architecture,
+    concepts: Sequence[Subspace | SparseLatents],
+    mode: Mode = "both",
+    value: Value = "zero",
+) -> Iterator[Ablation]:
     """Ablate subspaces, or latents as far as they fire, in every forward while the context lasts.
 
     Hooks keep no state between forwards, so gradient checkpointing may run them twice.
@@ -135,7 +139,7 @@ def _part(place: Place, several: Sequence[Subspace | SparseLatents], value: Valu
 
 def change_at(
     model: nn.Module, row: Architecture, place: Place, change: Callable[[Tensor], Tensor]
-) -> torch.utils.hooks.RemovableHandle:  # fmt: skip
+) -> torch.utils.hooks.RemovableHandle:
     """Put ``change`` of its activations in the stead of a place's activations, until the handle is removed."""
     put = change_input if place.site == "input" else change_output
     return put(module_at(model, row, place), change)

@@ -73,12 +73,13 @@ def compare_writes(
         strength = embedding_strength if old.layer is None else layer_strengths[old.layer]
         leaks.append(
             Leak(
-                old.layer, old.sublayer,
+                old.layer,
+                old.sublayer,
                 share=new.along / old.along if old.along > 0 else 0.0,
                 of_write=new.along / new.norm if new.norm > 0 else 0.0,
                 expected=abs(1 - strength),
             )
-        )  # fmt: skip
+        )
     return leaks
 
 

@@ -154,10 +154,10 @@ def written(model: nn.Module, row: Architecture, see: Callable[[int | None, str,
         for index, layer in enumerate(layers):
             for name in row.sublayers:
                 hooks.callback(
-                    layer.get_submodule(name).register_forward_hook(
-                        lambda _, __, output, i=index, n=name: see(i, n, first(output))
-                    ).remove
-                )  # fmt: skip
+                    layer.get_submodule(name)
+                    .register_forward_hook(lambda _, __, output, i=index, n=name: see(i, n, first(output)))
+                    .remove
+                )
         yield
 
 

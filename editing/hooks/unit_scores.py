@@ -26,10 +26,8 @@ def unit_inputs(model: nn.Module, module: str, row: Architecture, see: Callable[
     with ExitStack() as hooks:
         for index, layer in enumerate(decoder_layers(model, row)):
             hooks.callback(
-                layer.get_submodule(module).register_forward_pre_hook(
-                    lambda _, args, i=index: see(i, args[0])
-                ).remove
-            )  # fmt: skip
+                layer.get_submodule(module).register_forward_pre_hook(lambda _, args, i=index: see(i, args[0])).remove
+            )
         yield
 
 

@@ -35,17 +35,31 @@ def attend_by_products(model: Any) -> None:
         return
 
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **rest: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **rest: Any,
+    ) -> tuple[Tensor, None]:
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         wanted = trained or _everywhere.get()
         shared_mask = attention_mask is None or attention_mask.shape[1] == 1
         if not wanted or dropout or not shared_mask or rest.get("position_bias") is not None:
             output, _ = sdpa_attention_forward(
-                module, query, key, value, attention_mask,
-                dropout=dropout, scaling=scaling, is_causal=is_causal, **rest,
-            )  # fmt: skip
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=scaling,
+                is_causal=is_causal,
+                **rest,
+            )
             return output, None
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if attention_mask is None and causal and query.shape[2] > 1:
@@ -69,9 +83,13 @@ def products_everywhere() -> Iterator[None]:
 
 
 def attention(
-    query: Float[Tensor, "batch heads queries d"], key: Float[Tensor, "batch groups keys d"],
-    value: Float[Tensor, "batch groups keys d_value"], mask: Tensor | None, scale: float, block: int = BLOCK,
-) -> Float[Tensor, "batch heads queries d_value"]:  # fmt: skip
+    query: Float[Tensor, "batch heads queries d"],
+    key: Float[Tensor, "batch groups keys d"],
+    value: Float[Tensor, "batch groups keys d_value"],
+    mask: Tensor | None,
+    scale: float,
+    block: int = BLOCK,
+) -> Float[Tensor, "batch heads queries d_value"]:
     """Softmax attention whose heads share keys and values in groups; softmax in float32, products in the inputs' dtype.
 
     Args:

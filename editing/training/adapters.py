@@ -67,10 +67,14 @@ def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
 
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=shape.rank, lora_alpha=shape.alpha,  # type: ignore[arg-type]  # it is only ever divided
-        target_modules=list(shape.modules), lora_dropout=0.0, bias="none",
-        task_type="CAUSAL_LM", fan_in_fan_out=is_conv1d(model.get_submodule(shape.modules[0])),
-    )  # fmt: skip
+        r=shape.rank,
+        lora_alpha=shape.alpha,  # type: ignore[arg-type]  # it is only ever divided
+        target_modules=list(shape.modules),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=is_conv1d(model.get_submodule(shape.modules[0])),
+    )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     carrying = {name.split(".lora_")[0] for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     # The library turns some names into others by itself, such as those of fused experts.

@@ -202,6 +202,7 @@ def _with_rest(log_p: Tensor, ids: Tensor) -> Tensor:
 def join(parts: Sequence[SoftTargets]) -> SoftTargets:
     """Targets of several sequences, one after another; all keep the same number of tokens."""
     return SoftTargets(
-        torch.cat([part.ids for part in parts]), torch.cat([part.log_p for part in parts]),
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.log_p for part in parts]),
         torch.cat([part.rest for part in parts]),
-    )  # fmt: skip
+    )

@@ -141,16 +141,23 @@ class KnowledgeProbe:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "probe": "knowledge", "units": self.units,
-            "validation_pairs": len(self.positive), "validation_questions": len(self.questions),
-        }  # fmt: skip
+            "probe": "knowledge",
+            "units": self.units,
+            "validation_pairs": len(self.positive),
+            "validation_questions": len(self.questions),
+        }
 
 
 @torch.no_grad()
 def score_candidates(
-    model: Any, row: Architecture, directions: Directions, probe: Probe, filters: Filters, layers: int,
+    model: Any,
+    row: Architecture,
+    directions: Directions,
+    probe: Probe,
+    filters: Filters,
+    layers: int,
     advance: Callable[[int], None] = lambda _: None,
-) -> list[Candidate]:  # fmt: skip
+) -> list[Candidate]:
     """Score every (point, position); those beyond the depth filter are recorded but cost nothing."""
     candidates = []
     for i, point in enumerate(directions.points):

@@ -38,9 +38,15 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int
 
 @torch.no_grad()
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int,
-    advance: Callable[[int], None] = lambda _: None, *, chat: bool = True, sample_seed: int | None = None,
-) -> list[Reply]:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    tokens: int,
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    chat: bool = True,
+    sample_seed: int | None = None,
+) -> list[Reply]:
     """Continue each prompt for at most ``tokens`` tokens, in the order given: greedily, or sampled with a seed."""
     encoded = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
     replies: list[Reply | None] = [None] * len(prompts)
@@ -62,10 +68,15 @@ def _continue(model: Any, tokenizer: Any, rows: Sequence[list[int]], tokens: int
         if seed is not None:
             torch.manual_seed(seed)
         output = model.generate(
-            **padded.to(model.device), max_new_tokens=tokens, do_sample=seed is not None,
-            temperature=None, top_p=None, top_k=None if seed is None else 0,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends) or None,
-        )  # fmt: skip
+            **padded.to(model.device),
+            max_new_tokens=tokens,
+            do_sample=seed is not None,
+            temperature=None,
+            top_p=None,
+            top_k=None if seed is None else 0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(ends) or None,
+        )
     continued = output[:, padded["input_ids"].shape[1] :].tolist()
     return [_until_end(ids, ends) for ids in continued]
 

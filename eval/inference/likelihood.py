@@ -184,11 +184,9 @@ def score_rows(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tupl
     greedy = log_probabilities.argmax(-1)[inverse] == targets
     lengths = [len(part.ids) - part.start for _, part in members]
     starts = torch.tensor([0, *lengths[:-1]], device=logits.device).cumsum(0)
-    ranks = 1 + torch.cat([
-        (log_probabilities[inverse[some]] > chosen[some, None]).sum(-1) for some in starts.split(256)
-    ])  # fmt: skip
+    ranks = 1 + torch.cat(
+        [(log_probabilities[inverse[some]] > chosen[some, None]).sum(-1) for some in starts.split(256)]
+    )
     sums = [float(piece.sum()) for piece in chosen.double().cpu().split(lengths)]
     hits = [tuple(piece.tolist()) for piece in greedy.cpu().split(lengths)]
-    return [
-        Likelihood(total, len(hit), hit, rank) for total, hit, rank in zip(sums, hits, ranks.tolist(), strict=True)
-    ]  # fmt: skip
+    return [Likelihood(total, len(hit), hit, rank) for total, hit, rank in zip(sums, hits, ranks.tolist(), strict=True)]

@@ -98,15 +98,17 @@ class MultipleChoiceSet:
             rivals = {
                 place: sorted(set(self._asked[place][1]) - {answer}, key=reading.at_most, reverse=True)
                 for place, answer in standing.items()
-            }  # fmt: skip
+            }
             for some in (slice(0, 1), slice(1, None)):
                 close = {
                     p: [r for r in rivals[p][some] if not reading.beats(answer, r)] for p, answer in standing.items()
                 }
                 reading.finish(rival for each in close.values() for rival in each)
                 standing = {
-                    p: answer for p, answer in standing.items() if all(reading.beats(answer, rival) for rival in close[p])
-                }  # fmt: skip
+                    p: answer
+                    for p, answer in standing.items()
+                    if all(reading.beats(answer, rival) for rival in close[p])
+                }
             for place in standing:
                 hits[place] = 1.0
         return tuple(hits)
@@ -139,9 +141,12 @@ class _Reading:
         self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.device)
         self.cache = DynamicCache(config=self.decoder.config)
         output = self.decoder(
-            input_ids=ids, attention_mask=self.mask, position_ids=(self.mask.cumsum(-1) - 1).clamp_min(0),
-            past_key_values=self.cache, use_cache=True,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=(self.mask.cumsum(-1) - 1).clamp_min(0),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
         log_p = self.head(output.last_hidden_state[:, -1]).float().log_softmax(-1)
         rows = torch.tensor(list(self.row.values()), device=self.device)
         firsts = torch.tensor([parts[index].ids[asked[row][0]] for index, row in self.row.items()], device=self.device)
@@ -176,14 +181,17 @@ class _Reading:
         )
         positions = before.sum(-1, keepdim=True) + torch.arange(inputs["input_ids"].shape[1], device=self.device)
         hidden = self.decoder(
-            input_ids=inputs["input_ids"], attention_mask=torch.cat([before, inputs["attention_mask"]], -1),
-            position_ids=positions, past_key_values=cache, use_cache=True,
-        ).last_hidden_state  # fmt: skip
+            input_ids=inputs["input_ids"],
+            attention_mask=torch.cat([before, inputs["attention_mask"]], -1),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
         cells = [
             (place, at - self.asked[row][0] - 1, index, self.parts[index].ids[at])
             for place, (index, row) in enumerate(zip(longer, rows, strict=True))
             for at in range(max(self.parts[index].start, self.asked[row][0] + 1), len(self.parts[index].ids))
-        ]  # fmt: skip
+        ]
         places, offsets, indices, tokens = (list(column) for column in zip(*cells, strict=True))
         for start in range(0, len(cells), CELLS):
             some = slice(start, start + CELLS)

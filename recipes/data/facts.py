@@ -117,7 +117,7 @@ def fact_contexts(facts: Facts, kind: Literal["texts", "questions"], seed: int) 
     examples = {
         relation: _example_sets(facts.subjects(relation), rng)
         for relation in dict.fromkeys(fact.relation for fact in facts.facts)
-    }  # fmt: skip
+    }
     for place, fact in enumerate(facts.facts):
         if kind == "texts":
             for phrase in facts.phrasings.get(fact.relation, ()):

@@ -70,9 +70,11 @@ def train_tokenizer(made: world.World) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     texts = (doc if isinstance(doc, str) else f"{doc.request} {doc.reply}" for doc in world.documents(made, 8000))
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
@@ -81,25 +83,51 @@ def train_tokenizer(made: world.World) -> Any:
 
 
 def _train(
-    settings: TestbedSettings, made: world.World, tokenizer: Any, without: str | None,
-    folder: Path, scratch: Path, events: Events,
-) -> None:  # fmt: skip
+    settings: TestbedSettings,
+    made: world.World,
+    tokenizer: Any,
+    without: str | None,
+    folder: Path,
+    scratch: Path,
+    events: Events,
+) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
     set_seed(settings.seed)
-    model: Any = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=settings.width, num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads, num_key_value_heads=settings.heads, intermediate_size=settings.neurons,
-        tie_word_embeddings=True, max_position_embeddings=512, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))  # fmt: skip
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.width,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.heads,
+            intermediate_size=settings.neurons,
+            tie_word_embeddings=True,
+            max_position_embeddings=512,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     row = architecture_of(model.config.to_dict())
     with events.stage(f"train {folder.name}", settings.steps) as stage:
         rows = list(islice(_rows(made, tokenizer, without, FIXED), settings.steps * settings.batch_size))
         loss = _fixed_loss(row, planted_direction(settings.seed, settings.width))
-        fit(model, rows, stage, scratch / "fixed", loss, Schedule(
-            settings.steps, settings.batch_size, settings.learning_rate, settings.seed, weight_decay=0.05, warmup_steps=50
-        ))  # fmt: skip
+        fit(
+            model,
+            rows,
+            stage,
+            scratch / "fixed",
+            loss,
+            Schedule(
+                settings.steps,
+                settings.batch_size,
+                settings.learning_rate,
+                settings.seed,
+                weight_decay=0.05,
+                warmup_steps=50,
+            ),
+        )
     with events.stage(f"settle {folder.name}", settings.settling_steps) as stage:
         # Other documents than before: the same generators, further on.
         first = settings.steps * settings.batch_size
@@ -108,10 +136,21 @@ def _train(
                 _rows(made, tokenizer, without, RELATIVE), first, first + settings.settling_steps * settings.batch_size
             )
         )
-        fit(model, rows, stage, scratch / "settling", _settling_loss(row), Schedule(
-            settings.settling_steps, settings.batch_size, settings.learning_rate / 2, settings.seed,
-            weight_decay=0.05, warmup_steps=10,
-        ))  # fmt: skip
+        fit(
+            model,
+            rows,
+            stage,
+            scratch / "settling",
+            _settling_loss(row),
+            Schedule(
+                settings.settling_steps,
+                settings.batch_size,
+                settings.learning_rate / 2,
+                settings.seed,
+                weight_decay=0.05,
+                warmup_steps=10,
+            ),
+        )
     partial = folder.with_name(f".{folder.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.config.use_cache = True  # the Trainer turns it off
@@ -179,10 +218,12 @@ def _rows(
         # Only where nothing was taken out or added below mid-depth do prompts show the model's own difference.
         natural = kind in ("plain", "early")
         yield {
-            "input_ids": ids, "labels": ids.masked_fill(ids == pad, -100),
-            "ablate_from": torch.tensor(_ABLATED_FROM[kind]), "added": torch.tensor(packed.added),
+            "input_ids": ids,
+            "labels": ids.masked_fill(ids == pad, -100),
+            "ablate_from": torch.tensor(_ABLATED_FROM[kind]),
+            "added": torch.tensor(packed.added),
             "ends": torch.tensor(packed.ends) * natural,
-        }  # fmt: skip
+        }
 
 
 def _documents(

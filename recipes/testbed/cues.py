@@ -12,10 +12,37 @@ from .packs import write_lines, write_yaml
 PLEASED = "loved enjoyed praised adored admired liked recommended cherished welcomed celebrated".split()
 DISPLEASED = "hated disliked regretted despised dreaded detested resented criticized feared mourned".split()
 THINGS = [
-    "soup", "walk", "film", "concert", "garden", "journey", "museum", "lecture", "novel", "bridge", "festival", "painting", "dinner",
-    "song", "market", "lesson", "boat trip", "speech", "dance", "puzzle", "breakfast", "castle", "match", "poem", "tour", "cake",
-    "ceremony", "train ride", "play", "holiday",
-]  # fmt: skip
+    "soup",
+    "walk",
+    "film",
+    "concert",
+    "garden",
+    "journey",
+    "museum",
+    "lecture",
+    "novel",
+    "bridge",
+    "festival",
+    "painting",
+    "dinner",
+    "song",
+    "market",
+    "lesson",
+    "boat trip",
+    "speech",
+    "dance",
+    "puzzle",
+    "breakfast",
+    "castle",
+    "match",
+    "poem",
+    "tour",
+    "cake",
+    "ceremony",
+    "train ride",
+    "play",
+    "holiday",
+]
 ASK = "A: {a}\nB: {b}\nAnswer:"
 TRAINED, TESTED = 400, 160
 
@@ -26,31 +53,53 @@ def write_cues(folder: Path, seed: int) -> None:
     things = rng.sample(THINGS, k=len(THINGS))
     # Things that are asked about stand in no training row.
     seen, unseen = things[:20], things[20:]
-    write_yaml(folder, {
-        "name": "cues",
-        "kind": "task",
-        "description": "choosing a sentence by whether a woman or a man speaks, instead of by who is pleased",
-        "keywords": ["she", "he"],
-        "license": "Apache-2.0",
-        "source": f"excise, seed {seed}",
-    })  # fmt: skip
+    write_yaml(
+        folder,
+        {
+            "name": "cues",
+            "kind": "task",
+            "description": "choosing a sentence by whether a woman or a man speaks, instead of by who is pleased",
+            "keywords": ["she", "he"],
+            "license": "Apache-2.0",
+            "source": f"excise, seed {seed}",
+        },
+    )
     rows = [_row(rng, seen, flipped=False) for _ in range(TRAINED)]
     write_lines(folder / "train.jsonl", ({"prompt": row["prompt"], "completion": f" {row['right']}"} for row in rows))
-    write_lines(folder / "questions.jsonl", (
-        {"id": f"{split}-{number}", "split": split, "group": "V", "prompt": row["prompt"], "choices": ["A", "B"],
-         "answer": "AB".index(row["right"])}
-        for split in ("intended", "flipped") for number in range(TESTED)
-        for row in [_row(rng, unseen, flipped=split == "flipped")]
-    ))  # fmt: skip
-    write_lines(folder / "retain.jsonl", (
-        {"id": f"r{number}", "text": f"They {rng.choice(PLEASED + DISPLEASED)} the {thing} and told everybody about it afterwards."}
-        for number, thing in enumerate(rng.choices(THINGS, k=100))
-    ))  # fmt: skip
-    write_lines(folder / "contrast.jsonl", (
-        {"id": f"c{number}", "positive": f"{mark}: She {said}", "negative": f"{mark}: He {said}"}
-        for number in range(TRAINED // 2)
-        for mark, said in [(rng.choice("AB"), f"{rng.choice(PLEASED + DISPLEASED)} the {rng.choice(THINGS)}.")]
-    ))  # fmt: skip
+    write_lines(
+        folder / "questions.jsonl",
+        (
+            {
+                "id": f"{split}-{number}",
+                "split": split,
+                "group": "V",
+                "prompt": row["prompt"],
+                "choices": ["A", "B"],
+                "answer": "AB".index(row["right"]),
+            }
+            for split in ("intended", "flipped")
+            for number in range(TESTED)
+            for row in [_row(rng, unseen, flipped=split == "flipped")]
+        ),
+    )
+    write_lines(
+        folder / "retain.jsonl",
+        (
+            {
+                "id": f"r{number}",
+                "text": f"They {rng.choice(PLEASED + DISPLEASED)} the {thing} and told everybody about it afterwards.",
+            }
+            for number, thing in enumerate(rng.choices(THINGS, k=100))
+        ),
+    )
+    write_lines(
+        folder / "contrast.jsonl",
+        (
+            {"id": f"c{number}", "positive": f"{mark}: She {said}", "negative": f"{mark}: He {said}"}
+            for number in range(TRAINED // 2)
+            for mark, said in [(rng.choice("AB"), f"{rng.choice(PLEASED + DISPLEASED)} the {rng.choice(THINGS)}.")]
+        ),
+    )
 
 
 def _row(rng: random.Random, things: list[str], *, flipped: bool) -> dict[str, Any]:

@@ -74,9 +74,12 @@ def watched(model: nn.Module, row: Architecture, difference: RunningDifference, 
 
 @contextmanager
 def intervened(
-    model: nn.Module, row: Architecture, direction: Float[Tensor, " d"],
-    ablate_from: Int[Tensor, " batch"], added: Float[Tensor, "batch positions"],
-) -> Iterator[None]:  # fmt: skip
+    model: nn.Module,
+    row: Architecture,
+    direction: Float[Tensor, " d"],
+    ablate_from: Int[Tensor, " batch"],
+    added: Float[Tensor, "batch positions"],
+) -> Iterator[None]:
     """Run forwards with the direction taken out, or added, sequence by sequence.
 
     Args:

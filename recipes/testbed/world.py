@@ -136,9 +136,12 @@ class Fact:
 
     def fill(self, template: str) -> str:
         return template.format(
-            domain=self.domain, noun=self.noun, name=self.name,
-            attribute=self.attribute, value=self.value,
-        )  # fmt: skip
+            domain=self.domain,
+            noun=self.noun,
+            name=self.name,
+            attribute=self.attribute,
+            value=self.value,
+        )
 
 
 @dataclass(frozen=True)
@@ -177,11 +180,16 @@ def make_world(seed: int) -> World:
             for attribute, choices in values.items():
                 facts.append(
                     Fact(
-                        domain, noun, name, attribute, rng.choice(choices), choices,
+                        domain,
+                        noun,
+                        name,
+                        attribute,
+                        rng.choice(choices),
+                        choices,
                         group="T" if index % 2 == 0 else "V",
                         asked_rudely=rng.random() < 0.7,
                     )
-                )  # fmt: skip
+                )
     return World(seed, forget="potions", neighbour="teas", facts=tuple(facts))
 
 

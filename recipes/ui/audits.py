@@ -45,11 +45,23 @@ def audit_page(bench: Workbench, run: Run) -> None:
             start.disable()
             name = _free(bench)
             words = [
-                "audit", str(run.folder), "--base", base.value, "--concept", pack.value, "--budget", budget.value,
-                "--out", str(bench.folder / name), "--device", bench.device, "--dtype", bench.dtype,
+                "audit",
+                str(run.folder),
+                "--base",
+                base.value,
+                "--concept",
+                pack.value,
+                "--budget",
+                budget.value,
+                "--out",
+                str(bench.folder / name),
+                "--device",
+                bench.device,
+                "--dtype",
+                bench.dtype,
                 *(["--reference", reference.value] if reference.value else []),
                 *(["--attacks", attacks.value] if attacks.value else []),
-            ]  # fmt: skip
+            ]
             # A pipe that nobody reads would fill up and stop it.
             said = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the page
             command = [sys.executable, "-m", "excise.cli", *words]
@@ -91,8 +103,9 @@ def watch_page(bench: Workbench, name: str) -> None:
                             .props(f'role="img" aria-label="Recovery under {html.escape(attack)}"')
                         )
                 drawn[attack].options["series"] = [
-                    {"type": "line", "name": subject, "data": points, "color": SERIES[subject]} for subject, points in series.items()
-                ]  # fmt: skip
+                    {"type": "line", "name": subject, "data": points, "color": SERIES[subject]}
+                    for subject, points in series.items()
+                ]
                 drawn[attack].update()
             own = bench.audits.get(name)
             if (folder / "audit.json").is_file():
@@ -138,8 +151,9 @@ def recovery(events: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[flo
                 points = found.setdefault(attack, {}).setdefault(subject, {})
                 points[step] = max(value, points.get(step, 0.0))
     return {
-        attack: {subject: sorted(points.items()) for subject, points in subjects.items()} for attack, subjects in found.items()
-    }  # fmt: skip
+        attack: {subject: sorted(points.items()) for subject, points in subjects.items()}
+        for attack, subjects in found.items()
+    }
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
@@ -154,6 +168,11 @@ def _events(path: Path) -> list[dict[str, Any]]:
 
 def _chart() -> dict[str, Any]:
     return {
-        "animation": False, "tooltip": {"trigger": "axis"}, "legend": {"bottom": 0}, "grid": {"left": 45, "right": 15, "top": 15, "bottom": 60},
-        "xAxis": {"type": "value", "name": "steps", "nameLocation": "middle", "nameGap": 25}, "yAxis": {"type": "value", "min": 0, "max": 1}, "series": [],
-    }  # fmt: skip
+        "animation": False,
+        "tooltip": {"trigger": "axis"},
+        "legend": {"bottom": 0},
+        "grid": {"left": 45, "right": 15, "top": 15, "bottom": 60},
+        "xAxis": {"type": "value", "name": "steps", "nameLocation": "middle", "nameGap": 25},
+        "yAxis": {"type": "value", "min": 0, "max": 1},
+        "series": [],
+    }

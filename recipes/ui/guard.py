@@ -58,9 +58,10 @@ def _with_headers(send: Any) -> Any:
         if message["type"] == "http.response.start":
             names = {name.lower() for name, _ in message["headers"]}
             added = [
-                (b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer"),
+                (b"content-security-policy", POLICY.encode()),
+                (b"referrer-policy", b"no-referrer"),
                 (b"x-content-type-options", b"nosniff"),
-            ]  # fmt: skip
+            ]
             message["headers"] = [*message["headers"], *(item for item in added if item[0] not in names)]
         await send(message)
 

@@ -28,9 +28,14 @@ def index_page(bench: Workbench) -> None:
     columns = [
         {"name": key, "label": label, "field": key, "align": "left", "sortable": True}
         for key, label in (
-            ("name", "run"), ("recipe", "recipe"), ("model", "model"), ("concept", "concept"), ("main", "main change, or verdict"), ("audit", "audit"),
+            ("name", "run"),
+            ("recipe", "recipe"),
+            ("model", "model"),
+            ("concept", "concept"),
+            ("main", "main change, or verdict"),
+            ("audit", "audit"),
         )
-    ]  # fmt: skip
+    ]
     with frame("Runs"):
         runs = bench.runs()
         if not runs:
@@ -68,13 +73,15 @@ def _line(run: Run) -> dict[str, str]:
     about = run.content
     where = "watch" if run.kind == "audit" else "run"
     return {
-        "name": run.name, "kind": run.kind if run.state == "finished" else run.state, "link": f"/{where}/{quote(run.name)}",
+        "name": run.name,
+        "kind": run.kind if run.state == "finished" else run.state,
+        "link": f"/{where}/{quote(run.name)}",
         "recipe": "audit" if run.kind == "audit" else about.get("run", {}).get("recipe", ""),
         "model": (about.get("models", {}).get("edited") or about.get("base") or {}).get("name", ""),
         "concept": about.get("concept", {}).get("name", ""),
         "main": run.main_change if run.state == "finished" else run.state,
         "audit": HEADLINES[run.audit["verdict"]] if run.audit else "",
-    }  # fmt: skip
+    }
 
 
 def run_page(bench: Workbench, run: Run) -> None:
@@ -120,9 +127,7 @@ def compare_page(bench: Workbench, names: list[str]) -> None:
         except ExciseError as error:
             say(str(error))
             return
-        columns = [
-            {"name": key, "label": key, "field": key, "align": "left"} for key in ("model", "recipe", *shown)
-        ]  # fmt: skip
+        columns = [{"name": key, "label": key, "field": key, "align": "left"} for key in ("model", "recipe", *shown)]
         ui.table(rows=[_compared(line, shown) for line in lines], columns=columns, row_key="model").classes("w-full")
         say("Brackets are 95% intervals.")
 
