@@ -1,8 +1,8 @@
-"""What writes to the residual stream, per model type: the one table of architectures.
+"""The table of architectures: for each model type, which tensors write to the residual stream.
 
-A row names every tensor of a checkpoint. Writers carry the axis that holds d_model and, in post-norm
-models, the gain between the matrix and the stream; all other tensors are readers. A tensor that no
-pattern knows is an error: nothing is inferred from shapes, which lie when d_model equals another width.
+A row names every tensor of a checkpoint. A writer has the axis that holds d_model and, in post-norm models, the gain
+between the matrix and the stream; all other tensors are readers. A tensor that matches no pattern is an error. Nothing
+is inferred from shapes, because a shape is ambiguous when d_model equals another width.
 
 Source of each row: the model's modeling file in transformers 5.23, and keys of saved checkpoints.
 """
@@ -22,7 +22,7 @@ class Writer:
     """One family of tensors that write to the residual stream."""
 
     pattern: str
-    """Tensor name; ``{layer}`` and ``{expert}`` stand for numbers."""
+    """Tensor name, with ``{layer}`` and ``{expert}`` in place of numbers."""
     axis: int
     """Axis of d_model, counted from the last: -1 for rows of tokens, Conv1D and biases, -2 for nn.Linear."""
     kind: Kind
@@ -46,16 +46,16 @@ class Architecture:
     attention_units: str = "self_attn.o_proj"
     """Module of a layer whose input holds the attention heads' outputs."""
     mlp_units: str | None = "mlp.down_proj"
-    """Module of a layer whose input holds the MLP neurons; None where experts are fused in one tensor."""
+    """Module of a layer whose input holds the MLP neurons; None if experts are fused in one tensor."""
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """Modules of a layer whose output is the MLP neurons, one after another where several are fused in one."""
+    """Modules of a layer that compute the MLP neurons; ``gate_up_proj`` holds two matrices, one after the other."""
     unembedding: str = "lm_head.weight"
     gain_offset: float = 0.0
     """Added to the stored norm weight to get the gain (1 for Gemma)."""
     optional_prefix: str = ""
     """Prefix that checkpoints on disk may leave out."""
     refused: tuple[tuple[str, Any, str], ...] = ()
-    """``(config key, value, reason)`` under which no edit of weights can be right."""
+    """``(config key, value, reason)`` of variants in which editing weights cannot remove a direction."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
 
 
 def spelled(row: Architecture, name: str, names: Collection[str]) -> str | None:
-    """How a tensor is called among some names: checkpoints on disk may leave a prefix out that modules in memory have."""
+    """A tensor's name as ``names`` spells it, or None: checkpoints on disk may leave out a prefix that memory has."""
     prefix = row.optional_prefix
     return next((form for form in (name, name.removeprefix(prefix), prefix + name) if form in names), None)
 
@@ -314,10 +314,10 @@ def layer_count(config: dict[str, Any]) -> int:
 
 
 def classify(row: Architecture, names: list[str]) -> list[Site]:
-    """Find the tensors that write to the stream among all tensors of a checkpoint or state dict.
+    """Find the tensors that write to the stream among all tensors of a checkpoint or state dict, in the order of names.
 
     Raises:
-        UnsupportedArchitecture: A tensor matches neither a writer nor a reader of the row.
+        UnsupportedArchitecture: A tensor matches neither a writer nor a reader of the row, or none is a writer.
     """
     writers = [(_regex(row, writer.pattern), writer) for writer in row.writers]
     readers = [_regex(row, pattern) for pattern in row.readers]
@@ -335,11 +335,13 @@ def classify(row: Architecture, names: list[str]) -> list[Site]:
     if unknown:
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise UnsupportedArchitecture(
-            f"{len(unknown)} tensors are not in the architecture's row and might write to the residual stream: {shown}; "
-            "add them in editing/architectures.py"
+            f"{len(unknown)} tensors are not in the architecture's row and might write to the residual stream: "
+            f"{shown}; add them in editing/architectures.py"
         )
     if not sites:
-        raise UnsupportedArchitecture("the checkpoint holds no tensor that writes to the residual stream")
+        raise UnsupportedArchitecture(
+            "the checkpoint holds no tensor that writes to the residual stream; give a whole model, not a part of one"
+        )
     return sites
 
 

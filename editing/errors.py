@@ -1,14 +1,14 @@
-"""Every mistake a user can make, as one family of errors that read as one line each.
+"""The errors that users see: one family of exceptions, each message one line.
 
-A message says what is wrong, what was got, what is allowed and what to do next. ``RequestError``
-is a wrong request (exit code 2); any other ``ExciseError`` is a run that failed (exit code 1).
+A message says what is wrong, what the value was, what is allowed and what to do next. ``RequestError`` means that the
+request was wrong (exit code 2); any other ``ExciseError`` means that a run failed (exit code 1).
 """
 
 import difflib
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """What another library's error says, on one line; its kind where it says nothing."""
+    """Another library's error message on one line of at most ``most`` characters; if it is empty, the error's class."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -20,13 +20,13 @@ class ExciseError(Exception):
 
 
 class RequestError(ExciseError):
-    """A request that could never work, found before anything expensive happens."""
+    """A request that can never work. Raised before anything expensive happens."""
 
     exit_code = 2
 
 
 class UnsupportedArchitecture(RequestError):
-    """A model type without a row, or a tensor that no pattern of its row knows."""
+    """A model type without a row in the table of architectures, or a tensor that matches no pattern of its row."""
 
 
 class CheckpointError(RequestError):
@@ -34,11 +34,11 @@ class CheckpointError(RequestError):
 
 
 class ConceptError(RequestError):
-    """A concept pack with bad lines; the message lists all of them."""
+    """A concept pack with errors; the message lists all of them."""
 
 
 class EditError(ExciseError):
-    """An edit that changed nothing, changed the wrong tensors or left what it should remove."""
+    """An edit that changed nothing, changed the wrong tensors, or did not remove what it should."""
 
 
 class VerifyError(ExciseError):
@@ -46,6 +46,6 @@ class VerifyError(ExciseError):
 
 
 def nearest(word: str, words: list[str]) -> str:
-    """`` (did you mean X?)`` where some word is close, else nothing."""
+    """Return `` (did you mean 'X'?)`` if one of the words is similar, else an empty string."""
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

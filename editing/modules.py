@@ -1,4 +1,4 @@
-"""Parts of a transformers model by their role: the causal model inside a wrapper, linear modules, the unembedding."""
+"""Parts of a transformers model by role: the causal model inside a wrapper, linear modules, the unembedding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,14 @@ Head = Callable[[Tensor], Tensor]
 
 
 def final_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Hidden states that the unembedding reads [batch, positions, d], of right-padded rows."""
+    """Hidden states [batch, positions, d] that the unembedding reads; inputs must be right-padded."""
     decoder: Any = causal_model(model).base_model
     hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
     return hidden
 
 
 def unembedding(model: nn.Module) -> Head:
-    """Final hidden states to logits, as the model's own forward does it."""
+    """The function from final hidden states to logits, with the model's softcap if it has one."""
     inner = causal_model(model)
     head: Any = inner.get_output_embeddings()
     cap = getattr(inner.config, "final_logit_softcapping", None)
@@ -31,15 +31,15 @@ def unembedding(model: nn.Module) -> Head:
 
 
 def causal_model(model: Any) -> Any:
-    """The causal language model, whether it carries an adapter or not."""
+    """The causal language model itself, without the wrapper of an adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is one matrix product, in either layout."""
+    """Whether a module is one matrix product: nn.Linear, or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether its weight stands as [in, out] (GPT-2)."""
+    """Whether a module is GPT-2's Conv1D, which stores its weight as [in, out]."""
     return type(module).__name__ == "Conv1D"

@@ -138,7 +138,9 @@ def inspect(
             )
             write_report(staging / "inspect.html", about)
             if sparse:
-                save_directions([one.from_({"model": source.describe()}) for one in subspaces], staging / FILE)
+                save_directions(
+                    [one.with_provenance({"model": source.describe()}) for one in subspaces], staging / FILE
+                )
     return looked
 
 

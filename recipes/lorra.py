@@ -126,7 +126,7 @@ def _training(job: LorraJob, loaded: LoadedModel, events: Events, work: Path) ->
     with events.stage("read the vectors", len(pairs)) as stage:
         vectors = _reading_vectors(job, loaded, prompts, stage.advance)
     provenance = {"model": job.adapter.run.source.describe(), "seed": settings.seed, "concept": concept.ref}
-    save_directions([vector.subspace.from_(provenance) for vector in vectors], work / FILE)
+    save_directions([vector.subspace.with_provenance(provenance) for vector in vectors], work / FILE)
     replies = _replies(loaded, [pair.negative for pair in pairs], events) if chat else [()] * len(pairs)
     texts = [tuple(loaded.tokenizer(text.text)["input_ids"]) for text in concept.retain]
     passages = _passages(settings, prompts, replies, texts)

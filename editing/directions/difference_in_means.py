@@ -1,8 +1,7 @@
-"""Learning directions from contrasting prompts.
+"""Directions learned from contrasting prompts.
 
-A source takes the activations of positive and negative prompts and returns one direction for every
-(position, point) it looked at. Difference in means is the first; others need only satisfy
-``DirectionSource``.
+A source takes activations of positive and of negative prompts and returns one direction for each
+(point, position) that was read. ``DirectionSource`` is the interface; difference in means is the only source so far.
 """
 
 from collections.abc import Iterable
@@ -27,14 +26,14 @@ class Directions:
     """Positions counted from the end of the prompt (-1 is the last)."""
     vectors: Float[Tensor, "points positions d"]
     negative_mean: Float[Tensor, "points positions d"]
-    """Mean activation of the negative prompts, which ``projected`` edits keep."""
+    """Mean activation of the negative prompts. Edits with ``variant=projected`` leave this component in place."""
     count: tuple[int, int]
     """Number of positive and negative prompts."""
 
 
 @runtime_checkable
 class DirectionSource(Protocol):
-    """Turns streams of activations into directions."""
+    """A function from two streams of activations to directions."""
 
     def __call__(
         self,
@@ -51,9 +50,16 @@ def difference_in_means(
     points: tuple[int, ...],
     positions: tuple[int, ...],
 ) -> Directions:
-    """Mean activation on positive prompts minus mean on negative ones, summed in float64.
+    """Mean activation on positive prompts minus mean activation on negative prompts, summed in float64.
 
-    Source: Arditi et al. 2024, section 2.3.
+    Args:
+        positive: Batches of activations in the model's units; one batch holds several prompts at all points.
+        negative: The same for the prompts without the behaviour.
+        points: Points of the residual stream, in the order of the first axis; point l is the input of layer l.
+        positions: Positions counted from the end of the prompt (-1 is the last), in the order of the fourth axis.
+
+    Source:
+        Arditi et al. 2024, "Refusal in Language Models Is Mediated by a Single Direction", section 2.3.
     """
     plus, minus = _mean(positive), _mean(negative)
     assert plus.mean is not None and minus.mean is not None
@@ -71,12 +77,15 @@ DIRECTION_SOURCES: dict[str, DirectionSource] = {"difference_in_means": differen
 
 
 def unit(vector: Float[Tensor, " d"]) -> Float[Tensor, "d 1"]:
-    """A vector as an orthonormal basis of one column."""
+    """A vector scaled to unit length, as the one column of an orthonormal basis (fp32)."""
     return (vector.double() / vector.double().norm()).float()[:, None]
 
 
 def without_component(vector: Float[Tensor, " d"], along: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """The part of a vector orthogonal to another (projected variant: keep what negative prompts share)."""
+    """The part of a vector that is orthogonal to ``along``.
+
+    The ``projected`` variant uses it with the negative prompts' mean, so that the edit leaves that mean in the stream.
+    """
     axis = along.double() / along.double().norm()
     return (vector.double() - (vector.double() @ axis) * axis).float()
 
@@ -91,6 +100,6 @@ def _mean(batches: Iterable[Float[Tensor, "points batch positions d"]]) -> Momen
 
 
 def stacked(directions: Directions, point: int, position: int) -> tuple[Tensor, Tensor]:
-    """The vector and the negative mean of one candidate."""
+    """Direction and negative mean [d] of one candidate, as copies."""
     where = directions.points.index(point), directions.positions.index(position)
     return torch.clone(directions.vectors[where]), torch.clone(directions.negative_mean[where])

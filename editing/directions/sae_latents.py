@@ -1,7 +1,11 @@
-"""Latents of a sparse autoencoder: what each says of an activation, and what it writes there.
+"""Latents of a sparse autoencoder (SAE): their values on an activation, and the vectors that they write.
 
-Taken out of the stream as far as they fire, ``x' = x - sum_i f_i(x) d_i``: what decoding with them at 0 and adding the error
-back amounts to. Source: SHIFT (Marks et al. 2025, section 4). Removing their span, whatever fires, is CAFT's way.
+There are two ways to ablate latents:
+- Remove what they write: ``x' = x - sum_i f_i(x) d_i``, with f_i a latent's value and d_i its decoder row. This equals
+  decoding with these latents at 0 and adding the reconstruction error back. Source: SHIFT (Marks et al. 2025, section
+  4).
+- Remove the span of their decoder rows, whether they are active or not. Source: CAFT (Casademunt et al. 2025, section
+  3).
 """
 
 from collections.abc import Sequence
@@ -18,27 +22,27 @@ from .subspaces import Place, Subspace
 
 @dataclass(frozen=True)
 class SparseLatents:
-    """Some or all latents of one autoencoder: where they write, and when they fire."""
+    """Some or all latents of one autoencoder: decoder rows, and encoder rows that give their values."""
 
     place: Place
     numbers: tuple[int, ...]
-    """Their numbers in the autoencoder."""
+    """Index of each latent in the autoencoder."""
     decoder: Float[Tensor, "k d"]
     decoder_bias: Float[Tensor, " d"]
     encoder: Float[Tensor, "d k"]
     bias: Float[Tensor, " k"]
     centred: bool
-    """Whether the decoder's bias is taken from activations before they are encoded."""
+    """Whether the decoder's bias is subtracted from activations before they are encoded."""
     threshold: Float[Tensor, " k"] | None = None
-    """Value below which a latent is silent (JumpReLU); None is a plain ReLU."""
+    """Values at or below this count as 0 (JumpReLU); None is a plain ReLU."""
     not_alone: str = ""
-    """Why ``values`` are not the autoencoder's own (it is gated, say); empty where they are."""
+    """Why ``values`` differ from the autoencoder's values, for example because it is gated; empty if they agree."""
     scores: tuple[float, ...] = ()
-    """What they were chosen by; none where somebody named them."""
+    """Score by which each latent was chosen; empty if the user named the latents."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def values(self, hidden: Float[Tensor, "*where d"]) -> Float[Tensor, "*where k"]:
-        """What each latent says of each activation."""
+        """Value of each latent on each activation, at least 0, in the dtype of ``hidden``."""
         seen = hidden - self.decoder_bias.to(hidden) if self.centred else hidden
         before = seen @ self.encoder.to(hidden) + self.bias.to(hidden)
         if self.threshold is None:
@@ -46,37 +50,37 @@ class SparseLatents:
         return torch.where(before > self.threshold.to(hidden), before, 0.0).relu()
 
     def written(self, hidden: Float[Tensor, "*where d"]) -> Float[Tensor, "*where d"]:
-        """What the latents together add to each activation, as far as they fire."""
+        """Sum of the latents' writes to each activation: value times decoder row."""
         return self.values(hidden) @ self.decoder.to(hidden)
 
     def pick(self, places: Sequence[int], scores: Sequence[float] = ()) -> "SparseLatents":
-        """Some of them, by index, with what they were chosen by.
+        """The latents at these indices of this object, with the scores by which they were chosen.
 
         Raises:
-            RequestError: There is no such one.
+            RequestError: An index is outside this object.
         """
         wrong = [place for place in places if not 0 <= place < len(self.numbers)]
         if wrong:
             raise RequestError(
                 f"there is no latent with index {wrong[0]} at the {self.place}; there are 0 to {len(self.numbers) - 1}"
             )
-        some = torch.tensor(list(places), dtype=torch.long)
+        index = torch.tensor(list(places), dtype=torch.long)
         return replace(
             self,
             numbers=tuple(self.numbers[place] for place in places),
-            decoder=self.decoder[some],
-            encoder=self.encoder[:, some],
-            bias=self.bias[some],
-            threshold=None if self.threshold is None else self.threshold[some],
+            decoder=self.decoder[index],
+            encoder=self.encoder[:, index],
+            bias=self.bias[index],
+            threshold=None if self.threshold is None else self.threshold[index],
             scores=tuple(scores) or tuple(self.scores[place] for place in places if self.scores),
         )
 
     @property
     def subspace(self) -> Subspace:
-        """Their span: unit decoder rows, with the scores they were chosen by, or their norms.
+        """Span of the decoder rows, scaled to unit length, with the latents' scores (or the rows' norms).
 
         Raises:
-            RequestError: They are not linearly independent.
+            RequestError: The decoder rows are not linearly independent.
         """
         norms = self.decoder.norm(dim=1)
         return Subspace(
@@ -90,7 +94,7 @@ class SparseLatents:
         )
 
     def with_random_writes(self, seed: int) -> "SparseLatents":
-        """Latents that fire alike and write elsewhere, as much: a control."""
+        """A control: the same values, written along random directions of the same norms."""
         drawn = torch.randn(self.decoder.shape, generator=torch.Generator().manual_seed(seed))
         norms = self.decoder.norm(dim=1, keepdim=True)
         return replace(self, decoder=drawn / drawn.norm(dim=1, keepdim=True) * norms)

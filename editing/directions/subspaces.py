@@ -1,6 +1,12 @@
-"""Directions as data, and the fitters that find them in streamed statistics: no activation is ever stored.
+"""Directions as data, and the functions that fit them to streamed statistics, so that no activation is stored.
 
-Every source ends in a ``Subspace``, which any method can use: its projector is ``basis @ readers.T``.
+Every source returns a ``Subspace``, which any method can use: its projector is ``basis @ readers.T``.
+
+Example:
+    >>> plus, minus = Moments(width=d, covariance=True), Moments(width=d, covariance=True)
+    >>> plus.update(activations_with_concept)  # [n, d], as often as there are batches
+    >>> minus.update(activations_without)
+    >>> subspace = mean_difference(plus, minus, Place(layer=12))
 """
 
 from collections.abc import Sequence
@@ -15,9 +21,9 @@ from ..errors import RequestError
 from ..numerics.moments import Moments
 
 NOTHING = 1e-12
-"""Share of the largest variance below which an eigenvector is rounding."""
+"""An eigenvector with less than this share of the largest variance is rounding noise."""
 Site = Literal["input", "output", "attention", "mlp"]
-"""Where in a decoder layer: the stream it reads, the stream it leaves, or what one of its sublayers writes."""
+"""Where in a decoder layer: the stream before it, the stream after it, or the output of one of its sublayers."""
 
 
 @dataclass(frozen=True)
@@ -33,51 +39,55 @@ class Place:
 
 @dataclass(frozen=True)
 class Subspace:
-    """Named directions at one place, with what they were centred on."""
+    """Named directions at one place, and the mean that they were centred on."""
 
     place: Place
     basis: Float[Tensor, "d k"]
     """Unit columns, fp32, in the order of their scores; not orthogonal unless the source makes them so."""
     offset: Float[Tensor, " d"]
-    """Mean of the activations they were learned on: where ``value=mean`` leaves an ablated activation."""
+    """Mean of the activations they were learned on; ablation with ``value=mean`` leaves this mean in place."""
     names: tuple[str, ...]
     scores: tuple[float, ...]
     source: str
     readers: Float[Tensor, "d k"] | None = None
-    """Of an oblique projector (LEACE); without them the projector is the orthogonal one onto the span of the basis."""
+    """Right side of an oblique projector (LEACE); None means the orthogonal projector onto the span of the basis."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Model, data hashes, seed."""
 
     def __post_init__(self) -> None:
         d, k = self.basis.shape
         if k > d:
-            raise RequestError(f"{k} directions at the {self.place} are more than the {d} there are; pick fewer")
+            raise RequestError(
+                f"{k} directions at the {self.place} do not fit into a stream of width {d}; pick at most {d}"
+            )
         if not (len(self.names) == len(self.scores) == k) or self.offset.shape != (d,):
             raise RequestError(
-                f"the directions at the {self.place} are [{d}, {k}] with {len(self.names)} names and {len(self.scores)} scores; "
-                "each column needs both, and one offset of the same width"
+                f"the directions at the {self.place} are [{d}, {k}] with {len(self.names)} names, {len(self.scores)} "
+                "scores "
+                f"and an offset {list(self.offset.shape)}; give {k} names, {k} scores and an offset [{d}]"
             )
         if not bool(torch.isfinite(self.basis).all()) or int(torch.linalg.matrix_rank(self.basis.double())) < k:
             raise RequestError(
-                f"the {k} directions at the {self.place} are not linearly independent; pick other ones or fewer"
+                f"the {k} directions at the {self.place} are not linearly independent; pick fewer, or other ones"
             )
 
     def projector(self) -> tuple[Float[Tensor, "d k"], Float[Tensor, "d k"]]:
-        """What is written and what is read: ``P = left @ right.T``, idempotent, computed in float64."""
+        """Both sides of the projector ``P = left @ right.T``, idempotent; computed in float64, returned in fp32."""
         if self.readers is not None:
             return self.basis, self.readers
         orthonormal = torch.linalg.qr(self.basis.double()).Q.float()
         return orthonormal, orthonormal
 
-    def from_(self, provenance: dict[str, Any]) -> "Subspace":
-        """The same directions, saying more of where they came from."""
+    def with_provenance(self, provenance: dict[str, Any]) -> "Subspace":
+        """The same directions with these entries added to their provenance."""
         return replace(self, provenance={**self.provenance, **provenance})
 
     def pick(self, columns: Sequence[int]) -> "Subspace":
-        """Some of the directions, by index.
+        """The directions at these indices.
 
         Raises:
-            RequestError: There is no such direction, or it is one of an oblique projector, which only works whole.
+            RequestError: An index does not exist, or a part of an oblique projector is wanted (it works only as a
+                whole).
         """
         wrong = [column for column in columns if not 0 <= column < len(self.names)]
         if wrong:
@@ -85,7 +95,7 @@ class Subspace:
                 f"there is no direction {wrong[0]} at the {self.place}; there are 0 to {len(self.names) - 1}"
             )
         if self.readers is not None and len(columns) < len(self.names):
-            raise RequestError(f"the {self.source} directions at the {self.place} are one projector; take all of them")
+            raise RequestError(f"the {self.source} directions at the {self.place} form one projector; pick all of them")
         return replace(
             self,
             basis=self.basis[:, list(columns)],
@@ -95,20 +105,41 @@ class Subspace:
 
 
 def mean_difference(plus: Moments, minus: Moments, place: Place) -> Subspace:
-    """Difference in means, centred on the negative samples' mean. Source: Arditi et al. 2024, section 2.3."""
+    """Difference in means, centred on the negative samples' mean; its score is the distance of the means.
+
+    Raises:
+        RequestError: Both classes have the same mean.
+
+    Source:
+        Arditi et al. 2024, section 2.3.
+    """
     return _single(place, _mean(plus) - _mean(minus), _mean(minus), "difference_in_means")
 
 
 def mass_mean(plus: Moments, minus: Moments, place: Place) -> Subspace:
-    """``pinv(pooled covariance) @ difference in means``. Source: Marks and Tegmark 2023, section 5.1 (their i.i.d. form)."""
+    """``pinv(pooled covariance) @ difference in means``; the moments need covariance.
+
+    Raises:
+        RequestError: Both classes have the same mean.
+
+    Source:
+        Marks and Tegmark 2023, "The Geometry of Truth", section 5.1 (the form for independent samples).
+    """
     within = _within(plus, minus)
-    # Their tolerance, on a scale of the covariance's own.
+    # The authors' tolerance, relative to the largest eigenvalue of the covariance.
     inverse = torch.linalg.pinv(within, rtol=1e-3, hermitian=True)
     return _single(place, inverse @ (_mean(plus) - _mean(minus)), _middle(plus, minus), "mass_mean")
 
 
 def ridge_probe(plus: Moments, minus: Moments, place: Place, penalty: float = 1e-2) -> Subspace:
-    """The direction of a linear probe: least squares on the labels with a ridge of ``penalty`` mean variances."""
+    """Direction of a linear probe: ridge regression of the labels on the activations; the moments need covariance.
+
+    Args:
+        penalty: Ridge, as a multiple of the mean variance per dimension.
+
+    Raises:
+        RequestError: Both classes have the same mean.
+    """
     within = _within(plus, minus)
     ridge = penalty * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype)
     direction = torch.linalg.solve(within + ridge, _mean(plus) - _mean(minus))
@@ -118,24 +149,31 @@ def ridge_probe(plus: Moments, minus: Moments, place: Place, penalty: float = 1e
 def principal_components(
     moments: Moments, count: int, place: Place, *, centred: bool = True, offset: Tensor | None = None
 ) -> Subspace:
-    """Directions of largest variance, exactly: eigenvectors of the streamed covariance, with their share of the variance.
+    """Directions of largest variance: eigenvectors of the streamed covariance, scored by their share of the variance.
 
-    Where the samples span fewer than ``count``, so many are returned.
+    Fewer than ``count`` directions are returned if the samples span fewer.
 
     Args:
-        offset: Mean of the activations, where the samples are differences of them; the samples' own mean by default.
-        centred: About the mean. Of differences between two models or two prompts the mean is itself what is looked
-            for, and centring takes it away: ``centred=False`` keeps it (second moments about zero).
+        moments: Statistics of one place, with covariance.
+        count: Number of directions, at most d.
+        offset: Mean of the activations, for samples that are differences of activations; the samples' mean by default.
+        centred: Whether the variance is about the mean. Use False for differences between two models or two prompts:
+            there the mean is the signal, and centring would remove it.
+
+    Raises:
+        RequestError: ``count`` is larger than the width of the stream.
     """
     mean = _mean(moments)
     if count > len(mean):
-        raise RequestError(f"{count} components at the {place} are more than the {len(mean)} there are; ask for fewer")
+        raise RequestError(
+            f"{count} components at the {place} do not fit into a stream of width {len(mean)}; use at most {len(mean)}"
+        )
     spread = moments.cov().double().cpu() if centred else _second_moment(moments)
     values, vectors = torch.linalg.eigh(spread)
     values, vectors = values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count]
     spanned = max(1, int((values > NOTHING * values[0]).sum()))
     values, vectors = values[:spanned], vectors[:, :spanned]
-    # The sign of an eigenvector is arbitrary: along the mean, so that it says the same in every run.
+    # The sign of an eigenvector is arbitrary; pointing it along the mean makes every run agree.
     vectors = vectors * torch.where(mean @ vectors < 0, -1.0, 1.0)
     total = float(spread.trace().clamp_min(1e-30))
     return Subspace(
@@ -149,10 +187,20 @@ def principal_components(
 
 
 def least_squares_eraser(plus: Moments, minus: Moments, place: Place, *, orthogonal: bool = False) -> Subspace:
-    """LEACE for two classes: no linear classifier can tell them apart afterwards.
+    """LEACE for two classes: after ``x' = x - W^+ u u^T W (x - mean)`` no linear classifier can tell them apart.
 
-    ``x' = x - W^+ u u^T W (x - mean)`` with ``W = cov(x)^(-1/2)`` and u along ``W cov(x, z)``; the orthogonal form has W = 1.
-    Source: Belrose et al. 2023, theorem 4.3 (without shrinkage).
+    ``W = cov(x)^(-1/2)``, and u is the unit vector along ``W cov(x, z)`` for labels z.
+
+    Args:
+        plus: Statistics of one class, with covariance.
+        minus: Statistics of the other class, with covariance.
+        orthogonal: Use W = 1, an orthogonal projector, which changes more than LEACE does.
+
+    Raises:
+        RequestError: Both classes have the same mean (orthogonal form only).
+
+    Source:
+        Belrose et al. 2023, "LEACE", theorem 4.3 (without shrinkage).
     """
     n, m = plus.count, minus.count
     difference, middle = _mean(plus) - _mean(minus), _middle(plus, minus)
@@ -160,11 +208,11 @@ def least_squares_eraser(plus: Moments, minus: Moments, place: Place, *, orthogo
         return _single(place, difference, middle, "leace_orthogonal")
     total = (_scatter(plus) + _scatter(minus) + torch.outer(difference, difference) * (n * m / (n + m))) / (n + m)
     values, vectors = torch.linalg.eigh(total)
-    # Directions of no variance at all: the whitening leaves them alone, as its authors' does.
-    known = values > 1e-9 * values.max()
+    # Whitening leaves directions without variance alone, as the authors' code does: 1 / root would be infinite.
+    varying = values > 1e-9 * values.max()
     root = values.clamp_min(0).sqrt()
-    whiten = vectors @ torch.where(known, 1 / root.clamp_min(1e-30), 0.0).diag() @ vectors.T
-    colour = vectors @ torch.where(known, root, 0.0).diag() @ vectors.T
+    whiten = vectors @ torch.where(varying, 1 / root.clamp_min(1e-30), 0.0).diag() @ vectors.T
+    colour = vectors @ torch.where(varying, root, 0.0).diag() @ vectors.T
     axis = whiten @ difference
     axis = axis / axis.norm()
     left, right = colour @ axis, whiten @ axis
@@ -181,7 +229,7 @@ def least_squares_eraser(plus: Moments, minus: Moments, place: Place, *, orthogo
 
 
 def random_directions(like: Subspace, seed: int) -> Subspace:
-    """As many random orthonormal directions at the same place: a control."""
+    """A control: the same number of random orthonormal directions at the same place."""
     d, k = like.basis.shape
     drawn = torch.randn(d, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return Subspace(
@@ -205,7 +253,9 @@ def _single(place: Place, direction: Tensor, offset: Tensor, source: str) -> Sub
 
 
 def _mean(moments: Moments) -> Float[Tensor, " d"]:
-    assert moments.mean is not None and moments.mean.ndim == 1, "fitters take the samples of one place"
+    assert moments.mean is not None and moments.mean.ndim == 1, (
+        "directions are fitted to samples of one place: values must be [n, d]"
+    )
     return moments.mean.double().cpu()
 
 

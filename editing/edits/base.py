@@ -1,4 +1,11 @@
-"""What every edit has in common: it plans from names, streams each tensor, and is held to what it declared."""
+"""What every edit has in common: a plan, a stream of edited blocks for each tensor, and a check at the end.
+
+An edit is data (``WeightEdit``). ``plan`` declares the tensors that it changes before any weight is read; each
+``TensorEdit`` of the plan streams edited blocks; ``check_changes`` compares what changed with what was declared.
+
+Example:
+    >>> changes = edit_model(edit, model, model.config.to_dict())
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +24,8 @@ RowReader = Callable[[int, int], Tensor]
 
 
 @runtime_checkable
-@runtime_checkable
 class BlockStream(Protocol):
-    """Edited blocks of rows of one matrix, in order; ``change()`` is valid once all were taken."""
+    """Edited blocks of rows of one matrix, in order; call ``change()`` only after the last block."""
 
     def __iter__(self) -> Iterator[Tensor]: ...
 
@@ -27,9 +33,8 @@ class BlockStream(Protocol):
 
 
 @runtime_checkable
-@runtime_checkable
 class TensorEdit(Protocol):
-    """One declared tensor. Fused experts [E, a, b] are E matrices, a bias is one row."""
+    """The edit of one declared tensor. Fused experts [E, a, b] are E matrices; a bias is a matrix of one row."""
 
     @property
     def name(self) -> str: ...
@@ -40,20 +45,19 @@ class TensorEdit(Protocol):
 
 
 @runtime_checkable
-@runtime_checkable
 class Shrinking(Protocol):
-    """A declared tensor that a checkpoint may store without what the edit set to zero; a model in memory keeps it."""
+    """A tensor edit whose zeroed rows or columns a checkpoint may leave out; a model in memory keeps its shapes."""
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]: ...
 
     def stored_block(self, first_row: int, rows: int, block: Tensor) -> Tensor:
-        """What is stored of an edited block of a matrix of so many rows."""
+        """The part of an edited block that is stored; the whole matrix has ``rows`` rows."""
         ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an edit will do to one checkpoint, from names alone."""
+    """What an edit will do to one checkpoint, decided from the config and tensor names alone."""
 
     tensors: Sequence[TensorEdit]
     untied: str | None
@@ -61,9 +65,9 @@ class Plan:
     tied: bool
     """Whether the unembedding is the embedding, so that editing one edits both."""
     unties: bool = False
-    """Whether the new checkpoint must say that they differ."""
+    """Whether the new checkpoint's config must say that unembedding and embedding differ."""
     config: dict[str, Any] = field(default_factory=dict)
-    """What changes in the checkpoint's ``config.json``."""
+    """Keys to change in the checkpoint's ``config.json``."""
 
     @property
     def declared(self) -> tuple[str, ...]:
@@ -71,9 +75,8 @@ class Plan:
 
 
 @runtime_checkable
-@runtime_checkable
 class WeightEdit(Protocol):
-    """An edit as data: learned once, saved, applied to any copy of its base."""
+    """An edit as data: learned once, saved, and applied to any copy of its base model."""
 
     method: ClassVar[str]
 
@@ -84,7 +87,7 @@ class WeightEdit(Protocol):
 
 
 def merge_changes(name: str, parts: list[Change]) -> Change:
-    """One record for a tensor that was edited as several matrices (fused experts): the worst of each figure."""
+    """One record for a tensor that was edited as several matrices (fused experts): the largest value of each figure."""
     return Change(
         name,
         parts[0].form,
@@ -103,32 +106,44 @@ def _worst(values: Iterator[float | None]) -> float | None:
 
 
 def check_changes(plan: Plan, changes: list[Change]) -> None:
-    """Hold an applied edit to what it declared.
+    """Check that an applied edit treated exactly the tensors that it declared, and changed at least one.
 
     Raises:
-        EditError: Nothing changed, or the tensors treated are not the declared ones.
+        EditError: Nothing changed, or other tensors were treated than those declared.
     """
     if {change.name for change in changes} != set(plan.declared):
         missing = sorted(set(plan.declared) ^ {change.name for change in changes})
-        raise EditError(f"the edit treated other tensors than it declared: {', '.join(missing[:3])}")
+        raise EditError(f"the edit treated other tensors than it declared: {', '.join(missing[:3])}; report this bug")
     if not any(change.changed for change in changes):
         raise EditError(
-            f"the edit changed none of its {len(changes)} tensors: in their stored precision it is nothing; "
+            f"the edit changed none of its {len(changes)} tensors: each change rounds to zero in the stored precision; "
             "choose another direction, a larger strength or more training"
         )
 
 
 @torch.no_grad()
 def edit_model(edit: WeightEdit, model: nn.Module, config: dict[str, Any]) -> list[Change]:
-    """Apply the edit to a model in memory, through the same arithmetic as the streaming export.
+    """Apply the edit in place to a model in memory, through the same arithmetic as the streaming export.
 
-    ``embeddings: untie`` has no meaning here: a tied module stays tied, so it is refused.
+    Args:
+        edit: Any edit that ``excise.load_edit`` returns or a recipe learned.
+        model: A causal language model with the parameter names of transformers.
+        config: The content of the model's ``config.json``, such as ``model.config.to_dict()``.
+
+    Returns:
+        One record for each changed tensor, with relative sizes.
+
+    Raises:
+        RequestError: The edit was learned on another kind of model, or has ``embeddings=untie``: a tied module stays
+            tied.
+        EditError: The edit changed nothing, or a weight is NaN or infinite.
     """
     parameters = dict(model.named_parameters())
     plan = edit.plan(config, list(parameters))
     if plan.untied:
         raise RequestError(
-            "embeddings=untie adds a tensor; apply the edit to a checkpoint instead of a model in memory"
+            "embeddings=untie adds a tensor, which a model in memory has no place for; apply the edit to a checkpoint "
+            "folder"
         )
     changes = []
     for tensor in plan.tensors:

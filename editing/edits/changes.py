@@ -1,4 +1,4 @@
-"""What an edit did to each tensor, summed up block by block while it is done."""
+"""Records of what an edit did to each tensor, summed block by block while the edit runs."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import EditError
 
 WHOLE = 1 << 30
-"""Rows a block, where a tensor is taken in one."""
+"""Rows per block that put any tensor into a single block."""
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,21 @@ class Change:
     form: str
     strength: float
     relative_change: float
-    """Frobenius norm of the change over that of the tensor."""
+    """Frobenius norm of the change, divided by that of the tensor."""
     largest_change: float
     """Largest absolute change of one weight."""
     written: float | None
-    """Orthogonalization: share of what the tensor writes to the stream that lay in the subspace before (0 to 1, root mean square)."""
+    """Orthogonalization only: share of the tensor's writes that lay in the subspace before (RMS, 0 to 1)."""
     residual: float | None
-    """Orthogonalization: what is left of that component, in stored precision, over what it was; 0 where there was none."""
+    """Orthogonalization only: that component after the edit in stored precision, divided by that before."""
     changed: bool
 
 
 class Meter:
-    """Sums what happens to one matrix, in two fp32 buffers that all its blocks share.
+    """Sums the changes of one matrix, in two fp32 buffers that all its blocks share.
 
-    Arithmetic on a checkpoint is bound by memory: fresh buffers, and a pass more over each block, would
-    cost as much as the edit.
+    Editing a checkpoint is limited by memory bandwidth: new buffers for each block, or one more pass over it, would
+    cost as much time as the edit.
     """
 
     def __init__(self, name: str):
@@ -43,33 +43,40 @@ class Meter:
         self._buffers: list[Tensor] = []
 
     def widen(self, stored: Tensor, *, counted: bool = False) -> Float[Tensor, "rows columns"]:
-        """A block in fp32, in a buffer that the next block overwrites; ``counted`` if it was seen before.
+        """A block in fp32, in a buffer that the next block overwrites.
+
+        Args:
+            stored: The block in stored dtype.
+            counted: Whether the block was read before; its norm is then not added again.
 
         Raises:
-            EditError: It holds NaN or an infinity.
+            EditError: The block holds NaN or an infinity.
         """
         block = self._buffer(0, stored).copy_(stored)
         if not counted:
             squared = _dot(block)
-            # Squares of huge finite weights overflow too; only then is the slow test worth its time.
+            # Squares of huge finite weights overflow as well, so the slower exact test decides.
             if not squared < float("inf"):
                 if not torch.isfinite(block).all():
-                    raise EditError(f"{self.name} holds NaN or infinite weights; the base checkpoint is damaged")
+                    raise EditError(
+                        f"{self.name} holds NaN or infinite weights; the base checkpoint is damaged, fetch it again"
+                    )
                 squared = float(block.double().square().sum())
             self.weight += squared
         return block
 
     def room(self, stored: Tensor) -> Tensor:
-        """An fp32 buffer of a block's shape for its edited values."""
+        """An fp32 buffer with the block's shape, for the edited values."""
         return self._buffer(1, stored)
 
     def finish(self, edited: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The edited block as it is stored, in memory of its own, and the same values in fp32."""
+        """The edited block in stored dtype, as a copy, and the same rounded values in fp32."""
+        # The caller keeps the stored block while the buffer behind ``edited`` is reused for the next one.
         finished = edited.to(dtype, copy=True, memory_format=torch.contiguous_format)
         return finished, edited.copy_(finished)
 
     def compare(self, block: Tensor, rounded: Tensor) -> None:
-        """Count the difference between a block and its edited values, which this overwrites."""
+        """Add the difference between a block and its edited values to the sums; overwrites ``rounded``."""
         rounded.sub_(block)
         self.difference += _dot(rounded)
         if rounded.numel():
@@ -104,7 +111,7 @@ def block_ranges(rows: int, rows_per_block: int) -> list[slice]:
 
 
 def ratio(squared_part: float, squared_whole: float) -> float:
-    """Of two squared norms, the ratio of the norms; 0 of nothing."""
+    """Ratio of two norms, from their squares; 0 if the second is 0."""
     return (squared_part / squared_whole) ** 0.5 if squared_whole > 0 else 0.0
 
 

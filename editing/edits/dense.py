@@ -1,4 +1,4 @@
-"""Fine-tuning of whole weights: which ones are trained, and what was added to them as data."""
+"""Fine-tuning of whole weight matrices: select which are trained, and store what training added to them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from .low_rank import plan_addition
 
 @dataclass(frozen=True)
 class Delta:
-    """What is added to one stored matrix, in its stored layout."""
+    """The addend of one stored matrix, in its stored layout."""
 
     form: ClassVar[str] = "dense"
     values: Float[Tensor, "rows columns"]
@@ -31,11 +31,11 @@ class Delta:
 
 @dataclass(frozen=True)
 class DenseUpdate:
-    """A fine-tune of whole weights: what is added to which tensors of a model."""
+    """A fine-tune of whole weights: the addend of each changed tensor."""
 
     method: ClassVar[str] = "dense"
     deltas: dict[str, Delta]
-    """By tensor name, as modules in memory spell it."""
+    """By the parameter's name in memory; a checkpoint may spell it without a prefix."""
     model_type: str
     width: int
     layers: int
@@ -45,37 +45,44 @@ class DenseUpdate:
         """Find each tensor in a checkpoint, before reading any.
 
         Raises:
-            RequestError: The update was learned on another kind of model, or a tensor is not there.
+            RequestError: The update was learned on another kind of model, or a tensor is missing.
         """
         return plan_addition(self, self.deltas, config, names)
 
 
 @contextmanager
 def weights_trained(model: nn.Module, modules: Sequence[str]) -> Iterator[Mapping[str, Tensor]]:
-    """Only the weights of these modules want a gradient, all in fp32, while the context lasts; yields what they were.
+    """Train only the weights of these modules, with all parameters in fp32, while the context lasts.
 
-    Afterwards the model is what it was, bit for bit.
+    Yields copies of the weights from before. On exit the model is restored bit for bit.
+
+    Args:
+        model: The model whose parameters change.
+        modules: Names of linear modules, without ``.weight``.
+
+    Raises:
+        EditError: A weight could not be restored.
     """
     parameters = dict(model.named_parameters())
     weights = {f"{name}.weight": parameters[f"{name}.weight"] for name in modules}
-    found = {name: (parameter.dtype, parameter.requires_grad) for name, parameter in parameters.items()}
+    original = {name: (parameter.dtype, parameter.requires_grad) for name, parameter in parameters.items()}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     try:
         for name, parameter in parameters.items():
-            # In half precision small steps would round to none.
+            # In half precision small optimizer steps would round to zero.
             parameter.data = parameter.data.float()
             parameter.requires_grad_(name in weights)
         yield before
     finally:
         for name, parameter in parameters.items():
-            parameter.data = parameter.data.to(found[name][0])
-            parameter.requires_grad_(found[name][1])
+            parameter.data = parameter.data.to(original[name][0])
+            parameter.requires_grad_(original[name][1])
             parameter.grad = None
         restore(weights, before)
 
 
 @torch.no_grad()
 def learned_deltas(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Delta]:
-    """What training added to each weight, fp32."""
+    """What training added to each weight, in fp32 on the CPU; ``before`` is what ``weights_trained`` yielded."""
     now = dict(model.named_parameters())
     return {name: Delta((now[name].float() - old.float()).cpu()) for name, old in before.items()}

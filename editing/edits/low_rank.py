@@ -1,4 +1,7 @@
-"""Low-rank updates as data: ``W <- W + left right`` for named tensors (LoRA: Hu et al. 2021, equation 3)."""
+"""Low-rank updates as data: ``W <- W + left right`` for named tensors.
+
+Source: LoRA (Hu et al. 2021, equation 3).
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +20,7 @@ from .subspace_removal import check_learned_on, ties_embeddings
 
 @runtime_checkable
 class Addend(Protocol):
-    """What is added to one stored matrix, in its stored layout."""
+    """Something to add to one stored matrix, in its stored layout."""
 
     form: ClassVar[str]
 
@@ -25,13 +28,13 @@ class Addend(Protocol):
     def height(self) -> int: ...
 
     def add_to(self, block: Tensor, rows: slice, room: Tensor | None) -> Tensor:
-        """The sum with some rows of the matrix, in ``room`` where there is some."""
+        """Add these rows to a block of the matrix, in fp32; the result goes into ``room`` if it is not None."""
         ...
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The update of one stored matrix, scale included, in its stored layout."""
+    """Low-rank addend of one stored matrix, scale included, in its stored layout."""
 
     form: ClassVar[str] = "low_rank"
     left: Float[Tensor, "rows r"]
@@ -47,11 +50,11 @@ class Factors:
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """A merged adapter: what is added to which tensors of a model."""
+    """A merged adapter: the addend of each changed tensor."""
 
     method: ClassVar[str] = "low_rank"
     factors: dict[str, Factors]
-    """By tensor name, as modules in memory spell it."""
+    """By the parameter's name in memory; a checkpoint may spell it without a prefix."""
     model_type: str
     width: int
     layers: int
@@ -61,14 +64,14 @@ class LowRankUpdate:
         """Find each tensor in a checkpoint, before reading any.
 
         Raises:
-            RequestError: The update was learned on another kind of model, or a tensor is not there.
+            RequestError: The update was learned on another kind of model, or a tensor is missing.
         """
         return plan_addition(self, self.factors, config, names)
 
 
 @runtime_checkable
 class Addition(Protocol):
-    """An edit that adds something, and the model it was learned on."""
+    """An edit that adds to weights, and the kind of model it was learned on."""
 
     @property
     def model_type(self) -> str: ...
@@ -81,27 +84,27 @@ class Addition(Protocol):
 
 
 def plan_addition(edit: Addition, addends: Mapping[str, Addend], config: dict[str, Any], names: Sequence[str]) -> Plan:
-    """Find what something is to be added to.
+    """Find the checkpoint's tensor for each addend.
 
     Raises:
-        RequestError: It was learned on another kind of model, a tensor is not there, or nothing is to be added.
+        RequestError: The edit was learned on another kind of model, a tensor is missing, or there is no addend.
     """
     check_learned_on(config, edit.model_type, edit.width, edit.layers)
     row, present = architecture_of(config), set(names)
     tensors = []
     for name, addend in addends.items():
-        found = spelled(row, name, present)
-        if found is None:
+        stored_name = spelled(row, name, present)
+        if stored_name is None:
             raise RequestError(f"the base has no tensor {name}; apply the edit to the model it was learned on")
-        tensors.append(UpdatedTensor(found, addend))
+        tensors.append(UpdatedTensor(stored_name, addend))
     if not tensors:
-        raise RequestError("the edit holds no update; train it first")
+        raise RequestError("the edit holds no update for any tensor; train it first")
     return Plan(tensors, None, ties_embeddings(config))
 
 
 @dataclass(frozen=True)
 class UpdatedTensor:
-    """One declared tensor and what is added to it."""
+    """One declared tensor and its addend."""
 
     name: str
     addend: Addend
@@ -111,12 +114,15 @@ class UpdatedTensor:
     ) -> "BlockwiseUpdate":
         """The update as a stream of blocks of rows."""
         if rows != self.addend.height:
-            raise RequestError(f"{self.name} has {rows} rows, the update {self.addend.height}; use its own base")
+            raise RequestError(
+                f"{self.name} has {rows} rows, but the update has {self.addend.height}; apply it to the model it was "
+                "learned on"
+            )
         return BlockwiseUpdate(self, rows, read, rows_per_block)
 
 
 class BlockwiseUpdate:
-    """The sum, block by block, in fp32 whatever the matrix is stored in."""
+    """The sum, block by block; computed in fp32 for every stored dtype."""
 
     def __init__(self, tensor: UpdatedTensor, rows: int, read: RowReader, rows_per_block: int):
         self.addend, self.read = tensor.addend, read

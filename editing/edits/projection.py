@@ -1,8 +1,13 @@
-"""Weight orthogonalization: removing a subspace from what a tensor writes, block by block.
+"""Weight orthogonalization: removing a subspace from what a tensor writes to the residual stream, block by block.
 
-Every form of the edit is ``W <- W - strength * left (right^T W)`` for a tensor whose columns are
-writes to the residual stream; the forms differ in ``left`` and ``right`` alone. Arithmetic is fp32,
-whatever the tensor is stored in. Source: Arditi et al. 2024, section 2.4.
+Every form of the edit is ``W <- W - strength * left (right^T W)`` for a tensor whose columns are writes to the residual
+stream; the forms differ only in ``left`` and ``right``. Arithmetic is fp32 for every stored dtype.
+
+Example:
+    >>> projection = make_projection(basis, strength=1.0)  # basis [d, k], orthonormal columns
+    >>> edited = orthogonalize(weight, projection)  # weight [d, n]: basis.T @ edited is 0
+
+Source: Arditi et al. 2024, section 2.4.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,23 +25,23 @@ NEGLIGIBLE_GAIN = 1e-3
 
 @dataclass(frozen=True)
 class Projection:
-    """How the subspace leaves one tensor."""
+    """The two factors of the edit of one tensor."""
 
     left: Float[Tensor, "d k"]
     right: Float[Tensor, "d k"]
     strength: float
     form: str
-    """``orthogonal``; behind a norm's gain ``conjugate``, or ``folded`` where a gain is too near zero to invert."""
+    """``orthogonal`` without a norm between tensor and stream; else ``conjugate``, or ``folded`` (a gain near 0)."""
     norm_preserving: bool = False
 
 
 @dataclass(frozen=True)
 class ColumnSums:
-    """Sums over d_model for each column; partial sums over blocks of rows add up."""
+    """Sums over d_model for each column; the sums of blocks of rows add up to those of the matrix."""
 
     along_right: Float[Tensor, "k n"]
     along_left: Float[Tensor, "k n"] | None = None
-    """Summed where norms are preserved, as is the next."""
+    """None unless norms are preserved, as for ``squared_norm``."""
     squared_norm: Float[Tensor, " n"] | None = None
 
     def __add__(self, other: "ColumnSums") -> "ColumnSums":
@@ -65,6 +70,10 @@ def make_projection(
         basis: Orthonormal columns, in the residual stream.
         strength: 1 removes the subspace; values between 0 and 1 remove that share of it.
         gain: The norm's gain (offset included), or None.
+        norm_preserving: Scale each column back to the norm it had.
+
+    Source:
+        Arditi et al. 2024 (weight orthogonalization). The forms for a gain are this package's derivation.
     """
     if gain is None:
         return Projection(basis, basis, strength, "orthogonal", norm_preserving)
@@ -76,7 +85,7 @@ def make_projection(
 
 
 def column_sums(projection: Projection, block: Float[Tensor, "rows n"], rows: slice) -> ColumnSums:
-    """What a block of rows of W adds to the sums over all of d_model."""
+    """The contribution of a block of rows of W to the sums over d_model."""
     along_right = projection.right[rows].T @ block
     if not projection.norm_preserving:
         return ColumnSums(along_right)
@@ -86,10 +95,10 @@ def column_sums(projection: Projection, block: Float[Tensor, "rows n"], rows: sl
 def orthogonalize_rows(
     projection: Projection, block: Float[Tensor, "rows n"], rows: slice, sums: ColumnSums, out: Tensor | None = None
 ) -> Float[Tensor, "rows n"]:
-    """Edit a block of rows of W, given the sums over *all* rows, into ``out`` if it is given.
+    """Edit a block of rows of W, from the sums over *all* rows; the result goes into ``out`` if it is not None.
 
-    Norm preservation keeps the norm of each column (one per input neuron, or per token), the axis
-    that commutes with the projection; scaling along the other axis would put the direction back.
+    Norm preservation keeps the norm of each column (one for each input neuron or token). Scaling columns commutes
+    with the projection; scaling rows would bring the direction back.
     """
     s, removed = projection.strength, sums.along_right
     edited = torch.addmm(block, projection.left[rows], removed, alpha=-s, out=out)
@@ -100,23 +109,23 @@ def orthogonalize_rows(
     remaining = (
         sums.squared_norm - 2 * s * (removed * sums.along_left).sum(0) + s**2 * (removed * (gram @ removed)).sum(0)
     )
-    # A column that lies wholly in the subspace has nothing left to scale up.
+    # A column that lies wholly in the subspace is now 0 and cannot be scaled up to its old norm.
     scalable = remaining > 1e-6 * sums.squared_norm
     return edited.mul_(torch.where(scalable, (sums.squared_norm / remaining.clamp_min(1e-30)).sqrt(), 1.0))
 
 
 def orthogonalize(weight: Float[Tensor, "d n"], projection: Projection) -> Float[Tensor, "d n"]:
-    """Edit a whole matrix whose columns are writes. fp32 in, fp32 out."""
+    """Edit a whole fp32 matrix whose columns are writes to the stream; returns a new fp32 matrix."""
     everything = slice(None)
     return orthogonalize_rows(projection, weight, everything, column_sums(projection, weight, everything))
 
 
 class BlockwiseEdit:
-    """The edit of one matrix as a stream of blocks of its rows; ``change()`` says what happened.
+    """The edit of one matrix as a stream of blocks of its rows; ``change()`` returns the record.
 
-    A matrix whose rows are writes (``axis`` -1: embeddings, Conv1D) needs one pass. One whose columns
-    are writes (``axis`` -2: nn.Linear) needs two: the first sums each column over d_model. Memory is a
-    few blocks, never the tensor.
+    A matrix whose rows are writes (``axis`` -1: embeddings, Conv1D) needs one pass. A matrix whose columns are writes
+    (``axis`` -2: nn.Linear) needs two, because each column must first be summed over d_model. Memory holds a few
+    blocks, never the whole tensor.
     """
 
     def __init__(
@@ -130,7 +139,18 @@ class BlockwiseEdit:
         gain: Float[Tensor, " d"] | None = None,
         rows_per_block: int = WHOLE,
     ):
-        """``read(start, stop)`` returns rows start:stop in stored dtype; ``seen_by_stream`` is ``D R``."""
+        """Prepare the stream; nothing is read yet.
+
+        Args:
+            name: The tensor's name, for messages.
+            rows: Rows of the matrix.
+            axis: Axis of d_model, -1 or -2.
+            read: Returns rows start:stop in stored dtype.
+            projection: Factors of the edit.
+            seen_by_stream: ``D R``: the basis times the gain between matrix and stream.
+            gain: That gain; None without a norm in between.
+            rows_per_block: Rows read at a time.
+        """
         self.name, self.axis, self.read, self.projection = name, axis, read, projection
         self.seen_by_stream, self.gain = seen_by_stream, gain
         self.ranges = block_ranges(rows, rows_per_block)
@@ -175,7 +195,7 @@ class BlockwiseEdit:
         self._before, self._after = _squared(before), _squared(after)
 
     def _seen(self, block: Tensor, rows: slice, sums: ColumnSums) -> Tensor:
-        # Except in the folded form, the sums hold what the stream sees already.
+        # In the other two forms right = D R, so the column sums already are the component that the stream sees.
         if self.projection.form != "folded":
             return sums.along_right
         return self.seen_by_stream[rows].T @ block
@@ -185,7 +205,7 @@ class BlockwiseEdit:
             self._written += _squared(self.gain[rows, None] * block)
 
     def change(self) -> Change:
-        """What the edit did; valid once every block was taken."""
+        """Record of the edit; valid after the last block."""
         written = self._meter.weight if self.gain is None else self._written
         return self._meter.change(
             self.projection.form,

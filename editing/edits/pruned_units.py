@@ -1,6 +1,7 @@
-"""Pruned units as data: which neurons and heads of a model are silenced, and in what sense.
+"""Pruned units as data: which neurons and heads of a model are removed, and how.
 
-A unit is a column of what its sublayer's last matrix reads: an MLP neuron after its activation, or an attention head.
+A unit is an MLP neuron (after its activation) or an attention head: one or several inputs of its sublayer's last
+matrix.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,17 +19,20 @@ from .changes import WHOLE, Change, Meter, block_ranges
 from .subspace_removal import check_learned_on, ties_embeddings
 
 Semantics = Literal["down", "all", "frozen", "mean", "remove"]
-"""``down``: what a unit writes is zero; its weights still get gradients, so it can grow back. ``all``: what a neuron
-reads is zero too, so that every gradient of it is zero. ``frozen``: as ``down``, and ``keep_pruned`` masks its
-gradients. ``mean``: a unit writes its mean, which goes into the bias of the matrix. ``remove``: in memory as ``all``, and a
-checkpoint stores smaller tensors, which needs as many neurons of every layer."""
+"""How units are pruned:
+- ``down``: the weights that a unit writes through are 0. They still get gradients, so training can bring the unit back.
+- ``all``: the weights that a neuron reads through are 0 too, so all its gradients are 0.
+- ``frozen``: as ``down``, and ``keep_pruned`` masks the gradients.
+- ``mean``: as ``down``, and the unit's mean write is added to the bias of the matrix.
+- ``remove``: as ``all``, and a checkpoint stores smaller tensors. Every layer must lose the same number of neurons.
+"""
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
-"""Keys under which a configuration says how many MLP neurons a layer has."""
+"""Config keys for the number of MLP neurons per layer, depending on the architecture."""
 
 
 @dataclass(frozen=True)
 class PrunedUnits:
-    """The edit: units by layer."""
+    """The edit: indices of pruned neurons and heads, by layer."""
 
     method: ClassVar[str] = "prune"
     neurons: dict[int, tuple[int, ...]]
@@ -39,20 +43,22 @@ class PrunedUnits:
     layers: int
     head_width: int
     means: dict[int, Float[Tensor, " units"]] = field(default_factory=dict)
-    """Mean activation of each pruned neuron of a layer, for ``mean``."""
+    """Mean activation of each pruned neuron, by layer; only for ``semantics=mean``."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def plan(self, config: dict[str, Any], names: Sequence[str]) -> Plan:
         """Find each tensor in a checkpoint, before reading any.
 
         Raises:
-            RequestError: The units are of another model, or this model has no place for what is asked.
+            RequestError: The units belong to another model, or the semantics do not work for this model.
+            UnsupportedArchitecture: Neurons are to be pruned, but the experts are fused into one tensor.
         """
         check_learned_on(config, self.model_type, self.width, self.layers)
         row = architecture_of(config)
         if row.mlp_units is None and self.neurons:
             raise UnsupportedArchitecture(
-                f"the experts of {self.model_type} are fused into one tensor, which has no neurons to prune; prune heads"
+                f"the experts of {self.model_type} are fused into one tensor, so neurons cannot be pruned; "
+                "set share=0 and prune heads with heads_share"
             )
         changes = self._narrower(config) if self.semantics == "remove" else {}
         tensors = [tensor for site in classify(row, list(names)) for tensor in self._written(site, row, names)]
@@ -60,28 +66,30 @@ class PrunedUnits:
             tensors += self._read(row, names)
         if not tensors:
             raise RequestError("the edit prunes no unit; raise share or heads_share")
-        # A mean is taken from the matrix as it was.
+        # Biases come first: they need the matrix before its columns are zeroed.
         tensors.sort(key=lambda tensor: not isinstance(tensor, ShiftedBias))
         return Plan(tensors, None, ties_embeddings(config), config=changes)
 
     def _narrower(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The configuration of the smaller model."""
+        """The config key, with its new value, of a model with fewer neurons."""
         counts = {len(self.neurons.get(layer, ())) for layer in range(self.layers)}
         if self.heads or len(counts) != 1:
             raise RequestError(
-                "semantics=remove needs as many neurons of every layer, and no heads, because a configuration has one width "
-                f"for all layers; got {min(counts)} to {max(counts)} a layer; use semantics=all"
+                "semantics=remove must take the same number of neurons from every layer, and no heads, because a "
+                f"config has one width for all layers; got {min(counts)} to {max(counts)} neurons per layer; "
+                "use semantics=all"
             )
         key = next((key for key in WIDTHS if key in config), None)
         if key is None or not isinstance(config[key] or 4 * self.width, int):
             raise RequestError(
-                f"the configuration of {self.model_type} has no single {' or '.join(WIDTHS)} to make smaller; use semantics=all"
+                f"the config of {self.model_type} has no single width ({', '.join(WIDTHS)}) to make smaller; use "
+                "semantics=all"
             )
-        # GPT-2 leaves it out where it is four times the width of the stream.
+        # GPT-2 configs leave n_inner at None, which means four times the width of the stream.
         return {key: (config[key] or 4 * self.width) - counts.pop()}
 
     def _written(self, site: Site, row: Architecture, names: Sequence[str]) -> Iterator["ZeroedTensor | ShiftedBias"]:
-        """The matrices that units write through."""
+        """Edits of the matrices that pruned units write through."""
         if site.layer is None or not site.name.endswith("weight"):
             if self.semantics == "mean" and site.layer in self.neurons and site.writer.kind == "mlp":
                 yield ShiftedBias(
@@ -98,7 +106,7 @@ class PrunedUnits:
             )
             if self.semantics == "mean" and site.name.removesuffix("weight") + "bias" not in names:
                 raise RequestError(
-                    f"{site.name} has no bias that could hold the mean of what is pruned; use semantics=down"
+                    f"{site.name} has no bias to which the mean of the pruned units could be added; use semantics=down"
                 )
 
     def _columns(self, layer: int) -> tuple[int, ...]:
@@ -107,16 +115,16 @@ class PrunedUnits:
         )
 
     def _read(self, row: Architecture, names: Sequence[str]) -> list["ZeroedTensor"]:
-        """The matrices that neurons are computed by."""
-        # A matrix whose rows write to the stream stands as [in, out], and so do those that the neurons are computed by.
+        """Edits of the matrices that compute the pruned neurons."""
+        # Conv1D stores [in, out]. If the writing matrix of the MLP does, so do the matrices that read for it.
         transposed = any(w.axis == -1 for w in row.writers if w.kind == "mlp" and w.pattern.endswith("weight"))
-        found = []
+        tensors = []
         for layer, units in self.neurons.items():
             for module in row.mlp_inputs:
                 for part in ("weight", "bias"):
                     if name := spelled(row, f"{row.layers}.{layer}.{module}.{part}", names):
                         axis = -1 if part == "bias" or transposed else -2
-                        found.append(
+                        tensors.append(
                             ZeroedTensor(
                                 name,
                                 units,
@@ -125,21 +133,21 @@ class PrunedUnits:
                                 removed=self.semantics == "remove",
                             )
                         )
-        return found
+        return tensors
 
 
 @dataclass(frozen=True)
 class ZeroedTensor:
-    """One declared tensor with some rows or columns set to zero."""
+    """One declared tensor whose rows or columns of the pruned units are set to zero."""
 
     name: str
     units: tuple[int, ...]
     axis: int
     """-2: units are rows; -1: columns."""
     fused: bool = False
-    """Whether two projections of as many units stand one after another."""
+    """Whether the tensor holds two projections of the units, one after the other (gate_up_proj)."""
     removed: bool = False
-    """Whether a checkpoint stores the tensor without them."""
+    """Whether a checkpoint stores the tensor without these rows or columns."""
 
     def stream(
         self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
@@ -155,7 +163,7 @@ class ZeroedTensor:
         return tuple(changed)
 
     def stored_block(self, first_row: int, rows: int, block: Tensor) -> Tensor:
-        """A block of an edited matrix of so many rows, without what is removed."""
+        """A block of the edited matrix without the removed units; the whole matrix has ``rows`` rows."""
         if not self.removed:
             return block
         if self.axis == -1:
@@ -163,16 +171,23 @@ class ZeroedTensor:
         return block[_others(self.places(rows), first_row, len(block))]
 
     def places(self, size: int) -> list[int]:
-        """Rows or columns of the units."""
+        """Indices of the units' rows or columns in an axis of this size.
+
+        Raises:
+            RequestError: A unit lies outside the tensor.
+        """
         units = list(self.units)
-        found = [*units, *(unit + size // 2 for unit in units)] if self.fused else units
-        if found and max(found) >= size:
-            raise RequestError(f"{self.name} has {size} units, the edit names unit {max(found)}")
-        return found
+        indices = [*units, *(unit + size // 2 for unit in units)] if self.fused else units
+        if indices and max(indices) >= size:
+            raise RequestError(
+                f"{self.name} has {size} units, the edit names unit {max(indices)}; apply it to the model it was "
+                "learned on"
+            )
+        return indices
 
 
 class BlockwiseZeros:
-    """Zeroes rows or columns, block by block."""
+    """Sets rows or columns to zero, block by block."""
 
     def __init__(self, tensor: ZeroedTensor, rows: int, read: RowReader, rows_per_block: int):
         self.tensor, self.rows, self.read = tensor, rows, read
@@ -194,13 +209,13 @@ class BlockwiseZeros:
             yield finished
 
     def change(self) -> Change:
-        """What pruning did; valid once every block was taken."""
+        """Record of the pruning; valid after the last block."""
         return self._meter.change("pruned", 1.0)
 
 
 @dataclass(frozen=True)
 class ShiftedBias:
-    """A bias that takes in what pruned neurons wrote on average."""
+    """The bias to which the mean write of pruned neurons is added."""
 
     name: str
     weight: str
@@ -235,21 +250,21 @@ class WholeBias:
         yield finished
 
     def change(self) -> Change:
-        """What was added; valid once the block was taken."""
+        """Record of the addition; valid after the block."""
         return self._meter.change("mean", 1.0)
 
 
 def _others(places: Sequence[int], first: int, count: int) -> list[int]:
-    """Places from ``first`` on, ``count`` of them, that are not named, counted from ``first``."""
-    gone = set(places)
-    return [place for place in range(count) if place + first not in gone]
+    """Of ``count`` places from ``first`` on, those that are not in ``places``, counted from ``first``."""
+    removed = set(places)
+    return [place for place in range(count) if place + first not in removed]
 
 
 def keep_pruned(model: nn.Module, edit: PrunedUnits, config: dict[str, Any]) -> list[torch.utils.hooks.RemovableHandle]:
-    """Mask the gradients of pruned weights, so that no training grows them back (``frozen``).
+    """Mask the gradients of pruned weights, so that training cannot bring them back (``semantics=frozen``).
 
     Returns:
-        Handles; remove them to let the units grow.
+        Hook handles; call ``remove()`` on each to allow training of the pruned weights again.
     """
     parameters = dict(model.named_parameters())
     handles = []

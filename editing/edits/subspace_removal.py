@@ -1,4 +1,4 @@
-"""Orthogonalization as data: which subspace leaves which tensors of a checkpoint, decided before any is read."""
+"""Orthogonalization as data: which subspace is removed from which tensors of a checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,23 +20,30 @@ Embeddings = Literal["edit", "skip", "untie"]
 
 @dataclass(frozen=True)
 class Edit:
-    """A subspace of the residual stream and how strongly each layer loses it."""
+    """A subspace of the residual stream, and the strength with which it is removed from each layer.
+
+    Example:
+        >>> edit = Edit(unit(direction), "llama", layer_strengths=(1.0,) * 32)  # direction [d]
+        >>> changes = edit_model(edit, model, model.config.to_dict())
+    """
 
     basis: Float[Tensor, "d k"]
     """Orthonormal columns, fp32."""
     model_type: str
     layer_strengths: tuple[float, ...]
-    """One strength a decoder layer; 0 leaves the layer as it is."""
+    """One strength per decoder layer; 0 leaves the layer unchanged, 1 removes the subspace."""
     embeddings: Embeddings = "edit"
-    """``edit`` changes a tied unembedding too; ``untie`` keeps the old one as a tensor of its own."""
+    """``edit`` changes a tied unembedding too; ``untie`` stores the old one separately; ``skip`` edits neither."""
     variant: Variant = "plain"
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Where the subspace came from: source, layer, position, scores of every candidate, data hashes."""
+    """Where the subspace came from: source, layer, position, scores of all candidates, hashes of the data."""
 
     def __post_init__(self) -> None:
         d, k = self.basis.shape
         if k > d or torch.dist(self.basis.T @ self.basis, torch.eye(k)) > 1e-4:
-            raise RequestError(f"the basis [{d}, {k}] is not orthonormal; orthonormalize its columns first")
+            raise RequestError(
+                f"the basis [{d}, {k}] is not orthonormal; pass torch.linalg.qr(basis).Q, with at most {d} columns"
+            )
 
     method: ClassVar[str] = "orthogonalize"
 
@@ -44,8 +51,8 @@ class Edit:
         """Decide which tensors change, before reading any.
 
         Raises:
-            UnsupportedArchitecture: No row for the model, or a tensor no row knows.
-            RequestError: The edit was learned on another kind of model.
+            UnsupportedArchitecture: The table of architectures lacks the model, or one of its tensors.
+            RequestError: The edit was learned on another kind of model, or changes no tensor.
         """
         row = architecture_of(config)
         check_learned_on(config, self.model_type, self.basis.shape[0], len(self.layer_strengths))
@@ -57,7 +64,9 @@ class Edit:
             if strength != 0.0:
                 tensors.append(OrthogonalizedTensor(site.name, self, row, site, strength))
         if not tensors:
-            raise RequestError("the edit touches no tensor: every layer's strength is 0 and embeddings are skipped")
+            raise RequestError(
+                "the edit touches no tensor: the strength of every layer is 0 and embeddings=skip; raise the strength"
+            )
         tied = ties_embeddings(config)
         untie = self.embeddings == "untie" and tied
         untied = row.unembedding if untie and row.unembedding not in names else None
@@ -77,10 +86,11 @@ class OrthogonalizedTensor:
     def stream(
         self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
     ) -> BlockwiseEdit:
-        """The edit of one matrix (or of one bias, as a single row), as a stream of its blocks."""
+        """The edit of one matrix (a bias is a matrix of one row) as a stream of blocks."""
         edit, gain, name = self.edit, None, gain_name(self.site)
         if name is not None:
             gain = other(name).float() + self.row.gain_offset
+        # Norms are preserved for each input neuron or token; a bias belongs to neither.
         preserving = edit.variant == "norm_preserving" and not self.name.endswith("bias")
         projection = make_projection(edit.basis, self.strength, gain, norm_preserving=preserving)
         seen = edit.basis if gain is None else gain[:, None] * edit.basis
@@ -88,15 +98,19 @@ class OrthogonalizedTensor:
 
 
 def check_learned_on(config: dict[str, Any], model_type: str, width: int, layers: int) -> None:
-    """Raise unless a model is of the kind that an edit was learned on."""
-    found = (config["model_type"], residual_width(config), layer_count(config))
-    if found != (model_type, width, layers):
+    """Check that a base model has the type, width and depth that an edit was learned on.
+
+    Raises:
+        RequestError: It is another kind of model.
+    """
+    base = (config["model_type"], residual_width(config), layer_count(config))
+    if base != (model_type, width, layers):
         raise RequestError(
-            f"the edit was learned on a {model_type} of width {width} and {layers} layers, the base is a {found[0]} of "
-            f"width {found[1]} and {found[2]} layers; apply it to the model it was learned on"
+            f"the edit was learned on a {model_type} of width {width} and {layers} layers, the base is a {base[0]} of "
+            f"width {base[1]} and {base[2]} layers; apply it to the model it was learned on"
         )
 
 
 def ties_embeddings(config: dict[str, Any]) -> bool:
-    """Whether the unembedding is the embedding; some configurations leave it to their class."""
+    """Whether the unembedding is the embedding. Some configs do not say; then the default of their class holds."""
     return bool(config.get("tie_word_embeddings", config["model_type"] in ("gpt2", "opt", "gemma2", "gemma3_text")))

@@ -1,8 +1,8 @@
-"""Concept ablation during fine-tuning: the stream loses a part of itself in every forward, and its gradient with it.
+"""Concept ablation during fine-tuning: hooks remove a part of the activations, and of their gradient, in every forward.
 
-``h <- h - P (h - value)`` at chosen places, all positions, while the context lasts; nothing of it is in the weights. The
-part may also be what an autoencoder's latents write where they fire.
-Source: CAFT (Casademunt et al. 2025, section 3); modes and values as their authors and critics tell them apart.
+``h <- h - P (h - value)`` at chosen places and all positions, while the context lasts; the weights do not change.
+The removed part can also be the sum of what SAE latents write.
+Source: CAFT (Casademunt et al. 2025, section 3). The modes separate the effect on activations from that on gradients.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +25,11 @@ Value = Literal["zero", "mean"]
 
 
 Part = Callable[[Tensor], Tensor]
-"""What of an activation is to be taken out, in fp32 or wider."""
+"""Maps activations [..., d] to the part that is removed from them, in fp32 or wider."""
 
 
 def in_span(left: Tensor, right: Tensor, offset: Tensor, value: Value) -> Part:
-    """``P (h - m)`` with ``P = left right^T`` and m the value that is left: 0 or the mean."""
+    """The part ``P (h - m)`` with ``P = left right^T`` [d, d]; m is 0 (``zero``) or ``offset`` (``mean``)."""
     left, right = left.contiguous(), right.contiguous()
 
     def part(hidden: Tensor) -> Tensor:
@@ -40,33 +40,34 @@ def in_span(left: Tensor, right: Tensor, offset: Tensor, value: Value) -> Part:
 
 
 def ablation(part: Part, mode: Mode) -> Callable[[Tensor], Tensor]:
-    """What a place's activations become without a part p of them; sg is the stop-gradient.
+    """A function that removes the part p(h) from activations h. ``sg`` is the stop-gradient.
 
-    ``both``: ``h - p(h)``; ``activations``: ``h - sg(p(h))``, gradients as before; ``gradients``: ``h - p(h) + sg(p(h))``,
-    activations as before.
+    ``both``: ``h - p(h)``; ``activations``: ``h - sg(p(h))``, gradients as before; ``gradients``: ``h - p(h) +
+    sg(p(h))``, activations as before.
     """
 
     def change(hidden: Tensor) -> Tensor:
-        # Products in fp32 or wider: in bf16 the projection itself would leave a third of a percent.
+        # Products in fp32 or wider: in bf16 rounding would leave about 0.3% of the component in place.
         wide = hidden if hidden.dtype == torch.float64 else hidden.float()
-        gone = part(wide)
+        removed = part(wide)
         if mode == "gradients":
-            return (wide - gone + gone.detach()).to(hidden.dtype)
-        return (wide - (gone if mode == "both" else gone.detach())).to(hidden.dtype)
+            return (wide - removed + removed.detach()).to(hidden.dtype)
+        return (wide - (removed if mode == "both" else removed.detach())).to(hidden.dtype)
 
     return change
 
 
 @dataclass
 class Ablation:
-    """An ablation that holds: how often each place was changed, and whether it is paused."""
+    """A running ablation."""
 
     fired: dict[Place, int]
+    """How often the activations of each place were changed."""
     paused: bool = False
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the stream as it is, to look at the model as it will be used."""
+        """Switch the ablation off while the context lasts, to measure the model as it will be used."""
         before, self.paused = self.paused, True
         try:
             yield
@@ -82,17 +83,34 @@ def concept_ablated(
     mode: Mode = "both",
     value: Value = "zero",
 ) -> Iterator[Ablation]:
-    """Ablate subspaces, or latents as far as they fire, in every forward while the context lasts.
+    """Ablate subspaces, or the writes of SAE latents, in every forward while the context lasts.
 
     Hooks keep no state between forwards, so gradient checkpointing may run them twice.
 
+    Example:
+        >>> with concept_ablated(model, row, [subspace]) as running:
+        ...     train(model)
+        ...     with running.pause():
+        ...         evaluate(model)
+
+    Args:
+        model: A causal language model, with an adapter or without.
+        row: The model's architecture.
+        concepts: What is ablated, each at its place. Several subspaces at one place are ablated as one span.
+        mode: Remove the part from activations and gradients (``both``), or from one of them.
+        value: What replaces the removed component: ``zero``, or the ``mean`` that the subspace was centred on.
+
     Raises:
-        RequestError: The model is compiled, or has no such layer, or a place is shared with an oblique projector or latents.
-        EditError: A place was never reached, so nothing was ablated there.
+        RequestError: The model is compiled, or has no such layer, or a place is shared with an oblique projector or
+            latents.
+        EditError: No forward reached a place, so nothing was ablated there.
+
+    Source:
+        CAFT (Casademunt et al. 2025, section 3).
     """
     inner = causal_model(model)
     if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) for m in inner.modules()):
-        raise RequestError("hooks do not fire in compiled models; leave out torch.compile where concepts are ablated")
+        raise RequestError("hooks do not run in compiled models, so nothing would be ablated; leave out torch.compile")
     running = Ablation({})
     fired = running.fired
     with ExitStack() as hooks:
@@ -110,43 +128,47 @@ def concept_ablated(
         yield running
     missed = [str(place) for place, count in fired.items() if not count]
     if missed:
-        raise EditError(f"nothing passed the {missed[0]} while its concept was to be ablated; check layers and model")
+        raise EditError(
+            f"no forward reached the {missed[0]}, so nothing was ablated there; check the layers and the model"
+        )
 
 
 def _joined(concepts: Sequence[Subspace | SparseLatents], value: Value) -> dict[Place, Part]:
-    """What leaves each place: what several sources found there leaves together, whatever angle they have."""
-    found: dict[Place, list[Subspace | SparseLatents]] = {}
+    """The part that is removed at each place, from all concepts at that place together."""
+    by_place: dict[Place, list[Subspace | SparseLatents]] = {}
     for concept in concepts:
-        found.setdefault(concept.place, []).append(concept)
-    return {place: _part(place, several, value) for place, several in found.items()}
+        by_place.setdefault(concept.place, []).append(concept)
+    return {place: _part(place, members, value) for place, members in by_place.items()}
 
 
-def _part(place: Place, several: Sequence[Subspace | SparseLatents], value: Value) -> Part:
-    if len(several) == 1 and isinstance(several[0], SparseLatents):
+def _part(place: Place, concepts: Sequence[Subspace | SparseLatents], value: Value) -> Part:
+    if len(concepts) == 1 and isinstance(concepts[0], SparseLatents):
         if value == "mean":
-            raise RequestError("latents that are taken out as far as they fire leave no mean behind; use value=zero")
-        return several[0].written
-    subspaces = [one for one in several if isinstance(one, Subspace)]
-    if len(several) == len(subspaces) == 1:
+            raise RequestError("value=mean does not work with SAE latents, whose writes have no mean; use value=zero")
+        return concepts[0].written
+    subspaces = [concept for concept in concepts if isinstance(concept, Subspace)]
+    if len(concepts) == len(subspaces) == 1:
         return in_span(*subspaces[0].projector(), subspaces[0].offset, value)
-    if len(subspaces) < len(several) or any(one.readers is not None for one in subspaces):
+    if len(subspaces) < len(concepts) or any(subspace.readers is not None for subspace in subspaces):
         raise RequestError(
-            f"an oblique projector or an autoencoder's latents share the {place} with another source; use one of them there"
+            f"LEACE directions or SAE latents share the {place} with another source, and cannot be combined; "
+            "choose one source for this place"
         )
-    whole = torch.linalg.qr(torch.cat([one.basis for one in subspaces], 1).double()).Q.float()
-    return in_span(whole, whole, subspaces[0].offset, value)
+    # One projector onto the joint span: subtracting each projection would remove a shared component twice.
+    span = torch.linalg.qr(torch.cat([subspace.basis for subspace in subspaces], 1).double()).Q.float()
+    return in_span(span, span, subspaces[0].offset, value)
 
 
 def change_at(
     model: nn.Module, row: Architecture, place: Place, change: Callable[[Tensor], Tensor]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Put ``change`` of its activations in the stead of a place's activations, until the handle is removed."""
-    put = change_input if place.site == "input" else change_output
-    return put(module_at(model, row, place), change)
+    """Replace the activations h of a place by ``change(h)``, until the returned handle is removed."""
+    hook = change_input if place.site == "input" else change_output
+    return hook(module_at(model, row, place), change)
 
 
 def module_at(model: nn.Module, row: Architecture, place: Place) -> nn.Module:
-    """The module whose input or output is a place.
+    """The module whose input (``input``) or output (other sites) is the place.
 
     Raises:
         RequestError: The model has no such layer.
@@ -154,7 +176,8 @@ def module_at(model: nn.Module, row: Architecture, place: Place) -> nn.Module:
     layers = decoder_layers(model, row)
     if not 0 <= place.layer < len(layers):
         raise RequestError(
-            f"there is no layer {place.layer}; the model has layers 0 to {len(layers) - 1}. Were the directions learned on it?"
+            f"there is no layer {place.layer}, the model has layers 0 to {len(layers) - 1}; "
+            "use directions that were learned on this model"
         )
     layer = layers[place.layer]
     names = {"attention": row.sublayers[0], "mlp": row.sublayers[-1]}

@@ -1,4 +1,4 @@
-"""The leak check: what still reaches the residual stream along a removed direction, on real inputs."""
+"""The leak check: how much each sublayer still writes along a removed direction, measured on real inputs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,34 +14,42 @@ from .residual_stream import run_decoder, written
 
 @dataclass(frozen=True)
 class Writes:
-    """Root mean squares, over positions, of what one sublayer writes."""
+    """Size of one sublayer's writes, as root mean squares over positions, in the stream's units."""
 
     layer: int | None
     sublayer: str
     along: float
-    """Component in the subspace."""
+    """RMS of the component in the subspace."""
     norm: float
+    """RMS norm of the whole write."""
 
 
 @dataclass(frozen=True)
 class Leak:
-    """What is left of one sublayer's write along the subspace."""
+    """The component of one sublayer's write in the subspace, after an edit."""
 
     layer: int | None
     sublayer: str
     share: float
-    """Component after over component before."""
+    """Component after the edit, divided by the component before."""
     of_write: float
-    """Component after over the norm of the write."""
+    """Component after the edit, divided by the norm of the whole write."""
     expected: float
-    """Share that the edit means to leave: 0 where its strength is 1, 1 where it leaves the layer alone."""
+    """Share that the edit leaves by design: 0 at strength 1, 1 at strength 0."""
 
 
 @torch.no_grad()
 def measure_writes(
     model: nn.Module, row: Architecture, basis: Float[Tensor, "d k"], batches: Iterable[dict[str, Tensor]]
 ) -> list[Writes]:
-    """Run inputs and sum up what each sublayer writes, in float64; padding is left out."""
+    """Run inputs and measure what each sublayer writes; sums are float64 and exclude padding.
+
+    Args:
+        model: A causal language model; only its decoder runs.
+        row: Its architecture.
+        basis: Orthonormal columns.
+        batches: Dicts of ``input_ids`` and ``attention_mask``, on the model's device.
+    """
     sums: dict[tuple[int | None, str], list[float]] = {}
     mask: list[Tensor] = []
 
@@ -66,7 +74,7 @@ def measure_writes(
 def compare_writes(
     before: Sequence[Writes], after: Sequence[Writes], layer_strengths: Sequence[float], embedding_strength: float
 ) -> list[Leak]:
-    """What is left of each write, beside what the edit meant to leave."""
+    """Compare each sublayer's writes before and after an edit; both sequences must be in the same order."""
     leaks = []
     for old, new in zip(before, after, strict=True):
         assert (old.layer, old.sublayer) == (new.layer, new.sublayer)
@@ -84,17 +92,19 @@ def compare_writes(
 
 
 def check_leaks(leaks: Sequence[Leak], tolerance: float) -> None:
-    """Hold every sublayer to what the edit meant to leave.
+    """Check that no sublayer writes more of the component than the edit leaves by design.
 
     Raises:
-        EditError: More than ``tolerance`` of the component is left beyond that; the message names the worst writer.
+        EditError: A share exceeds the expected one by more than ``tolerance``; the message names the worst writer.
     """
-    # Rounding alone leaves a tiny part of the whole write, which may be much of a component that was tiny before.
-    found = [leak for leak in leaks if leak.share > leak.expected + tolerance and leak.of_write > tolerance / 10]
-    if found:
-        worst = max(found, key=lambda leak: leak.share)
+    # Rounding leaves a tiny part of the whole write. For a component that was tiny before, that can be a large share,
+    # so a leak must also be visible against the whole write.
+    leaking = [leak for leak in leaks if leak.share > leak.expected + tolerance and leak.of_write > tolerance / 10]
+    if leaking:
+        worst = max(leaking, key=lambda leak: leak.share)
         place = "the embedding" if worst.layer is None else f"{worst.sublayer} of layer {worst.layer}"
         raise EditError(
-            f"{place} still writes {worst.share:.1%} of its component along the direction ({len(found)} writers leak); "
+            f"{place} still writes {worst.share:.1%} of its component along the direction ({len(leaking)} writers "
+            "leak); "
             "the architecture's row misses a writer, or the checkpoint is stored in too few bits"
         )

@@ -1,7 +1,7 @@
-"""The residual stream of a model: reading it, changing it, and summing it up without storing it.
+"""Reading and changing the residual stream of a model.
 
-Point ``l`` of the stream is the input of decoder layer ``l``; point L is the output of the last one.
-Hooks live inside context managers and are gone afterwards, whatever happens.
+Point ``l`` of the stream is the input of decoder layer ``l``; point L is the output of the last layer.
+Hooks live inside context managers, which remove them after errors too.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from ..errors import EditError
 
 
 class _DeepEnough(Exception):
-    """Raised inside a forward once the deepest wanted point was read; never leaves ``read_streams``."""
+    """Ends a forward after the deepest point was read; ``read_streams`` always catches it."""
 
 
 def decoder_layers(model: nn.Module, row: Architecture) -> nn.ModuleList:
@@ -31,7 +31,7 @@ def decoder_layers(model: nn.Module, row: Architecture) -> nn.ModuleList:
 def read_streams(
     model: nn.Module, row: Architecture, inputs: dict[str, Tensor], points: Sequence[int]
 ) -> dict[int, Float[Tensor, "batch positions d"]]:
-    """The stream at ``points``, in model dtype; gradients flow where they are on.
+    """The stream at ``points``, by point, in the model's dtype, with gradients if they are enabled.
 
     The forward stops at the deepest point, so nothing above it is computed.
 
@@ -40,14 +40,14 @@ def read_streams(
         points: Points of the stream, 0 to the number of layers.
 
     Raises:
-        EditError: A hook never fired, as happens in a compiled model.
+        EditError: A hook did not run, as happens in a compiled model.
     """
     layers = decoder_layers(model, row)
     deepest = max(points)
-    kept: dict[int, Tensor] = {}
+    streams: dict[int, Tensor] = {}
 
     def keep(point: int, hidden: Tensor) -> None:
-        kept[point] = hidden
+        streams[point] = hidden
         if point == deepest:
             raise _DeepEnough
 
@@ -62,29 +62,48 @@ def read_streams(
             hooks.callback(handle.remove)
         with suppress(_DeepEnough):
             run_decoder(model, inputs)
-    if missing := set(points) - set(kept):
-        raise EditError(f"no activation was read at points {sorted(missing)}; hooks do not fire in compiled models")
-    return kept
+    if missing := set(points) - set(streams):
+        raise EditError(
+            f"no activation was read at points {sorted(missing)}; hooks do not run in compiled models, "
+            "leave out torch.compile"
+        )
+    return streams
 
 
 @torch.no_grad()
 def residual_stream(
     model: nn.Module, row: Architecture, inputs: dict[str, Tensor], points: Sequence[int], last: int
 ) -> Float[Tensor, "points batch last d"]:
-    """``read_streams`` for the last positions of left-padded inputs.
+    """The stream at ``points`` and the last positions of left-padded inputs, in the model's dtype.
 
     Args:
-        last: How many positions to keep, counted from the end.
+        model: A causal language model.
+        row: Its architecture.
+        inputs: ``input_ids`` and ``attention_mask``, left-padded, on the model's device.
+        points: Points of the stream, in the order of the first axis.
+        last: Number of positions, counted from the end.
+
+    Raises:
+        EditError: A hook did not run, as happens in a compiled model.
     """
-    kept = {point: hidden[:, -last:] for point, hidden in read_streams(model, row, inputs, points).items()}
-    return torch.stack([kept[point].to(kept[max(points)].device) for point in points])
+    streams = {point: hidden[:, -last:] for point, hidden in read_streams(model, row, inputs, points).items()}
+    return torch.stack([streams[point].to(streams[max(points)].device) for point in points])
 
 
 @contextmanager
 def ablated(model: nn.Module, row: Architecture, basis: Float[Tensor, "d k"], strength: float = 1.0) -> Iterator[None]:
     """Remove a subspace from everything written to the stream: embeddings and each sublayer's output.
 
-    In pre-norm models this equals the orthogonalized weights. Source: Arditi et al. 2024, equation 4.
+    In pre-norm models this equals orthogonalizing the weights.
+
+    Args:
+        model: A causal language model.
+        row: Its architecture.
+        basis: Orthonormal columns.
+        strength: 1 removes the subspace; values between 0 and 1 remove that share of it.
+
+    Source:
+        Arditi et al. 2024, equation 4.
     """
 
     def project(hidden: Tensor) -> Tensor:
@@ -105,8 +124,8 @@ def ablated(model: nn.Module, row: Architecture, basis: Float[Tensor, "d k"], st
 def added(model: nn.Module, row: Architecture, vector: Float[Tensor, " d"], point: int) -> Iterator[None]:
     """Add a vector to the stream at one point, at every position of the prompt (activation addition).
 
-    Tokens decoded one by one after the prompt are left alone: a direction read at the end of prompts
-    says how the reply begins, and added to each reply token it makes the model begin again for ever.
+    Tokens decoded one by one after the prompt are not changed. A direction read at the end of prompts
+    encodes how the reply begins; added to each reply token, it would make the model begin again and again.
     """
     layers = decoder_layers(model, row)
 
@@ -122,17 +141,20 @@ def added(model: nn.Module, row: Architecture, vector: Float[Tensor, " d"], poin
 
 @contextmanager
 def read_early(model: nn.Module, row: Architecture, point: int) -> Iterator[None]:
-    """Let the model speak from the stream at a point, as if the layers above were not there (logit lens, nostalgebraist 2020)."""
+    """Replace the last layer's output by the stream at ``point``, so that logits are read there (logit lens).
+
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+    """
     layers = decoder_layers(model, row)
-    kept: list[Tensor] = []
+    stream: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept[:] = [_hidden(args, kwargs)]
+        stream[:] = [_hidden(args, kwargs)]
 
     with ExitStack() as hooks:
         if point < len(layers):
             hooks.callback(layers[point].register_forward_pre_hook(keep, with_kwargs=True).remove)
-            hooks.callback(change_output(layers[-1], lambda _: kept[0]).remove)
+            hooks.callback(change_output(layers[-1], lambda _: stream[0]).remove)
         yield
 
 
@@ -162,12 +184,12 @@ def written(model: nn.Module, row: Architecture, see: Callable[[int | None, str,
 
 
 def run_decoder(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Run a causal language model without its unembedding, for the sake of hooks; inputs may be left-padded."""
+    """Run a causal language model without its unembedding, only to trigger hooks; inputs may be left-padded."""
     decoder = model.base_model
     assert isinstance(decoder, nn.Module)
-    # Learned positions must not count the padding on the left.
-    known = "position_ids" in inspect.signature(decoder.forward).parameters
-    positions = {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)} if known else {}
+    # Models with learned positions would count the padding on the left; some decoders take no position_ids at all.
+    takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+    positions = {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)} if takes_positions else {}
     decoder(**inputs, **positions, use_cache=False)
 
 
@@ -181,6 +203,8 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
+    """Replace the hidden states that a module reads by ``change`` of them, until the handle is removed."""
+
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (change(args[0]), *args[1:]), kwargs
@@ -190,6 +214,8 @@ def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> torch
 
 
 def change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
+    """Replace the hidden states that a module returns by ``change`` of them, until the handle is removed."""
+
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         changed = change(first(output))
         return (changed, *output[1:]) if isinstance(output, tuple) else changed

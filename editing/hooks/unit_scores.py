@@ -1,6 +1,12 @@
-"""Scores of units, each from streaming sums: no activation is ever kept.
+"""Scores of units (MLP neurons and attention heads), from streaming sums, so that no activation is stored.
 
-Sites are the inputs of each layer's last matrices (``Architecture.mlp_units`` and ``attention_units``).
+A unit's activation is the input of its layer's last matrix (``Architecture.mlp_units`` or ``attention_units``).
+
+Example:
+    >>> concept = UnitMoments(layers=len(decoder_layers(model, row)))
+    >>> with unit_inputs(model, row.mlp_units, row, lambda layer, x: concept.see(layer, x, mask)):
+    ...     model(**batch)
+    >>> scores = selectivity(concept, rest)  # rest: the same on other texts
 """
 
 from collections.abc import Callable, Iterator
@@ -16,13 +22,14 @@ from ..architectures import Architecture
 from .residual_stream import decoder_layers
 
 EPSILON = 1e-5
+"""Added to the denominator of selectivity, against division by 0."""
 BUCKET = 100
-"""Ranks that share one saliency (Lo et al. 2024, as implemented)."""
+"""Number of consecutive ranks that get the same saliency (Lo et al. 2024, as in their code)."""
 
 
 @contextmanager
 def unit_inputs(model: nn.Module, module: str, row: Architecture, see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Call ``see(layer, activations)`` with what a module of each layer reads [batch, positions, units]."""
+    """Call ``see(layer, activations)`` with the input [batch, positions, units] of a module in every layer."""
     with ExitStack() as hooks:
         for index, layer in enumerate(decoder_layers(model, row)):
             hooks.callback(
@@ -33,7 +40,7 @@ def unit_inputs(model: nn.Module, module: str, row: Architecture, see: Callable[
 
 @dataclass
 class UnitMoments:
-    """Streaming mean, variance and mean size of every unit of every layer, in float64."""
+    """Streaming mean, variance and mean absolute value of every unit of every layer, in float64."""
 
     layers: int
     count: float = 0.0
@@ -45,7 +52,7 @@ class UnitMoments:
     def see(
         self, layer: int, activations: Float[Tensor, "batch positions units"], mask: Bool[Tensor, "batch positions"]
     ) -> None:
-        """Take in one layer of a batch; positions outside the mask do not count."""
+        """Add one layer of a batch to the sums; positions outside the mask are ignored."""
         values = activations.detach()[mask].double()
         if self.total is None or self.squares is None or self.sizes is None:
             shape = (self.layers, values.shape[-1])
@@ -55,6 +62,7 @@ class UnitMoments:
         self.total[layer] += values.sum(0)
         self.squares[layer] += values.square().sum(0)
         self.sizes[layer] += values.abs().sum(0)
+        # Every layer sees the same positions, so one of them counts.
         if layer == 0:
             self.count += len(values)
 
@@ -77,9 +85,9 @@ class UnitMoments:
 
 @dataclass
 class UnitAttribution:
-    """Streaming activation times gradient: to first order, what a unit's removal does to a loss.
+    """Streaming sums of activation times gradient: the change of a loss when a unit is removed, to first order.
 
-    Source: Molchanov et al. 2017, section 2.2; ``mean`` removes the unit's mean instead of zeroing it.
+    Source: Molchanov et al. 2017, section 2.2. Replacing a unit by its mean instead of 0 is an addition.
     """
 
     layers: int
@@ -87,7 +95,7 @@ class UnitAttribution:
     gradient: Float[Tensor, "layers units"] | None = None
 
     def see(self, layer: int, activations: Float[Tensor, "batch positions units"]) -> None:
-        """Watch one layer of a batch; its backward pass brings the gradient."""
+        """Register one layer of a batch; the backward pass then adds to the sums."""
         if not activations.requires_grad:
             return
         values = activations.detach()
@@ -104,26 +112,27 @@ class UnitAttribution:
         activations.register_hook(backward)
 
     def effect(self, mean: Float[Tensor, "layers units"] | None = None) -> Float[Tensor, "layers units"]:
-        """Change of the summed loss, in nats, if each unit alone became zero, or its mean where one is given."""
+        """Change of the summed loss, in nats, if each unit alone were set to 0, or to its mean if ``mean`` is given."""
         assert self.product is not None and self.gradient is not None
         return -(self.product if mean is None else self.product - mean * self.gradient)
 
 
 def mean_difference(concept: UnitMoments, rest: UnitMoments) -> Float[Tensor, "layers units"]:
-    """Standardized difference in means, d' with the pooled deviation (Cohen 1988)."""
+    """Standardized difference in means: d' with the pooled standard deviation (Cohen 1988). No unit; 0 means none."""
     pooled = ((concept.variance + rest.variance) / 2).sqrt()
     return (concept.mean - rest.mean) / pooled.clamp_min(1e-12)
 
 
 def selectivity(concept: UnitMoments, rest: UnitMoments) -> Float[Tensor, "layers units"]:
-    """Ratio of mean sizes (Pochinkov and Schoots 2024, section 3)."""
+    """Ratio of mean absolute activations (Pochinkov and Schoots 2024, section 3); 1 means no difference."""
     return concept.size / (rest.size + EPSILON)
 
 
 def rank_saliency(concept: UnitMoments, rest: UnitMoments) -> Float[Tensor, "layers units"]:
-    """Concept saliency of Lo et al. 2024: the bucketed rank of ``|mean difference|`` among all units, 1 to 0.
+    """Concept saliency of Lo et al. 2024: bucketed rank of ``|mean difference|`` among all units, from 1 (largest) to
+    0.
 
-    It is relative: half of all units lie above 0.5 whatever a model knows.
+    A relative score: half of all units are above 0.5 in every model, whether it knows the concept or not.
     """
     scores = (concept.mean - rest.mean).abs().flatten()
     ranks = torch.empty_like(scores)
@@ -132,33 +141,33 @@ def rank_saliency(concept: UnitMoments, rest: UnitMoments) -> Float[Tensor, "lay
     )
     bucket = ranks.div(BUCKET, rounding_mode="floor") + 1
     most = max(len(scores) / BUCKET, 1.0)
-    found: Tensor = ((most - bucket) / max(most - 1, 1e-9)).clamp(0, 1)
-    return found.reshape(concept.mean.shape)
+    saliency: Tensor = ((most - bucket) / max(most - 1, 1e-9)).clamp(0, 1)
+    return saliency.reshape(concept.mean.shape)
 
 
-def rank_correlation(one: Float[Tensor, " n"], other: Float[Tensor, " n"]) -> float:
-    """Spearman's; undefined for fewer than three values."""
-    if len(one) < 3:
+def rank_correlation(first: Float[Tensor, " n"], second: Float[Tensor, " n"]) -> float:
+    """Spearman's rank correlation, -1 to 1; NaN for fewer than three values."""
+    if len(first) < 3:
         return float("nan")
-    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
+    ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
     return float(torch.corrcoef(ranks)[0, 1])
 
 
 def by_head(scores: Float[Tensor, "layers columns"], width: int) -> Float[Tensor, "layers heads"]:
-    """Sums over each head's columns."""
+    """Sum of the scores over each head's ``width`` columns."""
     return scores.unflatten(-1, (-1, width)).sum(-1)
 
 
 @contextmanager
 def gradients_reach_units(model: Any) -> Iterator[None]:
-    """Let the embeddings want gradients, so that activations have some while no weight does."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
+    """Give gradients to activations but to no weight, by requiring them at the output of the embedding."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     handle = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
     try:
         yield
     finally:
         handle.remove()
-        for parameter in wanted:
+        for parameter in trainable:
             parameter.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Attention of a bfloat16 model on a processor, as matrix products."""
+"""Attention of bfloat16 models on CPUs, computed as matrix products, because torch's fused kernel is slower there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,21 +11,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 PRODUCTS = "excise_products"
-"""What the implementation is called in a model's configuration, in memory only."""
+"""Name of this implementation in a model's config (in memory only)."""
 
 BLOCK = 4 << 20
-"""Bytes of float32 scores that are held at a time, so that they stay in the processor's cache."""
+"""Bytes of float32 scores computed at a time, so that they stay in the CPU's cache."""
 
 _everywhere = ContextVar("everywhere", default=False)
 Piece = tuple[slice, slice, slice]
-"""Some rows, heads of keys and values, and queries."""
+"""A part of the work: slices of the batch, of the key-value heads (groups), and of the queries."""
 
 
 def attend_by_products(model: Any) -> None:
-    """Let a bfloat16 model compute attention by matrix products wherever a gradient goes through it.
+    """Make a bfloat16 model compute attention by matrix products in forwards that have a gradient.
 
-    On processors the fused kernel is slower, backward too (``benchmarks/attention.py``). Elsewhere nothing changes, bit for
-    bit, except inside ``products_everywhere``. A model whose attention is not transformers' fused one is left alone.
+    On CPUs the fused kernel is slower, forward and backward (``benchmarks/attention.py``). Forwards without a gradient
+    stay the same bit for bit, except inside ``products_everywhere``. A model that does not use transformers' fused
+    attention is not changed.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -74,7 +75,7 @@ def attend_by_products(model: Any) -> None:
 
 @contextmanager
 def products_everywhere() -> Iterator[None]:
-    """Models that attend by products do so without a gradient, too."""
+    """Use matrix products also in forwards without a gradient, while the context lasts."""
     before = _everywhere.set(True)
     try:
         yield
@@ -90,17 +91,21 @@ def attention(
     scale: float,
     block: int = BLOCK,
 ) -> Float[Tensor, "batch heads queries d_value"]:
-    """Softmax attention whose heads share keys and values in groups; softmax in float32, products in the inputs' dtype.
+    """Softmax attention with grouped heads; the softmax is float32, products are in the inputs' dtype.
 
     Args:
-        mask: [batch or 1, 1, queries, keys]: where to look if boolean, else what is added to the scores.
-        block: Bytes of scores held at a time, about.
+        query: Queries; each group of ``heads / groups`` heads shares one head of keys and values.
+        key: Keys.
+        value: Values.
+        mask: [batch or 1, 1, queries, keys]: True where a query may attend if boolean, else a term added to the scores.
+        scale: Factor of the scores, usually d ** -0.5.
+        block: Approximate bytes of scores computed at a time.
 
     Source:
-        Dao et al. (2022), "FlashAttention", algorithms 2 and 4: probabilities are not kept but formed again backward.
+        Dao et al. 2022, "FlashAttention", algorithms 2 and 4: the backward pass computes probabilities again.
     """
     if mask is not None and mask.dtype == torch.bool:
-        # A query that may look nowhere, as padding, looks everywhere alike and stays finite.
+        # With the smallest float instead of -inf, a fully masked query (padding) attends evenly and stays finite.
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
     output: Tensor = _Attention.apply(query, key, value, mask, scale, block)
     return output
@@ -112,7 +117,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, block: int
     ) -> Tensor:
         batch, heads, queries, _ = query.shape
-        # As the projection that follows wants it.
+        # This memory layout lets the output projection, which follows, read it without a copy.
         output = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
         for piece in _pieces(query, key, block):
             p = _probabilities(query, key, mask, scale, piece)
@@ -134,7 +139,7 @@ class _Attention(torch.autograd.Function):
             rows, keys, values = (_flat(x) for x in (_of(query, key, piece), key[piece[:2]], value[piece[:2]]))
             out, down = (_flat(_of(tensor, key, piece)) for tensor in (output, gradient))
             of_value[piece[:2]] += (p.to(value.dtype).mT @ down).view_as(value[piece[:2]])
-            # d softmax: p * (dp - sum(p * dp)), and the sum is that of the output times its gradient.
+            # Softmax gradient: p * (dp - sum(p * dp)). The sum equals sum(output * gradient), which needs no p.
             change = (down @ values.mT).float().sub_((down.float() * out.float()).sum(-1, keepdim=True))
             change = change.mul_(p).mul_(ctx.scale).to(query.dtype)
             _of(of_query, key, piece).copy_((change @ keys).view_as(_of(query, key, piece)))
@@ -143,32 +148,32 @@ class _Attention(torch.autograd.Function):
 
 
 def _pieces(query: Tensor, key: Tensor, block: int) -> Iterator[Piece]:
-    """All rows, heads and queries, so many at once that their scores take no more than ``block`` bytes, about."""
+    """Divide batch, groups and queries into pieces whose scores take about ``block`` bytes at most."""
     batch, heads, queries, _ = query.shape
     groups, keys = key.shape[1:3]
     of_query = 4 * heads // groups * keys
-    some = max(1, min(queries, block // of_query))
-    of_group = max(1, min(groups, block // (of_query * some)))
-    rows = max(1, block // (of_query * some * groups))
+    queries_at_once = max(1, min(queries, block // of_query))
+    of_group = max(1, min(groups, block // (of_query * queries_at_once)))
+    rows = max(1, block // (of_query * queries_at_once * groups))
     for row in range(0, batch, rows):
         for group in range(0, groups, of_group):
-            for start in range(0, queries, some):
-                yield slice(row, row + rows), slice(group, group + of_group), slice(start, start + some)
+            for start in range(0, queries, queries_at_once):
+                yield slice(row, row + rows), slice(group, group + of_group), slice(start, start + queries_at_once)
 
 
 def _of(tensor: Tensor, key: Tensor, piece: Piece) -> Float[Tensor, "rows groups heads queries d"]:
-    """A piece of a query, or of what has its shape."""
+    """A piece of a tensor with the shape of the query."""
     rows, groups, queries = piece
     return tensor.unflatten(1, (key.shape[1], -1))[rows, groups, :, queries]
 
 
 def _flat(tensor: Tensor) -> Float[Tensor, "n length d"]:
-    """Rows and groups as one dimension; heads that share keys and their queries as another."""
+    """Merge batch and groups into one dimension, and the heads of a group with their queries into another."""
     return tensor.reshape(tensor.shape[0] * tensor.shape[1], -1, tensor.shape[-1])
 
 
 def _probabilities(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, piece: Piece) -> Tensor:
-    """Where each query of a piece looks [rows * groups, heads * queries, keys], in float32."""
+    """Attention probabilities of a piece [rows * groups, heads * queries, keys], in float32."""
     rows, groups, queries = piece
     of_piece = _of(query, key, piece)
     scores = (_flat(of_piece) @ _flat(key[rows, groups]).mT).float().mul_(scale)

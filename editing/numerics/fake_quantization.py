@@ -1,4 +1,4 @@
-"""Weights rounded as cheap inference rounds them, in place and back again, bit for bit.
+"""Fake quantization: weights rounded in place as low-bit inference rounds them, and restored bit for bit afterwards.
 
 Source: round-to-nearest, symmetric, in groups along the input (Dettmers and Zettlemoyer 2023, section 2).
 """
@@ -13,22 +13,28 @@ from ..errors import EditError
 from ..modules import is_conv1d, is_linear
 
 GROUP = 64
+"""Inputs that share one scale."""
 
 
 def round_to_nearest(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
-    """A weight [..., n] as symmetric integers of so many bits would hold it, with one scale for each group of inputs."""
+    """Round a weight [..., n] to symmetric integers of ``bits`` bits, with one scale per group of inputs.
+
+    Returns the rounded values in the weight's dtype. ``bits=16`` rounds to bfloat16 instead.
+    """
     if bits == 16:
         return weight.bfloat16().to(weight.dtype)
-    most = 2 ** (bits - 1) - 1
+    largest = 2 ** (bits - 1) - 1
+    # A width that groups do not divide gets one scale per row.
     size = group if weight.shape[-1] % group == 0 else weight.shape[-1]
     grouped = weight.float().unflatten(-1, (-1, size))
-    scale = grouped.abs().amax(-1, keepdim=True) / most
-    rounded = (grouped / scale.clamp_min(1e-30)).round().clamp(-most, most) * scale
+    scale = grouped.abs().amax(-1, keepdim=True) / largest
+    rounded = (grouped / scale.clamp_min(1e-30)).round().clamp(-largest, largest) * scale
     return rounded.flatten(-2).to(weight.dtype)
 
 
 def rounded_weights(model: nn.Module, bits: int) -> AbstractContextManager[int]:
-    """The model with every linear weight rounded to nearest, while the context lasts; groups run along inputs in any layout."""
+    """Round every linear weight of the model to nearest, while the context lasts; yields the number that changed."""
+    # Groups run along inputs, which are the first axis in GPT-2's Conv1D.
     transposed = {f"{name}.weight" for name, module in model.named_modules() if is_conv1d(module)}
 
     def rounded(name: str, weight: Tensor) -> Tensor:
@@ -38,7 +44,7 @@ def rounded_weights(model: nn.Module, bits: int) -> AbstractContextManager[int]:
 
 
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of the linear modules inside the decoder; the unembedding is left as inference libraries leave it."""
+    """Weights of the decoder's linear modules, by name; not the unembedding, which inference libraries keep."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return {
         f"{name}.weight": module.weight
@@ -49,10 +55,10 @@ def linear_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def changed_weights(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Iterator[int]:
-    """Replace every linear weight by ``change(name, weight)`` while the context lasts; yields how many changed.
+    """Replace every linear weight by ``change(name, weight)`` while the context lasts; yields the number that changed.
 
     Raises:
-        EditError: A weight is not what it was afterwards.
+        EditError: A weight could not be restored.
     """
     weights = linear_weights(model)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -69,8 +75,12 @@ def changed_weights(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -
 
 @torch.no_grad()
 def restore(weights: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
-    """Put weights back, and check that each is what it was."""
+    """Copy the old values back into the weights, and check that each is equal to them.
+
+    Raises:
+        EditError: A weight differs from its old value, for example because it is NaN.
+    """
     for name, weight in weights.items():
         weight.copy_(before[name])
         if not torch.equal(weight, before[name]):
-            raise EditError(f"{name} is not what it was before the attack; load the model again")
+            raise EditError(f"{name} could not be restored to its old value; load the model again")

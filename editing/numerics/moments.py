@@ -1,4 +1,4 @@
-"""Streaming first and second moments."""
+"""Streaming mean and covariance, so that no activation is stored."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,17 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """Streaming mean, and covariance if asked, in float64 (Chan et al. 1979); activations are not kept."""
+    """Streaming mean, and covariance if ``covariance`` is set, in float64.
+
+    Example:
+        >>> moments = Moments(width=d, covariance=True)
+        >>> for batch in batches:  # [n, d]
+        ...     moments.update(batch)
+        >>> moments.mean, moments.cov()  # [d], [d, d]
+
+    Source:
+        Chan, Golub and LeVeque 1979 (updating formulas for pairwise sums).
+    """
 
     width: int
     covariance: bool = False
@@ -18,7 +28,7 @@ class Moments:
     _scatter: Float[Tensor, "*where d d"] | None = field(default=None, repr=False)
 
     def update(self, values: Float[Tensor, "n *where d"]) -> None:
-        """Take in n samples; leading dimensions after the first (layers, positions) are kept apart."""
+        """Add n samples; each entry of the middle dimensions (layers, positions) has moments of its own."""
         values = values.double()
         n, mean = values.shape[0], values.mean(0)
         if self.mean is None:
@@ -34,6 +44,6 @@ class Moments:
         self.count = total
 
     def cov(self) -> Float[Tensor, "*where d d"]:
-        """Covariance with the n - 1 denominator."""
+        """Covariance with denominator n - 1; needs ``covariance=True`` and at least two samples."""
         assert self._scatter is not None and self.count > 1
         return self._scatter / (self.count - 1)

@@ -1,4 +1,11 @@
-"""Low-rank adapters on a model in memory: where they go, and what they add once trained.
+"""Low-rank adapters on a model in memory: which modules carry one, and what it adds to the weights after training.
+
+Example:
+    >>> shape = AdapterShape(rank=8, alpha=16, modules=adapter_modules(model, row, layers=range(4, 12)))
+    >>> adapted = attach(model, shape, seed=0)
+    >>> ...  # train
+    >>> factors = learned_factors(adapted, shape)
+    >>> model = detach(adapted)
 
 Source: LoRA (Hu et al. 2021), through ``peft``.
 """
@@ -19,28 +26,35 @@ from ..modules import is_conv1d, is_linear
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Rank and scale of an adapter, and which modules carry it."""
+    """Rank and scale of an adapter, and the modules that carry it."""
 
     rank: int
     alpha: float
+    """The update is scaled by alpha / rank."""
     modules: tuple[str, ...]
     """Full names of linear modules."""
 
 
 def adapter_modules(model: nn.Module, row: Architecture, layers: Sequence[int], part: str = "all") -> tuple[str, ...]:
-    """Names of the linear modules of some decoder layers.
+    """Names of the linear modules in the given decoder layers.
 
-    Where experts are fused into one tensor, ``all`` means attention: an adapter on modules cannot reach them.
+    If experts are fused into one tensor, ``all`` means attention, because an adapter on modules cannot reach them.
 
     Args:
+        model: A causal language model.
+        row: Its architecture.
+        layers: Decoder layers, counted from 0.
         part: ``all``, or ``attention`` or ``mlp`` for one sublayer.
 
     Raises:
-        RequestError: No linear module is there to adapt.
+        RequestError: There is no linear module to adapt.
     """
     if row.mlp_units is None and part != "attention":
         if part == "mlp":
-            raise RequestError("the experts of this model are fused into one tensor; adapt modules=attention")
+            raise RequestError(
+                "the experts of this model are fused into one tensor, which cannot carry an adapter; use "
+                "modules=attention"
+            )
         part = "attention"
     wanted = {"all": row.sublayers, "attention": row.sublayers[:1], "mlp": row.sublayers[1:]}[part]
     names = []
@@ -51,17 +65,25 @@ def adapter_modules(model: nn.Module, row: Architecture, layers: Sequence[int], 
             if inside and is_linear(module):
                 names.append(prefix + name)
     if not names:
-        raise RequestError(f"the {part} modules of layers {list(layers)} hold no linear module to adapt")
+        raise RequestError(
+            f"the {part} part of layers {list(layers)} has no linear module to adapt; choose other layers or "
+            "modules=all"
+        )
     return tuple(names)
 
 
 def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
     """Wrap the model with a fresh adapter in fp32; its output is unchanged until the adapter is trained.
 
-    The base's own modules are wrapped in place: ``detach`` puts them back.
+    The base model's modules are wrapped in place; ``detach`` restores them.
+
+    Args:
+        model: The base model.
+        shape: Rank, scale and modules.
+        seed: Seed of the adapter's initial values; sets torch's global seed.
 
     Raises:
-        EditError: Other modules than those named were adapted.
+        EditError: The library put adapters on other modules than those of ``shape``.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -77,10 +99,13 @@ def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     carrying = {name.split(".lora_")[0] for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    # The library turns some names into others by itself, such as those of fused experts.
-    unasked = carrying ^ {f"base_model.model.{name}" for name in shape.modules}
-    if unasked:
-        raise EditError(f"the adapter was put on other modules than asked for: {', '.join(sorted(unasked)[:3])}")
+    # peft replaces some module names by others, such as those of fused experts.
+    unexpected = carrying ^ {f"base_model.model.{name}" for name in shape.modules}
+    if unexpected:
+        raise EditError(
+            f"peft put the adapter on other modules than requested: {', '.join(sorted(unexpected)[:3])}; "
+            "choose other modules"
+        )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -88,20 +113,20 @@ def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
 
 
 def detach(adapted: Any) -> nn.Module:
-    """The base model without its adapter."""
+    """Remove the adapter and return the base model."""
     base: nn.Module = adapted.unload()
     return base
 
 
 @contextmanager
 def switched_off(adapted: Any) -> Iterator[None]:
-    """The frozen model: the same weights without the adapter."""
+    """Run the base model, without its adapter, while the context lasts."""
     with adapted.disable_adapter():
         yield
 
 
 def learned_factors(adapted: Any, shape: AdapterShape) -> dict[str, Factors]:
-    """What the adapter adds to each weight, in the layout the weight is stored in."""
+    """What the adapter adds to each weight, by parameter name, in the weight's layout, in fp32 on the CPU."""
     factors = {}
     for name in shape.modules:
         module = adapted.get_base_model().get_submodule(name)

@@ -1,8 +1,11 @@
 """Several independent attackers on one frozen model, trained in the same forward.
 
-Every row of a batch belongs to one attacker and sees that attacker's parameters alone; an attacker's rows stand together,
-and all have equally many, so that a batched product does the work of one for each. What is shared is the frozen model's work. Three kinds: low-rank adapters (Hu et al. 2021), soft prompts (Lester et al. 2021)
-and one vector added to the residual stream (a universal latent perturbation).
+Each row of a batch belongs to one attacker and uses only that attacker's parameters. The rows of an attacker are
+consecutive, and every attacker has the same number of rows, so that one batched matrix product serves all attackers.
+The frozen model's work is shared.
+
+There are three kinds of attackers: low-rank adapters (Hu et al. 2021), soft prompts (Lester et al. 2021) and one vector
+added to the residual stream (a universal latent perturbation).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,27 +21,27 @@ from ..modules import is_conv1d
 
 
 class ParallelAdapters:
-    """Parameters of all attackers, by attacker, and the switch that says whose rows a batch holds."""
+    """Parameters of all attackers, and the assignment of a batch's rows to attackers."""
 
     def __init__(self, count: int):
         self.count = count
         self.assigned: Sequence[int] = (0,)
-        """The attackers whose rows a batch holds, in this order, each with an equal share of them."""
+        """Attackers whose rows a batch holds, in this order, with the same number of rows each."""
         self.owned: list[list[nn.Parameter]] = [[] for _ in range(count)]
         self.prefix = 0
-        """Tokens in front of every row whose embeddings the attackers own."""
+        """Number of tokens in front of every row whose embeddings are the attackers' parameters."""
 
     @contextmanager
     def only(self, attacker: int) -> Iterator[None]:
-        """All rows belong to one attacker."""
+        """Assign all rows to one attacker while the context lasts."""
         before, self.assigned = self.assigned, (attacker,)
         try:
             yield
         finally:
             self.assigned = before
 
-    def own(self, shape: Sequence[int], seeds: Sequence[int], spread: float) -> list[nn.Parameter]:
-        """A new fp32 parameter for each attacker, drawn with its own seed."""
+    def new_parameters(self, shape: Sequence[int], seeds: Sequence[int], spread: float) -> list[nn.Parameter]:
+        """Make a new fp32 parameter for each attacker: normal values times ``spread``, from the attacker's seed."""
         made = []
         for attacker, seed in enumerate(seeds):
             generator = torch.Generator().manual_seed(1000 * seed + len(self.owned[attacker]))
@@ -46,15 +49,15 @@ class ParallelAdapters:
             self.owned[attacker].append(made[-1])
         return made
 
-    def mine(self, values: Sequence[nn.Parameter], rows: int) -> Tensor:
-        """The parameters of the attackers at work [attackers, ...]."""
+    def assigned_parameters(self, values: Sequence[nn.Parameter], rows: int) -> Tensor:
+        """Parameters of the assigned attackers [attackers, ...], for a batch of ``rows`` rows."""
         if rows % len(self.assigned):
             raise ValueError(f"{rows} rows cannot be shared equally by {len(self.assigned)} attackers")
         return torch.stack([values[attacker] for attacker in self.assigned])
 
     def by_row(self, values: Sequence[nn.Parameter], rows: int) -> Tensor:
-        """Each row's parameter [rows, ...]."""
-        return self.mine(values, rows).repeat_interleave(rows // len(self.assigned), 0)
+        """The parameter that each row uses [rows, ...]."""
+        return self.assigned_parameters(values, rows).repeat_interleave(rows // len(self.assigned), 0)
 
 
 class SideBySide(nn.Module):
@@ -65,16 +68,16 @@ class SideBySide(nn.Module):
         self.inner, self.attackers, self.scale = inner, attackers, alpha / rank
         width_in, width_out = linear_widths(inner)
         device = next(inner.parameters()).device
-        self.down = nn.ParameterList(attackers.own((rank, width_in), seeds, width_in**-0.5)).to(device)
-        self.up = nn.ParameterList(attackers.own((width_out, rank), seeds, 0.0)).to(device)
+        self.down = nn.ParameterList(attackers.new_parameters((rank, width_in), seeds, width_in**-0.5)).to(device)
+        self.up = nn.ParameterList(attackers.new_parameters((width_out, rank), seeds, 0.0)).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
-        own: Tensor = self.inner(x)
-        down = self.attackers.mine(list(self.down), len(x))
-        up = self.attackers.mine(list(self.up), len(x))
+        frozen: Tensor = self.inner(x)
+        down = self.attackers.assigned_parameters(list(self.down), len(x))
+        up = self.attackers.assigned_parameters(list(self.up), len(x))
         lowered = torch.bmm(x.reshape(len(down), -1, x.shape[-1]).to(down.dtype), down.mT)
-        whole = own.reshape(len(up), -1, own.shape[-1]).to(up.dtype)
-        return torch.baddbmm(whole, lowered, up.mT, alpha=self.scale).to(own.dtype).view_as(own)
+        grouped = frozen.reshape(len(up), -1, frozen.shape[-1]).to(up.dtype)
+        return torch.baddbmm(grouped, lowered, up.mT, alpha=self.scale).to(frozen.dtype).view_as(frozen)
 
 
 def linear_widths(module: nn.Module) -> tuple[int, int]:
@@ -91,7 +94,7 @@ def linear_widths(module: nn.Module) -> tuple[int, int]:
 def low_rank_attackers(
     model: nn.Module, modules: Sequence[str], rank: int, alpha: float, seeds: Sequence[int]
 ) -> Iterator[ParallelAdapters]:
-    """Wrap the named linear modules while the context lasts; the model itself is never changed."""
+    """Train low-rank adapters, one per attacker, on the named linear modules; the base weights do not change."""
     attackers, inner = ParallelAdapters(len(seeds)), {}
     with _frozen(model):
         try:
@@ -106,12 +109,12 @@ def low_rank_attackers(
 
 @contextmanager
 def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iterator[ParallelAdapters]:
-    """Let each attacker own the embeddings of the first ``tokens`` positions of its rows."""
+    """Train soft prompts: each attacker's parameters replace the first ``tokens`` embeddings of its rows."""
     attackers = ParallelAdapters(len(seeds))
     attackers.prefix = tokens
     embedding = model.get_input_embeddings()
     spread = float(embedding.weight.detach().float().std())
-    values = attackers.own((tokens, embedding.weight.shape[1]), seeds, spread)
+    values = attackers.new_parameters((tokens, embedding.weight.shape[1]), seeds, spread)
 
     def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         return torch.cat([attackers.by_row(values, len(output)).to(output), output[:, tokens:]], 1)
@@ -124,10 +127,10 @@ def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iter
 def latent_attackers(
     model: nn.Module, row: Architecture, layer: int, seeds: Sequence[int]
 ) -> Iterator[ParallelAdapters]:
-    """Let each attacker own a vector that is added to the stream after a layer, at every position."""
+    """Train latent perturbations: each attacker's vector is added to the stream after a layer, at every position."""
     attackers = ParallelAdapters(len(seeds))
     config: Any = model.config
-    values = attackers.own((int(config.hidden_size),), seeds, 1e-3)
+    values = attackers.new_parameters((int(config.hidden_size),), seeds, 1e-3)
 
     def add(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = first(output)
@@ -149,12 +152,12 @@ def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model wants a gradient."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
+    """Freeze all parameters of the model while the context lasts."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in wanted:
+        for parameter in trainable:
             parameter.requires_grad_(True)

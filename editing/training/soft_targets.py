@@ -1,8 +1,15 @@
-"""Distributions that a model is trained toward: kept sparse, combined as ELM does, compared exactly.
+"""Target distributions for training: stored sparsely, combined as in ELM, and compared exactly.
 
-A distribution over the vocabulary is kept as its largest entries and one more outcome, "any other
-token". Divergences are exact on that partition: never above the divergence over the whole vocabulary,
-and equal to it where the two distributions agree on how the rest divides, or nothing is left over.
+A distribution over the vocabulary is stored as its largest entries and one more outcome, "any other token". Divergences
+are exact on that partition. They are never above the divergence over the whole vocabulary, and equal to it if both
+distributions divide the rest alike or the rest is empty.
+
+Example:
+    >>> streams = keep_streams(bare, expert, novice, 64)  # log-probabilities [n, vocab] of a frozen model
+    >>> targets = streams.target(strength=1.5)
+    >>> loss = soft_divergence(hidden, unembedding(model), targets).mean()  # hidden [n, d]
+
+Source: ELM (Gandikota et al. 2024, "Erasing Conceptual Knowledge from Language Models"), equations 5 and 6.
 """
 
 from collections.abc import Sequence
@@ -16,19 +23,16 @@ from torch import Tensor
 from ..modules import Head
 
 LOGITS_BUDGET = 32 << 20
-"""Bytes that the tensors of one chunk of fp32 logits may take on a processor: more would not be faster."""
-
-
+"""Bytes that the tensors of one chunk of fp32 logits may take on a CPU; more would not be faster."""
 DEVICE_LOGITS_BUDGET = 512 << 20
-"""The same on an accelerator."""
-
-
+"""The same on a GPU."""
 FEWEST = 32
-"""Positions of a chunk, at least: for fewer, reading the unembedding would be most of the work."""
+"""Least positions in a chunk; with fewer, reading the unembedding matrix would dominate the time."""
 
 
 def positions_at_once(vocabulary: int, device: torch.device, budget: int | None = None) -> int:
-    """Positions whose logits are formed together; three fp32 tensors of their shape are alive at once."""
+    """Number of positions whose logits are computed together."""
+    # Three fp32 tensors of the logits' shape exist at once: 12 bytes per entry.
     bytes_held = budget or (DEVICE_LOGITS_BUDGET if device.type == "cuda" else LOGITS_BUDGET)
     return max(FEWEST if budget is None else 1, bytes_held // (12 * vocabulary))
 
@@ -39,9 +43,9 @@ class SoftTargets:
 
     ids: Int[Tensor, "n k"]
     log_p: Float[Tensor, "n k"]
-    """Natural logarithms; with ``rest`` they sum to 1."""
+    """Natural log-probabilities of ``ids``; together with ``rest`` the probabilities sum to 1."""
     rest: Float[Tensor, " n"]
-    """Log-mass of all other tokens; ``-inf`` where every token of the vocabulary is kept."""
+    """Log-probability of all other tokens together; ``-inf`` if ``ids`` is the whole vocabulary."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,7 +54,7 @@ class SoftTargets:
         return SoftTargets(self.ids[positions], self.log_p[positions], self.rest[positions])
 
     def largest(self, count: int) -> "SoftTargets":
-        """Only the ``count`` likeliest tokens of each position, normalized; all others become impossible."""
+        """Only the ``count`` likeliest tokens of each position, normalized; all others get probability 0."""
         least = self.log_p.topk(min(count, self.log_p.shape[-1]), -1).values[:, -1:]
         cut = self.log_p.masked_fill(self.log_p < least, -torch.inf).log_softmax(-1)
         return SoftTargets(self.ids, cut, torch.full_like(self.rest, -torch.inf))
@@ -58,26 +62,29 @@ class SoftTargets:
 
 @dataclass(frozen=True)
 class Streams:
-    """What the frozen model predicts at n positions in three contexts, over the same kept tokens.
+    """Predictions of the frozen model at n positions in three contexts, over the same k tokens and "any other token".
 
-    Enough to form the target of any strength without another forward.
+    They are enough to compute the target of any strength without another forward.
     """
 
     ids: Int[Tensor, "n k"]
     bare: Float[Tensor, "n k1"]
-    """Log-probabilities without a prefix; the last column holds the rest."""
+    """Log-probabilities without a prefix; the last column is "any other token"."""
     expert: Float[Tensor, "n k1"]
+    """The same after a prefix by someone who knows the concept."""
     novice: Float[Tensor, "n k1"]
+    """The same after a prefix by someone who does not."""
 
     def target(self, strength: float | Float[Tensor, " n"], *, one_sided: bool = False) -> SoftTargets:
         """``log p0 + strength (log p_novice - log p_expert)``, normalized (ELM, equations 5 and 6).
 
-        The rest counts as one token. The strength (eta) may differ between positions.
+        "Any other token" counts as one token.
 
         Args:
-            one_sided: Beyond strength 1, push further down what the expert prefers and leave the rest as the novice
-                has it. Tokens that the expert all but excludes differ by noise alone, which a two-sided contrast
-                of more than 1 would turn into the target's largest entries.
+            strength: The paper's eta, one number or one per position.
+            one_sided: Above strength 1, only lower the tokens that the expert prefers, and leave the others at
+                strength 1. Tokens that the expert almost excludes differ by noise alone, and a two-sided contrast
+                above 1 would turn that noise into the target's largest entries.
         """
         factor = strength[:, None] if isinstance(strength, Tensor) else torch.tensor(strength)
         difference = self.novice - self.expert
@@ -85,47 +92,48 @@ class Streams:
             mixed = self.bare + factor.clamp_max(1.0) * difference + (factor - 1).clamp_min(0) * difference.clamp_max(0)
         else:
             mixed = self.bare + factor * difference
-        # Where nothing is left over, the rest is impossible in all three and stays so.
+        # If the whole vocabulary is stored, the rest is -inf in all three; -inf minus -inf would give NaN.
         mixed = torch.where(self.bare.isneginf(), self.bare, mixed).log_softmax(-1)
         return SoftTargets(self.ids, mixed[:, :-1], mixed[:, -1])
 
     def disagreement(self) -> Float[Tensor, " n"]:
-        """Total variation between expert and novice, 0 to 1."""
+        """Total variation distance between expert and novice, 0 to 1."""
         return (self.expert.exp() - self.novice.exp()).abs().sum(-1) / 2
 
     def left_over(self) -> Float[Tensor, " n"]:
-        """Probability that the frozen model gives to tokens that are not kept."""
+        """Probability that the frozen model gives to all tokens that are not stored, 0 to 1."""
         return self.bare[:, -1].exp()
 
 
 def keep_streams(
-    bare: Float[Tensor, "n v"], expert: Float[Tensor, "n v"], novice: Float[Tensor, "n v"], kept: int
+    bare: Float[Tensor, "n v"], expert: Float[Tensor, "n v"], novice: Float[Tensor, "n v"], count: int
 ) -> Streams:
-    """Keep the tokens that matter in any of the three distributions, or in a strong mixture of them.
+    """Store the tokens that are likely in any of the three distributions, or in a strong contrast of them.
 
     Args:
-        bare: Log-probabilities, as are the other two.
-        kept: Tokens a position, at most.
+        bare: Log-probabilities without a prefix.
+        expert: Log-probabilities after the expert's prefix.
+        novice: Log-probabilities after the novice's prefix.
+        count: Tokens stored per position, at most.
     """
     vocabulary = bare.shape[-1]
-    if kept >= vocabulary:
+    if count >= vocabulary:
         ids = torch.arange(vocabulary, device=bare.device).expand(len(bare), -1)
-        sealed = torch.full_like(bare[:, :1], -torch.inf)
-        return Streams(ids, *(torch.cat([stream, sealed], -1) for stream in (bare, expert, novice)))
+        no_rest = torch.full_like(bare[:, :1], -torch.inf)
+        return Streams(ids, *(torch.cat([stream, no_rest], -1) for stream in (bare, expert, novice)))
     contrast = torch.add(bare, novice - expert, alpha=STRONG).log_softmax(-1)
     scores = torch.maximum(torch.maximum(bare, expert), torch.maximum(novice, contrast))
-    ids = scores.topk(kept, -1).indices
+    ids = scores.topk(count, -1).indices
     return Streams(ids, *(_with_rest(stream, ids) for stream in (bare, expert, novice)))
 
 
 STRONG = 5.0
-"""Strength whose favourite tokens are always kept."""
+"""Strength of that contrast: tokens that such a target prefers are stored too."""
 
 
-def keep_top(log_p: Float[Tensor, "n v"], kept: int) -> SoftTargets:
-    """The largest entries of each distribution."""
-    kept = min(kept, log_p.shape[-1])
-    ids = log_p.topk(kept, -1).indices
+def keep_top(log_p: Float[Tensor, "n v"], count: int) -> SoftTargets:
+    """The ``count`` largest entries of each distribution of log-probabilities, and the rest as one entry."""
+    ids = log_p.topk(min(count, log_p.shape[-1]), -1).indices
     whole = _with_rest(log_p, ids)
     return SoftTargets(ids, whole[:, :-1], whole[:, -1])
 
@@ -133,10 +141,16 @@ def keep_top(log_p: Float[Tensor, "n v"], kept: int) -> SoftTargets:
 def soft_divergence(
     hidden: Float[Tensor, "n d"], head: Head, targets: SoftTargets, budget: int | None = None
 ) -> Float[Tensor, " n"]:
-    """KL(target || model) at each position, in nats, with its gradient for the hidden states.
+    """KL(target || model) at each position, in nats, differentiable in the hidden states.
 
-    Logits exist for one chunk of positions at a time: forward and backward of the unembedding happen
-    together, so neither logits nor probabilities of all positions are ever held. The head gets no gradient.
+    Logits exist for one chunk of positions at a time, because forward and backward of the unembedding run together.
+    The head gets no gradient.
+
+    Args:
+        hidden: Final hidden states of the model in training.
+        head: Its unembedding (``excise.editing.modules.unembedding``).
+        targets: Target distributions of the same n positions.
+        budget: Bytes of one chunk; by default what suits the device.
     """
     divergence: Float[Tensor, " n"] = _Chunked.apply(hidden, head, targets, budget)
     return divergence
@@ -148,6 +162,7 @@ class _Chunked(torch.autograd.Function):
         divergence = torch.empty(len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden)
         wanted = context.needs_input_grad[0]
+        # The vocabulary's size, which decides how many positions fit, is known only after a first small chunk.
         start, size = 0, 16
         while start < len(hidden):
             rows = slice(start, start + size)
@@ -169,28 +184,28 @@ class _Chunked(torch.autograd.Function):
 
 
 def _compare(logits: Tensor, targets: SoftTargets) -> tuple[Tensor, Tensor]:
-    """Divergence of each position, and its gradient for the logits."""
+    """KL divergence of each position in nats, and its gradient with respect to the logits."""
     logits, p = logits.float(), targets.log_p.exp()
     if targets.ids.shape[-1] == logits.shape[-1]:
-        own = logits.log_softmax(-1).gather(-1, targets.ids)
+        log_q = logits.log_softmax(-1).gather(-1, targets.ids)
         gradient = torch.empty_like(logits)
-        gradient.scatter_(-1, targets.ids, own.exp() - p)
-        return _weighted(p, targets.log_p - own), gradient
-    # Kept tokens and all others apart: the others' distribution among themselves scales with the rest alone.
-    kept = logits.gather(-1, targets.ids)
+        gradient.scatter_(-1, targets.ids, log_q.exp() - p)
+        return _weighted(p, targets.log_p - log_q), gradient
+    # The target says nothing of how the other tokens share the rest, so their gradient keeps the model's proportions.
+    stored = logits.gather(-1, targets.ids)
     others = logits.scatter(-1, targets.ids, -torch.inf)
     gradient = others.softmax(-1)
     of_others = others.amax(-1, keepdim=True) - gradient.amax(-1, keepdim=True).log()
-    whole = torch.logaddexp(kept.logsumexp(-1, keepdim=True), of_others)
-    own, q_rest = kept - whole, (of_others - whole)[:, 0]
+    whole = torch.logaddexp(stored.logsumexp(-1, keepdim=True), of_others)
+    log_q, q_rest = stored - whole, (of_others - whole)[:, 0]
     p_rest = targets.rest.exp()
-    divergence = _weighted(p, targets.log_p - own) + torch.where(p_rest > 0, p_rest * (targets.rest - q_rest), 0.0)
+    divergence = _weighted(p, targets.log_p - log_q) + torch.where(p_rest > 0, p_rest * (targets.rest - q_rest), 0.0)
     gradient *= (q_rest.exp() - p_rest)[:, None]
-    return divergence, gradient.scatter_(-1, targets.ids, own.exp() - p)
+    return divergence, gradient.scatter_(-1, targets.ids, log_q.exp() - p)
 
 
 def _weighted(p: Tensor, difference: Tensor) -> Tensor:
-    """Where p is 0 a difference may be infinite."""
+    # Where p is 0 the difference may be infinite, and 0 times infinity is NaN.
     return torch.where(p > 0, p * difference, 0.0).sum(-1)
 
 
@@ -200,7 +215,7 @@ def _with_rest(log_p: Tensor, ids: Tensor) -> Tensor:
 
 
 def join(parts: Sequence[SoftTargets]) -> SoftTargets:
-    """Targets of several sequences, one after another; all keep the same number of tokens."""
+    """Targets of several sequences, concatenated; all must store the same number of tokens per position."""
     return SoftTargets(
         torch.cat([part.ids for part in parts]),
         torch.cat([part.log_p for part in parts]),

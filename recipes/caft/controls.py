@@ -147,10 +147,10 @@ def directions_of(
         return ()
     provenance = {"model": job.source.describe(), "seed": settings.seed, "data_sha256": prepared.data.sha256}
     if latents:
-        return (latents.subspace.from_(provenance),)
+        return (latents.subspace.with_provenance(provenance),)
     pairs = some_pairs(prepared, most)
     found = SOURCES[settings.directions](loaded, job.row, prepared.places, settings.components, pairs, base, tuned)
-    return tuple(subspace.from_(provenance) for subspace in found)
+    return tuple(subspace.with_provenance(provenance) for subspace in found)
 
 
 def picked(found: Sequence[Part], pick: Sequence[int]) -> tuple[Part, ...]:

@@ -125,7 +125,7 @@ def _pairs(
             )
         found.append(principal_components(differences[place], count, place, centred=False, offset=middles[place].mean))
     counted = {"pairs": len(alike), PAIRS_LEFT_OUT: len(pairs) - len(alike)}
-    return tuple(subspace.from_(counted) for subspace in found)
+    return tuple(subspace.with_provenance(counted) for subspace in found)
 
 
 def _alike(loaded: LoadedModel, pairs: Sequence[ContrastPair]) -> list[tuple[Row, Row]]:

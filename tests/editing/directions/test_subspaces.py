@@ -131,7 +131,7 @@ def test_erasing_equals_the_library_of_its_authors(classes, orthogonal):
 def test_directions_come_back_from_disk_as_they_were(tmp_path, classes):
     _, _, plus, minus = classes
     kept = [
-        least_squares_eraser(plus, minus, PLACE).from_({"model": "m", "seed": 1}),
+        least_squares_eraser(plus, minus, PLACE).with_provenance({"model": "m", "seed": 1}),
         principal_components(plus, 3, Place(0, "attention")).pick([2, 0]),
     ]
     save_directions(kept, tmp_path / FILE)
@@ -162,7 +162,7 @@ def test_another_file_is_no_directions(tmp_path):
     [
         (torch.ones(D, 2), "not linearly independent"),
         (torch.full((D, 1), float("nan")), "not linearly independent"),
-        (torch.eye(3, 4), "4 directions at the output of layer 3 are more than the 3"),
+        (torch.eye(3, 4), "4 directions at the output of layer 3 do not fit into a stream of width 3"),
     ],
 )
 def test_a_basis_that_spans_less_than_it_says_is_refused(basis, message):

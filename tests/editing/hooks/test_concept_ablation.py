@@ -124,7 +124,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_runs_the_hooks_agai
 def test_a_place_that_nothing_passed_is_an_error():
     model, row = make_pico("llama"), ARCHITECTURES["llama"]
     with (
-        pytest.raises(EditError, match="nothing passed the output of layer 0"),
+        pytest.raises(EditError, match="no forward reached the output of layer 0"),
         concept_ablated(model, row, [_subspace()]),
     ):
         pass
@@ -186,5 +186,8 @@ def test_latents_share_no_place_and_leave_no_mean():
         concept_ablated(model, row, [latents, _subspace()]),
     ):
         pass
-    with pytest.raises(RequestError, match="leave no mean"), concept_ablated(model, row, [latents], value="mean"):
+    with (
+        pytest.raises(RequestError, match="value=mean does not work"),
+        concept_ablated(model, row, [latents], value="mean"),
+    ):
         pass

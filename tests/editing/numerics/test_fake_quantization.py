@@ -58,5 +58,5 @@ def test_groups_run_along_inputs_in_either_layout(name, inputs):
 
 def test_a_weight_that_does_not_come_back_is_an_error():
     weight = {"w": torch.zeros(2, dtype=torch.bfloat16)}
-    with pytest.raises(EditError, match="w is not what it was"):
+    with pytest.raises(EditError, match="w could not be restored"):
         restore(weight, {"w": torch.tensor([1.001, float("nan")])})

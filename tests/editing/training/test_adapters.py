@@ -80,7 +80,7 @@ def test_only_the_modules_asked_for_are_adapted():
 def test_an_adapter_that_lands_elsewhere_is_an_error():
     # The library takes these names for those of fused experts in other layers.
     dense = tuple(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))
-    with pytest.raises(EditError, match="other modules than asked for"):
+    with pytest.raises(EditError, match="other modules than requested"):
         attach(make_pico("qwen3_moe"), AdapterShape(2, 2.0, dense), seed=0)
 
 
