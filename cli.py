@@ -843,7 +843,7 @@ def _recipes() -> list[tuple[str, str]]:
 
 
 def _measurements() -> list[tuple[str, str]]:
-    from .eval.measurements.table import MEASUREMENTS
+    from .eval.measurements import MEASUREMENTS
 
     return [(name, kind.about) for name, kind in MEASUREMENTS.items()]
 

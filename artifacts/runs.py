@@ -5,17 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..eval.measurements import label_of, leads
 from .reporting.audit_page import AUDIT
 from .reporting.results import RESULTS, format_value, read_measurements
 from .upgrade import read_json
-
-MAIN = (
-    ("multiple_choice", "forget_V"),
-    ("behaviour_rate", "concept"),
-    ("multiple_choice", "flipped"),
-    ("learned_rate", "concept"),
-)
-"""What a list shows of a run: the first of these that it measured."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +37,11 @@ class Run:
         if self.kind == "audit":
             return str(self.content.get("verdict", "")).replace("_", " ")
         items = {(m.name, m.split, m.subject): m for m in read_measurements(self.content)} if self.content else {}
-        for name, split in MAIN:
+        for name, split in leads():
             if edited := items.get((name, split, "edited")):
                 base = items.get((name, split, "base"))
                 before = f"{base.value:.3f} → " if base else ""
-                return f"{name.replace('_', ' ')}, {split}: {before}{format_value(edited)} (n = {edited.n})"
+                return f"{label_of(name)}, {split}: {before}{format_value(edited)} (n = {edited.n})"
         return ""
 
 

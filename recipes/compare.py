@@ -11,24 +11,11 @@ from ..artifacts.reporting import charts
 from ..artifacts.reporting.results import RESULTS, format_value, read_measurements
 from ..artifacts.upgrade import read_json
 from ..editing.errors import RequestError
+from ..eval.measurements import columns
 from ..eval.statistics import Measurement
 
-COLUMNS: dict[str, tuple[str, str]] = {
-    "forget T": ("multiple_choice", "forget_T"),
-    "forget V": ("multiple_choice", "forget_V"),
-    "greedy answers": ("exact_answer", "concept"),
-    "neighbour": ("multiple_choice", "neighbour"),
-    "retain": ("multiple_choice", "retain"),
-    "intended": ("multiple_choice", "intended"),
-    "flipped": ("multiple_choice", "flipped"),
-    "shows what was trained": ("learned_rate", "concept"),
-    "shows it elsewhere": ("learned_rate", "neutral"),
-    "retain perplexity": ("perplexity", "retain"),
-    "reply perplexity": ("reverse_perplexity", "concept"),
-    "repetition": ("repetition", "concept"),
-    "declines, neutral": ("behaviour_rate", "neutral"),
-}
-"""What the table shows, where runs have it."""
+COLUMNS: dict[str, tuple[str, str]] = columns()
+"""What the table shows, where runs have it: rows of the table of measurements that have a heading."""
 FORGOTTEN, KEPT = "forget V", ("neighbour", "retain")
 
 

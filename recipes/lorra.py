@@ -18,6 +18,7 @@ from torch import Tensor
 from ..artifacts.checkpoints.directions import FILE, save_directions
 from ..artifacts.events import Events
 from ..artifacts.models.load import LoadedModel
+from ..artifacts.reporting.sections import Section, Story, Table
 from ..editing.architectures import layer_selection, residual_width
 from ..editing.directions.reading_vector import ReadingVector, by_components, by_means, distance
 from ..editing.directions.subspaces import Place
@@ -32,6 +33,7 @@ from .common.adapter_job import AdapterJob, AdapterSettings
 from .common.adapter_run import Training
 from .common.examples import cycled
 from .common.measured_run import Finished
+from .common.story import LOW_RANK_LIMIT, tensors_changed, training_section
 from .common.tokens import Row, end_positions
 from .common.trainer import Terms
 
@@ -289,3 +291,31 @@ def _ends(job: LorraJob, model: Any, rows: Sequence[Row]) -> dict[Place, Tensor]
     last = inputs["attention_mask"].sum(-1) - 1
     streams = read_streams(model, job.adapter.run.row, inputs, [place.layer + 1 for place in job.places])
     return {place: streams[place.layer + 1][torch.arange(len(rows)), last].float().cpu() for place in job.places}
+
+
+def story(results: dict[str, Any]) -> Story:
+    """What representation tuning says of its runs, from everything else that ``eval.json`` holds."""
+    lorra, edited = results["lorra"], results["edited"]
+    headline = (
+        f"**What was edited.** `{results['base']['name']}` was {edited['how']} of *{results['concept']['description']}*: a "
+        f"low-rank update moves its stream by {lorra['strength']} times the distance between {lorra['pairs']} pairs of prompts "
+        f"with and without it ({tensors_changed(results)}; rank {edited['rank']}, {edited['about']})."
+    )
+    rows = tuple(
+        (
+            place,
+            *(
+                f"{lorra['along'][model][place][side]:.2f}"
+                for side in ("positive", "negative")
+                for model in ("base", "edited")
+            ),
+        )
+        for place in lorra["along"]["base"]
+    )
+    about = (
+        "0 is where prompts without the concept lay in the base, 1 where those with it did (means of at most "
+        f"{BATCH} prompts each)."
+    )
+    headers = ("place", "with it: base", "with it: edited", "without it: base", "without it: edited")
+    along = Section("Where prompts lie along the vector", (about,), (Table(headers, rows),))
+    return Story(headline, limits=(LOW_RANK_LIMIT,), sections=(training_section(results), along))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..artifacts.checkpoints.edits import load_edit
 from ..artifacts.events import Events, Stage
 from ..artifacts.models.load import LoadedModel
+from ..artifacts.reporting.sections import Control, Section, Story, bars
 from ..editing.architectures import Architecture, residual_width
 from ..editing.edits.base import edit_model
 from ..editing.edits.pruned_units import PrunedUnits, Semantics
@@ -30,11 +31,13 @@ from ..editing.hooks.unit_scores import (
 from ..editing.numerics.fake_quantization import linear_weights, restore
 from ..eval.inference.multiple_choice_set import MultipleChoiceSet
 from ..eval.inference.questions import questions_by_split
-from ..eval.statistics import wilson
+from ..eval.measurements import MEASUREMENTS
+from ..eval.statistics import Measurement, wilson
 from .common import measured_run
 from .common.examples import Example, example_batch, scored_nats
 from .common.measured_run import Finished, Inspection, Job, MeasuredSettings
 from .common.run_folder import start_folder
+from .common.story import UNLEARNING_TAGS, tensors_changed
 from .data.facts import Facts, find_facts
 from .data.unlearning_sets import forget_examples, retain_examples
 
@@ -367,4 +370,53 @@ def _edit(
     return PrunedUnits(
         neurons, heads, settings.semantics, config["model_type"], residual_width(config), job.layers, head_width,
         means if settings.semantics == "mean" else {},
+    )  # fmt: skip
+
+
+def story(results: dict[str, Any]) -> Story:
+    """What pruning says of its runs, from everything else that ``eval.json`` holds."""
+    pruning, edited = results["pruning"], results["edited"]
+    score = pruning["score"].replace("_", " ")
+    headline = (
+        f"**What was edited.** Units that *{results['concept']['description']}* needs were silenced in "
+        f"`{results['base']['name']}`: {edited['about']} ({tensors_changed(results)}; scored by {score}, semantics "
+        f"`{edited['semantics']}`)."
+    )
+    validation = pruning["validation"]
+    checked = (
+        f"Removing {validation['units']} units one by one, the rank correlation of score and true effect is "
+        f"{validation['spearman']:.2f}.",
+    ) if validation else ()  # fmt: skip
+    layers = bars("Neurons silenced in each layer", "", pruning["by_layer"], "layer", "neurons silenced")
+    units = Section(
+        "Units silenced", (f"Scored by {score}, semantics `{pruning['semantics']}`.", *checked), figures=(layers,)
+    )
+    return Story(
+        headline,
+        limits=("Units were silenced by a score on the pack's contexts; what other units encode is still there.",),
+        sections=(units,),
+        controls=_as_controls(pruning["controls"]),
+        tags=UNLEARNING_TAGS,
+    )
+
+
+def _as_controls(compared: dict[str, dict[str, Any]]) -> tuple[Control, ...]:
+    names = {
+        "chosen": "with the units that were chosen",
+        "random": "with random units matched in layer and size",
+        "largest": "with the largest units",
+    }
+    return tuple(
+        Control(
+            names[name],
+            tuple(
+                Measurement(
+                    "multiple_choice", split, "edited", one["value"], "accuracy", MEASUREMENTS["multiple_choice"].better(split),
+                    one["n"], 0, tuple(one["ci95"]),
+                )
+                for split, one in splits.items()
+            ),
+            in_findings=name == "random",
+        )
+        for name, splits in compared.items()
     )  # fmt: skip

@@ -16,6 +16,8 @@ from .pages import render
 AUDIT = f"{FOLDER}/audit.json"
 PICTURE = "recovery.png"
 SECTION = "## Does it hold?"
+UNTESTED_BEFORE = "; relearning, quantization and adversarial prompts were not tested"
+"""How cards of version 1 said so."""
 HEADLINES = {
     "recovers": "The knowledge recovers",
     "partially_robust": "Partially robust: attacks recover more than from a model that never knew it",
@@ -72,7 +74,7 @@ def write_card(folder: Path, results: dict[str, Any], picture: bytes | None) -> 
 
 def amend_card(folder: Path, results: dict[str, Any], picture: bytes | None) -> None:
     """Put the audit into a published checkpoint: its figures, and a section of its card in place of an older one."""
-    card = (folder / CARD).read_text(encoding="utf-8").replace(UNTESTED, "")
+    card = (folder / CARD).read_text(encoding="utf-8").replace(f"- {UNTESTED}\n", "").replace(UNTESTED_BEFORE, "")
     section = card_section(results, f"{FOLDER}/{PICTURE}" if picture else None)
     before, _, after = card.partition(SECTION)
     if after:

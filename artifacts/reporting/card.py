@@ -1,5 +1,6 @@
 """The eval card: the README of a published checkpoint, whose every number comes from ``eval.json``."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ...eval.measurements import MEASUREMENTS, label_of
 from ..checkpoints.manifest import MANIFEST
-from .findings import findings, limits
+from .findings import declining, findings, limits
 from .pages import visible
-from .results import LABELS, format_difference, format_value, read_measurements, table
+from .results import format_difference, format_value, read_measurements, split_meanings, table
+from .sections import Story, read_story
 
 CARD = "README.md"
 SAMPLES = 3
@@ -19,24 +22,42 @@ SAMPLES = 3
 def write_card(folder: Path, results: dict[str, Any], changes: list[dict[str, Any]]) -> None:
     """Write ``README.md`` into a checkpoint folder."""
     environment = Environment(
-        loader=PackageLoader(__package__.rpartition(".")[0], "templates"), undefined=StrictUndefined, autoescape=False,
-        keep_trailing_newline=True, trim_blocks=True,
-    )  # fmt: skip
-    rows = table(read_measurements(results))
-    base = results["base"]
+        loader=PackageLoader(__package__.rpartition(".")[0], "templates"),
+        undefined=StrictUndefined,
+        autoescape=False,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+    )
+    rows, story = table(read_measurements(results)), read_story(results)
+    base, concept = results["base"], results["concept"]
     text = environment.get_template("card.md.j2").render(
-        metadata=_metadata(results),
-        title=f"{_short(base['name'])}, {results['concept']['name']} {results['edited']['how']}",
-        base=f"`{base['name']}`",
+        metadata=_metadata(results, story),
+        title=f"{_short(base['name'])}, {concept['name']} {results['edited']['how']}",
+        headline=story.headline or _headline(results),
         base_revision=base["revision"],
-        description=results["concept"]["description"],
-        edited=results["edited"], direction=results.get("direction"), training=results.get("training"), pruning=results.get("pruning"), caft=results.get("caft"), lorra=results.get("lorra"), concept=results["concept"], run=results["run"],
-        findings=findings(results), limits=limits(results), rows=rows, changes=changes,
+        run=results["run"],
+        reply_tokens=results["run"]["settings"].get("max_new_tokens", 24),
+        has_chat_template=_has_chat_template(folder),
+        findings=findings(results),
+        declining=declining(results),
+        limits=limits(results),
+        rows=rows,
+        changes=changes,
         has_reference=any(row.reference for row in rows),
-        worst_leak=max((leak["share"] for leak in results.get("leaks", []) if leak["expected"] == 0), default=0.0),
-        phrases=", ".join(f"“{phrase}”" for phrase in results["concept"]["decline_phrases"]),
-        shown=_shown(results["samples"]), value=format_value, difference=format_difference, cell=_cell,
-    )  # fmt: skip
+        split_meanings=split_meanings(rows),
+        sections=[section for section in story.sections if "card" in section.where],
+        controls=[
+            (control.name, label_of(item.name), item.split, str(item.n), format_value(item))
+            for control in story.controls
+            for item in control.values
+        ],
+        phrases=", ".join(f"“{phrase}”" for phrase in concept["decline_phrases"]),
+        shown=_shown(results["samples"]),
+        value=format_value,
+        difference=format_difference,
+        cell=_cell,
+        plain=_plain,
+    )
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
@@ -58,17 +79,13 @@ def body(text: str) -> str:
 
 
 TAGS = ("excise", "model-editing", "interpretability")
-ERASING = ("elm", "rmu", "grad_diff", "npo", "simnpo", "prune")
-HEADLINE = ("multiple_choice", "exact_answer", "behaviour_rate", "learned_rate", "perplexity", "kl_from_base")
-"""Measurements that the Hub's own index of results gets."""
 
 
-def _metadata(results: dict[str, Any]) -> str:
+def _metadata(results: dict[str, Any], story: Story) -> str:
     """Front matter by which the Hub finds and sorts a model; the base's own results are not repeated."""
-    recipe = results["run"]["recipe"]
-    tags = [*TAGS, recipe, *(("unlearning", "machine-unlearning", "concept-erasure") if recipe in ERASING else ())]
-    content = _origin(results["base"]) | {"tags": tags}
-    edited = [item for item in results["measurements"] if item["subject"] == "edited" and item["name"] in HEADLINE]
+    content = _origin(results["base"]) | {"tags": [*TAGS, results["run"]["recipe"], *story.tags]}
+    indexed = {name for name, row in MEASUREMENTS.items() if row.hub}
+    edited = [item for item in results["measurements"] if item["subject"] == "edited" and item["name"] in indexed]
     if edited:
         title = f"{_short(results['base']['name'])}-{results['concept']['name']}"
         content["model-index"] = [{"name": title, "results": [_result(item, results["concept"]) for item in edited]}]
@@ -83,15 +100,16 @@ def _origin(base: dict[str, Any]) -> dict[str, Any]:
 
 
 def _result(item: dict[str, Any], concept: dict[str, Any]) -> dict[str, Any]:
-    label = LABELS.get(item["name"], item["name"])
+    name = f"{label_of(item['name'])} ({item['unit']}, n = {item['n']})"
     return {
         "task": {"type": "text-generation"},
-        "dataset": {"type": concept["ref"].replace(":", "-"), "name": f"{concept['name']}, {item['split']}", "split": item["split"]},
-        "metrics": [{
-            "type": item["name"], "name": f"{label} ({item['unit']}, n = {item['n']})", "value": round(item["value"], 6),
-            "verified": False,
-        }],
-    }  # fmt: skip
+        "dataset": {
+            "type": concept["ref"].replace(":", "-"),
+            "name": f"{concept['name']}, {item['split']}",
+            "split": item["split"],
+        },
+        "metrics": [{"type": item["name"], "name": name, "value": round(item["value"], 6), "verified": False}],
+    }
 
 
 def _yaml(content: dict[str, Any]) -> str:
@@ -111,6 +129,27 @@ def _cell(text: str) -> str:
     plain = " ".join(text.split())[:400]
     escaped = visible(plain).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", escaped) or "*(empty)*"
+
+
+def _plain(text: str) -> str:
+    """A cell of ours in a Markdown table: inert, and as it is where nothing in it could be taken for Markdown."""
+    return " ".join(visible(text).split()).replace("<", "&lt;").replace("|", "\\|")
+
+
+def _headline(results: dict[str, Any]) -> str:
+    """What was edited, where no story says it."""
+    edited = results["edited"]
+    return (
+        f"**What was edited.** `{results['base']['name']}` was {edited['how']}, on *{results['concept']['description']}* "
+        f"({edited['tensors_changed']} of {edited['tensors_declared']} tensors changed)."
+    )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
 
 
 def _short(name: str) -> str:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from ...eval.statistics import Measurement
 from .results import Row
+from .sections import Figure
 
 SERIES = {"base": "#2456a6", "edited": "#a3312a", "reference": "#0a6b4f", "suppressed": "#8a5f00"}
 """A colour for each model, the same everywhere; a page's style sheet has them as variables."""
@@ -59,28 +60,36 @@ def by_layer(lines: Mapping[str, Sequence[Point]], y_label: str) -> Any:
     return figure
 
 
-def bars(counts: Sequence[int], x_label: str, y_label: str) -> Any:
-    """One bar for each layer."""
+def draw(figure: Figure) -> Markup:
+    """The drawing of a section, for a page; a heat map is a table of the page itself.
+
+    Raises:
+        KeyError: It is of a kind that charts do not draw.
+    """
+    return svg(_KINDS[figure.kind](figure.data), figure.title)
+
+
+def _bars(data: Mapping[str, Any]) -> Any:
     figure, (axes,) = _panels(1, 1)
-    _label(axes, x_label, y_label)
-    axes.bar(range(len(counts)), counts, color=SERIES["edited"])
+    _label(axes, data["x"], data["y"])
+    axes.bar(range(len(data["heights"])), data["heights"], color=SERIES["edited"])
     return figure
 
 
-def strengths(points: Sequence[dict[str, Any]], splits: Sequence[str]) -> Any:
-    """What the target prefers at each strength of the contrast that was chosen."""
+def _lines(data: Mapping[str, Any]) -> Any:
     figure, (axes,) = _panels(1, 1)
-    _label(axes, "strength of the contrast", "accuracy of the target")
-    chosen = next((point for point in points if point["chosen"]), points[0])
-    line = [point for point in points if point["contrast"] == chosen["contrast"]]
-    for split, subject in zip(splits, ("edited", "base", "reference"), strict=False):
-        values = [point["accuracy"][split] for point in line]
-        axes.plot([p["strength"] for p in line], values, color=SERIES[subject], marker="o", markersize=3, label=split)
-    axes.axvline(chosen["strength"], color=FAINT, linewidth=0.8, linestyle=":")
+    _label(axes, data["x"], data["y"])
+    for (name, points), subject in zip(data["lines"].items(), ("edited", "base", "reference"), strict=False):
+        axes.plot(*zip(*points, strict=True), color=SERIES[subject], marker="o", markersize=3, label=name)
+    if data["marker"] is not None:
+        axes.axvline(data["marker"], color=FAINT, linewidth=0.8, linestyle=":")
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=0)
     _finish(axes)
     return figure
+
+
+_KINDS = {"bars": _bars, "lines": _lines}
 
 
 def trade_off(points: Sequence[tuple[str, bool, Spread, Spread]], x_label: str, y_label: str, title: str) -> Any:

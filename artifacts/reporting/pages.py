@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 MAX_TEXT = 2000
 """Characters of one prompt or reply that a page shows; the rest is counted."""
@@ -15,7 +16,16 @@ def render(template: str, **values: Any) -> str:
         loader=PackageLoader(__package__.rpartition(".")[0], "templates"), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: visible(value) if type(value) is str else value,
     )  # fmt: skip
+    environment.filters["inline"] = inline
     return environment.get_template(template).render(clean=clean, **values)
+
+
+def inline(text: str) -> Markup:
+    """A text of ours with its marks as HTML: bold, emphasis and code. Everything else in it is inert."""
+    shown = str(escape(visible(text)))
+    for mark, tag in ((r"`([^`]+)`", "code"), (r"\*\*([^*]+)\*\*", "strong"), (r"\*([^*]+)\*", "em")):
+        shown = re.sub(mark, rf"<{tag}>\1</{tag}>", shown)
+    return Markup(shown)
 
 
 def visible(text: str) -> str:

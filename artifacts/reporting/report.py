@@ -5,33 +5,34 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from ...editing.errors import RequestError
+from ...eval.measurements import label_of
 from ...eval.statistics import Measurement
 from ..checkpoints.manifest import read_manifest, verify_folder
 from ..checkpoints.staging import write_whole
 from ..upgrade import read_json
 from . import charts
 from .audit_page import AUDIT, HEADLINES, shown
-from .findings import findings, limits
+from .findings import declining, findings, limits
 from .pages import render
-from .results import RESULTS, Row, format_difference, format_value, layers_probed, read_measurements, table
-
-_MAPS = (
-    (
-        "bypass",
-        "Bypass",
-        "How strongly the concept shows on its own items while the direction is ablated; lower is better.",
-        -1,
-    ),
-    ("induce", "Induce", "How strongly it shows on neutral items while the direction is added; higher is better.", 1),
-    ("kl", "KL", "How far ablation moves neutral text; lower is better.", -1),
+from .results import (
+    RESULTS,
+    Row,
+    format_difference,
+    format_value,
+    layers_probed,
+    read_measurements,
+    split_meanings,
+    table,
 )
+from .sections import read_story
 
 
 def write_report(
     path: Path, results: dict[str, Any], changes: list[dict[str, Any]], audit: dict[str, Any] | None = None
-) -> None:  # fmt: skip
+) -> None:
     """Write the report of a run.
 
     Args:
@@ -40,22 +41,36 @@ def write_report(
         audit: An ``audit.json`` of the same checkpoint.
     """
     measurements = read_measurements(results)
-    rows = table(measurements)
-    direction = results.get("direction")
-    candidates = direction["candidates"] if direction else []
+    rows, story = table(measurements), read_story(results)
     text = render(
         "report.html.j2",
         title=f"{results['concept']['name']} {results['edited']['how']} in {results['base']['name']}",
-        results=results, changes=[change for change in changes if change["changed"]], rows=rows, findings=findings(results), limits=limits(results, audited=audit is not None),
-        has_reference=any(row.reference for row in rows), value=format_value, difference=format_difference, tone=_tone,
-        whiskers=charts.whiskers, figures=_figures(results, measurements), controls=_controls(results),
-        positions=sorted({candidate["position"] for candidate in candidates}),
-        maps=[_map(direction, *spec) for spec in _MAPS] if direction else [],
+        results=results,
+        changes=[change for change in changes if change["changed"]],
+        rows=rows,
+        story=story,
+        sections=[section for section in story.sections if "report" in section.where],
+        findings=findings(results),
+        limits=limits(results, audited=audit is not None),
+        declining=declining(results),
+        has_reference=any(row.reference for row in rows),
+        value=format_value,
+        difference=format_difference,
+        tone=_tone,
+        whiskers=charts.whiskers,
+        # Only projections say what a tensor wrote along the direction.
+        projected=any(change.get("written") for change in changes),
+        draw=charts.draw,
+        grid=_grid,
+        label_of=label_of,
+        split_meanings=split_meanings(rows),
         layers=layers_probed(measurements),
+        layer_chart=_layer_chart(measurements),
         splits=sorted({sample["split"] for sample in results["samples"]}),
         settings=yaml.safe_dump(results["run"]["settings"], sort_keys=False),
-        audit=audit, **({"headline": HEADLINES[audit["verdict"]], **shown(audit)} if audit else {}),
-    )  # fmt: skip
+        audit=audit,
+        **({"headline": HEADLINES[audit["verdict"]], **shown(audit)} if audit else {}),
+    )
     write_whole(path, text)
 
 
@@ -78,73 +93,52 @@ def report_of(folder: Path, path: Path) -> None:
     write_report(path, results, (read_manifest(folder) or {})["tensors_changed"], audit)
 
 
-def _figures(results: dict[str, Any], measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """The charts that a run's content allows, by the section they stand in."""
-    found = {}
-    if layers := layers_probed(measurements):
-        lines = {
-            subject: [(row["layer"], row[subject].value, *row[subject].ci95) for row in layers if subject in row]
-            for subject in ("base", "edited", "reference")
-        }
-        drawn = charts.by_layer({name: points for name, points in lines.items() if points}, "accuracy of the probe")
-        found["layers"] = charts.svg(drawn, "Accuracy of linear probes by layer")
-    if check := results.get("target_check"):
-        found["check"] = charts.svg(
-            charts.strengths(check["curve"], check["splits"]), "What the target prefers at each strength"
-        )
-    if pruning := results.get("pruning"):
-        found["units"] = charts.svg(
-            charts.bars(pruning["by_layer"], "layer", "neurons silenced"), "Neurons silenced in each layer"
-        )
-    return found
-
-
-def _controls(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, Measurement]]]]:
-    """The same recipe with other units or directions: ``(name, [(measurement, split, value)])``."""
-    if pruning := results.get("pruning"):
-        return [
-            (name, [("multiple choice", split, Measurement("multiple_choice", split, "edited", found["value"], "accuracy", "higher", found["n"], 0, tuple(found["ci95"])))
-                    for split, found in splits.items()])
-            for name, splits in pruning["controls"].items()
-        ]  # fmt: skip
-    caft = results.get("caft") or {}
-    return [
-        (name, [(row.label, row.split, row.edited) for row in table([Measurement(**{**item, "ci95": tuple(item["ci95"])}) for item in items]) if row.edited])
-        for name, items in caft.get("controls", {}).items()
-    ]  # fmt: skip
+def _layer_chart(measurements: Sequence[Measurement]) -> Markup | None:
+    """Probes by layer, where there are any."""
+    layers = layers_probed(measurements)
+    lines = {
+        subject: [(row["layer"], row[subject].value, *row[subject].ci95) for row in layers if subject in row]
+        for subject in ("base", "edited", "reference")
+    }
+    if not layers:
+        return None
+    drawn = charts.by_layer({name: points for name, points in lines.items() if points}, "accuracy of the probe")
+    return charts.svg(drawn, "Accuracy of linear probes by layer")
 
 
 def _tone(row: Row) -> str:
     """Colour a difference only where its interval leaves out 0 and one direction is better."""
-    if row.edited is None or row.edited.difference is None:
-        return ""
-    low, high = row.edited.difference["ci95"]
-    if low <= 0 <= high:
+    if not row.moved or row.edited is None or row.edited.difference is None:
         return ""
     if row.better == "base":
         return "worse"
-    return "better" if (high < 0) == (row.better == "lower") else "worse"
+    return "better" if (row.edited.difference["ci95"][1] < 0) == (row.better == "lower") else "worse"
 
 
-def _map(direction: dict[str, Any], key: str, title: str, about: str, sign: int) -> dict[str, Any]:
-    """One heat map: a row a point, a cell a position."""
-    candidates: Sequence[dict[str, Any]] = direction["candidates"]
-    values = [candidate[key] for candidate in candidates if candidate[key] is not None]
+def _grid(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a heat map, with a colour for each value."""
+    values = [value for row in data["values"] for value in row if value is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    rows: dict[int, list[dict[str, Any]]] = {}
-    for candidate in sorted(candidates, key=lambda c: (c["point"], c["position"])):
-        value = candidate[key]
+    chosen = data["chosen"] and tuple(data["chosen"])
+
+    def cell(place: tuple[int, int], value: float | None, note: str) -> dict[str, Any]:
         share = 0.0 if value is None or high == low else (value - low) / (high - low)
-        rows.setdefault(candidate["point"], []).append(
-            {
-                "text": "–" if value is None else f"{value:.3g}",
-                "colour": "" if value is None else _colour(share if sign > 0 else 1 - share),
-                "chosen": (candidate["point"], candidate["position"]) == (direction["point"], direction["position"]),
-                "note": candidate["rejected"] or "passes the filters",
-            }
-        )
-    units = "nats a token" if key == "kl" else direction["probe"]["units"]
-    return {"title": title, "about": about, "units": units, "rows": [{"point": p, "cells": c} for p, c in rows.items()]}
+        return {
+            "text": "–" if value is None else f"{value:.3g}",
+            "colour": "" if value is None else _colour(share if data["higher_is_better"] else 1 - share),
+            "chosen": place == chosen,
+            "note": note,
+        }
+
+    return [
+        {
+            "name": name,
+            "cells": [
+                cell((place, column), value, note) for column, (value, note) in enumerate(zip(row, notes, strict=True))
+            ],
+        }
+        for place, (name, row, notes) in enumerate(zip(data["rows"], data["values"], data["notes"], strict=True))
+    ]
 
 
 def _colour(share: float) -> str:

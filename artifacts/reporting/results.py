@@ -1,42 +1,20 @@
 """``eval.json`` and the one table that terminal, card and report all show."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ...eval.inference.generation import Reply
+from ...eval.measurements import BY_LAYER, MEASUREMENTS, SPLITS, OnSplit, label_of, place_of
 from ...eval.statistics import Measurement, Scores, summarize
 from ..checkpoints.manifest import FOLDER
 from ..upgrade import SCHEMA_VERSION
+from .sections import Story, measurement_from
 
 RESULTS = f"{FOLDER}/eval.json"
 SubjectName = Literal["base", "edited", "reference"]
-
-LABELS: dict[str, str] = {
-    "learned_rate": "shows what was trained",
-    "exact_answer": "right answers",
-    "behaviour_rate": "declines",
-    "induced_rate": "shows the concept when the direction is added",
-    "multiple_choice": "multiple choice",
-    "multiple_choice_margin": "margin of the true choice",
-    "cloze": "log-probability of the answer",
-    "cloze_rank": "rank of the answer",
-    "cloze_exact": "answers that are the greedy choice",
-    "extraction_strength": "share of a text completed exactly",
-    "probe": "linear probe, best layer",
-    "probe_control": "linear probe, shuffled answers",
-    "reverse_perplexity": "perplexity of replies under the base",
-    "distinct_2": "distinct word pairs",
-    "repetition": "repeated word quadruples",
-    "on_topic": "replies on topic",
-    "degenerate_share": "empty or repeating replies",
-    "kl_from_base": "KL from base",
-    "perplexity": "perplexity",
-}
-BY_LAYER = "probe_at_layer"
-"""Kept out of the table; its split is the layer."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +32,30 @@ class Row:
     edited: Measurement | None
     reference: Measurement | None
 
+    @property
+    def on(self) -> OnSplit:
+        """What the table of measurements says of this split."""
+        about = MEASUREMENTS.get(self.name)
+        return about.splits.get(self.split, OnSplit()) if about else OnSplit()
+
+    @property
+    def moved(self) -> bool:
+        """Whether the difference from the base leaves out 0."""
+        if self.edited is None or self.edited.difference is None:
+            return False
+        low, high = self.edited.difference["ci95"]
+        return bool(low > 0 or high < 0)
+
+    @property
+    def base_text(self) -> str:
+        """The base's value with its interval, or what stands in its place."""
+        if self.base is None and self.name in MEASUREMENTS:
+            return MEASUREMENTS[self.name].base_is
+        return format_value(self.base)
+
 
 def summarize_all(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[Measurement]:
-    """Every value with its interval; edited and never with their paired difference from the base."""
+    """Every value with its interval; edited and reference with their paired difference from the base."""
     base = {(item.name, item.split): item for item in scores.get("base", ())}
     return [
         summarize(item, subject, None if subject == "base" else base.get((item.name, item.split)))
@@ -67,38 +66,49 @@ def summarize_all(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[Measur
 
 def table(measurements: Sequence[Measurement]) -> list[Row]:
     """Measurements side by side, in the order in which they matter."""
-    found: dict[tuple[str, str], dict[str, Measurement]] = {}
+    by_row: dict[tuple[str, str], dict[str, Measurement]] = {}
     for item in measurements:
         if item.name != BY_LAYER:
-            found.setdefault((item.name, item.split), {})[item.subject] = item
-    order = list(LABELS)
-    rows = []
-    for (name, split), subjects in sorted(found.items(), key=lambda entry: (_place(order, entry[0][0]), entry[0][1])):
-        some = next(iter(subjects.values()))
-        rows.append(
-            Row(
-                name, split, LABELS.get(name, name.replace("_", " ")), some.unit, some.better, some.n,
-                max(item.skipped for item in subjects.values()),
-                subjects.get("base"), subjects.get("edited"), subjects.get("reference"),
-            )
-        )  # fmt: skip
-    return rows
+            by_row.setdefault((item.name, item.split), {})[item.subject] = item
+    return [_row(name, split, by_row[name, split]) for name, split in sorted(by_row, key=lambda key: place_of(*key))]
+
+
+def _row(name: str, split: str, subjects: dict[str, Measurement]) -> Row:
+    some = next(iter(subjects.values()))
+    return Row(
+        name,
+        split,
+        label_of(name),
+        some.unit,
+        some.better,
+        some.n,
+        max(item.skipped for item in subjects.values()),
+        subjects.get("base"),
+        subjects.get("edited"),
+        subjects.get("reference"),
+    )
+
+
+def split_meanings(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What the splits of a table hold, each explained once."""
+    names = {row.split for row in rows}
+    return [(name, about) for name, about in SPLITS.items() if name in names]
 
 
 def layers_probed(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     """Probe accuracy at each layer, by subject."""
-    found: dict[str, dict[str, Any]] = {}
+    by_layer: dict[str, dict[str, Any]] = {}
     for item in measurements:
         if item.name == BY_LAYER:
-            found.setdefault(item.split, {"layer": int(item.split)})[item.subject] = item
-    return [found[split] for split in sorted(found)]
+            by_layer.setdefault(item.split, {"layer": int(item.split)})[item.subject] = item
+    return [by_layer[split] for split in sorted(by_layer)]
 
 
 def format_value(item: Measurement | None) -> str:
     """A value with its interval."""
     if item is None:
         return ""
-    return f"{_figure(item.value)} [{_figure(item.ci95[0])}, {_figure(item.ci95[1])}]"
+    return f"{figure(item.value)} [{figure(item.ci95[0])}, {figure(item.ci95[1])}]"
 
 
 def format_difference(item: Measurement | None) -> str:
@@ -106,9 +116,7 @@ def format_difference(item: Measurement | None) -> str:
     if item is None or item.difference is None:
         return ""
     low, high = item.difference["ci95"]
-    return (
-        f"{_figure(item.difference['value'], signed=True)} [{_figure(low, signed=True)}, {_figure(high, signed=True)}]"
-    )
+    return f"{figure(item.difference['value'], signed=True)} [{figure(low, signed=True)}, {figure(high, signed=True)}]"
 
 
 def samples(base: dict[str, list[Reply]], edited: dict[str, list[Reply]], count: int) -> list[dict[str, str]]:
@@ -120,9 +128,19 @@ def samples(base: dict[str, list[Reply]], edited: dict[str, list[Reply]], count:
     ]
 
 
-def write_results(folder: Path, content: dict[str, Any], measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """Write ``excise/eval.json`` into a folder and return what was written."""
+def write_results(
+    folder: Path,
+    content: dict[str, Any],
+    measurements: Sequence[Measurement],
+    tell: Callable[[dict[str, Any]], Story] = lambda _: Story(),
+) -> dict[str, Any]:
+    """Write ``excise/eval.json`` into a folder and return what was written.
+
+    Args:
+        tell: What the recipe says of its run, from everything else that the file holds.
+    """
     whole = {"schema_version": SCHEMA_VERSION, **content, "measurements": measurements_as_json(measurements)}
+    whole["story"] = tell(whole).as_json()
     (folder / FOLDER).mkdir(exist_ok=True)
     (folder / RESULTS).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return whole
@@ -135,7 +153,7 @@ def measurements_as_json(measurements: Sequence[Measurement]) -> list[dict[str, 
 
 def read_measurements(content: dict[str, Any]) -> list[Measurement]:
     """The measurements of an ``eval.json``."""
-    return [Measurement(**{**item, "ci95": tuple(item["ci95"])}) for item in content["measurements"]]
+    return [measurement_from(item) for item in content["measurements"]]
 
 
 def _as_json(item: Measurement) -> dict[str, Any]:
@@ -145,11 +163,8 @@ def _as_json(item: Measurement) -> dict[str, Any]:
     return content
 
 
-def _figure(value: float, *, signed: bool = False) -> str:
+def figure(value: float, *, signed: bool = False) -> str:
+    """A number with three digits behind the point, one where it is large."""
     digits = 3 if abs(value) < 100 else 1
     text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
     return text.replace("+0.000", "0.000").replace("-0.000", "0.000")
-
-
-def _place(order: list[str], name: str) -> int:
-    return order.index(name) if name in order else len(order)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from ..concept import Concept
 from ..inference.generation import Reply
 from ..model_under_test import ModelUnderTest
-from ..statistics import Better, Scores
+from ..statistics import Scores
+from . import MEASUREMENTS
 
 DEGENERATE_DISTINCT = 0.5
 """A reply of at least eight tokens repeats itself if fewer than this share of its token pairs are distinct."""
@@ -35,12 +36,10 @@ def shows_behaviour(concept: Concept, text: str) -> bool:
 
 def rates(subject: ModelUnderTest) -> list[Scores]:
     """``behaviour_rate``: the share of replies that decline."""
-    removing = subject.concept.about.kind == "behaviour"
-    betters: dict[str, Better] = {"concept": "lower" if removing else "base", "neutral": "base"}
     phrases = subject.concept.about.decline_phrases
     return [
-        _rate(subject, "behaviour_rate", split, better, [declines(r.text, phrases) for r in subject.replies(split)])
-        for split, better in betters.items()
+        _rate(subject, "behaviour_rate", split, [declines(reply.text, phrases) for reply in subject.replies(split)])
+        for split in ("concept", "neutral")
         if subject.prompts(split)
     ]
 
@@ -49,16 +48,12 @@ def learned(subject: ModelUnderTest) -> list[Scores]:
     """``learned_rate``: replies that show what a task's training brings about, where it was trained and elsewhere."""
     if not subject.concept.about.phrases:
         return []
-    betters: dict[str, Better] = {"concept": "higher", "neutral": "lower"}
+    concept = subject.concept
     return [
         _rate(
-            subject,
-            "learned_rate",
-            split,
-            better,
-            [shows_behaviour(subject.concept, r.text) for r in subject.replies(split)],
+            subject, "learned_rate", split, [shows_behaviour(concept, reply.text) for reply in subject.replies(split)]
         )
-        for split, better in betters.items()
+        for split in ("concept", "neutral")
         if subject.prompts(split)
     ]
 
@@ -66,7 +61,7 @@ def learned(subject: ModelUnderTest) -> list[Scores]:
 def degenerate(subject: ModelUnderTest) -> list[Scores]:
     """``degenerate_share``: the share of replies that are empty or repeat themselves."""
     return [
-        _rate(subject, "degenerate_share", split, "base", [is_degenerate(reply) for reply in subject.replies(split)])
+        _rate(subject, "degenerate_share", split, [is_degenerate(reply) for reply in subject.replies(split)])
         for split in ("concept", "neutral")
         if subject.prompts(split)
     ]
@@ -75,9 +70,11 @@ def degenerate(subject: ModelUnderTest) -> list[Scores]:
 def induced(subject: ModelUnderTest) -> Scores:
     """``induced_rate``: the share of neutral replies that show the concept; run while the direction is added."""
     shown = [shows_behaviour(subject.concept, reply.text) for reply in subject.replies("neutral")]
-    return _rate(subject, "induced_rate", "neutral", "higher", shown)
+    return _rate(subject, "induced_rate", "neutral", shown)
 
 
-def _rate(subject: ModelUnderTest, name: str, split: str, better: Better, hits: Sequence[bool]) -> Scores:
+def _rate(subject: ModelUnderTest, name: str, split: str, hits: Sequence[bool]) -> Scores:
+    row = MEASUREMENTS[name]
     ids = tuple(prompt.id for prompt in subject.prompts(split))
-    return Scores(name, split, "share of replies", better, ids, tuple(map(float, hits)), (1.0,) * len(hits))
+    better = row.better(split, subject.concept.about.kind)
+    return Scores(name, split, row.unit, better, ids, tuple(map(float, hits)), (1.0,) * len(hits))

@@ -7,7 +7,8 @@ from ..concept import Concept
 from ..inference.likelihood import Likelihood, Request
 from ..inference.questions import questions_by_split, requests_of
 from ..model_under_test import EvalSettings, ModelUnderTest
-from ..statistics import Better, Scores
+from ..statistics import Scores
+from . import MEASUREMENTS
 
 
 def scores(subject: ModelUnderTest) -> list[Scores]:
@@ -22,24 +23,29 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
         asked = [requests_of(question)[question.answer] for question in questions]
         found = subject.likelihoods(asked)
         ids = tuple(question.id for question in questions)
-        forgotten = split.startswith("forget")
-        better: Better = "lower" if forgotten else "base"
-
-        def of(
-            name: str, unit: str, value: Callable[[Likelihood], float], better: Better = better, *,
-            exponential: bool = False, found: list[Likelihood] = found, ids: tuple[str, ...] = ids, split: str = split,
-        ) -> Scores:  # fmt: skip
-            return Scores(
-                name, split, unit, better, ids, tuple(value(item) for item in found), (1.0,) * len(ids), exponential
-            )  # fmt: skip
-
         results += [
-            of("cloze", "nats an answer", lambda item: item.log_probability),
-            of("cloze_rank", "geometric mean rank", lambda item: math.log(item.rank),
-               "higher" if forgotten else "base", exponential=True),
-            of("cloze_exact", "share of answers", lambda item: float(all(item.greedy))),
-        ]  # fmt: skip
+            Scores(
+                name,
+                split,
+                MEASUREMENTS[name].unit,
+                MEASUREMENTS[name].better(split),
+                ids,
+                tuple(value(item) for item in found),
+                (1.0,) * len(ids),
+                exponential=name == "cloze_rank",
+            )
+            for name, value in ANSWERS.items()
+        ]
     return results
+
+
+ANSWERS: dict[str, Callable[[Likelihood], float]] = {
+    "cloze": lambda item: item.log_probability,
+    # The logarithm, because the mean is geometric.
+    "cloze_rank": lambda item: math.log(item.rank),
+    "cloze_exact": lambda item: float(all(item.greedy)),
+}
+"""Measurements of one answer, from its likelihood."""
 
 
 TEXTS = 200
@@ -64,15 +70,24 @@ def extraction(subject: ModelUnderTest) -> list[Scores]:
 
     Source: Carlini et al. 2021, as defined by Wang et al. 2024 ("Towards effective evaluations"), equation 2.
     """
-    results = []
+    results, row = [], MEASUREMENTS["extraction_strength"]
     for group in ("T", "V"):
         asked = recitals(subject.concept, subject.settings, group)
         found = dict(zip(asked, subject.likelihoods(list(asked.values())), strict=True))
         kept = {identity: item for identity, item in found.items() if item.tokens}
         if kept:
             shares = tuple(item.recited / item.tokens for item in kept.values())
+            split, ones, skipped = f"forget_{group}", (1.0,) * len(kept), len(found) - len(kept)
             results.append(
-                Scores("extraction_strength", f"forget_{group}", "share of a text", "lower", tuple(kept), shares,
-                       (1.0,) * len(kept), skipped=len(found) - len(kept))
-            )  # fmt: skip
+                Scores(
+                    "extraction_strength",
+                    split,
+                    row.unit,
+                    row.better(split),
+                    tuple(kept),
+                    shares,
+                    ones,
+                    skipped=skipped,
+                )
+            )
     return results

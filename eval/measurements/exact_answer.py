@@ -8,6 +8,7 @@ from ..inference.generation import Reply
 from ..inference.questions import questions_by_split
 from ..model_under_test import ModelUnderTest
 from ..statistics import Better, Scores
+from . import MEASUREMENTS
 
 ANSWER_TOKENS = 12
 """Greedy tokens to complete a question with, where a pack's prompts carry no answers."""
@@ -21,10 +22,9 @@ def holds_answer(text: str, answer: str, choices: Sequence[str]) -> bool:
 
 def scores(subject: ModelUnderTest) -> list[Scores]:
     """``exact_answer`` on prompts with answers; on the pack's questions, completed as plain text, where there are none."""
-    removing = subject.concept.about.kind == "knowledge"
-    betters: dict[str, Better] = {"concept": "lower" if removing else "higher", "neutral": "base"}
     results = []
-    for split, better in betters.items():
+    for split in ("concept", "neutral"):
+        better = MEASUREMENTS["exact_answer"].better(split, subject.concept.about.kind)
         prompts = [prompt for prompt in subject.prompts(split) if prompt.answer]
         if prompts:
             replies = {reply.prompt: reply for reply in subject.replies(split)}
@@ -55,6 +55,5 @@ def _has(text: str, words: str) -> bool:
 
 
 def _scores(split: str, better: Better, ids: tuple[str, ...], hits: Sequence[bool]) -> Scores:
-    return Scores(
-        "exact_answer", split, "share of answers", better, ids, tuple(map(float, hits)), (1.0,) * len(ids)
-    )  # fmt: skip
+    unit = MEASUREMENTS["exact_answer"].unit
+    return Scores("exact_answer", split, unit, better, ids, tuple(map(float, hits)), (1.0,) * len(ids))

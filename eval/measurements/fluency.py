@@ -7,7 +7,8 @@ from typing import Any
 from ..inference.generation import Reply, generate
 from ..inference.likelihood import Request, log_likelihoods
 from ..model_under_test import ModelUnderTest
-from ..statistics import Better, Scores
+from ..statistics import Scores
+from . import MEASUREMENTS
 
 NOVICE_TEXTS = 64
 _COMMON = frozenset(
@@ -26,23 +27,26 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     ids = tuple(prompt.id for prompt in subject.prompts("concept"))
     keywords = subject.concept.about.keywords
 
-    def shares(name: str, unit: str, better: Better, parts: Sequence[tuple[int, int]]) -> Scores:
+    def shares(name: str, parts: Sequence[tuple[int, int]]) -> Scores:
         counted = [(identity, part) for identity, part in zip(ids, parts, strict=True) if part[1]]
         return Scores(
-            name, "concept", unit, better, tuple(identity for identity, _ in counted),
-            tuple(float(hits) for _, (hits, _) in counted), tuple(float(total) for _, (_, total) in counted),
+            name,
+            "concept",
+            MEASUREMENTS[name].unit,
+            MEASUREMENTS[name].better("concept"),
+            tuple(identity for identity, _ in counted),
+            tuple(float(hits) for _, (hits, _) in counted),
+            tuple(float(total) for _, (_, total) in counted),
             skipped=len(ids) - len(counted),
-        )  # fmt: skip
+        )
 
     topical = [(int(is_on_topic(reply, keywords)), 1) for reply in replies]
     return [
         found
         for found in (
-            shares("distinct_2", "share of word pairs", "base", [distinct_runs(reply.text, 2) for reply in replies]),
-            shares(
-                "repetition", "share of word quadruples", "base", [repeated_quadruples(reply.text) for reply in replies]
-            ),
-            shares("on_topic", "share of replies", "base", topical),
+            shares("distinct_2", [distinct_runs(reply.text, 2) for reply in replies]),
+            shares("repetition", [repeated_quadruples(reply.text) for reply in replies]),
+            shares("on_topic", topical),
         )
         if found.ids
     ]

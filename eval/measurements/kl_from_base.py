@@ -7,6 +7,7 @@ from torch import Tensor
 from ..inference.generation import Reply, divergence, reply_log_probabilities
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
+from . import MEASUREMENTS
 
 
 def scores(subject: ModelUnderTest) -> list[Scores]:
@@ -26,7 +27,6 @@ def _along(
 ) -> Scores:
     own = reply_log_probabilities(subject.model, replies)
     nats = [divergence(base, mine) for base, mine in zip(expected, own, strict=True)]
-    return Scores(
-        "kl_from_base", split, "nats per token", "lower", ids,
-        totals=tuple(float(item.sum()) for item in nats), weights=tuple(float(len(item)) for item in nats),
-    )  # fmt: skip
+    row = MEASUREMENTS["kl_from_base"]
+    totals, weights = tuple(float(item.sum()) for item in nats), tuple(float(len(item)) for item in nats)
+    return Scores("kl_from_base", split, row.unit, row.better(split), ids, totals, weights)

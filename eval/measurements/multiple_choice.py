@@ -5,12 +5,8 @@ from ..concept import Concept, Question
 from ..inference.likelihood import Request
 from ..inference.questions import questions_by_split, requests_of
 from ..model_under_test import EvalSettings, ModelUnderTest
-from ..statistics import Better, Scores
-
-BETTER: dict[str, Better] = {
-    "forget_T": "lower", "forget_V": "lower", "neighbour": "base", "retain": "base", "intended": "higher", "flipped": "higher",
-}  # fmt: skip
-"""Splits, and what an edit should do to each."""
+from ..statistics import Scores
+from . import MEASUREMENTS
 
 
 def requests(concept: Concept, settings: EvalSettings) -> list[Request]:
@@ -22,13 +18,13 @@ def requests(concept: Concept, settings: EvalSettings) -> list[Request]:
 def scores(subject: ModelUnderTest) -> list[Scores]:
     """Accuracy, and the margin of the true choice over the best other one, for each split."""
     results = []
+    rows = {name: MEASUREMENTS[name] for name in ("multiple_choice", "multiple_choice_margin")}
     for split, questions in questions_by_split(subject.concept, subject.settings.questions).items():
         margins = [margin(subject, question) for question in questions]
         ids, ones = tuple(question.id for question in questions), (1.0,) * len(questions)
-        better = BETTER[split]
+        totals = {"multiple_choice": tuple(float(m > 0) for m in margins), "multiple_choice_margin": tuple(margins)}
         results += [
-            Scores("multiple_choice", split, "accuracy", better, ids, tuple(float(m > 0) for m in margins), ones),
-            Scores("multiple_choice_margin", split, "nats per token", better, ids, tuple(margins), ones),
+            Scores(name, split, row.unit, row.better(split), ids, totals[name], ones) for name, row in rows.items()
         ]
     if not results:
         raise RequestError(f"concept {subject.concept.ref} has no questions to measure; add some to questions.jsonl")

@@ -4,6 +4,7 @@ from ..concept import Concept
 from ..inference.likelihood import Request
 from ..model_under_test import EvalSettings, ModelUnderTest
 from ..statistics import Scores
+from . import MEASUREMENTS
 
 
 def requests(concept: Concept, settings: EvalSettings) -> list[Request]:
@@ -16,13 +17,17 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     rows = subject.concept.retain[: subject.settings.questions or None]
     found = subject.likelihoods(requests(subject.concept, subject.settings))
     kept = [(row.id, item) for row, item in zip(rows, found, strict=True) if item.tokens]
+    about = MEASUREMENTS["perplexity"]
     return [
         Scores(
-            "perplexity", "retain", "perplexity", "base",
+            "perplexity",
+            "retain",
+            about.unit,
+            about.better("retain"),
             ids=tuple(identity for identity, _ in kept),
             totals=tuple(-item.log_probability for _, item in kept),
             weights=tuple(float(item.tokens) for _, item in kept),
             exponential=True,
             skipped=len(rows) - len(kept),
         )
-    ]  # fmt: skip
+    ]

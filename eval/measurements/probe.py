@@ -20,6 +20,7 @@ from ..inference.likelihood import batch_budget, encode_request, token_batches
 from ..inference.questions import questions_by_split, requests_of
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
+from . import BY_LAYER, MEASUREMENTS
 
 POINTS = 9
 """Points of the stream that are probed, at most, evenly spread from the first layer's input to the last one's output."""
@@ -61,7 +62,7 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     return [
         _scores("probe", "forget_V", ids, chosen[0]),
         _scores("probe_control", "forget_V", ids, chosen[1]),
-        *(_scores("probe_at_layer", f"{point:02d}", ids, hits) for point, (hits, _) in results.items()),
+        *(_scores(BY_LAYER, f"{point:02d}", ids, hits) for point, (hits, _) in results.items()),
     ]
 
 
@@ -141,4 +142,5 @@ def _nearest(predicted: Tensor, choices: Sequence[Tensor]) -> list[int]:
 
 
 def _scores(name: str, split: str, ids: tuple[str, ...], hits: Sequence[bool]) -> Scores:
-    return Scores(name, split, "accuracy", "lower", ids, tuple(map(float, hits)), (1.0,) * len(ids))
+    row = MEASUREMENTS["probe"]
+    return Scores(name, split, row.unit, row.better("forget_V"), ids, tuple(map(float, hits)), (1.0,) * len(ids))

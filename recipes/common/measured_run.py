@@ -32,6 +32,7 @@ from ...eval.measurements.table import measure, workload
 from ...eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
 from ...eval.statistics import Scores
 from .run_folder import RunSettings, free_folder, refuse_taken
+from .story import tell
 
 SAMPLES = 40
 EDITED = "the edited checkpoint"
@@ -211,7 +212,7 @@ def publish(
         named: dict[SubjectName, Sequence[Scores]] = {
             name: scores[name] for name in ("base", "edited", "reference") if name in scores
         }  # fmt: skip
-        results = write_results(staging, content, summarize_all(named))
+        results = write_results(staging, content, summarize_all(named), tell)
         card.write_card(staging, results, changes)
         write_manifest(
             staging, base=job.source.describe(), base_files=export.base_sha256, changes=export.changes,

@@ -1,0 +1,51 @@
+"""What recipes say of their runs, and the parts that several of them say alike."""
+
+from importlib import import_module
+from typing import Any
+
+from ...artifacts.reporting.sections import Section, Story
+from .. import RECIPES
+
+UNLEARNING_TAGS = ("unlearning", "machine-unlearning", "concept-erasure")
+
+
+def tell(results: dict[str, Any]) -> Story:
+    """The story of a run, told by its recipe's function ``story``; an empty one where the recipe has none.
+
+    Args:
+        results: Everything else that ``eval.json`` holds.
+    """
+    row = RECIPES.get(results["run"]["recipe"])
+    story = row and getattr(import_module(row.story or row.module), "story", None)
+    return story(results) if story else Story()
+
+
+def tensors_changed(results: dict[str, Any]) -> str:
+    """How many tensors the edit changed, of those that it could."""
+    edited = results["edited"]
+    return f"{edited['tensors_changed']} of {edited['tensors_declared']} tensors changed"
+
+
+def low_rank_headline(results: dict[str, Any]) -> str:
+    """What was edited, where a low-rank update was trained against a concept."""
+    edited = results["edited"]
+    return (
+        f"**What was edited.** A low-rank update against *{results['concept']['description']}* was added to the weights of "
+        f"`{results['base']['name']}` ({tensors_changed(results)}; rank {edited['rank']}, {edited['about']})."
+    )
+
+
+LOW_RANK_LIMIT = (
+    "The update was trained on the pack's contexts. Other ways to ask may still bring the knowledge out, and fine-tuning "
+    "may bring it back."
+)
+
+
+def training_section(results: dict[str, Any]) -> Section:
+    """How an adapter or whole weights were trained."""
+    training = results["training"]
+    adapter = (
+        ("`adapter/` holds the same update as a PEFT adapter of the base.",) if "rank" in results["edited"] else ()
+    )
+    about = f"{training['about']} {training['steps']} steps of {training['rows']} sequences; {training['data']}."
+    return Section("How it was trained", (about, *adapter))
