@@ -387,10 +387,12 @@ def story(results: dict[str, Any]) -> Story:
         f"Removing {validation['units']} units one by one, the rank correlation of score and true effect is "
         f"{validation['spearman']:.2f}.",
     ) if validation else ()  # fmt: skip
-    layers = bars("Neurons silenced in each layer", "", pruning["by_layer"], "layer", "neurons silenced")
-    units = Section(
-        "Units silenced", (f"Scored by {score}, semantics `{pruning['semantics']}`.", *checked), figures=(layers,)
+    about = (
+        f"Scored by {score}, semantics `{pruning['semantics']}`. Controls silence as many other units: random ones, matched in "
+        "layer and size, and the largest."
     )
+    layers = bars("Neurons silenced in each layer", "", pruning["by_layer"], "layer", "neurons silenced")
+    units = Section("Units silenced", (about, *checked), figures=(layers,))
     return Story(
         headline,
         limits=("Units were silenced by a score on the pack's contexts; what other units encode is still there.",),
@@ -402,9 +404,9 @@ def story(results: dict[str, Any]) -> Story:
 
 def _as_controls(compared: dict[str, dict[str, Any]]) -> tuple[Control, ...]:
     names = {
-        "chosen": "with the units that were chosen",
-        "random": "with random units matched in layer and size",
-        "largest": "with the largest units",
+        "chosen": "the units that were chosen",
+        "random": "random units",
+        "largest": "the largest units",
     }
     return tuple(
         Control(

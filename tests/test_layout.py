@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -83,6 +84,27 @@ def test_editing_opens_no_file_and_prints_nothing():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert not called & {"open", "print"}, path
+
+
+def test_what_is_written_about_a_run_names_no_method():
+    """A method says itself what a reader must know; ``reporting`` renders what it says."""
+    names = re.compile(
+        r"\b(elm|caft|prune|pruning|lorra|rmu|npo|simnpo|grad_diff|orthogonali[sz]e)\b|"
+        r"""\[?["'.](direction|leaks|target_check)\b|get\("(direction|training|target_check)""",
+        re.IGNORECASE,
+    )
+    paths = [
+        path for path in (ROOT / "artifacts").rglob("*") if path.suffix in (".py", ".j2") and path.name != "upgrade.py"
+    ]
+    # The file format's table of kinds of edits stands in edits.py.
+    named = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in paths
+        for line in path.read_text().splitlines()
+        if names.search(line) and not re.match(r' +"(orthogonalize|prune)": Method\(', line)
+    ]
+    assert named == [] and len(paths) > 40
+    assert names.search('caft=results.get("caft")') and names.search("{% if results.direction %}")
 
 
 def test_every_folder_with_code_is_installed():

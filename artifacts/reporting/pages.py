@@ -22,10 +22,13 @@ def render(template: str, **values: Any) -> str:
 
 def inline(text: str) -> Markup:
     """A text of ours with its marks as HTML: bold, emphasis and code. Everything else in it is inert."""
-    shown = str(escape(visible(text)))
-    for mark, tag in ((r"`([^`]+)`", "code"), (r"\*\*([^*]+)\*\*", "strong"), (r"\*([^*]+)\*", "em")):
-        shown = re.sub(mark, rf"<{tag}>\1</{tag}>", shown)
-    return Markup(shown)
+
+    def marked(found: re.Match[str]) -> str:
+        tag = {1: "code", 2: "strong", 3: "em"}[found.lastindex or 0]
+        return f"<{tag}>{found[found.lastindex or 0]}</{tag}>"
+
+    marks = r"`([^`]+)`|\*\*(?=\S)([^*]+)(?<=\S)\*\*|\*(?=\S)([^*]+)(?<=\S)\*"
+    return Markup(re.sub(marks, marked, str(escape(visible(text)))))
 
 
 def visible(text: str) -> str:

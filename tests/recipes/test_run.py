@@ -117,7 +117,7 @@ def _numbers(content):
 def test_every_number_on_the_card_comes_from_the_results(finished):
     out, results = finished
     card = (out / "checkpoint" / "README.md").read_text()
-    said = card[card.index("# ") : card.index("## Samples")] + card[card.index("## Limits") : card.index("```")]
+    said = card[card.index("# ") : card.index("## Samples")] + card[card.index("## Limits") : card.rindex("```")]
     forms = ("{:.3f}", "{:+.3f}", "{:.1f}", "{:+.1f}", "{:.2e}", "{}")
     known = {form.format(number) for number in _numbers(results) for form in forms}
     known |= {"0", "0.000", str(len(results["direction"]["candidates"]))}
@@ -150,7 +150,7 @@ def test_the_same_run_gives_the_same_bytes(finished, tmp_path):
     assert (tmp_path / "again" / "checkpoint" / "SHA256SUMS").read_text() == (
         out / "checkpoint" / "SHA256SUMS"
     ).read_text()
-    assert "declined" in done.stdout and "behaviour_rate" in done.stdout
+    assert "Declines prompts" in done.stdout and "behaviour_rate" in done.stdout
 
 
 def test_the_edit_applies_to_its_base_again_with_the_same_bytes(finished, tmp_path):

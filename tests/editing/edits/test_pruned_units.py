@@ -282,7 +282,7 @@ def test_pruning_hurts_the_concept_more_than_its_controls_do(tmp_path):
     assert lost["chosen"] > 0.1 > max(lost["random"], lost["largest"])
     assert results["edited"]["tensors_changed"] == sum(n > 0 for n in results["pruning"]["by_layer"])
     card = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
-    assert "Against other units" in card and "| random |" in card
+    assert "## Controls" in card and "| random units |" in card and "; random units " in card
     assert excise("verify", tmp_path / "run").returncode == 0
 
 

@@ -1,6 +1,7 @@
 """Measurements of the three criteria of erasure, each with what it must not be fooled by."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from excise.artifacts.concepts import load_concept
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.artifacts.reporting.findings import findings
-from excise.artifacts.reporting.results import measurements_as_json, summarize_all
+from excise.artifacts.reporting.results import measurements_as_json, read_measurements, summarize_all, table
 from excise.editing.errors import RequestError
 from excise.eval.inference.generation import Reply, generate
 from excise.eval.inference.likelihood import Request, log_likelihoods
@@ -24,6 +25,7 @@ from excise.eval.measurements.fluency import (
 from excise.eval.measurements.probe import Asked, fit_probe
 from excise.eval.model_under_test import EvalSettings, ModelUnderTest
 from excise.eval.statistics import Scores
+from excise.recipes.elm.story import below_chance
 
 
 def _load(name):
@@ -177,14 +179,22 @@ def test_findings_lead_with_the_three_criteria(testbed, reference):
         "measurements": measurements_as_json(summarize_all(pairs)), "edited": {"tied": False, "how": "x"},
         "concept": {"kind": "knowledge", "name": "potions"},
     }  # fmt: skip
-    said = findings(results)
-    assert said[0].startswith("Innocence") and said[1].startswith("Specificity")
-    assert not any("does not" in sentence for sentence in said)
+    lines = findings(results)
+    starts = [line.split(":")[0] for line in lines]
+    assert starts == [
+        "Held-out questions (V)", "Questions it may be trained on (T)", "Questions on related topics (neighbour)",
+        "Questions on everything else (retain)",
+    ]  # fmt: skip
+    criteria = [row.on.criterion for row in table(read_measurements(results)) if row.name == "multiple_choice"]
+    assert criteria == ["Innocence", "Innocence", "Specificity", "Specificity"]
+    # One line each, and no number without its interval, its n and the base's value.
+    assert all(len(line) <= 120 and re.search(r": \d\.\d{3} → \d\.\d{3} \[.*\], n = \d+\.$", line) for line in lines)
     same = {
         **results,
         "measurements": measurements_as_json(summarize_all({"base": pairs["base"], "edited": pairs["base"]})),
     }
-    assert any("does not remove the knowledge" in sentence for sentence in findings(same))
+    assert "does not remove the knowledge" in findings(same)[0]
+    assert not any("does not" in line for line in lines)
 
 
 def test_answers_below_chance_are_said_to_be_avoided():
@@ -200,7 +210,7 @@ def test_answers_below_chance_are_said_to_be_avoided():
             "measurements": measurements_as_json(summarize_all(scores)), "edited": {"tied": False, "how": "x"},
             "concept": {"kind": "knowledge", "name": "potions"}, "target_check": {"chance": 0.125},
         }  # fmt: skip
-        return any("below chance" in sentence for sentence in findings(results))
+        return any("below chance" in sentence for sentence in below_chance(results))
 
     assert said(0.0) and said(0.0, reference=0.125)
     assert not said(0.125) and not said(0.0, reference=0.0)

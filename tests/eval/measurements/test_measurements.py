@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,10 +17,10 @@ from excise.eval.inference.likelihood import (
     token_batches,
     windows,
 )
-from excise.eval.measurements import behaviour
+from excise.eval.measurements import BY_LAYER, MEASUREMENTS, behaviour, columns, leads
 from excise.eval.measurements.behaviour import declines, is_degenerate
 from excise.eval.measurements.exact_answer import holds_answer
-from excise.eval.measurements.table import MEASUREMENTS, measure
+from excise.eval.measurements.table import function_of, measure, scores_of
 from excise.eval.model_under_test import EvalSettings, ModelUnderTest
 
 
@@ -122,7 +124,7 @@ def test_the_testbed_knows_its_world_and_its_twin_does_not_know_potions(testbed)
     found = {}
     for name, loaded in (("base", testbed), ("reference", reference)):
         subject = ModelUnderTest(loaded.model, loaded.tokenizer, concept, settings)
-        scores = {(s.name, s.split): s.value() for s in MEASUREMENTS["multiple_choice"].scores(subject)}
+        scores = {(s.name, s.split): s.value() for s in scores_of("multiple_choice", subject)}
         found[name] = scores
     for split in ("forget_T", "forget_V", "neighbour", "retain"):
         assert found["base"]["multiple_choice", split] >= 0.95  # chance is 0.125
@@ -135,12 +137,39 @@ def test_one_pass_measures_every_line_of_the_table(testbed):
     own = measure(base)
     again = measure(ModelUnderTest(testbed.model, testbed.tokenizer, base.concept, base.settings, base=base.baseline()))
     names = {score.name for score in again}
-    # What a task brings about is measured on tasks alone.
-    assert set(MEASUREMENTS) - {"learned_rate"} <= names
+    # What a task brings about is measured on tasks alone; recipes let a base read replies and add directions.
+    elsewhere = {"learned_rate", "reverse_perplexity", "induced_rate"}
+    # 24 questions are enough for probes.
+    assert names == {*MEASUREMENTS, BY_LAYER} - elsewhere
+    for score in again:
+        if score.name in MEASUREMENTS:
+            row = MEASUREMENTS[score.name]
+            assert (score.unit, score.better) == (row.unit, row.better(score.split, "knowledge"))
+            assert score.split in row.splits
     assert {score.name for score in own} == names - {"kl_from_base"}
     for kl in (score for score in again if score.name == "kl_from_base"):
         assert kl.value() == pytest.approx(0, abs=1e-6) and sum(kl.weights) >= 16
     json.dumps([score.value() for score in again])
+
+
+def test_rows_name_functions_that_exist_and_say_everything_a_reader_needs():
+    for name, row in MEASUREMENTS.items():
+        assert row.about and row.label and row.unit and row.splits, name
+        for path in (row.scores, row.requests):
+            assert not path or callable(function_of(path))
+    orders = [row.order for row in MEASUREMENTS.values()]
+    assert len(set(orders)) == len(orders)
+    headings = [on.column for row in MEASUREMENTS.values() for on in row.splits.values() if on.column]
+    assert len(set(headings)) == len(headings) == len(columns())
+    assert ("multiple_choice", "forget_V") in leads()
+
+
+def test_the_table_of_measurements_imports_neither_torch_nor_numpy():
+    code = (
+        "import sys; import excise.eval.measurements; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_task_is_measured_by_its_own_phrases(testbed):

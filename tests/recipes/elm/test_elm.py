@@ -113,9 +113,9 @@ def test_what_is_published_verifies_and_names_no_place(finished, tmp_path):
     text = "".join(p.read_text(encoding="utf-8") for p in published.rglob("*") if p.suffix in (".md", ".json"))
     assert str(out.parent) not in text and os.path.expanduser("~") not in text
     card = (published / "README.md").read_text()
-    assert "erased with ELM" in card and card.index("Innocence") < card.index("Seamlessness") < card.index(
-        "Specificity"
-    )
+    assert "erased with ELM" in card and "Innocence, seamlessness and specificity" in card
+    leads = ("Held-out questions (V): ", "Perplexity of replies about the concept", "Questions on related topics")
+    assert sorted(leads, key=card.index) == list(leads)
     html = (out / "report.html").read_text()
     assert "What the target promised" in html and "Linear probes by layer" in html
     again = excise("apply", published / "excise", "--base", "builtin:testbed", "--out", tmp_path / "again", "--json")
