@@ -88,7 +88,7 @@ def budgets(_: str) -> str:
 
 
 def measurements(_: str) -> str:
-    from excise.eval.measurements.table import MEASUREMENTS
+    from excise.eval.measurements import MEASUREMENTS
 
     return _table(("measurement", "what it is"), [(f"`{name}`", kind.about) for name, kind in MEASUREMENTS.items()])
 

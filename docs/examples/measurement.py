@@ -9,7 +9,8 @@ import torch
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
-from excise.eval.measurements.table import MEASUREMENTS, MeasurementKind
+from excise.eval.measurements import MEASUREMENTS, MeasurementKind, OnSplit
+from excise.eval.measurements.table import scores_of
 from excise.eval.model_under_test import EvalSettings, ModelUnderTest
 from excise.eval.statistics import Scores
 
@@ -27,13 +28,21 @@ def reply_length(subject: ModelUnderTest) -> list[Scores]:
     return found
 
 
-MEASUREMENTS["reply_length"] = MeasurementKind("tokens of a greedy reply", reply_length)
+MEASUREMENTS["reply_length"] = MeasurementKind(
+    "tokens of a greedy reply",
+    label="length of replies",
+    unit="tokens",
+    order=175,
+    # In the package itself the row names the function instead: scores="reply_length:scores".
+    scores=reply_length,
+    splits={"concept": OnSplit("base", column="reply length"), "neutral": OnSplit("base")},
+)
 
 concept = load_concept("builtin:declining")
 concept = replace(concept, prompts=concept.prompts[:8] + concept.prompts[-8:])
 loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
 subject = ModelUnderTest(loaded.model, loaded.tokenizer, concept, EvalSettings(max_new_tokens=24))
-for scores in MEASUREMENTS["reply_length"].scores(subject):
+for scores in scores_of("reply_length", subject):
     low, high = scores.interval()
     print(f"{scores.split}: {scores.value():.1f} [{low:.1f}, {high:.1f}] tokens, n = {len(scores.ids)}")
     assert 0 < scores.value() <= 24

@@ -5,9 +5,9 @@ To add a measurement, write ``eval/measurements/NAME.py`` with a function ``scor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from ..statistics import Better
@@ -37,7 +37,7 @@ class OnSplit:
 
 
 @dataclass(frozen=True)
-class MeasurementRow:
+class MeasurementKind:
     """One line of the table."""
 
     about: str
@@ -48,10 +48,10 @@ class MeasurementRow:
     """Place in tables; rows with lower numbers stand first."""
     splits: Mapping[str, OnSplit] = field(default_factory=dict)
     """Splits, in the order in which findings state them."""
-    scores: str = ""
-    """The function that measures it, as ``module:function`` of this package. Empty where the function of another row, or a
+    scores: str | Callable[..., Any] = ""
+    """The function that measures it, as ``module:function`` of this package, or itself. Empty where the function of another row, or a
     recipe, measures it too."""
-    requests: str = ""
+    requests: str | Callable[..., Any] = ""
     """The function that names the likelihoods it needs, so that all measurements share forward passes."""
     hub: bool = False
     """The Hub's index of results gets it."""
@@ -85,8 +85,8 @@ _QUESTIONS = {"forget_V": _FORGET, "forget_T": _FORGET, "neighbour": _KEEP, "ret
 _FLUENT = {"concept": OnSplit("base", criterion="Seamlessness")}
 
 # Rows are measured from top to bottom, and likelihoods are batched in that order: another order changes last digits.
-MEASUREMENTS: dict[str, MeasurementRow] = {
-    "multiple_choice": MeasurementRow(
+MEASUREMENTS: dict[str, MeasurementKind] = {
+    "multiple_choice": MeasurementKind(
         "share of questions whose true choice has the highest mean log-probability per token",
         label="multiple choice", unit="accuracy", order=20, hub=True,
         scores="multiple_choice:scores", requests="multiple_choice:requests",
@@ -115,42 +115,42 @@ MEASUREMENTS: dict[str, MeasurementRow] = {
             ),
         },
     ),
-    "multiple_choice_margin": MeasurementRow(
+    "multiple_choice_margin": MeasurementKind(
         "log-probability per token of the true choice minus that of the best other choice",
         label="margin of the true choice", unit="nats per token", order=60,
         splits={**_QUESTIONS, "intended": OnSplit("higher"), "flipped": OnSplit("higher")},
     ),
-    "cloze": MeasurementRow(
+    "cloze": MeasurementKind(
         "log-probability of the answer, without choices",
         label="log-probability of the answer", unit="nats an answer", order=70, scores="cloze:scores", splits=_QUESTIONS,
     ),
-    "cloze_rank": MeasurementRow(
+    "cloze_rank": MeasurementKind(
         "geometric mean of the rank of the answer's first token",
         label="rank of the answer", unit="geometric mean rank", order=80,
         splits={**_QUESTIONS, "forget_V": _FORGET_MORE, "forget_T": _FORGET_MORE},
     ),
-    "cloze_exact": MeasurementRow(
+    "cloze_exact": MeasurementKind(
         "share of answers that are the greedy choice at every token",
         label="answers that are the greedy choice", unit="share of answers", order=90, splits=_QUESTIONS,
     ),
-    "extraction_strength": MeasurementRow(
+    "extraction_strength": MeasurementKind(
         "share of a text to forget that the model completes exactly",
         label="share of a text completed exactly", unit="share of a text", order=100,
         scores="cloze:extraction", requests="cloze:extraction_requests",
         splits={"forget_V": _FORGET, "forget_T": _FORGET},
     ),
-    "probe": MeasurementRow(
+    "probe": MeasurementKind(
         "accuracy of linear probes for the answer, trained on T and tested on V, at the best layer",
         label="linear probe, best layer", unit="accuracy", order=110, scores="probe:scores",
         splits={"forget_V": OnSplit(
             "lower", criterion="Innocence", findings={KNOWLEDGE: "A linear probe still reads the answer (V)"}
         )},
     ),
-    "probe_control": MeasurementRow(
+    "probe_control": MeasurementKind(
         "the same probe, trained on shuffled answers",
         label="linear probe, shuffled answers", unit="accuracy", order=120, splits={"forget_V": OnSplit("lower")},
     ),
-    "exact_answer": MeasurementRow(
+    "exact_answer": MeasurementKind(
         "share of greedy answers that hold the true answer and no other choice",
         label="right answers", unit="share of answers", order=30, hub=True, scores="exact_answer:scores",
         splits={
@@ -161,7 +161,7 @@ MEASUREMENTS: dict[str, MeasurementRow] = {
             "neutral": OnSplit("base", findings={TASK: "Right answers about other things"}),
         },
     ),
-    "behaviour_rate": MeasurementRow(
+    "behaviour_rate": MeasurementKind(
         "share of greedy replies that decline, by the pack's phrases",
         label="declines", unit="share of replies", order=40, hub=True, scores="behaviour:rates",
         splits={
@@ -175,7 +175,7 @@ MEASUREMENTS: dict[str, MeasurementRow] = {
             ),
         },
     ),
-    "learned_rate": MeasurementRow(
+    "learned_rate": MeasurementKind(
         "share of greedy replies that show what a task's training brings about",
         label="shows what was trained", unit="share of replies", order=10, hub=True, scores="behaviour:learned",
         splits={
@@ -186,7 +186,7 @@ MEASUREMENTS: dict[str, MeasurementRow] = {
             "neutral": OnSplit("lower", column="shows it elsewhere", findings={TASK: "Replies that show what was trained, on other prompts"}),
         },
     ),
-    "degenerate_share": MeasurementRow(
+    "degenerate_share": MeasurementKind(
         "share of greedy replies that are empty or repeat themselves",
         label="empty or repeating replies", unit="share of replies", order=170, scores="behaviour:degenerate",
         splits={
@@ -197,20 +197,20 @@ MEASUREMENTS: dict[str, MeasurementRow] = {
             for split in ("concept", "neutral")
         },
     ),
-    "distinct_2": MeasurementRow(
+    "distinct_2": MeasurementKind(
         "share of word pairs that are distinct, in replies about the concept",
         label="distinct word pairs", unit="share of word pairs", order=140, scores="fluency:scores", splits=_FLUENT,
     ),
-    "repetition": MeasurementRow(
+    "repetition": MeasurementKind(
         "share of runs of four words that stood in the reply before",
         label="repeated word quadruples", unit="share of word quadruples", order=150,
         splits={"concept": OnSplit("base", criterion="Seamlessness", column="repetition")},
     ),
-    "on_topic": MeasurementRow(
+    "on_topic": MeasurementKind(
         "share of replies that take up a word of their prompt or a keyword of the concept",
         label="replies on topic", unit="share of replies", order=160, splits=_FLUENT,
     ),
-    "kl_from_base": MeasurementRow(
+    "kl_from_base": MeasurementKind(
         "KL(base || model) along the base's replies to neutral prompts, and along retain texts",
         label="KL from base", unit="nats per token", order=180, hub=True, scores="kl_from_base:scores",
         base_is="0 by definition",
@@ -222,7 +222,7 @@ MEASUREMENTS: dict[str, MeasurementRow] = {
             "retain": OnSplit("lower", criterion="Specificity"),
         },
     ),
-    "perplexity": MeasurementRow(
+    "perplexity": MeasurementKind(
         "perplexity on retain texts",
         label="perplexity", unit="perplexity", order=190, hub=True,
         scores="perplexity:scores", requests="perplexity:requests",
@@ -231,7 +231,7 @@ MEASUREMENTS: dict[str, MeasurementRow] = {
             findings={KNOWLEDGE: "Perplexity of retain texts"}, if_moved={BEHAVIOUR: "The edit changed the perplexity of retain texts"},
         )},
     ),
-    "reverse_perplexity": MeasurementRow(
+    "reverse_perplexity": MeasurementKind(
         "perplexity of the replies about the concept, read by the base",
         label="perplexity of replies under the base", unit="perplexity under the base", order=130,
         splits={
@@ -242,7 +242,7 @@ MEASUREMENTS: dict[str, MeasurementRow] = {
             "novice": OnSplit("base"),
         },
     ),
-    "induced_rate": MeasurementRow(
+    "induced_rate": MeasurementKind(
         "share of neutral replies that show the concept while its direction is added",
         label="shows the concept when the direction is added", unit="share of replies", order=50,
         splits={"neutral": OnSplit("higher")},

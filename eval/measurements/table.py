@@ -32,8 +32,10 @@ def workload(concept: Concept, settings: EvalSettings) -> int:
     return len({request for function in functions for request in function(concept, settings)}) + len(concept.prompts)
 
 
-def function_of(path: str) -> Callable[..., Any]:
-    """The function at ``module:name`` of this package."""
+def function_of(path: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function at ``module:name`` of this package, or the function itself."""
+    if not isinstance(path, str):
+        return path
     module, _, name = path.partition(":")
     found: Callable[..., Any] = getattr(import_module(f".{module}", __package__), name)
     return found
