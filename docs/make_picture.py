@@ -36,7 +36,7 @@ def shares(audit: dict[str, Any], attack: str) -> dict[str, float]:
 def draw(audit: dict[str, Any], out: Path) -> None:
     """One group of bars an attack, one bar a model."""
     n, chance = audit["n"], audit["controls"]["chance"]
-    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.5, 3.8), dpi=150, layout="constrained")
     axes = figure.subplots()
     for place, (model, label) in enumerate(MODELS.items()):
         for group, attack in enumerate(ATTACKS):
@@ -48,7 +48,7 @@ def draw(audit: dict[str, Any], out: Path) -> None:
             axes.errorbar(
                 x, value, [[max(0.0, value - low)], [max(0.0, high - value)]], color=INK, linewidth=1, capsize=2
             )
-            axes.text(x, high + 0.02, f"{value:.2f}", ha="center", fontsize=8, color=INK)
+            axes.text(x, high + 0.02, f"{value:.2f}", ha="center", fontsize=9, color=INK)
     axes.axhline(chance, color=FAINT, linewidth=0.8, linestyle=":")
     axes.text(len(ATTACKS) - 0.58, chance, "chance", fontsize=8, color=FAINT, va="bottom")
     axes.set_xticks(range(len(ATTACKS)), list(ATTACKS.values()))

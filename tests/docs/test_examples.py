@@ -35,8 +35,9 @@ def test_the_example_attack_brings_back_what_is_known_and_only_that():
     assert known > 0.8 and unknown < 0.4
 
 
-def test_the_example_method_publishes_a_checkpoint_that_it_changed(tmp_path):
-    assert "'edited'" in _run("method", tmp_path / "run", *SHORT)
+@pytest.mark.parametrize("name", ["method", "unlearning_method"])
+def test_an_example_method_publishes_a_checkpoint(tmp_path, name):
+    assert "'edited'" in _run(name, tmp_path / "run", *SHORT)
     assert (tmp_path / "run" / "checkpoint" / "SHA256SUMS").is_file()
     assert (tmp_path / "run" / "report.html").is_file()
 
