@@ -744,8 +744,8 @@ def _print_audit(results: dict[str, Any], out: Path) -> None:
     Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True).print(shown)
     for gap in results["gaps"]:
         _say(f"not tested: {gap}")
-    if results["recalled"]:
-        _say(f"curves of {', '.join(results['recalled'])} are an earlier audit's; --fresh makes them again")
+    if results["reused"]:
+        _say(f"curves of {', '.join(results['reused'])} are an earlier audit's; --fresh makes them again")
     _say(f"\naudit   {out / 'audit.json'}\nreport  {out / 'report.html'}\ncard    {out / 'card.md'}")
 
 

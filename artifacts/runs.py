@@ -10,6 +10,9 @@ from .reporting.audit_page import AUDIT
 from .reporting.results import RESULTS, format_value, read_measurements
 from .upgrade import read_json
 
+CURVES = "curves"
+"""Folder in which an unfinished audit keeps its curves, in its working folder."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -77,6 +80,6 @@ def _read(folder: Path, place: Path) -> Run | None:
                 return Run(name, place, kind, "not readable", {})  # type: ignore[arg-type]
             return Run(name, place, kind, "finished", content, audit)  # type: ignore[arg-type]
     if (place / ".work").is_dir():
-        audited = (place / ".work" / "attacked").is_dir()
+        audited = (place / ".work" / CURVES).is_dir()
         return Run(name, place, "audit" if audited else "run", "unfinished", {})
     return None

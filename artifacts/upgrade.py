@@ -24,7 +24,7 @@ RENAMED_SETTINGS = {
 """Settings by their names in version 1, with today's."""
 RENAMED_MODELS = {"testbed-never": "testbed-reference"}
 """Built-in models by their names in version 1, with today's."""
-_KEYS = {"never": "reference"}
+_KEYS = {"never": "reference", "recalled": "reused"}
 _VALUES = {
     "never": "reference",
     "comes_back": "recovers",

@@ -22,7 +22,7 @@ from excise.artifacts.models.load import LoadedModel, choose_device, choose_dtyp
 from excise.eval.concept import Concept
 from excise.recipes.audit import attackers
 from excise.recipes.audit.attack_data import AttackData
-from excise.recipes.audit.attackers import trained
+from excise.recipes.audit.attackers import AttackTraining
 from excise.recipes.audit.attacks.table import ATTACKS, BUDGETS
 from excise.recipes.data.facts import find_facts
 from excise.recipes.relearning_monitor import RelearningMonitor
@@ -77,12 +77,12 @@ def compare(what: str, one: str, other: str, slow: Callable[[], float], fast: Ca
 def attack(loaded: LoadedModel, concept: Concept, most: int, work: Path) -> float:
     """Seconds of the same attackers, so many at a time."""
     questions = [q for q in concept.questions if q.split == "forget" and q.group == "V"][:1]
-    material = AttackData.of(concept, find_facts(concept), loaded.tokenizer, questions, 0)
-    budget = dataclasses.replace(BUDGETS["quick"], steps=STEPS, seeds=ATTACKERS // 2, rates={"lora": (1e-3, 2e-3)})
+    data = AttackData(concept, find_facts(concept), tuple(questions), loaded.tokenizer, seed=0)
+    budget = dataclasses.replace(BUDGETS["quick"], steps=STEPS, seeds=ATTACKERS // 2, rates={"low_rank": (1e-3, 2e-3)})
     attackers.MOST_ATTACKERS = most
     started = time.perf_counter()
     with Events().stage("attack") as stage:
-        trained(loaded.model, {"rtt": ATTACKS["rtt"]}, material, budget, 0, stage, work)
+        AttackTraining(loaded.model, data, budget, work).curves({"rtt": ATTACKS["rtt"]}, stage)
     return time.perf_counter() - started
 
 

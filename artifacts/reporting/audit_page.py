@@ -20,7 +20,7 @@ UNTESTED_BEFORE = "; relearning, quantization and adversarial prompts were not t
 """How cards of version 1 said so."""
 HEADLINES = {
     "recovers": "The knowledge recovers",
-    "partially_robust": "Partially robust: attacks recover more than from a model that never knew it",
+    "partially_robust": "Partially robust: recovery is not shown, and neither is absence",
     "indistinguishable_from_never_trained": "Indistinguishable from a model that was never trained on it",
     "inconclusive": "Inconclusive",
 }

@@ -1,6 +1,6 @@
-"""What an audit is asked: the models, the attacks, and whether they can be run at all."""
+"""What an audit is asked for, and whether it can be done at all."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,7 @@ from ..common.examples import spread
 from ..common.run_folder import RunSettings, free_folder, refuse_taken
 from ..common.trainer import memory_for_whole_weights
 from ..data.facts import Facts, find_facts
-from .attackers import Budget
-from .attacks.table import ATTACKS, BUDGETS
+from .attacks.table import ATTACKS, BUDGETS, Budget
 
 FEWEST = 20
 """Questions of group V below which no audit is made."""
@@ -34,23 +33,23 @@ class AuditSettings(RunSettings):
     """What to audit, against what, and how hard."""
 
     model: str
-    """Model to audit: any, edited here or elsewhere."""
+    """Model to audit: a run's folder, a checkpoint, a Hub id with optional @revision, or builtin:NAME."""
     concept: str = "builtin:potions"
-    """Concept pack that the edit was to remove: builtin:NAME or a folder."""
+    """Concept pack that the edit should have erased: builtin:NAME or a folder."""
     base: str = "builtin:testbed"
-    """The model it was made from."""
+    """Model that the edited one was made from: a folder, a Hub id or builtin:NAME."""
     reference: str | None = None
-    """A model that never knew the concept; without one, facts that nobody knows are learned instead."""
+    """A model that was never trained on the concept. Without one, the base learns made-up facts for comparison."""
     attacks: tuple[str, ...] = ()
-    """Names of attacks; none takes those of the budget."""
+    """Names of attacks to run, such as [rtt, few_shot]; empty runs those of the budget."""
     budget: Literal["quick", "standard", "long"] = "quick"
-    """How long: minutes, tens of minutes, hours."""
+    """Attacks and steps: quick takes minutes, standard tens of minutes, long hours."""
     questions: int = Field(0, ge=0)
-    """Questions of group V to ask, at most, evenly drawn; 0 takes all."""
+    """Most questions of group V (held out) to ask, drawn evenly; 0 asks all. More narrow the intervals."""
     card: bool = False
-    """Also put the audit into the audited checkpoint, which excise must have made: a section of its card, and its figures."""
+    """Also write the audit into the checkpoint that excise made: a section of its card, and audit.json."""
     fresh: bool = False
-    """Attack base and controls anew, although an earlier audit of the same base and concept kept their curves."""
+    """Attack base and controls again instead of reusing an earlier audit's curves of them."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class AuditJob:
     """A checked request."""
 
     settings: AuditSettings
-    sources: dict[str, ModelSource]
-    """By subject: base, edited, and never where there is one."""
+    sources: Mapping[str, ModelSource]
+    """By subject: base, edited, and reference where there is one."""
     concept: Concept
     facts: Facts
     questions: tuple[Question, ...]
@@ -72,6 +71,17 @@ class AuditJob:
     gaps: tuple[str, ...] = ()
     """What cannot be tested here, and why."""
 
+    @property
+    def reference(self) -> str:
+        """What the edited model is compared with: the model ``reference``, or novel facts."""
+        return "reference" if "reference" in self.sources else NOVEL
+
+    @property
+    def suppressed_attacks(self) -> tuple[str, ...]:
+        """The attacks that the suppressed control is put to: those that fine-tune it on the concept."""
+        rows = ((name, ATTACKS[name]) for name in self.attacks)
+        return tuple(name for name, row in rows if row.method == "low_rank" and row.data in ("T", "V"))
+
 
 def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
     """Check names, files, memory and whether the models belong together, before any weight is read.
@@ -80,87 +90,112 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
         RequestError: Anything that could not work.
     """
     concept = load_concept(settings.concept)
-    questions = tuple(q for q in concept.questions if q.split == "forget" and q.group == "V")
     facts = find_facts(concept)
-    questions = tuple(spread(questions, settings.questions or len(questions), f"excise audit {settings.seed}"))
+    questions = _questions(concept, settings)
     _check_concept(concept, questions, facts)
-    budget = BUDGETS[settings.budget]
-    attacks = settings.attacks or budget.attacks
-    unknown = [name for name in attacks if name not in ATTACKS]
-    if unknown:
-        raise RequestError(
-            f"no attack {unknown[0]!r}{nearest(unknown[0], list(ATTACKS))}; attacks: {', '.join(ATTACKS)}"
-        )
+    attacks = settings.attacks or BUDGETS[settings.budget].attacks
+    _check_attacks(attacks)
     out = settings.out or free_folder("audit")
     if not resume:
         refuse_taken(out)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    base = find_model(settings.base)
-    sources = {"base": base, "edited": find_model(settings.model)}
-    reference = settings.reference or _builtin_reference(settings)
-    if reference:
-        sources["reference"] = find_model(reference)
+    sources = _sources(settings)
     checkpoints = {name: open_checkpoint(source.folder) for name, source in sources.items()}
     for name, source in sources.items():
         check_memory(checkpoints[name], device, dtype)
-        _check_descent(name, source, checkpoints[name], base, checkpoints["base"])
+        if name != "base":
+            _check_same_tensors(source, checkpoints[name], sources["base"], checkpoints["base"])
+            _check_same_tokenizer(source, sources["base"])
     if settings.card:
         verify_folder(sources["edited"].folder)
-    kept, gaps = _affordable(attacks, checkpoints["base"], device)
-    return AuditJob(settings, sources, concept, facts, questions, kept, budget, device, dtype, out, gaps)
+    affordable, gaps = _affordable(attacks, checkpoints["base"], device)
+    budget = BUDGETS[settings.budget]
+    return AuditJob(settings, sources, concept, facts, questions, affordable, budget, device, dtype, out, gaps)
 
 
-def describe(prepared: AuditJob) -> dict[str, Any]:
+def describe(job: AuditJob) -> dict[str, Any]:
     """What an audit would do."""
-    budget = prepared.budget
-    training = [name for name in prepared.attacks if not ATTACKS[name].score]
+    budget = job.budget
+    training = [ATTACKS[name] for name in job.attacks if ATTACKS[name].trains]
     return {
-        "recipe": "audit", "out": str(prepared.out), "models": {name: s.name for name, s in prepared.sources.items()},
-        "floor": "reference" if "reference" in prepared.sources else NOVEL, "questions": len(prepared.questions),
-        "attacks": list(prepared.attacks), "attackers_that_train": sum(
-            budget.seeds * len(budget.rates[ATTACKS[name].method]) for name in training
-        ) * 4, "steps_each": budget.steps, "gaps": list(prepared.gaps),
-    }  # fmt: skip
+        "recipe": "audit",
+        "out": str(job.out),
+        "models": {name: source.name for name, source in job.sources.items()},
+        "floor": job.reference,
+        "questions": len(job.questions),
+        "attacks": list(job.attacks),
+        "attackers_that_train": sum(budget.seeds * len(budget.rates_of(row)) for row in training) * 4,
+        "steps_each": budget.steps,
+        "gaps": list(job.gaps),
+    }
+
+
+def _questions(concept: Concept, settings: AuditSettings) -> tuple[Question, ...]:
+    held_out = [q for q in concept.questions if q.split == "forget" and q.group == "V"]
+    return tuple(spread(held_out, settings.questions or len(held_out), f"excise audit {settings.seed}"))
+
+
+def _sources(settings: AuditSettings) -> dict[str, ModelSource]:
+    sources = {"base": find_model(settings.base), "edited": find_model(settings.model)}
+    if reference := settings.reference or _builtin_reference(settings):
+        sources["reference"] = find_model(reference)
+    return sources
+
+
+def _builtin_reference(settings: AuditSettings) -> str | None:
+    known = settings.base == "builtin:testbed" and settings.concept == "builtin:potions"
+    return "builtin:testbed-reference" if known and "testbed-reference" in builtin_models() else None
+
+
+def _check_attacks(attacks: Sequence[str]) -> None:
+    if unknown := [name for name in attacks if name not in ATTACKS]:
+        raise RequestError(
+            f"no attack {unknown[0]!r}{nearest(unknown[0], list(ATTACKS))}; attacks: {', '.join(ATTACKS)}"
+        )
 
 
 def _check_concept(concept: Concept, questions: Sequence[Question], facts: Facts) -> None:
     if concept.about.kind != "knowledge":
         raise RequestError(
-            f"concept {concept.ref} is a behaviour; an audit asks questions of group V, so give a concept of kind knowledge"
+            f"concept {concept.ref} is of kind {concept.about.kind}, and an audit asks about facts; give a concept of kind "
+            "knowledge, such as builtin:potions"
         )
     if len(questions) < FEWEST:
         raise RequestError(
-            f"concept {concept.ref} has {len(questions)} forget questions of group V; an interval of ±0.10 needs "
-            f"{questions_needed(0.1)}, and {FEWEST} is the least that is audited"
+            f"concept {concept.ref} has {len(questions)} forget questions of group V (held out); an audit needs at least {FEWEST}, "
+            f"and an interval of ±0.10 needs {questions_needed(0.1)}; add questions to the pack, or raise --questions"
         )
-    if not any(fact.group == "V" for fact in facts.facts) or not any(fact.group == "T" for fact in facts.facts):
+    if {fact.group for fact in facts.facts} != {"T", "V"}:
         raise RequestError(
-            f"concept {concept.ref} states no facts of both groups that could be found; its forget texts must hold "
-            "subjects and answers of group-T questions, and texts on group V in the same words"
+            f"no facts of both groups, T and V, were recognized in concept {concept.ref}; its forget texts must contain subjects "
+            "and answers of group-T questions, and texts on group V in the same wording"
         )
-    tested = {q.subject for q in questions if q.subject}
-    seen = [text.id for text in concept.forget if text.group == "T" and any(subject in text.text for subject in tested)]
-    if seen:
+    subjects = {q.subject for q in questions if q.subject}
+    leaking = [
+        text.id for text in concept.forget if text.group == "T" and any(subject in text.text for subject in subjects)
+    ]
+    if leaking:
         raise RequestError(
-            f"{len(seen)} texts of group T of concept {concept.ref} name subjects of group V (the first is {seen[0]}), so an "
-            "attacker would see what is measured; move them to group V"
+            f"{len(leaking)} texts of group T of concept {concept.ref} name subjects of group V (the first is {leaking[0]}), so "
+            "attackers would train on what is tested; move these texts to group V"
         )
 
 
-def _check_descent(name: str, source: ModelSource, found: Checkpoint, base: ModelSource, wanted: Checkpoint) -> None:
-    """Shapes and vocabulary must be the base's."""
-    if name == "base":
-        return
-    shapes, theirs = ({t.name: t.shape for t in c.tensors.values()} for c in (found, wanted))
-    different = [key for key in shapes if key in theirs and shapes[key] != theirs[key]]
-    different += sorted(set(shapes) ^ set(theirs) - {"lm_head.weight"})
-    different = [key for key in different if key != "lm_head.weight"]
+def _check_same_tensors(source: ModelSource, checkpoint: Checkpoint, base: ModelSource, of_base: Checkpoint) -> None:
+    """Names and shapes must be the base's; an unembedding may be tied in one and not in the other."""
+    shapes, expected = ({t.name: t.shape for t in c.tensors.values()} for c in (checkpoint, of_base))
+    different = [name for name in shapes if name in expected and shapes[name] != expected[name]]
+    different += sorted(set(shapes) ^ set(expected))
+    different = [name for name in different if name != "lm_head.weight"]
     if different:
         raise RequestError(
             f"{source.name} does not descend from {base.name}: {len(different)} tensors differ in shape or name, the first is "
             f"{different[0]}; give the base that it was made from"
         )
+
+
+def _check_same_tokenizer(source: ModelSource, base: ModelSource) -> None:
     if load_tokenizer(source).get_vocab() != load_tokenizer(base).get_vocab():
         raise RequestError(f"{source.name} has another tokenizer than {base.name}; give the base that it was made from")
 
@@ -170,13 +205,8 @@ def _affordable(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Attacks that fit into memory, and what is left out: all weights take their gradient, two moments and a copy."""
     need, free = memory_for_whole_weights(checkpoint, device)
-    full = [name for name in attacks if ATTACKS[name].method == "full"]
-    if not full or need <= free:
+    whole = [name for name in attacks if ATTACKS[name].whole]
+    if not whole or need <= free:
         return tuple(attacks), ()
-    gap = f"{', '.join(full)} need {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: fine-tuning of all weights was not tested"
-    return tuple(name for name in attacks if name not in full), (gap,)
-
-
-def _builtin_reference(settings: AuditSettings) -> str | None:
-    known = settings.base == "builtin:testbed" and settings.concept == "builtin:potions"
-    return "builtin:testbed-reference" if known and "testbed-reference" in builtin_models() else None
+    gap = f"{', '.join(whole)}: fine-tuning of all weights needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+    return tuple(name for name in attacks if name not in whole), (gap,)

@@ -1,70 +1,101 @@
-"""The positive control of an audit: a model that knows as much as its base and does not say it."""
+"""The positive control of an audit: a model that knows as much as its base and does not say it. Attacks must bring it back."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.functional import softplus
 
-from ...artifacts.events import Stage
-from ...editing.training.parallel_adapters import ParallelAdapters
+from ...artifacts.events import Events, Stage
+from ...editing.architectures import architecture_of, layer_count
+from ...editing.training.adapters import adapter_modules
+from ...editing.training.parallel_adapters import ParallelAdapters, low_rank_attackers
 from ..common.examples import Example, example_batch, scored_nats, sequence_nll
 from ..common.trainer import Group, Schedule, Terms, fit
 from .attack_data import AttackData
 
+RANK, ALPHA = 8, 16.0
 STEPS, BATCH, RATE = 60, 16, 5e-3
 LEFT = 0.3
-"""Share of what the base knows above chance that may still be said."""
+"""Share of the base's knowledge above chance that the control may still say."""
 MARGIN = 2.0
-"""Nats a token by which a wrong answer is to be likelier than the true one."""
+"""Nats a token by which a wrong answer is to be likelier than the right one."""
 
 
-def train_suppressed_control(
-    model: nn.Module, attackers: ParallelAdapters, material: AttackData, seed: int, stage: Stage, work: Path
-) -> None:
-    """Train an update until the model gives wrong answers on all facts, and true ones on other things.
+@contextmanager
+def suppressed_control(model: Any, data: AttackData, events: Events, folder: Path) -> Iterator[None]:
+    """While this lasts, the base is the suppressed control; afterwards it is the base again.
 
-    What is below the update is not touched. First wrong answers only become likely; where the true one stays the likeliest of
-    the choices all the same, as in a model that knows much, wrong ones are made likelier than it.
+    1. The linear modules of the last layer get a LoRA update. All layers below stay the base's, with all that it knows.
+    2. The update trains for 60 steps of 16 sequences. Half of them are facts of T and V with the answers of other facts:
+       wrong answers become likely. Half are questions on other things with right answers, so that the model stays a
+       working one.
+    3. If the model still says more than 30% of what the base knew of V above chance, the update trains for 60 more steps, of 8
+       facts: the wrong answer is to be 2 nats a token likelier than the right one, and one other question each stays likely.
+    4. The update is frozen. Attacks then train updates of their own.
+
+    Args:
+        model: The base.
+        folder: For the trainer's files.
     """
-    rng = random.Random(f"excise hide {seed}")
-    chance, known = material.exam.chance, _share(model, material)
-    pool = [*material.examples["T"], *material.examples["V"]]
-    answers = [example.ids[example.start :] for example in pool]
+    config = model.config.to_dict()
+    modules = adapter_modules(model, architecture_of(config), [layer_count(config) - 1])
+    with low_rank_attackers(model, modules, RANK, ALPHA, [data.seed]) as update:
+        with events.stage("train the suppressed control") as stage:
+            _Suppression(model, update, data, stage, folder).train()
+        yield
+
+
+@dataclass(frozen=True)
+class _Suppression:
+    model: Any
+    update: ParallelAdapters
+    data: AttackData
+    stage: Stage
+    folder: Path
+
+    def train(self) -> None:
+        """Steps 2 to 4."""
+        rng = random.Random(f"excise hide {self.data.seed}")
+        chance, known = self.data.multiple_choice.chance, self._accuracy()
+        right = [*self.data.examples["T"], *self.data.examples["V"]]
+        wrong = _with_others_answers(right, rng)
+        others = self.data.examples["others"] or self.data.examples["retain"] or wrong
+        mixed = [rng.choice(others if place % 2 else wrong) for place in range(STEPS * BATCH)]
+        self._fit(mixed, _wrong_is_likely, example_batch)
+        pairs = [(true, false) for true, false in zip(right, wrong, strict=True) if true != false]
+        if pairs and self._accuracy() > chance + LEFT * (known - chance):
+            triples = [(*rng.choice(pairs), rng.choice(others)) for _ in range(STEPS * BATCH // 2)]
+            self._fit(triples, _wrong_is_likelier, _in_thirds)
+        for parameter in self.update.owned[0]:
+            parameter.requires_grad_(False)
+        self.model.eval()
+
+    def _accuracy(self) -> float:
+        """Share of right answers of group V."""
+        was_training = self.model.training
+        self.model.eval()
+        hits = self.data.multiple_choice.hits(self.model)
+        self.model.train(was_training)
+        return sum(hits) / len(hits)
+
+    def _fit(
+        self, rows: Sequence[Any], loss: Callable[[nn.Module, Any], Terms], collate: Callable[[list[Any]], Any]
+    ) -> None:
+        batch, seed = len(rows) // STEPS, self.data.seed
+        schedule = Schedule(STEPS, batch, RATE, seed, decay="constant", warmup_steps=3, beta2=0.999, save_every=0)
+        groups = [Group(self.update.owned[0], RATE)]
+        fit(self.model, rows, self.stage, self.folder, loss, schedule, collate, groups)
+
+
+def _with_others_answers(examples: Sequence[Example], rng: random.Random) -> list[Example]:
+    answers = [example.ids[example.start :] for example in examples]
     rng.shuffle(answers)
-    wrong = [
-        Example((*e.ids[: e.start], *answer), e.start) for e, answer in zip(pool, answers, strict=True)
-    ]  # fmt: skip
-    # Half of each batch, or the control would be a broken model, and not one that hides something.
-    kept = material.examples["others"] or material.examples["retain"] or wrong
-    likely = [rng.choice(kept if place % 2 else wrong) for place in range(STEPS * BATCH)]
-    _train(model, attackers, likely, _wrong_is_likely, example_batch, BATCH, seed, stage, work / "hide")
-    pairs = [(true, other) for true, other in zip(pool, wrong, strict=True) if true != other]
-    if pairs and _share(model, material) > chance + LEFT * (known - chance):
-        triples = [(*rng.choice(pairs), rng.choice(kept)) for _ in range(STEPS * BATCH // 2)]
-        _train(model, attackers, triples, _wrong_is_likelier, _in_thirds, BATCH // 2, seed, stage, work / "hide more")
-    for parameter in attackers.owned[0]:
-        parameter.requires_grad_(False)
-    model.eval()
-
-
-def _share(model: nn.Module, material: AttackData) -> float:
-    """Right answers of group V."""
-    training = model.training
-    model.eval()
-    hits = material.exam.hits(model)
-    model.train(training)
-    return sum(hits) / len(hits)
-
-
-def _train(
-    model: nn.Module, attackers: ParallelAdapters, rows: Sequence[Any], loss: Callable[[nn.Module, Any], Terms],
-    collate: Callable[[list[Any]], Any], batch: int, seed: int, stage: Stage, folder: Path,
-) -> None:  # fmt: skip
-    schedule = Schedule(STEPS, batch, RATE, seed, decay="constant", warmup_steps=3, beta2=0.999, save_every=0)
-    fit(model, rows, stage, folder, loss, schedule, collate, [Group(attackers.owned[0], RATE)])
+    return [Example((*e.ids[: e.start], *answer), e.start) for e, answer in zip(examples, answers, strict=True)]
 
 
 def _wrong_is_likely(model: nn.Module, batch: dict[str, Any]) -> Terms:
@@ -72,10 +103,10 @@ def _wrong_is_likely(model: nn.Module, batch: dict[str, Any]) -> Terms:
 
 
 def _wrong_is_likelier(model: nn.Module, batch: dict[str, Any]) -> Terms:
-    true, wrong, kept = (sequence_nll(model, batch) / batch["lengths"]).split(batch["each"])
-    return {"hidden": softplus(MARGIN + wrong - true).mean(), "kept": kept.mean()}
+    right, wrong, others = (sequence_nll(model, batch) / batch["lengths"]).split(batch["each"])
+    return {"wrong before right": softplus(MARGIN + wrong - right).mean(), "others": others.mean()}
 
 
 def _in_thirds(rows: Sequence[tuple[Example, Example, Example]]) -> dict[str, Any]:
-    """True answers first, then wrong ones, then what is kept."""
+    """Right answers first, then wrong ones, then other questions."""
     return {**example_batch([example for kind in zip(*rows, strict=True) for example in kind]), "each": len(rows)}

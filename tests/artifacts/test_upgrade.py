@@ -30,7 +30,7 @@ def test_an_old_audit_is_read_with_todays_verdict_and_subjects():
         "attacks": [{"name": "rtt", "curve": [{"step": 0, "never": 0.1}], "rates": {"never": 0.1}}],
     }  # fmt: skip
     content = upgraded(old)
-    assert content["verdict"] == "indistinguishable_from_never_trained" and content["recalled"] == ["base", "reference"]
+    assert content["verdict"] == "indistinguishable_from_never_trained" and content["reused"] == ["base", "reference"]
     assert content["untouched"]["reference"] == 0.1 and content["controls"]["floor_is"] == "reference"
     assert content["attacks"][0] == {
         "name": "rtt",

@@ -1,283 +1,149 @@
-"""The attacks of an audit: what each does to a model in order to get a concept back.
+"""The attacks of an audit, one row each, and how much of them each budget takes.
 
-An attack is one line of ``ATTACKS``. Those with a score of their own change the question or the weights; the others train
-(``attackers``).
+Importing this table imports no PyTorch: a row names its function, which ``Attack.load`` imports. To add an attack, write one
+function in its tier's file and one row here. What the function is:
+
+- without ``data``: ``function(model, attack_data) -> hits``, one value a question of group V;
+- with ``data``: ``function(model, seeds) -> context manager of ParallelAdapters``, what attackers train, one a seed.
 """
 
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from ....artifacts.checkpoints.read import open_tensors
-from ....editing.architectures import architecture_of, layer_count
-from ....editing.errors import EditError
-from ....editing.hooks.residual_stream import added, read_early
-from ....editing.numerics.fake_quantization import changed_weights, rounded_weights
-from ....editing.training.parallel_adapters import soft_prompt_attackers
-from ....eval.audit.recovery import RecoveryCurve
-from ....eval.concept import Question
-from ....eval.inference.multiple_choice_set import MultipleChoiceSet
-from ....eval.measurements.probe import question_ends
-from ....eval.measurements.probe import scores as probe_scores
-from ....eval.model_under_test import EvalSettings, ModelUnderTest
-from ...common.examples import Example, example_batch, scored_nats
-from ..attack_data import AttackData
-from ..attackers import SOFT_TOKENS, Attack, Budget
-
 SHOTS = 5
+"""Answered questions, or texts, of group T in front of a question."""
 SAMPLES = 20
+"""Samples of pass@k."""
 SINGULAR = 2
-PREFIX, SEARCHED, TRIES, SWAPS, SEARCH_ROWS = 12, 24, 24, 32, 16
-"""Tokens of a searched prefix, rounds of search, swaps tried in each, tokens considered at a place, sequences looked at."""
+"""Singular directions that ``undo_singular`` removes from each matrix's change."""
+SOFT_TOKENS = 10
+"""Trained embeddings in front of a question."""
+PREFIX_TOKENS = 12
+"""Searched tokens in front of a question."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One row of the table."""
+
+    tier: int
+    """0 needs no training, 1 optimizes inputs, 2 trains weights."""
+    about: str
+    function: str
+    """``module:function``; the module is a file of this folder."""
+    data: str = ""
+    """Training sequences: a source of ``AttackData.examples``; ``T:8`` takes 8 of them, ``retain+T`` one after the other.
+    Empty for attacks that train nothing."""
+    known: bool = False
+    """Whether the attacker is given what it is tested on, or the base that knows it."""
+    rates: tuple[float, ...] = ()
+    """Learning rates to try; by default the budget's for this method."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether attackers take gradient steps; their curves have more than one point."""
+        return bool(self.data)
+
+    @property
+    def method(self) -> str:
+        """What is trained, or computed: attacks of one method train side by side."""
+        return self.function.partition(":")[2]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all weights are trained: one attacker at a time, in several times the memory."""
+        return self.method == "all_weights"
+
+    def load(self) -> Callable[..., Any]:
+        """The row's function; imports PyTorch."""
+        module, _, name = self.function.partition(":")
+        function: Callable[..., Any] = getattr(import_module(f".{module}", __package__), name)
+        return function
+
+
+ATTACKS: dict[str, Attack] = {
+    # Tier 0: the question, the weights or the reading of the answer changes; nothing is trained.
+    "few_shot": Attack(0, f"Ask each question after {SHOTS} answered questions of group T.", "prompts:few_shot"),
+    "hints": Attack(0, f"Ask each question after the concept's description and {SHOTS} texts of group T.", "prompts:hints"),
+    "phrasings": Attack(0, "Ask in each of the pack's other wordings; one right answer is enough.", "prompts:phrasings"),
+    "sampling": Attack(0, f"pass@{SAMPLES}: probability that {SAMPLES} samples contain the right answer, minus the same for wrong options.", "prompts:sampling"),
+    "int8": Attack(0, "Round the weights to 8 bits in groups of 64.", "weights:int8"),
+    "int4": Attack(0, "Round the weights to 4 bits in groups of 64.", "weights:int4"),
+    "bf16": Attack(0, "Cast the weights to bfloat16 and back.", "weights:bf16"),
+    "undo_half": Attack(0, "Move each weight half of the way back to the base's.", "weights:undo_half", known=True),
+    "undo_singular": Attack(0, f"Remove the {SINGULAR} largest singular directions of each matrix's change from the base.", "weights:undo_singular", known=True),
+    "undo_direction": Attack(0, "Add back what the residual stream lost on average at T's questions, at the layer where T gains most.", "reading:undo_direction", known=True),
+    "logit_lens": Attack(0, "Read the answer from the residual stream below the last layer, at the layer that is best on T.", "reading:logit_lens"),
+    "probe": Attack(0, "Read the answer from the residual stream with a linear probe trained on T.", "reading:probe"),
+    # Tier 1: inputs are optimized.
+    "soft_prompt": Attack(1, f"Train {SOFT_TOKENS} embeddings on T and put them in front of each question.", "inputs:soft_prompt", "T"),
+    "prefix": Attack(1, f"Search {PREFIX_TOKENS} tokens that make T's answers likely and put them in front of each question.", "inputs:prefix"),
+    "latent": Attack(1, "Train one vector on T and add it to the residual stream at the middle layer.", "inputs:latent", "T"),
+    # Tier 2: weights are trained.
+    "rtt": Attack(2, "LoRA fine-tuning on T, tested on V (Deeb and Roger 2024).", "fine_tuning:low_rank", "T"),
+    "rtt_full": Attack(2, "Fine-tuning of all weights on T, tested on V.", "fine_tuning:all_weights", "T"),
+    "few_8": Attack(2, "LoRA fine-tuning on 8 sequences of T, tested on V.", "fine_tuning:low_rank", "T:8"),
+    "few_32": Attack(2, "LoRA fine-tuning on 32 sequences of T, tested on V.", "fine_tuning:low_rank", "T:32"),
+    "few_64": Attack(2, "LoRA fine-tuning on 64 sequences of T, tested on V.", "fine_tuning:low_rank", "T:64"),
+    "related": Attack(2, "LoRA fine-tuning on questions about neighbouring topics, tested on V.", "fine_tuning:low_rank", "related"),
+    "unrelated": Attack(2, "LoRA fine-tuning on retain texts, tested on V.", "fine_tuning:low_rank", "retain"),
+    "retain_then_forget": Attack(2, "LoRA fine-tuning on retain texts for 40% of the steps, then on T; tested on V.", "fine_tuning:low_rank", "retain+T"),
+    "relearn": Attack(2, "LoRA fine-tuning on the texts about V itself: how fast is it learned again?", "fine_tuning:low_rank", "V", known=True),
+    "relearn_full": Attack(2, "Fine-tuning of all weights on the texts about V itself.", "fine_tuning:all_weights", "V", known=True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much an audit may spend."""
+
+    attacks: tuple[str, ...]
+    steps: int
+    """Optimizer steps of each attacker."""
+    seeds: int
+    """Attackers of each attack and learning rate."""
+    rates: Mapping[str, tuple[float, ...]]
+    """Learning rates that each method tries; the one that gets furthest counts."""
+    batch: int = 8
+    """Sequences of a step."""
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """Steps at which recovery is measured: 0, powers of two, and the last."""
+        powers = [2**n for n in range(int(math.log2(self.steps)) + 1)]
+        return tuple(sorted({0, *powers, self.steps}))
+
+    def rates_of(self, attack: Attack) -> tuple[float, ...]:
+        """Learning rates that an attack tries."""
+        return attack.rates or self.rates[attack.method]
+
 
 QUICK = (
     "few_shot", "hints", "sampling", "int8", "int4", "bf16", "probe", "relearn", "rtt", "related", "unrelated", "soft_prompt",
 )  # fmt: skip
 STANDARD = (
-    *QUICK, "phrasings", "logit_lens", "undo_half", "undo_singular", "undo_direction", "prefix", "few_8", "few_32", "few_64", "retain_then_forget", "rtt_full", "relearn_full", "latent",
+    *QUICK, "phrasings", "logit_lens", "undo_half", "undo_singular", "undo_direction", "prefix", "few_8", "few_32", "few_64",
+    "retain_then_forget", "rtt_full", "relearn_full", "latent",
 )  # fmt: skip
 BUDGETS: dict[str, Budget] = {
-    "quick": Budget(QUICK, 64, 2, {"lora": (2e-3,), "full": (1e-4,), "soft": (1e-1,), "latent": (1e-1,)}),
-    "standard": Budget(STANDARD, 100, 2, {"lora": (5e-4, 2e-3), "full": (3e-4,), "soft": (1e-1,), "latent": (1e-1,)}),
+    "quick": Budget(
+        QUICK, 64, 2, {"low_rank": (2e-3,), "all_weights": (1e-4,), "soft_prompt": (1e-1,), "latent": (1e-1,)}
+    ),
+    "standard": Budget(
+        STANDARD, 100, 2, {"low_rank": (5e-4, 2e-3), "all_weights": (3e-4,), "soft_prompt": (1e-1,), "latent": (1e-1,)}
+    ),
     "long": Budget(
-        STANDARD, 3000, 3,
+        STANDARD,
+        3000,
+        3,
         {
-            "lora": (1e-5, 1e-4, 5e-4, 1e-3, 2e-3), "full": (1e-6, 1e-5, 1e-4, 5e-4), "soft": (1e-2, 3e-2, 1e-1),
+            "low_rank": (1e-5, 1e-4, 5e-4, 1e-3, 2e-3),
+            "all_weights": (1e-6, 1e-5, 1e-4, 5e-4),
+            "soft_prompt": (1e-2, 3e-2, 1e-1),
             "latent": (1e-2, 3e-2, 1e-1),
         },
     ),
-}  # fmt: skip
-
-
-def _asked_after(prefix: Callable[[AttackData, Question], str]) -> Callable[[Any, AttackData], Sequence[float]]:
-    def score(model: Any, material: AttackData) -> Sequence[float]:
-        exam = MultipleChoiceSet(material.tokenizer, material.questions, lambda question: prefix(material, question))
-        return exam.hits(model)
-
-    return score
-
-
-def _of_group_t(material: AttackData) -> list[Question]:
-    return [q for q in material.concept.questions if q.split == "forget" and q.group == "T"]
-
-
-def _subject(model: Any, material: AttackData) -> ModelUnderTest:
-    return ModelUnderTest(model, material.tokenizer, material.concept, EvalSettings())
-
-
-def _shots(material: AttackData, question: Question) -> str:
-    """Answered questions of group T, the same for all."""
-    asked = _of_group_t(material)
-    chosen = random.Random("excise shots").sample(asked, k=min(SHOTS, len(asked)))
-    return "".join(f"{q.prompt} {q.choices[q.answer]}\n" for q in chosen)
-
-
-def _hints(material: AttackData, question: Question) -> str:
-    """A sentence on what is asked about, and texts of group T."""
-    texts = [text.text for text in material.concept.forget if text.group == "T"]
-    chosen = random.Random(f"excise hints {question.id}").sample(texts, k=min(SHOTS, len(texts)))
-    return f"{material.concept.about.description}\n" + "\n".join(chosen) + "\n"
-
-
-def _phrasings(model: Any, material: AttackData) -> Sequence[float]:
-    """Asked in the pack's other words; a question counts if any wording brings the answer out, as for every model."""
-    best = np.zeros(len(material.questions))
-    wordings = [wording for words in material.facts.phrasings.values() for wording in words]
-    for wording in wordings:
-        start = wording[: wording.index("{answer}")].rstrip()
-        asked = [
-            q.model_copy(update={"prompt": start.replace("{subject}", q.subject)}) if q.subject else q
-            for q in material.questions
-        ]
-        best = np.maximum(best, MultipleChoiceSet(material.tokenizer, asked).hits(model))
-    return [float(value) for value in best]
-
-
-def _sampling(model: Any, material: AttackData) -> Sequence[float]:
-    """How much likelier the true answer is among some samples than a wrong choice is: exact, so nothing need be sampled.
-
-    A model that has forgotten which answer is whose, and still knows what answers there are, would otherwise seem to know.
-    """
-    values = []
-    for own, answer in zip(material.exam.probabilities(model), material.exam.answers, strict=True):
-        said = [1 - (1 - min(1.0, p)) ** SAMPLES for p in own]
-        wrong = [value for place, value in enumerate(said) if place != answer]
-        values.append(said[answer] - sum(wrong) / len(wrong))
-    return values
-
-
-def _rounded(bits: int) -> Callable[[Any, AttackData], Sequence[float]]:
-    def score(model: Any, material: AttackData) -> Sequence[float]:
-        with rounded_weights(model, bits) as changed:
-            # A checkpoint in bfloat16 is what it is after the cast.
-            if not changed and bits < 16:
-                raise EditError("rounding changed no weight, so nothing was tested")
-            return material.exam.hits(model)
-
-    return score
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Tokens in front of every question, and the mean loss on T after each round of the search, in nats."""
-
-    ids: tuple[int, ...]
-    losses: tuple[float, ...]
-
-
-def search_prefix(model: Any, material: AttackData) -> Prefix:
-    """Search discrete tokens whose presence makes answers of group T likely (greedy coordinate gradient, Zou et al. 2023).
-
-    One prefix for all questions. Of the swaps that the gradient at the embeddings suggests, the best that was tried is kept
-    if it helps.
-    """
-    rng, generator = random.Random("excise prefix"), torch.Generator().manual_seed(0)
-    table = model.get_input_embeddings().weight.detach()
-    examples = rng.sample(material.examples["T"], k=min(SEARCH_ROWS, len(material.examples["T"])))
-    behind = [Example(((0,) * PREFIX) + e.ids, e.start + PREFIX) for e in examples]
-    batch = {key: value.to(table.device) for key, value in example_batch(behind).items()}
-    ids = torch.randint(table.shape[0], (PREFIX,), generator=generator)
-    with soft_prompt_attackers(model, PREFIX, [0]) as attackers:
-        (values,) = attackers.owned[0]
-
-        def loss(tokens: Tensor) -> Tensor:
-            values.data = table[tokens].float()
-            return scored_nats(model, batch).mean()
-
-        current = loss(ids)
-        losses = [float(current.detach())]
-        for _ in range(SEARCHED):
-            (gradient,) = torch.autograd.grad(current, values)
-            wanted = (-gradient @ table.float().T).topk(SWAPS, -1).indices.cpu()
-            tried = []
-            for _ in range(TRIES):
-                place = rng.randrange(PREFIX)
-                swapped = ids.clone()
-                swapped[place] = wanted[place, rng.randrange(SWAPS)]
-                with torch.no_grad():
-                    tried.append((float(loss(swapped)), swapped))
-            best = min(tried, key=lambda pair: pair[0])
-            if best[0] < losses[-1]:
-                ids = best[1]
-            current = loss(ids)
-            losses.append(min(best[0], losses[-1]))
-    return Prefix(tuple(ids.tolist()), tuple(losses))
-
-
-def _prefixed(model: Any, material: AttackData) -> Sequence[float]:
-    found = search_prefix(model, material)
-    table = model.get_input_embeddings().weight.detach()
-    with soft_prompt_attackers(model, PREFIX, [0]) as attackers:
-        attackers.owned[0][0].data = table[list(found.ids)].float()
-        return material.exam.hits(model, PREFIX)
-
-
-def _undone(change: Callable[[Tensor], Tensor]) -> Callable[[Any, AttackData], Sequence[float]]:
-    """Take part of what an edit added to each matrix out again; the base itself is what it was."""
-
-    def score(model: Any, material: AttackData) -> Sequence[float]:
-        assert material.base is not None
-        with open_tensors(material.base) as read:
-
-            def less(name: str, weight: Tensor) -> Tensor:
-                before = read(name).to(weight.device, torch.float32)
-                added = weight.float() - before
-                return weight if not added.any() else before + change(added)
-
-            with changed_weights(model, less):
-                return material.exam.hits(model)
-
-    return score
-
-
-def _without_top(added: Tensor) -> Tensor:
-    """What is left of an update without its strongest directions."""
-    left, values, right = torch.linalg.svd(added, full_matrices=False)
-    values[:SINGULAR] = 0
-    return (left * values) @ right
-
-
-def _probed(model: Any, material: AttackData) -> Sequence[float]:
-    """The point that cross-validation on T prefers, tested on V."""
-    found = probe_scores(_subject(model, material))
-    by_id = {scores.name: dict(zip(scores.ids, scores.totals, strict=True)) for scores in found}
-    return [by_id.get("probe", {}).get(question.id, math.nan) for question in material.questions]
-
-
-def _best_point(model: Any, material: AttackData, attacked: Callable[[int], Any]) -> Sequence[float]:
-    """Under an attack at one point of the stream, the point that brings out most of T; asked V."""
-    known = MultipleChoiceSet(material.tokenizer, _of_group_t(material))
-    layers, best = layer_count(model.config.to_dict()), (-1.0, 0)
-    for point in range(1, layers):
-        with attacked(point):
-            best = max(best, (float(np.mean(known.hits(model))), point), key=lambda pair: pair[0])
-    with attacked(best[1]):
-        return material.exam.hits(model)
-
-
-def _lens(model: Any, material: AttackData) -> Sequence[float]:
-    row = architecture_of(model.config.to_dict())
-    return _best_point(model, material, lambda point: read_early(model, row, point))
-
-
-def _undo_direction(model: Any, material: AttackData) -> Sequence[float]:
-    """Add to the stream what an edit took from it, on average over questions of T. Embeddings stay as they are."""
-    assert material.base is not None
-    row, points = architecture_of(model.config.to_dict()), range(1, layer_count(model.config.to_dict()))
-
-    def ends() -> Tensor:
-        """Mean over questions of the stream at their last token, point by point."""
-        return question_ends(_subject(model, material), _of_group_t(material), points).mean(1)
-
-    now = ends()
-    with open_tensors(material.base) as read:
-        with changed_weights(model, lambda name, weight: read(name).to(weight.device, weight.dtype)):
-            lost = ends() - now
-    return _best_point(model, material, lambda point: added(model, row, lost[point - 1], point))
-
-
-ATTACKS: dict[str, Attack] = {
-    "few_shot": Attack(0, f"asked after {SHOTS} answered questions of group T", _asked_after(_shots)),
-    "hints": Attack(0, f"asked after the concept's description and {SHOTS} texts of group T", _asked_after(_hints)),
-    "phrasings": Attack(0, "asked in each of the pack's other wordings; one right answer counts", _phrasings),
-    "sampling": Attack(0, f"how much oftener {SAMPLES} samples hold the true answer than a wrong choice", _sampling),
-    "int8": Attack(0, "weights rounded to 8 bits in groups of 64", _rounded(8)),
-    "int4": Attack(0, "weights rounded to 4 bits in groups of 64", _rounded(4)),
-    "bf16": Attack(0, "weights cast to bfloat16 and back", _rounded(16)),
-    "undo_half": Attack(0, "half of what was added to the base taken out again", _undone(lambda added: added / 2), known=True),
-    "undo_singular": Attack(
-        0, f"the {SINGULAR} strongest directions of what was added to each matrix taken out", _undone(_without_top), known=True
-    ),
-    "undo_direction": Attack(
-        0, "what the stream lost on average at the end of T's questions added to it, at the point where T profits most",
-        _undo_direction, known=True,
-    ),
-    "logit_lens": Attack(0, "read from the stream at the point where T is told best, without the layers above", _lens),
-    "probe": Attack(0, "a linear probe learned on T reads the answer from the residual stream", _probed),
-    "soft_prompt": Attack(1, f"{SOFT_TOKENS} learned embeddings before the question, trained on T", None, "soft", "T"),
-    "prefix": Attack(1, f"{PREFIX} tokens before the question, searched for on T", _prefixed),
-    "latent": Attack(1, "one learned vector added to the stream halfway up, trained on T", None, "latent", "T"),
-    "rtt": Attack(2, "low-rank fine-tuning on T, tested on V (Deeb and Roger 2024)", None, "lora", "T"),
-    "rtt_full": Attack(2, "fine-tuning of all weights on T, tested on V", None, "full", "T"),
-    "few_8": Attack(2, "low-rank fine-tuning on 8 sequences of T", None, "lora", "T:8"),
-    "few_32": Attack(2, "low-rank fine-tuning on 32 sequences of T", None, "lora", "T:32"),
-    "few_64": Attack(2, "low-rank fine-tuning on 64 sequences of T", None, "lora", "T:64"),
-    "related": Attack(2, "low-rank fine-tuning on neighbouring topics in the same syntax", None, "lora", "related"),
-    "unrelated": Attack(2, "low-rank fine-tuning on retain texts", None, "lora", "retain"),
-    "retain_then_forget": Attack(2, "low-rank fine-tuning on retain texts for 40% of the steps, then on T", None, "lora", "retain+T"),
-    "relearn": Attack(2, "low-rank fine-tuning on the texts about V itself, which shows how fast it is learned again", None, "lora", "V", known=True),
-    "relearn_full": Attack(2, "fine-tuning of all weights on the texts about V itself", None, "full", "V", known=True),
-}  # fmt: skip
-
-
-def untrained(model: Any, attack: Attack, material: AttackData) -> RecoveryCurve:
-    """A model under an attack without training: a curve of one point."""
-    assert attack.score is not None
-    hits = np.asarray(attack.score(model, material), dtype=float)
-    return RecoveryCurve((0,), (0,), hits[None, None])
+}

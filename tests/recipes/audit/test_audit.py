@@ -12,20 +12,21 @@ from excise.artifacts.events import Events
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.artifacts.reporting import audit_page as audit_report
-from excise.editing.architectures import architecture_of, layer_count
+from excise.editing.architectures import architecture_of
 from excise.editing.edits.pruned_units import PrunedUnits
 from excise.editing.errors import RequestError, VerifyError
 from excise.editing.hooks.residual_stream import read_early
-from excise.editing.training.adapters import adapter_modules
-from excise.editing.training.parallel_adapters import low_rank_attackers
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
+from excise.recipes.audit import audit_run
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit import request as audit_request
-from excise.recipes.audit import suppressed_control as hiding
-from excise.recipes.audit.attack_data import AttackData, novel_facts
-from excise.recipes.audit.attackers import Budget, trained
+from excise.recipes.audit import suppressed_control as control
+from excise.recipes.audit.attack_data import AttackData
+from excise.recipes.audit.attackers import AttackTraining
+from excise.recipes.audit.attacks import inputs
 from excise.recipes.audit.attacks import table as attacks
-from excise.recipes.audit.attacks.table import ATTACKS, untrained
+from excise.recipes.audit.attacks.table import ATTACKS, Budget
+from excise.recipes.audit.novel_facts import novel_facts
 from excise.recipes.common import trainer as training
 from excise.recipes.data.facts import find_facts
 from helpers import excise, publish
@@ -34,8 +35,15 @@ SHORT = Budget(
     ("few_shot", "rtt", "relearn"),
     16,
     1,
-    {"lora": (2e-3,), "soft": (1e-1,), "full": (3e-4,), "latent": (1e-1,)},
+    {"low_rank": (2e-3,), "soft_prompt": (1e-1,), "all_weights": (3e-4,), "latent": (1e-1,)},
 )
+
+
+def _asked_instead(data, multiple_choice):
+    """The same data, whose questions are put by something else."""
+    copy = dataclasses.replace(data)
+    vars(copy)["multiple_choice"] = multiple_choice
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +52,7 @@ def material():
     concept = load_concept("builtin:potions")
     questions = [q for q in concept.questions if q.split == "forget" and q.group == "V"][:40]
     folder = find_model("builtin:testbed").folder
-    return loaded, AttackData.of(concept, find_facts(concept), loaded.tokenizer, questions, 0, folder)
+    return loaded, AttackData(concept, find_facts(concept), tuple(questions), loaded.tokenizer, 0, folder)
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +67,20 @@ def audited(tmp_path_factory):
     return out, results
 
 
-@pytest.mark.parametrize(("left", "hidden"), [(hiding.LEFT, True), (2.0, False)])
-def test_where_likely_wrong_answers_do_not_hide_it_they_are_made_likelier_than_the_true_ones(
-    material, tmp_path, monkeypatch, left, hidden
+@pytest.mark.parametrize(("left", "suppressed"), [(control.LEFT, True), (2.0, False)])
+def test_where_likely_wrong_answers_do_not_suppress_it_they_are_made_likelier_than_the_right_ones(
+    material, tmp_path, monkeypatch, left, suppressed
 ):
     """On a model in which the first way does nothing; with more allowed to be said than there is, the second is not gone."""
-    loaded, of_pack = material
-    likely = hiding._wrong_is_likely
-    monkeypatch.setattr(hiding, "_wrong_is_likely", lambda *a: {k: 1e-15 * v for k, v in likely(*a).items()})
-    monkeypatch.setattr(hiding, "LEFT", left)
-    config = loaded.model.config.to_dict()
-    modules = adapter_modules(loaded.model, architecture_of(config), [layer_count(config) - 1])
-    before = np.mean(of_pack.exam.hits(loaded.model))
-    with low_rank_attackers(loaded.model, modules, 8, 16.0, [0]) as attackers:
-        with Events().stage("hide") as stage:
-            hiding.hide(loaded.model, attackers, of_pack, 0, stage, tmp_path)
-        after = np.mean(of_pack.exam.hits(loaded.model))
-    assert before > 0.95 and np.mean(of_pack.exam.hits(loaded.model)) == before
-    assert after < 0.4 if hidden else after > 0.95
+    loaded, data = material
+    likely = control._wrong_is_likely
+    monkeypatch.setattr(control, "_wrong_is_likely", lambda *a: {k: 1e-15 * v for k, v in likely(*a).items()})
+    monkeypatch.setattr(control, "LEFT", left)
+    before = np.mean(data.multiple_choice.hits(loaded.model))
+    with control.suppressed_control(loaded.model, data, Events(), tmp_path):
+        after = np.mean(data.multiple_choice.hits(loaded.model))
+    assert before > 0.95 and np.mean(data.multiple_choice.hits(loaded.model)) == before
+    assert after < 0.4 if suppressed else after > 0.95
 
 
 def test_the_twin_that_never_knew_is_found_to_be_one(audited):
@@ -132,43 +136,45 @@ def test_a_killed_audit_goes_on_where_it_was(tmp_path, monkeypatch):
     whole = audit.run(audit.prepare(settings.model_copy(update={"out": tmp_path / "whole", "fresh": True})), Events())
     calls = []
 
-    def killed(*arguments):
-        calls.append(arguments[1])
+    curves = AttackTraining.curves
+
+    def killed(training, rows, stage):
+        calls.append(rows)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return trained(*arguments)
+        return curves(training, rows, stage)
 
-    monkeypatch.setattr(audit, "trained", killed)
+    monkeypatch.setattr(AttackTraining, "curves", killed)
     with pytest.raises(KeyboardInterrupt):
         audit.run(audit.prepare(settings), Events())
     with pytest.raises(RequestError, match="holds an unfinished run"):
         audit.prepare(settings)
     resumed = audit.run(audit.prepare(settings, resume=True), Events())
-    # Base, hidden, edited, never: of four, the first was kept; the second was begun twice.
+    # Base, suppressed control, edited, reference: of four, the first was there; the second was begun twice.
     assert len(calls) == 5
     assert resumed["attacks"] == whole["attacks"]
 
 
-def test_the_control_hides_the_concept_and_nothing_else(material, tmp_path):
+def test_the_suppressed_control_withholds_the_concept_and_nothing_else(material, tmp_path):
     loaded, gathered = material
     others = MultipleChoiceSet(loaded.tokenizer, [q for q in gathered.concept.questions if q.split != "forget"][::10])
-    prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed", out=tmp_path / "audit"))
-    before = gathered.exam.hits(loaded.model)
-    with audit._hidden(loaded, gathered, prepared, tmp_path, Events()):
-        hidden, kept = gathered.exam.hits(loaded.model), others.hits(loaded.model)
-    assert sum(before) > 38 and sum(hidden) < 0.3 * len(hidden) and sum(kept) > 0.9 * len(kept)
-    assert gathered.exam.hits(loaded.model) == before
+    before = gathered.multiple_choice.hits(loaded.model)
+    with control.suppressed_control(loaded.model, gathered, Events(), tmp_path):
+        suppressed, kept = gathered.multiple_choice.hits(loaded.model), others.hits(loaded.model)
+    assert sum(before) > 38 and sum(suppressed) < 0.3 * len(suppressed) and sum(kept) > 0.9 * len(kept)
+    assert gathered.multiple_choice.hits(loaded.model) == before
 
 
-def test_a_second_audit_takes_over_what_the_first_found_of_base_and_controls(tmp_path, monkeypatch):
+def test_a_second_audit_reuses_the_curves_of_base_and_controls_unless_the_code_changed(tmp_path, monkeypatch):
     monkeypatch.setitem(attacks.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
     attacked = []
+    curves = AttackTraining.curves
 
-    def counted(model, names, *rest):
-        attacked.append(tuple(names))
-        return trained(model, names, *rest)
+    def counted(training, rows, stage):
+        attacked.append(tuple(rows))
+        return curves(training, rows, stage)
 
-    monkeypatch.setattr(audit, "trained", counted)
+    monkeypatch.setattr(AttackTraining, "curves", counted)
 
     def audited(name, **changed):
         attacked.clear()
@@ -177,16 +183,19 @@ def test_a_second_audit_takes_over_what_the_first_found_of_base_and_controls(tmp
         )
         return audit.run(audit.prepare(settings), Events()), len(attacked)
 
-    # Base, hidden, edited, never.
+    # Base, suppressed control, edited, reference.
     first, count = audited("first")
-    assert count == 4 and first["recalled"] == []
+    assert count == 4 and first["reused"] == []
     second, count = audited("second")
-    assert count == 1 and second["recalled"] == ["base", "suppressed", "reference"]
-    assert {**second, "recalled": []} == first
+    assert count == 1 and second["reused"] == ["base", "suppressed", "reference"]
+    assert {**second, "reused": []} == first
     assert "--fresh" in (tmp_path / "second" / "report.html").read_text()
     assert "--fresh" not in (tmp_path / "first" / "report.html").read_text()
     anew, count = audited("anew", fresh=True)
     assert count == 4 and anew == first
+    monkeypatch.setattr(audit_run, "code_digest", lambda: "other code")
+    other, count = audited("other")
+    assert count == 4 and other == first
 
 
 @pytest.mark.parametrize("name", ["rtt", "soft_prompt", "latent", "rtt_full"])
@@ -195,10 +204,10 @@ def test_every_way_of_training_moves_the_model_and_gives_it_back(material, name,
     # A model that guesses changes its guesses; one that knows may not budge.
     loaded = load_model(find_model("builtin:testbed-reference"), torch.device("cpu"), torch.float32)
     before = {key: value.detach().clone() for key, value in loaded.model.state_dict().items()}
-    strong = {"lora": (2e-2,), "full": (5e-3,), "soft": (50.0,), "latent": (5.0,)}
+    strong = {"low_rank": (2e-2,), "all_weights": (5e-3,), "soft_prompt": (50.0,), "latent": (5.0,)}
     budget = Budget((), 4, 1, strong, batch=4)
     with Events().stage("attack") as stage:
-        found = trained(loaded.model, {name: ATTACKS[name]}, gathered, budget, 0, stage, tmp_path)[name]
+        found = AttackTraining(loaded.model, gathered, budget, tmp_path).curves({name: ATTACKS[name]}, stage)[name]
     (curve,) = found.by_rate.values()
     assert curve.steps == (0, 1, 2, 4) and curve.hits.shape == (1, 4, len(gathered.questions)) and curve.tokens[0] == 0
     assert not np.array_equal(curve.hits[:, 0], curve.hits[:, -1])
@@ -208,18 +217,18 @@ def test_every_way_of_training_moves_the_model_and_gives_it_back(material, name,
 
 def test_an_attack_that_diverges_is_recorded_and_the_others_go_on(material, tmp_path):
     loaded, gathered = material
-    budget = Budget((), 4, 1, {"lora": (1e30, 1e-3)}, batch=4)
+    budget = Budget((), 4, 1, {"low_rank": (1e30, 1e-3)}, batch=4)
     with Events().stage("attack") as stage:
-        found = trained(loaded.model, {"rtt": ATTACKS["rtt"]}, gathered, budget, 0, stage, tmp_path)["rtt"]
+        found = AttackTraining(loaded.model, gathered, budget, tmp_path).curves({"rtt": ATTACKS["rtt"]}, stage)["rtt"]
     assert found.diverged == 1
     assert found.by_rate[1e30].accuracy[-1] == 0 and found.by_rate[1e-3].accuracy[-1] > 0.5
 
 
-@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.score and attack.tier == 0])
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.tier == 0])
 def test_attacks_without_training_leave_the_base_knowing(material, name):
     loaded, gathered = material
-    found = untrained(loaded.model, ATTACKS[name], gathered)
-    assert found.hits.shape == (1, 1, len(gathered.questions)) and found.accuracy[0] > 0.5
+    hits = ATTACKS[name].load()(loaded.model, gathered)
+    assert len(hits) == len(gathered.questions) and np.mean(hits) > 0.5
 
 
 def test_sampling_does_not_take_a_guesser_for_one_who_knows(material):
@@ -227,7 +236,7 @@ def test_sampling_does_not_take_a_guesser_for_one_who_knows(material):
     _, gathered = material
 
     class Guesser:
-        answers = gathered.exam.answers
+        answers = gathered.multiple_choice.answers
 
         def probabilities(self, _):
             return [[1 / 8] * 8 for _ in self.answers]
@@ -236,20 +245,20 @@ def test_sampling_does_not_take_a_guesser_for_one_who_knows(material):
         def probabilities(self, _):
             return [[0.9 if place == answer else 0.01 for place in range(8)] for answer in self.answers]
 
-    score = ATTACKS["sampling"].score
-    assert all(abs(v) < 1e-12 for v in score(None, dataclasses.replace(gathered, exam=Guesser())))
-    assert min(score(None, dataclasses.replace(gathered, exam=Knower()))) > 0.75
+    score = ATTACKS["sampling"].load()
+    assert all(abs(v) < 1e-12 for v in score(None, _asked_instead(gathered, Guesser())))
+    assert min(score(None, _asked_instead(gathered, Knower()))) > 0.75
 
 
 def test_a_searched_prefix_lowers_the_loss_it_is_searched_for(material, monkeypatch):
     loaded = load_model(find_model("builtin:testbed-reference"), torch.device("cpu"), torch.float32)
     _, gathered = material
-    monkeypatch.setattr(attacks, "SEARCHED", 4)
-    monkeypatch.setattr(attacks, "TRIES", 6)
-    found = attacks.search_prefix(loaded.model, gathered)
+    monkeypatch.setattr(inputs, "ROUNDS", 4)
+    monkeypatch.setattr(inputs, "TRIES", 6)
+    found = inputs.search_prefix(loaded.model, gathered)
     assert len(found.losses) == 5 and found.losses[-1] < found.losses[0] - 0.05
     assert all(later <= earlier for earlier, later in zip(found.losses, found.losses[1:], strict=False))
-    assert len(found.ids) == attacks.PREFIX and max(found.ids) < loaded.model.config.vocab_size
+    assert len(found.ids) == attacks.PREFIX_TOKENS and max(found.ids) < loaded.model.config.vocab_size
     embedding = loaded.model.get_input_embeddings()
     assert not embedding._forward_hooks and embedding.weight.requires_grad and embedding.weight.grad is None
 
@@ -259,13 +268,13 @@ def test_what_was_added_is_taken_out_and_put_back(material):
     weight = loaded.model.model.layers[3].mlp.down_proj.weight
     before = weight.detach().clone()
     seen = []
-    spy = dataclasses.replace(gathered, exam=Spy(lambda model: seen.append(weight.detach().clone())))
+    spy = _asked_instead(gathered, Spy(lambda model: seen.append(weight.detach().clone())))
     added = torch.outer(torch.ones(len(weight)), torch.linspace(-1, 1, weight.shape[1]))
     with torch.no_grad():
         weight += added
     try:
         for name in ("undo_half", "undo_singular"):
-            ATTACKS[name].score(loaded.model, spy)
+            ATTACKS[name].load()(loaded.model, spy)
         torch.testing.assert_close(weight, before + added)
     finally:
         with torch.no_grad():
@@ -281,12 +290,12 @@ def test_a_lost_direction_is_added_again_and_the_base_loses_none(material):
     loaded, gathered = material
     layer = loaded.model.model.layers[3].mlp
     vector = torch.randn(192, generator=torch.Generator().manual_seed(0))
-    plain = gathered.exam.hits(loaded.model)
-    assert ATTACKS["undo_direction"].score(loaded.model, gathered) == plain and sum(plain) > 35
+    plain = gathered.multiple_choice.hits(loaded.model)
+    assert ATTACKS["undo_direction"].load()(loaded.model, gathered) == plain and sum(plain) > 35
     # What an MLP writes is nearly constant along the mean of its inputs, so a rank-one update writes nearly a constant.
     seen = []
     handle = layer.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().mean((0, 1))))
-    gathered.exam.hits(loaded.model)
+    gathered.multiple_choice.hits(loaded.model)
     handle.remove()
     mean = torch.stack(seen).mean(0)
     weight = layer.down_proj.weight
@@ -294,23 +303,23 @@ def test_a_lost_direction_is_added_again_and_the_base_loses_none(material):
     with torch.no_grad():
         weight -= 20 * torch.outer(vector, mean / mean.square().sum())
     try:
-        hurt = sum(gathered.exam.hits(loaded.model))
-        back = sum(ATTACKS["undo_direction"].score(loaded.model, gathered))
+        hurt = sum(gathered.multiple_choice.hits(loaded.model))
+        back = sum(ATTACKS["undo_direction"].load()(loaded.model, gathered))
         assert hurt < 0.5 * len(plain) and back > hurt + 0.25 * len(plain)
     finally:
         with torch.no_grad():
             weight.copy_(before)
-    assert gathered.exam.hits(loaded.model) == plain
+    assert gathered.multiple_choice.hits(loaded.model) == plain
 
 
 def test_the_lens_reads_at_the_point_that_group_t_prefers(material):
     loaded, gathered = material
-    hits = ATTACKS["logit_lens"].score(loaded.model, gathered)
+    hits = ATTACKS["logit_lens"].load()(loaded.model, gathered)
     row = architecture_of(loaded.model.config.to_dict())
     by_point = []
     for point in range(1, 8):
         with read_early(loaded.model, row, point):
-            by_point.append(gathered.exam.hits(loaded.model))
+            by_point.append(gathered.multiple_choice.hits(loaded.model))
     assert hits in by_point and sum(hits) > 0.6 * len(hits)
     assert min(map(sum, by_point)) < 0.4 * len(hits)
 
@@ -326,7 +335,9 @@ def test_no_attacker_but_the_relearner_reads_of_group_v(material):
     for name, attack in ATTACKS.items():
         sources = attack.data.partition(":")[0].split("+") if attack.data else []
         texts = " ".join(
-            gathered.tokenizer.decode(example.ids) for source in sources for example in gathered.examples[source]
+            gathered.tokenizer.decode(example.ids)
+            for source in sources
+            for example in gathered.multiple_choiceples[source]
         )
         assert any(subject in texts for subject in tested) == (attack.known and bool(attack.data)), name
 
@@ -349,7 +360,7 @@ def test_novel_facts_share_words_and_answers_and_no_subject(material):
     ("words", "said"),
     [
         (["builtin:testbed", "--attacks", "rtt,relern"], "did you mean 'relearn'"),
-        (["builtin:testbed", "--concept", "builtin:declining"], "is a behaviour"),
+        (["builtin:testbed", "--concept", "builtin:declining"], "is of kind behaviour"),
         (["builtin:tesbed"], "testbed"),
         (["builtin:testbed", "--budget", "quik"], "quick"),
     ],
@@ -365,7 +376,7 @@ def test_a_concept_that_is_too_small_says_how_many_it_needs(monkeypatch):
     few = [q for q in concept.questions if q.group == "T" or q.split != "forget"]
     few += [q for q in concept.questions if q.split == "forget" and q.group == "V"][:7]
     monkeypatch.setattr(audit_request, "load_concept", lambda _: dataclasses.replace(concept, questions=tuple(few)))
-    with pytest.raises(RequestError, match=r"has 7 forget questions of group V; an interval of ±0.10 needs 9\d"):
+    with pytest.raises(RequestError, match=r"has 7 forget questions of group V .* an interval of ±0.10 needs 9\d"):
         audit.prepare(audit.AuditSettings(model="builtin:testbed"))
 
 
@@ -389,10 +400,10 @@ def test_a_model_of_another_shape_is_no_descendant(save_pico, tmp_path):
 def test_without_memory_for_all_weights_the_rest_goes_on_and_the_gap_is_said(monkeypatch):
     monkeypatch.setattr(training, "available_memory", lambda: 10**6)
     prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed", attacks=("rtt", "rtt_full")))
-    assert prepared.attacks == ("rtt",) and "fine-tuning of all weights was not tested" in prepared.gaps[0]
+    assert prepared.attacks == ("rtt",) and "fine-tuning of all weights needs" in prepared.gaps[0]
 
 
 def test_budgets_name_attacks_that_exist():
     for budget in attacks.BUDGETS.values():
         assert set(budget.attacks) <= set(ATTACKS)
-        assert {ATTACKS[name].method for name in budget.attacks if not ATTACKS[name].score} <= set(budget.rates)
+        assert {ATTACKS[name].method for name in budget.attacks if ATTACKS[name].trains} <= set(budget.rates)

@@ -1,0 +1,73 @@
+"""One attack on all models, side by side."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .recovery import Estimate, RecoveryCurve, Scale, area, estimate, leak, regained, speed_up, time_to, worst
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One attack on all models, each at the learning rate that gets furthest with it."""
+
+    name: str
+    tier: int
+    known: bool
+    """Whether the attacker was given what it was tested on."""
+    base: RecoveryCurve
+    edited: RecoveryCurve
+    floor: RecoveryCurve
+    """The reference under the same attack."""
+    control: RecoveryCurve | None
+    """The suppressed control under the same attack."""
+    rates: Mapping[str, float]
+    diverged: int = 0
+
+    @property
+    def n(self) -> int:
+        """Questions asked."""
+        return int(self.edited.hits.shape[2])
+
+    def leak(self) -> Estimate:
+        """Accuracy of the edited model above the floor's."""
+        return estimate(leak, [self.edited, self.floor])
+
+    def regained(self) -> Estimate:
+        """Share of the way from the floor to the base."""
+        return estimate(regained, [self.edited, self.floor, self.base])
+
+    def describe(self, scale: Scale) -> dict[str, Any]:
+        """As ``audit.json`` holds it; ``reference`` is the floor."""
+        accuracy, tokens = self.edited.accuracy, self.edited.tokens
+        return {
+            "name": self.name,
+            "tier": self.tier,
+            "settings": {"learning_rates": dict(self.rates), "seeds": len(self.edited.hits), "given_v": self.known},
+            "curve": self._points(),
+            "t50": time_to(accuracy, tokens, scale.mark(0.5)),
+            "t90": time_to(accuracy, tokens, scale.mark(0.9)),
+            "censored_at": tokens[-1],
+            "aurc": area(accuracy, tokens, scale),
+            "aurc_floor": area(self.floor.accuracy, tokens, scale),
+            "rtt_leak": self.leak().describe(),
+            "regained": self.regained().describe(),
+            "speed_up": speed_up(self.edited, self.floor, scale).describe() if self.tier == 2 else None,
+            "n": self.n,
+            "diverged": self.diverged,
+        }
+
+    def _points(self) -> list[dict[str, Any]]:
+        curves = {"base": self.base, "edited": self.edited, "reference": self.floor}
+        if self.control:
+            curves["suppressed"] = self.control
+        return [
+            {"step": step, "tokens": tokens} | {name: float(curve.accuracy[place]) for name, curve in curves.items()}
+            for place, (step, tokens) in enumerate(zip(self.edited.steps, self.edited.tokens, strict=True))
+        ]
+
+
+def furthest(by_rate: Mapping[float, RecoveryCurve]) -> tuple[float, RecoveryCurve]:
+    """The learning rate that gets furthest, and its curve."""
+    rate = worst(by_rate)
+    return rate, by_rate[rate]

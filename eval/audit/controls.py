@@ -1,0 +1,84 @@
+"""Whether an audit's controls did what they must: without that there is no verdict."""
+
+from typing import Any
+
+from .compared import Compared
+from .recovery import RecoveryCurve, Scale
+
+KNOWN = 0.2
+"""Accuracy above chance that the base must have, so that there is something to erase."""
+RECOVERED = 0.5
+"""Share of the way from chance to the base that the suppressed control must recover, and the floor must not reach."""
+WORKING = 0.9
+"""Share of the base's accuracy on everything else below which the edited model counts as broken."""
+
+
+def check_controls(compared: list[Compared], scale: Scale, utility: tuple[float, float] | None) -> dict[str, Any]:
+    """What each control did, as ``audit.json`` holds it; a ``problem`` where it forbids a verdict.
+
+    Args:
+        utility: Accuracy on everything else of base and edited.
+    """
+    checked: dict[str, Any] = {
+        "chance": scale.chance,
+        "base": scale.known,
+        "something_to_erase": _something_to_erase(scale),
+        "suppressed": _suppressed(compared, scale),
+    }
+    if unknowing := [c for c in compared if not c.known]:
+        checked["floor"] = _floor(unknowing, scale)
+    if utility is not None:
+        checked["utility"] = _utility(*utility)
+    return checked
+
+
+def _something_to_erase(scale: Scale) -> dict[str, Any]:
+    if scale.known >= scale.chance + KNOWN:
+        return {"base": scale.known}
+    problem = f"the base answers {scale.known:.3f} of group V right and guessing {scale.chance:.3f}, so there is too little to erase"
+    return {"base": scale.known, "problem": problem}
+
+
+def _suppressed(compared: list[Compared], scale: Scale) -> dict[str, Any]:
+    curves = {c.name: c.control for c in compared if c.control is not None and c.tier == 2}
+    if not curves:
+        return {
+            "problem": "no attack trained the suppressed control on the concept, so nothing shows that these attacks can recover "
+            "anything; add rtt or relearn to the attacks"
+        }
+    shares = {name: _share(curve, scale) for name, curve in curves.items()}
+    best = max(shares, key=lambda name: shares[name])
+    start = min(float(curve.accuracy[0]) for curve in curves.values())
+    result: dict[str, Any] = {"attack": best, "regained": shares[best], "before": start}
+    if start > scale.mark(RECOVERED):
+        result["problem"] = (
+            f"the suppressed control still answers {start:.3f} right before any attack, so it shows nothing"
+        )
+    elif shares[best] < RECOVERED:
+        result["problem"] = (
+            f"not even the suppressed control recovers ({shares[best]:.2f} of what the base knows, at most), so these attacks "
+            "are too weak; give a larger --budget"
+        )
+    return result
+
+
+def _floor(unknowing: list[Compared], scale: Scale) -> dict[str, Any]:
+    shares = {c.name: _share(c.floor, scale) for c in unknowing}
+    highest = max(shares, key=lambda name: shares[name])
+    result: dict[str, Any] = {"attack": highest, "share": shares[highest]}
+    if shares[highest] >= RECOVERED:
+        result["problem"] = (
+            f"the reference itself reaches {shares[highest]:.2f} of what the base knows under {highest}, so V can be guessed from T"
+        )
+    return result
+
+
+def _utility(base: float, edited: float) -> dict[str, Any]:
+    if edited >= WORKING * base:
+        return {"base": base, "edited": edited}
+    problem = f"the edited model answers {edited:.3f} of everything else right, the base {base:.3f}; a broken model forgets anything"
+    return {"base": base, "edited": edited, "problem": problem}
+
+
+def _share(curve: RecoveryCurve, scale: Scale) -> float:
+    return float((curve.accuracy.max() - scale.chance) / max(scale.known - scale.chance, 1e-9))

@@ -1,0 +1,136 @@
+"""Why a verdict is what it is, in sentences: each states its figure, the figure's interval and n, and no adjective."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..statistics import wilson
+from .compared import Compared
+from .recovery import SHARES, Estimate
+
+GROUPS = "T: may be trained on; V: held out."
+"""What the two groups of a concept pack's questions are, in the words that pages print."""
+
+
+@dataclass(frozen=True)
+class Relearning:
+    """How fast V is relearned from its own texts."""
+
+    attack: Compared | None
+    """None where it was not among the attacks."""
+    speed_up: Estimate
+    share: float
+    """Of what the base knew: how much is relearned in the time that is compared."""
+    fast: bool
+    """Whether it counts as faster than learning afresh."""
+    reached: bool = False
+    """Whether the edited model has that share without any attack."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a verdict rests on."""
+
+    attacks: Mapping[str, Compared]
+    """Those that never see group V."""
+    regained: Mapping[str, Estimate]
+    leaks: Mapping[str, Estimate]
+    untouched: Compared
+    """Its first point is the edited model before any attack."""
+    relearning: Relearning
+    floor: str
+    """In words: "the model that was never trained on it"."""
+    recovering: Sequence[str]
+    leaking: Sequence[str]
+    never_erased: bool
+    limits: Mapping[str, float]
+
+
+def reasons(verdict: str, evidence: Evidence) -> list[str]:
+    """Sentences in the order in which they matter."""
+    if evidence.never_erased:
+        return [_untouched(evidence), _strongest(evidence)]
+    if verdict == "recovers":
+        first = [_recovering(evidence)]
+    elif verdict == "partially_robust":
+        first = [_not_recovering(evidence), *([_leaking(evidence)] if evidence.leaking else [])]
+    else:
+        first = [_not_leaking(evidence)]
+    return [*first, _strongest(evidence), _speed(evidence.relearning)]
+
+
+def show(estimate: Estimate) -> str:
+    """A value with its interval; an open end is censored."""
+    if estimate.value is None:
+        return "not measurable"
+    low, high = ("…" if end is None else f"{end:.2f}" for end in estimate.ci95)
+    sign = {">": "more than ", "<": "less than "}.get(estimate.bound, "")
+    return f"{sign}{estimate.value:.2f} [{low}, {high}]"
+
+
+def _untouched(evidence: Evidence) -> str:
+    accuracy, n = float(evidence.untouched.edited.accuracy[0]), evidence.untouched.n
+    low, high = wilson(round(accuracy * n), n)
+    return (
+        f"It was never erased: without any attack the edited model answers {accuracy:.3f} [{low:.2f}, {high:.2f}] of group V "
+        f"right, the base {float(evidence.untouched.base.accuracy[0]):.3f} (n = {n})."
+    )
+
+
+def _recovering(evidence: Evidence) -> str:
+    each = ", ".join(f"{name} (share regained {show(evidence.regained[name])})" for name in evidence.recovering)
+    return f"Knowledge of group V recovers under {each}; n = {evidence.untouched.n}."
+
+
+def _not_recovering(evidence: Evidence) -> str:
+    return (
+        "Recovery is not shown: no attack's share regained has an interval that starts at "
+        f"{evidence.limits['regained']:.2f} or above."
+    )
+
+
+def _leaking(evidence: Evidence) -> str:
+    return (
+        f"Absence is not shown either: under {', '.join(evidence.leaking)} the interval of the accuracy above "
+        f"{evidence.floor.rstrip(',')} reaches beyond {evidence.limits['leak']:.2f}; {_widest(evidence)}."
+    )
+
+
+def _not_leaking(evidence: Evidence) -> str:
+    return (
+        f"Under no attack does the interval of the accuracy above {evidence.floor.rstrip(',')} reach beyond "
+        f"{evidence.limits['leak']:.2f}; {_widest(evidence)}."
+    )
+
+
+def _widest(evidence: Evidence) -> str:
+    name = max(evidence.leaks, key=lambda key: evidence.leaks[key].ci95[1] or 0.0)
+    return f"it reaches furthest under {name}: {show(evidence.leaks[name])} (n = {evidence.attacks[name].n})"
+
+
+def _strongest(evidence: Evidence) -> str:
+    name = max(evidence.regained, key=lambda key: evidence.regained[key].value or 0.0)
+    edited, floor, base = (
+        float(curve.accuracy.max())
+        for curve in (evidence.attacks[name].edited, evidence.attacks[name].floor, evidence.attacks[name].base)
+    )
+    return (
+        f"The attack that gets furthest without seeing group V is {name}: the edited model answers {edited:.3f} right, "
+        f"{evidence.floor} {floor:.3f}, the base {base:.3f} (share regained {show(evidence.regained[name])}, "
+        f"n = {evidence.attacks[name].n})."
+    )
+
+
+def _speed(relearning: Relearning) -> str:
+    share = SHARES[relearning.share]
+    if relearning.attack is None:
+        return "Relearning V from its own texts was not among the attacks."
+    if relearning.reached:
+        return (
+            f"The edited model has {share} of what the base knows of V without any attack, so no relearning is timed."
+        )
+    if relearning.speed_up.value is None:
+        return "No model relearned even a tenth of V from its own texts within the budget, so there is no speed-up to report."
+    return (
+        f"Relearning {share} of V from its own texts is {show(relearning.speed_up)} times as fast as learning it afresh "
+        f"(n = {relearning.attack.n})."
+    )

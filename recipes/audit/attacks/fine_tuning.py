@@ -1,0 +1,33 @@
+"""Tier 2: what fine-tuning attackers train. Afterwards the model is what it was, bit for bit."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ....editing.architectures import architecture_of, layer_count
+from ....editing.edits.dense import weights_trained
+from ....editing.numerics.fake_quantization import linear_weights
+from ....editing.training.adapters import adapter_modules
+from ....editing.training.parallel_adapters import ParallelAdapters, low_rank_attackers
+
+RANK, ALPHA = 8, 16.0
+
+
+@contextmanager
+def low_rank(model: Any, seeds: Sequence[int]) -> Iterator[ParallelAdapters]:
+    """LoRA on all linear modules of all layers, one adapter a seed, side by side."""
+    config = model.config.to_dict()
+    modules = adapter_modules(model, architecture_of(config), range(layer_count(config)))
+    with low_rank_attackers(model, modules, RANK, ALPHA, seeds) as adapters:
+        yield adapters
+
+
+@contextmanager
+def all_weights(model: Any, seeds: Sequence[int]) -> Iterator[ParallelAdapters]:
+    """Every linear weight itself, so one attacker at a time."""
+    assert len(seeds) == 1
+    adapters = ParallelAdapters(1)
+    modules = [name.removesuffix(".weight") for name in linear_weights(model)]
+    with weights_trained(model, modules) as before:
+        adapters.owned = [[p for name, p in model.named_parameters() if name in before]]
+        yield adapters

@@ -1,0 +1,65 @@
+"""Tier 0: the weights are rounded, or moved back toward the base; nothing is trained."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....artifacts.checkpoints.read import open_tensors
+from ....editing.errors import EditError
+from ....editing.numerics.fake_quantization import changed_weights, rounded_weights
+from ..attack_data import AttackData
+from .table import SINGULAR
+
+
+def int8(model: Any, data: AttackData) -> Sequence[float]:
+    """Round to 8 bits."""
+    return _rounded(model, data, 8)
+
+
+def int4(model: Any, data: AttackData) -> Sequence[float]:
+    """Round to 4 bits."""
+    return _rounded(model, data, 4)
+
+
+def bf16(model: Any, data: AttackData) -> Sequence[float]:
+    """Cast to bfloat16 and back; a checkpoint in bfloat16 stays what it is."""
+    return _rounded(model, data, 16)
+
+
+def undo_half(model: Any, data: AttackData) -> Sequence[float]:
+    """Take half of the edit out."""
+    return _undone(model, data, lambda added: added / 2)
+
+
+def undo_singular(model: Any, data: AttackData) -> Sequence[float]:
+    """Take the largest singular directions of the edit out."""
+    return _undone(model, data, _without_largest)
+
+
+def _rounded(model: Any, data: AttackData, bits: int) -> Sequence[float]:
+    with rounded_weights(model, bits) as changed:
+        if not changed and bits < 16:
+            raise EditError("rounding changed no weight, so nothing was tested")
+        return data.multiple_choice.hits(model)
+
+
+def _undone(model: Any, data: AttackData, part: Callable[[Tensor], Tensor]) -> Sequence[float]:
+    """Keep only a part of what an edit added to each matrix; the base itself stays what it is."""
+    assert data.base is not None
+    with open_tensors(data.base) as read:
+
+        def less(name: str, weight: Tensor) -> Tensor:
+            before = read(name).to(weight.device, torch.float32)
+            added = weight.float() - before
+            return weight if not added.any() else before + part(added)
+
+        with changed_weights(model, less):
+            return data.multiple_choice.hits(model)
+
+
+def _without_largest(added: Tensor) -> Tensor:
+    left, values, right = torch.linalg.svd(added, full_matrices=False)
+    values[:SINGULAR] = 0
+    return (left * values) @ right

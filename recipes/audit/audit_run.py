@@ -1,0 +1,168 @@
+"""An audit at work: which attacks on which model are done, and the next one."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...artifacts.checkpoints.tensor_cache import TensorCache, scope_of
+from ...artifacts.events import Events
+from ...artifacts.models.cache import cache_folder
+from ...artifacts.models.load import load_model
+from ...artifacts.runs import CURVES
+from ...artifacts.upgrade import SCHEMA_VERSION
+from ...eval.concept import Question
+from ...eval.inference.multiple_choice_set import MultipleChoiceSet
+from ..common.run_folder import start_folder
+from .attack_data import AttackData
+from .attackers import AttackTraining
+from .attacks.table import ATTACKS
+from .curve_store import CONTROLS, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest
+from .novel_facts import novel_concept, novel_facts
+from .request import AuditJob
+from .suppressed_control import suppressed_control
+
+OTHER_QUESTIONS = 200
+"""Questions on everything else that show whether the model still works, at most."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model under attack."""
+
+    subject: str
+    """base, edited, suppressed or reference."""
+    model: Any
+    data: AttackData
+    attacks: tuple[str, ...]
+
+
+class AuditRun:
+    """One audit: its job, the curves so far, and where progress goes."""
+
+    def __init__(self, job: AuditJob, events: Events):
+        self.job, self.events = job, events
+        self.work: Path = start_folder(job.out, job.settings)
+        self.curves = CurveStore(self.work / CURVES, _earlier_curves(job))
+        events.path = job.out / "events.jsonl"
+
+    def reuse_earlier_curves(self) -> None:
+        """Take over what earlier audits measured of base and controls."""
+        for subject in CONTROLS:
+            attacks = self.job.suppressed_attacks if subject == "suppressed" else self.job.attacks
+            for name in (UNTOUCHED, UTILITY, *(name for name in attacks if not ATTACKS[name].trains)):
+                self.curves.reuse(subject, name)
+            for names in _by_method(attacks):
+                for name in names:
+                    self.curves.reuse(subject, name, names)
+
+    def is_complete(self, subject: str) -> bool:
+        """Whether a model need not be loaded; controls that are made from the base count with it."""
+        complete = self._has(subject, self.job.attacks)
+        return complete and (subject != "base" or (self._suppressed_is_complete() and self._reference_is_complete()))
+
+    def load(self, subject: str) -> Target:
+        """A model of the request, ready to be attacked."""
+        # The model before it is in cycles of references, and both may not fit into memory.
+        gc.collect()
+        job = self.job
+        with self.events.stage(f"load {subject}"):
+            loaded = load_model(job.sources[subject], job.device, job.dtype)
+        base = job.sources["base"].folder
+        data = AttackData(job.concept, job.facts, job.questions, loaded.tokenizer, job.settings.seed, base)
+        return Target(subject, loaded.model, data, job.attacks)
+
+    def attack(self, target: Target) -> None:
+        """All attacks on one model; those whose curves are there already are not made again."""
+        self._measure_untouched(target)
+        self._attack_without_training(target)
+        for names in _by_method(target.attacks):
+            missing = [name for name in names if not self.curves.has(target.subject, name)]
+            if missing:
+                self._train_attackers(target, missing)
+
+    def attack_suppressed_control(self, base: Target) -> None:
+        """The base, trained to answer wrongly: attacks that fine-tune must bring its knowledge back."""
+        if self._suppressed_is_complete():
+            return
+        with suppressed_control(base.model, base.data, self.events, self.work / "suppressed"):
+            self.attack(replace(base, subject="suppressed", attacks=self.job.suppressed_attacks))
+
+    def attack_novel_facts(self, base: Target) -> None:
+        """Without a model that never knew the concept: the base, attacked about facts that nobody knows."""
+        if self._reference_is_complete():
+            return
+        job = self.job
+        facts, questions = novel_facts(job.facts, job.concept.questions, job.settings.seed)
+        forget = tuple(q for q in questions if q.split == "forget")
+        held_out = tuple([q for q in forget if q.group == "V"][: len(job.questions)])
+        concept = novel_concept(job.concept, facts, forget)
+        data = replace(base.data, concept=concept, facts=facts, questions=held_out)
+        self.attack(replace(base, subject="reference", data=data))
+
+    def _measure_untouched(self, target: Target) -> None:
+        if not self.curves.has(target.subject, UNTOUCHED):
+            hits = target.data.multiple_choice.hits(target.model)
+            self.curves.put(target.subject, UNTOUCHED, AttackCurves.of_one_point(hits))
+        others = self._other_questions(target.subject)
+        if others and not self.curves.has(target.subject, UTILITY):
+            hits = MultipleChoiceSet(target.data.tokenizer, others).hits(target.model)
+            self.curves.put(target.subject, UTILITY, AttackCurves.of_one_point(hits))
+
+    def _attack_without_training(self, target: Target) -> None:
+        missing = [
+            name for name in target.attacks if not ATTACKS[name].trains and not self.curves.has(target.subject, name)
+        ]
+        if missing:
+            with self.events.stage(f"question {target.subject}", len(missing)) as stage:
+                for name in missing:
+                    hits = ATTACKS[name].load()(target.model, target.data)
+                    self.curves.put(target.subject, name, AttackCurves.of_one_point(hits))
+                    stage.advance()
+
+    def _train_attackers(self, target: Target, names: Sequence[str]) -> None:
+        """Attacks of one method, side by side."""
+        budget = self.job.budget
+        rows = {name: ATTACKS[name] for name in names}
+        attackers = sum(len(budget.rates_of(row)) * budget.seeds for row in rows.values())
+        with self.events.stage(f"attack {target.subject}: {', '.join(names)}", attackers * len(budget.marks)) as stage:
+            training = AttackTraining(target.model, target.data, budget, self.work / "attack")
+            for name, curves in training.curves(rows, stage).items():
+                self.curves.put(target.subject, name, curves, names)
+
+    def _suppressed_is_complete(self) -> bool:
+        attacks = self.job.suppressed_attacks
+        return not attacks or self._has("suppressed", attacks)
+
+    def _reference_is_complete(self) -> bool:
+        return "reference" in self.job.sources or self._has("reference", self.job.attacks)
+
+    def _has(self, subject: str, attacks: Sequence[str]) -> bool:
+        utility = [UTILITY] if self._other_questions(subject) else []
+        return self.curves.has(subject, UNTOUCHED, *utility, *attacks)
+
+    def _other_questions(self, subject: str) -> list[Question]:
+        """Questions on everything else, evenly drawn; controls that are made here are not asked."""
+        questions = self.job.concept.questions
+        others = [q for q in questions if q.split != "forget" and subject in self.job.sources]
+        return others[:: max(1, len(questions) // OTHER_QUESTIONS)]
+
+
+def _by_method(attacks: Sequence[str]) -> list[list[str]]:
+    """Attacks that train, those of one method together."""
+    training = [name for name in attacks if ATTACKS[name].trains]
+    methods = dict.fromkeys(ATTACKS[name].method for name in training)
+    return [[name for name in training if ATTACKS[name].method == method] for method in methods]
+
+
+def _earlier_curves(job: AuditJob) -> TensorCache:
+    """Earlier audits' curves of base and controls, by everything that they depend on."""
+    models = [
+        scope_of(job.sources[name].folder, job.dtype, job.device)
+        for name in ("base", "reference")
+        if name in job.sources
+    ]
+    questions = tuple(question.id for question in job.questions)
+    scope = (models, job.concept.sha256, questions, job.settings.seed, job.budget, SCHEMA_VERSION, code_digest())
+    return TensorCache(cache_folder() / "audits", repr(scope))

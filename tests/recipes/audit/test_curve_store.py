@@ -1,0 +1,78 @@
+"""Curves are reused by the same code alone."""
+
+import shutil
+
+import numpy as np
+import pytest
+from excise.artifacts.checkpoints.tensor_cache import TensorCache
+from excise.recipes.audit.curve_store import COMPUTES, PACKAGE, AttackCurves, CurveStore, code_digest
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the code that decides what an attack measures."""
+    for part in COMPUTES:
+        shutil.copytree(PACKAGE / part, tmp_path / "package" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "package"
+
+
+def _digest(package):
+    code_digest.cache_clear()
+    return code_digest(package)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["recipes/audit/attacks/inputs.py", "recipes/common/trainer.py", "editing/training/adapters.py", "eval/concept.py"],
+)
+def test_a_change_in_a_sub_folder_is_other_code(package, place):
+    before = _digest(package)
+    assert before == _digest(package) == _digest(PACKAGE)
+    file = package / place
+    file.write_text(file.read_text() + "\nSTEPS = 61\n")
+    assert _digest(package) != before
+
+
+def test_code_that_moves_to_the_next_file_is_other_code_and_what_is_no_code_is_not(package):
+    before = _digest(package)
+    (package / "recipes" / "audit" / "notes.md").write_text("nothing that is computed")
+    assert _digest(package) == before
+    first, second = sorted((package / "recipes" / "audit").glob("*.py"))[1:3]
+    text, last = first.read_text()[:-10], first.read_text()[-10:]
+    first.write_text(text)
+    second.write_text(last + second.read_text())
+    assert _digest(package) != before
+
+
+def _store(folder, cache, digest):
+    return CurveStore(folder, TensorCache(cache, digest))
+
+
+def test_curves_are_reused_under_the_same_digest_and_not_under_another(package, tmp_path):
+    curves = AttackCurves.of_one_point([1.0, 0.0, 1.0])
+    cache, digest = tmp_path / "cache", _digest(package)
+    first = _store(tmp_path / "first", cache, digest)
+    first.put("base", "int4", curves)
+    first.put("edited", "int4", curves)
+    assert first.reused() == []
+    same = _store(tmp_path / "same", cache, digest)
+    for subject in ("base", "edited"):
+        same.reuse(subject, "int4")
+    # The edited model is never taken from an earlier audit.
+    assert same.has("base", "int4") and not same.has("edited", "int4") and same.reused() == ["base"]
+    assert np.array_equal(same.get("base", "int4").only.hits, curves.only.hits)
+    file = package / "recipes" / "audit" / "attacks" / "weights.py"
+    file.write_text(file.read_text() + "\n")
+    other = _store(tmp_path / "other", cache, _digest(package))
+    other.reuse("base", "int4")
+    assert not other.has("base", "int4") and other.reused() == []
+
+
+def test_curves_of_attacks_that_trained_beside_others_are_other_curves(tmp_path):
+    cache = tmp_path / "cache"
+    _store(tmp_path / "first", cache, "x").put("base", "rtt", AttackCurves.of_one_point([1.0]), ("rtt", "few_8"))
+    alone = _store(tmp_path / "second", cache, "x")
+    alone.reuse("base", "rtt", ("rtt",))
+    assert not alone.has("base", "rtt")
+    alone.reuse("base", "rtt", ("rtt", "few_8"))
+    assert alone.has("base", "rtt")
