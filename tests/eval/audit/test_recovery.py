@@ -129,7 +129,7 @@ def test_fast_relearning_alone_keeps_a_model_from_counting_as_ignorant():
     ("change", "reason"),
     [
         ({"control": _curve(0.1, 0.1, 0.1, 0.2, 0.2)}, "not even the suppressed control recovers"),
-        ({"control": _curve(0.9, 0.9, 0.9, 0.9, 0.9)}, "still scores 0.900"),
+        ({"control": _curve(0.9, 0.9, 0.9, 0.9, 0.9)}, "still answers 0.900"),
         ({"control": None}, "no attack trained the suppressed control"),
         ({"floor": _curve(0.1, 0.5, 0.8, 0.9, 0.9)}, "can be guessed from T"),
         ({"utility": (0.99, 0.5)}, "a broken model forgets anything"),
@@ -151,7 +151,7 @@ def _rates(*rates, n=20):
     return RecoveryCurve((0, 1), (0, 100), np.asarray([[[float(q < rate * n) for q in range(n)] for rate in rates]]))
 
 
-def _reasons(edited, floor, **relearned):
+def _reasons(edited, floor, /, **relearned):
     rates = {"base": 1e-3, "edited": 1e-3, "reference": 1e-3}
     base, control = _rates(1, 1), _rates(0.1, 0.9)
     compared = [

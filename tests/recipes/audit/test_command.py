@@ -1,11 +1,13 @@
 """The command on an audit's page works when it is pasted; what is published names no folder of this machine."""
 
+import json
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from excise.artifacts.models.find import find_model
+from excise.editing.errors import RequestError
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit.command import command
 from helpers import excise
@@ -29,17 +31,24 @@ def _commands(model, **settings):
 
 @pytest.mark.parametrize("typed", ["runs/elm 1/checkpoint", "./runs/elm 1/checkpoint", "ABSOLUTE"])
 def test_a_pasted_command_finds_the_run_again(here, typed):
-    model = here / "runs" / "elm 1" / "checkpoint" if typed == "ABSOLUTE" else typed
+    model_folder = here / "runs" / "elm 1" / "checkpoint"
+    model = model_folder if typed == "ABSOLUTE" else typed
     pasted, public = _commands(model, seed=3, attacks=("rtt", "few_shot"), dtype="float32")
     words = shlex.split(pasted)
-    assert words[:2] == ["excise", "audit"] and Path(words[2]).resolve() == here / "runs" / "elm 1" / "checkpoint"
+    assert words[:2] == ["excise", "audit"] and Path(words[2]).resolve() == model_folder
     assert not Path(words[2]).is_absolute() and str(here) not in pasted and "ada" not in pasted
     # In public it has the name by which its card calls it.
     assert shlex.split(public)[2] == "elm 1/checkpoint" and shlex.split(public)[3:] == words[3:]
-    done = excise(*words[1:], "--out", "again", "--dry-run", "--json")
+    assert find_model(words[2]).folder.resolve() == model_folder
+    with pytest.raises(RequestError):
+        find_model(shlex.split(public)[2])
+
+
+def test_the_whole_command_is_taken_by_the_command_line(here):
+    pasted, _ = _commands("runs/elm 1/checkpoint", seed=3, attacks=("rtt", "few_shot"), dtype="float32")
+    done = excise(*shlex.split(pasted)[1:], "--out", "again", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
-    lost = excise("audit", *shlex.split(public)[2:], "--out", "again", "--dry-run")
-    assert lost.returncode == 2
+    assert json.loads(done.stdout)["attacks"] == ["rtt", "few_shot"]
 
 
 def test_a_neighbouring_folder_is_named_from_the_working_directory(here, monkeypatch):
