@@ -32,8 +32,8 @@ class Attack:
     tier: int
     """0 needs no training, 1 optimizes inputs, 2 trains weights."""
     about: str
-    function: str
-    """``module:function``; the module is a file of this folder."""
+    function: str | Callable[..., Any]
+    """``module:function``, where the module is a file of this folder; or the function itself, if it stands elsewhere."""
     data: str = ""
     """Training sequences: a source of ``AttackData.examples``; ``T:8`` takes 8 of them, ``retain+T`` one after the other.
     Empty for attacks that train nothing."""
@@ -50,7 +50,7 @@ class Attack:
     @property
     def method(self) -> str:
         """What is trained, or computed: attacks of one method train side by side."""
-        return self.function.partition(":")[2]
+        return self.function.partition(":")[2] if isinstance(self.function, str) else self.function.__name__
 
     @property
     def whole(self) -> bool:
@@ -59,6 +59,8 @@ class Attack:
 
     def load(self) -> Callable[..., Any]:
         """The row's function; imports PyTorch."""
+        if not isinstance(self.function, str):
+            return self.function
         module, _, name = self.function.partition(":")
         function: Callable[..., Any] = getattr(import_module(f".{module}", __package__), name)
         return function
