@@ -48,28 +48,26 @@ BATCH = 32
 
 
 class PruneSettings(MeasuredSettings):
-    """Settings of pruning."""
+    """Settings of neuron and head pruning."""
 
     concept: str = "builtin:potions"
-    """Concept pack whose neurons are looked for: builtin:NAME or a folder."""
+    """Concept pack to erase: builtin:NAME or a folder."""
     score: Literal["attribution", "mean_attribution", "mean_difference", "selectivity", "saliency"] = "attribution"
-    """How much a unit matters to the concept: activation times gradient (against zero or its mean), d', a ratio of sizes,
-    or the published rank-based saliency."""
+    """Score of a unit: activation times gradient (from 0 or its mean), d', ratio of sizes, or ranks."""
     share: float = Field(0.1, ge=0, lt=1)
-    """Share of all MLP neurons to prune."""
+    """Share of all MLP neurons to prune, from 0 to below 1. Higher values erase and damage more."""
     heads_share: float = Field(0.0, ge=0, lt=1)
-    """Share of all attention heads to prune."""
+    """Share of all attention heads to prune, from 0 to below 1. Higher values erase and damage more."""
     retain_weight: float = Field(1.0, ge=0)
-    """Lambda in forget - lambda retain, both scores as shares of their total."""
+    """Lambda in forget - lambda retain, each score as a share of its total. Higher values spare units that retain texts use."""
     semantics: Semantics = "down"
-    """down: outputs zeroed, can grow back; all: inputs too, no gradient left; frozen: as down, to be masked; mean: folded
-    into the bias; remove: gone from a smaller checkpoint, as many of every layer."""
+    """How to prune: zero outputs (down), inputs too (all), mark them (frozen), fold the mean into the bias, or delete."""
     examples: int = Field(400, ge=8)
-    """Sequences of each kind that units are scored on, at most."""
+    """Most forget sequences, and most retain sequences, that units are scored on. More give steadier scores."""
     controls: bool = True
-    """Measure equally many random units (matched in layer and size) and the largest ones too."""
+    """Also measure pruning as many random units, matched in layer and size, and as many of the largest units."""
     validate_units: int = Field(24, ge=0)
-    """Units whose score is checked by removing each alone; their rank correlation is reported."""
+    """Units that are removed one at a time, to report the rank correlation of scores and effects; 0 skips this check."""
 
 
 @dataclass(frozen=True)

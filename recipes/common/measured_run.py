@@ -39,16 +39,16 @@ EDITED = "the edited checkpoint"
 
 
 class MeasuredSettings(RunSettings):
-    """Keys of every recipe that measures what its edit did."""
+    """Settings of every recipe that measures what its edit did."""
 
     max_new_tokens: int = 24
-    """Greedy tokens a reply."""
+    """Longest reply to measure, in tokens (greedy decoding). More take longer."""
     kl_prompts: int = 64
-    """Neutral prompts, and retain texts, for the divergence from the base."""
+    """Number of neutral prompts, and of retain texts, on which the KL divergence from the base is measured."""
     questions: int = 0
-    """Questions and retain texts a split to measure, at most; 0 takes all."""
+    """Most questions, and most retain texts, to measure in each split; 0 takes all. Fewer widen the intervals."""
     reference: str | None = None
-    """A model that never knew the concept, measured beside base and edited."""
+    """Model that was never trained on the concept (retrained reference), measured beside base and edited."""
 
     def measuring(self) -> EvalSettings:
         """How much is measured."""

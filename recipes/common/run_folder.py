@@ -13,20 +13,20 @@ WORK = ".work"
 
 
 class RunSettings(Settings):
-    """Keys that every recipe's settings share."""
+    """Settings that every recipe has."""
 
     model: str = "builtin:testbed"
-    """Model to edit: builtin:testbed, a Hub id with optional @revision, a folder, or a .gguf file."""
+    """Model to edit: builtin:NAME, a Hub id (revision after @), a folder, or a .gguf file."""
     concept: str = "builtin:declining"
-    """Concept pack: builtin:NAME or a folder."""
+    """Concept pack to use: builtin:NAME or a folder."""
     out: Path | None = None
-    """Folder to write; runs/RECIPE-N by default."""
+    """Folder to write the run to. Default: runs/RECIPE-N, with the first free N."""
     seed: int = 0
-    """Seed of every random choice; recorded."""
+    """Seed of every random choice. The same seed gives the same checkpoint on the same machine."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Where to compute: cpu, cuda or cuda:N. auto takes the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type to compute in; auto is bfloat16 where the processor multiplies it natively, float32 elsewhere."""
+    """Number type to compute in. auto takes bfloat16 where the hardware multiplies it natively, else float32."""
 
     def published(self, *left_out: str) -> dict[str, Any]:
         """Settings as they may be published: of a local path the last part."""
