@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..artifacts.checkpoints.edits import load_edit
 from ..artifacts.events import Events
 from ..artifacts.models.load import LoadedModel
 from ..artifacts.reporting.results import format_value, read_measurements
@@ -124,7 +123,7 @@ def _study_base(prepared: OrthogonalizeJob, kept: Path, events: Events) -> Studi
     job = prepared.job
     loaded = measured_run.load(job, job.source, "base", events)
     measured = measured_run.measure_base(job, loaded, events)
-    edit = measured_run.kept_edit(kept, lambda: _learn(prepared, loaded, events), load_edit)
+    edit = measured_run.learned_edit(kept, lambda: _learn(prepared, loaded, events))
     assert isinstance(edit, Edit), "the run itself saved it"
     measured.scores.append(_induce(prepared, loaded, edit, events, "induce on base"))
     writes = measure_writes(loaded.model, job.row, edit.basis, _leak_inputs(prepared, loaded))

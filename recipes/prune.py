@@ -9,7 +9,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..artifacts.checkpoints.edits import load_edit
 from ..artifacts.events import Events, Stage
 from ..artifacts.models.load import LoadedModel
 from ..artifacts.reporting.sections import Control, Section, Story, bars
@@ -126,7 +125,7 @@ def run(prepared: PruneJob, events: Events) -> Finished:
     events.path = job.out / "events.jsonl"
     loaded = measured_run.load(job, job.source, "base", events)
     measured = measured_run.measure_base(job, loaded, events)
-    edit = measured_run.kept_edit(work / "edit", lambda: _learn(prepared, loaded, events), load_edit)
+    edit = measured_run.learned_edit(work / "edit", lambda: _learn(prepared, loaded, events))
     assert isinstance(edit, PrunedUnits)
     del loaded
     gc.collect()

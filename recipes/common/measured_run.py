@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...artifacts.checkpoints.edits import save_edit
+from ...artifacts.checkpoints.edits import load_edit, save_edit
 from ...artifacts.checkpoints.export import Export, check_disk, check_editable, export_edit, required_bytes
 from ...artifacts.checkpoints.manifest import FOLDER, write_manifest
 from ...artifacts.checkpoints.read import DTYPES, Checkpoint, open_checkpoint
@@ -222,10 +222,10 @@ def publish(
     return Finished(out, results)
 
 
-def kept_edit(folder: Path, learn: Callable[[], WeightEdit], load_kept: Callable[[Path], WeightEdit]) -> WeightEdit:
-    """The edit that an interrupted run learned already, or a newly learned one, kept for the same purpose."""
+def learned_edit(folder: Path, learn: Callable[[], WeightEdit]) -> WeightEdit:
+    """The edit that an interrupted run left in a folder; or a newly learned one, stored there."""
     if (folder / "edit.json").exists():
-        return load_kept(folder)
+        return load_edit(folder)
     edit = learn()
     partial = folder.with_name("edit.partial")
     shutil.rmtree(partial, ignore_errors=True)
