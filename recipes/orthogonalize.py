@@ -53,7 +53,7 @@ class OrthogonalizeSettings(DirectionSettings):
 class OrthogonalizeJob:
     """A checked request and what it will change."""
 
-    job: Job
+    run: Job
     settings: OrthogonalizeSettings
     plan: Plan
     strengths: tuple[float, ...]
@@ -74,68 +74,70 @@ def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> Orthogo
     Raises:
         RequestError: Anything that could not work.
     """
-    job = measured_run.check(RECIPE, settings, ["contrast"], resume=resume)
-    strengths = layer_strengths(settings, job.layers)
-    config = job.checkpoint.config
+    checked = measured_run.check(RECIPE, settings, ["contrast"], resume=resume)
+    strengths = layer_strengths(settings, checked.layers)
+    config = checked.checkpoint.config
     unlearned = _edit(settings, config["model_type"], strengths, torch.eye(residual_width(config), 1))
-    plan = unlearned.plan(config, list(job.checkpoint.tensors))
-    measured_run.check_plan(job, plan)
-    check_pairs(job.concept, settings)
-    return OrthogonalizeJob(job, settings, plan, strengths)
+    plan = unlearned.plan(config, list(checked.checkpoint.tensors))
+    measured_run.check_plan(checked, plan)
+    check_pairs(checked.concept, settings)
+    return OrthogonalizeJob(checked, settings, plan, strengths)
 
 
-def describe(prepared: OrthogonalizeJob) -> dict[str, Any]:
+def describe(job: OrthogonalizeJob) -> dict[str, Any]:
     """What a run would touch and take."""
-    points = int(prepared.settings.max_depth * len(prepared.strengths))
-    return measured_run.describe(prepared.job, prepared.plan, candidate_points=points, gradient_steps=0)
+    points = int(job.settings.max_depth * len(job.strengths))
+    return measured_run.describe(job.run, job.plan, candidate_points=points, gradient_steps=0)
 
 
-def run(prepared: OrthogonalizeJob, events: Events) -> Finished:
+def run(job: OrthogonalizeJob, events: Events) -> Finished:
     """Do the whole run. The run's folder gets ``checkpoint/``, ``report.html`` and ``events.jsonl``."""
-    job, settings = prepared.job, prepared.settings
-    work = start_folder(job.out, settings)
-    events.path = job.out / "events.jsonl"
-    base = _study_base(prepared, work / "edit", events)
+    checked, settings = job.run, job.settings
+    work = start_folder(checked.out, settings)
+    events.path = checked.out / "events.jsonl"
+    base = _study_base(job, work / "edit", events)
 
     def inspect(loaded: LoadedModel, subject: ModelUnderTest) -> Inspection:
-        after = measure_writes(loaded.model, job.row, base.edit.basis, _leak_inputs(prepared, loaded))
+        after = measure_writes(loaded.model, checked.row, base.edit.basis, _leak_inputs(job, loaded))
         embedding_strength = 0.0 if settings.embeddings == "skip" else 1.0
-        leaks = compare_writes(base.writes, after, prepared.strengths, embedding_strength)
+        leaks = compare_writes(base.writes, after, job.strengths, embedding_strength)
         check_leaks(leaks, settings.leak_tolerance)
-        scores = [_induce(prepared, loaded, base.edit, events, "induce on edited")]
+        scores = [_induce(job, loaded, base.edit, events, "induce on edited")]
         return Inspection(scores, {"leaks": [asdict(leak) for leak in leaks]})
 
     about = {
         "edited": {
-            "how": "orthogonalized", "variant": settings.variant, "embeddings": settings.embeddings,
-            "layer_strengths": list(prepared.strengths),
+            "how": "orthogonalized",
+            "variant": settings.variant,
+            "embeddings": settings.embeddings,
+            "layer_strengths": list(job.strengths),
         },
         "direction": {**base.edit.provenance},
         "leak_tolerance": settings.leak_tolerance,
-    }  # fmt: skip
-    finished = measured_run.publish(job, base.edit, base.measured, about, events, inspect)
+    }
+    finished = measured_run.publish(checked, base.edit, base.measured, about, events, inspect)
     shutil.rmtree(work)
     return finished
 
 
-def _study_base(prepared: OrthogonalizeJob, kept: Path, events: Events) -> StudiedBase:
+def _study_base(job: OrthogonalizeJob, folder: Path, events: Events) -> StudiedBase:
     """Measure the base, learn candidates, choose one; the edit is kept for a resumed run."""
-    job = prepared.job
-    loaded = measured_run.load(job, job.source, "base", events)
-    measured = measured_run.measure_base(job, loaded, events)
-    edit = measured_run.learned_edit(kept, lambda: _learn(prepared, loaded, events))
+    checked = job.run
+    loaded = measured_run.load(checked, checked.source, "base", events)
+    measured = measured_run.measure_base(checked, loaded, events)
+    edit = measured_run.learned_edit(folder, lambda: _learn(job, loaded, events))
     assert isinstance(edit, Edit), "the run itself saved it"
-    measured.scores.append(_induce(prepared, loaded, edit, events, "induce on base"))
-    writes = measure_writes(loaded.model, job.row, edit.basis, _leak_inputs(prepared, loaded))
+    measured.scores.append(_induce(job, loaded, edit, events, "induce on base"))
+    writes = measure_writes(loaded.model, checked.row, edit.basis, _leak_inputs(job, loaded))
     del loaded
     gc.collect()
     return StudiedBase(edit, measured, writes)
 
 
-def _learn(prepared: OrthogonalizeJob, loaded: LoadedModel, events: Events) -> Edit:
-    settings = prepared.settings
-    direction = DirectionSearch(loaded, prepared.job.concept, settings, events).run()
-    return edit_along(direction, settings, prepared.job.checkpoint.config["model_type"], prepared.strengths)
+def _learn(job: OrthogonalizeJob, loaded: LoadedModel, events: Events) -> Edit:
+    settings = job.settings
+    direction = DirectionSearch(loaded, job.run.concept, settings, events).run()
+    return edit_along(direction, settings, job.run.checkpoint.config["model_type"], job.strengths)
 
 
 def edit_along(
@@ -148,31 +150,31 @@ def edit_along(
     return _edit(settings, model_type, strengths, unit(vector), direction.provenance)
 
 
-def _induce(prepared: OrthogonalizeJob, loaded: LoadedModel, edit: Edit, events: Events, name: str) -> Scores:
+def _induce(job: OrthogonalizeJob, loaded: LoadedModel, edit: Edit, events: Events, name: str) -> Scores:
     """Add the direction as long as it was learned, where it was learned, and count what it brings about."""
     vector = edit.basis[:, 0] * edit.provenance["norm"]
-    subject = measured_run.subject_of(prepared.job, loaded)
+    subject = measured_run.subject_of(job.run, loaded)
     with events.stage(name, len(subject.prompts("neutral"))) as stage:
         subject.advance = stage.advance
-        with added(loaded.model, prepared.job.row, vector, edit.provenance["point"]):
+        with added(loaded.model, job.run.row, vector, edit.provenance["point"]):
             return induced(subject)
 
 
-def _leak_inputs(prepared: OrthogonalizeJob, loaded: LoadedModel) -> list[dict[str, Tensor]]:
-    chat = prepared.job.concept.about.kind == "behaviour"
-    texts = [text for pair in prepared.job.concept.contrast[:16] for text in (pair.positive, pair.negative)]
+def _leak_inputs(job: OrthogonalizeJob, loaded: LoadedModel) -> list[dict[str, Tensor]]:
+    chat = job.run.concept.about.kind == "behaviour"
+    texts = [text for pair in job.run.concept.contrast[:16] for text in (pair.positive, pair.negative)]
     return [padded(loaded, [encode_prompt(loaded.tokenizer, text, chat=chat) for text in texts])]
 
 
 def layer_strengths(settings: OrthogonalizeSettings, count: int) -> tuple[float, ...]:
     """One strength for each layer of the model; 0 where the layer is not selected."""
     chosen = set(layer_selection(settings.layers, count))
-    given = settings.strength if isinstance(settings.strength, tuple) else (settings.strength,) * count
-    if len(given) != count:
+    strengths = settings.strength if isinstance(settings.strength, tuple) else (settings.strength,) * count
+    if len(strengths) != count:
         raise RequestError(
-            f"strength lists {len(given)} numbers, the model has {count} layers; give one number or {count}"
+            f"strength lists {len(strengths)} numbers, the model has {count} layers; give one number or {count}"
         )
-    return tuple(value if layer in chosen else 0.0 for layer, value in enumerate(given))
+    return tuple(value if layer in chosen else 0.0 for layer, value in enumerate(strengths))
 
 
 def _edit(
