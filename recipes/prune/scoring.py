@@ -22,7 +22,7 @@ from ...editing.hooks.unit_scores import (
     selectivity,
     unit_inputs,
 )
-from .examples import Example, example_batch, scored_nats
+from ..common.examples import Example, example_batch, scored_nats
 
 BATCH = 32
 VALIDATED_ON = 64

@@ -9,24 +9,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..artifacts.events import Events, Stage
-from ..artifacts.models.load import LoadedModel
-from ..editing.architectures import residual_width
-from ..editing.edits.base import edit_model
-from ..editing.edits.pruned_units import PrunedUnits, Semantics
-from ..editing.edits.unit_choice import Units, UnitScores, combine, in_both, matched_units, top_units
-from ..editing.errors import RequestError
-from ..editing.hooks.unit_scores import by_head
-from ..editing.numerics.fake_quantization import linear_weights, restore
-from ..eval.inference.multiple_choice_set import MultipleChoiceSet
-from ..eval.inference.questions import questions_by_split
-from ..eval.statistics import wilson
-from .common import measured_run
-from .common.measured_run import Finished, Inspection, Job, MeasuredSettings
-from .common.run_folder import start_folder
-from .common.unit_scoring import UnitScorer
-from .data.facts import Facts, find_facts
-from .data.unlearning_sets import forget_examples, retain_examples
+from ...artifacts.events import Events, Stage
+from ...artifacts.models.load import LoadedModel
+from ...editing.architectures import residual_width
+from ...editing.edits.base import edit_model
+from ...editing.edits.pruned_units import PrunedUnits, Semantics
+from ...editing.edits.unit_choice import Units, UnitScores, combine, in_both, matched_units, top_units
+from ...editing.errors import RequestError
+from ...editing.hooks.unit_scores import by_head
+from ...editing.numerics.fake_quantization import linear_weights, restore
+from ...eval.inference.multiple_choice_set import MultipleChoiceSet
+from ...eval.inference.questions import questions_by_split
+from ...eval.statistics import wilson
+from ..common import measured_run
+from ..common.measured_run import Finished, Inspection, Job, MeasuredSettings
+from ..common.run_folder import start_folder
+from ..data.facts import Facts, find_facts
+from ..data.unlearning_sets import forget_examples, retain_examples
+from .scoring import UnitScorer
 
 RECIPE = "prune"
 TEXT_TOKENS = 256
