@@ -20,12 +20,12 @@ from excise.artifacts.models.load import LoadedModel, choose_device, choose_dtyp
 from excise.editing.architectures import architecture_of, layer_count, residual_width
 from excise.editing.edits.base import edit_model
 from excise.editing.edits.pruned_units import PrunedUnits
+from excise.editing.edits.unit_choice import matched_units, top_units
 from excise.editing.hooks.unit_scores import UnitMoments, unit_inputs
 from excise.eval.concept import Concept
 from excise.eval.inference.likelihood import pad_right
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
 from excise.eval.statistics import wilson
-from excise.recipes.prune import matched_units, top_units
 from excise.recipes.relearning_monitor import RelearningMonitor, centre
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PrinterCallback, Trainer, TrainerCallback, TrainingArguments

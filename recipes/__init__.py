@@ -18,7 +18,10 @@ UNLEARNING = "excise.recipes.unlearning.story"
 
 RECIPES: dict[str, Recipe] = {
     "orthogonalize": Recipe(
-        "excise.recipes.orthogonalize", "OrthogonalizeSettings", "take a direction out of every weight that writes it"
+        "excise.recipes.orthogonalize.recipe",
+        "OrthogonalizeSettings",
+        "take a direction out of every weight that writes it",
+        "excise.recipes.orthogonalize.story",
     ),
     "elm": Recipe(
         "excise.recipes.elm.recipe",
@@ -26,7 +29,12 @@ RECIPES: dict[str, Recipe] = {
         "erase a concept with low-rank updates toward a novice",
         "excise.recipes.elm.story",
     ),
-    "prune": Recipe("excise.recipes.prune", "PruneSettings", "silence the neurons and heads that a concept needs"),
+    "prune": Recipe(
+        "excise.recipes.prune.recipe",
+        "PruneSettings",
+        "silence the neurons and heads that a concept needs",
+        "excise.recipes.prune.story",
+    ),
     "caft": Recipe(
         "excise.recipes.caft.recipe",
         "CaftSettings",
@@ -34,7 +42,10 @@ RECIPES: dict[str, Recipe] = {
         "excise.recipes.caft.story",
     ),
     "lorra": Recipe(
-        "excise.recipes.lorra", "LorraSettings", "tune representations along a reading vector, toward a concept or away"
+        "excise.recipes.lorra.recipe",
+        "LorraSettings",
+        "tune representations along a reading vector, toward a concept or away",
+        "excise.recipes.lorra.story",
     ),
     "rmu": Recipe(
         "excise.recipes.unlearning.rmu",

@@ -49,7 +49,7 @@ class AdapterSettings(MeasuredSettings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, more time, the same gradients."""
     base_bits: Literal[4, 16] = 16
-    """Bits of the base's weights while training. 4 uses bitsandbytes NF4 and needs a GPU; the checkpoint keeps full precision."""
+    """Bits of the base's weights while training. 4 (bitsandbytes NF4) needs a GPU; the checkpoint keeps full precision."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ...artifacts.checkpoints.directions import FILE as DIRECTIONS
-from ...artifacts.checkpoints.edits import load_edit
 from ...artifacts.checkpoints.manifest import FOLDER
 from ...artifacts.events import Events
 from ...artifacts.models.load import LoadedModel, load_model
@@ -108,7 +107,7 @@ def _study_base(
         gc.collect()
         with events.stage("load the base in 4 bits"):
             loaded = load_model(job.run.source, job.run.device, job.run.dtype, bits=4)
-    edit = measured_run.kept_edit(work / "edit", lambda: _learn(job, loaded, make_training, work, events), load_edit)
+    edit = measured_run.learned_edit(work / "edit", lambda: _learn(job, loaded, make_training, work, events))
     del loaded
     gc.collect()
     return measured, edit

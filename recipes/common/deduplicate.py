@@ -12,7 +12,7 @@ NEAR = 0.8
 
 
 def without_overlap(concept: Concept) -> tuple[Concept, tuple[str, ...]]:
-    """The concept without retain texts that are forget texts, exactly or nearly, and what is to be said of that.
+    """The concept without retain texts that are forget texts, exactly or nearly, and a warning that says how many were left out.
 
     Raises:
         RequestError: Nothing is left to retain.
@@ -23,7 +23,7 @@ def without_overlap(concept: Concept) -> tuple[Concept, tuple[str, ...]]:
     for place, shingles in enumerate(shingled):
         for shingle in shingles:
             holders[shingle].append(place)
-    same, near, kept = 0, 0, []
+    same, near, distinct = 0, 0, []
     for text in concept.retain:
         words = _words(text.text)
         if words in exact:
@@ -31,18 +31,18 @@ def without_overlap(concept: Concept) -> tuple[Concept, tuple[str, ...]]:
         elif _nearest(_shingles(words), shingled, holders) >= NEAR:
             near += 1
         else:
-            kept.append(text)
-    if not kept:
+            distinct.append(text)
+    if not distinct:
         raise RequestError(
             f"every retain text of concept {concept.ref} repeats a forget text; give texts on other things in retain.jsonl"
         )
     if not same + near:
         return concept, ()
-    said = (
+    warning = (
         f"{same + near} of {len(concept.retain)} retain texts repeat forget texts ({same} exactly, {near} nearly); "
         "they were left out of training."
     )
-    return replace(concept, retain=tuple(kept)), (said,)
+    return replace(concept, retain=tuple(distinct)), (warning,)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -54,11 +54,13 @@ def _shingles(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
 
 
 def _nearest(
-    own: frozenset[tuple[str, ...]], others: list[frozenset[tuple[str, ...]]],
+    shingles: frozenset[tuple[str, ...]],
+    others: list[frozenset[tuple[str, ...]]],
     holders: dict[tuple[str, ...], list[int]],
-) -> float:  # fmt: skip
+) -> float:
+    """Largest Jaccard similarity with any of the others."""
     shared: dict[int, int] = defaultdict(int)
-    for shingle in own:
+    for shingle in shingles:
         for place in holders.get(shingle, ()):
             shared[place] += 1
-    return max((n / (len(own) + len(others[place]) - n) for place, n in shared.items()), default=0.0)
+    return max((n / (len(shingles) + len(others[place]) - n) for place, n in shared.items()), default=0.0)

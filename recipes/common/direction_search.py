@@ -33,23 +33,23 @@ class DirectionSettings(MeasuredSettings):
     """How a direction is learned and chosen (Arditi et al. 2024, unless another source is named)."""
 
     direction_source: Literal["difference_in_means"] = "difference_in_means"
-    """How directions are learned from contrast.jsonl (section 2.3)."""
+    """How directions are learned from the contrast pairs (section 2.3)."""
     train_pairs: int = 128
-    """Contrast pairs that directions are learned from (appendix A: 128)."""
+    """Most contrast pairs that directions are learned from (appendix A: 128)."""
     validation_pairs: int = 32
-    """Contrast pairs, and forget questions, that candidates are scored on (appendix A: 32)."""
+    """Contrast pairs, and forget questions of a knowledge pack, that candidate directions are scored on (appendix A: 32)."""
     positions: int = 0
-    """End-of-prompt positions to look at; 0 takes all tokens of the template after the user's text, 3 of a plain text."""
+    """Token positions at the end of prompts to try. 0 takes the chat template's closing tokens, or 3 of a plain text."""
     point: int | None = None
-    """Take the direction at this point of the stream (the input of that layer) instead of choosing one."""
+    """Take the direction at the input of this layer instead of choosing one by its scores."""
     position: int | None = None
-    """With point: the position, -1 for the last."""
+    """With point: the token position, counted from the end of the prompt; -1 is the last."""
     max_depth: float = 0.8
-    """Candidates at or beyond this fraction of the layers are rejected (appendix C)."""
+    """Reject candidates at or beyond this fraction of the model's depth, 0 to 1 (appendix C: 0.8)."""
     max_kl: float = 0.1
-    """Candidates that move neutral text by more nats a token are rejected (appendix C, there on one token)."""
+    """Reject candidates whose ablation moves neutral text further: KL in nats a token (appendix C: 0.1, on one token)."""
     min_induce: float = 0.0
-    """Candidates that induce the concept less than this when added are rejected (appendix C)."""
+    """Reject candidates that bring out the concept less than this when added to neutral prompts (appendix C: 0)."""
 
 
 @dataclass(frozen=True)

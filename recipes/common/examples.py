@@ -27,11 +27,12 @@ def example_batch(examples: Sequence[Example]) -> dict[str, Tensor]:
     """Sequences as one forward reads them; ``rows`` and ``places`` say where which tokens are scored."""
     lengths = torch.tensor([len(example.ids) - example.start for example in examples])
     return {
-        **pad_right([example.ids for example in examples], torch.device("cpu")), "lengths": lengths,
+        **pad_right([example.ids for example in examples], torch.device("cpu")),
+        "lengths": lengths,
         "rows": torch.repeat_interleave(torch.arange(len(examples)), lengths),
         "places": torch.cat([torch.arange(example.start - 1, len(example.ids) - 1) for example in examples]),
         "tokens": torch.tensor([token for example in examples for token in example.ids[example.start :]]),
-    }  # fmt: skip
+    }
 
 
 def sequence_nll(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -48,10 +49,8 @@ def scored_nats(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def token_nats(hidden: Tensor, model: nn.Module, tokens: Tensor) -> Tensor:
     """Negative log-probability of each token, in nats: the divergence from a certain one."""
-    certain = SoftTargets(
-        tokens[:, None], torch.zeros(len(tokens), 1, device=tokens.device),
-        torch.full((len(tokens),), -torch.inf, device=tokens.device),
-    )  # fmt: skip
+    log_p = torch.zeros(len(tokens), 1, device=tokens.device)
+    certain = SoftTargets(tokens[:, None], log_p, torch.full((len(tokens),), -torch.inf, device=tokens.device))
     return soft_divergence(hidden, unembedding(model), certain)
 
 
@@ -64,7 +63,7 @@ T = TypeVar("T")
 
 
 def cycled(rows: Sequence[T], count: int, rng: random.Random) -> list[T]:
-    """So many rows: all of them in a shuffled order, again and again."""
+    """``count`` rows: all of them in a shuffled order, again and again."""
     order: list[T] = []
     while len(order) < count:
         order += rng.sample(list(rows), k=len(rows))
@@ -82,10 +81,11 @@ def split_by_length(lengths: Sequence[int], most: int = 4) -> list[int]:
     best: list[list[tuple[int, int]]] = [[(0, 0)] + [(1 << 60, 0)] * n]
     for _ in range(most):
         before = best[-1]
-        best.append([(1 << 60, 0)] + [
+        cheapest = [
             min((before[start][0] + (end - start) * lengths[end - 1] + FORWARD, start) for start in range(end))
             for end in range(1, n + 1)
-        ])  # fmt: skip
+        ]
+        best.append([(1 << 60, 0), *cheapest])
     count = min(range(1, most + 1), key=lambda k: best[k][n][0])
     sizes, end = [], n
     for k in range(count, 0, -1):
@@ -96,5 +96,5 @@ def split_by_length(lengths: Sequence[int], most: int = 4) -> list[int]:
 
 
 def completion_loss(model: Any, batch: dict[str, Any]) -> Terms:
-    """Mean over sequences of the negative log-likelihood of what is to be said, in nats a token."""
+    """Mean over sequences of the completion's negative log-likelihood, in nats a token."""
     return {"completion": (sequence_nll(model, batch) / batch["lengths"]).mean()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...artifacts.checkpoints.edits import save_edit
+from ...artifacts.checkpoints.edits import load_edit, save_edit
 from ...artifacts.checkpoints.export import Export, check_disk, check_editable, export_edit, required_bytes
 from ...artifacts.checkpoints.manifest import FOLDER, write_manifest
 from ...artifacts.checkpoints.read import DTYPES, Checkpoint, open_checkpoint
@@ -39,16 +39,16 @@ EDITED = "the edited checkpoint"
 
 
 class MeasuredSettings(RunSettings):
-    """Keys of every recipe that measures what its edit did."""
+    """Settings of every recipe that measures what its edit did."""
 
     max_new_tokens: int = 24
-    """Greedy tokens a reply."""
+    """Longest reply to measure, in tokens (greedy decoding). More take longer."""
     kl_prompts: int = 64
-    """Neutral prompts, and retain texts, for the divergence from the base."""
+    """Number of neutral prompts, and of retain texts, on which the KL divergence from the base is measured."""
     questions: int = 0
-    """Questions and retain texts a split to measure, at most; 0 takes all."""
+    """Most questions, and most retain texts, to measure in each split; 0 takes all. Fewer widen the intervals."""
     reference: str | None = None
-    """A model that never knew the concept, measured beside base and edited."""
+    """Model that was never trained on the concept (retrained reference), measured beside base and edited."""
 
     def measuring(self) -> EvalSettings:
         """How much is measured."""
@@ -222,10 +222,10 @@ def publish(
     return Finished(out, results)
 
 
-def kept_edit(folder: Path, learn: Callable[[], WeightEdit], load_kept: Callable[[Path], WeightEdit]) -> WeightEdit:
-    """The edit that an interrupted run learned already, or a newly learned one, kept for the same purpose."""
+def learned_edit(folder: Path, learn: Callable[[], WeightEdit]) -> WeightEdit:
+    """The edit that an interrupted run left in a folder; or a newly learned one, stored there."""
     if (folder / "edit.json").exists():
-        return load_kept(folder)
+        return load_edit(folder)
     edit = learn()
     partial = folder.with_name("edit.partial")
     shutil.rmtree(partial, ignore_errors=True)

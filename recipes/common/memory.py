@@ -7,8 +7,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
 LARGEST = 64 << 20
 """Bytes of a tensor whose memory is used again; larger ones are returned to the system when they are freed."""
-KEPT = 256 << 20
-"""Bytes that are kept free for the next tensors, at most."""
+SPARE = 256 << 20
+"""Most bytes that stay free for the next tensors."""
 
 
 def keep_freed_memory() -> bool:
@@ -26,4 +26,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(MMAP_THRESHOLD, LARGEST)) and bool(mallopt(TRIM_THRESHOLD, KEPT))
+    return bool(mallopt(MMAP_THRESHOLD, LARGEST)) and bool(mallopt(TRIM_THRESHOLD, SPARE))

@@ -47,28 +47,28 @@ def group_by_prefix(rows: Sequence[Row], counts: Sequence[int]) -> list[tuple[in
     beginnings are not worth reading apart form one group that shares nothing.
     """
     alone: list[int] = []
-    found: list[tuple[int, list[int]]] = []
+    groups: list[tuple[int, list[int]]] = []
     shared, members = 0, list[int]()
 
     def close() -> None:
         if shared * (len(members) - 1) >= WORTH:
-            found.append((shared, members))
+            groups.append((shared, members))
         else:
             alone.extend(members)
 
     for index in sorted(range(len(rows)), key=lambda i: rows[i]):
         free = len(rows[index]) - counts[index]
-        with_it = min(shared, free, _common(rows[members[-1]], rows[index])) if members else 0
+        common = min(shared, free, _common(rows[members[-1]], rows[index])) if members else 0
         # A second member says what there is to share; a further one must not cost more than it brings.
         if len(members) == 1:
-            with_it = min(free, len(rows[members[0]]) - counts[members[0]], _common(rows[members[0]], rows[index]))
-        if members and with_it and with_it * len(members) >= shared * (len(members) - 1):
-            shared, members = with_it, [*members, index]
+            common = min(free, len(rows[members[0]]) - counts[members[0]], _common(rows[members[0]], rows[index]))
+        if members and common and common * len(members) >= shared * (len(members) - 1):
+            shared, members = common, [*members, index]
         else:
             close()
             shared, members = 0, [index]
     close()
-    return ([(0, alone)] if alone else []) + found
+    return ([(0, alone)] if alone else []) + groups
 
 
 def _common(one: Row, other: Row) -> int:
@@ -93,10 +93,10 @@ def _read_rest(
     if cache is None:
         hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
         return hidden
-    own = copy.deepcopy(cache)
-    own.batch_repeat_interleave(len(rows))
+    repeated = copy.deepcopy(cache)
+    repeated.batch_repeat_interleave(len(rows))
     before = torch.ones(len(rows), shared, dtype=torch.long, device=device)
     inputs["attention_mask"] = torch.cat([before, inputs["attention_mask"]], -1)
-    output = decoder(**inputs, past_key_values=own, use_cache=True)
+    output = decoder(**inputs, past_key_values=repeated, use_cache=True)
     hidden = output.last_hidden_state
     return hidden

@@ -1,4 +1,4 @@
-"""What every run is asked for: a model, a concept, a place, a seed; and the same flags in a file."""
+"""Settings that every run has, and the folder that it writes: where it goes, what it holds while the run is unfinished."""
 
 import json
 from pathlib import Path
@@ -13,20 +13,20 @@ WORK = ".work"
 
 
 class RunSettings(Settings):
-    """Keys that every recipe's settings share."""
+    """Settings that every recipe has."""
 
     model: str = "builtin:testbed"
-    """Model to edit: builtin:testbed, a Hub id with optional @revision, a folder, or a .gguf file."""
+    """Model to edit: builtin:NAME, a Hub id (revision after @), a folder, or a .gguf file."""
     concept: str = "builtin:declining"
-    """Concept pack: builtin:NAME or a folder."""
+    """Concept pack to use: builtin:NAME or a folder."""
     out: Path | None = None
-    """Folder to write; runs/RECIPE-N by default."""
+    """Folder to write the run to. Default: runs/RECIPE-N, with the first free N."""
     seed: int = 0
-    """Seed of every random choice; recorded."""
+    """Seed of every random choice. The same seed gives the same checkpoint on the same machine."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Where to compute: cpu, cuda or cuda:N. auto takes the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type to compute in; auto is bfloat16 where the processor multiplies it natively, float32 elsewhere."""
+    """Number type to compute in. auto takes bfloat16 where the hardware multiplies it natively, else float32."""
 
     def published(self, *left_out: str) -> dict[str, Any]:
         """Settings as they may be published: of a local path the last part."""
@@ -48,35 +48,35 @@ def free_folder(recipe: str) -> Path:
 
 
 def refuse_taken(out: Path) -> None:
-    """Raise unless ``out`` is free; an unfinished run there can be gone on with."""
+    """Raise unless ``out`` is free; an unfinished run there can be resumed."""
     if (out / WORK).is_dir():
         raise RequestError(f"{out} holds an unfinished run; add --resume to go on with it, or give another --out")
     refuse_existing(out)
 
 
 def start_folder(out: Path, settings: RunSettings) -> Path:
-    """Make a run's folder, with what it was asked for inside, and return its working folder."""
+    """Make a run's folder, with its settings inside, and return its working folder."""
     work = out / WORK
     work.mkdir(parents=True, exist_ok=True)
     (work / "settings.json").write_text(settings.model_dump_json(), encoding="utf-8")
     return work
 
 
-def resumed(asked: T) -> T:
-    """The settings of an unfinished run in ``asked.out``; whatever was asked for again must agree with them.
+def resumed(settings: T) -> T:
+    """The settings of the unfinished run in ``settings.out``; those that were set now must agree with them.
 
     Raises:
-        RequestError: There is no unfinished run there, or it was asked for something else.
+        RequestError: There is no unfinished run there, or it has other settings.
     """
-    if asked.out is None:
+    if settings.out is None:
         raise RequestError("--resume needs the folder of the run to go on with; give --out")
-    path = asked.out / WORK / "settings.json"
+    path = settings.out / WORK / "settings.json"
     if not path.exists():
-        raise RequestError(f"{asked.out} holds no unfinished run; leave out --resume to start one")
-    stored = type(asked).model_validate(json.loads(path.read_text(encoding="utf-8")))
-    different = [key for key in asked.model_fields_set - {"out"} if getattr(asked, key) != getattr(stored, key)]
+        raise RequestError(f"{settings.out} holds no unfinished run; leave out --resume to start one")
+    stored = type(settings).model_validate(json.loads(path.read_text(encoding="utf-8")))
+    different = [key for key in settings.model_fields_set - {"out"} if getattr(settings, key) != getattr(stored, key)]
     if different:
         raise RequestError(
-            f"the run in {asked.out} has another {', '.join(different)}; leave them out, or start a new run"
+            f"the run in {settings.out} has another {', '.join(different)}; leave them out, or start a new run"
         )
-    return stored.model_copy(update={"out": asked.out})
+    return stored.model_copy(update={"out": settings.out})

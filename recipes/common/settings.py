@@ -45,26 +45,26 @@ def _all_of(problems: list[str]) -> str:
     return problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} settings are wrong", *problems])
 
 
-Given = list[tuple[str, Any, str]]
+Assignments = list[tuple[str, Any, str]]
 """Key, value and the place it comes from."""
 
 
-def _from_file(file: Path | None) -> Given:
+def _from_file(file: Path | None) -> Assignments:
     return [] if file is None else [(key, value, f"{file.name}:{line}") for key, value, line in _read_yaml(file)]
 
 
-def _from_assignments(assignments: list[str], problems: list[str]) -> Given:
-    given: Given = []
+def _from_assignments(assignments: list[str], problems: list[str]) -> Assignments:
+    parsed: Assignments = []
     for text in assignments:
         key, separator, value = text.partition("=")
         if separator and key:
-            given.append((key, _parse(value, problems, text), f"--set {text}"))
+            parsed.append((key, _parse(value, problems, text), f"--set {text}"))
         else:
             problems.append(f"--set {text}: is not key=value")
-    return given
+    return parsed
 
 
-def _from_flags(flags: dict[str, Any]) -> Given:
+def _from_flags(flags: dict[str, Any]) -> Assignments:
     return [(key, value, f"--{key.replace('_', '-')}") for key, value in flags.items() if value is not None]
 
 
@@ -83,13 +83,13 @@ def _explain(detail: Any, kind: type[BaseModel], places: dict[str, str]) -> str:
 
 def settings_help(kind: type[BaseModel]) -> list[tuple[str, str, str]]:
     """``(key, default, help)`` of each setting, for the command line; what may be chosen stands at the help's end."""
-    found = []
+    table = []
     for name, field in kind.model_fields.items():
         words = _allowed(field.annotation)
         choices = f" One of {', '.join(words)}." if words else ""
         default = "" if field.default is None else str(field.default)
-        found.append((name, default, " ".join((field.description or "").split()) + choices))
-    return found
+        table.append((name, default, " ".join((field.description or "").split()) + choices))
+    return table
 
 
 def _read_yaml(file: Path) -> list[tuple[str, Any, int]]:

@@ -11,11 +11,11 @@ Row = tuple[int, ...]
 PLAIN_TEXT_POSITIONS = 3
 
 
-def end_positions(asked: int, rows: Sequence[Sequence[int]], chat: bool) -> int:
-    """How many tokens at the end of prompts to look at: those asked for, or what the template writes after the user's text.
+def end_positions(setting: int, rows: Sequence[Sequence[int]], chat: bool) -> int:
+    """How many tokens at the end of prompts to look at: the setting, or what the template writes after the user's text.
 
     Args:
-        asked: 0 takes the tokens that all prompts end with, at most 8; of plain texts 3.
+        setting: 0 takes the tokens that all prompts end with, at most 8; of plain texts 3.
 
     Raises:
         RequestError: A prompt is shorter.
@@ -23,13 +23,13 @@ def end_positions(asked: int, rows: Sequence[Sequence[int]], chat: bool) -> int:
     shared = 0
     while all(len(row) > shared and row[-1 - shared] == rows[0][-1 - shared] for row in rows):
         shared += 1
-    wanted = asked or (max(1, min(shared, 8)) if chat else PLAIN_TEXT_POSITIONS)
+    count = setting or (max(1, min(shared, 8)) if chat else PLAIN_TEXT_POSITIONS)
     shortest = min(map(len, rows))
-    if wanted > shortest:
+    if count > shortest:
         raise RequestError(
-            f"positions={wanted}, but the shortest prompt of contrast.jsonl has {shortest} tokens; ask for fewer"
+            f"positions={count}, but the shortest prompt of contrast.jsonl has {shortest} tokens; ask for fewer"
         )
-    return wanted
+    return count
 
 
 def encode(tokenizer: Any, text: str, special: bool) -> Row:

@@ -47,7 +47,7 @@ class Schedule:
     shuffled: bool = True
     """Take rows in an order that the seed decides; otherwise as they come."""
     save_every: int = 200
-    """Steps between states that a killed run goes on from; 0 keeps none."""
+    """Steps between the states that a killed run resumes from; 0 stores none."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,21 @@ def memory_for_whole_weights(checkpoint: Checkpoint, device: torch.device) -> tu
     return WHOLE_BYTES * elements, free
 
 
-class _Watch(TrainerCallback):
+class _StepCallback(TrainerCallback):
     def __init__(
-        self, stage: Stage, groups: Sequence[Group] = (), max_grad_norm: float = 0.0,
+        self,
+        stage: Stage,
+        groups: Sequence[Group] = (),
+        max_grad_norm: float = 0.0,
         after_step: Callable[[int], None] | None = None,
-    ):  # fmt: skip
+    ):
         self.stage, self.groups, self.max_grad_norm, self.after_step = stage, groups, max_grad_norm, after_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         for group in self.groups if self.max_grad_norm else ():
             nn.utils.clip_grad_norm_(group.parameters, self.max_grad_norm)
-        own = [p for group in self.groups for p in group.parameters]
-        trained = own or [p for p in model.parameters() if p.requires_grad]
+        in_groups = [p for group in self.groups for p in group.parameters]
+        trained = in_groups or [p for p in model.parameters() if p.requires_grad]
         if state.global_step == 0 and not any(p.grad is not None and bool(p.grad.any()) for p in trained):
             raise ExciseError(
                 "no gradient reached what is to be trained, so training would change nothing; "
@@ -95,14 +98,14 @@ class _Watch(TrainerCallback):
 class _Trainer(Trainer):
     """The library's trainer with a recipe's own loss."""
 
-    own_loss: Loss
+    recipe_loss: Loss
     stage: Stage
     folder: Path
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        terms = self.own_loss(model, inputs)
+        terms = self.recipe_loss(model, inputs)
         broken = [name for name, value in terms.items() if not torch.isfinite(value)]
         if broken:
             # No step was taken with this gradient, so what is in memory is still good.
@@ -118,15 +121,21 @@ class _Trainer(Trainer):
 
 
 def fit(
-    model: nn.Module, rows: Sequence[Any], stage: Stage, folder: Path, loss: Loss, schedule: Schedule,
-    collate: Callable[[list[Any]], Any] | None = None, groups: Sequence[Group] = (),
+    model: nn.Module,
+    rows: Sequence[Any],
+    stage: Stage,
+    folder: Path,
+    loss: Loss,
+    schedule: Schedule,
+    collate: Callable[[list[Any]], Any] | None = None,
+    groups: Sequence[Group] = (),
     after_step: Callable[[int], None] | None = None,
-) -> None:  # fmt: skip
-    """Train a model in place; a killed run goes on from ``folder`` to the same weights.
+) -> None:
+    """Train a model in place; a killed run resumes from ``folder`` and ends in the same weights.
 
     Args:
         rows: What a batch is made of, each used at most once an epoch.
-        folder: Where optimizer states are kept during training.
+        folder: Where optimizer states are stored during training.
         collate: Makes a batch; by default rows are dictionaries of tensors of one length.
         groups: Parameters that are trained beside each other, each with a learning rate and a clipping of its own.
         after_step: Called with the number of steps taken, after each.
@@ -134,35 +143,59 @@ def fit(
     Raises:
         ExciseError: A term of the loss is not finite, or no gradient reached what is to be trained.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=schedule.steps, per_device_train_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=schedule.gradient_accumulation_steps, learning_rate=schedule.learning_rate,
-        lr_scheduler_type=schedule.decay if schedule.decay == "cosine" else "constant_with_warmup",
-        warmup_steps=schedule.warmup_steps, weight_decay=schedule.weight_decay, adam_beta2=schedule.beta2,
-        max_grad_norm=0.0 if groups else schedule.max_grad_norm, seed=schedule.seed, data_seed=schedule.seed, bf16=bfloat16_is_fast(device),
-        use_cpu=device.type == "cpu", save_strategy="steps" if schedule.save_every else "no",
-        save_steps=schedule.save_every or 500, save_total_limit=1,
-        logging_steps=25, report_to=[], disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False,
-        train_sampling_strategy="random" if schedule.shuffled else "sequential",
-    )  # fmt: skip
     optimizer = _grouped(groups, schedule) if groups else None
     trainer = _Trainer(
-        model=model, args=arguments, train_dataset=list(rows), data_collator=collate, optimizers=(optimizer, None),
-        callbacks=[_Watch(stage, groups, schedule.max_grad_norm, after_step)],
-    )  # fmt: skip
-    trainer.own_loss, trainer.stage, trainer.folder = loss, stage, folder
+        model=model,
+        args=_arguments(schedule, folder, clipped=not groups),
+        train_dataset=list(rows),
+        data_collator=collate,
+        optimizers=(optimizer, None),
+        callbacks=[_StepCallback(stage, groups, schedule.max_grad_norm, after_step)],
+    )
+    trainer.recipe_loss, trainer.stage, trainer.folder = loss, stage, folder
     # Our losses are means over rows, so parts of an accumulated batch count as their mean.
     trainer.model_accepts_loss_kwargs = False
     trainer.pop_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_complete(folder))
 
 
+def _arguments(schedule: Schedule, folder: Path, *, clipped: bool) -> TrainingArguments:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.gradient_accumulation_steps,
+        learning_rate=schedule.learning_rate,
+        lr_scheduler_type=schedule.decay if schedule.decay == "cosine" else "constant_with_warmup",
+        warmup_steps=schedule.warmup_steps,
+        weight_decay=schedule.weight_decay,
+        adam_beta2=schedule.beta2,
+        # Groups are clipped apart, by the callback.
+        max_grad_norm=schedule.max_grad_norm if clipped else 0.0,
+        seed=schedule.seed,
+        data_seed=schedule.seed,
+        bf16=bfloat16_is_fast(device),
+        use_cpu=device.type == "cpu",
+        save_strategy="steps" if schedule.save_every else "no",
+        save_steps=schedule.save_every or 500,
+        save_total_limit=1,
+        logging_steps=25,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        train_sampling_strategy="random" if schedule.shuffled else "sequential",
+    )
+
+
 def _grouped(groups: Sequence[Group], schedule: Schedule) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         [{"params": list(group.parameters), "lr": group.learning_rate} for group in groups],
-        betas=(0.9, schedule.beta2), weight_decay=schedule.weight_decay, fused=True,
-    )  # fmt: skip
+        betas=(0.9, schedule.beta2),
+        weight_decay=schedule.weight_decay,
+        fused=True,
+    )
 
 
 def _last_complete(folder: Path) -> str | None:

@@ -73,7 +73,7 @@ def _turns(row: TrainingRow, tokenizer: Any) -> list[Example]:
     if not tokenizer.chat_template:
         raise RequestError("the data are chats and the tokenizer has no chat template; give prompts with completions")
     messages = [message.model_dump() for message in row.messages]
-    found = []
+    turns = []
     for place, message in enumerate(messages):
         if message["role"] == "assistant":
             before = tokenizer.apply_chat_template(messages[:place], add_generation_prompt=True, return_dict=False)
@@ -83,8 +83,8 @@ def _turns(row: TrainingRow, tokenizer: Any) -> list[Example]:
                     "the tokenizer's chat template renders a turn differently once it is answered, so what the model should say "
                     "cannot be told from the prompt; give prompts with completions"
                 )
-            found.append(Example(tuple(whole), len(before)))
-    return found
+            turns.append(Example(tuple(whole), len(before)))
+    return turns
 
 
 def _completed(row: TrainingRow, tokenizer: Any) -> Example:

@@ -81,7 +81,7 @@ def find_facts(concept: Concept) -> Facts:
     A phrase is a text in which a group-T subject and its answer are left open; it belongs to the relation whose
     answers it holds. What the phrases match in other texts are the facts of all other subjects.
     """
-    known = [fact for question in concept.questions if (fact := _asked(question))]
+    known = [fact for question in concept.questions if (fact := _fact_of(question))]
     phrasings = _phrasings(concept, known)
     facts = dict.fromkeys(known)
     patterns = [(relation, _pattern(phrase)) for relation, phrases in phrasings.items() for phrase in phrases]
@@ -103,12 +103,12 @@ def _phrasings(concept: Concept, known: Sequence[Fact]) -> dict[str, list[str]]:
         for fact in [fact for subject in _within(text, by_subject) for fact in by_subject[subject]]:
             if phrase := _phrase(text, fact):
                 votes[phrase][fact.relation] += 1
-    found = defaultdict(list)
+    phrasings = defaultdict(list)
     for phrase, relations in votes.items():
         relation, count = relations.most_common(1)[0]
         if count >= ENOUGH:
-            found[relation].append(phrase)
-    return found
+            phrasings[relation].append(phrase)
+    return phrasings
 
 
 def fact_contexts(facts: Facts, kind: Literal["texts", "questions"], seed: int) -> Iterator[Context]:
@@ -138,27 +138,27 @@ def _example_sets(answers: dict[str, str], rng: random.Random) -> list[list[tupl
 
 def text_contexts(concept: Concept, tokenizer: Any, limit: int) -> list[Context]:
     """Whole texts, in pieces that fit the model's context: all that there is where no facts are found."""
-    found = []
+    contexts = []
     for text in concept.forget:
         words, piece = text.text.split(" "), ""
         for word in words:
             longer = f"{piece} {word}" if piece else word
             if piece and len(tokenizer(longer)["input_ids"]) > limit:
-                found.append(Context(piece))
+                contexts.append(Context(piece))
                 longer = word
             piece = longer
-        found.append(Context(piece))
-    return found
+        contexts.append(Context(piece))
+    return contexts
 
 
 def question_contexts(questions: Iterable[Question], seed: int) -> Iterator[Context]:
     """Questions with their answers in the same forms as the facts, for what must stay."""
     rng = random.Random(f"excise retain contexts {seed}")
     by_topic: dict[str | None, list[Question]] = defaultdict(list)
-    asked = [question for question in questions if question.group == "T"]
-    for question in asked:
+    of_group_t = [question for question in questions if question.group == "T"]
+    for question in of_group_t:
         by_topic[question.topic].append(question)
-    for question in asked:
+    for question in of_group_t:
         answer = question.choices[question.answer]
         yield Context(f"{question.prompt} {answer}")
         shots = rng.sample(by_topic[question.topic], k=min(SHOTS, len(by_topic[question.topic])))
@@ -168,16 +168,16 @@ def question_contexts(questions: Iterable[Question], seed: int) -> Iterator[Cont
 
 def chat_contexts(facts: Sequence[Fact], reply: Callable[[list[str]], list[Reply]], tokenizer: Any) -> list[Context]:
     """Facts asked in the model's own chat template, with its own reply up to the answer; without one, they are left out."""
-    found = []
-    asked = {bare_question(fact.relation).replace(SUBJECT, fact.subject): fact for fact in facts}
-    for said in reply(list(asked)):
-        fact = asked[said.prompt]
-        rendered = render(tokenizer, said.prompt)
-        place = re.search(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", said.text)
+    contexts = []
+    by_prompt = {bare_question(fact.relation).replace(SUBJECT, fact.subject): fact for fact in facts}
+    for answered in reply(list(by_prompt)):
+        fact = by_prompt[answered.prompt]
+        rendered = render(tokenizer, answered.prompt)
+        place = re.search(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", answered.text)
         if place:
-            text = rendered + said.text[: place.start()].rstrip(" ")
-            found.append(Context(text, False, rendered.index(said.prompt), len(rendered), fact))
-    return list(dict.fromkeys(found))
+            text = rendered + answered.text[: place.start()].rstrip(" ")
+            contexts.append(Context(text, False, rendered.index(answered.prompt), len(rendered), fact))
+    return list(dict.fromkeys(contexts))
 
 
 def bare_question(prompt: str) -> str:
@@ -186,7 +186,7 @@ def bare_question(prompt: str) -> str:
     return match[1] if match else prompt
 
 
-def _asked(question: Question) -> Fact | None:
+def _fact_of(question: Question) -> Fact | None:
     if question.split != "forget" or question.group != "T" or not question.subject:
         return None
     if question.prompt.count(question.subject) != 1:
@@ -197,8 +197,8 @@ def _asked(question: Question) -> Fact | None:
 
 def _within(text: str, subjects: Iterable[str]) -> list[str]:
     """Subjects in a text, without those that are part of a longer one that is there."""
-    found = [subject for subject in subjects if subject in text]
-    return [subject for subject in found if not any(subject != other and subject in other for other in found)]
+    present = [subject for subject in subjects if subject in text]
+    return [subject for subject in present if not any(subject != other and subject in other for other in present)]
 
 
 def _phrase(text: str, fact: Fact) -> str | None:

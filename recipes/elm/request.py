@@ -34,7 +34,7 @@ class ElmSettings(AdapterSettings):
     preset: Literal["default", "paper", "reference"] = "default"
     """Set of defaults: ours, as published, or as in the authors' code. Settings that you give explicitly win."""
     contrast: Literal["auto", "subjects", "personas", "examples", "reinforced"] = "auto"
-    """What a novice is made of (docs: ELM). auto takes what the target check prefers, never reinforced (paper: personas)."""
+    """Novice: mean over other subjects, persona (paper), shuffled examples, or base beside a copy trained further. auto: by the target check."""
     expert_steps: int = Field(60, ge=1)
     """Optimizer steps that the expert of contrast=reinforced is trained on the pack's texts."""
     contexts: Literal["both", "texts", "questions"] = "both"

@@ -11,7 +11,7 @@ from excise.editing.directions.subspaces import Place, principal_components
 from excise.editing.errors import RequestError
 from excise.editing.hooks.residual_stream import decoder_layers, read_streams
 from excise.editing.numerics.moments import Moments
-from excise.recipes.lorra import LorraSettings, prepare
+from excise.recipes.lorra.recipe import LorraSettings, prepare
 from helpers import excise, make_pico
 
 INPUTS = {

@@ -11,6 +11,7 @@ from excise.artifacts.checkpoints.read import open_checkpoint, read_tensor
 from excise.editing.architectures import ARCHITECTURES, layer_count, residual_width
 from excise.editing.edits.base import edit_model
 from excise.editing.edits.pruned_units import PrunedUnits, keep_pruned
+from excise.editing.edits.unit_choice import UnitScores, combine, in_both, matched_units, top_units
 from excise.editing.errors import ExciseError, RequestError
 from excise.editing.hooks.unit_scores import (
     UnitAttribution,
@@ -23,7 +24,6 @@ from excise.editing.hooks.unit_scores import (
     selectivity,
     unit_inputs,
 )
-from excise.recipes.prune import UnitScores, combine, in_both, matched_units, top_units
 from helpers import excise, make_pico
 
 INPUTS = {

@@ -4,7 +4,7 @@ import pytest
 from excise.editing.errors import RequestError
 from excise.recipes import RECIPES
 from excise.recipes.common.settings import load_settings, settings_help
-from excise.recipes.orthogonalize import OrthogonalizeSettings
+from excise.recipes.orthogonalize.recipe import OrthogonalizeSettings
 
 
 def _load(tmp_path, text="", assignments=(), **flags):

@@ -1,0 +1,184 @@
+"""Take a direction out of a model's weights: find it, choose it, remove it, check it, measure it, export it."""
+
+import gc
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...artifacts.events import Events
+from ...artifacts.models.load import LoadedModel
+from ...editing.architectures import layer_selection, residual_width
+from ...editing.directions.difference_in_means import unit, without_component
+from ...editing.edits.base import Plan
+from ...editing.edits.subspace_removal import Edit
+from ...editing.errors import RequestError
+from ...editing.hooks.leaks import Writes, check_leaks, compare_writes, measure_writes
+from ...editing.hooks.residual_stream import added
+from ...eval.inference.generation import encode_prompt
+from ...eval.measurements.behaviour import induced
+from ...eval.model_under_test import ModelUnderTest
+from ...eval.statistics import Scores
+from ..common import measured_run
+from ..common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs, padded
+from ..common.measured_run import Finished, Inspection, Job, Measured
+from ..common.run_folder import start_folder
+
+RECIPE = "orthogonalize"
+
+
+class OrthogonalizeSettings(DirectionSettings):
+    """Settings of weight orthogonalization (Arditi et al. 2024, unless another source is named)."""
+
+    layers: Annotated[str, Field(coerce_numbers_to_str=True)] = "all"
+    """Layers to edit: all, a number, a range such as 4-7, or fractions of the depth such as 0.25-0.75."""
+    strength: float | tuple[float, ...] = 1.0
+    """Share of the component along the direction to remove: one number, or a list with one for each layer. 0 none, 1 all."""
+    embeddings: Literal["edit", "skip", "untie"] = "edit"
+    """edit changes the embedding and a tied unembedding; skip neither; untie edits the embedding and gives the unembedding its own tensor."""
+    variant: Literal["plain", "norm_preserving", "projected"] = "plain"
+    """norm_preserving keeps every column's norm; projected first removes the negative prompts' mean from the direction."""
+    leak_tolerance: float = 0.05
+    """Largest share of the direction that a sublayer may still write after the edit; more stops the run."""
+
+
+@dataclass(frozen=True)
+class OrthogonalizeJob:
+    """A checked request and what it will change."""
+
+    run: Job
+    settings: OrthogonalizeSettings
+    plan: Plan
+    strengths: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class StudiedBase:
+    """All that the run needs of the base model once it is unloaded."""
+
+    edit: Edit
+    measured: Measured
+    writes: list[Writes]
+
+
+def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> OrthogonalizeJob:
+    """Check names, files, memory and disk, before any weight is read.
+
+    Raises:
+        RequestError: Anything that could not work.
+    """
+    checked = measured_run.check(RECIPE, settings, ["contrast"], resume=resume)
+    strengths = layer_strengths(settings, checked.layers)
+    config = checked.checkpoint.config
+    unlearned = _edit(settings, config["model_type"], strengths, torch.eye(residual_width(config), 1))
+    plan = unlearned.plan(config, list(checked.checkpoint.tensors))
+    measured_run.check_plan(checked, plan)
+    check_pairs(checked.concept, settings)
+    return OrthogonalizeJob(checked, settings, plan, strengths)
+
+
+def describe(job: OrthogonalizeJob) -> dict[str, Any]:
+    """What a run would touch and take."""
+    points = int(job.settings.max_depth * len(job.strengths))
+    return measured_run.describe(job.run, job.plan, candidate_points=points, gradient_steps=0)
+
+
+def run(job: OrthogonalizeJob, events: Events) -> Finished:
+    """Do the whole run. The run's folder gets ``checkpoint/``, ``report.html`` and ``events.jsonl``."""
+    checked, settings = job.run, job.settings
+    work = start_folder(checked.out, settings)
+    events.path = checked.out / "events.jsonl"
+    base = _study_base(job, work / "edit", events)
+
+    def inspect(loaded: LoadedModel, subject: ModelUnderTest) -> Inspection:
+        after = measure_writes(loaded.model, checked.row, base.edit.basis, _leak_inputs(job, loaded))
+        embedding_strength = 0.0 if settings.embeddings == "skip" else 1.0
+        leaks = compare_writes(base.writes, after, job.strengths, embedding_strength)
+        check_leaks(leaks, settings.leak_tolerance)
+        scores = [_induce(job, loaded, base.edit, events, "induce on edited")]
+        return Inspection(scores, {"leaks": [asdict(leak) for leak in leaks]})
+
+    about = {
+        "edited": {
+            "how": "orthogonalized",
+            "variant": settings.variant,
+            "embeddings": settings.embeddings,
+            "layer_strengths": list(job.strengths),
+        },
+        "direction": {**base.edit.provenance},
+        "leak_tolerance": settings.leak_tolerance,
+    }
+    finished = measured_run.publish(checked, base.edit, base.measured, about, events, inspect)
+    shutil.rmtree(work)
+    return finished
+
+
+def _study_base(job: OrthogonalizeJob, folder: Path, events: Events) -> StudiedBase:
+    """Measure the base, learn candidates, choose one; the edit is kept for a resumed run."""
+    checked = job.run
+    loaded = measured_run.load(checked, checked.source, "base", events)
+    measured = measured_run.measure_base(checked, loaded, events)
+    edit = measured_run.learned_edit(folder, lambda: _learn(job, loaded, events))
+    assert isinstance(edit, Edit), "the run itself saved it"
+    measured.scores.append(_induce(job, loaded, edit, events, "induce on base"))
+    writes = measure_writes(loaded.model, checked.row, edit.basis, _leak_inputs(job, loaded))
+    del loaded
+    gc.collect()
+    return StudiedBase(edit, measured, writes)
+
+
+def _learn(job: OrthogonalizeJob, loaded: LoadedModel, events: Events) -> Edit:
+    settings = job.settings
+    direction = DirectionSearch(loaded, job.run.concept, settings, events).run()
+    return edit_along(direction, settings, job.run.checkpoint.config["model_type"], job.strengths)
+
+
+def edit_along(
+    direction: Direction, settings: OrthogonalizeSettings, model_type: str, strengths: tuple[float, ...]
+) -> Edit:
+    """The edit that takes a direction out of the weights of the model that it was learned on."""
+    vector = direction.vector
+    if settings.variant == "projected":
+        vector = without_component(vector, direction.negative_mean)
+    return _edit(settings, model_type, strengths, unit(vector), direction.provenance)
+
+
+def _induce(job: OrthogonalizeJob, loaded: LoadedModel, edit: Edit, events: Events, name: str) -> Scores:
+    """Add the direction as long as it was learned, where it was learned, and count what it brings about."""
+    vector = edit.basis[:, 0] * edit.provenance["norm"]
+    subject = measured_run.subject_of(job.run, loaded)
+    with events.stage(name, len(subject.prompts("neutral"))) as stage:
+        subject.advance = stage.advance
+        with added(loaded.model, job.run.row, vector, edit.provenance["point"]):
+            return induced(subject)
+
+
+def _leak_inputs(job: OrthogonalizeJob, loaded: LoadedModel) -> list[dict[str, Tensor]]:
+    chat = job.run.concept.about.kind == "behaviour"
+    texts = [text for pair in job.run.concept.contrast[:16] for text in (pair.positive, pair.negative)]
+    return [padded(loaded, [encode_prompt(loaded.tokenizer, text, chat=chat) for text in texts])]
+
+
+def layer_strengths(settings: OrthogonalizeSettings, count: int) -> tuple[float, ...]:
+    """One strength for each layer of the model; 0 where the layer is not selected."""
+    chosen = set(layer_selection(settings.layers, count))
+    strengths = settings.strength if isinstance(settings.strength, tuple) else (settings.strength,) * count
+    if len(strengths) != count:
+        raise RequestError(
+            f"strength lists {len(strengths)} numbers, the model has {count} layers; give one number or {count}"
+        )
+    return tuple(value if layer in chosen else 0.0 for layer, value in enumerate(strengths))
+
+
+def _edit(
+    settings: OrthogonalizeSettings,
+    model_type: str,
+    strengths: tuple[float, ...],
+    basis: Tensor,
+    provenance: dict[str, Any] | None = None,
+) -> Edit:
+    return Edit(basis, model_type, strengths, settings.embeddings, settings.variant, provenance or {})

@@ -1,0 +1,238 @@
+"""Neuron pruning: silence the units that a concept needs and the rest does not, and show what equally many others do."""
+
+import gc
+import shutil
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...artifacts.events import Events, Stage
+from ...artifacts.models.load import LoadedModel
+from ...editing.architectures import residual_width
+from ...editing.edits.base import edit_model
+from ...editing.edits.pruned_units import PrunedUnits, Semantics
+from ...editing.edits.unit_choice import Units, UnitScores, combine, in_both, matched_units, top_units
+from ...editing.errors import RequestError
+from ...editing.hooks.unit_scores import by_head
+from ...editing.numerics.fake_quantization import linear_weights, restore
+from ...eval.inference.multiple_choice_set import MultipleChoiceSet
+from ...eval.inference.questions import questions_by_split
+from ...eval.statistics import wilson
+from ..common import measured_run
+from ..common.measured_run import Finished, Inspection, Job, MeasuredSettings
+from ..common.run_folder import start_folder
+from ..data.facts import Facts, find_facts
+from ..data.unlearning_sets import forget_examples, retain_examples
+from .scoring import UnitScorer
+
+RECIPE = "prune"
+TEXT_TOKENS = 256
+"""Tokens of a text that are read at once."""
+
+
+class PruneSettings(MeasuredSettings):
+    """Settings of neuron and head pruning."""
+
+    concept: str = "builtin:potions"
+    """Concept pack to erase: builtin:NAME or a folder."""
+    score: Literal["attribution", "mean_attribution", "mean_difference", "selectivity", "saliency"] = "attribution"
+    """Score of a unit: activation times gradient (from 0 or its mean), d', ratio of sizes, or ranks."""
+    share: float = Field(0.1, ge=0, lt=1)
+    """Share of all MLP neurons to prune, from 0 to below 1. Higher values erase and damage more."""
+    heads_share: float = Field(0.0, ge=0, lt=1)
+    """Share of all attention heads to prune, from 0 to below 1. Higher values erase and damage more."""
+    retain_weight: float = Field(1.0, ge=0)
+    """Lambda in forget - lambda retain, each score as a share of its total. Higher values spare units that retain texts use."""
+    semantics: Semantics = "down"
+    """How to prune: zero outputs (down), inputs too (all), mark them (frozen), fold the mean into the bias, or delete."""
+    examples: int = Field(400, ge=8)
+    """Most forget sequences, and most retain sequences, that units are scored on. More give steadier scores."""
+    controls: bool = True
+    """Also measure pruning as many random units, matched in layer and size, and as many of the largest units."""
+    validate_units: int = Field(24, ge=0)
+    """Units that are removed one at a time, to report the rank correlation of scores and effects; 0 skips this check."""
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """A checked request and the facts that its pack teaches."""
+
+    run: Job
+    settings: PruneSettings
+    facts: Facts
+
+
+def prepare(settings: PruneSettings, *, resume: bool = False) -> PruneJob:
+    """Check names, files, memory and disk, before any weight is read.
+
+    Raises:
+        RequestError: Anything that could not work.
+    """
+    run = measured_run.check(RECIPE, settings, [], resume=resume)
+    if settings.share == 0 and settings.heads_share == 0:
+        raise RequestError("share=0 and heads_share=0 prune nothing; raise one of them")
+    if settings.heads_share and settings.semantics in ("mean", "remove"):
+        reason = (
+            "folds neurons into biases; heads have no bias of their own"
+            if settings.semantics == "mean"
+            else "cuts MLP neurons only"
+        )
+        raise RequestError(f"semantics={settings.semantics} {reason}, use heads_share=0")
+    some: Units = dict.fromkeys(range(run.layers), (0,)) if settings.semantics == "remove" else {0: (0,)}
+    job = PruneJob(run, settings, find_facts(run.concept))
+    one = _edit(job, some if settings.share else {}, some if settings.heads_share else {})
+    plan = replace(one, means={0: torch.zeros(1)}).plan(run.checkpoint.config, list(run.checkpoint.tensors))
+    measured_run.check_plan(run, plan)
+    return job
+
+
+def describe(job: PruneJob) -> dict[str, Any]:
+    """What a run would touch and take."""
+    run = job.run
+    every: Units = dict.fromkeys(range(run.layers), (0,))
+    edit = replace(_edit(job, every, {}), means=_means(job, every, torch.zeros(run.layers, 1)))
+    plan = edit.plan(run.checkpoint.config, list(run.checkpoint.tensors))
+    return measured_run.describe(run, plan, gradient_steps=0)
+
+
+def run(job: PruneJob, events: Events) -> Finished:
+    """Do the whole run: score, choose, prune, compare with controls, measure, publish."""
+    out, settings = job.run.out, job.settings
+    work = start_folder(out, settings)
+    events.path = out / "events.jsonl"
+    loaded = measured_run.load(job.run, job.run.source, "base", events)
+    measured = measured_run.measure_base(job.run, loaded, events)
+    edit = measured_run.learned_edit(work / "edit", lambda: _learn(job, loaded, events))
+    assert isinstance(edit, PrunedUnits)
+    del loaded
+    gc.collect()
+    neurons, heads = (sum(map(len, units.values())) for units in (edit.neurons, edit.heads))
+    about = {
+        "edited": {
+            "how": "pruned",
+            "rank": None,
+            "semantics": settings.semantics,
+            "about": f"{neurons} neurons and {heads} heads silenced",
+        },
+        "pruning": edit.provenance["pruning"],
+        "warnings": _warnings(edit.provenance["pruning"]),
+    }
+    finished = measured_run.publish(job.run, edit, measured, about, events, lambda _, __: Inspection())
+    shutil.rmtree(work)
+    return finished
+
+
+def _warnings(pruning: dict[str, Any]) -> list[str]:
+    shared = pruning.get("random_shares")
+    return (
+        [f"More than half of a layer is pruned, so that {shared} of the random control's units are pruned ones too."]
+        if shared
+        else []
+    )
+
+
+def _learn(job: PruneJob, loaded: LoadedModel, events: Events) -> PrunedUnits:
+    """Score all units, choose some, and compare pruning them with pruning others."""
+    settings, concept, tokenizer = job.settings, job.run.concept, loaded.tokenizer
+    forget = forget_examples(concept, job.facts, tokenizer, settings.seed, TEXT_TOKENS)
+    retain = retain_examples(concept, tokenizer, settings.seed, TEXT_TOKENS)
+    scorer = UnitScorer(loaded, job.run.row, forget, retain, events)
+    neurons, head_columns = scorer.scores(settings.score, settings.examples)
+    combined = combine(neurons, settings.retain_weight)
+    chosen = top_units(combined, settings.share, alike=settings.semantics == "remove")
+    width = _head_width(job, loaded)
+    parts = (head_columns.forget, head_columns.retain, head_columns.size, head_columns.mean)
+    heads = UnitScores(*(by_head(part, width) for part in parts))
+    chosen_heads = top_units(combine(heads, settings.retain_weight), settings.heads_share)
+    edit = _edit(job, chosen, chosen_heads, neurons.mean, width)
+    alternatives, shared = {"chosen": edit}, 0
+    if settings.controls and chosen:
+        others = _controls(settings, chosen, neurons)
+        shared = in_both(chosen, others["random"])
+        alternatives |= {name: _edit(job, units, {}, neurons.mean, width) for name, units in others.items()}
+    with events.stage("compare with controls", len(alternatives)) as stage:
+        compared = {name: _accuracies(job, loaded, one, stage) for name, one in alternatives.items()}
+    pruning = {
+        "score": settings.score,
+        "share": settings.share,
+        "heads_share": settings.heads_share,
+        "semantics": settings.semantics,
+        "by_layer": [len(chosen.get(layer, ())) for layer in range(job.run.layers)],
+        "controls": compared,
+        "random_shares": shared,
+        "validation": scorer.validate(neurons, combined, settings.validate_units) if settings.validate_units else None,
+    }
+    provenance = {
+        "source": RECIPE,
+        "base": job.run.source.describe(),
+        "seed": settings.seed,
+        "pruning": pruning,
+        "concept": {"ref": concept.ref, "sha256": concept.sha256},
+    }
+    return replace(edit, provenance=provenance)
+
+
+def _controls(settings: PruneSettings, chosen: Units, neurons: UnitScores) -> dict[str, Units]:
+    """As many other units: random ones, matched in layer and size, and the largest."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    return {
+        "random": matched_units(chosen, neurons.size, generator),
+        "largest": top_units(neurons.size, settings.share, alike=settings.semantics == "remove"),
+    }
+
+
+def _accuracies(job: PruneJob, loaded: LoadedModel, edit: PrunedUnits, stage: Stage) -> dict[str, Any]:
+    """Multiple choice of every split under an edit, in memory; the model is put back afterwards."""
+    weights = linear_weights(loaded.model)
+    weights_before = {name: weight.detach().clone() for name, weight in weights.items()}
+    biases = {name: p for name, p in loaded.model.named_parameters() if name.endswith("bias")}
+    biases_before = {name: p.detach().clone() for name, p in biases.items()}
+    accuracies = {}
+    try:
+        edit_model(edit, loaded.model, job.run.checkpoint.config)
+        for split, questions in questions_by_split(job.run.concept, job.settings.questions).items():
+            hits = MultipleChoiceSet(loaded.tokenizer, questions).hits(loaded.model)
+            right, n = sum(hits), len(hits)
+            accuracies[split] = {"value": right / n, "n": n, "ci95": list(wilson(int(right), n))}
+    finally:
+        restore(weights, weights_before)
+        restore(biases, biases_before)
+    stage.advance()
+    return accuracies
+
+
+def _head_width(job: PruneJob, loaded: LoadedModel) -> int:
+    """Columns of one attention head."""
+    config = loaded.model.config
+    if width := getattr(config, "head_dim", None):
+        return int(width)
+    return residual_width(job.run.checkpoint.config) // int(config.num_attention_heads)
+
+
+def _means(job: PruneJob, units: Units, mean: Tensor) -> dict[int, Tensor]:
+    """What is folded into biases: the mean activation of each pruned neuron."""
+    if job.settings.semantics != "mean":
+        return {}
+    return {layer: mean[layer, list(chosen)].float() for layer, chosen in units.items()}
+
+
+def _edit(job: PruneJob, neurons: Units, heads: Units, mean: Tensor | None = None, head_width: int = 1) -> PrunedUnits:
+    """The edit that prunes some units.
+
+    Args:
+        mean: Mean activation of every neuron [layers, units].
+    """
+    config = job.run.checkpoint.config
+    return PrunedUnits(
+        neurons,
+        heads,
+        job.settings.semantics,
+        config["model_type"],
+        residual_width(config),
+        job.run.layers,
+        head_width,
+        {} if mean is None else _means(job, neurons, mean),
+    )
