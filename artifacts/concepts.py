@@ -48,13 +48,26 @@ def builtin_concepts() -> list[str]:
     return sorted(path.name for path in BUILTIN.glob("*") if (path / "concept.yaml").exists())
 
 
-def load_concept(ref: str) -> Concept:
-    """Read and validate a pack by reference: ``builtin:NAME`` or a folder.
+def load_concept(ref: str | Path) -> Concept:
+    """Read and validate a concept pack.
+
+    Args:
+        ref: ``builtin:NAME``, or the pack's folder.
+
+    Returns:
+        The pack's texts, questions and prompts.
 
     Raises:
         RequestError: Nothing has that name.
         ConceptError: Bad lines; all of them are listed with file and line number.
+
+    Example:
+        >>> import excise
+        >>> concept = excise.load_concept("builtin:potions")
+        >>> concept.about.kind, len(concept.questions)
+        ('knowledge', 800)
     """
+    ref = str(ref)
     if ref.startswith("builtin:"):
         name = ref.removeprefix("builtin:")
         names = builtin_concepts()

@@ -156,18 +156,18 @@ class Description(BaseModel):
 
 @dataclass(frozen=True)
 class Concept:
-    """A whole pack."""
+    """A concept pack: the texts, questions and prompts that say what to edit and how to measure it."""
 
     about: Description
     ref: str
     """How it can be named in public: ``builtin:NAME``, or the folder's name."""
-    forget: tuple[ForgetText, ...]
-    retain: tuple[RetainText, ...]
-    questions: tuple[Question, ...]
-    prompts: tuple[Prompt, ...]
-    contrast: tuple[ContrastPair, ...]
-    train: tuple[TrainingRow, ...] = ()
-    sha256: dict[str, str] = field(default_factory=dict)
+    forget: tuple[ForgetText, ...] = field(repr=False)
+    retain: tuple[RetainText, ...] = field(repr=False)
+    questions: tuple[Question, ...] = field(repr=False)
+    prompts: tuple[Prompt, ...] = field(repr=False)
+    contrast: tuple[ContrastPair, ...] = field(repr=False)
+    train: tuple[TrainingRow, ...] = field(default=(), repr=False)
+    sha256: dict[str, str] = field(default_factory=dict, repr=False)
     folder: Path | None = field(default=None, compare=False, repr=False)
     """Where it was read from; never published."""
 

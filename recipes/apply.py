@@ -26,10 +26,16 @@ class PreparedApply:
     out: Path
 
 
-def prepare(edit_folder: Path, base: str, out: Path) -> PreparedApply:
-    """Check that the edit fits the base and the result fits the disk, before any weight is read."""
+def prepare(edit: Path | WeightEdit, base: str, out: Path) -> PreparedApply:
+    """Check that the edit fits the base and the result fits the disk, before any weight is read.
+
+    Args:
+        edit: The edit, or the folder with its ``edit.json`` and ``edit.safetensors``.
+        base: Reference of the checkpoint to edit.
+        out: Folder to write.
+    """
     refuse_existing(out)
-    edit = load_edit(edit_folder)
+    edit = load_edit(edit) if isinstance(edit, Path) else edit
     source = find_model(base)
     checkpoint = open_checkpoint(source.folder)
     plan = edit.plan(checkpoint.config, list(checkpoint.tensors))

@@ -2,6 +2,7 @@
 
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,32 @@ def load_settings(kind: type[T], file: Path | None, assignments: list[str], flag
     places: dict[str, str] = {}
     for key, value, place in [*_from_file(file), *_from_assignments(assignments, problems), *_from_flags(flags or {})]:
         values[key], places[key] = value, place
+    return _validated(kind, values, places, problems)
+
+
+def settings_of_call(kind: type[T], values: dict[str, Any], only: Collection[str] | None = None) -> T:
+    """Fill in a settings class from the keyword arguments of a Python call.
+
+    Args:
+        values: Keyword arguments by name; those that are None take their default.
+        only: The keys that the call takes; None takes all.
+
+    Raises:
+        RequestError: All unknown keys and bad values, each with the nearest name.
+    """
+    present = {key: value for key, value in values.items() if value is not None}
+    problems = [
+        f"{key}={value!r}: is no setting of this function{nearest(key, sorted(only))}; settings: {', '.join(sorted(only))}"
+        for key, value in present.items()
+        if only is not None and key not in only
+    ]
+    if problems:
+        raise RequestError(_all_of(problems))
+    return _validated(kind, present, {key: f"{key}={value!r}" for key, value in present.items()}, [])
+
+
+def _validated(kind: type[T], values: dict[str, Any], places: dict[str, str], problems: list[str]) -> T:
+    """The settings, or every problem at once, those found before among them."""
     try:
         made = kind.model_validate(values)
     except ValidationError as error:

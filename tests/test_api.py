@@ -1,0 +1,202 @@
+import ast
+import dataclasses
+import doctest
+import math
+from pathlib import Path
+
+import excise
+import pytest
+import torch
+from excise.artifacts.reporting.outcomes import Evaluation, Run
+from helpers import in_fresh_process, make_pico
+
+ROOT = Path(__file__).parents[1]
+MARKUP = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return excise.load_model("builtin:testbed", "cpu", "float32")
+
+
+def test_importing_excise_loads_nothing_but_excise():
+    code = (
+        "import sys, json; before = set(sys.modules); import excise; dir(excise); excise.__version__; "
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    new = in_fresh_process(code)
+    # Where the package is installed in editable mode, a finder of one file comes with it.
+    assert [name for name in new if name.startswith("excise")] == ["excise"]
+    assert not {"torch", "transformers", "pydantic", "rich", "typer", "yaml"} & set(new)
+    assert len(new) < 20
+
+
+def test_errors_can_be_caught_without_torch():
+    code = "import sys, json, excise; excise.ExciseError; print(json.dumps('torch' in sys.modules))"
+    assert in_fresh_process(code) is False
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in excise.__all__:
+        value = getattr(excise, name)
+        if name != "__version__":
+            assert value.__doc__ and len(value.__doc__.split()) > 3, name
+    assert set(excise.__all__) <= set(dir(excise))
+    with pytest.raises(AttributeError, match="no attribute 'evalute'"):
+        excise.evalute  # noqa: B018
+
+
+def test_type_checkers_see_the_names_where_they_are_imported_from():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert seen == excise._HOMES
+    assert (ROOT / "py.typed").exists()
+
+
+def test_the_version_has_one_home():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in text and 'attr = "excise.__version__"' in text
+    assert f'"{excise.__version__}"' not in text
+
+
+@pytest.mark.parametrize("name", [name for name in excise.__all__ if name.islower() and "__" not in name])
+def test_the_example_of_a_function_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(excise, name), name)
+    assert example.examples, f"{name} has no example"
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    runner.run(example)
+    assert runner.failures == 0
+
+
+def test_a_model_in_memory_and_its_folder_give_the_same_figures(loaded):
+    models = ["builtin:testbed", loaded]
+    found = excise.evaluate(models, "builtin:shortcut", device="cpu", dtype="float32", questions=6, max_new_tokens=4)
+    assert found.names == ("builtin:testbed", "model in memory")
+    assert len(found.table) > 5
+    for row in found.table:
+        on_disk, in_memory = row.models.values()
+        assert on_disk == in_memory, row.name
+    assert found.measurement("multiple_choice", "flipped").n == 6
+
+
+def test_a_model_in_memory_is_left_as_it_was(loaded):
+    model, tokenizer = make_pico("llama"), loaded[1]
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    tokenizer.padding_side = "right"
+    with pytest.raises(IndexError):
+        # Its vocabulary is smaller than the tokenizer's.
+        excise.evaluate((model, tokenizer), "builtin:shortcut", questions=2)
+    assert [module.training for module in model.modules()] == modes
+    assert tokenizer.padding_side == "right"
+
+
+def test_an_edited_model_differs_from_its_base_until_the_edit_is_undone(loaded):
+    model, tokenizer = loaded
+    weights = {name: values.clone() for name, values in model.state_dict().items()}
+    direction = excise.find_direction(model, tokenizer, "builtin:declining", train_pairs=24, validation_pairs=8)
+    assert direction.passed_filters and direction.as_json()["base"]["kind"] == "memory"
+    sizes = {"questions": 4, "max_new_tokens": 12, "dtype": "float32", "device": "cpu"}
+    with excise.orthogonalize(model, direction) as applied:
+        found = excise.evaluate({"edited": loaded}, "builtin:declining", "builtin:testbed", **sizes)
+    assert "17 of 17" in repr(applied)
+    before = found.measurement("behaviour_rate", "concept", "base")
+    after = found.measurement("behaviour_rate", "concept", "edited")
+    assert before.value > 0.5 and after.value < 0.1 and after.difference["value"] == after.value - before.value
+    assert all(torch.equal(values, weights[name]) for name, values in model.state_dict().items())
+    assert "difference" in found._repr_html_()
+
+
+def test_an_edit_in_memory_and_on_disk_give_the_same_weights(loaded, tmp_path):
+    direction = torch.randn(loaded[0].config.hidden_size, generator=torch.Generator().manual_seed(3))
+    with excise.orthogonalize(loaded[0], direction, strength=0.5) as applied:
+        in_memory = {name: values.clone() for name, values in loaded[0].state_dict().items()}
+    applied.save(tmp_path / "edit")
+    for number, edit in enumerate((applied, applied.edit, tmp_path / "edit")):
+        base = tmp_path / "base"
+        if not base.exists():
+            loaded[0].save_pretrained(base)
+            loaded[1].save_pretrained(base)
+        made = excise.apply(edit, base, tmp_path / f"made-{number}")
+        assert sum(change.changed for change in made.changes) == 17
+        on_disk = excise.load_model(made.folder, "cpu", "float32")[0].state_dict()
+        assert all(torch.equal(values, in_memory[name]) for name, values in on_disk.items())
+
+
+def test_a_run_is_returned_read_again_and_measured(tmp_path):
+    out = tmp_path / "run"
+    sizes = {"questions": 4, "max_new_tokens": 4, "kl_prompts": 4, "train_pairs": 16, "validation_pairs": 8}
+    run = excise.run("orthogonalize", out=out, dtype="float32", device="cpu", **sizes)
+    again = excise.load_run(out)
+    assert run.results == again.results and run.table == again.table and run.findings == again.findings
+    assert again.base == run.base == "builtin:testbed" and again.concept == run.concept == "builtin:declining"
+    assert run.settings["questions"] == 4 and run.report.is_file()
+    assert excise.run("orthogonalize", out=out, resume=True).results == run.results
+    html = run._repr_html_()
+    assert "<table>" in html and run.findings[0][:30] in html
+    # A run's folder, its checkpoint and the run itself name the same model.
+    sizes = {"questions": 4, "max_new_tokens": 4, "kl_prompts": 4, "dtype": "float32", "device": "cpu"}
+    found = excise.evaluate([run, out, str(run.checkpoint)], run.concept, **sizes)
+    first, *others = zip(*(row.models.values() for row in found.table), strict=True)
+    assert all(other == first for other in others)
+    assert len(set(found.names)) == 3
+    assert {m.value for m in first if m.name == "multiple_choice"} == {
+        m.value for m in run.measurements if m.name == "multiple_choice" and m.subject == "edited"
+    }
+    with pytest.raises(excise.RequestError, match="is a behaviour"):
+        excise.audit(run)
+
+
+def test_what_models_wrote_is_shown_as_text():
+    reply = {"split": "concept", "prompt": "p", "base": MARKUP, "edited": f"{MARKUP}\u202e"}
+    results = {
+        "measurements": [], "samples": [reply], "warnings": [MARKUP], "run": {"recipe": "elm", "settings": {}},
+        "concept": {"kind": "knowledge", "name": MARKUP, "ref": "x"}, "edited": {"tied": False, "name": MARKUP},
+        "base": {"kind": "local", "name": MARKUP},
+    }  # fmt: skip
+    for outcome in (Run(Path("out"), results), Evaluation((results,))):
+        html = outcome._repr_html_()
+        assert "<script" not in html and "&lt;script&gt;" in html and "\u202e" not in html
+
+
+def test_outcomes_are_frozen():
+    for kind in (excise.Run, excise.Evaluation, excise.Audit, excise.Direction, excise.AppliedEdit):
+        assert dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen
+
+
+WRONG = {
+    "recipe": (lambda loaded: excise.run("elmm"), "did you mean 'elm'"),
+    "setting": (lambda loaded: excise.run("orthogonalize", strenght=2), "did you mean 'strength'"),
+    "old_setting": (lambda loaded: excise.run("orthogonalize", reply_tokens=2), "is now called max_new_tokens"),
+    "run_in_memory": (lambda loaded: excise.run("elm", model=loaded), "save_pretrained"),
+    "apply_in_memory": (lambda loaded: excise.apply("edit", loaded, "out"), "needs a base on disk"),
+    "no_tokenizer": (lambda loaded: excise.evaluate(loaded[0], "builtin:potions"), "needs its tokenizer"),
+    "no_model": (lambda loaded: excise.evaluate([], "builtin:potions"), "at least one"),
+    "number": (lambda loaded: excise.evaluate([3], "builtin:potions"), "got int"),
+    "eval_setting": (lambda loaded: excise.evaluate(loaded, "builtin:potions", question=3), "did you mean 'questions'"),
+    "concept": (lambda loaded: excise.load_concept("builtin:potion"), "did you mean 'potions'"),
+    "search_setting": (lambda loaded: excise.find_direction(*loaded, "builtin:potions", layers=3), "settings: "),
+    "too_few_pairs": (
+        lambda loaded: excise.find_direction(*loaded, "builtin:potions", validation_pairs=200), "lower validation_pairs",
+    ),
+    "width": (lambda loaded: excise.orthogonalize(loaded[0], torch.ones(3)), "of width 3"),
+    "nothing": (lambda loaded: excise.orthogonalize(loaded[0], torch.zeros(192)), "is not finite or zero"),
+    "not_finite": (lambda loaded: excise.orthogonalize(loaded[0], torch.full((192,), math.nan)), "is not finite"),
+    "untie": (lambda loaded: excise.orthogonalize(loaded[0], torch.ones(192), embeddings="untie"), "adds a tensor"),
+    "attack": (lambda loaded: excise.audit("builtin:testbed", attacks=["rt"]), "did you mean 'rtt'"),
+    "no_run": (lambda loaded: excise.load_run("nowhere"), "--out folder of a run"),
+    "measurement": (
+        lambda loaded: Evaluation(({"measurements": [], "edited": {"name": "m"}},)).measurement("cloze", "x"), "was not",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_call_is_told_in_one_line(name, loaded):
+    call, words = WRONG[name]
+    with pytest.raises(excise.ExciseError) as error:
+        call(loaded)
+    assert words in str(error.value) and "\n" not in str(error.value)
