@@ -1,4 +1,4 @@
-"""Models by reference: built in, on the Hub, in a folder or in a GGUF file; each becomes a safetensors folder."""
+"""Models by reference: built in, on the Hub, in a folder or in a GGUF file. Each becomes a safetensors folder."""
 
 import re
 from pathlib import Path
@@ -12,11 +12,14 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?"
 
 
 def find_model(ref: str) -> ModelSource:
-    """Resolve a reference to a folder; downloads from the Hub and converts GGUF, once each.
+    """Resolve a reference to a local folder. A Hub model is downloaded once, and a GGUF file converted once.
 
     Raises:
-        RequestError: Nothing has that name, or the Hub cannot be reached.
-        CheckpointError: The file is a pickle or not a model.
+        RequestError: There is no such model, or the Hub cannot be reached.
+        CheckpointError: The file is a pickle, or not a model.
+
+    Example:
+        >>> find_model("org/name@main").folder
     """
     path = Path(ref)
     if ref.startswith("builtin:"):
@@ -27,16 +30,17 @@ def find_model(ref: str) -> ModelSource:
         return ModelSource("builtin", ref, BUILTIN / name)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise CheckpointError(
-            f"{path.name} is a pickle, which can run code when loaded; convert it on a machine you can spare: "
+            f"{path.name} is a pickle, which can run code when loaded; convert it on a machine without private data: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW_FOLDER)"
         )
     if path.is_dir():
         if not (path / "config.json").exists() and (path / "checkpoint").is_dir():
             # A run's folder stands for the model that the run made.
             path = path / "checkpoint"
-        own = path.resolve()
-        # A run's model is told by the run.
-        return ModelSource("local", f"{own.parent.name}/{own.name}" if own.name == "checkpoint" else own.name, path)
+        folder = path.resolve()
+        # Every run's model folder is called checkpoint, so the run's name is added.
+        name = f"{folder.parent.name}/{folder.name}" if folder.name == "checkpoint" else folder.name
+        return ModelSource("local", name, path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise RequestError(
