@@ -284,16 +284,16 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Publish a verified checkpoint with its card on the Hugging Face Hub."""
-    from .artifacts import hub
+    from .artifacts import push as upload
 
-    request = hub.prepare_push(
+    request = upload.prepare_push(
         _checkpoint(folder), repo_id, public=public, revision=revision, create_pr=create_pr, unmeasured=unmeasured
     )
     if dry_run:
         _print_plan(request.describe(), as_json)
         return
     _quiet_hub()
-    done = hub.push(request)
+    done = upload.push(request)
     if as_json:
         print(json.dumps({**request.describe(), "url": done.url, "commit": done.commit, "new_commit": done.new_commit}))  # noqa: T201
     elif done.new_commit:
@@ -312,10 +312,10 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Download a model at a commit and check every byte; nothing that fails the check is left behind."""
-    from .artifacts import hub
+    from .artifacts import pull as download
 
     _quiet_hub()
-    done = hub.pull(ref, out)
+    done = download.pull(ref, out)
     if as_json:
         about = {
             "out": str(out),
@@ -481,11 +481,11 @@ def reproduce(
         if Path(what).is_dir():
             folder = _checkpoint(Path(what))
         else:
-            from .artifacts import hub
+            from .artifacts import pull as download
 
             out.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-"))) / "published"
-            hub.pull(what, folder)
+            download.pull(what, folder)
         prepared = recipe.prepare(folder, out, model=model, concept=concept, files=file or [])
         done = recipe.run(prepared, Events(watcher=_watcher()))
     if as_json:
