@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .commands import edit, look, measure, publish
-from .commands.failures import INTERRUPTED, explained
-from .commands.flags import say
-from .commands.help import PanelGroup, SettingsCommand
+from .recipes.commands import edit, look, measure, publish
+from .recipes.commands.failures import INTERRUPTED, explained
+from .recipes.commands.flags import say
+from .recipes.commands.help import PanelGroup, SettingsCommand
 
 app = typer.Typer(
     cls=PanelGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,

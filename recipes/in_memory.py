@@ -21,7 +21,7 @@ from ..eval.concept import Concept
 from .common.calls import events_for, quiet_libraries
 from .common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs
 from .common.settings import settings_of_call
-from .orthogonalize import OrthogonalizeSettings, edit_along, layer_strengths
+from .orthogonalize.recipe import OrthogonalizeSettings, edit_along, layer_strengths
 
 IN_MEMORY = "model in memory"
 """What records call it."""
