@@ -30,7 +30,7 @@ from .common import measured_run
 from .common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs, padded
 from .common.measured_run import Finished, Inspection, Job, Measured
 from .common.run_folder import start_folder
-from .common.story import UNLEARNING_TAGS, tensors_changed
+from .common.story import tensors_changed
 
 RECIPE = "orthogonalize"
 
@@ -216,7 +216,6 @@ def story(results: dict[str, Any]) -> Story:
         warnings=tuple(warnings),
         limits=(limit,),
         sections=(_origin(results), _candidates(direction), _leak_section(results)),
-        tags=UNLEARNING_TAGS if results["concept"]["kind"] == "knowledge" else (),
     )
 
 
