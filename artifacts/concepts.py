@@ -48,6 +48,19 @@ def builtin_concepts() -> list[str]:
     return sorted(path.name for path in BUILTIN.glob("*") if (path / "concept.yaml").exists())
 
 
+def describe_concept(name: str) -> Description:
+    """What a built-in concept says of itself, without reading its texts.
+
+    Raises:
+        ConceptError: Its description is damaged.
+    """
+    problems: list[str] = []
+    about = _description(BUILTIN / name / "concept.yaml", problems)
+    if about is None:
+        raise ConceptError(f"concept builtin:{name} is damaged ({problems[0]}); install excise again")
+    return about
+
+
 def load_concept(ref: str) -> Concept:
     """Read and validate a pack by reference: ``builtin:NAME`` or a folder.
 

@@ -69,6 +69,19 @@ def describe(prepared: PreparedApply) -> dict[str, Any]:
     }
 
 
+def summary(export: Export, out: Path) -> dict[str, Any]:
+    """What was changed and written, and the largest share of a removed component that is left."""
+    worst = worst_residual(export)
+    return {
+        "out": str(out),
+        "tensors_changed": sum(change.changed for change in export.changes),
+        "tensors_declared": len(export.changes),
+        "bytes_written": export.bytes_written,
+        "largest_residual": worst[0] if worst else None,
+        "largest_residual_tensor": worst[1] if worst else None,
+    }
+
+
 def worst_residual(export: Export) -> tuple[float, str] | None:
     """The largest share of a written component that an orthogonalization left, and its tensor; None for other edits."""
     left = [(change.residual, change.name) for change in export.changes if change.residual is not None]

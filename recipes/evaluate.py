@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 
 from ..artifacts.checkpoints.read import open_checkpoint
 from ..artifacts.concepts import load_concept
@@ -27,8 +28,36 @@ from ..eval.measurements.lm_eval import scores as named_benchmarks
 from ..eval.measurements.table import measure, workload
 from ..eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
 from ..eval.statistics import Scores
+from .common.settings import Settings
 
 AnyModel = ModelSource | ModelInMemory
+
+
+class EvaluateSettings(Settings):
+    """What ``excise eval`` measures, beside the models themselves."""
+
+    concept: str
+    """Concept pack to measure with: builtin:NAME or a folder."""
+    base: str | None = None
+    """Model that the others were made from, measured on the same items; each value is then compared with it."""
+    questions: int = Field(0, ge=0)
+    """Measure at most this many questions and retain texts of each split; 0 takes all."""
+    max_new_tokens: int = Field(24, ge=1)
+    """Generate at most this many tokens for each greedy reply."""
+    kl_prompts: int = Field(64, ge=1)
+    """Measure the divergence from the base on this many neutral prompts and retain texts."""
+    judge: tuple[str, ...] = ()
+    """Further models that read the replies on a knowledge concept; may be repeated."""
+    lm_eval: tuple[str, ...] = ()
+    """Also run benchmarks of the lm-evaluation-harness: task names, or YAML files whose code will run. Separated by commas."""
+    device: str = "auto"
+    """Device to compute on: auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type to compute in; auto takes bfloat16 where the processor multiplies it natively, float32 elsewhere."""
+
+    def measuring(self) -> EvalSettings:
+        """How much is measured."""
+        return EvalSettings(self.max_new_tokens, self.kl_prompts, self.questions)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ...editing.edits.low_rank import Factors, LowRankUpdate
 from ...editing.edits.pruned_units import PrunedUnits
 from ...editing.edits.subspace_removal import Edit
 from ...editing.errors import RequestError
+from .manifest import FOLDER, checkpoint_of
 
 SCHEMA_VERSION = 1
 DESCRIPTION, TENSORS = "edit.json", "edit.safetensors"
@@ -33,7 +34,7 @@ def save_edit(edit: WeightEdit, folder: Path) -> None:
 
 
 def load_edit(folder: Path) -> WeightEdit:
-    """Read an edit written by ``save_edit``.
+    """Read an edit written by ``save_edit``, from its own folder, from a checkpoint or from a run's folder.
 
     Raises:
         RequestError: The folder holds no edit, or one of another version or damaged.
@@ -41,13 +42,13 @@ def load_edit(folder: Path) -> WeightEdit:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    places = (folder, folder / FOLDER, checkpoint_of(folder) / FOLDER)
+    folder = next((place for place in places if (place / DESCRIPTION).is_file()), folder)
     description = folder / DESCRIPTION
     if not description.is_file():
-        inner = folder / "excise"
-        hint = (
-            f"; did you mean {inner}?" if (inner / DESCRIPTION).is_file() else "; give a run's checkpoint/excise folder"
+        raise RequestError(
+            f"{folder} holds no {DESCRIPTION}; give a run's folder, its checkpoint or checkpoint/{FOLDER}"
         )
-        raise RequestError(f"{folder} holds no {DESCRIPTION}{hint}")
     try:
         content = json.loads(description.read_text(encoding="utf-8"))
         if content["schema_version"] != SCHEMA_VERSION or content["method"] not in METHODS:

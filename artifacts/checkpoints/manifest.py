@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...editing.edits.changes import Change
 from ...editing.errors import RequestError, VerifyError
 from ..upgrade import SCHEMA_VERSION, read_json
 from .staging import sync
+
+if TYPE_CHECKING:
+    # It imports torch, which lists and help do without.
+    from ...editing.edits.changes import Change
 
 FOLDER = "excise"
 MANIFEST = f"{FOLDER}/manifest.json"
@@ -24,6 +27,13 @@ SIGNATURE = f"{SUMS}.sig"
 """Of the checksums; not among them."""
 log = logging.getLogger(__name__)
 PACKAGES = ("excise", "torch", "transformers", "safetensors", "huggingface-hub", "numpy")
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """The checkpoint of a run's folder; any other folder is returned as it is."""
+    inner = folder / "checkpoint"
+    is_model = (folder / SUMS).exists() or (folder / "config.json").exists()
+    return inner if inner.is_dir() and not is_model else folder
 
 
 def sha256_of(path: Path) -> str:
@@ -59,7 +69,7 @@ def write_manifest(
     *,
     base: dict[str, Any],
     base_files: dict[str, str],
-    changes: tuple[Change, ...],
+    changes: "tuple[Change, ...]",
     untied: str | None,
     known: dict[str, str],
     run: dict[str, Any],

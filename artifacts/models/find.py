@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from ...editing.errors import CheckpointError, RequestError, nearest
+from ..checkpoints.manifest import checkpoint_of
 from .gguf import from_gguf
 from .hub import from_hub
 from .source import BUILTIN, ModelSource, builtin_models
@@ -13,6 +14,8 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?"
 
 def find_model(ref: str) -> ModelSource:
     """Resolve a reference to a folder; downloads from the Hub and converts GGUF, once each.
+
+    A run's folder stands for the checkpoint in it.
 
     Raises:
         RequestError: Nothing has that name, or the Hub cannot be reached.
@@ -31,12 +34,11 @@ def find_model(ref: str) -> ModelSource:
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW_FOLDER)"
         )
     if path.is_dir():
-        if not (path / "config.json").exists() and (path / "checkpoint").is_dir():
-            # A run's folder stands for the model that the run made.
-            path = path / "checkpoint"
-        own = path.resolve()
-        # A run's model is told by the run.
-        return ModelSource("local", f"{own.parent.name}/{own.name}" if own.name == "checkpoint" else own.name, path)
+        path = checkpoint_of(path)
+        whole = path.resolve()
+        # A checkpoint is named together with its run.
+        name = f"{whole.parent.name}/{whole.name}" if whole.name == "checkpoint" else whole.name
+        return ModelSource("local", name, path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise RequestError(

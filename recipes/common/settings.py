@@ -71,6 +71,8 @@ def _from_flags(flags: dict[str, Any]) -> Given:
 def _explain(detail: Any, kind: type[BaseModel], places: dict[str, str]) -> str:
     key = str(detail["loc"][0])
     place = places.get(key, key)
+    if detail["type"] == "missing":
+        return f"{key} is missing; give --{key.replace('_', '-')}, or write it into the --config file"
     if detail["type"] == "extra_forbidden":
         if RENAMED_SETTINGS.get(key) in kind.model_fields:
             return (
@@ -87,7 +89,7 @@ def settings_help(kind: type[BaseModel]) -> list[tuple[str, str, str]]:
     for name, field in kind.model_fields.items():
         words = _allowed(field.annotation)
         choices = f" One of {', '.join(words)}." if words else ""
-        default = "" if field.default is None else str(field.default)
+        default = "required" if field.is_required() else "" if field.default is None else str(field.default)
         found.append((name, default, " ".join((field.description or "").split()) + choices))
     return found
 

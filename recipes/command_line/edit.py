@@ -1,0 +1,82 @@
+"""Commands that edit models: run and apply."""
+
+import importlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...artifacts.events import Events
+from ...editing.errors import RequestError, nearest
+from .. import RECIPES
+from .flags import ANY_MODEL, Config, Json, Out, Resume, Set, Text, Whole, say, say_json, say_plan
+from .session import after_run, carry_out, watcher
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe; `excise list recipes` shows all.")],
+    model: Text = None,
+    concept: Text = None,
+    out: Out = None,
+    config: Config = None,
+    set_: Set = None,
+    seed: Whole = None,
+    device: Text = None,
+    dtype: Text = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be edited; load no weights.")] = False,
+    resume: Resume = False,
+    all_rows: Annotated[
+        bool, typer.Option("--all", help="Show every measurement at the end, not only the first 12.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Edit a model with a recipe and measure what changed.
+
+    Writes OUT/checkpoint, a model in the format of transformers with its card, and OUT/report.html.
+    """
+    if recipe not in RECIPES:
+        raise RequestError(f"no recipe {recipe!r}{nearest(recipe, list(RECIPES))}; recipes: {', '.join(RECIPES)}")
+    module = importlib.import_module(RECIPES[recipe].module)
+    flags = {"model": model, "concept": concept, "out": out, "seed": seed, "device": device, "dtype": dtype}
+    settings, done = carry_out(
+        module, getattr(module, RECIPES[recipe].settings), ["excise", "run", recipe], config=config,
+        assignments=set_ or [], flags=flags, resume=resume, dry_run=dry_run,
+    )  # fmt: skip
+    if dry_run:
+        return say_plan(done, as_json)
+    if as_json:
+        return say_json({"out": str(done.out), **done.results})
+    from ...artifacts.reporting.terminal import next_steps, paths, terminal_width
+    from . import shown
+
+    say(shown.run_end(done.results, terminal_width(), all_rows=all_rows) + "\n")
+    say(paths({"checkpoint": done.out / "checkpoint", "report": done.out / "report.html"}) + "\n")
+    say(next_steps(after_run(settings, done.results)))
+
+
+def apply(
+    edit: Annotated[Path, typer.Argument(help="A run's folder, its checkpoint, or a folder with edit.json.")],
+    base: Annotated[str, typer.Option(help=f"Model to edit: {ANY_MODEL}.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be edited; read no weights.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Apply a saved edit to a model of any size.
+
+    The model is read and written piece by piece and never loaded whole.
+    """
+    from ...artifacts.reporting.terminal import next_steps
+    from .. import apply as recipe
+
+    prepared = recipe.prepare(edit, base, out)
+    if dry_run:
+        return say_plan(recipe.describe(prepared), as_json)
+    export = recipe.run(prepared, Events(watcher=watcher()))
+    summary = recipe.summary(export, out)
+    if as_json:
+        return say_json(summary)
+    worst = summary["largest_residual"]
+    left = "" if worst is None else f"; at most {worst:.1e} of the component is left"
+    say(f"{summary['tensors_changed']} of {summary['tensors_declared']} declared tensors changed{left}")
+    say(f"{out} is complete ({export.bytes_written / 1e9:.2f} GB)\n")
+    say(next_steps([f"excise eval {out} --concept PACK --base {base}", f"excise chat {out}", f"excise verify {out}"]))

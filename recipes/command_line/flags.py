@@ -1,0 +1,43 @@
+"""Flags that several commands share, and how they print.
+
+Flags without a help text fill in a setting, whose docstring is shown in its place.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ANY_MODEL = "builtin:NAME, a Hub id[@revision], a model's folder, a run's folder or a .gguf file"
+
+Text = Annotated[str | None, typer.Option()]
+Whole = Annotated[int | None, typer.Option()]
+Out = Annotated[Path | None, typer.Option()]
+Config = Annotated[Path | None, typer.Option(help="YAML file of settings, one KEY: VALUE a line.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+]
+Device = Annotated[str, typer.Option(help="Device to compute on: auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="Type to compute in: auto, float32 or bfloat16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished work in --out.")]
+Folder = Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint that excise wrote.")]
+
+
+def say(text: str) -> None:
+    """Print a result on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def say_json(content: Any) -> None:
+    """Print a result as one line of JSON on stdout."""
+    say(json.dumps(content))
+
+
+def say_plan(content: dict[str, Any], as_json: bool) -> None:
+    """Print what a dry run would touch."""
+    from ...artifacts.reporting.terminal import plan, terminal_width
+
+    say(json.dumps(content) if as_json else plan(content, terminal_width()))

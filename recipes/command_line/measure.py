@@ -1,0 +1,115 @@
+"""Commands that measure models: eval, audit and compare."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...artifacts.events import Events
+from .flags import ANY_MODEL, Config, Json, Out, Resume, Set, Text, Whole, say, say_json, say_plan
+from .session import after_audit, carry_out, settle, watcher, words
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=f"One or more models, each {ANY_MODEL}.")],
+    concept: Text = None,
+    base: Text = None,
+    questions: Whole = None,
+    judge: Annotated[list[str] | None, typer.Option()] = None,
+    lm_eval: Text = None,
+    config: Config = None,
+    set_: Set = None,
+    device: Text = None,
+    dtype: Text = None,
+    as_json: Json = False,
+) -> None:
+    """Measure one or several models with a concept pack.
+
+    All models get the same items; with --base, each value is compared with the base.
+    """
+    from ...artifacts.reporting.terminal import terminal_width
+    from .. import evaluate as recipe
+    from ..common.settings import load_settings
+    from . import shown
+
+    flags = {
+        "concept": concept, "base": base, "questions": questions, "judge": judge or None, "lm_eval": words(lm_eval),
+        "device": device, "dtype": dtype,
+    }  # fmt: skip
+    settings = load_settings(recipe.EvaluateSettings, config, set_ or [], flags)
+    settle()
+    job = recipe.prepare(
+        models, settings.concept, settings.base, device=settings.device, dtype=settings.dtype,
+        settings=settings.measuring(), judges=settings.judge, benchmarks=settings.lm_eval,
+    )  # fmt: skip
+    evaluation = recipe.run(job, Events(watcher=watcher()))
+    if as_json:
+        return say_json(evaluation.as_json())
+    say(shown.evaluation_table(evaluation, terminal_width()))
+
+
+def audit(
+    model: Annotated[str, typer.Argument(help=f"Model to audit: {ANY_MODEL}.")],
+    concept: Text = None,
+    base: Text = None,
+    reference: Text = None,
+    attacks: Text = None,
+    budget: Text = None,
+    questions: Whole = None,
+    card: Annotated[bool, typer.Option("--card")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh")] = False,
+    out: Out = None,
+    config: Config = None,
+    set_: Set = None,
+    seed: Whole = None,
+    device: Text = None,
+    dtype: Text = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be attacked; load no weights.")] = False,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Red-team an edited model: try to recover what was erased.
+
+    Runs the same attacks on the model, its base and a reference that never learned the concept, and reports a verdict.
+    """
+    from ...artifacts.reporting.terminal import next_steps, paths, terminal_width
+    from ..audit import recipe
+    from . import shown
+
+    flags = {
+        "model": model, "concept": concept, "base": base, "reference": reference, "attacks": words(attacks),
+        "budget": budget, "questions": questions, "card": card or None, "fresh": fresh or None, "out": out,
+        "seed": seed, "device": device, "dtype": dtype,
+    }  # fmt: skip
+    settings, results = carry_out(
+        recipe, recipe.AuditSettings, ["excise", "audit", model], config=config, assignments=set_ or [], flags=flags,
+        resume=resume, dry_run=dry_run,
+    )  # fmt: skip
+    if dry_run:
+        return say_plan(results, as_json)
+    if as_json:
+        return say_json({"out": str(settings.out), **results})
+    files = {"audit": "audit.json", "report": "report.html", "card": "card.md"}
+    say(shown.audit_end(results, terminal_width()) + "\n")
+    say(paths({name: settings.out / file for name, file in files.items()}))
+    if commands := after_audit(settings):
+        say("\n" + next_steps(commands))
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs on one concept.")],
+    out: Annotated[Path, typer.Option(help="Folder to write compare.md, compare.json and compare.png into.")],
+    as_json: Json = False,
+) -> None:
+    """Put finished runs side by side in one table and one plot."""
+    from ...artifacts.checkpoints.staging import refuse_existing
+    from ...artifacts.reporting.terminal import paths, terminal_width
+    from .. import compare as recipe
+    from . import shown
+
+    refuse_existing(out)
+    lines = recipe.compare(runs, out)
+    if as_json:
+        return say((out / "compare.json").read_text(encoding="utf-8").strip())
+    say(shown.comparison(lines, terminal_width()) + "\n")
+    say(paths({"table": out / "compare.md", "plot": out / "compare.png"}))

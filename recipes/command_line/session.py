@@ -1,0 +1,144 @@
+"""What a command does before and after its work: quiet libraries, progress on stderr, settings, what to type next."""
+
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel
+
+from ...artifacts.events import Watcher
+from ...editing.errors import RequestError
+from .failures import interruptible
+
+Plan = dict[str, Any]
+
+
+def settle() -> None:
+    """Before a model: freed memory is used again, and libraries keep their own bars and notices off the terminal."""
+    from ..common.memory import keep_freed_memory
+
+    keep_freed_memory()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # These are addressed to the libraries' own developers.
+    warnings.simplefilter("ignore", FutureWarning)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def quiet_hub() -> None:
+    """The Hub's client shows its bars on a terminal only, and reports nothing to anybody."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def watcher() -> Watcher:
+    """Bars where stderr is a terminal, else plain lines."""
+    from ...artifacts.progress import PlainLines, Terminal
+
+    return Terminal() if sys.stderr.isatty() else PlainLines()
+
+
+def carry_out(
+    module: ModuleType, kind: type[BaseModel], command: Sequence[str], *, config: Path | None, assignments: list[str],
+    flags: dict[str, Any], resume: bool, dry_run: bool,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Run a recipe or an audit in its folder.
+
+    Args:
+        module: Has ``prepare``, ``describe`` and ``run``.
+        command: The words that start it, without flags, e.g. ``["excise", "run", "elm"]``.
+
+    Returns:
+        The settings, and what ``run`` returned; of a dry run, the plan.
+    """
+    from ...artifacts.events import Events
+    from ..common.run_folder import RunSettings, free_folder, resumed
+    from ..common.settings import load_settings
+
+    settings = load_settings(kind, config, assignments, flags)
+    assert isinstance(settings, RunSettings)
+    if resume:
+        if settings.out is not None and (settings.out / "checkpoint").exists():
+            sys.stdout.write(f"{settings.out} is complete already; `excise verify {settings.out}` checks it\n")
+            raise SystemExit(0)
+        settings = resumed(settings)
+    out = settings.out or free_folder("audit" if command[1] == "audit" else command[-1])
+    # The folder is set here, so that an interrupt can name it.
+    settings = settings.model_copy(update={"out": out})
+    settle()
+    prepared = module.prepare(settings, resume=resume)
+    if dry_run:
+        return settings, module.describe(prepared)
+    with interruptible(out, [*command, "--out", str(out), "--resume"]):
+        return settings, module.run(prepared, Events(watcher=watcher()))
+
+
+def integers(option: str, text: str) -> list[int]:
+    """A list such as 3,17.
+
+    Raises:
+        RequestError: It is something else.
+    """
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise RequestError(f"{option}: {text!r} is not a comma-separated list of integers, e.g. 3,17") from error
+
+
+def prompts() -> Iterator[str]:
+    """What the user types, until /quit or the end of input; without a terminal one prompt a line, which is shown again."""
+    at_terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> ") if at_terminal else next(sys.stdin)
+        except (EOFError, StopIteration):
+            return
+        if line.strip() == "/quit":
+            return
+        if line.strip():
+            if not at_terminal:
+                sys.stdout.write(f"> {line.strip()}\n")
+            yield line.strip()
+
+
+def words(text: str | None) -> list[str] | None:
+    """A comma-separated list of names; None where the flag was not used."""
+    return [part.strip() for part in text.split(",") if part.strip()] if text else None
+
+
+def after_run(settings: Any, results: dict[str, Any]) -> list[str]:
+    """Commands that go on from a finished run, with its real paths."""
+    from ...artifacts.reporting.outcomes import published_reference
+
+    # Of a local base the checkpoint records only the name.
+    base = [] if published_reference(results["base"]) else ["--base", settings.model]
+    commands = [["excise", "chat", str(settings.out), *base]]
+    if results["concept"]["kind"] == "knowledge":
+        commands.append(_audit(str(settings.out), settings.concept, settings.model, settings.reference))
+    commands.append(["excise", "push", str(settings.out), "OWNER/NAME", "--dry-run"])
+    return [shlex.join(command) for command in commands]
+
+
+def after_audit(settings: Any) -> list[str]:
+    """Commands that go on from a finished audit."""
+    commands = []
+    if settings.budget == "quick":
+        again = _audit(settings.model, settings.concept, settings.base, settings.reference)
+        commands.append([*again, "--budget", "standard"])
+    if settings.card:
+        commands.append(["excise", "push", settings.model, "OWNER/NAME", "--dry-run"])
+    return [shlex.join(command) for command in commands]
+
+
+def _audit(model: str, concept: str, base: str, reference: str | None) -> list[str]:
+    known = ["--reference", reference] if reference else []
+    return ["excise", "audit", model, "--concept", concept, "--base", base, *known]

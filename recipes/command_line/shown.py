@@ -1,0 +1,195 @@
+"""Results as text for the terminal; ``artifacts.reporting.terminal`` lays out the tables."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...artifacts.hub import Pulled
+from ...artifacts.reporting.audit_page import HEADLINES, best, estimate, tokens
+from ...artifacts.reporting.findings import findings
+from ...artifacts.reporting.outcomes import Evaluation
+from ...artifacts.reporting.results import Row, format_difference, format_value, read_measurements, table
+from ...artifacts.reporting.terminal import aligned, bullets
+from ...eval.statistics import Measurement
+from ..compare import Line
+from ..diff import Difference
+from ..inspect import Looked
+from ..reproduce import Reproduced
+
+SHOWN_ROWS = 12
+"""Rows of a run's table that are shown unless all are wanted."""
+COLUMN_NAMES = {"base": "base", "edited": "edited", "reference": "reference", "difference": "edited - base"}
+NARROW = 70
+"""Below so many columns, replies stand one under the other."""
+CONTEXTS = 2
+"""Contexts shown of each end of a direction."""
+
+
+def run_end(results: dict[str, Any], width: int | None, *, all_rows: bool = False) -> str:
+    """A run's findings and its table, the first rows of it unless all are wanted."""
+    rows = table(read_measurements(results))
+    shown = rows if all_rows else rows[:SHOWN_ROWS]
+    parts = [bullets(findings(results), width), "", measurement_table(shown, width)]
+    if len(rows) > len(shown):
+        parts.append(f"and {len(rows) - len(shown)} more rows: see the report or the card, or run with --all")
+    return "\n".join(parts)
+
+
+def measurement_table(rows: Sequence[Row], width: int | None) -> str:
+    """Measurements of one model, beside its base and the reference where there are any."""
+    has_base, has_reference = any(row.base for row in rows), any(row.reference for row in rows)
+    columns = ["base", "edited", *(["reference"] if has_reference else []), "difference"] if has_base else ["edited"]
+    names = [COLUMN_NAMES[column] for column in columns] if has_base else ["value"]
+    return aligned(
+        ["measurement", "split", "n", *names],
+        [[row.label, row.split, _count(row), *(_cell(row, column) for column in columns)] for row in rows],
+        width,
+    )
+
+
+def _cell(row: Row, column: str) -> str:
+    if column == "difference":
+        return format_difference(row.edited)
+    value: Measurement | None = getattr(row, column)
+    return format_value(value) or ("0 by definition" if column == "base" and row.name == "kl_from_base" else "")
+
+
+def _count(row: Row) -> str:
+    return f"{row.n} ({row.skipped} skipped)" if row.skipped else str(row.n)
+
+
+def evaluation_table(evaluation: Evaluation, width: int | None) -> str:
+    """Measurements of several models on the same items, one column a model."""
+    rows = evaluation.table
+    has_base = any(row.base for row in rows)
+    return aligned(
+        ["measurement", "split", "n", *(["base"] if has_base else []), *evaluation.names],
+        [
+            [row.label, row.split, str(row.n), *([format_value(row.base)] if has_base else []),
+             *(format_value(value) for value in row.models.values())]
+            for row in rows
+        ],
+        width,
+    )  # fmt: skip
+
+
+def audit_end(results: dict[str, Any], width: int | None) -> str:
+    """An audit's verdict, the reasons for it, and what each attack reached on each model."""
+    subjects = ("base", "edited", "reference")
+    rows = [["none", *(f"{results['untouched'][name]:.3f}" for name in subjects), "", "", ""]]
+    for attack in results["attacks"]:
+        reached = tokens(attack, "t50") if len(attack["curve"]) > 1 else ""
+        values = [best(attack, name) for name in subjects]
+        rows.append([attack["name"], *values, estimate(attack["regained"]), estimate(attack["rtt_leak"]), reached])
+    header = ["attack", *subjects, "share regained", "leak", "tokens to 50%"]
+    parts = [
+        bullets([f"{HEADLINES[results['verdict']]}."], width, mark=""),
+        bullets(results["reasons"], width), "", aligned(header, rows, width),
+    ]  # fmt: skip
+    if results["gaps"]:
+        parts.append(bullets([f"not tested: {gap}" for gap in results["gaps"]], width))
+    if results["recalled"]:
+        reused = f"curves of {', '.join(results['recalled'])} come from an earlier audit; --fresh computes them again"
+        parts.append(bullets([reused], width))
+    return "\n".join(parts)
+
+
+def difference(found: Difference, most: int, width: int | None) -> str:
+    """Which tensors differ, the most changed first."""
+    parts = [f"{len(found.changed)} tensors differ, {found.same} are equal bit for bit"]
+    for names, where in ((found.only_in_a, found.a), (found.only_in_b, found.b)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            parts.append(f"only in {where}: {', '.join(names[:5])}{more}")
+    rows = [
+        [
+            item.name,
+            "×".join(map(str, item.shape)),
+            "was zero" if item.relative_norm is None else f"{item.relative_norm:.4f}",
+            f"{item.largest:.3g}",
+            "" if item.effective_rank is None else f"{item.effective_rank:.1f}",
+            " ".join(f"{value:.3g}" for value in item.singular_values),
+        ]
+        for item in found.changed[:most]
+    ]
+    if rows:
+        header = ["tensor", "shape", "|B-A| / |A|", "largest", "effective rank", "singular values"]
+        parts.append(aligned(header, rows, width))
+    if len(found.changed) > most:
+        parts.append(f"and {len(found.changed) - most} more; --most N shows more of them")
+    return "\n".join(parts)
+
+
+def reproduction(done: Reproduced, width: int | None) -> str:
+    """Whether the same came out."""
+    parts = [f"not as it was: {difference}" for difference in done.differences]
+    if done.identical:
+        return "\n".join([*parts, f"the new weights are identical, bit for bit; {done.out}"])
+    inside = done.compared - len(done.outside)
+    parts.append(f"the new weights differ: {', '.join(done.changed_files)}")
+    parts.append(f"{inside} of {done.compared} measurements lie within their published intervals; {done.out}")
+    if done.outside:
+        parts.append(bullets([f"outside: {line}" for line in done.outside], width))
+    if not done.differences:
+        parts.append(
+            "packages and platform are the published ones, so the weights should be identical; please report it"
+        )
+    return "\n".join(parts)
+
+
+def comparison(lines: Sequence[Line], width: int | None) -> str:
+    """One column a model: there are more measurements than models."""
+    names = list(dict.fromkeys(name for line in lines for name in line.values))
+    rows = [[name, *(format_value(line.values.get(name)) for line in lines)] for name in names]
+    rows.append(["seconds to learn", *("" if line.seconds is None else f"{line.seconds:.0f}" for line in lines)])
+    return aligned(["measurement", *(f"{line.name} ({line.recipe})" for line in lines)], rows, width)
+
+
+def inspection(looked: Looked, width: int | None) -> str:
+    """Each direction: its tokens and contexts at both ends, and what ablating it alone costs."""
+    skipped = f"; {looked.left_out} more were left out" if looked.left_out else ""
+    parts = [f"{looked.texts} texts were read{skipped}"]
+    for item in looked.directions:
+        about = (
+            f"{item.index}  {item.name} at the {item.place}: score {item.score:.4g}, projection {item.mean:.3f} ± "
+            f"{item.deviation:.3f}, loss when ablated {item.effect:+.4f} nats per token"
+        )
+        parts.append(bullets([about], width, mark=""))
+        for sign, ends, contexts in (("+", item.top_tokens, item.top), ("-", item.bottom_tokens, item.bottom)):
+            parts.append(_cut(f"   {sign} tokens {' '.join(repr(token)[1:-1] for token in ends)}", width))
+            for context in contexts[:CONTEXTS]:
+                text = " ".join(f"{context.before}[{context.token}]{context.after}".split())
+                parts.append(_cut(f"   {sign} {context.projection:+.2f}  {text}", width))
+    return "\n".join(parts)
+
+
+def side_by_side(replies: dict[str, str], width: int | None) -> str:
+    """Replies in columns, or one under the other where there is little room."""
+    texts = {name: " ".join(text.split()) or "(empty)" for name, text in replies.items()}
+    if width is None or width < NARROW or len(texts) == 1:
+        longest = max(map(len, texts))
+        return "\n".join(bullets([text], width, mark=f"{name:<{longest}}  ") for name, text in texts.items())
+    room = (width - 3) // 2
+    columns = [[name, *textwrap.wrap(text, room)] for name, text in texts.items()]
+    height = max(map(len, columns))
+    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
+    return "\n".join(f"{left:<{room}} | {right}".rstrip() for left, right in rows)
+
+
+def pulled(done: Pulled, out: Path) -> list[str]:
+    """What a download came to."""
+    if done.made_by_excise:
+        return [f"{out}: {done.files} files, all as published, at commit {done.commit}"]
+    parts = [
+        f"{out}: {done.files} files, as the Hub lists them, at commit {done.commit}",
+        "excise did not make this model: it has no checksums and no measurements by excise",
+    ]
+    if done.left_out:
+        parts.append(f"{done.left_out} of its files are neither safetensors nor configuration and were not fetched")
+    return parts
+
+
+def _cut(line: str, width: int | None) -> str:
+    most = width or 120
+    return line if len(line) <= most else line[: most - 1] + "…"
