@@ -19,11 +19,13 @@ def test_ruff_has_nothing_to_say(arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_types_hold_in_the_four_folders(tmp_path):
+def test_types_hold_in_the_four_folders_and_the_command_line(tmp_path):
     pytest.importorskip("mypy")
     # The repository's root is the package, so it is checked under the package's name.
     (tmp_path / "excise").symlink_to(ROOT)
-    packages = [part for folder in ("editing", "eval", "artifacts", "recipes") for part in ("-p", f"excise.{folder}")]
+    packages = [
+        part for name in ("editing", "eval", "artifacts", "recipes", "cli") for part in ("-p", f"excise.{name}")
+    ]
     options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(tmp_path / "cache")]
     done = _run("mypy", *options, *packages, cwd=tmp_path, env={**os.environ, "MYPYPATH": str(tmp_path)})
     assert done.returncode == 0, done.stdout + done.stderr

@@ -13,7 +13,7 @@ def recipes() -> Lines:
 
 
 def measurements() -> Lines:
-    from ...eval.measurements.table import MEASUREMENTS
+    from ...eval.measurements import MEASUREMENTS
 
     return [(name, kind.about) for name, kind in MEASUREMENTS.items()]
 

@@ -11,7 +11,6 @@ from ...artifacts.reporting.findings import findings
 from ...artifacts.reporting.outcomes import Evaluation
 from ...artifacts.reporting.results import Row, format_difference, format_value, read_measurements, table
 from ...artifacts.reporting.terminal import aligned, bullets
-from ...eval.statistics import Measurement
 from ..compare import Line
 from ..diff import Difference
 from ..inspect import Looked
@@ -51,8 +50,10 @@ def measurement_table(rows: Sequence[Row], width: int | None) -> str:
 def _cell(row: Row, column: str) -> str:
     if column == "difference":
         return format_difference(row.edited)
-    value: Measurement | None = getattr(row, column)
-    return format_value(value) or ("0 by definition" if column == "base" and row.name == "kl_from_base" else "")
+    if column == "base" and row.base is None and row.base_text:
+        value, _, why = row.base_text.partition(" ")
+        return f"{value} [{why}]"
+    return format_value(getattr(row, column))
 
 
 def _count(row: Row) -> str:

@@ -150,7 +150,7 @@ def test_the_same_run_gives_the_same_bytes(finished, tmp_path):
     assert (tmp_path / "again" / "checkpoint" / "SHA256SUMS").read_text() == (
         out / "checkpoint" / "SHA256SUMS"
     ).read_text()
-    assert "Declines prompts" in done.stdout and "behaviour_rate" in done.stdout
+    assert "Declines prompts" in done.stdout and "declines  " in done.stdout
 
 
 def test_the_edit_applies_to_its_base_again_with_the_same_bytes(finished, tmp_path):

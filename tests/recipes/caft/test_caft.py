@@ -207,7 +207,7 @@ def test_an_autoencoder_is_looked_at_before_its_latents_are_chosen(dictionary, t
     done = excise(*words, "--score", "contrasts")
     assert done.returncode == 2 and "did you mean 'contrast'" in done.stderr
     done = excise(*words, "--latents", "3,x")
-    assert done.returncode == 2 and "no numbers" in done.stderr
+    assert done.returncode == 2 and "not a comma-separated list of integers" in done.stderr
     done = excise(*words, "--latents", "3", "--top", 3)
     assert done.returncode == 2 and "--top choose latents where none are named" in done.stderr
 
