@@ -22,11 +22,19 @@ testbed_app = typer.Typer(cls=PanelGroup, help="Make small worlds whose every fa
 app.add_typer(testbed_app, name="testbed", rich_help_panel="Testbed")
 
 
-@app.callback()
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         say(f"excise {__version__}")
         raise SystemExit(0)
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Flags of the program itself."""
 
 
 HUB_EXAMPLE = "excise run orthogonalize --model HuggingFaceTB/SmolLM2-135M-Instruct --concept my-concept/"

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from excise import __version__
-from excise.artifacts.checkpoints.edits import load_edit
+from excise.artifacts.checkpoints.edits import load_edit, save_edit
 from excise.artifacts.checkpoints.read import open_checkpoint
 from excise.artifacts.models.find import find_model
 from excise.artifacts.progress import PlainLines
@@ -178,12 +178,15 @@ def test_batch_jobs_get_a_line_a_stage_and_one_now_and_then_within_it():
 
 def test_one_folder_of_a_run_is_taken_wherever_a_model_is(tmp_path):
     run = tmp_path / "mine"
-    publish(run / "checkpoint", random_edit(open_checkpoint(find_model("builtin:testbed").folder).config))
+    edit = random_edit(open_checkpoint(find_model("builtin:testbed").folder).config)
+    publish(run / "checkpoint", edit)
     assert find_model(str(run)) == find_model(str(run / "checkpoint"))
-    assert load_edit(run).method == load_edit(run / "checkpoint" / "excise").method
     assert excise("verify", run).returncode == 0
     assert "tensors differ" in excise("diff", "builtin:testbed", run, "--no-spectrum").stdout
     assert recorded_base(run) == "builtin:testbed"
+    save_edit(edit, run / "checkpoint" / "excise")
+    for folder in (run, run / "checkpoint", run / "checkpoint" / "excise"):
+        assert load_edit(folder).method == edit.method
 
 
 def test_chat_answers_each_line_of_stdin_with_base_and_edited(tmp_path):
