@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .recipes.command_line import edit, look, measure, publish
-from .recipes.command_line.failures import INTERRUPTED, explained
-from .recipes.command_line.flags import say
-from .recipes.command_line.help import PanelGroup, SettingsCommand
+from .commands import edit, look, measure, publish
+from .commands.failures import INTERRUPTED, explained
+from .commands.flags import say
+from .commands.help import PanelGroup, SettingsCommand
 
 app = typer.Typer(
     cls=PanelGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,

@@ -11,11 +11,11 @@ from excise.artifacts.checkpoints.edits import load_edit, save_edit
 from excise.artifacts.checkpoints.read import open_checkpoint
 from excise.artifacts.models.find import find_model
 from excise.artifacts.progress import PlainLines
+from excise.commands.failures import Interrupted, explained, interruptible
+from excise.commands.help import PANELS
+from excise.commands.lists import KINDS
 from excise.editing.errors import RequestError
 from excise.recipes.chat import recorded_base
-from excise.recipes.command_line.failures import Interrupted, explained, interruptible
-from excise.recipes.command_line.help import PANELS
-from excise.recipes.command_line.lists import KINDS
 from helpers import excise, publish, random_edit
 
 

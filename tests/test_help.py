@@ -6,8 +6,8 @@ import re
 import pytest
 from excise.artifacts.reporting.terminal import aligned, bullets, listed
 from excise.cli import app
+from excise.commands.help import COMMAND_SETTINGS, settings_of
 from excise.recipes import RECIPES
-from excise.recipes.command_line.help import COMMAND_SETTINGS, settings_of
 from excise.recipes.common.settings import settings_help
 from typer.main import get_command
 

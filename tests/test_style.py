@@ -24,7 +24,9 @@ def test_types_hold_in_the_four_folders_and_the_command_line(tmp_path):
     # The repository's root is the package, so it is checked under the package's name.
     (tmp_path / "excise").symlink_to(ROOT)
     packages = [
-        part for name in ("editing", "eval", "artifacts", "recipes", "cli") for part in ("-p", f"excise.{name}")
+        part
+        for name in ("editing", "eval", "artifacts", "recipes", "commands", "cli")
+        for part in ("-p", f"excise.{name}")
     ]
     options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(tmp_path / "cache")]
     done = _run("mypy", *options, *packages, cwd=tmp_path, env={**os.environ, "MYPYPATH": str(tmp_path)})

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ...artifacts.events import Events
-from ...editing.errors import RequestError, nearest
-from .. import RECIPES
+from ..artifacts.events import Events
+from ..editing.errors import RequestError, nearest
+from ..recipes import RECIPES
 from .flags import ANY_MODEL, Config, Json, Out, Resume, Set, Text, Whole, say, say_json, say_plan
 from .session import after_run, carry_out, watcher
 
@@ -46,7 +46,7 @@ def run(
         return say_plan(done, as_json)
     if as_json:
         return say_json({"out": str(done.out), **done.results})
-    from ...artifacts.reporting.terminal import next_steps, paths, terminal_width
+    from ..artifacts.reporting.terminal import next_steps, paths, terminal_width
     from . import shown
 
     say(shown.run_end(done.results, terminal_width(), all_rows=all_rows) + "\n")
@@ -65,8 +65,8 @@ def apply(
 
     The model is read and written piece by piece and never loaded whole.
     """
-    from ...artifacts.reporting.terminal import next_steps
-    from .. import apply as recipe
+    from ..artifacts.reporting.terminal import next_steps
+    from ..recipes import apply as recipe
 
     prepared = recipe.prepare(edit, base, out)
     if dry_run:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .. import RECIPES
+from ..recipes import RECIPES
 from .help import COMMAND_SETTINGS, settings_of
 
 Lines = list[tuple[str, ...]]
@@ -13,19 +13,19 @@ def recipes() -> Lines:
 
 
 def measurements() -> Lines:
-    from ...eval.measurements import MEASUREMENTS
+    from ..eval.measurements import MEASUREMENTS
 
     return [(name, kind.about) for name, kind in MEASUREMENTS.items()]
 
 
 def attacks() -> Lines:
-    from ..audit.attacks.table import ATTACKS
+    from ..recipes.audit.attacks.table import ATTACKS
 
     return [(name, attack.about) for name, attack in ATTACKS.items()]
 
 
 def architectures() -> Lines:
-    from ...editing.architectures import ARCHITECTURES
+    from ..editing.architectures import ARCHITECTURES
 
     return [
         (name, ", ".join(sorted({w.pattern.split(".")[-2] if "." in w.pattern else w.pattern for w in row.writers})))
@@ -34,13 +34,13 @@ def architectures() -> Lines:
 
 
 def concepts() -> Lines:
-    from ...artifacts.concepts import builtin_concepts, describe_concept
+    from ..artifacts.concepts import builtin_concepts, describe_concept
 
     return [(f"builtin:{name}", describe_concept(name).description) for name in builtin_concepts()]
 
 
 def models() -> Lines:
-    from ...artifacts.models.source import builtin_models
+    from ..artifacts.models.source import builtin_models
 
     about = {
         "testbed": "knows a closed world of 800 facts",

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...artifacts.upgrade import RENAMED_SETTINGS
-from ...editing.errors import ExciseError
-from .. import RECIPES
+from ..artifacts.upgrade import RENAMED_SETTINGS
+from ..editing.errors import ExciseError
+from ..recipes import RECIPES
 
 INTERRUPTED = 130
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ...artifacts.events import Events
-from ...editing.errors import RequestError, nearest
+from ..artifacts.events import Events
+from ..editing.errors import RequestError, nearest
 from .flags import ANY_MODEL, Device, Dtype, Folder, Json, say, say_json
 from .session import integers, settle, watcher
 
@@ -33,7 +33,7 @@ def list_(
     lines = KINDS[what]() if what in KINDS else settings(what)
     if as_json:
         return say_json([dict(zip(header, line, strict=True)) for line in lines])
-    from ...artifacts.reporting.terminal import listed, terminal_width
+    from ..artifacts.reporting.terminal import listed, terminal_width
 
     say(listed(header, lines, terminal_width()))
 
@@ -57,8 +57,8 @@ def chat(
     Each prompt stands alone: earlier ones are not shown to the models. /quit or Ctrl-D ends it. Without a terminal, each
     line of stdin is a prompt.
     """
-    from ...artifacts.reporting.terminal import terminal_width
-    from .. import chat as recipe
+    from ..artifacts.reporting.terminal import terminal_width
+    from ..recipes import chat as recipe
     from . import shown
     from .session import prompts
 
@@ -72,8 +72,8 @@ def chat(
 
 def card(folder: Folder) -> None:
     """Show a checkpoint's card in the terminal."""
-    from ...artifacts.checkpoints.manifest import checkpoint_of
-    from ...artifacts.reporting.card import CARD, body
+    from ..artifacts.checkpoints.manifest import checkpoint_of
+    from ..artifacts.reporting.card import CARD, body
 
     path = checkpoint_of(folder) / CARD
     if not path.is_file():
@@ -92,9 +92,9 @@ def report(folder: Folder, out: Annotated[Path, typer.Option(help="The HTML file
 
     It holds measurements, replies and the audit, and opens offline.
     """
-    from ...artifacts.checkpoints.manifest import checkpoint_of
-    from ...artifacts.checkpoints.staging import refuse_existing
-    from ...artifacts.reporting.report import report_of
+    from ..artifacts.checkpoints.manifest import checkpoint_of
+    from ..artifacts.checkpoints.staging import refuse_existing
+    from ..artifacts.reporting.report import report_of
 
     refuse_existing(out)
     report_of(checkpoint_of(folder), out)
@@ -127,9 +127,9 @@ def inspect(
     """
     from dataclasses import asdict
 
-    from ...artifacts.checkpoints.sae import is_autoencoder
-    from ...artifacts.reporting.terminal import next_steps, terminal_width
-    from .. import inspect as recipe
+    from ..artifacts.checkpoints.sae import is_autoencoder
+    from ..artifacts.reporting.terminal import next_steps, terminal_width
+    from ..recipes import inspect as recipe
     from . import shown
 
     chosen = integers("--latents", latents)
@@ -162,9 +162,9 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show which tensors of two models differ, and by how much."""
-    from ...artifacts.checkpoints.staging import refuse_existing
-    from ...artifacts.reporting.terminal import paths, terminal_width
-    from .. import diff as recipe
+    from ..artifacts.checkpoints.staging import refuse_existing
+    from ..artifacts.reporting.terminal import paths, terminal_width
+    from ..recipes import diff as recipe
     from . import shown
 
     if out:
@@ -190,7 +190,7 @@ def ui(
 
     Its pages compare runs, show cards and reports, chat and audit. Only this machine can reach them.
     """
-    from ..ui.server import serve
+    from ..recipes.ui.server import serve
 
     settle()
     serve(folder, port, device, dtype, lambda address: say(f"page  {address}\nCtrl-C ends it."))

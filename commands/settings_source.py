@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).parents[2]
+PACKAGE = Path(__file__).parents[1]
 ROOTS = ("Settings", "BaseModel")
 """Classes that end the search for inherited settings."""
 

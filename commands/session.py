@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ...artifacts.events import Watcher
-from ...editing.errors import RequestError
+from ..artifacts.events import Watcher
+from ..editing.errors import RequestError
 from .failures import interruptible
 
 Plan = dict[str, Any]
@@ -20,7 +20,7 @@ Plan = dict[str, Any]
 
 def settle() -> None:
     """Before a model: freed memory is used again, and libraries keep their own bars and notices off the terminal."""
-    from ..common.memory import keep_freed_memory
+    from ..recipes.common.memory import keep_freed_memory
 
     keep_freed_memory()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -42,7 +42,7 @@ def quiet_hub() -> None:
 
 def watcher() -> Watcher:
     """Bars where stderr is a terminal, else plain lines."""
-    from ...artifacts.progress import PlainLines, Terminal
+    from ..artifacts.progress import PlainLines, Terminal
 
     return Terminal() if sys.stderr.isatty() else PlainLines()
 
@@ -60,9 +60,9 @@ def carry_out(
     Returns:
         The settings, and what ``run`` returned; of a dry run, the plan.
     """
-    from ...artifacts.events import Events
-    from ..common.run_folder import RunSettings, free_folder, resumed
-    from ..common.settings import load_settings
+    from ..artifacts.events import Events
+    from ..recipes.common.run_folder import RunSettings, free_folder, resumed
+    from ..recipes.common.settings import load_settings
 
     settings = load_settings(kind, config, assignments, flags)
     assert isinstance(settings, RunSettings)
@@ -117,7 +117,7 @@ def words(text: str | None) -> list[str] | None:
 
 def after_run(settings: Any, results: dict[str, Any]) -> list[str]:
     """Commands that go on from a finished run, with its real paths."""
-    from ...artifacts.reporting.outcomes import published_reference
+    from ..artifacts.reporting.outcomes import published_reference
 
     # Of a local base the checkpoint records only the name.
     base = [] if published_reference(results["base"]) else ["--base", settings.model]

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...artifacts.hub import Pulled
-from ...artifacts.reporting.audit_page import HEADLINES, best, estimate, tokens
-from ...artifacts.reporting.findings import findings
-from ...artifacts.reporting.outcomes import Evaluation
-from ...artifacts.reporting.results import Row, format_difference, format_value, read_measurements, table
-from ...artifacts.reporting.terminal import aligned, bullets
-from ..compare import Line
-from ..diff import Difference
-from ..inspect import Looked
-from ..reproduce import Reproduced
+from ..artifacts.hub import Pulled
+from ..artifacts.reporting.audit_page import HEADLINES, best, estimate, tokens
+from ..artifacts.reporting.findings import findings
+from ..artifacts.reporting.outcomes import Evaluation
+from ..artifacts.reporting.results import Row, format_difference, format_value, read_measurements, table
+from ..artifacts.reporting.terminal import aligned, bullets
+from ..recipes.compare import Line
+from ..recipes.diff import Difference
+from ..recipes.inspect import Looked
+from ..recipes.reproduce import Reproduced
 
 SHOWN_ROWS = 12
 """Rows of a run's table that are shown unless all are wanted."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ...artifacts.events import Events
+from ..artifacts.events import Events
 from .flags import ANY_MODEL, Config, Json, Out, Resume, Set, Text, Whole, say, say_json, say_plan
 from .session import after_audit, carry_out, settle, watcher, words
 
@@ -27,9 +27,9 @@ def evaluate(
 
     All models get the same items; with --base, each value is compared with the base.
     """
-    from ...artifacts.reporting.terminal import terminal_width
-    from .. import evaluate as recipe
-    from ..common.settings import load_settings
+    from ..artifacts.reporting.terminal import terminal_width
+    from ..recipes import evaluate as recipe
+    from ..recipes.common.settings import load_settings
     from . import shown
 
     flags = {
@@ -72,8 +72,8 @@ def audit(
 
     Runs the same attacks on the model, its base and a reference that never learned the concept, and reports a verdict.
     """
-    from ...artifacts.reporting.terminal import next_steps, paths, terminal_width
-    from ..audit import recipe
+    from ..artifacts.reporting.terminal import next_steps, paths, terminal_width
+    from ..recipes.audit import recipe
     from . import shown
 
     flags = {
@@ -102,9 +102,9 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Put finished runs side by side in one table and one plot."""
-    from ...artifacts.checkpoints.staging import refuse_existing
-    from ...artifacts.reporting.terminal import paths, terminal_width
-    from .. import compare as recipe
+    from ..artifacts.checkpoints.staging import refuse_existing
+    from ..artifacts.reporting.terminal import paths, terminal_width
+    from ..recipes import compare as recipe
     from . import shown
 
     refuse_existing(out)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...artifacts.events import Events
+from ..artifacts.events import Events
 from .failures import interruptible
 from .flags import Folder, Json, say, say_json, say_plan
 from .session import quiet_hub, settle, watcher
@@ -22,12 +22,12 @@ def verify(
 
     Compares every file with its checksum and, with --key, the checksums with their signature.
     """
-    from ...artifacts.checkpoints.manifest import SIGNATURE, checkpoint_of, verify_folder
+    from ..artifacts.checkpoints.manifest import SIGNATURE, checkpoint_of, verify_folder
 
     target = checkpoint_of(folder)
     count = verify_folder(target)
     if key:
-        from ...artifacts.checkpoints.signature import check_signature
+        from ..artifacts.checkpoints.signature import check_signature
 
         check_signature(target, key)
     if as_json:
@@ -51,8 +51,8 @@ def sign(
 
     Others can then check who published it: excise verify --key.
     """
-    from ...artifacts.checkpoints.manifest import checkpoint_of
-    from ...artifacts.checkpoints.signature import sign_folder
+    from ..artifacts.checkpoints.manifest import checkpoint_of
+    from ..artifacts.checkpoints.signature import sign_folder
 
     say(f"signature  {sign_folder(checkpoint_of(folder), key, password)}")
 
@@ -79,8 +79,8 @@ def push(
 
     The checkpoint is verified first.
     """
-    from ...artifacts import hub
-    from ...artifacts.checkpoints.manifest import checkpoint_of
+    from ..artifacts import hub
+    from ..artifacts.checkpoints.manifest import checkpoint_of
 
     request = hub.prepare_push(
         checkpoint_of(folder), repo_id, public=public, revision=revision, create_pr=create_pr, unmeasured=unmeasured
@@ -108,8 +108,8 @@ def pull(
 
     Nothing that fails the check is left behind.
     """
-    from ...artifacts import hub
-    from ...artifacts.reporting.terminal import next_steps
+    from ..artifacts import hub
+    from ..artifacts.reporting.terminal import next_steps
     from . import shown
 
     quiet_hub()
@@ -136,10 +136,10 @@ def reproduce(
 
     Weights are compared by SHA-256, or measurements where the platform differs.
     """
-    from ...artifacts.checkpoints.manifest import checkpoint_of
-    from ...artifacts.reporting.terminal import terminal_width
-    from .. import reproduce as recipe
-    from ..common.run_folder import refuse_taken
+    from ..artifacts.checkpoints.manifest import checkpoint_of
+    from ..artifacts.reporting.terminal import terminal_width
+    from ..recipes import reproduce as recipe
+    from ..recipes.common.run_folder import refuse_taken
     from . import shown
 
     refuse_taken(out)
@@ -148,7 +148,7 @@ def reproduce(
         if Path(what).is_dir():
             folder = checkpoint_of(Path(what))
         else:
-            from ...artifacts import hub
+            from ..artifacts import hub
 
             out.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-"))) / "published"
@@ -181,8 +181,8 @@ def build(
 
     Writes a model that knows it, a reference model and concept packs. Takes about 20 minutes a model.
     """
-    from ...artifacts.reporting.terminal import next_steps
-    from ..testbed.build import TestbedSettings, build_testbed
+    from ..artifacts.reporting.terminal import next_steps
+    from ..recipes.testbed.build import TestbedSettings, build_testbed
 
     settle()
     changed = {} if steps is None else {"steps": steps}

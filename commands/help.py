@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from .. import RECIPES
+from ..recipes import RECIPES
 from .settings_source import Setting, read_settings
 
 PANELS = ("Edit", "Measure", "Look", "Publish", "Testbed")

@@ -38,6 +38,6 @@ def say_json(content: Any) -> None:
 
 def say_plan(content: dict[str, Any], as_json: bool) -> None:
     """Print what a dry run would touch."""
-    from ...artifacts.reporting.terminal import plan, terminal_width
+    from ..artifacts.reporting.terminal import plan, terminal_width
 
     say(json.dumps(content) if as_json else plan(content, terminal_width()))
