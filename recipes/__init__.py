@@ -10,62 +10,44 @@ class Recipe:
     module: str
     settings: str
     about: str
-    story: str = ""
-    """The module whose function ``story`` says what a run did; empty where that is the same module."""
 
-
-UNLEARNING = "excise.recipes.unlearning.story"
 
 RECIPES: dict[str, Recipe] = {
     "orthogonalize": Recipe(
         "excise.recipes.orthogonalize.recipe",
         "OrthogonalizeSettings",
         "take a direction out of every weight that writes it",
-        "excise.recipes.orthogonalize.story",
     ),
     "elm": Recipe(
         "excise.recipes.elm.recipe",
         "ElmSettings",
         "erase a concept with low-rank updates toward a novice",
-        "excise.recipes.elm.story",
     ),
     "prune": Recipe(
         "excise.recipes.prune.recipe",
         "PruneSettings",
         "silence the neurons and heads that a concept needs",
-        "excise.recipes.prune.story",
     ),
     "caft": Recipe(
         "excise.recipes.caft.recipe",
         "CaftSettings",
         "fine-tune with concepts ablated, so that they are not what is learned",
-        "excise.recipes.caft.story",
     ),
     "lorra": Recipe(
         "excise.recipes.lorra.recipe",
         "LorraSettings",
         "tune representations along a reading vector, toward a concept or away",
-        "excise.recipes.lorra.story",
     ),
     "rmu": Recipe(
-        "excise.recipes.unlearning.rmu",
-        "RmuSettings",
-        "steer activations on the concept toward a random vector",
-        UNLEARNING,
+        "excise.recipes.unlearning.rmu", "RmuSettings", "steer activations on the concept toward a random vector"
     ),
     "grad_diff": Recipe(
-        "excise.recipes.unlearning.grad_diff",
-        "GradDiffSettings",
-        "raise the loss on the concept, lower it on the rest",
-        UNLEARNING,
+        "excise.recipes.unlearning.grad_diff", "GradDiffSettings", "raise the loss on the concept, lower it on the rest"
     ),
-    "npo": Recipe(
-        "excise.recipes.unlearning.npo", "NpoSettings", "negative preference optimization against the base", UNLEARNING
-    ),
+    "npo": Recipe("excise.recipes.unlearning.npo", "NpoSettings", "negative preference optimization against the base"),
     "simnpo": Recipe(
         "excise.recipes.unlearning.simnpo",
         "SimNpoSettings",
         "negative preference optimization, by length, without the base",
-        UNLEARNING,
     ),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["editing", "eval", "artifacts", "recipes", "cli"]
+ORDER = ["editing", "eval", "artifacts", "recipes", "commands", "cli"]
 
 
 def _imports(path):

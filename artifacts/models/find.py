@@ -17,6 +17,8 @@ def find_model(ref: str) -> ModelSource:
 
     A run's folder stands for the checkpoint in it.
 
+    A run's folder stands for the checkpoint in it.
+
     Raises:
         RequestError: There is no such model, or the Hub cannot be reached.
         CheckpointError: The file is a pickle, or not a model.

@@ -143,7 +143,7 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
         "accuracy of linear probes for the answer, trained on T and tested on V, at the best layer",
         label="linear probe, best layer", unit="accuracy", order=110, scores="probe:scores",
         splits={"forget_V": OnSplit(
-            "lower", criterion="Innocence", findings={KNOWLEDGE: "A linear probe still reads the answer (V)"}
+            "lower", criterion="Innocence", findings={KNOWLEDGE: "Answers that a linear probe reads (V)"}
         )},
     ),
     "probe_control": MeasurementKind(

@@ -31,6 +31,9 @@ from .controls import READ_ROWS, ControlRuns, DriftMonitor, directions_of, picke
 from .direction_sources import PAIRS_LEFT_OUT, mean_projection, refreshed
 from .request import CaftJob, CaftSettings
 from .sae_latent_scores import by_attribution, by_contrast, ranked
+from .story import story
+
+__all__ = ["CaftSettings", "describe", "prepare", "run", "story"]
 
 RECIPE = "caft"
 

@@ -10,14 +10,27 @@ UNLEARNING_TAGS = ("unlearning", "machine-unlearning", "concept-erasure")
 
 
 def tell(results: dict[str, Any]) -> Story:
-    """The story of a run, told by its recipe's function ``story``; an empty one where the recipe has none.
+    """The story of a run, told by the function ``story`` of its recipe's module, or ``plain_story``.
 
     Args:
         results: Everything else that ``eval.json`` holds.
     """
     row = RECIPES.get(results["run"]["recipe"])
-    story = row and getattr(import_module(row.story or row.module), "story", None)
-    return story(results) if story else Story()
+    story = getattr(import_module(row.module), "story", plain_story) if row else plain_story
+    told: Story = story(results)
+    return told
+
+
+def plain_story(results: dict[str, Any]) -> Story:
+    """What can be said of a recipe that says nothing itself: how it was trained, if it was."""
+    if "training" not in results:
+        return Story()
+    low_rank = "rank" in results["edited"]
+    return Story(
+        low_rank_headline(results) if low_rank else "",
+        limits=(LOW_RANK_LIMIT,) if low_rank else (),
+        sections=(training_section(results),),
+    )
 
 
 def tensors_changed(results: dict[str, Any]) -> str:

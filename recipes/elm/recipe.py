@@ -27,10 +27,11 @@ from .forget_data import ForgetData, forget_contexts, forget_sequences
 from .reinforced_expert import reinforced
 from .request import ElmJob, ElmSettings, describe, prepare
 from .retain_data import RetainData, retain_sequences
+from .story import story
 from .target_check import TargetCheck, check_target
 from .teacher import ExpertContext, Teacher
 
-__all__ = ["ElmSettings", "describe", "prepare", "run"]
+__all__ = ["ElmSettings", "describe", "prepare", "run", "story"]
 
 
 def run(job: ElmJob, events: Events) -> Finished:

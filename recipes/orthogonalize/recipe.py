@@ -27,6 +27,9 @@ from ..common import measured_run
 from ..common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs, padded
 from ..common.measured_run import Finished, Inspection, Job, Measured
 from ..common.run_folder import start_folder
+from .story import story
+
+__all__ = ["OrthogonalizeSettings", "describe", "prepare", "run", "story"]
 
 RECIPE = "orthogonalize"
 

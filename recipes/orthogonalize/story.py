@@ -4,7 +4,7 @@ from typing import Any
 
 from ...artifacts.reporting.results import format_value, read_measurements
 from ...artifacts.reporting.sections import Section, Story, Table, heat_map
-from ..common.story import UNLEARNING_TAGS, tensors_changed
+from ..common.story import tensors_changed
 
 
 def story(results: dict[str, Any]) -> Story:
@@ -37,7 +37,6 @@ def story(results: dict[str, Any]) -> Story:
         warnings=tuple(warnings),
         limits=(limit,),
         sections=(_origin(results), _candidates(direction), _leak_section(results)),
-        tags=UNLEARNING_TAGS if results["concept"]["kind"] == "knowledge" else (),
     )
 
 

@@ -27,6 +27,9 @@ from ..common.run_folder import start_folder
 from ..data.facts import Facts, find_facts
 from ..data.unlearning_sets import forget_examples, retain_examples
 from .scoring import UnitScorer
+from .story import story
+
+__all__ = ["PruneSettings", "describe", "prepare", "run", "story"]
 
 RECIPE = "prune"
 TEXT_TOKENS = 256

@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from .recipe import UnlearningSettings, describe, prepare, run
+from .story import story
 
-__all__ = ["GradDiffSettings", "describe", "prepare", "run"]
+__all__ = ["GradDiffSettings", "describe", "prepare", "run", "story"]
 
 
 class GradDiffSettings(UnlearningSettings):

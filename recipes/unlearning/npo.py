@@ -5,8 +5,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .recipe import UnlearningSettings, describe, prepare, run
+from .story import story
 
-__all__ = ["NpoSettings", "describe", "prepare", "run"]
+__all__ = ["NpoSettings", "describe", "prepare", "run", "story"]
 
 
 class NpoSettings(UnlearningSettings):

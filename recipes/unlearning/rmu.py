@@ -12,8 +12,9 @@ from ...editing.modules import causal_model
 from ..common.tokens import Row
 from ..common.trainer import Loss, Terms
 from .recipe import BaseLogLikelihoods, UnlearningJob, UnlearningSettings, describe, prepare, run
+from .story import story
 
-__all__ = ["RmuSettings", "describe", "prepare", "run"]
+__all__ = ["RmuSettings", "describe", "prepare", "run", "story"]
 
 
 class RmuSettings(UnlearningSettings):

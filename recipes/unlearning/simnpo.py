@@ -5,8 +5,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .recipe import UnlearningSettings, describe, prepare, run
+from .story import story
 
-__all__ = ["SimNpoSettings", "describe", "prepare", "run"]
+__all__ = ["SimNpoSettings", "describe", "prepare", "run", "story"]
 
 
 class SimNpoSettings(UnlearningSettings):

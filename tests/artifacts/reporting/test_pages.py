@@ -14,6 +14,7 @@ from excise.artifacts.checkpoints.manifest import verify_folder
 from excise.artifacts.events import Events
 from excise.artifacts.reporting.directions_page import write_report as write_directions
 from excise.artifacts.reporting.report import report_of, write_report
+from excise.eval.measurements import BY_LAYER
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit.attacks import table as attacks
 from helpers import excise
@@ -77,6 +78,28 @@ def test_the_report_asks_for_nothing_fits_its_window_and_is_accessible(run, widt
         )
         # Probes, and the one attack that trains.
         assert seen.page.locator("figure svg[role=img]").count() == 2
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_what_matters_of_a_measurement_is_seen_without_scrolling(run, width):
+    out, results = run
+    with opened(out / "report.html", width=width) as seen:
+        rows = seen.page.locator(".measured tbody tr")
+        assert rows.count() == len({(m["name"], m["split"]) for m in results["measurements"] if m["name"] != BY_LAYER})
+        # Name, base, edited and their difference of every row lie inside the window and the box that could scroll.
+        outside = """() => [...document.querySelectorAll('.measured tbody tr')].flatMap(row => {
+            const box = row.closest('.scroll').getBoundingClientRect();
+            const shown = [row.cells[0], ...['base', 'edited', 'edited − base'].map(
+                name => row.querySelector(`td[data-of="${name}"]`))].filter(cell => cell.textContent.trim());
+            return shown.filter(cell => {
+                const place = cell.getBoundingClientRect();
+                return !place.width || place.right > Math.min(box.right, innerWidth) + 1 || cell.scrollWidth > cell.clientWidth + 1;
+            }).map(cell => cell.textContent)})"""
+        assert seen.page.evaluate(outside) == []
+        named = "getComputedStyle(document.querySelector('.measured td[data-of=base]'), '::before').content"
+        # On a narrow window every value is named beside it, because the heading is gone.
+        assert ("base" in seen.page.evaluate(named)) == (width == 420)
+        assert seen.page.locator(".measured .whiskers").first.is_visible() == (width == 1280)
 
 
 def test_axe_would_find_a_fault(run, tmp_path):
