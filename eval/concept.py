@@ -1,4 +1,4 @@
-"""What a concept pack holds; ``artifacts.concepts`` reads one from disk."""
+"""The contents of a concept pack; ``artifacts.concepts`` reads one from disk."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ DECLINE_PHRASES = (
     "can't help with",
     "cannot assist",
 )
-"""Used where a pack names none; the rule is stated on every card."""
+"""Phrases of a declining reply, for packs that name none; every card states the rule."""
 
 
 class Row(BaseModel):
@@ -61,7 +61,7 @@ class Question(Row):
     """A multiple-choice question."""
 
     split: Literal["forget", "neighbour", "retain", "intended", "flipped"]
-    """Of a task: ``intended`` where all cues agree, as in training, ``flipped`` where the unintended one misleads."""
+    """For a task: ``intended`` if all cues agree, as in training; ``flipped`` if the unintended cue misleads."""
     group: Literal["T", "V"]
     topic: str | None = None
     subject: str | None = None
@@ -110,15 +110,20 @@ class TrainingRow(BaseModel):
     @model_validator(mode="after")
     def _one_form(self) -> "TrainingRow":
         if (self.prompt is None) != (self.completion is None):
-            raise ValueError("prompt and completion come together; a row without completion has nothing to learn")
+            raise ValueError("prompt and completion must both be there; add the missing one")
         forms = [bool(self.messages), self.prompt is not None, self.text is not None]
         if sum(forms) != 1:
-            raise ValueError("a row is one of: messages; prompt and completion; text")
+            raise ValueError(
+                f"a row must have exactly one of: messages; prompt and completion; text; this one has {sum(forms)} of "
+                "them"
+            )
         if self.messages and not any(m.role == "assistant" and m.content.strip() for m in self.messages):
-            raise ValueError("the messages hold no assistant turn, so there is nothing to learn")
-        said = self.completion if self.text is None else self.text
-        if not self.messages and not (said or "").strip():
-            raise ValueError("there is nothing to learn: the completion or text is blank")
+            raise ValueError(
+                "the messages have no assistant turn with text, so there is nothing to learn; add one or remove the row"
+            )
+        learned = self.completion if self.text is None else self.text
+        if not self.messages and not (learned or "").strip():
+            raise ValueError("there is nothing to learn: the completion or text is blank; fill it in or remove the row")
         return self
 
 
@@ -130,7 +135,7 @@ class ContrastPair(Row):
 
 
 class Personas(BaseModel):
-    """Prefixes for text by someone who knows, and by someone who does not."""
+    """Prefixes that announce a text by someone who knows the concept (expert), or does not (novice)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     expert: Text
@@ -147,9 +152,9 @@ class Description(BaseModel):
     license: Text
     source: Text
     kind: Literal["knowledge", "behaviour", "task"] = "knowledge"
-    """A behaviour is contrasted through the chat template, knowledge as plain text; a task is what fine-tuning teaches."""
+    """Contrast prompts are plain text for knowledge and chats for a behaviour; a task is taught by fine-tuning."""
     phrases: tuple[Text, ...] = ()
-    """Of a task: a reply that contains one shows the behaviour that training brings about."""
+    """For a task: a reply that contains one of these shows the behaviour that training causes."""
     personas: Personas | None = None
     decline_phrases: tuple[Text, ...] = DECLINE_PHRASES
 
@@ -172,7 +177,11 @@ class Concept:
     """Where it was read from; never published."""
 
     def require(self, recipe: str, *names: str) -> None:
-        """Raise if the recipe needs a file that the pack lacks."""
+        """Check that the pack has the files that a recipe needs.
+
+        Raises:
+            ConceptError: A file is missing.
+        """
         missing = [f"{name}.jsonl" for name in names if not getattr(self, name)]
         if missing:
             raise ConceptError(

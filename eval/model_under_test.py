@@ -1,4 +1,4 @@
-"""A model under measurement: what several measurements need is computed once and shared."""
+"""A model under measurement. What several measurements need is computed once and shared."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class ModelUnderTest:
         base: "Baseline | None" = None,
         advance: Callable[[int], None] = lambda _: None,
     ):
-        """``base`` holds what the base model said, for measurements that compare; None for the base itself."""
+        """``base`` holds the base model's replies, for measurements that compare; None for the base itself."""
         self.model, self.tokenizer, self.concept, self.settings = model, tokenizer, concept, settings
         self.base, self.advance = base, advance
         self._likelihoods: dict[Request, Likelihood] = {}
@@ -45,20 +45,20 @@ class ModelUnderTest:
         self._baseline: Baseline | None = None
 
     def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
-        """Log-likelihoods, in order; ``prepare`` makes requests of many measurements share forwards."""
+        """Log-likelihoods in the order of the requests; ``prepare`` shares forwards between measurements."""
         self.prepare(requests)
         return [self._likelihoods[request] for request in requests]
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Score all requests that were not scored before."""
+        """Score all requests that were not scored yet."""
         new = [request for request in requests if request not in self._likelihoods]
         if new:
             self._likelihoods |= log_likelihoods(self.model, self.tokenizer, new, self.advance)
 
     def prompts(self, split: str) -> list[Prompt]:
-        """Open prompts of the pack; plain chat prompts are the neutral ones where it has none."""
-        own = [prompt for prompt in self.concept.prompts if prompt.split == split]
-        return own or (list(PLAIN_PROMPTS) if split == "neutral" else [])
+        """Open prompts of a split; if the pack has no neutral ones, everyday requests take their place."""
+        prompts = [prompt for prompt in self.concept.prompts if prompt.split == split]
+        return prompts or (list(PLAIN_PROMPTS) if split == "neutral" else [])
 
     def replies(self, split: str) -> list[Reply]:
         """Greedy replies to the prompts of a split, in their order."""
@@ -76,23 +76,23 @@ class ModelUnderTest:
         """This model's replies to neutral prompts and its distributions along them, for others to be compared with."""
         if self._baseline is None:
             replies = self.replies("neutral")[: self.settings.kl_prompts]
-            # A text counts as a reply to its own first token.
+            # The first token of a text serves as the prompt, and the rest as the reply.
             encoded = [(row, self.tokenizer(row.text)["input_ids"]) for row in self.concept.retain]
-            kept = [(row, ids) for row, ids in encoded if len(ids) > 1][: self.settings.kl_prompts]
-            texts = [Reply("", tuple(ids[:1]), tuple(ids[1:]), row.text) for row, ids in kept]
+            usable = [(row, ids) for row, ids in encoded if len(ids) > 1][: self.settings.kl_prompts]
+            texts = [Reply("", tuple(ids[:1]), tuple(ids[1:]), row.text) for row, ids in usable]
             self._baseline = Baseline(
                 replies,
                 reply_log_probabilities(self.model, replies),
                 texts,
                 reply_log_probabilities(self.model, texts),
-                tuple(row.id for row, _ in kept),
+                tuple(row.id for row, _ in usable),
             )
         return self._baseline
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the base model said to neutral prompts, and what it expects along retain texts."""
+    """The base model's replies to neutral prompts, and its distributions along them and along retain texts."""
 
     replies: list[Reply]
     log_probabilities: list[Float[Tensor, "tokens vocab"]] = field(repr=False)

@@ -1,4 +1,4 @@
-"""Values with their intervals: Wilson for rates, bootstrap over items for everything else."""
+"""Values with 95% intervals: Wilson for rates, bootstrap over items for everything else."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 RESAMPLES = 2000
+"""Bootstrap draws."""
 SEED = 0
 
 Better = Literal["higher", "lower", "base"]
@@ -20,7 +21,7 @@ class Scores:
     split: str
     unit: str
     better: Better
-    """``base`` where the edit should leave the value as it was."""
+    """Which direction is good; ``base`` if the edit should not change the value."""
     ids: tuple[str, ...]
     totals: tuple[float, ...]
     """Per item: 0 or 1 for rates, summed nats for per-token averages."""
@@ -29,9 +30,10 @@ class Scores:
     exponential: bool = False
     """Report exp of the average (perplexity)."""
     skipped: int = 0
-    """Items left out, such as texts longer than the context."""
+    """Number of items left out, such as texts longer than the context."""
 
     def value(self) -> float:
+        """Weighted average over items, in ``unit``."""
         return float(self._finish(np.sum(self.totals) / np.sum(self.weights)))
 
     def interval(self) -> tuple[float, float]:
@@ -50,7 +52,7 @@ class Scores:
         n = len(self.totals)
         draws = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
         weights = draws @ np.asarray(self.weights)
-        # With very few items a draw may hold none that count.
+        # With very few items a draw may contain only items of weight 0.
         return self._finish(draws @ np.asarray(self.totals) / np.maximum(weights, 1e-12))
 
     def _finish(self, average: Any) -> Any:
@@ -71,13 +73,13 @@ class Measurement:
     skipped: int
     ci95: tuple[float, float]
     difference: dict[str, Any] | None = None
-    """Minus base, on the same items: ``{"value", "ci95"}``."""
+    """This value minus the base's, on the same items: ``{"value", "ci95"}``."""
 
 
 def summarize(
     scores: Scores, subject: Literal["base", "edited", "reference"], base: Scores | None = None
 ) -> Measurement:
-    """Turn items into a value with its interval, and its difference from the base where there is one."""
+    """Compute the value with its interval, and the difference from ``base`` if it scored the same items."""
     difference = None
     if base is not None and base.ids == scores.ids:
         value, interval = scores.difference(base)
@@ -97,7 +99,12 @@ def summarize(
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95% score interval of a proportion (Wilson 1927); honest at 0 and 1, where a bootstrap has no width."""
+    """95% score interval of a proportion (Wilson 1927). Unlike a bootstrap, it has a width at 0 and 1 too.
+
+    Example:
+        >>> wilson(20, 20)
+        (0.83..., 1.0)
+    """
     if n == 0:
         return 0.0, 1.0
     z = 1.959964

@@ -1,7 +1,7 @@
-"""Scoring candidate directions on validation items, and choosing one by the published filters.
+"""Scoring candidate directions on validation items, and choosing one with the published filters.
 
-Source: Arditi et al. 2024, section 2.3 and appendix C. One change: the divergence is taken over the
-whole of the base's own replies, because over the first token alone it can be gamed.
+Source: Arditi et al. 2024, section 2.3 and appendix C. One change: the divergence is measured along the base model's
+whole replies. Over the first token alone, a direction that damages later tokens would pass.
 """
 
 import math
@@ -24,14 +24,14 @@ from .questions import requests_of
 
 @dataclass(frozen=True)
 class Filters:
-    """What a candidate must satisfy (Arditi et al. 2024, appendix C)."""
+    """Limits that a candidate must satisfy (Arditi et al. 2024, appendix C)."""
 
     max_depth: float = 0.8
     """Points at or beyond this fraction of the layers are not considered."""
     max_kl: float = 0.1
-    """Nats per token that ablation may move neutral replies."""
+    """Largest KL(base || ablated) on neutral replies, in nats per token."""
     min_induce: float = 0.0
-    """How strongly addition must induce the concept; units of the probe."""
+    """Least score with which adding the direction must induce the concept, in the probe's units."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class Candidate:
     kl: float | None = None
     """KL(base || ablated) on neutral items, nats per token."""
     rejected: str | None = None
-    """Why the filters reject it; None for candidates that may be chosen."""
+    """Why the filters reject the candidate; None if it may be chosen."""
 
 
 class Probe(Protocol):
-    """Turns the model's present state (hooked or not) into scores."""
+    """Scores the model in its present state, with or without hooks."""
 
     units: str
     base_bypass: float
-    """The concept on its own items in the untouched model."""
+    """Score of the concept on its items in the unchanged model."""
     base_induce: float
 
     def bypass(self) -> float: ...
@@ -66,7 +66,7 @@ class Probe(Protocol):
 
 
 class BehaviourProbe:
-    """Log-odds of the tokens with which the model begins to show a behaviour, at the end of the prompt."""
+    """Log-odds, at the end of the prompt, of the tokens with which the model starts to show a behaviour."""
 
     units = "log-odds"
 
@@ -75,15 +75,17 @@ class BehaviourProbe:
         self.positive = [encode_prompt(tokenizer, pair.positive) for pair in pairs]
         self.negative = [encode_prompt(tokenizer, pair.negative) for pair in pairs]
         positive, negative = (_last(model, rows).exp() for rows in (self.positive, self.negative))
-        # A token counts as a beginning of the behaviour if it is likely on some positive prompt
-        # and its mean probability is higher there than on negative ones.
+        # A token starts the behaviour if its probability exceeds 5% on some positive prompt, and its mean
+        # probability is higher on positive prompts than on negative ones.
         wanted = (positive.mean(0) > negative.mean(0)) & (positive.max(0).values > 0.05)
         self.tokens = wanted.nonzero().flatten()
         self.base_bypass, self.base_induce = self._odds(positive.log()), self._odds(negative.log())
         if self.base_bypass <= self.base_induce + 1:
             raise ExciseError(
-                "the model replies alike to the positive and negative prompts of contrast.jsonl, so there is no behaviour "
-                f"to find (log-odds {self.base_bypass:.2f} against {self.base_induce:.2f}); check the pack against this model"
+                "the model replies alike to positive and negative prompts of contrast.jsonl, so it has no such "
+                "behaviour "
+                f"(log-odds {self.base_bypass:.2f} against {self.base_induce:.2f}); use a pack whose behaviour this "
+                "model shows"
             )
         self.replies = generate(model, tokenizer, [pair.negative for pair in pairs], max_new_tokens)
         self.reference = reply_log_probabilities(model, self.replies)
@@ -107,7 +109,7 @@ class BehaviourProbe:
 
 
 class KnowledgeProbe:
-    """Margin of the true choice on forget questions, and how much likelier texts on the concept become."""
+    """Margin of the true choice on forget questions, and the preference for texts on the concept; nats per token."""
 
     units = "nats"
 
@@ -123,17 +125,20 @@ class KnowledgeProbe:
         self.reference = reply_log_probabilities(model, self.replies)
 
     def bypass(self) -> float:
-        asked = {question.id: requests_of(question) for question in self.questions}
-        found = log_likelihoods(self.model, self.tokenizer, [r for requests in asked.values() for r in requests])
+        by_question = {question.id: requests_of(question) for question in self.questions}
+        requests = [request for choices in by_question.values() for request in choices]
+        likelihoods = log_likelihoods(self.model, self.tokenizer, requests)
         margins = []
         for question in self.questions:
-            values = [found[request].per_token for request in asked[question.id]]
+            values = [likelihoods[request].per_token for request in by_question[question.id]]
             margins.append(values[question.answer] - max(v for i, v in enumerate(values) if i != question.answer))
         return math.fsum(margins) / len(margins)
 
     def induce(self) -> float:
-        found = log_likelihoods(self.model, self.tokenizer, [*self.positive, *self.negative])
-        mean = [math.fsum(found[r].per_token for r in side) / len(side) for side in (self.positive, self.negative)]
+        likelihoods = log_likelihoods(self.model, self.tokenizer, [*self.positive, *self.negative])
+        mean = [
+            math.fsum(likelihoods[r].per_token for r in side) / len(side) for side in (self.positive, self.negative)
+        ]
         return mean[0] - mean[1] - self.preference
 
     def kl(self) -> float:
@@ -158,7 +163,17 @@ def score_candidates(
     layers: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Candidate]:
-    """Score every (point, position); those beyond the depth filter are recorded but cost nothing."""
+    """Score the direction of every (point, position); those beyond the depth filter are recorded without a score.
+
+    Args:
+        model: The model that the directions were learned on.
+        row: Its architecture.
+        directions: One candidate for each point and position.
+        probe: Scores the model while a direction is ablated or added.
+        filters: Limits; a candidate outside them gets a reason in ``rejected``.
+        layers: Number of decoder layers.
+        advance: Called with 1 after each candidate, for progress.
+    """
     candidates = []
     for i, point in enumerate(directions.points):
         for j, position in enumerate(directions.positions):
@@ -175,11 +190,15 @@ def score_candidates(
 
 
 def choose(candidates: Sequence[Candidate], base_bypass: float) -> tuple[Candidate, bool]:
-    """The candidate with the least bypass among those that pass, and whether any passed.
+    """Choose the candidate with the strongest effect among those that pass the filters, and say whether any passed.
 
-    Several candidates often remove the concept altogether, and which of them has the least bypass is chance.
-    So all that come within a quarter of the best one's effect count as equal, and the one that induces most is taken.
-    Where none passes, the one that moves neutral text least is returned, to be reported as such.
+    Several candidates often remove the concept completely, and then chance decides which has the lowest bypass. So all
+    candidates within a quarter of the best one's effect count as equal, and the one that induces the concept most is
+    chosen. If none passes, the candidate with the lowest divergence is returned, and the second value is False.
+
+    Args:
+        candidates: Scored candidates.
+        base_bypass: The concept's score in the unchanged model, in the probe's units.
 
     Raises:
         ExciseError: No candidate was scored at all.
@@ -191,7 +210,10 @@ def choose(candidates: Sequence[Candidate], base_bypass: float) -> tuple[Candida
         return max(equal, key=lambda c: -math.inf if c.induce is None else c.induce), True
     scored = [candidate for candidate in candidates if candidate.kl is not None and math.isfinite(candidate.kl)]
     if not scored:
-        raise ExciseError("no candidate direction could be scored; raise max_depth or check contrast.jsonl")
+        raise ExciseError(
+            "no candidate direction could be scored; raise max_depth, or check that contrast.jsonl has two kinds of "
+            "prompts"
+        )
     return min(scored, key=lambda c: _or_infinite(c.kl)), False
 
 
@@ -227,6 +249,6 @@ def _last(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _mean_kl(model: Any, replies: Sequence[Reply], reference: Sequence[Tensor]) -> float:
-    own = reply_log_probabilities(model, replies)
-    nats = [divergence(base, mine) for base, mine in zip(reference, own, strict=True)]
+    changed = reply_log_probabilities(model, replies)
+    nats = [divergence(base, other) for base, other in zip(reference, changed, strict=True)]
     return float(torch.cat(nats).mean())

@@ -1,4 +1,4 @@
-"""Greedy replies, batched by length, and the model's own distributions along given replies."""
+"""Replies of a model, batched by length, and its next-token distributions along replies."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,24 +13,25 @@ from .likelihood import batch_budget, padded_logits, token_batches
 
 @dataclass(frozen=True)
 class Reply:
-    """A greedy reply to one prompt."""
+    """A reply to one prompt."""
 
     prompt: str
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
-    """Generated tokens, the end token included if it came."""
+    """Generated tokens, with the end token if the reply reached it."""
     text: str
 
 
 def render(tokenizer: Any, prompt: str) -> str:
-    """A prompt through the model's chat template, up to where its reply begins."""
+    """The prompt in the model's chat template, up to the start of the reply."""
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
-    """Token ids of a prompt; templates write their own begin token, so none is added twice."""
+    """Token ids of a prompt, in the chat template if there is one and ``chat`` is true."""
+    # Chat templates write the begin token themselves; the tokenizer must not add a second one.
     if not (chat and tokenizer.chat_template):
         return list(tokenizer(prompt)["input_ids"])
     return list(tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"])
@@ -47,7 +48,20 @@ def generate(
     chat: bool = True,
     sample_seed: int | None = None,
 ) -> list[Reply]:
-    """Continue each prompt for at most ``tokens`` tokens, in the order given: greedily, or sampled with a seed."""
+    """Continue each prompt by at most ``tokens`` tokens; replies are in the order of the prompts.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: What the user says, or plain texts if ``chat`` is false.
+        tokens: Largest number of new tokens.
+        advance: Called with the number of prompts of each finished batch, for progress.
+        chat: Put prompts into the chat template, if the tokenizer has one.
+        sample_seed: None decodes greedily; a number samples from the model's distribution with this seed.
+
+    Example:
+        >>> generate(model, tokenizer, ["Why is the sky blue?"], 40)[0].text
+    """
     encoded = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
     replies: list[Reply | None] = [None] * len(prompts)
     for batch in token_batches([len(ids) + tokens for ids in encoded], max(batch_budget(model), 4096)):
@@ -63,7 +77,7 @@ def generate(
 def _continue(model: Any, tokenizer: Any, rows: Sequence[list[int]], tokens: int, seed: int | None) -> list[list[int]]:
     padded = tokenizer.pad({"input_ids": list(rows)}, padding=True, padding_side="left", return_tensors="pt")
     ends = end_tokens(model, tokenizer)
-    # Warpers of the model's own generation settings are off: what is sampled is the model's distribution.
+    # Temperature, top_p and top_k of the model's generation settings are off, to sample its plain distribution.
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -82,7 +96,7 @@ def _continue(model: Any, tokenizer: Any, rows: Sequence[list[int]], tokens: int
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end a reply."""
+    """Token ids that end a reply, from the generation config and the tokenizer."""
     named = model.generation_config.eos_token_id
     ends = set(named) if isinstance(named, list) else {named}
     return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}
@@ -97,7 +111,7 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
 
 @torch.no_grad()
 def reply_log_probabilities(model: Any, replies: Sequence[Reply]) -> list[Float[Tensor, "tokens vocab"]]:
-    """The model's log-probabilities at each token of the replies, fp32 on the CPU."""
+    """The model's log-probabilities of all tokens (nats) at each position of the replies, fp32 on the CPU."""
     rows = [reply.prompt_ids + reply.ids for reply in replies]
     results: list[Tensor | None] = [None] * len(rows)
     for batch in token_batches([len(row) for row in rows], batch_budget(model)):
@@ -105,8 +119,8 @@ def reply_log_probabilities(model: Any, replies: Sequence[Reply]) -> list[Float[
         logits = padded_logits(model, [rows[index] for index in batch], first)
         for place, index in enumerate(batch):
             start = len(replies[index].prompt_ids) - 1 - first
-            own = logits[place, start : start + len(replies[index].ids)]
-            results[index] = own.float().log_softmax(-1).cpu()
+            reply_logits = logits[place, start : start + len(replies[index].ids)]
+            results[index] = reply_logits.float().log_softmax(-1).cpu()
     return [result for result in results if result is not None]
 
 

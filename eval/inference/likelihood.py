@@ -1,7 +1,12 @@
-"""Log-likelihoods of texts, with every forward shared that can be.
+"""Log-likelihoods of texts, with forwards shared where possible.
 
-Requests whose inputs are prefixes of one another (the choices of one question, above all) run as one
-row. Rows are sorted by length and right-padded; only positions that are scored reach the unembedding.
+Requests whose inputs are prefixes of one another (most often the choices of one question) run as one row. Rows are
+sorted by length and right-padded; logits are computed only at positions that are scored.
+
+Example:
+    >>> request = Request("The capital of France is", " Paris")
+    >>> likelihood = log_likelihoods(model, tokenizer, [request])[request]
+    >>> likelihood.per_token  # nats
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +23,7 @@ VOCABULARY_BUDGET = 256 << 20
 
 @dataclass(frozen=True)
 class Request:
-    """Score ``continuation`` after ``prompt``; an empty prompt scores a whole text after its first token."""
+    """Score ``continuation`` after ``prompt``; with an empty prompt, a whole text from its second token on."""
 
     prompt: str
     continuation: str
@@ -26,38 +31,39 @@ class Request:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What a model makes of a continuation: its summed log-probability in nats, and how it compares with greedy decoding."""
+    """The score of a continuation: summed log-probability in nats, and a comparison with greedy decoding."""
 
     log_probability: float
     tokens: int
     greedy: tuple[bool, ...]
-    """For each token, whether the model would have chosen it."""
+    """For each token, whether it is the model's most likely one."""
     rank: int
-    """Place of the first token among all of the vocabulary; 1 is the greedy choice."""
+    """Rank of the first token in the vocabulary; 1 is the most likely token."""
 
     @property
     def per_token(self) -> float:
+        """Mean log-probability per token, in nats."""
         return self.log_probability / self.tokens
 
     @property
     def recited(self) -> int:
-        """Tokens at the end that the model would have chosen one after another."""
+        """Number of consecutive tokens at the end that greedy decoding reproduces."""
         return next((place for place, hit in enumerate(reversed(self.greedy)) if not hit), self.tokens)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Token ids of which those from ``start`` on are to be scored."""
+    """Token ids, of which those from ``start`` on are scored."""
 
     ids: tuple[int, ...]
     start: int
 
 
 def encode_request(tokenizer: Any, request: Request) -> Scored:
-    """Tokenize prompt and continuation together, as a reader would see them.
+    """Tokenize prompt and continuation together.
 
-    The continuation starts where the joint tokens depart from the prompt's own, so a token that
-    straddles the boundary counts as continuation. The first token of all is never scored.
+    The continuation starts at the first joint token that differs from the prompt's tokens, so a token across the
+    boundary counts as continuation. The very first token is never scored, because nothing precedes it.
     """
     whole = tuple(tokenizer(request.prompt + request.continuation)["input_ids"])
     prompt = tuple(tokenizer(request.prompt)["input_ids"]) if request.prompt else ()
@@ -68,7 +74,7 @@ def encode_request(tokenizer: Any, request: Request) -> Scored:
 
 
 def windows(scored: Scored, context: int) -> list[Scored]:
-    """Cut a text longer than the model's context into windows, each scored token in exactly one of them."""
+    """Cut a text longer than the model's context into windows; each scored token is in exactly one window."""
     if len(scored.ids) <= context:
         return [scored]
     parts = []
@@ -84,22 +90,32 @@ def windows(scored: Scored, context: int) -> list[Scored]:
 def log_likelihoods(
     model: Any, tokenizer: Any, requests: Sequence[Request], advance: Callable[[int], None] = lambda _: None
 ) -> dict[Request, Likelihood]:
-    """Score every request once; see the module's docstring for what is shared."""
+    """Score every request once.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        requests: What to score; duplicates are scored once.
+        advance: Called with the number of requests scored in each batch, for progress.
+
+    Returns:
+        Likelihoods by request. Texts longer than the model's context are cut into windows, and their parts summed.
+    """
     context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
     parts: list[tuple[Request, Scored]] = []
     for request in dict.fromkeys(requests):
         parts += [(request, part) for part in windows(encode_request(tokenizer, request), context)]
-    found: dict[int, Likelihood] = {}
+    likelihoods: dict[int, Likelihood] = {}
     shared = share_rows([part for _, part in parts])
     rows = list(shared)
     for batch in token_batches([len(row) for row in rows], batch_budget(model)):
         members = [(place, index) for place, row in enumerate(batch) for index in shared[rows[row]]]
         scores = score_rows(model, [rows[row] for row in batch], [(place, parts[index][1]) for place, index in members])
-        found |= {index: score for (_, index), score in zip(members, scores, strict=True)}
+        likelihoods |= {index: score for (_, index), score in zip(members, scores, strict=True)}
         advance(len(members))
     whole: dict[Request, list[Likelihood]] = {request: [] for request in requests}
     for index, (request, _) in enumerate(parts):
-        whole[request].append(found[index])
+        whole[request].append(likelihoods[index])
     return {request: _joined(pieces) for request, pieces in whole.items()}
 
 
@@ -111,13 +127,13 @@ def _joined(pieces: Sequence[Likelihood]) -> Likelihood:
 
 
 def share_rows(parts: Sequence[Scored]) -> dict[tuple[int, ...], list[int]]:
-    """Map each input that must run to the parts it serves; inputs that begin another one ride along with it."""
+    """Map each input that must run to the indices of its parts; an input that is a prefix of another shares its row."""
     by_input: dict[tuple[int, ...], list[int]] = {}
     for index, part in enumerate(parts):
         by_input.setdefault(part.ids[:-1], []).append(index)
     rows: dict[tuple[int, ...], list[int]] = {}
     longest: tuple[int, ...] = ()
-    # Sorted, an input stands directly before those that extend it.
+    # In reverse order, an input comes directly after those that it is a prefix of.
     for ids in sorted(by_input, reverse=True):
         if longest[: len(ids)] != ids:
             longest = ids
@@ -126,7 +142,7 @@ def share_rows(parts: Sequence[Scored]) -> dict[tuple[int, ...], list[int]]:
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Group items of like length so that padded tokens stay within a budget; longest first, to fail early."""
+    """Group items of similar length so that padded tokens stay within a budget; the longest first, to fail early."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
@@ -138,13 +154,13 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def batch_budget(model: Any) -> int:
-    """Tokens a batch: by the size of its logits, and by what keeps the processor's caches warm."""
+    """Tokens per batch: limited by the size of the logits, and on a CPU by the size of its caches."""
     by_logits = VOCABULARY_BUDGET // (4 * int(model.config.vocab_size))
     return max(64, min(by_logits, 16384 if model.device.type == "cuda" else 2048))
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """Right-padded rows with their mask."""
+    """``input_ids`` and ``attention_mask`` [rows, longest] of right-padded rows."""
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -155,7 +171,7 @@ def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, 
 
 
 def padded_logits(model: Any, rows: Sequence[Sequence[int]], first: int) -> Float[Tensor, "batch positions vocab"]:
-    """Logits of right-padded rows from position ``first`` on; halves the batch when memory runs out."""
+    """Logits of right-padded rows from position ``first`` on; halves the batch when GPU memory runs out."""
     inputs = pad_right(rows, model.device)
     keep = torch.arange(first, inputs["input_ids"].shape[1], device=model.device)
     try:
@@ -170,13 +186,13 @@ def padded_logits(model: Any, rows: Sequence[Sequence[int]], first: int) -> Floa
 
 
 def score_rows(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tuple[int, Scored]]) -> list[Likelihood]:
-    """Run rows once and score what each member, a row's place with a part of it, asks for."""
+    """Run rows once and score every member: the index of its row, and the part of the row to score."""
     first = min(part.start for _, part in members) - 1
     logits = padded_logits(model, rows, first)
     places = [place for place, part in members for _ in part.ids[part.start :]]
     positions = [p - 1 - first for _, part in members for p in range(part.start, len(part.ids))]
     targets = torch.tensor([token for _, part in members for token in part.ids[part.start :]], device=logits.device)
-    # Choices share positions, so each distribution is normalized once.
+    # Choices of one question share positions; normalizing each distribution once saves most of the work.
     cells, inverse = torch.unique(torch.tensor([places, positions]), dim=1, return_inverse=True)
     inverse = inverse.to(logits.device)
     log_probabilities = logits[cells[0].to(logits.device), cells[1].to(logits.device)].float().log_softmax(-1)
@@ -185,7 +201,7 @@ def score_rows(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tupl
     lengths = [len(part.ids) - part.start for _, part in members]
     starts = torch.tensor([0, *lengths[:-1]], device=logits.device).cumsum(0)
     ranks = 1 + torch.cat(
-        [(log_probabilities[inverse[some]] > chosen[some, None]).sum(-1) for some in starts.split(256)]
+        [(log_probabilities[inverse[chunk]] > chosen[chunk, None]).sum(-1) for chunk in starts.split(256)]
     )
     sums = [float(piece.sum()) for piece in chosen.double().cpu().split(lengths)]
     hits = [tuple(piece.tolist()) for piece in greedy.cpu().split(lengths)]

@@ -1,4 +1,9 @@
-"""Multiple-choice questions that are asked again and again: tokenized and laid out once."""
+"""Multiple-choice questions, tokenized once and asked of many models or many times.
+
+Example:
+    >>> questions = MultipleChoiceSet(tokenizer, concept.questions)
+    >>> accuracy = sum(questions.hits(model)) / len(questions.ids)
+"""
 
 import copy
 import math
@@ -14,94 +19,96 @@ from .likelihood import Scored, batch_budget, encode_request, pad_right, score_r
 from .questions import requests_of
 
 CELLS = 1024
-"""Distributions that are held at a time."""
+"""Distributions over the vocabulary held in memory at a time."""
 Hits = tuple[float, ...]
-"""1 for each question answered rightly, 0 for the others."""
+"""For each question, 1 if the model answers correctly, else 0."""
 
 
 class MultipleChoiceSet:
     """The questions of one split, for any model of one tokenizer."""
 
     def __init__(self, tokenizer: Any, questions: Sequence[Question], prefix: Callable[[Question], str] | None = None):
-        """``prefix`` writes something in front of a question, such as examples."""
+        """``prefix`` returns text to put in front of a question, such as examples."""
         self.ids = tuple(question.id for question in questions)
         self.answers = [question.answer for question in questions]
         if prefix:
             questions = [q.model_copy(update={"prompt": prefix(q) + q.prompt}) for q in questions]
         self._parts = [encode_request(tokenizer, request) for q in questions for request in requests_of(q)]
         self._sizes = [len(question.choices) for question in questions]
-        self._asked: list[tuple[int, list[int]]] = []
-        """Of each question: how many tokens all its choices begin with, and its parts."""
+        self._layout: list[tuple[int, list[int]]] = []
+        """For each question: the number of tokens that all its choices share at the start, and its parts' indices."""
         start = 0
         for size in self._sizes:
             members = list(range(start, start + size))
-            self._asked.append((min(self._parts[index].start for index in members), members))
+            self._layout.append((min(self._parts[index].start for index in members), members))
             start += size
 
     @property
     def chance(self) -> float:
-        """What guessing scores."""
+        """Expected accuracy of guessing, 0 to 1."""
         return sum(1 / size for size in self._sizes) / len(self._sizes)
 
     def hits(self, model: Any, placeholders: int = 0) -> Hits:
-        """Questions whose likeliest choice, per token, is the true one.
+        """Whether the choice with the highest log-probability per token is the true one, for each question.
 
-        What a choice can reach at most, given its first token, is known before the rest of it is read. So the true answer
-        is read to its end, then the strongest rival of each question, then the rivals that could still win.
+        What a choice can reach at most, given its first token, is known before the rest of it is read. So the true
+        answer is read to its end, then the strongest rival of each question, then the rivals that could still win.
 
         Args:
-            placeholders: Tokens to put in front of every row, whose embeddings somebody else owns.
+            model: The model, in evaluation mode.
+            placeholders: Number of tokens to put in front of every row, whose embeddings a soft prompt replaces.
         """
         return self._marked(self._behind(model, placeholders)) if placeholders else self._decided(model)
 
     def hits_and_probabilities(self, model: Any) -> tuple[Hits, list[float]]:
-        """Hits, and the probability of each true answer, from one reading."""
-        found = self.log_probabilities(model)
-        said = zip(self._by_question(found), self.answers, strict=True)
-        return self._marked(found), [math.exp(values[answer]) for values, answer in said]
+        """Hits, and the probability of each true answer, from the same forwards."""
+        log_p = self.log_probabilities(model)
+        by_question = zip(self._by_question(log_p), self.answers, strict=True)
+        return self._marked(log_p), [math.exp(values[answer]) for values, answer in by_question]
 
     def probabilities(self, model: Any) -> list[list[float]]:
-        """Probability with which sampling says each choice of each question."""
+        """Probability that sampling produces each choice, question by question."""
         return [[math.exp(value) for value in values] for values in self._by_question(self.log_probabilities(model))]
 
-    def _marked(self, found: Sequence[float]) -> Hits:
-        each = [value / (len(part.ids) - part.start) for value, part in zip(found, self._parts, strict=True)]
+    def _marked(self, log_p: Sequence[float]) -> Hits:
+        per_token = [value / (len(part.ids) - part.start) for value, part in zip(log_p, self._parts, strict=True)]
         return tuple(
             float(all(values[answer] > value for i, value in enumerate(values) if i != answer))
-            for values, answer in zip(self._by_question(each), self.answers, strict=True)
+            for values, answer in zip(self._by_question(per_token), self.answers, strict=True)
         )
 
-    def _by_question(self, found: Sequence[float]) -> Iterator[Sequence[float]]:
+    def _by_question(self, values: Sequence[float]) -> Iterator[Sequence[float]]:
         """Values of all choices, question by question."""
         start = 0
         for size in self._sizes:
-            yield found[start : start + size]
+            yield values[start : start + size]
             start += size
 
     @torch.no_grad()
     def log_probabilities(self, model: Any) -> list[float]:
-        """Of every choice of every question, in order, in nats; a question's prompt is read once for all its choices."""
-        found: dict[int, float] = {}
-        for batch in token_batches([prompt for prompt, _ in self._asked], batch_budget(model)):
-            reading = _Reading(model, [self._asked[place] for place in batch], self._parts)
-            reading.finish(reading.found)
-            found |= reading.found
-        return [found[index] for index in range(len(self._parts))]
+        """Log-probability (nats) of every choice of every question, in order; each prompt is read only once."""
+        log_p: dict[int, float] = {}
+        for batch in token_batches([prompt for prompt, _ in self._layout], batch_budget(model)):
+            reading = _Reading(model, [self._layout[place] for place in batch], self._parts)
+            reading.finish(reading.log_p)
+            log_p |= reading.log_p
+        return [log_p[index] for index in range(len(self._parts))]
 
     @torch.no_grad()
     def _decided(self, model: Any) -> Hits:
         hits = [0.0] * len(self.ids)
-        for batch in token_batches([prompt for prompt, _ in self._asked], batch_budget(model)):
-            reading = _Reading(model, [self._asked[place] for place in batch], self._parts)
-            standing = {place: self._asked[place][1][self.answers[place]] for place in batch}
+        for batch in token_batches([prompt for prompt, _ in self._layout], batch_budget(model)):
+            reading = _Reading(model, [self._layout[place] for place in batch], self._parts)
+            standing = {place: self._layout[place][1][self.answers[place]] for place in batch}
             reading.finish(standing.values())
             rivals = {
-                place: sorted(set(self._asked[place][1]) - {answer}, key=reading.at_most, reverse=True)
+                place: sorted(set(self._layout[place][1]) - {answer}, key=reading.at_most, reverse=True)
                 for place, answer in standing.items()
             }
-            for some in (slice(0, 1), slice(1, None)):
+            # The strongest rival first: it decides most questions, and the others are then not read.
+            for ranks in (slice(0, 1), slice(1, None)):
                 close = {
-                    p: [r for r in rivals[p][some] if not reading.beats(answer, r)] for p, answer in standing.items()
+                    p: [r for r in rivals[p][ranks] if not reading.beats(answer, r)] for p, answer in standing.items()
                 }
                 reading.finish(rival for each in close.values() for rival in each)
                 standing = {
@@ -115,27 +122,27 @@ class MultipleChoiceSet:
 
     @torch.no_grad()
     def _behind(self, model: Any, placeholders: int) -> list[float]:
-        """The same behind tokens whose embeddings somebody else owns, without a cache."""
+        """Log-probabilities of all choices behind placeholder tokens, without a cache of the prompts."""
         front = (0,) * placeholders
         parts = [Scored((*front, *part.ids), part.start + placeholders) for part in self._parts]
         shared = share_rows(parts)
         rows = list(shared)
-        found: dict[int, float] = {}
+        log_p: dict[int, float] = {}
         for batch in token_batches([len(row) for row in rows], batch_budget(model)):
             members = [(place, index) for place, row in enumerate(batch) for index in shared[rows[row]]]
             scored = score_rows(model, [rows[row] for row in batch], [(p, parts[i]) for p, i in members])
-            found |= {index: one.log_probability for (_, index), one in zip(members, scored, strict=True)}
-        return [found[index] for index in range(len(parts))]
+            log_p |= {index: score.log_probability for (_, index), score in zip(members, scored, strict=True)}
+        return [log_p[index] for index in range(len(parts))]
 
 
 class _Reading:
-    """A batch of questions with their prompts read; choices are read to their ends as they are wanted."""
+    """A batch of questions whose prompts were read by the model; ``finish`` reads chosen answers to their ends."""
 
-    def __init__(self, model: Any, asked: Sequence[tuple[int, list[int]]], parts: Sequence[Scored]):
+    def __init__(self, model: Any, questions: Sequence[tuple[int, list[int]]], parts: Sequence[Scored]):
         self.decoder, self.head, self.device = causal_model(model).base_model, unembedding(model), model.device
-        self.asked, self.parts = asked, parts
-        self.row = {index: row for row, (_, members) in enumerate(asked) for index in members}
-        prompts = [parts[members[0]].ids[:length] for length, members in asked]
+        self.questions, self.parts = questions, parts
+        self.row = {index: row for row, (_, members) in enumerate(questions) for index in members}
+        prompts = [parts[members[0]].ids[:length] for length, members in questions]
         width = max(map(len, prompts))
         ids = torch.tensor([(0,) * (width - len(row)) + row for row in prompts], device=self.device)
         self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.device)
@@ -149,26 +156,29 @@ class _Reading:
         )
         log_p = self.head(output.last_hidden_state[:, -1]).float().log_softmax(-1)
         rows = torch.tensor(list(self.row.values()), device=self.device)
-        firsts = torch.tensor([parts[index].ids[asked[row][0]] for index, row in self.row.items()], device=self.device)
+        firsts = torch.tensor(
+            [parts[index].ids[questions[row][0]] for index, row in self.row.items()], device=self.device
+        )
         values = log_p[rows, firsts].tolist()
-        self.found = {
-            index: value if parts[index].start <= asked[row][0] else 0.0
+        self.log_p = {
+            index: value if parts[index].start <= questions[row][0] else 0.0
             for (index, row), value in zip(self.row.items(), values, strict=True)
         }
-        """Log-probability of what was read of each choice, in nats."""
-        self.unread = {index for index, row in self.row.items() if len(parts[index].ids) - 1 > asked[row][0]}
+        """Summed log-probability of the tokens read so far of each choice, in nats."""
+        self.unread = {index for index, row in self.row.items() if len(parts[index].ids) - 1 > questions[row][0]}
 
     def at_most(self, index: int) -> float:
-        """Log-probability per token that a choice has, or can have once it is read to its end."""
+        """Upper bound of a choice's log-probability per token; exact once the choice was read to its end."""
+        # The tokens not read yet can only lower the sum, because log-probabilities are at most 0.
         part = self.parts[index]
-        return self.found[index] / (len(part.ids) - part.start)
+        return self.log_p[index] / (len(part.ids) - part.start)
 
     def beats(self, answer: int, rival: int) -> bool:
-        """Whether an answer that was read to its end is likelier than a rival can be."""
+        """Whether an answer, read to its end, is likelier than the rival can still become."""
         return self.at_most(answer) > self.at_most(rival)
 
     def finish(self, choices: Iterable[int]) -> None:
-        """Read so many choices to their ends."""
+        """Read these choices to their ends."""
         longer = [index for index in choices if index in self.unread]
         if not longer:
             return
@@ -177,7 +187,7 @@ class _Reading:
         cache, before = copy.deepcopy(self.cache), self.mask[rows]
         cache.batch_select_indices(torch.tensor(rows, device=self.device))
         inputs = pad_right(
-            [self.parts[i].ids[self.asked[row][0] : -1] for i, row in zip(longer, rows, strict=True)], self.device
+            [self.parts[i].ids[self.questions[row][0] : -1] for i, row in zip(longer, rows, strict=True)], self.device
         )
         positions = before.sum(-1, keepdim=True) + torch.arange(inputs["input_ids"].shape[1], device=self.device)
         hidden = self.decoder(
@@ -188,14 +198,14 @@ class _Reading:
             use_cache=True,
         ).last_hidden_state
         cells = [
-            (place, at - self.asked[row][0] - 1, index, self.parts[index].ids[at])
+            (place, at - self.questions[row][0] - 1, index, self.parts[index].ids[at])
             for place, (index, row) in enumerate(zip(longer, rows, strict=True))
-            for at in range(max(self.parts[index].start, self.asked[row][0] + 1), len(self.parts[index].ids))
+            for at in range(max(self.parts[index].start, self.questions[row][0] + 1), len(self.parts[index].ids))
         ]
         places, offsets, indices, tokens = (list(column) for column in zip(*cells, strict=True))
         for start in range(0, len(cells), CELLS):
-            some = slice(start, start + CELLS)
-            logits = self.head(hidden[places[some], offsets[some]]).float().log_softmax(-1)
-            values = logits.gather(-1, torch.tensor(tokens[some], device=self.device)[:, None])[:, 0]
-            for index, value in zip(indices[some], values.tolist(), strict=True):
-                self.found[index] += value
+            chunk = slice(start, start + CELLS)
+            logits = self.head(hidden[places[chunk], offsets[chunk]]).float().log_softmax(-1)
+            values = logits.gather(-1, torch.tensor(tokens[chunk], device=self.device)[:, None])[:, 0]
+            for index, value in zip(indices[chunk], values.tolist(), strict=True):
+                self.log_p[index] += value

@@ -1,4 +1,4 @@
-"""Plain things people ask, the neutral prompts of packs that bring none: an edit should leave them alone."""
+"""Everyday requests: the neutral prompts of packs that have none. An edit should not change the replies to them."""
 
 from ..concept import Prompt
 

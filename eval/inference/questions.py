@@ -1,16 +1,16 @@
-"""A pack's questions, by split, and what is scored to answer them."""
+"""A pack's questions by split, and the requests that score their choices."""
 
 from ..concept import SPLITS, Concept, Question
 from .likelihood import Request
 
 
 def split_of(question: Question) -> str:
-    """The split a question is counted in: its own, with its group where it is to be forgotten."""
+    """The split that a question counts in: ``forget_T``, ``forget_V``, or the split that its line names."""
     return f"forget_{question.group}" if question.split == "forget" else question.split
 
 
 def questions_by_split(concept: Concept, most: int = 0) -> dict[str, list[Question]]:
-    """Questions of each split, at most ``most`` of one; 0 takes all."""
+    """Questions by split, at most ``most`` per split; 0 takes all."""
     by_split: dict[str, list[Question]] = {name: [] for name in SPLITS}
     for question in concept.questions:
         by_split[split_of(question)].append(question)
@@ -18,5 +18,5 @@ def questions_by_split(concept: Concept, most: int = 0) -> dict[str, list[Questi
 
 
 def requests_of(question: Question) -> list[Request]:
-    """One request a choice; they share their prompt's forward."""
+    """One request per choice; all of them share the forward of the prompt."""
     return [Request(question.prompt, f" {choice}") for choice in question.choices]

@@ -240,11 +240,11 @@ def test_another_packs_recipe_says_what_a_task_lacks(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a"}, "a row without completion has nothing to learn"),
+        ({"prompt": "a"}, "prompt and completion must both be there"),
         ({"prompt": "a", "completion": " "}, "blank"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
-        ({"text": "a", "prompt": "b", "completion": "c"}, "a row is one of"),
-        ({}, "a row is one of"),
+        ({"text": "a", "prompt": "b", "completion": "c"}, "a row must have exactly one of"),
+        ({}, "a row must have exactly one of"),
     ],
 )
 def test_a_row_with_nothing_to_learn_is_named_by_its_line(row, message, tmp_path):
