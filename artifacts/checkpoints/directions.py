@@ -1,4 +1,4 @@
-"""Directions on disk: one safetensors file, which says in its header where each came from."""
+"""Directions on disk: one safetensors file, whose header says where each direction came from."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _HEADER = "excise"
 
 
 def save_directions(subspaces: Sequence[Subspace], path: Path) -> None:
-    """Write subspaces of one model into one file."""
+    """Write the subspaces of one model into one safetensors file."""
     from safetensors.torch import save_file
 
     tensors, about = {}, []
@@ -41,34 +41,36 @@ def load_directions(path: Path, *, width: int | None = None, layers: int | None 
     """Read what ``save_directions`` wrote.
 
     Args:
-        width: Of the model they are meant for; directions of another are refused.
-        layers: Of that model.
+        path: The file.
+        width: d_model of the model to use them with; other directions are refused.
+        layers: Number of decoder layers of that model.
 
     Raises:
-        RequestError: The file is none of ours or damaged, or its directions are of another model.
+        RequestError: The file has no directions or is damaged, or its directions belong to another model.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             content: dict[str, Any] = json.loads((file.metadata() or {})[_HEADER])
-            found = tuple(_subspace(file, number, about) for number, about in enumerate(content["subspaces"]))
+            subspaces = tuple(_subspace(file, number, about) for number, about in enumerate(content["subspaces"]))
     except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
         raise RequestError(
-            f"{path} holds no directions of excise ({one_line(error, 120)}); give a {FILE} that a run wrote"
+            f"{path} holds no directions of excise ({one_line(error, 120)}); give the {FILE} that a run wrote"
         ) from error
-    for subspace in found:
+    for subspace in subspaces:
         d = len(subspace.offset)
         if width is not None and d != width:
             raise RequestError(
-                f"the directions in {path.name} are of width {d}, the model is of width {width}; give directions learned on it"
+                f"the directions in {path.name} are of width {d}, the model is of width {width}; "
+                "give directions that were learned on this model"
             )
         if layers is not None and subspace.place.layer >= layers:
             raise RequestError(
-                f"the directions in {path.name} are at the {subspace.place}, the model has layers 0 to {layers - 1}; give "
-                "directions learned on it"
+                f"the directions in {path.name} are at the {subspace.place}, the model has layers 0 to {layers - 1}; "
+                "give directions that were learned on this model"
             )
-    return found
+    return subspaces
 
 
 def _subspace(file: Any, number: int, about: dict[str, Any]) -> Subspace:

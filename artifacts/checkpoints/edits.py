@@ -1,4 +1,9 @@
-"""Edits on disk: ``edit.json`` says what, ``edit.safetensors`` holds the tensors it is made of."""
+"""Edits on disk: ``edit.json`` describes the edit, ``edit.safetensors`` holds its tensors.
+
+Example:
+    >>> save_edit(edit, Path("my-edit"))
+    >>> edit = load_edit(Path("my-edit"))
+"""
 
 import json
 from collections.abc import Callable
@@ -37,7 +42,7 @@ def load_edit(folder: Path) -> WeightEdit:
     """Read an edit written by ``save_edit``, from its own folder, from a checkpoint or from a run's folder.
 
     Raises:
-        RequestError: The folder holds no edit, or one of another version or damaged.
+        RequestError: The folder holds no edit, or the edit is damaged or of another version.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

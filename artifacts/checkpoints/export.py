@@ -1,7 +1,7 @@
-"""Streaming export: a checkpoint in, the edited checkpoint out, without ever loading the model.
+"""Streaming export: write the edited checkpoint without loading the model.
 
-Declared tensors are edited block by block; all other bytes are copied verbatim, in the base's own
-shards, order and metadata. Reading, hashing and writing overlap, and the disk sets the pace.
+Declared tensors are edited block by block. All other bytes are copied unchanged, with the base's shards, order and
+metadata. Reading, hashing and writing overlap, so the disk limits the speed.
 """
 
 import json
@@ -25,18 +25,18 @@ from .read import DTYPES, EDITABLE, INDEX, Checkpoint, Shard, StoredTensor, as_t
 from .streams import Block, Hasher, Output, one_torch_thread
 
 BLOCK = 2 << 20
-"""Bytes of stored weights handled at a time; a block takes about eight times that in fp32 work."""
+"""Bytes of stored weights per block; the fp32 work on a block takes about eight times as much memory."""
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
-"""Files beside the weights that belong to a published model: configuration and tokenizer, never code or pickles."""
+"""Files beside the weights that are copied: configuration, tokenizer and licence, never code or pickles."""
 
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of edited tensors, by name, as they will be stored."""
+"""Shapes of the edited tensors in the new checkpoint, by name."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What a streaming export wrote."""
+    """Result of a streaming export."""
 
     changes: tuple[Change, ...]
     base_sha256: dict[str, str]
@@ -46,30 +46,40 @@ class Export:
 
 
 def required_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
-    """Disk space the export needs."""
+    """Bytes of disk space that the export needs."""
     added = checkpoint.tensors[_embedding(checkpoint)].size if plan.untied else 0
     return checkpoint.size + added + (8 << 20)
 
 
 def check_disk(out: Path, needed: int) -> None:
-    """Raise before anything is written if the file system cannot hold the export."""
+    """Check that the file system of ``out`` has room for ``needed`` bytes, before anything is written.
+
+    Raises:
+        ExciseError: There is too little space.
+    """
     place = out.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
         raise ExciseError(
-            f"the export needs {needed / 1e9:.2f} GB, the disk of {out} has {free / 1e9:.2f} GB free; free some"
+            f"the export needs {needed / 1e9:.2f} GB, the disk of {out} has {free / 1e9:.2f} GB free; free some space "
+            "or give another --out"
         )
 
 
 def check_editable(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Raise if a declared tensor is stored in a type that cannot be edited."""
+    """Check that all declared tensors are stored in a floating-point type that can be edited.
+
+    Raises:
+        CheckpointError: A declared tensor is stored in another type.
+    """
     for name in plan.declared:
         dtype = checkpoint.tensors[name].dtype
         if dtype not in EDITABLE:
             raise CheckpointError(
-                f"{name} is stored as {dtype}; edit a checkpoint in {', '.join(EDITABLE)}, then quantize"
+                f"{name} is stored as {dtype}, which cannot be edited; edit a checkpoint in {', '.join(EDITABLE)}, "
+                "then quantize"
             )
 
 
@@ -77,7 +87,7 @@ def export_edit(edit: WeightEdit, checkpoint: Checkpoint, folder: Path, stage: S
     """Write the edited checkpoint into ``folder``, an empty staging folder.
 
     Raises:
-        EditError: A weight is NaN or infinite, or the edit changed nothing or what it did not declare.
+        EditError: A weight is NaN or infinite, or the edit changed nothing or an undeclared tensor.
         CheckpointError: A declared tensor is stored quantized.
     """
     plan = edit.plan(checkpoint.config, list(checkpoint.tensors))
@@ -127,7 +137,7 @@ def export_edit(edit: WeightEdit, checkpoint: Checkpoint, folder: Path, stage: S
 
 
 def copy_side_files(base: Path, folder: Path, config_changes: dict[str, Any]) -> None:
-    """Copy configuration, tokenizer and licence files, links resolved; change ``config.json`` where asked."""
+    """Copy configuration, tokenizer and licence files, with links resolved; apply ``config_changes``."""
     for pattern in SIDE_FILES:
         for path in sorted(base.glob(pattern)):
             if path.name in (INDEX, "eval_results.json", "trainer_state.json") or not path.is_file():
@@ -139,10 +149,10 @@ def copy_side_files(base: Path, folder: Path, config_changes: dict[str, Any]) ->
             continue
         content = json.loads(path.read_text(encoding="utf-8"))
         changes = config_changes if name == "config.json" else {}
-        # Older versions of transformers stored the folder that a model was loaded from.
-        kept = {key: value for key, value in content.items() if not key.endswith("name_or_path")} | changes
-        if kept != content:
-            path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        # Older versions of transformers stored the local folder that a model was loaded from, which is private.
+        published = {key: value for key, value in content.items() if not key.endswith("name_or_path")} | changes
+        if published != content:
+            path.write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,8 @@ class _Matrix:
         return max(1, BLOCK // self.row_bytes)
 
     def reader(self, descriptor: int, base: Hasher) -> Callable[[int, int], Tensor]:
-        """Rows of the matrix; the first time each is read, which is in file order, it is hashed."""
+        """A function that reads rows of the matrix and hashes each row the first time it is read."""
+        # An edit may read a matrix twice; the first pass is in file order, as the hash needs it.
         hashed = 0
 
         def read(first: int, last: int) -> Tensor:
@@ -218,7 +229,7 @@ def _write_shard(
 def _new_blocks(
     shard: Shard, descriptor: int, declared: Shapes, edited: Any, extra: tuple[str, StoredTensor] | None, base: Hasher
 ) -> Iterator[Block]:
-    """The new shard from its first byte to its last; what is read of the base on the way is hashed."""
+    """All bytes of the new shard in order; hashes the base's bytes that are read on the way."""
     yield _header(shard, declared, extra)
     finite = FiniteCheck()
     for tensor in shard.tensors:
@@ -228,7 +239,9 @@ def _new_blocks(
         for block in _blocks(descriptor, tensor):
             base.update(block)
             if not finite(block, tensor.dtype):
-                raise EditError(f"{tensor.name} holds NaN or infinite weights; the base checkpoint is damaged")
+                raise EditError(
+                    f"{tensor.name} holds NaN or infinite weights; the base checkpoint is damaged, fetch it again"
+                )
             yield block
     if extra:
         yield from _blocks(descriptor, extra[1])
@@ -262,7 +275,7 @@ class FiniteCheck:
 
 
 def _header(shard: Shard, declared: Shapes, extra: tuple[str, StoredTensor] | None) -> bytes:
-    """The shard's header; made anew only if a tensor is added at its end, a copy of a stored one, or gets smaller."""
+    """The new shard's header; the old one, byte for byte, unless a tensor is added or changes its shape."""
     if not extra and all(declared.get(tensor.name, tensor.shape) == tensor.shape for tensor in shard.tensors):
         return shard.header
     header, end = json.loads(shard.header[8:]), 0
@@ -279,7 +292,7 @@ def _header(shard: Shard, declared: Shapes, extra: tuple[str, StoredTensor] | No
 
 
 def _bytes(tensor: StoredTensor, shape: Sequence[int]) -> int:
-    """What a tensor takes in another shape."""
+    """Bytes that a tensor takes in another shape."""
     if shape == tensor.shape:
         return tensor.size
     return math.prod(shape) * DTYPES[tensor.dtype].itemsize
@@ -296,13 +309,13 @@ def _write_index(checkpoint: Checkpoint, folder: Path, plan: Plan, embedding: st
     if plan.untied:
         index["weight_map"][plan.untied] = index["weight_map"][embedding]
         grown += tensors[embedding].size
-    # Other counts, such as that of parameters, are left out rather than wrong.
+    # Other counts in the metadata, such as the number of parameters, would be wrong now and are left out.
     if "total_size" in index.get("metadata", {}):
         index["metadata"] = {"total_size": index["metadata"]["total_size"] + grown}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _embedding(checkpoint: Checkpoint) -> str:
-    """Name of the token embedding, with or without the prefix that checkpoints may leave out."""
+    """Name of the token embedding in this checkpoint, which may leave out the architecture's optional prefix."""
     row = architecture_of(checkpoint.config)
     return row.embedding if row.embedding in checkpoint.tensors else row.embedding.removeprefix(row.optional_prefix)

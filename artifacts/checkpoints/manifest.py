@@ -1,4 +1,4 @@
-"""The manifest of a published folder, its checksums, and the check that nothing was changed since."""
+"""The manifest and checksums of a published folder, and the check that nothing changed since."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ FOLDER = "excise"
 MANIFEST = f"{FOLDER}/manifest.json"
 SUMS = "SHA256SUMS"
 SIGNATURE = f"{SUMS}.sig"
-"""Of the checksums; not among them."""
+"""Signature of the checksums file; not listed in it."""
 log = logging.getLogger(__name__)
 PACKAGES = ("excise", "torch", "transformers", "safetensors", "huggingface-hub", "numpy")
 
@@ -53,7 +53,7 @@ def package_versions() -> dict[str, str]:
 
 
 def platform_of() -> dict[str, str]:
-    """What else decides the last bits of a result: system, processor family and the instructions that torch uses."""
+    """System, processor family and instruction set, which decide the last bits of a result."""
     import torch
 
     return {
@@ -106,7 +106,7 @@ def verify_folder(folder: Path) -> int:
     """Check a published folder against its own checksums; returns how many files were checked.
 
     Raises:
-        RequestError: It has no checksums, so excise did not make it.
+        RequestError: The folder has no checksums, so excise did not make it.
         VerifyError: A file was changed, added, removed or replaced by a link; the message names it.
     """
     sums_path = folder / SUMS
@@ -132,7 +132,7 @@ def verify_folder(folder: Path) -> int:
     problems += [
         f"{name} was changed" for name in sorted(listed.keys() & actual.keys()) if listed[name] != actual[name]
     ]
-    # The file of sums is compared as text, so that a changed space or letter case in it is found as well.
+    # The file of sums is compared as text, so that a changed space or letter case in it is noticed as well.
     if not problems and raw != _sums_text(actual):
         problems = [f"{SUMS} was changed"]
     if MANIFEST not in actual:
@@ -145,11 +145,15 @@ def verify_folder(folder: Path) -> int:
 def amend_folder(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     """Add or replace small files of a published folder, checksums included.
 
-    The amended folder is made whole beside the old one, which shares its weights, and takes its place. A signature is taken away,
-    with a warning: it was of other checksums.
+    The new folder is completed beside the old one, with hard links to its weights, and then takes its place. A
+    signature is removed with a warning, because it belongs to the old checksums.
+
+    Args:
+        folder: A published folder.
+        contents: New content by file name, relative to the folder.
 
     Raises:
-        VerifyError: The folder was not as it was published.
+        VerifyError: The folder is not as it was published.
     """
     verify_folder(folder)
     staging, before = folder.with_name(f".{folder.name}.amended"), folder.with_name(f".{folder.name}.before")
@@ -157,11 +161,8 @@ def amend_folder(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     shutil.copytree(folder, staging, copy_function=os.link)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if (staging / SIGNATURE).exists():
-        # It is of the checksums as they were.
         (staging / SIGNATURE).unlink()
-        log.warning(
-            "%s was signed; its files are others now, so the signature was taken away: sign it again", folder.name
-        )
+        log.warning("%s was signed; its files have changed, so the signature was removed; sign it again", folder.name)
     for name, content in contents.items():
         _write_anew(staging / name, content)
         manifest["files"][name] = {"size": (staging / name).stat().st_size, "sha256": sha256_of(staging / name)}
@@ -176,7 +177,8 @@ def amend_folder(folder: Path, contents: Mapping[str, str | bytes]) -> None:
 
 
 def _write_anew(path: Path, content: str | bytes) -> None:
-    """Write a file that shares nothing with the one that stood there."""
+    """Replace a file by a new one."""
+    # The old file may be a hard link into another folder, which writing into it would change.
     path.unlink(missing_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -188,8 +190,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _files(folder: Path) -> list[str]:
-    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def _empty_folders(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints on disk, read by their headers: what is there, and whether it is whole and safe."""
+"""Safetensors checkpoints on disk: reading headers, and checking that the files are complete and safe."""
 
 import json
 import mmap
@@ -18,7 +18,7 @@ from ...editing.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FINITE_BLOCK = 1 << 26
-"""Bytes looked at at a time; a multiple of every element size."""
+"""Bytes checked at a time; a multiple of every element size."""
 MAX_HEADER = 100_000_000
 """Bytes of the largest header that the safetensors library reads."""
 
@@ -39,7 +39,7 @@ EDITABLE = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor's bytes lie."""
+    """Position, type and shape of one tensor in its file."""
 
     name: str
     dtype: str
@@ -64,7 +64,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder whose headers, index and shapes were checked; no weight was read."""
+    """A model folder whose headers, index and shapes were checked; no weight was read yet."""
 
     folder: Path
     config: dict[str, Any]
@@ -85,7 +85,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read and check a checkpoint's config, index and headers.
 
     Raises:
-        CheckpointError: Something is missing, truncated, out of place, pickled or points outside the folder.
+        CheckpointError: A file is missing, truncated, inconsistent, pickled, or links to a place outside the folder.
     """
     if not folder.is_dir():
         raise CheckpointError(
@@ -109,7 +109,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
-    """Read single tensors of a checkpoint by name, as modules in memory spell it."""
+    """Yield a function that reads single tensors of a checkpoint, by the parameter's name in memory.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or lacks the tensor.
+    """
     from safetensors import safe_open
 
     checkpoint = open_checkpoint(folder)
@@ -122,17 +126,17 @@ def open_tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
             stored = spelled(row, name, places)
             if stored is None:
                 raise CheckpointError(f"{folder.name} has no tensor {name}; give the base that the model was made from")
-            found: Tensor = files[places[stored]].get_tensor(stored)
-            return found
+            tensor: Tensor = files[places[stored]].get_tensor(stored)
+            return tensor
 
         yield read
 
 
 def read_header(path: Path) -> Shard:
-    """Read one safetensors header and check that the tensors tile the file exactly.
+    """Read one safetensors header and check that the tensors fill the file without gaps.
 
     Raises:
-        CheckpointError: The header is not one, or the file is shorter or longer than it says.
+        CheckpointError: The header is damaged, or the file is shorter or longer than the header says.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -146,10 +150,10 @@ def read_header(path: Path) -> Shard:
     try:
         entries = json.loads(header, object_pairs_hook=_no_duplicates)
         entries.pop("__metadata__", None)
-        found = [_entry(path, name, entry, 8 + length) for name, entry in entries.items()]
+        unsorted = [_entry(path, name, entry, 8 + length) for name, entry in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path.name} has a damaged header ({error}); fetch it again") from error
-    tensors = tuple(sorted(found, key=lambda tensor: (tensor.start, tensor.size)))
+    tensors = tuple(sorted(unsorted, key=lambda tensor: (tensor.start, tensor.size)))
     position = 8 + length
     for tensor in tensors:
         if tensor.start != position:
@@ -170,25 +174,31 @@ def read_tensor(tensor: StoredTensor) -> Tensor:
 
 
 def check_finite(checkpoint: Checkpoint, advance: Callable[[int], None] = lambda _: None) -> None:
-    """Read every weight once, a block at a time, and raise if one is not a number or infinite.
+    """Read every weight once, block by block, and check that all are finite.
+
+    Args:
+        checkpoint: An opened checkpoint.
+        advance: Called with the bytes of each tensor, for progress.
 
     Raises:
-        CheckpointError: The first such tensor, by name.
+        CheckpointError: A tensor holds NaN or infinite values; the message names the first one.
     """
     for shard in checkpoint.shards:
         with shard.path.open("rb") as file:
             for tensor in shard.tensors:
                 dtype = DTYPES[tensor.dtype]
-                # A float in 8 bits has no test of its own in torch; it has no infinity in the forms that checkpoints use.
+                # torch cannot test 8-bit floats; the 8-bit formats that checkpoints use have no infinity.
                 for start in (
                     range(0, tensor.size, FINITE_BLOCK) if dtype.is_floating_point and dtype.itemsize > 1 else ()
                 ):
                     size = min(FINITE_BLOCK, tensor.size - start)
                     values = as_tensor(mapped(file.fileno(), tensor.start + start, size), tensor.dtype)
-                    # A sum is not finite if a term is not, and is one pass; only then is it looked at closely.
+                    # The sum takes one pass and is not finite if a value is not. It can also overflow, so the exact
+                    # test decides.
                     if not torch.isfinite(values.sum(dtype=torch.float64)) and not torch.isfinite(values).all():
                         raise CheckpointError(
-                            f"{shard.path.name}: {tensor.name} holds values that are not finite; fetch it again, or ask its owner"
+                            f"{shard.path.name}: {tensor.name} holds NaN or infinite values; fetch it again, or tell "
+                            "its owner"
                         )
                 advance(tensor.size)
 
@@ -199,7 +209,7 @@ def as_tensor(data: memoryview, dtype: str) -> Tensor:
 
 
 def mapped(descriptor: int, start: int, size: int) -> memoryview:
-    """Bytes of a file, without a copy; they leave memory with the last reference to them.
+    """Bytes of a file without a copy; the memory is freed with the last reference.
 
     Raises:
         CheckpointError: The file is shorter than its header said when it was opened.
@@ -208,7 +218,7 @@ def mapped(descriptor: int, start: int, size: int) -> memoryview:
         return memoryview(b"")
     before = start % mmap.ALLOCATIONGRANULARITY
     try:
-        # A private writable mapping, because torch warns about buffers that it may not write.
+        # A private writable mapping: torch warns about read-only buffers.
         pages = mmap.mmap(descriptor, before + size, access=mmap.ACCESS_COPY, offset=start - before)
     except ValueError as error:
         raise CheckpointError("a checkpoint file became shorter while it was read; fetch it again") from error
@@ -254,7 +264,7 @@ def _check_index(folder: Path, index: dict[str, Any], shards: tuple[Shard, ...])
 
 
 def _inside(folder: Path, path: Path) -> Path:
-    """Follow links, which the Hub's cache uses, but only to files of the same model's cache entry."""
+    """Check that a file is inside the folder. Links are allowed into the same model's entry of the Hub's cache."""
     target = path.resolve()
     allowed = [folder.resolve()]
     if folder.parent.name == "snapshots":
@@ -291,5 +301,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if len(keys) != len(set(keys)):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return dict(pairs)

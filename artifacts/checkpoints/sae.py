@@ -1,7 +1,7 @@
-"""Latents of published sparse autoencoders as directions: only the asked rows are read, and never a pickle's code.
+"""Latents of published sparse autoencoders (SAEs). Only the requested rows are read, and no code from pickles is run.
 
-What differs between formats is a row of ``FORMATS``: files, keys, orientation, and where the hook is named. A width that
-does not fit the model is an error, never a reason to transpose.
+``FORMATS`` has one row for each file format: files, keys, orientation, and where the hook point is named. A width that
+differs from the model's is an error; matrices are never transposed to make them fit.
 """
 
 import json
@@ -21,7 +21,7 @@ from ...editing.errors import RequestError, nearest, one_line
 from .manifest import sha256_of
 
 Read = Callable[[str, Sequence[int] | None, int], Tensor]
-"""Reads a tensor by key; of a matrix only some entries along an axis."""
+"""Reads a tensor by key: all of it, or only the given indices along an axis."""
 _SUBLAYERS: dict[str | None, Site] = {
     None: "output",
     "mlp": "mlp",
@@ -37,24 +37,28 @@ class Format:
     """How one library stores an autoencoder."""
 
     weights: str
-    """Its file of weights, as a glob in the folder."""
+    """File with the weights, relative to the folder."""
     about: str
-    """Its configuration; the empty string where the path says everything."""
+    """File with the configuration; empty if the path says everything."""
     decoder: Mapping[str, int]
-    """Keys of the decoder, each with the axis that latents stand along."""
+    """Possible keys of the decoder matrix, each with its axis of latents."""
     encoder: Mapping[str, int]
+    """The same for the encoder matrix."""
     bias: tuple[str, ...]
+    """Possible keys of the encoder's bias."""
     decoder_bias: tuple[str, ...]
+    """Possible keys of the decoder's bias."""
     place: Callable[[Path, dict[str, Any]], Place]
+    """Finds the hook point, from folder and configuration."""
     centred: bool = True
-    """Whether the decoder's bias is taken from activations before they are encoded."""
+    """Whether the decoder's bias is subtracted from activations before they are encoded."""
 
 
 def _hook(name: str, where: str) -> Place:
     """``blocks.12.hook_resid_post`` and the like."""
     match = re.search(r"(\d+)\.(?:hook_)?(resid_pre|resid_post|mlp_out|attn_out)", name)
     if not match:
-        raise RequestError(f"{where} names the hook {name!r}; known are blocks.N.hook_ with {', '.join(_SITES)}")
+        raise RequestError(f"{where} names the hook {name!r}; allowed are blocks.N.hook_ with {', '.join(_SITES)}")
     return Place(int(match[1]), _SITES[match[2]])
 
 
@@ -72,14 +76,19 @@ def _dictionary_learning(folder: Path, about: dict[str, Any]) -> Place:
 def _sparsify(folder: Path, about: dict[str, Any]) -> Place:
     match = re.fullmatch(r"(?:model\.)?(?:layers|h)\.(\d+)(?:\.(mlp|self_attn|attn|attention))?", folder.name)
     if not match:
-        raise RequestError(f"the folder {folder.name} is no hook point of sparsify, such as layers.12 or layers.12.mlp")
+        raise RequestError(
+            f"the folder name {folder.name} is no hook point of sparsify; keep the original name, such as layers.12.mlp"
+        )
     return Place(int(match[1]), _SUBLAYERS[match[2]])
 
 
 def _gemma_scope(folder: Path, about: dict[str, Any]) -> Place:
     match = re.search(r"layer_(\d+)", str(folder))
     if not match:
-        raise RequestError(f"the path {folder} names no layer_N, and a Gemma Scope file itself says nothing of it")
+        raise RequestError(
+            f"the path {folder} has no layer_N, and Gemma Scope files do not name their layer; keep the original "
+            "folder names"
+        )
     site: Site = "mlp" if "-mlp" in str(folder) else "attention" if "-att" in str(folder) else "output"
     return Place(int(match[1]), site)
 
@@ -137,15 +146,17 @@ FORMATS: dict[str, Format] = {
 def load_latents(
     folder: Path, latents: Sequence[int] | None, width: int, layers: int, format: str = "auto"
 ) -> SparseLatents:
-    """Read some latents of an autoencoder.
+    """Read latents of an autoencoder.
 
     Args:
-        latents: Their numbers; None reads all.
-        width: d_model of the model they are meant for.
-        format: A name of ``FORMATS``; ``auto`` looks at the files.
+        folder: The autoencoder's folder.
+        latents: Indices of latents; None reads all.
+        width: d_model of the model to use them with.
+        layers: Number of decoder layers of that model.
+        format: A key of ``FORMATS``; ``auto`` decides by the files.
 
     Raises:
-        RequestError: The files are of no known format, of another model, or there is no such latent.
+        RequestError: The format is unknown, the autoencoder belongs to another model, or a latent does not exist.
     """
     name = _format_of(folder) if format == "auto" else format
     if name not in FORMATS:
@@ -158,20 +169,24 @@ def load_latents(
     place = form.place(folder, about)
     if not 0 <= place.layer < layers:
         raise RequestError(
-            f"the autoencoder is of the {place}, the model has layers 0 to {layers - 1}; give one of this model"
+            f"the autoencoder belongs to the {place}, the model has layers 0 to {layers - 1}; give an autoencoder of "
+            "this model"
         )
     keys, read = _reader(path)
     key, axis = _known(keys, form.decoder, path, "decoder")
     count, d = _shape(path, key, axis)
     if d != width:
         raise RequestError(
-            f"{path.name} holds {key} for {count} latents of width {d}, the model has width {width}; give an autoencoder of this model"
+            f"{path.name} holds {key} for {count} latents of width {d}, the model has width {width}; "
+            "give an autoencoder of this model"
         )
     numbers = range(count) if latents is None else latents
     wrong = [latent for latent in numbers if not 0 <= latent < count]
     if wrong or not numbers:
         raise RequestError(
-            f"there is no latent {wrong[0] if wrong else '(none asked)'}; the autoencoder has 0 to {count - 1}"
+            f"there is no latent {wrong[0]}; the autoencoder has latents 0 to {count - 1}"
+            if wrong
+            else f"the list of latents is empty; name some of 0 to {count - 1}"
         )
     bias_key = next((k for k in form.decoder_bias if k in keys), None)
     encoder_key, encoder_axis = _known(keys, form.encoder, path, "encoder")
@@ -191,7 +206,7 @@ def load_latents(
 
 
 def _not_alone(about: Mapping[str, Any], keys: set[str]) -> str:
-    """Why some latents with their encoder rows alone do not say when they fire; empty where they do."""
+    """Why encoder rows alone do not give the latents' values; empty if they do."""
     about = {**about, **about.get("trainer", {})}
     kind = str(about.get("architecture") or about.get("dict_class") or "").lower()
     if keys & {"r_mag", "b_gate", "gate_bias"}:
@@ -204,7 +219,7 @@ def _not_alone(about: Mapping[str, Any], keys: set[str]) -> str:
 
 
 def is_autoencoder(folder: Path) -> bool:
-    """Whether a folder holds a file of a known format, or of several."""
+    """Whether a folder holds the weights of at least one known format."""
     return bool(_fitting(folder))
 
 
@@ -215,9 +230,9 @@ def _fitting(folder: Path) -> list[str]:
 def _threshold(keys: set[str], read: Read, latents: Sequence[int]) -> Tensor | None:
     if "threshold" not in keys:
         return None
-    found = read("threshold", None, 0).float()
-    # BatchTopK stores one threshold for all.
-    return found.expand(len(latents)).clone() if found.numel() == 1 else found[list(latents)]
+    threshold = read("threshold", None, 0).float()
+    # BatchTopK stores one threshold for all latents.
+    return threshold.expand(len(latents)).clone() if threshold.numel() == 1 else threshold[list(latents)]
 
 
 def _format_of(folder: Path) -> str:
@@ -225,7 +240,8 @@ def _format_of(folder: Path) -> str:
     if len(fitting) != 1:
         files = ", ".join(form.weights for form in FORMATS.values())
         raise RequestError(
-            f"{folder} holds {'several of' if fitting else 'none of'} {files}; give an autoencoder's folder, or its format"
+            f"{folder} holds {'several of' if fitting else 'none of'} {files}; "
+            "give the folder of one autoencoder, or name its format"
         )
     return fitting[0]
 
@@ -236,22 +252,22 @@ def _read_about(path: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError) as error:
         raise RequestError(
-            f"{path.name} of the autoencoder cannot be read ({error}); it says where its directions belong"
+            f"{path.name} of the autoencoder cannot be read ({error}); it names the layer, so fetch it again"
         ) from error
 
 
 def _known(keys: set[str], wanted: Mapping[str, int], path: Path, what: str) -> tuple[str, int]:
-    found = [(key, axis) for key, axis in wanted.items() if key in keys]
-    if len(found) != 1:
+    matches = [(key, axis) for key, axis in wanted.items() if key in keys]
+    if len(matches) != 1:
         raise RequestError(
-            f"{path.name} has {'several' if found else 'no'} {what} ({', '.join(sorted(keys)[:8])}); a file of this format has one of "
-            f"{', '.join(wanted)}"
+            f"{path.name} has {'several' if matches else 'no'} {what} ({', '.join(sorted(keys)[:8])}); "
+            f"a file of this format has one of {', '.join(wanted)}"
         )
-    return found[0]
+    return matches[0]
 
 
 def _shape(path: Path, key: str, axis: int) -> tuple[int, int]:
-    """Latents and width, as the format declares them."""
+    """Number of latents and width of the decoder, by the format's declared axes."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -260,7 +276,9 @@ def _shape(path: Path, key: str, axis: int) -> tuple[int, int]:
     else:
         shape = list(_loaded(path)[key].shape)
     if len(shape) != 2:
-        raise RequestError(f"{key} of {path.name} is {list(shape)}; a decoder is a matrix")
+        raise RequestError(
+            f"{key} of {path.name} has the shape {list(shape)}; a decoder is a matrix, so give another autoencoder"
+        )
     return int(shape[axis]), int(shape[1 - axis])
 
 
@@ -268,9 +286,9 @@ def _reader(path: Path) -> tuple[set[str], Read]:
     if path.suffix != ".safetensors":
         loaded = _loaded(path)
 
-        def pick(key: str, some: Sequence[int] | None, axis: int) -> Tensor:
+        def pick(key: str, indices: Sequence[int] | None, axis: int) -> Tensor:
             whole = torch.as_tensor(loaded[key])
-            return whole.float() if some is None else whole.index_select(axis, torch.tensor(list(some))).float()
+            return whole.float() if indices is None else whole.index_select(axis, torch.tensor(list(indices))).float()
 
         return set(loaded), pick
     from safetensors import safe_open
@@ -278,15 +296,15 @@ def _reader(path: Path) -> tuple[set[str], Read]:
     with safe_open(path, "pt") as file:
         keys = set(file.keys())
 
-    def cut(key: str, some: Sequence[int] | None, axis: int) -> Tensor:
+    def cut(key: str, indices: Sequence[int] | None, axis: int) -> Tensor:
         with safe_open(path, "pt") as file:
-            if some is None:
+            if indices is None:
                 whole: Tensor = file.get_tensor(key)
                 return whole.float()
             part = file.get_slice(key)
             if len(part.get_shape()) == 1:
-                return torch.cat([part[i : i + 1] for i in some]).float()
-            return torch.cat([part[i : i + 1] if axis == 0 else part[:, i : i + 1] for i in some], axis).float()
+                return torch.cat([part[i : i + 1] for i in indices]).float()
+            return torch.cat([part[i : i + 1] if axis == 0 else part[:, i : i + 1] for i in indices], axis).float()
 
     return keys, cut
 
@@ -300,7 +318,8 @@ def _loaded(path: Path) -> Mapping[str, Any]:
         content: Mapping[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
         raise RequestError(
-            f"{path.name} is not a plain file of tensors ({one_line(error, 120)}); it was not loaded"
+            f"{path.name} is not a plain file of tensors ({one_line(error, 120)}), and could run code; it was not "
+            "loaded"
         ) from error
     return content
 

@@ -1,4 +1,4 @@
-"""Whose a published folder is: a signature over its checksums, in the OpenSSF model signing format (a Sigstore bundle)."""
+"""Signatures of published folders: over the checksums, in the OpenSSF model signing format (a Sigstore bundle)."""
 
 import os
 from pathlib import Path
@@ -8,11 +8,11 @@ from ...editing.errors import RequestError, VerifyError, one_line
 from .manifest import SIGNATURE, SUMS, verify_folder
 from .staging import sync
 
-EXTRA = "signatures need another package; pip install 'excise[sign]'"
+EXTRA = "signatures need the package model-signing; run: pip install 'excise[sign]'"
 
 
 def sign_folder(folder: Path, private_key: Path, password: str | None = None) -> Path:
-    """Sign a published folder's checksums, and by them every file; returns the signature's path.
+    """Sign a published folder's checksums, which cover every file; returns the signature's path.
 
     Args:
         private_key: An elliptic curve key (P-256, P-384 or P-521) as PEM.
@@ -24,11 +24,11 @@ def sign_folder(folder: Path, private_key: Path, password: str | None = None) ->
     verify_folder(folder)
     config = _config("signing")
     try:
-        # It is annotated as text, and goes to a function that takes bytes.
+        # model_signing annotates the password as text but needs bytes.
         config.use_elliptic_key_signer(private_key=private_key, password=password.encode() if password else None)
     except (OSError, ValueError, TypeError) as error:
         raise RequestError(
-            f"{private_key.name} is no private key that signs ({one_line(error, 120)}); make one with "
+            f"{private_key.name} cannot be used as a private key ({one_line(error, 120)}); make one with "
             "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem`"
         ) from error
     partial, path = folder.with_name(f".{folder.name}.{SIGNATURE}"), folder / SIGNATURE
@@ -42,21 +42,24 @@ def sign_folder(folder: Path, private_key: Path, password: str | None = None) ->
 
 
 def check_signature(folder: Path, public_key: Path) -> None:
-    """Check that the owner of a key signed the folder's checksums as they are.
+    """Check that the owner of a key signed the folder's present checksums.
 
     Raises:
         RequestError: The key cannot be used.
-        VerifyError: There is no signature, or it is of another key or of other checksums.
+        VerifyError: There is no signature, or it was made with another key or for other checksums.
     """
     path = folder / SIGNATURE
     if not path.is_file():
-        raise VerifyError(f"{folder.name} carries no signature ({SIGNATURE}); nothing says who published it")
+        raise VerifyError(
+            f"{folder.name} has no signature ({SIGNATURE}), so its publisher is unknown; sign it, or verify without a "
+            "key"
+        )
     config = _config("verifying")
     try:
         config.use_elliptic_key_verifier(public_key=public_key)
     except (OSError, ValueError, TypeError) as error:
         raise RequestError(
-            f"{public_key.name} is no public key ({one_line(error, 120)}); make one with "
+            f"{public_key.name} cannot be used as a public key ({one_line(error, 120)}); make one with "
             "`openssl ec -in key.pem -pubout -out public.pem`"
         ) from error
     try:
@@ -64,7 +67,8 @@ def check_signature(folder: Path, public_key: Path) -> None:
     except Exception as error:  # a dozen kinds of several libraries, none of which leaves the signature valid
         reason = one_line(error, 120)
         raise VerifyError(
-            f"{folder.name} was not signed with this key as it is now ({reason}); ask its owner for the key, or fetch it again"
+            f"{folder.name} was not signed with this key as it is now ({reason}); "
+            "ask its owner for the key, or fetch it again"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A folder is absent or complete: it is made under another name beside its place and renamed last."""
+"""Folders that are absent or complete: each is written under a hidden name and renamed at the end."""
 
 import fcntl
 import os
@@ -11,7 +11,11 @@ from ...editing.errors import RequestError
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise unless ``out`` is free, before anything expensive happens."""
+    """Check that nothing exists at ``out``, before anything expensive happens.
+
+    Raises:
+        RequestError: Something exists there.
+    """
     if out.exists() or out.is_symlink():
         raise RequestError(f"{out} exists already; give another --out, or remove it first")
 
@@ -20,8 +24,8 @@ def refuse_existing(out: Path) -> None:
 def staged_folder(out: Path, *, resumable: bool = False) -> Iterator[Path]:
     """Yield a hidden folder beside ``out``; on success it is synced to disk and renamed to ``out``.
 
-    After an error or Ctrl-C it is removed, unless ``resumable``; after a kill it is left behind under
-    its hidden name, where the next run with the same ``out`` takes it over or removes it.
+    After an error or Ctrl-C the hidden folder is removed, unless ``resumable``. After a kill it stays behind, and the
+    next run with the same ``out`` continues in it or removes it.
 
     Raises:
         RequestError: ``out`` exists, or another process is writing it.
@@ -42,12 +46,12 @@ def staged_folder(out: Path, *, resumable: bool = False) -> Iterator[Path]:
 
 
 def publish_folder(staging: Path, out: Path) -> None:
-    """Make a finished folder visible: every file on disk first, then one rename, then the parent on disk."""
+    """Make a finished folder visible: sync every file to disk, rename the folder, then sync its parent."""
     umask = os.umask(0)
     os.umask(umask)
     for path in sorted(staging.rglob("*")):
         if path.is_file():
-            # Some writers make private files; what is published follows the user's umask.
+            # Some libraries create files that only the user can read; published files follow the umask.
             path.chmod(0o666 & ~umask)
         sync(path)
     sync(staging)
@@ -57,7 +61,7 @@ def publish_folder(staging: Path, out: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that is absent, what it was before, or complete."""
+    """Write a file completely or not at all; until then the old content, if any, stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -1,4 +1,4 @@
-"""Threads that work beside a writer, so that hashing and the disk do not wait for each other."""
+"""Threads for hashing and writing, so that the processor and the disk do not wait for each other."""
 
 import errno
 import fcntl
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 Block = bytes | memoryview
-"""Bytes that nobody changes, so that threads may share them."""
+"""Bytes that must not change while threads share them."""
 ROOM = 2 << 20
-"""Bytes a write."""
+"""Bytes per write."""
 
 
 class Hasher:
-    """SHA-256 in a thread of its own, a few blocks behind the writer."""
+    """SHA-256 in a separate thread, a few blocks behind the writer."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -30,7 +30,7 @@ class Hasher:
         self._thread.start()
 
     def update(self, block: Block) -> None:
-        """Take in a block, which must not be changed afterwards."""
+        """Add a block, which must not change afterwards."""
         self._queue.put(block)
 
     def finish(self) -> str:
@@ -45,13 +45,13 @@ class Hasher:
 
 
 class Output:
-    """A new file, written by a thread of its own and on disk when it is closed.
+    """A new file, written in a separate thread and synced to disk by ``close``.
 
-    It goes past the page cache where the file system allows it: eight gigabytes of pages that nobody is
-    about to read cost more time than the rest of an export.
+    Writes bypass the page cache if the file system allows it: caching gigabytes that nobody reads would take more time
+    than the rest of an export.
 
     Raises:
-        OSError: From any method, once the disk could not take what it was given.
+        OSError: From any method, after a write failed.
     """
 
     def __init__(self, path: Path):
@@ -62,7 +62,7 @@ class Output:
             if error.errno != errno.EINVAL:
                 raise
             self._file = os.open(path, flags, 0o666)
-        # Anonymous pages are aligned as direct writes need it.
+        # Direct writes need aligned memory, which anonymous pages are.
         self._room, self._held = memoryview(mmap.mmap(-1, ROOM)), 0
         self._queue: queue.Queue[Block | None] = queue.Queue(maxsize=16)
         self._error: OSError | None = None
@@ -70,7 +70,7 @@ class Output:
         self._thread.start()
 
     def write(self, block: Block) -> None:
-        """Take in a block, which must not be changed afterwards."""
+        """Add a block, which must not change afterwards."""
         if self._error is not None:
             raise self._error
         self._queue.put(block)
@@ -90,9 +90,9 @@ class Output:
         if self._error is None:
             self._guarded(self._finish)
 
-    def _guarded(self, work: Callable[..., None], *given: Block) -> None:
+    def _guarded(self, work: Callable[..., None], *blocks: Block) -> None:
         try:
-            work(*given)
+            work(*blocks)
         except OSError as error:
             self._error = error
 
@@ -117,13 +117,13 @@ class Output:
             try:
                 view = view[os.write(self._file, view) :]
             except OSError as error:
-                # Some file systems take the flag and then refuse the write; a short write loses the alignment.
+                # Some file systems accept O_DIRECT and then refuse the write, and a short write breaks the alignment.
                 if error.errno != errno.EINVAL or not self._buffered():
                     raise
         self._held = 0
 
     def _buffered(self) -> bool:
-        """Go through the page cache from here on; says whether that is a change."""
+        """Use the page cache from here on; returns whether writes bypassed it before."""
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
         direct = getattr(os, "O_DIRECT", 0)
         fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~direct)
@@ -132,7 +132,8 @@ class Output:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Leave the other cores to hashing: idle torch threads would spin on them."""
+    """Limit torch to one thread while the context lasts, to leave the other cores to hashing."""
+    # Idle torch threads spin, so they would take time from the hashing threads even without work.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

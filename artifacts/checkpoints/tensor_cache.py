@@ -1,4 +1,4 @@
-"""Tensors that are dear to compute, kept on disk under what they were computed from."""
+"""A disk cache of tensors that are expensive to compute, by what they were computed from."""
 
 import hashlib
 import os
@@ -15,30 +15,30 @@ from torch import Tensor
 from .manifest import sha256_of
 
 BUDGET = 4 * 2**30
-"""Bytes kept; what was used longest ago goes first."""
+"""Bytes on disk; the least recently used tensors are deleted first."""
 
 
 @dataclass(frozen=True)
 class TensorCache:
-    """A folder of tensors by content key. Losing it costs time alone."""
+    """A folder of tensors by key. Deleting it only costs time."""
 
     folder: Path
     scope: str
-    """What all of them depend on: the model's files and the type it computes in."""
+    """What all entries depend on: the model's files and its dtype, as ``scope_of`` writes it."""
     budget: int = BUDGET
 
     def get(self, *parts: object) -> dict[str, Tensor] | None:
-        """What is kept under a key, or None."""
+        """The tensors of a key, or None if there are none or they cannot be read."""
         path = self._path(parts)
         try:
-            found: dict[str, Tensor] = load_file(path)
+            tensors: dict[str, Tensor] = load_file(path)
             os.utime(path)
         except (OSError, SafetensorError):
             return None
-        return found
+        return tensors
 
     def put(self, tensors: Mapping[str, Tensor], *parts: object) -> None:
-        """Keep tensors whole or not at all; a full disk is no reason to stop."""
+        """Store tensors completely or not at all; a full disk is not an error."""
         path = self._path(parts)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
@@ -63,7 +63,7 @@ class TensorCache:
 
 
 def scope_of(folder: Path, dtype: torch.dtype, device: torch.device) -> str:
-    """Identifies a model's outputs: the bytes of its weights and configuration, and what computes."""
+    """A text that identifies a model's outputs: hashes of weights and config, dtype, device and library versions."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     sums = [sha256_of(path) for path in files]
     versions = (torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability())

@@ -1,9 +1,9 @@
-"""Where converted models and tensors that can be computed again are kept."""
+"""The folder for converted models and for tensors that can be computed again."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept."""
+    """``$XDG_CACHE_HOME/excise``, or ``~/.cache/excise``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "excise"

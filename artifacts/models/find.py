@@ -1,4 +1,4 @@
-"""Models by reference: built in, on the Hub, in a folder or in a GGUF file; each becomes a safetensors folder."""
+"""Models by reference: built in, on the Hub, in a folder or in a GGUF file. Each becomes a safetensors folder."""
 
 import re
 from pathlib import Path
@@ -13,13 +13,16 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?"
 
 
 def find_model(ref: str) -> ModelSource:
-    """Resolve a reference to a folder; downloads from the Hub and converts GGUF, once each.
+    """Resolve a reference to a local folder. A Hub model is downloaded once, and a GGUF file converted once.
 
     A run's folder stands for the checkpoint in it.
 
     Raises:
-        RequestError: Nothing has that name, or the Hub cannot be reached.
-        CheckpointError: The file is a pickle or not a model.
+        RequestError: There is no such model, or the Hub cannot be reached.
+        CheckpointError: The file is a pickle, or not a model.
+
+    Example:
+        >>> find_model("org/name@main").folder
     """
     path = Path(ref)
     if ref.startswith("builtin:"):
@@ -30,14 +33,14 @@ def find_model(ref: str) -> ModelSource:
         return ModelSource("builtin", ref, BUILTIN / name)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise CheckpointError(
-            f"{path.name} is a pickle, which can run code when loaded; convert it on a machine you can spare: "
+            f"{path.name} is a pickle, which can run code when loaded; convert it on a machine without private data: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW_FOLDER)"
         )
     if path.is_dir():
         path = checkpoint_of(path)
-        whole = path.resolve()
-        # A checkpoint is named together with its run.
-        name = f"{whole.parent.name}/{whole.name}" if whole.name == "checkpoint" else whole.name
+        folder = path.resolve()
+        # Every run's model folder is called checkpoint, so the run's name is added.
+        name = f"{folder.parent.name}/{folder.name}" if folder.name == "checkpoint" else folder.name
         return ModelSource("local", name, path)
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""GGUF files, dequantized once into an ordinary checkpoint."""
+"""GGUF files, converted once into an ordinary checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,11 @@ from .source import ModelSource
 
 
 def from_gguf(path: Path) -> ModelSource:
-    """Dequantize into an ordinary bfloat16 checkpoint, kept in the cache under the file's hash."""
+    """Dequantize a GGUF file into a bfloat16 checkpoint in the cache, under the file's hash.
+
+    Raises:
+        CheckpointError: The file is not GGUF, or transformers cannot convert it.
+    """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path.name} is not a GGUF file; fetch it again")
@@ -34,8 +38,10 @@ def _dequantize(path: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(parent, **place)
         model: Any = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32, **place)
     except (ValueError, OSError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise CheckpointError(f"{path.name} cannot be converted: {one_line(error)}") from error
-    # The weights are ordinary tensors now; transformers refuses to save while these marks stand.
+        raise CheckpointError(
+            f"{path.name} cannot be converted: {one_line(error)}; give another file or a safetensors folder"
+        ) from error
+    # The weights are ordinary tensors now, but transformers refuses to save while these attributes exist.
     model.hf_quantizer = None
     model.is_quantized = False
     for owner in (model, model.config):

@@ -20,6 +20,12 @@ WANTED = [
 
 
 def from_hub(repo_id: str, revision: str | None) -> ModelSource:
+    """Download a model at a revision (default: the main branch) and pin it to the commit.
+
+    Raises:
+        RequestError: The Hub refuses or cannot be reached, and its cache does not hold the model.
+        CheckpointError: The cached folder is not named by a commit.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -28,7 +34,7 @@ def from_hub(repo_id: str, revision: str | None) -> ModelSource:
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=WANTED))
     except LocalEntryNotFoundError as error:
         raise RequestError(
-            f"{repo_id} is no local folder, the Hub cannot be reached and its cache does not hold the model; "
+            f"{repo_id} is no local folder, the Hub cannot be reached, and the Hub's cache does not hold the model; "
             "check the name, go online, or give a model folder, a .gguf file or builtin:testbed"
         ) from error
     except HfHubHTTPError as error:
@@ -39,6 +45,6 @@ def from_hub(repo_id: str, revision: str | None) -> ModelSource:
         ) from error
     if not re.fullmatch(r"[0-9a-f]{40}", folder.name):
         raise CheckpointError(
-            f"the Hub's cache holds {repo_id} under {folder.name}, which is no commit; clear the cache"
+            f"the Hub's cache holds {repo_id} under {folder.name}, which is not a commit; clear the cache"
         )
     return ModelSource("hub", repo_id, folder, revision=folder.name)

@@ -1,4 +1,4 @@
-"""Weights and tokenizer of a model that was found, ready to measure."""
+"""Loading weights and tokenizer of a model."""
 
 import re
 from dataclasses import dataclass
@@ -29,10 +29,13 @@ class LoadedModel:
 def load_model(
     source: ModelSource, device: torch.device, dtype: torch.dtype, *, bits: Literal[4, 16] = 16
 ) -> LoadedModel:
-    """Load weights in evaluation mode: safetensors only, no remote code, no tensor missing, unexpected or reshaped.
+    """Load a model in evaluation mode, from safetensors only, without remote code, and with exactly its tensors.
 
     Args:
-        bits: 4 quantizes to bitsandbytes NF4 while loading, on a GPU.
+        source: A model that ``find_model`` returned.
+        device: Where to put it.
+        dtype: What it computes in.
+        bits: 16 for ``dtype``; 4 quantizes to bitsandbytes NF4 while loading, on a GPU.
 
     Raises:
         CheckpointError: The weights and the configuration do not fit together, or there is no tokenizer.
@@ -53,13 +56,15 @@ def load_model(
             **_quantized(bits, device, dtype),
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{source.name} does not load: {one_line(error)}") from error
+        raise CheckpointError(
+            f"{source.name} cannot be loaded: {one_line(error)}; fetch the checkpoint again"
+        ) from error
     model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in info.get(problem, ())):
             raise CheckpointError(
                 f"{source.name} has {len(names)} {problem.replace('_', ' ')}, the first is {names[0]}; "
-                "transformers would go on with random weights; fetch the checkpoint again"
+                "transformers would use random weights there; fetch the checkpoint again"
             )
     if device.type == "cpu" and dtype == torch.bfloat16:
         attend_by_products(model)
@@ -78,7 +83,11 @@ def _quantized(bits: int, device: torch.device, dtype: torch.dtype) -> dict[str,
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, padding on the left."""
+    """The model's tokenizer, with left padding; the end token pads if there is no pad token.
+
+    Raises:
+        CheckpointError: The folder has no usable tokenizer.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -97,7 +106,7 @@ def choose_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device.
 
     Raises:
-        RequestError: The name is another one, or there is no such GPU.
+        RequestError: The name is none of these, or there is no such GPU.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,13 +115,17 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RequestError(
-            f"device {name} is not there, this machine has {torch.cuda.device_count()} GPUs; give auto or cpu"
+            f"device {name} does not exist, this machine has {torch.cuda.device_count()} GPUs; give auto or cpu"
         )
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turn ``auto``, ``float32`` or ``bfloat16`` into a dtype to compute in."""
+    """Turn ``auto``, ``float32`` or ``bfloat16`` into a dtype; ``auto`` is bfloat16 where it is fast.
+
+    Raises:
+        RequestError: The name is none of these.
+    """
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name == "auto":
         return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
@@ -122,7 +135,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products are native; on a CPU without AVX512-BF16 they take 60 times as long as fp32."""
+    """Whether the device multiplies bfloat16 natively; a CPU without AVX512-BF16 is 60 times slower than in fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported())

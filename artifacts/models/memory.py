@@ -1,4 +1,4 @@
-"""Whether a model fits into memory, before it is loaded."""
+"""Check that a model fits into memory, before it is loaded."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,17 @@ from ..checkpoints.read import Checkpoint
 
 
 def check_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise before loading if the weights alone would not fit."""
+    """Check that the weights alone fit into the device's free memory.
+
+    Raises:
+        ExciseError: They do not fit.
+    """
     weights = sum(elements(tensor.shape) for tensor in checkpoint.tensors.values()) * dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if weights > free:
         raise ExciseError(
-            f"the model needs {weights / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, {device} has {free / 1e9:.1f} GB free; "
+            f"the model needs {weights / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, "
+            f"{device} has {free / 1e9:.1f} GB free; "
             "use --dtype bfloat16 or a larger machine; `excise apply` needs no memory for the model"
         )
 
@@ -30,6 +35,7 @@ def available_memory() -> int:
 
 
 def elements(shape: tuple[int, ...]) -> int:
+    """Number of elements of a tensor of this shape."""
     count = 1
     for length in shape:
         count *= length

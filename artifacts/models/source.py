@@ -1,4 +1,4 @@
-"""A model that was found, and the models in the package."""
+"""The description of a model's source, and the models in the package."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ BUILTIN = Path(__file__).parents[1] / "builtin"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found; its weights were not read."""
+    """A model in a local folder; its weights were not read yet."""
 
     kind: Literal["builtin", "hub", "local", "gguf"]
     name: str
@@ -20,15 +20,15 @@ class ModelSource:
     revision: str | None = None
     """40-hex commit of a Hub model."""
     sha256: str | None = None
-    """Of the GGUF file a model was made from."""
+    """SHA-256 of the GGUF file that a model was converted from."""
 
     @property
     def address(self) -> str:
-        """How a command names it, at its commit."""
+        """The reference to give to a command, with the commit if there is one."""
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
     def describe(self) -> dict[str, Any]:
-        """What may be published about where the model came from."""
+        """The source as JSON for publication: without local paths."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -54,7 +54,7 @@ class ModelInMemory:
 
 
 def license_of(folder: Path) -> str | None:
-    """The licence that a model's own card names, or None."""
+    """The licence that the model's card names, or None."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     if not text.startswith("---"):
@@ -63,8 +63,8 @@ def license_of(folder: Path) -> str | None:
         content = yaml.safe_load(text.split("---")[1])
     except yaml.YAMLError:
         return None
-    found = content.get("license") if isinstance(content, dict) else None
-    return found if isinstance(found, str) else None
+    name = content.get("license") if isinstance(content, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def builtin_models() -> list[str]:

@@ -96,9 +96,9 @@ def test_taking_latents_out_is_decoding_without_them_and_adding_the_error_back(n
     ("change", "message"),
     [
         ({"width": N}, "of width 16, the model has width 40"),
-        ({"layers": 3}, "is of the output of layer 5, the model has layers 0 to 2"),
+        ({"layers": 3}, "belongs to the output of layer 5, the model has layers 0 to 2"),
         ({"latents": (40,)}, "there is no latent 40"),
-        ({"latents": ()}, "none asked"),
+        ({"latents": ()}, "the list of latents is empty"),
         ({"format": "sae_lense"}, "did you mean 'sae_lens'"),
         ({"format": "sparsify"}, r"holds no sae\.safetensors"),
     ],

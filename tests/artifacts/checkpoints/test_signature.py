@@ -105,10 +105,10 @@ def test_a_signature_goes_to_the_hub_and_comes_back(made, keys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("sign", "FOLDER", "--key", "KEYS/ours.pem"), "is no private key that signs"),
-        (("sign", "FOLDER", "--key", "KEYS/ours.pub.pem"), "is no private key that signs"),
-        (("sign", "FOLDER", "--key", "KEYS/none.pem"), "is no private key that signs"),
-        (("verify", "FOLDER", "--key", "KEYS/theirs.pem"), "is no public key"),
+        (("sign", "FOLDER", "--key", "KEYS/ours.pem"), "cannot be used as a private key"),
+        (("sign", "FOLDER", "--key", "KEYS/ours.pub.pem"), "cannot be used as a private key"),
+        (("sign", "FOLDER", "--key", "KEYS/none.pem"), "cannot be used as a private key"),
+        (("verify", "FOLDER", "--key", "KEYS/theirs.pem"), "cannot be used as a public key"),
         (("sign", "KEYS", "--key", "KEYS/theirs.pem"), "has no SHA256SUMS"),
     ],
 )
