@@ -1,4 +1,9 @@
-"""Concept packs: what to edit and how to measure it, validated whole before any model is loaded."""
+"""Concept packs: what to edit and how to measure it, validated completely before any model is loaded.
+
+Example:
+    >>> concept = load_concept("builtin:potions")
+    >>> len(concept.questions)
+"""
 
 import json
 from collections.abc import Iterator
@@ -23,8 +28,6 @@ from ..eval.concept import (
 from .checkpoints.manifest import sha256_of
 
 BUILTIN = Path(__file__).parent / "builtin" / "concepts"
-
-
 _FILES: dict[str, type[Row] | type[TrainingRow]] = {
     "forget": ForgetText,
     "retain": RetainText,
@@ -33,8 +36,6 @@ _FILES: dict[str, type[Row] | type[TrainingRow]] = {
     "contrast": ContrastPair,
     "train": TrainingRow,
 }
-
-
 _REQUIRED = {
     "knowledge": ("forget", "retain", "questions"),
     "behaviour": ("forget", "retain", "questions"),
@@ -65,8 +66,8 @@ def load_concept(ref: str) -> Concept:
     """Read and validate a pack by reference: ``builtin:NAME`` or a folder.
 
     Raises:
-        RequestError: Nothing has that name.
-        ConceptError: Bad lines; all of them are listed with file and line number.
+        RequestError: There is no such pack.
+        ConceptError: The pack has errors; the message lists all with file and line number.
     """
     if ref.startswith("builtin:"):
         name = ref.removeprefix("builtin:")
@@ -96,14 +97,16 @@ def _read(folder: Path, ref: str) -> Concept:
         if path.exists():
             rows[name] = tuple(_rows(path, kind, problems))
             if required and not rows[name]:
-                problems.append(f"{path.name}: holds no line; every pack needs some")
+                problems.append(
+                    f"{path.name}: holds no line; every {about.kind if about else 'knowledge'} pack needs some"
+                )
         else:
             rows[name] = ()
             if required:
-                problems.append(f"{path.name}: is missing; every pack needs it")
+                problems.append(f"{path.name}: is missing; every {about.kind if about else 'knowledge'} pack needs it")
     if problems or about is None:
         shown = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
-        raise ConceptError(f"concept {ref} has {len(problems)} bad lines; mend them:\n  {shown}")
+        raise ConceptError(f"concept {ref} has {len(problems)} bad lines; correct them:\n  {shown}")
     sums = {path.name: sha256_of(path) for path in sorted(folder.glob("*")) if path.suffix in (".yaml", ".jsonl")}
     return Concept(about, ref, sha256=sums, folder=folder, **rows)
 
@@ -112,7 +115,7 @@ def read_training(path: Path) -> tuple[TrainingRow, ...]:
     """Rows of a JSON lines file to fine-tune on.
 
     Raises:
-        ConceptError: Bad lines; all of them are listed with their numbers.
+        ConceptError: The file has errors; the message lists them with their line numbers.
     """
     problems: list[str] = []
     rows = tuple(row for row in _rows(path, TrainingRow, problems) if isinstance(row, TrainingRow))
@@ -158,14 +161,14 @@ def _rows(path: Path, kind: type[Row] | type[TrainingRow], problems: list[str]) 
             problems.append(f"{path.name}:{number}: not a JSON object: {error}")
             continue
         if row.id and row.id in seen:
-            problems.append(f"{path.name}:{number}: id {row.id!r} stands in line {seen[row.id]} already")
+            problems.append(f"{path.name}:{number}: id {row.id!r} is used in line {seen[row.id]} already")
         seen[row.id] = number
         if isinstance(row, Question) and row.subject and row.split == "forget":
             group, line_number = groups.setdefault(row.subject, (row.group, number))
             if group != row.group:
                 problems.append(
                     f"{path.name}:{number}: subject {row.subject!r} is in {row.group} here and in {group} in line "
-                    f"{line_number}; an attacker would see what is measured"
+                    f"{line_number}; use one group, or an attacker would train on what is measured"
                 )
         yield row
 

@@ -1,4 +1,4 @@
-"""Runs and audits in a folder, read from what they wrote."""
+"""Runs and audits in a folder, read from the files that they wrote."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ class Run:
     """One line of a list."""
 
     name: str
-    """Its folder, from the folder that was looked through."""
+    """Its folder, relative to the folder that was searched."""
     folder: Path
     kind: Literal["run", "audit"]
     state: Literal["finished", "unfinished", "not readable"]
     content: dict[str, Any]
-    """``eval.json`` or ``audit.json``; empty unless it is finished."""
+    """Content of ``eval.json`` or ``audit.json``; empty unless the run is finished."""
     audit: dict[str, Any] | None = None
-    """Of a run's checkpoint, where it carries one."""
+    """The audit of a run's checkpoint, if there is one."""
 
     @property
     def checkpoint(self) -> Path:
-        """Where its model is."""
+        """The folder with the run's model."""
         inner = self.folder / "checkpoint"
         return inner if inner.is_dir() else self.folder
 
     @property
     def main_change(self) -> str:
-        """The run's main measurement, before and after; an audit's verdict."""
+        """The run's main measurement before and after the edit, or the audit's verdict, as text."""
         if self.kind == "audit":
             return str(self.content.get("verdict", "")).replace("_", " ")
         items = {(m.name, m.split, m.subject): m for m in read_measurements(self.content)} if self.content else {}
@@ -46,10 +46,10 @@ class Run:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """Runs and audits in a folder and one folder below it, newest first."""
+    """Runs and audits in a folder, its folders and theirs, newest first."""
     places = [folder, *_folders(folder), *(below for inner in _folders(folder) for below in _folders(inner))]
-    found = [run for place in places if (run := _read(folder, place))]
-    return sorted(found, key=lambda run: run.folder.stat().st_mtime, reverse=True)
+    runs = [run for place in places if (run := _read(folder, place))]
+    return sorted(runs, key=lambda run: run.folder.stat().st_mtime, reverse=True)
 
 
 def _folders(folder: Path) -> Sequence[Path]:

@@ -79,16 +79,16 @@ def push(
 
     The checkpoint is verified first.
     """
-    from ..artifacts import hub
+    from ..artifacts import push as upload
     from ..artifacts.checkpoints.manifest import checkpoint_of
 
-    request = hub.prepare_push(
+    request = upload.prepare_push(
         checkpoint_of(folder), repo_id, public=public, revision=revision, create_pr=create_pr, unmeasured=unmeasured
     )
     if dry_run:
         return say_plan(request.describe(), as_json)
     quiet_hub()
-    done = hub.push(request)
+    done = upload.push(request)
     if as_json:
         return say_json({**request.describe(), "url": done.url, "commit": done.commit, "new_commit": done.new_commit})
     if not done.new_commit:
@@ -108,12 +108,12 @@ def pull(
 
     Nothing that fails the check is left behind.
     """
-    from ..artifacts import hub
+    from ..artifacts import pull as download
     from ..artifacts.reporting.terminal import next_steps
     from . import shown
 
     quiet_hub()
-    done = hub.pull(ref, out)
+    done = download.pull(ref, out)
     if as_json:
         about = ("commit", "files", "made_by_excise", "left_out")
         return say_json({"out": str(out), **{name: getattr(done, name) for name in about}})
@@ -148,11 +148,11 @@ def reproduce(
         if Path(what).is_dir():
             folder = checkpoint_of(Path(what))
         else:
-            from ..artifacts import hub
+            from ..artifacts import pull as download
 
             out.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-"))) / "published"
-            hub.pull(what, folder)
+            download.pull(what, folder)
         prepared = recipe.prepare(folder, out, model=model, concept=concept, files=file or [])
         done = recipe.run(prepared, Events(watcher=watcher()))
     if as_json:

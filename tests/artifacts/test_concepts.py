@@ -57,7 +57,7 @@ def test_every_bad_line_is_listed_at_once_with_its_number(pack):
     assert "questions.jsonl:3: answer 99 is out of range" in message
     assert "questions.jsonl:5: split" in message
     assert "forget.jsonl:2: text: is blank" in message
-    assert f"retain.jsonl:4: id {first['id']!r} stands in line 1 already" in message
+    assert f"retain.jsonl:4: id {first['id']!r} is used in line 1 already" in message
     assert "contrast.jsonl:257: not a JSON object" in message
 
 
