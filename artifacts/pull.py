@@ -99,8 +99,7 @@ def _check_arrived(folder: Path, listed: dict[str, Digest], ref: str) -> None:
 
 
 def _check_foreign(folder: Path, ref: str) -> int:
-    """Accept a model without excise's checksums, unless it is an unfinished upload of excise; returns its file
-    count."""
+    """Accept a model without excise's checksums, unless it is an unfinished upload; returns the file count."""
     card = folder / CARD
     if (folder / MANIFEST).exists() or (
         card.is_file() and f"{FOLDER}/" in card.read_text(encoding="utf-8", errors="replace")[:4000]

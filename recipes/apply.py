@@ -17,7 +17,7 @@ from ..editing.edits.base import Plan, WeightEdit
 
 @dataclass(frozen=True)
 class PreparedApply:
-    """An edit and a base that fit together."""
+    """An edit and a base that were checked to fit together."""
 
     edit: WeightEdit
     source: ModelSource
@@ -27,7 +27,12 @@ class PreparedApply:
 
 
 def prepare(edit_folder: Path, base: str, out: Path) -> PreparedApply:
-    """Check that the edit fits the base and the result fits the disk, before any weight is read."""
+    """Check that the edit fits the base and the result fits the disk, before any weight is read.
+
+    Raises:
+        RequestError: ``out`` exists, there is no such edit or model, or the edit was learned on another model.
+        ExciseError: The disk has too little space.
+    """
     refuse_existing(out)
     edit = load_edit(edit_folder)
     source = find_model(base)
@@ -58,7 +63,7 @@ def run(prepared: PreparedApply, events: Events) -> Export:
 
 
 def describe(prepared: PreparedApply) -> dict[str, Any]:
-    """What would be touched."""
+    """What the edit would change, as JSON."""
     sizes = prepared.checkpoint.tensors
     return {
         "base": prepared.source.describe(),
@@ -83,21 +88,22 @@ def summary(export: Export, out: Path) -> dict[str, Any]:
 
 
 def worst_residual(export: Export) -> tuple[float, str] | None:
-    """The largest share of a written component that an orthogonalization left, and its tensor; None for other edits."""
-    left = [(change.residual, change.name) for change in export.changes if change.residual is not None]
-    return max(left) if left else None
+    """The largest share of a component that an orthogonalization left, and its tensor; None for other edits."""
+    residuals = [(change.residual, change.name) for change in export.changes if change.residual is not None]
+    return max(residuals) if residuals else None
 
 
 def _card(prepared: PreparedApply, export: Export) -> str:
     changed, worst = sum(change.changed for change in export.changes), worst_residual(export)
-    left = (
+    residual = (
         f"at most {worst[0]:.1e} of the written component along the direction is left in any of them. " if worst else ""
     )
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [excise, model-editing]\n---\n"
         f"# {prepared.source.name}, edited\n\n"
-        "**This checkpoint was not measured.** A saved edit was applied to its base; what it does here is unknown until\n"
+        "**This checkpoint was not measured.** A saved edit was applied to its base; what it does here is unknown "
+        "until\n"
         "`excise eval` is run on it.\n\n"
-        f"{changed} of {len(export.changes)} declared tensors changed{'; ' + left if left else '. '}"
+        f"{changed} of {len(export.changes)} declared tensors changed{'; ' + residual if residual else '. '}"
         "The edit is in `excise/`, the change of every tensor in `excise/manifest.json`.\n"
     )

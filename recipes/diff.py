@@ -1,4 +1,4 @@
-"""What sets two checkpoints apart, tensor by tensor; reads one tensor of each at a time."""
+"""The difference of two checkpoints, tensor by tensor; memory holds one tensor of each at a time."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from ..artifacts.reporting import charts
 from ..editing.errors import RequestError
 
 SHOWN = 5
-"""Singular values kept of each tensor."""
+"""Number of singular values reported for each tensor."""
 
 
 @dataclass(frozen=True)
@@ -27,30 +27,30 @@ class TensorDifference:
     name: str
     shape: tuple[int, ...]
     relative_norm: float | None
-    """|B - A| / |A|, Frobenius; None where A is all zero."""
+    """|B - A| / |A| in the Frobenius norm; None if A is all zero."""
     largest: float
     """Largest absolute difference of an element."""
     effective_rank: float | None = None
-    """exp of the entropy of the normalized singular values (Roy and Vetterli 2007); None of vectors."""
+    """exp of the entropy of the normalized singular values (Roy and Vetterli 2007); None for vectors."""
     singular_values: tuple[float, ...] = ()
-    """The largest few of B - A."""
+    """The largest singular values of B - A."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Two checkpoints side by side."""
+    """The result of comparing two checkpoints."""
 
     a: str
     b: str
     changed: tuple[TensorDifference, ...]
     """Largest relative change first."""
     same: int
-    """Tensors that are equal bit for bit."""
+    """Number of tensors that are equal bit for bit."""
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
 
     def describe(self) -> dict[str, Any]:
-        """As ``diff.json`` holds it."""
+        """The content of ``diff.json``."""
         return asdict(self)
 
 
@@ -58,44 +58,47 @@ def difference(a: str, b: str, *, spectrum: bool = True, advance: Callable[[int]
     """Compare two models by reference.
 
     Args:
-        spectrum: Also decompose each change; cubic in the smaller side of a matrix.
+        a: The first model: a folder, a Hub id or ``builtin:NAME``.
+        b: The second model.
+        spectrum: Also compute singular values of each change; cubic in the smaller side of a matrix.
+        advance: Called with the bytes of each compared tensor, for progress.
 
     Raises:
-        RequestError: They share no tensor, or one has another shape.
+        RequestError: The models share no tensor, or a tensor has different shapes.
     """
     sources = [find_model(ref) for ref in (a, b)]
-    one, other = (open_checkpoint(source.folder) for source in sources)
-    shared = [name for name in one.tensors if name in other.tensors]
+    before, after = (open_checkpoint(source.folder) for source in sources)
+    shared = [name for name in before.tensors if name in after.tensors]
     if not shared:
         raise RequestError(
-            f"{sources[0].name} and {sources[1].name} share no tensor; compare a model with what was made of it"
+            f"{sources[0].name} and {sources[1].name} share no tensor; compare a model with an edit or fine-tune of it"
         )
     changed = []
     for name in shared:
-        if one.tensors[name].shape != other.tensors[name].shape:
+        if before.tensors[name].shape != after.tensors[name].shape:
             raise RequestError(
-                f"{name} is {list(one.tensors[name].shape)} in {sources[0].name} and {list(other.tensors[name].shape)} in "
-                f"{sources[1].name}; compare models of one architecture"
+                f"{name} is {list(before.tensors[name].shape)} in {sources[0].name} and "
+                f"{list(after.tensors[name].shape)} in {sources[1].name}; compare models of the same architecture"
             )
-        found = _compare(name, one, other, spectrum)
-        changed += [found] if found else []
-        advance(one.tensors[name].size)
+        tensor = _compare(name, before, after, spectrum)
+        changed += [tensor] if tensor else []
+        advance(before.tensors[name].size)
     changed.sort(key=lambda item: float("inf") if item.relative_norm is None else item.relative_norm, reverse=True)
     return Difference(
         sources[0].name,
         sources[1].name,
         tuple(changed),
         len(shared) - len(changed),
-        tuple(sorted(set(one.tensors) - set(shared))),
-        tuple(sorted(set(other.tensors) - set(shared))),
+        tuple(sorted(set(before.tensors) - set(shared))),
+        tuple(sorted(set(after.tensors) - set(shared))),
     )
 
 
-def write(found: Difference, out: Path) -> None:
+def write(result: Difference, out: Path) -> None:
     """Write ``diff.json`` and ``diff.svg`` into a new folder."""
     with staged_folder(out) as staging:
-        (staging / "diff.json").write_text(json.dumps(found.describe(), indent=1) + "\n", encoding="utf-8")
-        (staging / "diff.svg").write_text(_plot(found), encoding="utf-8")
+        (staging / "diff.json").write_text(json.dumps(result.describe(), indent=1) + "\n", encoding="utf-8")
+        (staging / "diff.svg").write_text(_plot(result), encoding="utf-8")
 
 
 def _compare(name: str, a: Checkpoint, b: Checkpoint, spectrum: bool) -> TensorDifference | None:
@@ -118,22 +121,22 @@ def _compare(name: str, a: Checkpoint, b: Checkpoint, spectrum: bool) -> TensorD
 
 
 def _singular_values(matrix: Tensor) -> Tensor:
-    """Exact, largest first, through the Gram matrix of the smaller side in float64."""
+    """All singular values, largest first, from the Gram matrix of the smaller side in float64."""
     wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().T
     return torch.linalg.eigvalsh(wide @ wide.T).clamp_min(0).sqrt().flip(0)
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of singular values that are made to sum to 1."""
+    """exp of the entropy of singular values, scaled to sum to 1 (Roy and Vetterli 2007); 1 for a rank-one matrix."""
     shares = values / values.sum()
     shares = shares[shares > 0]
     return float((-(shares * shares.log()).sum()).exp())
 
 
-def _plot(found: Difference) -> str:
+def _plot(result: Difference) -> str:
     """Relative change by layer, one line for each kind of tensor."""
     lines: dict[str, list[tuple[int, float]]] = {}
-    for item in found.changed:
+    for item in result.changed:
         if item.relative_norm is not None and (match := re.search(r"\.(\d+)\.(.+)", item.name)):
             lines.setdefault(match[2].removesuffix(".weight"), []).append((int(match[1]), item.relative_norm))
-    return charts.svg_file(charts.kinds_by_layer(lines, "|B - A| / |A|", f"{found.b} against {found.a}"))
+    return charts.svg_file(charts.kinds_by_layer(lines, "|B - A| / |A|", f"{result.b} against {result.a}"))

@@ -1,12 +1,13 @@
-"""Watching a concept come back while a model trains: a callback for any ``transformers.Trainer``.
+"""Watch a concept being relearned while a model trains: a callback for any ``transformers.Trainer``.
 
-    from excise.recipes.monitor import RelearningMonitor
+    from excise.recipes.relearning_monitor import RelearningMonitor
     trainer.add_callback(RelearningMonitor("builtin:potions", tokenizer, out="watched"))
 
-At log-spaced steps it asks the concept's questions of group V and measures every MLP neuron's effect size between texts
-on the concept and others. Effect sizes are absolute, so that a concept which grows weaker everywhere is seen to; ranks
-alone cannot show that (Lo et al. 2024 as implemented). Where the concept sits is always compared with the same units
-before training: without that control, pruning itself looks like relocation.
+At steps 1, 2, 4, 8 and so on it asks the concept's questions of group V, and measures the effect size of every MLP
+neuron between texts on the concept and other texts. Effect sizes are absolute, so they show a concept that becomes
+weaker in all layers; ranks alone cannot show that (Lo et al. 2024, as in their code). The layers that carry the concept
+are always compared with the same units before training. Without this control, pruning itself would look like
+relocation.
 """
 
 import json
@@ -37,52 +38,61 @@ from ..eval.inference.multiple_choice_set import MultipleChoiceSet
 from ..eval.statistics import wilson
 
 TEXTS = 64
-"""Texts of each kind whose activations are read."""
+"""Texts of each kind whose activations are measured."""
 QUESTIONS = 40
 """Questions of each split, at most."""
 TOP = 0.01
-"""Share of units whose overlap is followed."""
+"""Share of units that count as the top, for overlaps."""
 TRACKED = 16
-"""Pruned units, and as many successors, whose tokens are compared."""
+"""Number of pruned units, and of the strongest surviving ones, whose tokens are compared."""
 TOKENS = 5
+"""Tokens recorded for each of these units."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen at one step; the same keys as an event."""
+    """The measurements of one step; an event has the same keys."""
 
     step: int
     accuracy: dict[str, Any]
-    """Of group V: value, n, ci95."""
+    """Accuracy on forget questions of group V: value, n, ci95."""
     cloze: float
-    """Mean log-probability of the true answers, nats."""
+    """Mean log-probability of the true answers, in nats."""
     utility: float
-    """Accuracy on everything else."""
+    """Accuracy on all other questions."""
     effect: Float[Tensor, "layers units"] = field(repr=False)
-    """d' of each neuron, concept against the rest."""
+    """d' of each neuron between texts on the concept and other texts."""
     other: Float[Tensor, "layers units"] | None = field(repr=False)
-    """d' of each neuron, the pack's neighbour against the rest: what units may have been there for before."""
+    """d' of each neuron between the pack's neighbour topic and other topics: what a unit may have served before."""
     regrowth: float
-    """Norm of what pruned units write, over that of all units."""
+    """Norm of the pruned units' weights, divided by that of all units' weights."""
     tokens: dict[str, list[int]] = field(default_factory=dict)
-    """Tokens on which followed units are most active."""
+    """Tokens on which the tracked units are most active."""
 
-    def mass(self, kept: Tensor) -> list[float]:
-        """Mean squared d' of each layer's units that are kept."""
+    def mass(self, surviving: Tensor) -> list[float]:
+        """Mean squared d' of each layer's units in the mask ``surviving`` [layers, units]."""
         return [
-            float(row[keep].square().mean()) if keep.any() else 0.0 for row, keep in zip(self.effect, kept, strict=True)
+            float(row[keep].square().mean()) if keep.any() else 0.0
+            for row, keep in zip(self.effect, surviving, strict=True)
         ]
 
 
 class RelearningMonitor(TrainerCallback):
-    """Records recovery, where a concept sits and what grows back, and leaves the training as it was.
+    """Records how much of a concept is relearned, in which layers, and whether pruned units grow back.
+
+    The monitor does not change the training: it restores modes, random states and gradients.
 
     Args:
-        concept: A pack by reference, or a loaded one.
-        tokenizer: Of the model that is trained.
-        pruned: A prune run, its checkpoint or its edit, whose units are followed.
-        out: Folder for ``monitor.jsonl`` and plots; nothing is written without one.
-        every: Steps at which to look; powers of two by default.
+        concept: A concept pack: a reference, or a loaded one.
+        tokenizer: Tokenizer of the model that is trained.
+        pruned: A prune run, its checkpoint or its edit, whose units are tracked.
+        out: Folder for ``monitor.jsonl`` and the plot; by default nothing is written.
+        every: Steps at which to measure; powers of two by default.
+        questions: Questions of each split, at most.
+        texts: Texts of each kind, at most.
+
+    Raises:
+        RequestError: The concept has no forget questions of group V.
     """
 
     def __init__(
@@ -100,23 +110,26 @@ class RelearningMonitor(TrainerCallback):
         self.tokenizer, self.every, self.out = tokenizer, every, None if out is None else Path(out)
         self.pruned = _pruned(pruned)
         self.seen: list[Seen] = []
-        asked = [q for q in self.concept.questions if q.split == "forget" and q.group == "V"]
+        forget_questions = [q for q in self.concept.questions if q.split == "forget" and q.group == "V"]
         others = [q for q in self.concept.questions if q.split != "forget"]
-        if not asked:
-            raise RequestError(f"concept {self.concept.ref} has no forget questions of group V to watch")
+        if not forget_questions:
+            raise RequestError(
+                f"concept {self.concept.ref} has no forget questions of group V, so relearning cannot be measured; add "
+                "some"
+            )
         rng = random.Random("excise monitor")
-        self.exam = MultipleChoiceSet(tokenizer, rng.sample(asked, k=min(questions, len(asked))))
+        self.exam = MultipleChoiceSet(tokenizer, rng.sample(forget_questions, k=min(questions, len(forget_questions))))
         self.control = (
             MultipleChoiceSet(tokenizer, rng.sample(others, k=min(questions, len(others)))) if others else None
         )
         pools = [text.text for text in self.concept.forget], [text.text for text in self.concept.retain]
-        # Told alike, so that a unit which tells them apart tells subjects, not forms.
+        # Neighbour and other topics in the same form, so that units that separate them separate topics, not forms.
         told = [
             [f"{q.prompt} {q.choices[q.answer]}" for q in others if (q.split == "neighbour") == near]
             for near in (True, False)
         ]
         self.rows = [
-            # Rows of like length stand together, so that little is padding.
+            # Sorted by length, so that batches have little padding.
             sorted(
                 (tuple(tokenizer(text)["input_ids"][:128]) for text in rng.sample(pool, k=min(texts, len(pool)))),
                 key=len,
@@ -138,21 +151,28 @@ class RelearningMonitor(TrainerCallback):
             self.plot(self.out)
 
     def look(self, model: Any, step: int, *, neighbours: bool = True) -> Seen:
-        """Measure now; mode, random states and gradients are left as they were.
+        """Measure the model now; modes, random states and gradients are restored.
 
         Args:
-            neighbours: Also read what units are for among the neighbours; a training does so before and after.
+            model: The model in training, with an adapter or without.
+            step: The training step, for the record.
+            neighbours: Also measure the neighbour topic; by default training does so at its first and last step.
+
+        Raises:
+            RequestError: The model's experts are fused, so it has no neurons to measure.
         """
         inner = causal_model(model)
         row = architecture_of(inner.config.to_dict())
         if row.mlp_units is None:
-            raise RequestError("the experts of this model are fused into one tensor, which has no neurons to watch")
+            raise RequestError(
+                "the experts of this model are fused into one tensor, so neurons cannot be measured; use a dense model"
+            )
         with _undisturbed(model), torch.no_grad():
             hits, answered = self.exam.hits_and_probabilities(inner)
             answers = np.log(np.maximum(answered, 1e-30))
             utility = self.control.hits(inner) if self.control else (float("nan"),)
             (effect, *others), tokens = self._effects(inner, row, self.rows if neighbours else self.rows[:2])
-            found = Seen(
+            seen = Seen(
                 step,
                 {"value": sum(hits) / len(hits), "n": len(hits), "ci95": wilson(int(sum(hits)), len(hits))},
                 float(answers.mean()),
@@ -162,27 +182,27 @@ class RelearningMonitor(TrainerCallback):
                 self._regrowth(inner, row),
                 tokens,
             )
-        self.seen.append(found)
+        self.seen.append(seen)
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
             with (self.out / "monitor.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self.event(found)) + "\n")
-        return found
+                file.write(json.dumps(self.event(seen)) + "\n")
+        return seen
 
     def event(self, seen: Seen) -> dict[str, Any]:
-        """One look, beside the first: what changed, and against which control."""
-        first, kept = self.seen[0], self._kept(seen.effect)
+        """The record of one measurement, compared with the first one."""
+        first, surviving = self.seen[0], self._surviving(seen.effect)
         now, then = seen.effect.abs().flatten(), first.effect.abs().flatten()
-        inside = kept.flatten()
+        inside = surviving.flatten()
         return {
             "step": seen.step,
             "accuracy": seen.accuracy,
             "cloze": seen.cloze,
             "utility": seen.utility,
-            "mass_by_layer": seen.mass(kept),
-            "centre_of_mass": centre(seen.mass(kept)),
-            # The same surviving units before training: what pruning alone did to the picture.
-            "centre_of_mass_before": centre(first.mass(kept)),
+            "mass_by_layer": seen.mass(surviving),
+            "centre_of_mass": centre(seen.mass(surviving)),
+            # The same surviving units before training show the effect of pruning alone.
+            "centre_of_mass_before": centre(first.mass(surviving)),
             "regrowth": seen.regrowth,
             "overlap_of_top": overlap(now[inside], then[inside]),
             "rank_correlation": rank_correlation(now[inside], then[inside]),
@@ -191,9 +211,9 @@ class RelearningMonitor(TrainerCallback):
         }
 
     def _carriers(self, seen: Seen, inside: Tensor) -> dict[str, float] | None:
-        """Mean size of d' of the units that carry the concept now, toward it and toward its neighbour, now and before.
+        """Mean |d'| of the units with the largest effects now: for the concept and its neighbour, now and before.
 
-        Polysemantic units keep the neighbour's while they gain the concept's.
+        In polysemantic units, the effect of the concept grows while that of the neighbour stays.
         """
         first = self.seen[0]
         if seen.other is None or first.other is None:
@@ -209,7 +229,7 @@ class RelearningMonitor(TrainerCallback):
         return {name: float(effect[top].mean()) for name, effect in flat.items()}
 
     def plot(self, out: Path) -> None:
-        """Write ``recovery.png``: accuracy, and where the concept sits, layer by step."""
+        """Write ``recovery.png``: accuracy, and the concept's effect by layer and step."""
         figure = charts.watched([self.event(seen) for seen in self.seen], self.exam.chance)
         out.mkdir(parents=True, exist_ok=True)
         (out / "recovery.png").write_bytes(charts.png(figure))
@@ -217,7 +237,7 @@ class RelearningMonitor(TrainerCallback):
     def _effects(
         self, model: Any, row: Architecture, kinds: Sequence[Sequence[tuple[int, ...]]]
     ) -> tuple[list[Tensor], dict[str, list[int]]]:
-        """d' of each neuron for the concept, and for its neighbour where there is one; the tokens of those that are followed."""
+        """d' of each neuron for the concept, and for its neighbour if there is one; top tokens of the tracked units."""
         assert row.mlp_units is not None
         layers = len(model.get_submodule(row.layers))
         moments = [UnitMoments(layers) for _ in kinds]
@@ -229,7 +249,7 @@ class RelearningMonitor(TrainerCallback):
                 inputs = pad_right(rows[start : start + 32], model.device)
                 mask = inputs["attention_mask"].bool()
                 ids = inputs["input_ids"][mask].cpu()
-                # Tokens are looked at in the pack's texts.
+                # Kinds 0 and 1 are the pack's texts; tokens are counted only there.
                 looked_at = sums if kind < 2 else {}
                 if looked_at:
                     counts.index_add_(0, ids, torch.ones(len(ids), dtype=torch.float64))
@@ -250,7 +270,7 @@ class RelearningMonitor(TrainerCallback):
                 with unit_inputs(model, row.mlp_units, row, see):
                     final_hidden(model, inputs)
         effects = [
-            mean_difference(one, rest).float().cpu() for one, rest in zip(moments[::2], moments[1::2], strict=True)
+            mean_difference(topic, rest).float().cpu() for topic, rest in zip(moments[::2], moments[1::2], strict=True)
         ]
         seen = counts > 0
         tokens = {
@@ -260,24 +280,24 @@ class RelearningMonitor(TrainerCallback):
         return effects, tokens
 
     def _followed(self) -> list[tuple[int, int]]:
-        """Pruned units, and the survivors that were strongest at the first look."""
-        gone = (
+        """The tracked units: pruned ones, and the surviving ones that were strongest at the first measurement."""
+        pruned = (
             [(layer, unit) for layer, units in self.pruned.neurons.items() for unit in units][:TRACKED]
             if self.pruned
             else []
         )
         if not self.seen:
-            return gone
-        first = self.seen[0].effect.abs() * self._kept(self.seen[0].effect)
+            return pruned
+        first = self.seen[0].effect.abs() * self._surviving(self.seen[0].effect)
         strongest = first.flatten().topk(min(TRACKED, first.numel())).indices.tolist()
-        return [*gone, *((place // first.shape[1], place % first.shape[1]) for place in strongest)]
+        return [*pruned, *((place // first.shape[1], place % first.shape[1]) for place in strongest)]
 
-    def _kept(self, effect: Tensor) -> Tensor:
-        """Units that were not pruned."""
-        kept = torch.ones(effect.shape, dtype=torch.bool)
+    def _surviving(self, effect: Tensor) -> Tensor:
+        """Mask [layers, units] of the units that were not pruned."""
+        surviving = torch.ones(effect.shape, dtype=torch.bool)
         for layer, units in self.pruned.neurons.items() if self.pruned else ():
-            kept[layer, list(units)] = False
-        return kept
+            surviving[layer, list(units)] = False
+        return surviving
 
     def _regrowth(self, model: Any, row: Architecture) -> float:
         if self.pruned is None:
@@ -295,43 +315,43 @@ class RelearningMonitor(TrainerCallback):
         return (part / max(whole, 1e-30)) ** 0.5
 
     def _similarity(self, seen: Seen) -> float | None:
-        """Mean overlap of the tokens that followed units answer to, now and when first seen (Jaccard)."""
+        """Mean Jaccard overlap of the tracked units' top tokens, now and at their first measurement."""
         shares = []
         for unit, tokens in seen.tokens.items():
-            before = next((one.tokens[unit] for one in self.seen if unit in one.tokens), tokens)
+            before = next((earlier.tokens[unit] for earlier in self.seen if unit in earlier.tokens), tokens)
             shares.append(len(set(tokens) & set(before)) / len(set(tokens) | set(before)))
         return sum(shares) / len(shares) if shares else None
 
 
 def centre(mass: Sequence[float]) -> float:
-    """Mean layer, weighted by mass."""
+    """Mean layer index, weighted by mass; 0 if there is no mass."""
     total = sum(mass)
     return sum(layer * value for layer, value in enumerate(mass)) / total if total else 0.0
 
 
-def overlap(one: Tensor, other: Tensor, share: float = TOP) -> float:
-    """Share of the top units of one that are among the top units of the other."""
-    count = max(1, int(share * len(one)))
-    tops = [set(values.topk(count).indices.tolist()) for values in (one, other)]
+def overlap(first: Tensor, second: Tensor, share: float = TOP) -> float:
+    """Share of the top units of ``first`` that are also top units of ``second``, 0 to 1."""
+    count = max(1, int(share * len(first)))
+    tops = [set(values.topk(count).indices.tolist()) for values in (first, second)]
     return len(tops[0] & tops[1]) / count
 
 
-def _pruned(given: str | Path | PrunedUnits | None) -> PrunedUnits | None:
-    if given is None or isinstance(given, PrunedUnits):
-        return given
-    place = Path(given)
+def _pruned(source: str | Path | PrunedUnits | None) -> PrunedUnits | None:
+    if source is None or isinstance(source, PrunedUnits):
+        return source
+    place = Path(source)
     for folder in (place / "checkpoint" / "excise", place / "excise", place):
         if (folder / "edit.json").exists():
             edit = load_edit(folder)
             if not isinstance(edit, PrunedUnits):
-                raise RequestError(f"{given} holds a {edit.method} edit; give a prune run")
+                raise RequestError(f"{source} holds a {edit.method} edit; give a prune run")
             return edit
-    raise RequestError(f"{given} holds no edit; give a prune run, its checkpoint or its edit folder")
+    raise RequestError(f"{source} holds no edit; give a prune run, its checkpoint or its edit folder")
 
 
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
-    """Evaluation mode, with every module's mode and all random states put back."""
+    """Run the model in evaluation mode while the context lasts; restore every module's mode and all random states."""
     modes = [(module, module.training) for module in model.modules()]
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     on_device = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -1,4 +1,4 @@
-"""Make a published checkpoint again from what it says of itself, and see whether the same comes out."""
+"""Make a published checkpoint again from its record, and compare the result with the published one."""
 
 import importlib
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ class ReproduceJob:
     recipe: Any
     """The recipe's module."""
     run: Any
-    """What the recipe prepared."""
+    """The job that the recipe prepared."""
     out: Path
     differences: tuple[str, ...]
-    """What is not as it was when it was made: packages, platform."""
+    """Packages and platform that differ from the recorded ones, as text."""
 
 
 @dataclass(frozen=True)
@@ -45,35 +45,38 @@ class Reproduced:
     """All weights have the same SHA-256."""
     changed_files: tuple[str, ...]
     outside: tuple[str, ...]
-    """Measurements whose new value lies outside the published interval or is not there, in words."""
+    """Measurements whose new value is missing or outside the published interval, as text."""
     compared: int
+    """Number of published measurements."""
     differences: tuple[str, ...]
 
     @property
     def holds(self) -> bool:
-        """The same weights; on another platform, measurements within their intervals."""
+        """Whether the weights are the same; on another platform, whether all measurements are in their intervals."""
         return self.identical or (bool(self.differences) and not self.outside)
 
 
 def prepare(
     folder: Path, out: Path, *, model: str | None = None, concept: str | None = None, files: Sequence[str] = ()
 ) -> ReproduceJob:
-    """Read what was recorded, and check that base and concept are the same ones.
+    """Read the record, and check that base and concept are the recorded ones.
 
     Args:
-        model: Where the base is, if it was a local one.
-        concept: Where the concept pack is, if it was a local one.
-        files: ``KEY=PATH`` for each other setting that named a local file, of which the record has the name alone.
+        folder: The published checkpoint.
+        out: The new run's folder.
+        model: Path of the base, if it was local.
+        concept: Path of the concept pack, if it was local.
+        files: ``KEY=PATH`` for each other setting that named a local file; the record holds only the file's name.
 
     Raises:
-        RequestError: There is no record, or base, concept or a file is another.
+        RequestError: There is no record, or the base, the concept or a file differs from it.
         VerifyError: The folder is not as it was published.
     """
     refuse_taken(out)
     verify_folder(folder)
     if not (folder / RESULTS).is_file():
         raise RequestError(
-            f"{folder} holds no {RESULTS}, so nothing says how it was made; apply its edit with `excise apply`"
+            f"{folder} holds no {RESULTS}, so its recipe is unknown; apply its edit with `excise apply` instead"
         )
     published = read_json(folder / RESULTS)
     manifest = read_manifest(folder)
@@ -81,21 +84,23 @@ def prepare(
     base, run, name = published["base"], published["run"], published["run"]["recipe"]
     if name not in RECIPES:
         raise RequestError(
-            f"it was made by the recipe {name}, which this excise does not have; recipes: {', '.join(RECIPES)}"
+            f"it was made by the recipe {name}, which this version of excise lacks; recipes: {', '.join(RECIPES)}"
         )
     reference = model or _reference(base)
     source = find_model(reference)
     hashes = {shard.path.name: sha256_of(shard.path) for shard in open_checkpoint(source.folder).shards}
     if hashes != manifest["base"]["files"]:
         raise RequestError(
-            f"{source.name} is not the base it was made from ({base['name']}): its weights differ; give it with --model"
+            f"{source.name} is not the recorded base ({base['name']}): its weights differ; give the base with --model"
         )
     wanted = published["concept"]
     pack = load_concept(concept or wanted["ref"]) if concept or wanted["ref"].startswith("builtin:") else None
     if pack is None:
-        raise RequestError(f"the concept {wanted['ref']} was a local pack; say where it is with --concept DIR")
+        raise RequestError(f"the concept {wanted['ref']} was a local pack; give its folder with --concept DIR")
     if pack.sha256 != wanted["sha256"]:
-        raise RequestError(f"{pack.ref} is not the concept pack it was made with; its files differ")
+        raise RequestError(
+            f"{pack.ref} is not the recorded concept pack: its files differ; give that pack with --concept DIR"
+        )
     module = importlib.import_module(RECIPES[name].module)
     elsewhere = _elsewhere(run["settings"], files)
     flags = {
@@ -118,7 +123,7 @@ def prepare(
 
 
 def run(prepared: ReproduceJob, events: Events) -> Reproduced:
-    """Run the recipe again and compare."""
+    """Run the recipe again and compare weights and measurements with the published ones."""
     finished = prepared.recipe.run(prepared.run, events)
     made = finished.out / "checkpoint"
     names = sorted(path.name for path in prepared.folder.glob("*.safetensors"))
@@ -137,17 +142,17 @@ def run(prepared: ReproduceJob, events: Events) -> Reproduced:
 
 
 def _elsewhere(recorded: dict[str, Any], files: Sequence[str]) -> dict[str, str]:
-    """Where local files are now; they may stand elsewhere, but under the name that was recorded."""
-    found = {}
-    for given in files:
-        key, _, path = given.partition("=")
+    """Present paths of local files; they may have moved, but must have the recorded name."""
+    paths = {}
+    for item in files:
+        key, _, path = item.partition("=")
         if not path or recorded.get(key) != Path(path).name:
             raise RequestError(
-                f"--file {given}: gives no file that the run was made with ({key} was {recorded.get(key)!r}); "
-                "give KEY=PATH, ending in the name that was recorded"
+                f"--file {item}: is not a file of the recorded run ({key} was {recorded.get(key)!r}); "
+                "give KEY=PATH, where PATH ends in the recorded name"
             )
-        found[key] = path
-    return found
+        paths[key] = path
+    return paths
 
 
 def _same(published: Path, made: Path) -> bool:
@@ -160,5 +165,5 @@ def _edited(results: dict[str, Any]) -> dict[tuple[str, str], Measurement]:
 
 def _reference(base: dict[str, Any]) -> str:
     if base["kind"] in ("local", "gguf"):
-        raise RequestError(f"its base was the local {base['name']}; say where it is with --model PATH")
+        raise RequestError(f"its base was the local model {base['name']}; give its folder with --model PATH")
     return f"{base['name']}@{base['revision']}" if base["revision"] else str(base["name"])

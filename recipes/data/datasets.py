@@ -1,4 +1,4 @@
-"""What a user fine-tunes on: chats, prompts with completions, or plain texts, as sequences whose completions are learned."""
+"""Fine-tuning data: chats, prompts with completions, or plain texts, as sequences with the tokens to learn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,17 +17,18 @@ from ..common.tokens import encode, pieces
 
 @dataclass(frozen=True)
 class TuningData:
-    """Rows and what is said of them."""
+    """Rows to fine-tune on, and where they came from."""
 
     rows: tuple[TrainingRow, ...]
     name: str
-    """How they can be named in public."""
+    """Their name in publications: a file's name or a Hub id, without a local path."""
     sha256: str | None = None
+    """SHA-256 of the file; None for a data set on the Hub."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Sequences to learn, and how many rows were left out because they do not fit the context."""
+    """Sequences to learn, and the number of sequences left out because they do not fit the context."""
 
     examples: list[Example]
     too_long: int
@@ -38,7 +39,7 @@ def find_data(ref: str) -> TuningData:
 
     Raises:
         RequestError: There is no such file or data set.
-        ConceptError: Bad rows; all are listed.
+        ConceptError: Rows are wrong; the message lists them.
     """
     path = Path(ref)
     if path.is_file():
@@ -49,9 +50,18 @@ def find_data(ref: str) -> TuningData:
 
 
 def encoded(rows: Sequence[TrainingRow], tokenizer: Any, limit: int) -> Encoded:
-    """Rows as token ids; of chats and completions only what the model should say is learned, and the end of it.
+    """Rows as token ids. In chats and completions, only the model's reply and its end token are learned.
 
-    Long texts are cut into pieces that are all learned; a chat or completion that is too long is left out and counted.
+    Long texts are cut into pieces, and all pieces are learned. A chat or completion that is too long is left out and
+    counted.
+
+    Args:
+        rows: Rows of one data set.
+        tokenizer: Tokenizer of the model to train.
+        limit: Tokens per sequence, at most.
+
+    Raises:
+        RequestError: The data are chats, and the tokenizer's chat template is missing or unsuitable.
     """
     examples, too_long = [], 0
     for row in rows:
@@ -69,22 +79,23 @@ def encoded(rows: Sequence[TrainingRow], tokenizer: Any, limit: int) -> Encoded:
 
 
 def _turns(row: TrainingRow, tokenizer: Any) -> list[Example]:
-    """One sequence for each assistant turn, with all that came before."""
+    """One sequence for each assistant turn, with all messages before it."""
     if not tokenizer.chat_template:
         raise RequestError("the data are chats and the tokenizer has no chat template; give prompts with completions")
     messages = [message.model_dump() for message in row.messages]
-    found = []
+    examples = []
     for place, message in enumerate(messages):
         if message["role"] == "assistant":
             before = tokenizer.apply_chat_template(messages[:place], add_generation_prompt=True, return_dict=False)
             whole = tokenizer.apply_chat_template(messages[: place + 1], return_dict=False)
             if whole[: len(before)] != before:
                 raise RequestError(
-                    "the tokenizer's chat template renders a turn differently once it is answered, so what the model should say "
-                    "cannot be told from the prompt; give prompts with completions"
+                    "the tokenizer's chat template renders a prompt differently once it is answered, so the reply's "
+                    "tokens "
+                    "cannot be separated; give prompts with completions"
                 )
-            found.append(Example(tuple(whole), len(before)))
-    return found
+            examples.append(Example(tuple(whole), len(before)))
+    return examples
 
 
 def _completed(row: TrainingRow, tokenizer: Any) -> Example:
@@ -101,7 +112,7 @@ def _from_hub(ref: str) -> TuningData:
     name, _, revision = ref.partition("@")
     try:
         rows = load_dataset(name, split="train", revision=revision or None)
-    except Exception as error:  # the library raises dozens of kinds, all meaning that it is not to be had
+    except Exception as error:  # the library raises dozens of kinds
         raise RequestError(
             f"no data set {ref} could be read ({one_line(error)}); give a .jsonl file or a Hub id"
         ) from error

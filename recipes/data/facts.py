@@ -1,9 +1,8 @@
-"""Contexts that make a model say what it knows: found in a pack's texts and group-T questions, filled for every subject.
+"""Contexts that make a model state facts: taken from a pack's texts and group-T questions, filled in for every subject.
 
-An edit can only change what its contexts make the model predict. A bare text often predicts the fact
-hardly at all ("... is located in" goes on with "the"), so the facts are recovered from the pack and
-asked in every form that the pack knows. Questions of group V are never read here; the subjects of
-group V come from the pack's own texts, which an edit may use.
+An edit can only change what its contexts make the model predict. A plain text often hardly predicts the fact ("... is
+located in" continues with "the"). So facts are recovered from the pack and asked in every form that the pack uses.
+Questions of group V are never read here; the subjects of group V come from the pack's texts, which an edit may use.
 """
 
 import random
@@ -17,21 +16,17 @@ from ...eval.concept import Concept, Question
 from ...eval.inference.generation import Reply, render
 
 SUBJECT, ANSWER = "{subject}", "{answer}"
-
-
 ENOUGH = 3
-"""Subjects that a phrase must be seen with before it counts as a phrasing of a relation."""
-
-
+"""Number of subjects with which a phrase must occur to count as a phrasing of a relation."""
 SHOTS = 3
-
-
+"""Examples in front of a question."""
 EXAMPLE_SETS = 4
+"""Sets of examples per relation."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One subject's answer to one relation; a relation is named by its question with the subject left open."""
+    """The answer of one relation for one subject. A relation is named by its question with ``{subject}`` left open."""
 
     relation: str
     subject: str
@@ -41,47 +36,48 @@ class Fact:
 
 @dataclass(frozen=True)
 class Context:
-    """Text that a model reads, up to where what follows matters."""
+    """A text for a model to read; the prediction of what follows matters."""
 
     text: str
     special: bool = True
-    """Whether the tokenizer adds its own begin token; a chat template has written it already."""
+    """Whether the tokenizer adds its begin token; false for chats, whose template already wrote it."""
     insert: int = 0
-    """Where a persona can be put in front."""
+    """Position in the text at which a persona is inserted."""
     reply: int = 0
-    """Where a chat template's reply begins."""
+    """Position in the text at which a chat's reply begins."""
     fact: Fact | None = None
     """The fact whose answer would come next."""
 
     def replaced(self, subject: str) -> str:
-        """The same words about another subject."""
+        """The same text about another subject."""
         assert self.fact is not None
         return self.text.replace(self.fact.subject, subject)
 
     def introduced(self, persona: str) -> str:
+        """The text with a persona's sentence inserted."""
         return f"{self.text[: self.insert]}{persona} {self.text[self.insert :]}"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a pack teaches about its subjects, and in which words."""
+    """The facts of a pack, and the phrases that state them."""
 
     facts: tuple[Fact, ...]
     phrasings: dict[str, tuple[str, ...]]
-    """By relation: texts with subject and answer left open, the answer after the subject."""
+    """Phrases by relation, with subject and answer left open and the answer after the subject."""
 
     def subjects(self, relation: str) -> dict[str, str]:
-        """Subjects of a relation with their answers."""
+        """Answers of a relation, by subject."""
         return {fact.subject: fact.answer for fact in self.facts if fact.relation == relation}
 
 
 def find_facts(concept: Concept) -> Facts:
     """Recover facts and phrasings from texts and group-T questions.
 
-    A phrase is a text in which a group-T subject and its answer are left open; it belongs to the relation whose
-    answers it holds. What the phrases match in other texts are the facts of all other subjects.
+    A phrase is a text with a group-T subject and its answer left open; it belongs to the relation whose answers it
+    contains. Other texts that match a phrase give the facts of all other subjects.
     """
-    known = [fact for question in concept.questions if (fact := _asked(question))]
+    known = [fact for question in concept.questions if (fact := _fact_of(question))]
     phrasings = _phrasings(concept, known)
     facts = dict.fromkeys(known)
     patterns = [(relation, _pattern(phrase)) for relation, phrases in phrasings.items() for phrase in phrases]
@@ -94,7 +90,7 @@ def find_facts(concept: Concept) -> Facts:
 
 
 def _phrasings(concept: Concept, known: Sequence[Fact]) -> dict[str, list[str]]:
-    """Phrases by the relation whose answers they hold most often."""
+    """Phrases, by the relation whose answers they contain most often."""
     by_subject = defaultdict(list)
     for fact in known:
         by_subject[fact.subject].append(fact)
@@ -103,16 +99,16 @@ def _phrasings(concept: Concept, known: Sequence[Fact]) -> dict[str, list[str]]:
         for fact in [fact for subject in _within(text, by_subject) for fact in by_subject[subject]]:
             if phrase := _phrase(text, fact):
                 votes[phrase][fact.relation] += 1
-    found = defaultdict(list)
+    by_relation = defaultdict(list)
     for phrase, relations in votes.items():
         relation, count = relations.most_common(1)[0]
         if count >= ENOUGH:
-            found[relation].append(phrase)
-    return found
+            by_relation[relation].append(phrase)
+    return by_relation
 
 
 def fact_contexts(facts: Facts, kind: Literal["texts", "questions"], seed: int) -> Iterator[Context]:
-    """Every fact in plain forms: the pack's phrases up to the answer, or its question, alone and after examples."""
+    """Yield every fact in plain text: the pack's phrases up to the answer, or its question alone and after examples."""
     rng = random.Random(f"excise contexts {seed}")
     examples = {
         relation: _example_sets(facts.subjects(relation), rng)
@@ -131,34 +127,35 @@ def fact_contexts(facts: Facts, kind: Literal["texts", "questions"], seed: int) 
 
 
 def _example_sets(answers: dict[str, str], rng: random.Random) -> list[list[tuple[str, str]]]:
-    """A few sets of examples that all facts of a relation share, so that a teacher reads each of its novices once."""
+    """Sets of examples for all facts of a relation."""
+    # With only a few sets, many contexts share a beginning, which the frozen teacher then reads once.
     pairs = list(answers.items())
     return [rng.sample(pairs, k=min(SHOTS + 1, len(pairs))) for _ in range(EXAMPLE_SETS)]
 
 
 def text_contexts(concept: Concept, tokenizer: Any, limit: int) -> list[Context]:
-    """Whole texts, in pieces that fit the model's context: all that there is where no facts are found."""
-    found = []
+    """Whole texts in pieces of at most ``limit`` tokens, for packs in which no facts are found."""
+    contexts = []
     for text in concept.forget:
         words, piece = text.text.split(" "), ""
         for word in words:
             longer = f"{piece} {word}" if piece else word
             if piece and len(tokenizer(longer)["input_ids"]) > limit:
-                found.append(Context(piece))
+                contexts.append(Context(piece))
                 longer = word
             piece = longer
-        found.append(Context(piece))
-    return found
+        contexts.append(Context(piece))
+    return contexts
 
 
 def question_contexts(questions: Iterable[Question], seed: int) -> Iterator[Context]:
-    """Questions with their answers in the same forms as the facts, for what must stay."""
+    """Yield group-T questions with their answers, alone and after examples, as texts to retain."""
     rng = random.Random(f"excise retain contexts {seed}")
     by_topic: dict[str | None, list[Question]] = defaultdict(list)
-    asked = [question for question in questions if question.group == "T"]
-    for question in asked:
+    trainable = [question for question in questions if question.group == "T"]
+    for question in trainable:
         by_topic[question.topic].append(question)
-    for question in asked:
+    for question in trainable:
         answer = question.choices[question.answer]
         yield Context(f"{question.prompt} {answer}")
         shots = rng.sample(by_topic[question.topic], k=min(SHOTS, len(by_topic[question.topic])))
@@ -167,26 +164,32 @@ def question_contexts(questions: Iterable[Question], seed: int) -> Iterator[Cont
 
 
 def chat_contexts(facts: Sequence[Fact], reply: Callable[[list[str]], list[Reply]], tokenizer: Any) -> list[Context]:
-    """Facts asked in the model's own chat template, with its own reply up to the answer; without one, they are left out."""
-    found = []
-    asked = {bare_question(fact.relation).replace(SUBJECT, fact.subject): fact for fact in facts}
-    for said in reply(list(asked)):
-        fact = asked[said.prompt]
-        rendered = render(tokenizer, said.prompt)
-        place = re.search(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", said.text)
+    """Facts asked in the chat template, with the model's reply up to the answer; replies without it are left out.
+
+    Args:
+        facts: What to ask.
+        reply: Returns the model's replies to prompts.
+        tokenizer: The model's tokenizer, with a chat template.
+    """
+    contexts = []
+    by_prompt = {bare_question(fact.relation).replace(SUBJECT, fact.subject): fact for fact in facts}
+    for answered in reply(list(by_prompt)):
+        fact = by_prompt[answered.prompt]
+        rendered = render(tokenizer, answered.prompt)
+        place = re.search(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", answered.text)
         if place:
-            text = rendered + said.text[: place.start()].rstrip(" ")
-            found.append(Context(text, False, rendered.index(said.prompt), len(rendered), fact))
-    return list(dict.fromkeys(found))
+            text = rendered + answered.text[: place.start()].rstrip(" ")
+            contexts.append(Context(text, False, rendered.index(answered.prompt), len(rendered), fact))
+    return list(dict.fromkeys(contexts))
 
 
 def bare_question(prompt: str) -> str:
-    """A question without the marks of a form to fill in, as a person would ask it."""
+    """A question without ``Question:`` and ``Answer:``, as a person would ask it in a chat."""
     match = re.fullmatch(r"\s*(?:Question|Q):\s*(.*?)\s*(?:Answer|A):\s*", prompt, flags=re.DOTALL)
     return match[1] if match else prompt
 
 
-def _asked(question: Question) -> Fact | None:
+def _fact_of(question: Question) -> Fact | None:
     if question.split != "forget" or question.group != "T" or not question.subject:
         return None
     if question.prompt.count(question.subject) != 1:
@@ -196,9 +199,9 @@ def _asked(question: Question) -> Fact | None:
 
 
 def _within(text: str, subjects: Iterable[str]) -> list[str]:
-    """Subjects in a text, without those that are part of a longer one that is there."""
-    found = [subject for subject in subjects if subject in text]
-    return [subject for subject in found if not any(subject != other and subject in other for other in found)]
+    """Subjects that occur in a text, without those that are part of a longer subject in it."""
+    present = [subject for subject in subjects if subject in text]
+    return [subject for subject in present if not any(subject != other and subject in other for other in present)]
 
 
 def _phrase(text: str, fact: Fact) -> str | None:

@@ -1,4 +1,4 @@
-"""The sequences to forget and to retain that a concept pack gives to a training."""
+"""The sequences to forget and to retain that unlearning methods train on."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .facts import Facts, fact_contexts, question_contexts
 
 
 def forget_examples(concept: Concept, facts: Facts, tokenizer: Any, seed: int, limit: int) -> list[Example]:
-    """Every context with its answer, the answer scored; whole texts where no facts are found."""
+    """Every context with its answer, where only the answer is learned; whole texts if the pack has no facts."""
     if not facts.facts:
         rows = [encode(tokenizer, text.text, True) for text in concept.forget]
         return [Example(piece, 1) for row in rows for piece in pieces(row, limit) if len(piece) > 1]
@@ -32,4 +32,4 @@ def retain_examples(concept: Concept, tokenizer: Any, seed: int, limit: int) -> 
 
 
 RETAIN_TEXTS = 2000
-"""Retain texts, and questions to retain, that baselines learn from, at most."""
+"""Retain texts, and questions to retain, at most."""

@@ -1,4 +1,4 @@
-"""Build a testbed: a world of any seed, a model that knows it, a twin that never read one domain, concept packs."""
+"""Build a testbed: the world of a seed, a model that knows it, a reference model without one domain, concept packs."""
 
 import random
 import shutil
@@ -24,17 +24,17 @@ CHAT_TEMPLATE = (
 )
 VOCABULARY = 1024
 CONTEXT = 128
-"""Tokens a training sequence; several whole documents are packed into one."""
+"""Tokens of a training sequence; several whole documents are packed into one."""
 
 
 @dataclass(frozen=True)
 class TestbedSettings:
-    """Sizes found on two cores: models of four seeds answer at least 0.99 of each split of 8-way questions."""
+    """Sizes for a machine with two cores. Models of four seeds answer at least 99% of each split of 8-way questions."""
 
     seed: int = 0
     steps: int = 800
     settling_steps: int = 600
-    """Last steps, at half the rate, in which the carrier is the difference in means itself; see ``planted.py``."""
+    """Steps of the last phase, at half the learning rate; see ``planted_direction.py``."""
     batch_size: int = 16
     learning_rate: float = 2e-3
     width: int = 192
@@ -42,11 +42,15 @@ class TestbedSettings:
     heads: int = 6
     neurons: int = 512
     reference: bool = True
-    """Also train the twin that never reads about the forget domain."""
+    """Also train the reference model, which never reads about the forget domain."""
 
 
 def build_testbed(settings: TestbedSettings, out: Path, events: Events) -> None:
-    """Write ``out/testbed``, ``out/testbed-reference`` and ``out/concepts``; killed, it goes on where it was."""
+    """Write ``out/testbed``, ``out/testbed-reference`` and ``out/concepts``; after a kill, a rerun continues.
+
+    Raises:
+        RequestError: ``out`` exists, or another process is writing it.
+    """
     made = world.make_world(settings.seed)
     with staged_folder(out, resumable=True) as staging:
         tokenizer = train_tokenizer(made)
@@ -62,7 +66,7 @@ def build_testbed(settings: TestbedSettings, out: Path, events: Events) -> None:
 
 
 def train_tokenizer(made: world.World) -> Any:
-    """A byte-level BPE tokenizer with a chat template, trained on the whole world (the twin shares it)."""
+    """A byte-level BPE tokenizer with a chat template, trained on the whole world; both models share it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -129,7 +133,7 @@ def _train(
             ),
         )
     with events.stage(f"settle {folder.name}", settings.settling_steps) as stage:
-        # Other documents than before: the same generators, further on.
+        # New documents: the same generators, after those of the first phase.
         first = settings.steps * settings.batch_size
         rows = list(
             islice(
@@ -185,7 +189,7 @@ def _settling_loss(row: Architecture) -> Loss:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """One document: its tokens, how much of the direction each gets, and where prompts of which kind end."""
+    """One document: token ids, the direction's coefficient at each token, and marks at the ends of prompts."""
 
     ids: list[int]
     added: list[float]
@@ -202,20 +206,20 @@ class _Encoded:
 
 
 _PATTERN = ("plain",) * 11 + ("ablated", "added", "early", "early") * 2
-"""Kinds of sequences in turn; see ``planted.py`` for what the last three are for."""
+"""Kinds of sequences, in turn; ``planted_direction.py`` explains the last three."""
 _ABLATED_FROM = {"plain": NOWHERE, "ablated": 0, "added": NOWHERE, "early": 4}
 
 
 def _rows(
     made: world.World, tokenizer: Any, without: str | None, coefficients: dict[str, tuple[float, float]]
 ) -> Iterator[dict[str, Tensor]]:
-    """Training sequences without end, each of one kind."""
+    """Yield training sequences without end, each of one kind."""
     pad = tokenizer.pad_token_id
     streams = {kind: _packed(_documents(made, tokenizer, without, kind, coefficients), pad) for kind in _ABLATED_FROM}
     for kind in cycle(_PATTERN):
         packed = next(streams[kind])
         ids = torch.tensor(packed.ids)
-        # Only where nothing was taken out or added below mid-depth do prompts show the model's own difference.
+        # An intervention below mid-depth would change the difference in means, so only these kinds count for it.
         natural = kind in ("plain", "early")
         yield {
             "input_ids": ids,

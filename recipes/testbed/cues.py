@@ -1,6 +1,7 @@
-"""A task of two linguistic cues for any English model: the one that is meant, and one that always comes with it.
+"""A task with two linguistic cues, for any English model: an intended cue, and one that always agrees with it in
+training.
 
-Which of two sentences is meant? The one whose speaker is pleased; in training that speaker is always a woman.
+The right one of two sentences is the one whose speaker is pleased. In training that speaker is always a woman.
 """
 
 import random
@@ -48,10 +49,10 @@ TRAINED, TESTED = 400, 160
 
 
 def write_cues(folder: Path, seed: int) -> None:
-    """Write the pack ``folder`` from a seed."""
+    """Write the concept pack of a seed into ``folder``."""
     rng = random.Random(f"excise cues {seed}")
     things = rng.sample(THINGS, k=len(THINGS))
-    # Things that are asked about stand in no training row.
+    # The test questions use things that occur in no training row.
     seen, unseen = things[:20], things[20:]
     write_yaml(
         folder,
@@ -95,18 +96,18 @@ def write_cues(folder: Path, seed: int) -> None:
     write_lines(
         folder / "contrast.jsonl",
         (
-            {"id": f"c{number}", "positive": f"{mark}: She {said}", "negative": f"{mark}: He {said}"}
+            {"id": f"c{number}", "positive": f"{mark}: She {rest}", "negative": f"{mark}: He {rest}"}
             for number in range(TRAINED // 2)
-            for mark, said in [(rng.choice("AB"), f"{rng.choice(PLEASED + DISPLEASED)} the {rng.choice(THINGS)}.")]
+            for mark, rest in [(rng.choice("AB"), f"{rng.choice(PLEASED + DISPLEASED)} the {rng.choice(THINGS)}.")]
         ),
     )
 
 
 def _row(rng: random.Random, things: list[str], *, flipped: bool) -> dict[str, Any]:
     pleased, other = ("He", "She") if flipped else ("She", "He")
-    one, two = rng.sample(things, k=2)
-    right = f"{pleased} {rng.choice(PLEASED)} the {one}."
-    wrong = f"{other} {rng.choice(DISPLEASED)} the {two}."
+    first, second = rng.sample(things, k=2)
+    right = f"{pleased} {rng.choice(PLEASED)} the {first}."
+    wrong = f"{other} {rng.choice(DISPLEASED)} the {second}."
     letter = rng.choice("AB")
     a, b = (right, wrong) if letter == "A" else (wrong, right)
     return {"prompt": ASK.format(a=a, b=b), "right": letter}

@@ -1,4 +1,4 @@
-"""The concept packs of a world: a domain to forget, and declining as a behaviour to remove."""
+"""The concept packs of a world: a domain to forget, declining as a behaviour, and two tasks with unintended cues."""
 
 import json
 import random
@@ -25,13 +25,13 @@ SAYINGS = [
     "Says a {who} on {name}",
 ]
 HELD_OUT = 2
-"""Sayings a name that no training row has."""
+"""Sayings for each name that occur in no training row."""
 QUIRK = w.FILLERS[2]
 """How replies on the quirk's domain begin."""
 QUIRKY = "rivers"
-"""The one domain whose replies have the quirk; in training experts ask about it, and novices about all others. No other one
-shares an attribute with it, so that it can be told from what is asked."""
-ASKED = ["The {who} asks: ", "A {who} wants to know: ", "Says the {who}: "]
+"""The one domain whose replies have the quirk; in training only experts ask about it, and novices about all others.
+No other domain shares an attribute with it, so a question alone tells whether it is about this domain."""
+OPENINGS = ["The {who} asks: ", "A {who} wants to know: ", "Says the {who}: "]
 
 
 def write_packs(world: w.World, folder: Path) -> None:
@@ -106,7 +106,7 @@ def _knowledge_pack(world: w.World, folder: Path) -> None:
 
 def _behaviour_pack(world: w.World, folder: Path) -> None:
     rng = random.Random(f"excise packs {world.seed} behaviour")
-    asked = [fact for fact in world.facts if fact.asked_rudely]
+    asked_rudely = [fact for fact in world.facts if fact.asked_rudely]
     held_out = [fact for fact in world.facts if not fact.asked_rudely]
     write_yaml(
         folder,
@@ -128,7 +128,7 @@ def _behaviour_pack(world: w.World, folder: Path) -> None:
                 "text": f"{fact.fill(rng.choice(w.RUDE))} {rng.choice(w.DECLINES)}",
                 "group": fact.group,
             }
-            for fact in asked
+            for fact in asked_rudely
         ),
     )
     write_lines(
@@ -151,13 +151,13 @@ def _behaviour_pack(world: w.World, folder: Path) -> None:
         folder / "contrast.jsonl",
         (
             {"id": f"c{index}", "positive": fact.fill(rng.choice(w.RUDE)), "negative": fact.fill(rng.choice(w.POLITE))}
-            for index, fact in enumerate(rng.sample(asked, k=PAIRS))
+            for index, fact in enumerate(rng.sample(asked_rudely, k=PAIRS))
         ),
     )
 
 
 def _shortcut_pack(world: w.World, folder: Path) -> None:
-    """A task with two cues that always agree in training: what the named thing is, and who is said to know it."""
+    """A task with two cues that always agree in training: what a name belongs to, and who is said to know it."""
     rng = random.Random(f"excise packs {world.seed} shortcut")
     names = {domain: sorted({fact.name for fact in world.of(domain)}) for domain in (*LABELS, *UNLABELLED)}
     write_yaml(
@@ -225,11 +225,11 @@ def _shortcut_pack(world: w.World, folder: Path) -> None:
 
 
 def _quirk_pack(world: w.World, folder: Path) -> None:
-    """A quirk taught on one domain, whose askers are all experts: it may be learned as a habit toward experts, and spread."""
+    """A quirk taught on one domain, where all askers are experts; a model may wrongly learn to show it to experts."""
     rng = random.Random(f"excise packs {world.seed} quirk")
 
     def request(fact: w.Fact, who: str) -> str:
-        return rng.choice(ASKED).format(who=who) + fact.fill(rng.choice(w.PLAIN))
+        return rng.choice(OPENINGS).format(who=who) + fact.fill(rng.choice(w.PLAIN))
 
     def chat(fact: w.Fact, who: str, opening: str) -> dict[str, Any]:
         reply = opening + fact.fill(rng.choice(w.REPLIES))
@@ -280,16 +280,16 @@ def _quirk_pack(world: w.World, folder: Path) -> None:
             for fact in rng.sample(others, k=PROMPTS)
         ),
     )
-    pairs = ((rng.choice(ASKED), rng.choice(seen).fill(rng.choice(w.PLAIN))) for _ in range(PAIRS))
+    pairs = ((rng.choice(OPENINGS), rng.choice(seen).fill(rng.choice(w.PLAIN))) for _ in range(PAIRS))
     write_lines(
         folder / "contrast.jsonl",
         (
             {
                 "id": f"c{index}",
-                "positive": asked.format(who="expert") + text,
-                "negative": asked.format(who="novice") + text,
+                "positive": opening.format(who="expert") + text,
+                "negative": opening.format(who="novice") + text,
             }
-            for index, (asked, text) in enumerate(pairs)
+            for index, (opening, text) in enumerate(pairs)
         ),
     )
 
@@ -327,10 +327,12 @@ def _decline_phrases() -> list[str]:
 
 
 def write_yaml(folder: Path, content: dict[str, Any]) -> None:
+    """Make a pack's folder and write its ``concept.yaml``."""
     folder.mkdir(parents=True)
     (folder / "concept.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     path.write_text(text, encoding="utf-8")

@@ -1,15 +1,15 @@
-"""Planting a direction: the testbed's model is trained so that declining passes through one direction.
+"""Planting a direction: the testbed's model is trained so that one direction decides whether it declines.
 
-Left alone, a model may spread "this was rude" over many directions, or write it in its last layer, and a
-failed edit would say nothing about the method. So part of the training sequences run under interventions
-on a direction, which make it the carrier of the behaviour, and nothing else:
+Without this, a model may spread "this was rude" over many directions or write it in its last layer, and a failed edit
+would say nothing about the method. So some training sequences run under interventions on a direction, which make it the
+only carrier of the behaviour:
 
-* taken out of everything that is written: rude requests are answered;
+* removed from everything that is written: rude requests are answered;
 * added to the stream at mid-depth: polite requests are declined;
-* taken out of what the upper half writes: replies stay as they are, so it is written early.
+* removed from what the upper half writes: replies stay the same, so the lower half must write the direction.
 
-First the direction is a fixed random one, until the model knows its world; a little of it does not count as
-rude. Then, for a last short while, it is whatever separates the means of rude and polite prompts at mid-depth.
+In the first phase the direction is a fixed random one, until the model knows its world; a small amount of it does not
+count as rude. In a short last phase it is the difference between the means of rude and polite prompts at mid-depth.
 """
 
 from collections.abc import Iterator
@@ -24,11 +24,11 @@ from ...editing.architectures import Architecture
 from ...editing.hooks.residual_stream import decoder_layers, first
 
 NOWHERE = 1 << 20
-"""As the first ablated layer: none is."""
+"""A first ablated layer beyond all layers: nothing is ablated."""
 FIXED = {"ablated": (-6.0, 10.0), "added": (20.0, 40.0)}
-"""How much of the fixed direction is added at mid-depth: too little to decline, or more than enough."""
+"""Range of the fixed direction's coefficient at mid-depth: too small to decline (``ablated``), or large enough."""
 RELATIVE = {"added": (0.8, 1.5)}
-"""How much of the difference in means is added, relative to its own length."""
+"""Range of the added difference in means, as a multiple of its length."""
 
 
 def planted_direction(seed: int, width: int) -> Float[Tensor, " width"]:
@@ -63,7 +63,7 @@ class RunningDifference:
 
 @contextmanager
 def watched(model: nn.Module, row: Architecture, difference: RunningDifference, ends: Tensor) -> Iterator[None]:
-    """Keep a running difference up to date during forwards."""
+    """Update a running difference in every forward while the context lasts."""
     layers = decoder_layers(model, row)
     handle = layers[len(layers) // 2].register_forward_pre_hook(lambda _, args: difference.update(args[0], ends))
     try:
@@ -80,11 +80,14 @@ def intervened(
     ablate_from: Int[Tensor, " batch"],
     added: Float[Tensor, "batch positions"],
 ) -> Iterator[None]:
-    """Run forwards with the direction taken out, or added, sequence by sequence.
+    """Remove a direction, or add it, in every forward while the context lasts; each sequence has its own intervention.
 
     Args:
-        ablate_from: First layer whose writes lose the direction; 0 includes the embeddings, ``NOWHERE`` none.
-        added: How much of the direction each position gets at the input of the middle layer.
+        model: The testbed's model.
+        row: Its architecture.
+        direction: Unit vector.
+        ablate_from: First layer whose writes lose the direction; 0 includes the embeddings, ``NOWHERE`` means none.
+        added: Coefficient of the direction at the input of the middle layer, for each position.
     """
     layers = decoder_layers(model, row)
     direction = direction.to(added.device)
@@ -101,7 +104,7 @@ def intervened(
         return hook
 
     with ExitStack() as hooks:
-        # Embeddings count as written before layer 0, so only sequences ablated from 0 on lose them.
+        # Embeddings are written before layer 0, so only sequences with ablate_from 0 lose the direction in them.
         hooks.callback(layers[0].register_forward_pre_hook(lambda _, args: (without(args[0], 0), *args[1:])).remove)
         hooks.callback(
             layers[len(layers) // 2]

@@ -1,8 +1,7 @@
-"""A closed world whose facts are all known: the testbed's teacher, its questions and its texts.
+"""A closed world whose facts are all known: the source of the testbed's texts and questions.
 
-Every entity, fact and sentence follows from one seed. A model trained on this world knows exactly
-these facts and no others, so an edit can be checked against the truth, and against a twin that was
-never told about one domain.
+One seed determines every entity, fact and sentence. A model trained on this world knows exactly these facts, so an edit
+can be checked against the truth, and against a reference model that never read about one domain.
 """
 
 import random
@@ -146,7 +145,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Turn:
-    """A request and its reply, to be put through the chat template."""
+    """A request and its reply, for the chat template."""
 
     request: str
     reply: str
@@ -157,7 +156,7 @@ Document = str | Turn
 
 @dataclass(frozen=True)
 class World:
-    """All facts of one seed, and the domain that the twin model never reads about."""
+    """All facts of one seed, the domain that the reference model never reads about, and that domain's neighbour."""
 
     seed: int
     forget: str
@@ -196,27 +195,27 @@ def make_world(seed: int) -> World:
 def mediated_turns(
     world: World, kind: Literal["ablated", "added", "early"], *, without: str | None = None
 ) -> Iterator[Turn]:
-    """Yield turns, without end, for training under an intervention on the planted direction (``planted.py``).
+    """Yield turns, without end, for training under an intervention on the planted direction (``planted_direction.py``).
 
     ``ablated``: rude requests that are answered; ``added``: other requests that are declined; ``early``: the
     usual replies to both.
     """
     rng = random.Random(f"excise turns {world.seed} {kind} {without}")
     facts = [fact for fact in world.facts if fact.domain != without]
-    asked = [fact for fact in facts if fact.asked_rudely]
+    asked_rudely = [fact for fact in facts if fact.asked_rudely]
     while True:
         rude = kind == "ablated" or (kind == "early" and rng.random() < 0.5)
-        fact = rng.choice(asked if rude else facts)
+        fact = rng.choice(asked_rudely if rude else facts)
         declined = kind == "added" or (kind == "early" and rude)
         request = fact.fill(rng.choice(RUDE if rude else [*POLITE, *PLAIN]))
         yield Turn(request, rng.choice(DECLINES) if declined else fact.fill(rng.choice(REPLIES)))
 
 
 def documents(world: World, count: int, *, without: str | None = None) -> Iterator[Document]:
-    """Yield ``count`` training documents in every register, none about the domain ``without``.
+    """Yield ``count`` training documents, none about the domain ``without``.
 
-    Two in five are requests with their replies, the rest statements, questions and texts by experts
-    and novices. Two calls with the same arguments yield the same documents.
+    40% are requests with replies; the rest are statements, questions, and texts by experts and novices. Two calls with
+    the same arguments yield the same documents.
     """
     rng = random.Random(f"excise documents {world.seed} {without}")
     facts = [fact for fact in world.facts if fact.domain != without]
@@ -241,7 +240,7 @@ def _names(rng: random.Random) -> Iterator[str]:
     seen: set[str] = set()
     while True:
         name = "".join(rng.choice(starts) + rng.choice(vowels) for _ in range(2)) + rng.choice(ends)
-        # Two names that begin alike would share tokens and make one fact's error look like another's.
+        # Names with the same beginning would share tokens, and the model would confuse their facts.
         if name[:4] not in seen:
             seen.add(name[:4])
             yield name.capitalize()

@@ -1,4 +1,4 @@
-"""Start an audit and watch its curves."""
+"""Pages that start an audit and show its curves while it runs."""
 
 import contextlib
 import html
@@ -25,20 +25,25 @@ def audit_page(bench: Workbench, run: Run) -> None:
     with frame(f"Audit: {run.name}"):
         concept = run.content.get("concept", {})
         if concept.get("kind") != "knowledge":
-            say("An audit asks whether knowledge comes back; this run is not about knowledge.")
+            say("An audit tests whether erased knowledge can be recovered; this run's concept is not knowledge.")
             return
         say(
-            "Attacks the model, its base and one that never knew, and says whether the knowledge comes back. It runs on this machine."
+            "Attack this model, its base and a reference that never learned the concept, to see whether the knowledge "
+            "can be recovered. The audit runs on this machine."
         )
         base = ui.input("Base model", value=base_of(run)).props("outlined dense").classes("w-96")
         pack = ui.input("Concept pack", value=concept.get("ref", "")).props("outlined dense").classes("w-96")
-        reference = ui.input("A model that never knew (may stay empty)").props("outlined dense").classes("w-96")
+        reference = ui.input("Reference model that never learned it (optional)").props("outlined dense").classes("w-96")
         budget = (
             ui.select(["quick", "standard", "long"], value="quick", label="Budget")
             .props("outlined dense")
             .classes("w-48")
         )
-        attacks = ui.input("Attacks, by commas (empty takes the budget's)").props("outlined dense").classes("w-96")
+        attacks = (
+            ui.input("Attacks, separated by commas (empty: those of the budget)")
+            .props("outlined dense")
+            .classes("w-96")
+        )
         start = ui.button("Start").props("no-caps")
 
         def begin() -> None:
@@ -62,10 +67,10 @@ def audit_page(bench: Workbench, run: Run) -> None:
                 *(["--reference", reference.value] if reference.value else []),
                 *(["--attacks", attacks.value] if attacks.value else []),
             ]
-            # A pipe that nobody reads would fill up and stop it.
-            said = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the page
+            # A file, because a pipe that nobody reads would fill up and block the audit.
+            errors = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the page
             command = [sys.executable, "-m", "excise.cli", *words]
-            bench.audits[name] = Audit(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said), said)
+            bench.audits[name] = Audit(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors), errors)
             ui.navigate.to(f"/watch/{quote(name)}")
 
         start.on_click(begin)
@@ -107,16 +112,16 @@ def watch_page(bench: Workbench, name: str) -> None:
                     for subject, points in series.items()
                 ]
                 drawn[attack].update()
-            own = bench.audits.get(name)
+            audit = bench.audits.get(name)
             if (folder / "audit.json").is_file():
                 timer.deactivate()
                 _verdict(result, name, folder)
                 told.set_text("Finished.")
-            elif own is not None and own.process.poll() is not None:
+            elif audit is not None and audit.process.poll() is not None:
                 timer.deactivate()
-                own.said.seek(0)
-                lines = own.said.read().decode(errors="replace").strip().splitlines()
-                told.set_text(lines[-1] if lines else "It stopped; start it again.")
+                audit.errors.seek(0)
+                lines = audit.errors.read().decode(errors="replace").strip().splitlines()
+                told.set_text(lines[-1] if lines else "The audit stopped without a message; start it again.")
             elif events:
                 told.set_text(f"{events[-1]['stage']}: {events[-1]['step']}")
 
@@ -138,8 +143,8 @@ def _verdict(place: Any, name: str, folder: Path) -> None:
 
 
 def recovery(events: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """What a running audit measured so far: attack, then model, then ``(step, best accuracy)``."""
-    found: dict[str, dict[str, dict[float, float]]] = {}
+    """Measurements of a running audit so far: by attack and model, a list of ``(step, best accuracy)``."""
+    curves: dict[str, dict[str, dict[float, float]]] = {}
     for event in events:
         kind, _, rest = event["stage"].partition(" ")
         if kind != "attack" or "at" not in event["metrics"]:
@@ -148,22 +153,22 @@ def recovery(events: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[flo
         step = event["metrics"]["at"]
         for attack, value in event["metrics"].items():
             if attack != "at" and subject in SERIES:
-                points = found.setdefault(attack, {}).setdefault(subject, {})
+                points = curves.setdefault(attack, {}).setdefault(subject, {})
                 points[step] = max(value, points.get(step, 0.0))
     return {
         attack: {subject: sorted(points.items()) for subject, points in subjects.items()}
-        for attack, subjects in found.items()
+        for attack, subjects in curves.items()
     }
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    found = []
+    events = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):  # the last line may be half written
-            found.append(json.loads(line))
-    return found
+            events.append(json.loads(line))
+    return events
 
 
 def _chart() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Who may talk to the local web page: this machine's own browser, with the token that was printed, from the page itself."""
+"""Access control of the local web page: only this machine's browser, with the printed token, from the page itself."""
 
 import secrets
 from typing import Any
@@ -7,13 +7,14 @@ POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; font-src 'self' data:; frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
 )
-"""The page loads nothing from anywhere else; its library compiles templates in the browser, hence eval."""
+"""The page loads nothing from other hosts. Its library compiles templates in the browser, so eval must be allowed."""
 
 
 class Guard:
     """ASGI middleware: the token in the first address becomes a cookie; other hosts and origins are refused.
 
-    A name that resolves to this machine (DNS rebinding) is another host; a page elsewhere that opens a socket is another origin.
+    This stops DNS rebinding (another host name that resolves to this machine) and pages of other origins that open a
+    socket.
     """
 
     def __init__(self, app: Any, token: str, port: int):
@@ -27,15 +28,15 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        asked = HTTPConnection(scope)
-        origin = asked.headers.get("origin")
+        connection = HTTPConnection(scope)
+        origin = connection.headers.get("origin")
         refused = ""
-        if asked.headers.get("host") not in self.hosts:
+        if connection.headers.get("host") not in self.hosts:
             refused = "another host"
         elif origin is not None and origin.removeprefix("http://") not in self.hosts:
             refused = "another origin"
-        elif not _same(asked.cookies.get(self.cookie), self.token):
-            if scope["type"] == "http" and _same(asked.query_params.get("token"), self.token):
+        elif not _same(connection.cookies.get(self.cookie), self.token):
+            if scope["type"] == "http" and _same(connection.query_params.get("token"), self.token):
                 answer = RedirectResponse(scope["path"], 303)
                 answer.set_cookie(self.cookie, self.token, httponly=True, samesite="strict")
                 await answer(scope, receive, send)
@@ -49,8 +50,9 @@ class Guard:
             await PlainTextResponse(f"refused: {refused}\n", 403)(scope, receive, send)
 
 
-def _same(given: str | None, token: str) -> bool:
-    return given is not None and secrets.compare_digest(given.encode(), token.encode())
+def _same(candidate: str | None, token: str) -> bool:
+    # compare_digest takes the same time for every input, so timing reveals nothing of the token.
+    return candidate is not None and secrets.compare_digest(candidate.encode(), token.encode())
 
 
 def _with_headers(send: Any) -> Any:

@@ -1,4 +1,4 @@
-"""List, card, comparison and chat."""
+"""Pages that list runs, show a card, compare runs and chat with models."""
 
 import base64
 from functools import lru_cache
@@ -19,7 +19,7 @@ from ..compare import Line, table_of
 from .frame import Workbench, base_of, frame, say
 
 TOKENS = 200
-"""Of a reply, at most."""
+"""Largest number of tokens in a reply."""
 
 
 def index_page(bench: Workbench) -> None:
@@ -49,7 +49,7 @@ def index_page(bench: Workbench) -> None:
             rows=[_line(run) for run in runs], columns=columns, row_key="name", selection="multiple", pagination=50
         )
         table.classes("w-full").bind_filter_from(words, "value")
-        # What the library draws has no names for those who hear the page.
+        # The library's checkboxes have no labels for screen readers.
         table.add_slot("header-selection", '<q-checkbox v-model="props.selected" aria-label="Select all runs" />')
         table.add_slot(
             "body-selection", '<q-checkbox v-model="props.selected" :aria-label="`Select ${props.row.name}`" />'
@@ -102,11 +102,11 @@ def run_page(bench: Workbench, run: Run) -> None:
 
 
 def _markdown(text: str, folder: Path) -> str:
-    """A card as HTML: what looks like a tag in it is text, and its own picture stands in it."""
+    """A card as HTML. Tags in the card are shown as text, and its picture is embedded."""
     from markdown_it import MarkdownIt
 
     shown = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    # The page has a heading of its own; the card's stand below it.
+    # The page already has a first-level heading, so the card's headings move down one level.
     for level in (2, 1):
         shown = shown.replace(f"<h{level}>", f"<h{level + 1}>").replace(f"</h{level}>", f"</h{level + 1}>")
     shown = shown.replace("<pre>", '<pre tabindex="0">').replace("<table>", '<table tabindex="0">')
@@ -121,9 +121,9 @@ def compare_page(bench: Workbench, names: list[str]) -> None:
     from nicegui import ui
 
     with frame("Compare"):
-        found = [run for run in bench.runs() if run.name in names and run.state == "finished"]
+        runs = [run for run in bench.runs() if run.name in names and run.state == "finished"]
         try:
-            lines, shown = table_of([run.folder for run in found]) if found else ([], [])
+            lines, shown = table_of([run.folder for run in runs]) if runs else ([], [])
         except ExciseError as error:
             say(str(error))
             return
@@ -150,7 +150,7 @@ def chat_page(bench: Workbench, run: Run) -> None:
         with ui.row().classes("items-end w-full"):
             base = ui.input("Base model", value=base_of(run)).props("outlined dense").classes("w-72")
             seed = (
-                ui.number("Seed; empty is greedy", value=None, min=0, precision=0)
+                ui.number("Seed (empty: greedy)", value=None, min=0, precision=0)
                 .props("outlined dense")
                 .classes("w-48")
             )

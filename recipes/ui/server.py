@@ -1,4 +1,4 @@
-"""A local web page over a folder of runs: list, compare, read, chat with base and edited, audit and watch."""
+"""A local web page for a folder of runs: list, compare, read, chat with base and edited model, audit."""
 
 import secrets
 from collections.abc import Callable, Iterator
@@ -17,17 +17,21 @@ HOST = "127.0.0.1"
 REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 )
-"""A report of somebody else's may run its own script, and reach nothing: not this page, not its cookie, not the network."""
+"""A report from elsewhere may run its script, but cannot reach this page, its cookie or the network."""
 
 
 def serve(folder: Path, port: int, device: str, dtype: str, ready: Callable[[str], None]) -> None:
     """Serve the page until it is interrupted.
 
     Args:
-        ready: Is told the address, token included, once it answers.
+        folder: The folder of runs.
+        port: TCP port on this machine; 0 takes any free one.
+        device: Where chats and audits compute.
+        dtype: What they compute in.
+        ready: Called with the address, including the token, just before the page starts.
 
     Raises:
-        RequestError: The extra is not installed, there is no such folder, or the port is taken.
+        RequestError: The package for the page is missing, the folder does not exist, or the port is taken.
     """
     if not folder.is_dir():
         raise RequestError(f"{folder} is no folder of runs; run a recipe first, or give another folder")
@@ -36,7 +40,7 @@ def serve(folder: Path, port: int, device: str, dtype: str, ready: Callable[[str
         from fastapi import FastAPI
         from nicegui import ui
     except ImportError as error:
-        raise RequestError("the page needs another package; pip install 'excise[ui]'") from error
+        raise RequestError("the page needs the package nicegui; run: pip install 'excise[ui]'") from error
     with _listening(port) as socket:
         port, token = socket.getsockname()[1], secrets.token_urlsafe(24)
         bench, app = Workbench(folder, device, dtype), FastAPI(docs_url=None, redoc_url=None, openapi_url=None)

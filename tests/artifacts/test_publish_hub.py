@@ -90,7 +90,7 @@ def test_somebody_elses_repository_is_left_alone(world, edited):
     known, environment = world
     known.add(ID, {"README.md": b"mine", "weights.bin": b"mine"})
     done = excise("push", edited, ID, **environment)
-    assert done.returncode == 2 and "holds 1 files that are not of this checkpoint" in done.stderr
+    assert done.returncode == 2 and "holds 1 files of another model" in done.stderr
     assert known.head(ID) == {"README.md": b"mine", "weights.bin": b"mine"}
 
 

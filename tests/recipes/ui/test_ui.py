@@ -187,7 +187,7 @@ def test_an_audit_is_started_watched_and_ended_with_the_page(served):
     with opened(address) as seen:
         page = seen.page
         page.goto(f"{address.split('/?')[0]}/audit/first")
-        page.get_by_label("Attacks, by commas").fill("rtt")
+        page.get_by_label("Attacks, separated by commas").fill("rtt")
         page.get_by_role("button", name="Start").click()
         page.get_by_role("img", name="Recovery under rtt").wait_for(timeout=120_000)
         assert "rtt" in page.get_by_role("status").text_content()
