@@ -1,6 +1,8 @@
 """Random two-layer models of every architecture row, and folders to export them into."""
 
 import atexit
+import fcntl
+import hashlib
 import importlib
 import json
 import os
@@ -14,11 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the processor; so do the commands that they start.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# First: it sets what libraries read when they are imported.
+from warm import SESSION, run_warm, warm_kind
+
 # What other versions of the code kept must not decide what is tested.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="excise-tests-")
 
@@ -43,7 +43,6 @@ from excise.editing.edits.base import WeightEdit
 from excise.editing.edits.pruned_units import PrunedUnits
 from excise.editing.edits.subspace_removal import Edit
 from transformers import AutoConfig, AutoModelForCausalLM
-from warm import run_warm, warm_kind
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 _BASE: dict[str, Any] = {
@@ -158,6 +157,20 @@ def excise(*arguments: object, cwd: Path | None = None, **environment: str) -> s
     if kind := warm_kind({**os.environ, **environment}):
         return run_warm(kind, [*map(str, arguments)], {**os.environ, **environment}, cwd=cwd, timeout=600)
     return excise_afresh(*arguments, cwd=cwd, **environment)
+
+
+def run_once(*arguments: object, **environment: str) -> tuple[Path, Any]:
+    """A run's folder and printed results, for tests that only read them: made once a session, by whoever asks first."""
+    name = hashlib.sha256(json.dumps([[*map(str, arguments)], environment]).encode()).hexdigest()[:16]
+    place = Path(os.environ[SESSION]) / name
+    place.mkdir(exist_ok=True)
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "results.json").exists():
+            done = excise("run", *arguments, "--out", place / "run", "--json", **environment)
+            assert done.returncode == 0, done.stderr
+            (place / "results.json").write_text(done.stdout)
+    return place / "run", json.loads((place / "results.json").read_text())
 
 
 def excise_afresh(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

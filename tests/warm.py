@@ -6,6 +6,7 @@ answered by a fork, which is as new as an interpreter except that these imports 
 """
 
 import atexit
+import fcntl
 import gc
 import json
 import os
@@ -16,38 +17,57 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-SOCKETS = "EXCISE_TESTS_WARM"
-"""Environment variable: the folder of the sockets, where a server runs."""
+SESSION = "EXCISE_TESTS_SESSION"
+"""Environment variable: a folder that all workers of a session share, with the sockets of its server."""
 READ_BY_TRANSFORMERS = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_")
 """Variables that transformers reads while it is imported: who changes them is not answered from behind that import."""
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the processor; so do the commands that they start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+ENVIRONMENT = dict(os.environ)
+"""What the server starts with: no test has changed it yet."""
 KINDS = ("torch", "models")
 """What is imported: torch alone; or all that commands on models need."""
 
 
 @contextmanager
-def warm_server(**environment: str) -> Iterator[Path]:
-    """A server, and the folder of its sockets."""
-    with TemporaryDirectory(prefix="excise-warm-") as folder, ExitStack() as stack:
+def session_folder() -> Iterator[Path]:
+    """A folder for all workers of a session; the server that one of them started in it ends with it."""
+    with TemporaryDirectory(prefix="excise-session-") as name:
+        folder = Path(name)
+        try:
+            yield folder
+        finally:
+            with suppress(FileNotFoundError, ProcessLookupError):
+                os.killpg(int((folder / "server").read_text()), signal.SIGKILL)
+
+
+def _server(folder: Path) -> None:
+    """Start the session's server, unless there is one: only tests that start commands pay for it."""
+    with (folder / "server.lock").open("w") as lock, ExitStack() as stack:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "server").exists():
+            return
         sockets = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in KINDS]
         for listening, kind in zip(sockets, KINDS, strict=True):
             # Who asks before the imports are done waits in line.
-            listening.bind(f"{folder}/{kind}")
+            listening.bind(str(folder / kind))
             listening.listen(16)
-        started = {**os.environ, **environment}
-        (Path(folder) / "environment.json").write_text(json.dumps(started))
-        numbers = [one.fileno() for one in sockets]
-        # In a session of its own: an interrupt at the terminal is for pytest.
+        numbers = [listening.fileno() for listening in sockets]
         process = subprocess.Popen(
-            [sys.executable, __file__, *map(str, numbers)], env=started, pass_fds=numbers, start_new_session=True
-        )
-        stack.callback(process.wait)
-        stack.callback(os.killpg, process.pid, signal.SIGKILL)
-        yield Path(folder)
+            [sys.executable, __file__, *map(str, numbers)], env=ENVIRONMENT, pass_fds=numbers,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            # In a session of its own: an interrupt at the terminal is for pytest.
+            start_new_session=True,
+        )  # fmt: skip
+        (folder / "server").write_text(str(process.pid))
 
 
 def run_warm(
@@ -60,6 +80,8 @@ def run_warm(
     timeout: float,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``excise`` with these arguments, or Python code, in a process that need not import torch again."""
+    folder = Path(environment[SESSION])
+    _server(folder)
     with TemporaryDirectory(prefix="excise-said-") as place:
         files = [str(Path(place) / name) for name in ("stdout", "stderr")]
         request = {
@@ -67,7 +89,7 @@ def run_warm(
         }  # fmt: skip
         with socket.socket(socket.AF_UNIX) as connection, connection.makefile("r") as answers:
             connection.settimeout(timeout)
-            connection.connect(str(Path(os.environ[SOCKETS]) / kind))
+            connection.connect(str(folder / kind))
             connection.sendall(json.dumps(request).encode() + b"\n")
             pid = int(answers.readline())
             try:
@@ -80,11 +102,8 @@ def run_warm(
 
 def warm_kind(environment: Mapping[str, str]) -> str:
     """The server that may answer, if any: what reads its environment while it is imported must not have been."""
-    if SOCKETS not in os.environ:
-        return ""
-    started = json.loads((Path(os.environ[SOCKETS]) / "environment.json").read_text())
-    changed = {name for name in {*started, *environment} if started.get(name) != environment.get(name)}
-    if any(name.startswith("PYTHON") for name in changed):
+    changed = {name for name in {*ENVIRONMENT, *environment} if ENVIRONMENT.get(name) != environment.get(name)}
+    if SESSION not in environment or any(name.startswith("PYTHON") for name in changed):
         return ""
     return "torch" if any(name.startswith(READ_BY_TRANSFORMERS) for name in changed) else "models"
 
