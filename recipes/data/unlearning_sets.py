@@ -14,16 +14,16 @@ def forget_examples(concept: Concept, facts: Facts, tokenizer: Any, seed: int, l
         rows = [encode(tokenizer, text.text, True) for text in concept.forget]
         return [Example(piece, 1) for row in rows for piece in pieces(row, limit) if len(piece) > 1]
     contexts = [*fact_contexts(facts, "texts", seed), *fact_contexts(facts, "questions", seed)]
-    found = []
+    examples = []
     for context in dict.fromkeys(contexts):
         assert context.fact is not None
         start = len(encode(tokenizer, context.text, True))
-        found.append(Example(encode(tokenizer, f"{context.text} {context.fact.answer}", True), start))
-    return [example for example in found if example.start < len(example.ids)]
+        examples.append(Example(encode(tokenizer, f"{context.text} {context.fact.answer}", True), start))
+    return [example for example in examples if example.start < len(example.ids)]
 
 
 def retain_examples(concept: Concept, tokenizer: Any, seed: int, limit: int) -> list[Example]:
-    """Retain texts and group-T questions on other things, with their answers; all scored."""
+    """Retain texts, and group-T questions on other topics with their answers; every token is learned."""
     questions = [q for q in concept.questions if q.split != "forget" and q.group == "T"]
     texts = [text.text for text in spread(concept.retain, RETAIN_TEXTS, f"excise {seed}")]
     texts += [context.text for context in question_contexts(questions, seed)]
