@@ -151,19 +151,20 @@ def main() -> None:
     }
     if not arguments.skip_load:
         commands["load, edit, save"] = [sys.executable, "-c", LOAD_EDIT_SAVE, str(edit), str(base), str(out)]
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    timings: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(arguments.rounds):
         for name, command in commands.items():
             shutil.rmtree(out, ignore_errors=True)
-            found[name].append(timed(command))
+            timings[name].append(timed(command))
     shutil.rmtree(out, ignore_errors=True)
-    reference = statistics.median(seconds for seconds, _ in found["cp + fsync"])
+    reference = statistics.median(seconds for seconds, _ in timings["cp + fsync"])
     print(f"{size / 1e9:.2f} GB, {arguments.rounds} rounds, {os.cpu_count()} cores")
-    for name, rounds in found.items():
+    for name, rounds in timings.items():
         seconds = statistics.median(s for s, _ in rounds)
         each = ", ".join(f"{s:.1f}" for s, _ in rounds)
         print(
-            f"{name:<18} {seconds:7.1f} s ({each})  {seconds / reference:5.2f} x cp  peak {max(m for _, m in rounds):8.0f} MB"
+            f"{name:<18} {seconds:7.1f} s ({each})  {seconds / reference:5.2f} x cp  peak "
+            f"{max(m for _, m in rounds):8.0f} MB"
         )
 
 

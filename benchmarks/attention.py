@@ -53,7 +53,8 @@ def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    # As transformers does it: a single query's heads stand as queries of their group, else keys and values are repeated.
+    # As transformers does it: a single query's heads stand as queries of their group, else keys and values are
+    # repeated.
     if query.shape[2] == 1:
         packed = query.reshape(len(query), GROUPS, HEADS // GROUPS, WIDTH)
         output = scaled_dot_product_attention(packed.to(dtype), key.to(dtype), value.to(dtype), mask)

@@ -63,13 +63,15 @@ def main() -> None:
         )
 
 
-def compare(what: str, one: str, other: str, slow: Callable[[], float], fast: Callable[[], float], rounds: int) -> None:
+def compare(
+    what: str, slow_name: str, fast_name: str, slow: Callable[[], float], fast: Callable[[], float], rounds: int
+) -> None:
     """Time two ways in turn, after one round that does not count."""
     pairs = [(slow(), fast()) for _ in range(rounds + 1)][1:]
     ratios = sorted(a / b for a, b in pairs)
     middle = [statistics.median(values) for values in zip(*pairs, strict=True)]
     print(
-        f"{what}: {one} {middle[0]:.1f} s, {other} {middle[1]:.1f} s, ratio {statistics.median(ratios):.2f} "
+        f"{what}: {slow_name} {middle[0]:.1f} s, {fast_name} {middle[1]:.1f} s, ratio {statistics.median(ratios):.2f} "
         f"({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
     )
 

@@ -45,19 +45,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directions", type=int, default=8, help="At the output of each layer.")
-    asked = parser.parse_args()
-    loaded = load_model(find_model(asked.model), torch.device("cpu"), torch.float32)
-    examples = encoded(load_concept(asked.concept).train, loaded.tokenizer, 512).examples
+    options = parser.parse_args()
+    loaded = load_model(find_model(options.model), torch.device("cpu"), torch.float32)
+    examples = encoded(load_concept(options.concept).train, loaded.tokenizer, 512).examples
     config = loaded.model.config.to_dict()
     row, layers, width = architecture_of(config), layer_count(config), loaded.model.config.hidden_size
     shape = AdapterShape(8, 16.0, adapter_modules(loaded.model, row, range(layers)))
     subspaces = [
         Subspace(
             Place(layer),
-            torch.linalg.qr(torch.randn(width, asked.directions)).Q,
+            torch.linalg.qr(torch.randn(width, options.directions)).Q,
             torch.zeros(width),
-            tuple(map(str, range(asked.directions))),
-            (0.0,) * asked.directions,
+            tuple(map(str, range(options.directions))),
+            (0.0,) * options.directions,
             "random",
         )
         for layer in range(layers)
@@ -65,7 +65,7 @@ def main() -> None:
 
     def seconds(ablating: bool) -> float:
         model: Any = attach(loaded.model, shape, 0)
-        schedule = Schedule(asked.steps, 16, 1e-4, 0, save_every=0)
+        schedule = Schedule(options.steps, 16, 1e-4, 0, save_every=0)
         with tempfile.TemporaryDirectory() as folder, Events().stage("train") as stage:
             with concept_ablated(model, row, subspaces) if ablating else nullcontext():
                 start = time.perf_counter()
@@ -75,18 +75,19 @@ def main() -> None:
         return took
 
     seconds(True)
-    rounds = [(seconds(False), seconds(True)) for _ in range(asked.rounds)]
+    rounds = [(seconds(False), seconds(True)) for _ in range(options.rounds)]
     ratios = [ablated / plain for plain, ablated in rounds]
-    print(f"{asked.steps} steps, {asked.directions} directions at each of {layers} layers, {asked.rounds} rounds")
+    print(f"{options.steps} steps, {options.directions} directions at each of {layers} layers, {options.rounds} rounds")
     print(
-        f"plain {statistics.median(p for p, _ in rounds):.2f} s, ablated {statistics.median(a for _, a in rounds):.2f} s"
+        f"plain {statistics.median(p for p, _ in rounds):.2f} s, ablated {statistics.median(a for _, a in rounds):.2f} "
+        "s"
     )
     print(f"ratio {statistics.median(ratios):.3f} ({', '.join(f'{ratio:.3f}' for ratio in sorted(ratios))})")
     rows = [example.ids for example in examples[:READ]]
     places = [Place(layer) for layer in range(layers)]
     bare, read = (lambda: forward(loaded.model, rows)), (lambda: extract(loaded.model, row, rows, places, width))
     bare(), read()
-    pairs = [(timed(bare), timed(read)) for _ in range(asked.rounds)]
+    pairs = [(timed(bare), timed(read)) for _ in range(options.rounds)]
     tokens = sum(map(len, rows))
     shares = sorted(plain / with_reading for plain, with_reading in pairs)
     plain, with_reading = (tokens / statistics.median(values) for values in zip(*pairs, strict=True))
@@ -114,9 +115,9 @@ def extract(model: Any, row: Architecture, rows: Sequence[Row], places: Sequence
     """Streaming mean and covariance at every place, and their components."""
     moments = {place: Moments(width, covariance=True) for place in places}
     for start in range(0, len(rows), BATCH):
-        some = rows[start : start + BATCH]
-        values = activations(model, row, some, places)
-        seen = pad_right(some, torch.device("cpu"))["attention_mask"].bool()
+        batch = rows[start : start + BATCH]
+        values = activations(model, row, batch, places)
+        seen = pad_right(batch, torch.device("cpu"))["attention_mask"].bool()
         for place in places:
             moments[place].update(values[place][seen])
     for place in places:

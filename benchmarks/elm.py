@@ -1,4 +1,4 @@
-"""Seconds and memory of an ELM step, against a plain loop that does the same work as the method's published code does it.
+"""Seconds and memory of an ELM step, against a plain loop in the manner of the method's published code.
 
     python benchmarks/elm.py MODEL [--rounds 3] [--lengths lines,texts] [--dtype auto] [--plain-dtype float32]
 
@@ -54,27 +54,27 @@ def main() -> None:
     print(f"{'':24}{'excise':>10}{'plain':>10}{'ratio':>8}{'excise':>12}{'plain':>10}")
     for length in options.lengths.split(","):
         for mode in options.modes.split(","):
-            found: dict[str, list[dict[str, Any]]] = {"excise": [], "plain": []}
+            timings: dict[str, list[dict[str, Any]]] = {"excise": [], "plain": []}
             for _ in range(options.rounds):
-                for side, results in found.items():
+                for side, results in timings.items():
                     results.append(_in_process(options.model, dtypes[side], side, length, mode))
-            report(f"{length}, {mode}", found)
+            report(f"{length}, {mode}", timings)
 
 
-def report(name: str, found: dict[str, list[dict[str, Any]]]) -> None:
+def report(name: str, timings: dict[str, list[dict[str, Any]]]) -> None:
     """One line of medians, and where the time of an excise step goes."""
-    middle = {side: statistics.median(r["seconds"] for r in results) for side, results in found.items()}
-    memory = {side: max(r["peak"] for r in results) for side, results in found.items()}
-    ratios = sorted(p["seconds"] / e["seconds"] for e, p in zip(found["excise"], found["plain"], strict=True))
+    middle = {side: statistics.median(r["seconds"] for r in results) for side, results in timings.items()}
+    memory = {side: max(r["peak"] for r in results) for side, results in timings.items()}
+    ratios = sorted(p["seconds"] / e["seconds"] for e, p in zip(timings["excise"], timings["plain"], strict=True))
     ratio = statistics.median(ratios)
     print(
         f"{name:24}{middle['excise']:10.2f}{middle['plain']:10.2f}{ratio:7.1f}x"
         f"{memory['excise']:12.0f}{memory['plain']:10.0f}   ratios {', '.join(f'{r:.1f}' for r in ratios)}"
     )
-    parts = found["excise"][0]["parts"]
+    parts = timings["excise"][0]["parts"]
     whole = sum(parts.values())
     shares = ", ".join(f"{part} {value / whole:.0%}" for part, value in parts.items())
-    print(f"{'':24}{shares}; {whole / found['excise'][0]['floor']:.1f}x the matrix-multiply floor", flush=True)
+    print(f"{'':24}{shares}; {whole / timings['excise'][0]['floor']:.1f}x the matrix-multiply floor", flush=True)
 
 
 def measure(ref: str, dtype: str, side: str, length: str, mode: str) -> dict[str, Any]:
@@ -126,13 +126,13 @@ def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, s
     keep_freed_memory()  # As the command does.
     watch = _Watch()
     with watch("teacher and decoding" if mode == "decoded" else "teacher"):
-        lessons, kept = _lessons(loaded, forget, retain, mode)
+        lessons, retained = _lessons(loaded, forget, retain, mode)
     model, optimizer = _adapter(loaded)
     part = part_size(loaded.model)
     loss = sequence_loss({"erase": 1.0, "fluency": 1.0, "retain": 1.0})
     for step in range(steps):
         chosen = slice(step * GROUPS, (step + 1) * GROUPS)
-        groups = [list(pair) for pair in zip(lessons[chosen], kept[chosen], strict=True)]
+        groups = [list(pair) for pair in zip(lessons[chosen], retained[chosen], strict=True)]
         with watch("student forward and loss"):
             total = torch.stack(list(loss(model, collate(groups, part)).values())).sum()
         with watch("student backward"):
@@ -140,11 +140,11 @@ def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, s
         with watch("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
-    student = sum(len(lesson.ids) for lesson in [*lessons, *kept])
-    said = 0 if mode == "none" else len(lessons) * NEW_TOKENS
-    contexts = sum(len(lesson.ids) for lesson in lessons) - said
+    student = sum(len(lesson.ids) for lesson in [*lessons, *retained])
+    continued = 0 if mode == "none" else len(lessons) * NEW_TOKENS
+    contexts = sum(len(lesson.ids) for lesson in lessons) - continued
     # Bare, expert and novice; where continuations are sampled, all three go on.
-    teacher = student - said + 2 * contexts + (3 * (contexts + said) if mode == "decoded" else 0)
+    teacher = student - continued + 2 * contexts + (3 * (contexts + continued) if mode == "decoded" else 0)
     return watch.spent, _floor(loaded.model, teacher, student)
 
 
@@ -174,14 +174,14 @@ def _lessons(loaded: Any, forget: list[str], retain: list[str], mode: str) -> tu
     return sequences, [retain_sequence(erasure, row, target, 1) for row, target in zip(rows, targets, strict=True)]
 
 
-def _sampled(kept: int) -> Any:
+def _sampled(count: int) -> Any:
     """A continuation, with the frozen model's predictions that decoding leaves behind."""
     import torch
     from excise.editing.training.soft_targets import keep_top
     from excise.recipes.elm.decoding import Continuation
 
     ids = tuple(torch.randint(1000, 9000, (NEW_TOKENS,)).tolist())
-    return Continuation(ids, keep_top(torch.randn(NEW_TOKENS, 9000).log_softmax(-1), kept))
+    return Continuation(ids, keep_top(torch.randn(NEW_TOKENS, 9000).log_softmax(-1), count))
 
 
 def plain_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, steps: int) -> Spent:
@@ -214,13 +214,13 @@ class PlainLoop:
             cross_entropy(self.logits(self.ids(retain)), hard).backward()
         if mode == "none":
             return
-        said = torch.randint(1000, 9000, (1, NEW_TOKENS))
+        continuation = torch.randint(1000, 9000, (1, NEW_TOKENS))
         if mode == "decoded":
             with self.watch("decoding"):
-                said = self.sample(forget)
+                continuation = self.sample(forget)
         with self.watch("student"):
-            whole = torch.cat([self.ids(forget), said], -1)
-            cross_entropy(self.logits(whole)[-NEW_TOKENS - 1 : -1], said[0]).backward()
+            whole = torch.cat([self.ids(forget), continuation], -1)
+            cross_entropy(self.logits(whole)[-NEW_TOKENS - 1 : -1], continuation[0]).backward()
 
     def update(self) -> None:
         """One optimizer step."""
@@ -251,11 +251,11 @@ class PlainLoop:
 
         bare = self.ids(text)
         n = bare.shape[1]
-        own, expert, novice = (
+        plain, expert, novice = (
             (self.frozen(ids)[-n:].double() / 1.2).log_softmax(-1)
             for ids in (bare, self.ids(EXPERT + text), self.ids(NOVICE + text))
         )
-        edited = own + torch.linspace(1, 1000, n)[:, None] * (novice - expert)
+        edited = plain + torch.linspace(1, 1000, n)[:, None] * (novice - expert)
         top = edited.topk(50, -1)
         return torch.full_like(edited, -torch.inf).scatter(-1, top.indices, top.values).softmax(-1).float()
 
@@ -264,7 +264,7 @@ class PlainLoop:
         import torch
 
         caches: list[Any] = [None, None, None]
-        steps, said = [self.ids(text), self.ids(EXPERT), self.ids(NOVICE)], []
+        steps, tokens = [self.ids(text), self.ids(EXPERT), self.ids(NOVICE)], []
         with torch.no_grad(), self.model.disable_adapter():
             for _ in range(NEW_TOKENS):
                 scores = []
@@ -273,9 +273,9 @@ class PlainLoop:
                     caches[place] = output.past_key_values
                     scores.append(output.logits[0, -1].double().log_softmax(-1))
                 token = torch.multinomial((scores[0] + 3 * (scores[2] - scores[1])).softmax(-1), 1)
-                said.append(int(token))
+                tokens.append(int(token))
                 steps = [token[None]] * 3
-        return torch.tensor([said])
+        return torch.tensor([tokens])
 
 
 class _Watch:
@@ -306,7 +306,7 @@ def _adapter(loaded: Any) -> tuple[Any, Any]:
 
 
 def _floor(model: Any, teacher: int, student: int) -> float:
-    """Seconds that matrix multiplications of the same sizes take alone: teacher and student forward, student backward."""
+    """Seconds of the matrix multiplications alone: teacher and student forward, student backward."""
     import torch
 
     shapes = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
@@ -332,8 +332,8 @@ def _in_process(ref: str, dtype: str, side: str, length: str, mode: str) -> dict
         )
     if done.returncode:
         sys.exit(done.stderr[-2000:])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 if __name__ == "__main__":

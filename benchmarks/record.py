@@ -2,9 +2,9 @@
 
     python benchmarks/record.py OUT.json [--against EARLIER.json] [--only NAME,...] [--jobs 2]
 
-Runs the real command line with short settings, on one thread each and with a cache of its own, so that nothing is recalled
-from earlier. A change of layout, names or words must change no number: record before, record after, ``--against`` before.
-Both records must come from the same machine and the same versions of PyTorch and its like.
+Runs the real command line with short settings, on one thread each and with a cache of its own, so that nothing is
+recalled from earlier. A change of layout, names or words must change no number: record before, record after,
+``--against`` before. Both records must come from the same machine and the same versions of PyTorch and its like.
 """
 
 import argparse
@@ -25,10 +25,13 @@ import torch
 from safetensors import safe_open
 
 RENAMED: dict[str, str] = {
-    "never": "reference", "comes_back": "recovers", "resists": "partially_robust", "eta": "strength",
+    "never": "reference",
+    "comes_back": "recovers",
+    "resists": "partially_robust",
+    "eta": "strength",
     "like_never_learned": "indistinguishable_from_never_trained",
-}  # fmt: skip
-"""Old word to new word, in the keys and texts of the earlier record, before it is compared. Whole words, as ``\\w+`` finds them."""
+}
+"""Old to new whole words (``\\w+``), replaced in keys and texts of the earlier record before it is compared."""
 
 HERE = "--device cpu --dtype float32"
 SMALL = "questions=20 kl_prompts=4 max_new_tokens=6"
@@ -36,13 +39,24 @@ TRAINED = f"{SMALL} steps=8 batch_size=2"
 ERASED = f"{TRAINED} reference_subjects=4 fluency_tokens=4 chat_facts=8 max_contexts=32"
 CASES: dict[str, tuple[str, str]] = {
     "elm": (f"run elm --seed 0 {HERE}", ERASED),
-    "orthogonalize": (f"run orthogonalize --seed 0 {HERE}", f"{SMALL} max_new_tokens=12 train_pairs=32 validation_pairs=8 max_depth=0.5"),
-    "audit": (
-        f"audit {{elm}} --concept builtin:potions --base builtin:testbed --budget quick --questions 20 --seed 0 {HERE} --attacks "
-        "few_shot,int4,logit_lens,sampling,probe,undo_singular,rtt,few_8,relearn,unrelated,soft_prompt,latent,rtt_full", "",
+    "orthogonalize": (
+        f"run orthogonalize --seed 0 {HERE}",
+        f"{SMALL} max_new_tokens=12 train_pairs=32 validation_pairs=8 max_depth=0.5",
     ),
-    "elm_texts": (f"run elm --seed 0 {HERE}", f"{ERASED} max_contexts=16 contexts=texts contrast=examples strength=5.0 one_sided=true"),
-    "elm_reinforced": (f"run elm --seed 0 {HERE}", f"{ERASED} contexts=texts contrast=reinforced expert_steps=4 strength=1.5"),
+    "audit": (
+        f"audit {{elm}} --concept builtin:potions --base builtin:testbed --budget quick --questions 20 --seed 0 {HERE} "
+        "--attacks "
+        "few_shot,int4,logit_lens,sampling,probe,undo_singular,rtt,few_8,relearn,unrelated,soft_prompt,latent,rtt_full",
+        "",
+    ),
+    "elm_texts": (
+        f"run elm --seed 0 {HERE}",
+        f"{ERASED} max_contexts=16 contexts=texts contrast=examples strength=5.0 one_sided=true",
+    ),
+    "elm_reinforced": (
+        f"run elm --seed 0 {HERE}",
+        f"{ERASED} contexts=texts contrast=reinforced expert_steps=4 strength=1.5",
+    ),
     "elm_reference": (f"run elm --seed 0 {HERE}", f"{TRAINED} preset=reference rank=16 max_contexts=32"),
     "prune": (f"run prune --seed 0 {HERE}", f"{SMALL} examples=64 validate_units=4"),
     "prune_removed": (
@@ -50,16 +64,22 @@ CASES: dict[str, tuple[str, str]] = {
         f"{SMALL} examples=64 validate_units=4 score=saliency semantics=remove controls=false",
     ),
     "caft": (f"run caft --seed 0 {HERE}", f"{SMALL} steps=8 batch_size=4 watch=8 components=3 pick=[1] site=output"),
-    "caft_quirk": (f"run caft --concept builtin:quirk --seed 0 {HERE}", f"{SMALL} steps=6 batch_size=4 tune=full watch=0"),
+    "caft_quirk": (
+        f"run caft --concept builtin:quirk --seed 0 {HERE}",
+        f"{SMALL} steps=6 batch_size=4 tune=full watch=0",
+    ),
     "lorra": (f"run lorra --seed 0 {HERE}", f"{SMALL} max_new_tokens=12 steps=8 batch_size=4"),
     "rmu": (f"run rmu --seed 0 {HERE}", TRAINED),
     "grad_diff": (f"run grad_diff --seed 0 {HERE}", TRAINED),
     "npo": (f"run npo --seed 0 {HERE}", TRAINED),
     "simnpo": (f"run simnpo --seed 0 {HERE}", TRAINED),
-    "eval": (f"eval builtin:testbed-reference --concept builtin:potions --base builtin:testbed --questions 20 {HERE}", ""),
+    "eval": (
+        f"eval builtin:testbed-reference --concept builtin:potions --base builtin:testbed --questions 20 {HERE}",
+        "",
+    ),
     "diff": ("diff builtin:testbed {elm}", ""),
     "inspect": (f"inspect {{caft}} --model builtin:testbed --concept builtin:shortcut {HERE}", ""),
-}  # fmt: skip
+}
 """The command of each case and its settings; ``{NAME}`` stands for the folder of an earlier case."""
 
 SHORT = """
@@ -69,7 +89,7 @@ from excise.recipes.audit.attacks.table import BUDGETS
 BUDGETS["quick"] = replace(BUDGETS["quick"], steps=8)
 main()
 """
-"""What an audit runs in place of ``python -m excise.cli``: the same with an eighth of the steps of the shortest budget."""
+"""Run by an audit in place of ``python -m excise.cli``: the same with an eighth of the shortest budget's steps."""
 WRITES = ("run", "audit")
 ELSEWHERE = {"measurements", "samples", "attacks"}
 UNRECORDED = {
@@ -84,7 +104,7 @@ UNRECORDED = {
     "sha256",
     "bytes",
 }
-"""Keys that are recorded otherwise, or say nothing of what was computed. Of all else, numbers and lists are recorded."""
+"""Keys that are recorded elsewhere or not computed. Of all others, numbers and lists are recorded."""
 
 Values = dict[str, Any]
 
@@ -96,14 +116,14 @@ def main() -> int:
     parser.add_argument("--against", type=Path, help="an earlier record")
     parser.add_argument("--only", help="names of cases, comma-separated; those that they need are run too")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
-    asked = parser.parse_args()
-    record = recorded(wanted(asked.only.split(",") if asked.only else list(CASES)), asked.jobs)
-    asked.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{asked.out}: {len(record)} cases, {sum(map(len, record.values()))} values")
-    if asked.against is None:
+    options = parser.parse_args()
+    record = recorded(wanted(options.only.split(",") if options.only else list(CASES)), options.jobs)
+    options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{options.out}: {len(record)} cases, {sum(map(len, record.values()))} values")
+    if options.against is None:
         return 0
-    earlier = renamed(json.loads(asked.against.read_text(encoding="utf-8")))
-    return compare({name: values for name, values in earlier.items() if not asked.only or name in record}, record)
+    earlier = renamed(json.loads(options.against.read_text(encoding="utf-8")))
+    return compare({name: values for name, values in earlier.items() if not options.only or name in record}, record)
 
 
 def wanted(names: list[str]) -> list[str]:
@@ -131,13 +151,17 @@ def run_case(name: str, scratch: Path, before: dict[str, Future[Values]]) -> Val
     words += [word for pair in settings.split() for word in ("--set", pair)]
     if words[0] in WRITES:
         words += ["--out", str(scratch / name)]
-    own = {"XDG_CACHE_HOME": str(scratch / f"{name}-cache"), "MPLCONFIGDIR": str(scratch / "fonts")}
+    private = {"XDG_CACHE_HOME": str(scratch / f"{name}-cache"), "MPLCONFIGDIR": str(scratch / "fonts")}
     how = ["-c", SHORT] if words[0] == "audit" else ["-m", "excise.cli"]
     start = time.perf_counter()
     finished = subprocess.run(
-        [sys.executable, *how, *words, "--json"], capture_output=True, text=True, check=False, cwd=scratch,
-        env={**os.environ, **own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        [sys.executable, *how, *words, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=scratch,
+        env={**os.environ, **private, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
     if finished.returncode:
         raise SystemExit(f"{name}: excise {' '.join(words)}\n{finished.stderr[-2000:]}")
     print(f"{name:<16} {time.perf_counter() - start:6.1f} s", flush=True)
@@ -148,29 +172,29 @@ def run_case(name: str, scratch: Path, before: dict[str, Future[Values]]) -> Val
 
 
 def eval_values(content: Any) -> Values:
-    """Of an ``eval.json``, or of a table of another command: measurements, a hash of the replies, and every other number."""
-    found: Values = {}
+    """Values of an ``eval.json`` or another command's table: measurements, a hash of the replies, all other numbers."""
+    values: Values = {}
     for item in content.get("measurements", ()):
         key = f"{item['subject']}/{item['name']}/{item['split']}"
-        found[key] = [item["value"], *item["ci95"], item["n"]]
+        values[key] = [item["value"], *item["ci95"], item["n"]]
         if "difference" in item:
-            found[f"{key}/difference"] = [item["difference"]["value"], *item["difference"]["ci95"]]
+            values[f"{key}/difference"] = [item["difference"]["value"], *item["difference"]["ci95"]]
     if samples := content.get("samples"):
         for subject in ("base", "edited"):
             text = "\0".join(sample[subject] for sample in samples)
-            found[f"replies/{subject}"] = hashlib.sha256(text.encode()).hexdigest()
-    return {**found, **dict(numbers(content))}
+            values[f"replies/{subject}"] = hashlib.sha256(text.encode()).hexdigest()
+    return {**values, **dict(numbers(content))}
 
 
 def audit_values(content: Any) -> Values:
     """Of an ``audit.json``: the verdict, every number of every attack, by name and model, and every other number."""
-    found: Values = {"verdict": content["verdict"]}
+    values: Values = {"verdict": content["verdict"]}
     for attack in content["attacks"]:
         for subject in attack["curve"][0]:
-            found[f"{attack['name']}/curve/{subject}"] = [point[subject] for point in attack["curve"]]
+            values[f"{attack['name']}/curve/{subject}"] = [point[subject] for point in attack["curve"]]
         rest = {key: value for key, value in attack.items() if key not in ("name", "curve")}
-        found |= {f"{attack['name']}/{key}": value for key, value in numbers(rest)}
-    return {**found, **dict(numbers(content))}
+        values |= {f"{attack['name']}/{key}": value for key, value in numbers(rest)}
+    return {**values, **dict(numbers(content))}
 
 
 def numbers(content: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -188,7 +212,7 @@ def numbers(content: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def weights(folder: Path) -> Iterator[tuple[str, str]]:
-    """SHA-256 of every safetensors file that a run wrote; and of its tensors alone, which its header's words do not change."""
+    """SHA-256 of every safetensors file that a run wrote, and of its tensors without the header."""
     for path in sorted(folder.rglob("*.safetensors")):
         place = path.relative_to(folder).as_posix()
         yield f"{place}/file", hashlib.sha256(path.read_bytes()).hexdigest()

@@ -2,10 +2,10 @@
 
     python benchmarks/relearning.py [MODEL] [--concept C] [--epochs 8] [--rate 1e-3] [--texts 960] [--seed 0]
 
-As published: MLP neurons are ranked by concept saliency, the top half is zeroed (and may grow back), and all weights are
-trained again on all texts, those of the concept among them. The published claim is that salient neurons lie in earlier
-layers afterwards. It compares the surviving neurons of the retrained model with all neurons of the base; beside it stands
-the base's own surviving neurons, which is what pruning alone does to the picture.
+As published: MLP neurons are ranked by concept saliency, the top half is zeroed (and may grow back), and all weights
+are trained again on all texts, those of the concept among them. The published claim is that salient neurons lie in
+earlier layers afterwards. It compares the surviving neurons of the retrained model with all neurons of the base; beside
+it stands the base's own surviving neurons, which is what pruning alone does to the picture.
 """
 
 import argparse
@@ -61,8 +61,8 @@ def pruned_and_taught_again(name: str, loaded: LoadedModel, concept: Concept, op
         units = matched_units(units, sizes, torch.Generator().manual_seed(options.seed))
     edit = PrunedUnits(units, {}, "down", config["model_type"], residual_width(config), layer_count(config), 1)
     survivors = torch.ones(base.shape, dtype=torch.bool)
-    for layer, some in units.items():
-        survivors[layer, list(some)] = False
+    for layer, pruned in units.items():
+        survivors[layer, list(pruned)] = False
     exam = MultipleChoiceSet(loaded.tokenizer, [q for q in concept.questions if q.split == "forget"])
     others = MultipleChoiceSet(loaded.tokenizer, [q for q in concept.questions if q.split != "forget"])
     print(f"{name}: {sum(map(len, units.values()))} of {base.numel()} neurons zeroed (output rows; free to grow back)")
@@ -82,7 +82,8 @@ def pruned_and_taught_again(name: str, loaded: LoadedModel, concept: Concept, op
         print(f"    {label:<26}" + " ".join(f"{share:5.1f}" for share in shares) + f"   {centre(shares):.2f}")
     last = monitor.event(monitor.seen[-1])
     print(
-        f"  surviving neurons, last against first: overlap of the top 1% {last['overlap_of_top']:.2f}, rank correlation "
+        f"  surviving neurons, last against first: overlap of the top 1% {last['overlap_of_top']:.2f}, rank "
+        "correlation "
         f"{last['rank_correlation']:.2f}; regrown norm of the pruned ones {last['regrowth']:.3f}"
     )
     if last["carriers"]:
@@ -120,8 +121,8 @@ def report(label: str, exam: MultipleChoiceSet, others: MultipleChoiceSet, loade
 
 @torch.no_grad()
 def saliency(loaded: LoadedModel, concept: Concept) -> tuple[Tensor, Tensor]:
-    """``|mean difference|`` of every neuron [layers, neurons], texts on the concept against others, whose rank is the published
-    concept saliency; and mean sizes."""
+    """``|mean difference|`` of every neuron [layers, neurons], texts on the concept against others, whose rank is the
+    published concept saliency; and mean sizes."""
     row = architecture_of(loaded.model.config.to_dict())
     assert row.mlp_units is not None
     kinds = [UnitMoments(layer_count(loaded.model.config.to_dict())) for _ in range(2)]

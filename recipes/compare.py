@@ -31,14 +31,14 @@ class Line:
 
     def kept(self) -> float | None:
         """Mean accuracy on what should stay."""
-        found = [self.values[name].value for name in KEPT if name in self.values]
-        return sum(found) / len(found) if found else None
+        values = [self.values[name].value for name in KEPT if name in self.values]
+        return sum(values) / len(values) if values else None
 
     def kept_ci95(self) -> tuple[float, float]:
         """Interval of that mean, from those of its parts (MOVER, Zou and Donner 2008); the parts are other questions."""
-        found = [self.values[name] for name in KEPT if name in self.values]
-        mean = sum(item.value for item in found) / len(found)
-        below, above = (math.hypot(*(item.ci95[end] - item.value for item in found)) / len(found) for end in (0, 1))
+        parts = [self.values[name] for name in KEPT if name in self.values]
+        mean = sum(item.value for item in parts) / len(parts)
+        below, above = (math.hypot(*(item.ci95[end] - item.value for item in parts)) / len(parts) for end in (0, 1))
         return mean - below, mean + above
 
 
@@ -79,10 +79,14 @@ def as_markdown(lines: list[Line]) -> str:
     counts = {name: max(line.values[name].n for line in lines if name in line.values) for name in shown}
     head = ["model", "recipe", *(f"{name} (n = {counts[name]})" for name in shown), "seconds to learn"]
     rows = [
-        [line.name, line.recipe, *(format_value(line.values.get(name)) for name in shown),
-         "" if line.seconds is None else f"{line.seconds:.0f}"]
+        [
+            line.name,
+            line.recipe,
+            *(format_value(line.values.get(name)) for name in shown),
+            "" if line.seconds is None else f"{line.seconds:.0f}",
+        ]
         for line in lines
-    ]  # fmt: skip
+    ]
     return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -96,7 +100,7 @@ def pareto(lines: list[Line]) -> list[Line]:
         and not any(
             f <= forgotten and k is not None and k >= kept and (f, k) != (forgotten, kept) for f, k, _ in points
         )
-    ]  # fmt: skip
+    ]
 
 
 def _read(run: Path) -> tuple[dict[str, Any], float | None]:
@@ -112,16 +116,17 @@ def _seconds(events: Path) -> float | None:
         return None
     ended = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
     return sum(
-        event["metrics"]["seconds"] for event in ended
+        event["metrics"]["seconds"]
+        for event in ended
         if "seconds" in event["metrics"] and not event["stage"].startswith(("load", "measure", "export", "induce"))
-    )  # fmt: skip
+    )
 
 
 def _subjects(content: dict[str, Any]) -> list[Line]:
     """The base, and a model that never knew the concept, where the first run has one."""
     lines = [Line(content["base"]["name"], "base", _values(content, "base"), None)]
     reference = _values(content, "reference")
-    return lines + ([Line(content["reference"]["name"], "never knew it", reference, None)] if reference else [])
+    return lines + ([Line(content["reference"]["name"], "reference", reference, None)] if reference else [])
 
 
 def _recipe(content: dict[str, Any]) -> str:
@@ -130,19 +135,24 @@ def _recipe(content: dict[str, Any]) -> str:
 
 
 def _values(content: dict[str, Any], subject: str) -> dict[str, Measurement]:
-    found = {(item.name, item.split): item for item in read_measurements(content) if item.subject == subject}
-    return {name: found[key] for name, key in COLUMNS.items() if key in found}
+    measured = {(item.name, item.split): item for item in read_measurements(content) if item.subject == subject}
+    return {name: measured[key] for name, key in COLUMNS.items() if key in measured}
 
 
 def _as_json(lines: list[Line]) -> list[dict[str, Any]]:
     front = pareto(lines)
     return [
         {
-            "name": line.name, "recipe": line.recipe, "seconds": line.seconds, "pareto": line in front,
-            "values": {name: {"value": item.value, "ci95": list(item.ci95), "n": item.n} for name, item in line.values.items()},
+            "name": line.name,
+            "recipe": line.recipe,
+            "seconds": line.seconds,
+            "pareto": line in front,
+            "values": {
+                name: {"value": item.value, "ci95": list(item.ci95), "n": item.n} for name, item in line.values.items()
+            },
         }
         for line in lines
-    ]  # fmt: skip
+    ]
 
 
 def _plot(lines: list[Line]) -> bytes:
@@ -154,8 +164,11 @@ def _plot(lines: list[Line]) -> bytes:
             forgotten = line.values[FORGOTTEN]
             name = f"{line.name} ({line.recipe})"
             points.append((name, line in front, (forgotten.value, *forgotten.ci95), (kept, *line.kept_ci95())))
-    return charts.png(charts.trade_off(
-        points, "multiple choice on what to forget, group V (lower is better)",
-        "multiple choice on neighbours and the rest, mean (higher is better)",
-        "Forgetting against keeping; circles are on the Pareto front",
-    ))  # fmt: skip
+    return charts.png(
+        charts.trade_off(
+            points,
+            "multiple choice on what to forget, group V (lower is better)",
+            "multiple choice on neighbours and the rest, mean (higher is better)",
+            "Forgetting against keeping; circles are on the Pareto front",
+        )
+    )

@@ -17,8 +17,6 @@ def find_model(ref: str) -> ModelSource:
 
     A run's folder stands for the checkpoint in it.
 
-    A run's folder stands for the checkpoint in it.
-
     Raises:
         RequestError: There is no such model, or the Hub cannot be reached.
         CheckpointError: The file is a pickle, or not a model.
@@ -40,9 +38,9 @@ def find_model(ref: str) -> ModelSource:
         )
     if path.is_dir():
         path = checkpoint_of(path)
-        whole = path.resolve()
-        # A checkpoint is named together with its run.
-        name = f"{whole.parent.name}/{whole.name}" if whole.name == "checkpoint" else whole.name
+        folder = path.resolve()
+        # Every run's model folder is called checkpoint, so the run's name is added.
+        name = f"{folder.parent.name}/{folder.name}" if folder.name == "checkpoint" else folder.name
         return ModelSource("local", name, path)
     if path.suffix == ".gguf":
         if not path.is_file():

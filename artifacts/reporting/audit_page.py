@@ -54,9 +54,13 @@ def card_section(results: dict[str, Any], picture: str | None) -> str:
         trim_blocks=True,
     )
     return environment.get_template("audit.md.j2").render(
-        results=results, headline=HEADLINES[results["verdict"]], best=best,
-        estimate=estimate, tokens=tokens, picture=picture,
-    )  # fmt: skip
+        results=results,
+        headline=HEADLINES[results["verdict"]],
+        best=best,
+        estimate=estimate,
+        tokens=tokens,
+        picture=picture,
+    )
 
 
 def recovery_picture(results: dict[str, Any]) -> bytes | None:
@@ -84,10 +88,14 @@ def amend_card(folder: Path, results: dict[str, Any], picture: bytes | None) -> 
     else:
         before, mark, rest = card.partition("## Samples\n")
         after = mark + rest
-    amend_folder(folder, {
-        CARD: f"{before}{section}\n{after}", AUDIT: json.dumps(results, indent=1) + "\n",
-        **({f"{FOLDER}/{PICTURE}": picture} if picture else {}),
-    })  # fmt: skip
+    amend_folder(
+        folder,
+        {
+            CARD: f"{before}{section}\n{after}",
+            AUDIT: json.dumps(results, indent=1) + "\n",
+            **({f"{FOLDER}/{PICTURE}": picture} if picture else {}),
+        },
+    )
 
 
 def estimate(found: dict[str, Any] | None) -> str:

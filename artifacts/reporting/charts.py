@@ -182,10 +182,15 @@ def whiskers(row: Row) -> list[dict[str, Any]]:
     high = 1.0 if low == 0 and high <= 1 else high
     width = (high - low) or 1.0
     return [
-        {"subject": subject, **{key: round(100 * (value - low) / width, 2) for key, value in
-         (("at", item.value), ("low", item.ci95[0]), ("high", item.ci95[1]))}}
+        {
+            "subject": subject,
+            **{
+                key: round(100 * (value - low) / width, 2)
+                for key, value in (("at", item.value), ("low", item.ci95[0]), ("high", item.ci95[1]))
+            },
+        }
         for subject, item in items
-    ]  # fmt: skip
+    ]
 
 
 def _svg(figure: Any, salt: str, *, transparent: bool = False) -> str:
@@ -221,8 +226,8 @@ def _label(axes: Any, x_label: str, y_label: str, title: str = "") -> None:
 def _round_numbers(low: float, high: float) -> list[int]:
     """1, 2 and 5 times each power of ten in a range; the powers alone where those would be many."""
     powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
-    found = [n * 10**power for power in powers for n in (1, 2, 5) if low <= n * 10**power <= high]
-    return found if len(found) <= 6 else [10**power for power in powers if low <= 10**power]
+    marks = [n * 10**power for power in powers for n in (1, 2, 5) if low <= n * 10**power <= high]
+    return marks if len(marks) <= 6 else [10**power for power in powers if low <= 10**power]
 
 
 def _finish(axes: Any) -> None:

@@ -13,9 +13,13 @@ MAX_TEXT = 2000
 def render(template: str, **values: Any) -> str:
     """Fill in a page; whatever is not marked safe is escaped and shows its control characters."""
     environment = Environment(
-        loader=PackageLoader(__package__.rpartition(".")[0], "templates"), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: visible(value) if type(value) is str else value,
-    )  # fmt: skip
+        loader=PackageLoader(__package__.rpartition(".")[0], "templates"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
     environment.filters["inline"] = inline
     return environment.get_template(template).render(clean=clean, **values)
 

@@ -106,9 +106,13 @@ def bars(title: str, about: str, heights: Sequence[float], x_label: str, y_label
 
 
 def lines(
-    title: str, about: str, points: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str,
+    title: str,
+    about: str,
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
     marker: float | None = None,
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Named lines over a logarithmic axis that begins at 0.
 
     Args:
@@ -120,9 +124,16 @@ def lines(
 
 
 def heat_map(
-    title: str, about: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]],
-    notes: Sequence[Sequence[str]], chosen: tuple[int, int] | None, *, higher_is_better: bool,
-) -> Figure:  # fmt: skip
+    title: str,
+    about: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    notes: Sequence[Sequence[str]],
+    chosen: tuple[int, int] | None,
+    *,
+    higher_is_better: bool,
+) -> Figure:
     """Numbers in a grid whose colours say how good they are.
 
     Args:
@@ -132,10 +143,14 @@ def heat_map(
         chosen: Row and column of the value that was used.
     """
     data = {
-        "corner": rows[0], "rows": list(rows[1:]), "columns": list(columns), "values": [list(row) for row in values],
-        "notes": [list(row) for row in notes], "chosen": None if chosen is None else list(chosen),
+        "corner": rows[0],
+        "rows": list(rows[1:]),
+        "columns": list(columns),
+        "values": [list(row) for row in values],
+        "notes": [list(row) for row in notes],
+        "chosen": None if chosen is None else list(chosen),
         "higher_is_better": higher_is_better,
-    }  # fmt: skip
+    }
     return Figure("heat_map", title, about, data)
 
 

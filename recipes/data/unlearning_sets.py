@@ -23,7 +23,7 @@ def forget_examples(concept: Concept, facts: Facts, tokenizer: Any, seed: int, l
 
 
 def retain_examples(concept: Concept, tokenizer: Any, seed: int, limit: int) -> list[Example]:
-    """Retain texts and group-T questions on other things, with their answers; all scored."""
+    """Retain texts, and group-T questions on other topics with their answers; every token is learned."""
     questions = [q for q in concept.questions if q.split != "forget" and q.group == "T"]
     texts = [text.text for text in spread(concept.retain, RETAIN_TEXTS, f"excise {seed}")]
     texts += [context.text for context in question_contexts(questions, seed)]

@@ -127,7 +127,7 @@ def test_runs_are_compared_in_one_table(finished, tmp_path):
     out, _ = finished
     done = excise("compare", out, out, "--out", tmp_path / "both", "--json")
     names = [line["recipe"] for line in json.loads(done.stdout)]
-    assert names == ["base", "never knew it", "elm", "elm"]
+    assert names == ["base", "reference", "elm", "elm"]
     assert {path.name for path in (tmp_path / "both").iterdir()} == {"compare.md", "compare.json", "compare.png"}
     wrong = excise("compare", out, tmp_path, "--out", tmp_path / "none")
     assert wrong.returncode == 2 and "holds no finished run" in wrong.stderr and not (tmp_path / "none").exists()
