@@ -177,7 +177,14 @@ def _signature(thing: Any) -> str:
         return ""
     if signature == "(*args: 'Any', **kwargs: 'Any') -> 'Any'":
         return ""
-    return re.sub(r"<factory>|<excise\.\S+ object at 0x[0-9a-f]+>", "...", signature.replace("'", ""))
+    shown = re.sub(r"<factory>|<excise\.\S+ object at 0x[0-9a-f]+>", "...", signature.replace("'", ""))
+    shown = re.sub(r"\bexcise\.[\w.]+\.(\w+)", r"\1", shown)
+    if len(shown) < 100:
+        return shown
+    # One parameter a line; a comma inside brackets does not part two of them.
+    inside, _, returned = shown.removeprefix("(").rpartition(")")
+    pieces = re.split(r", (?![^\[(]*[\])])", inside)
+    return "(\n    " + ",\n    ".join(pieces) + ",\n)" + returned
 
 
 def _docstring(text: str) -> str:

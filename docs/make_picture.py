@@ -1,7 +1,9 @@
-"""Draw docs/picture.png from a run and its audit: right answers before the edit, after it, and under attack.
+"""Draw docs/picture.png from an audit: right answers before the edit, after it, and under attack.
 
-excise run elm --out runs/elm-1 && excise audit runs/elm-1 --out runs/audit-1
-python docs/make_picture.py runs/elm-1 runs/audit-1
+    excise run elm --out runs/elm-1 && excise audit runs/elm-1 --out runs/audit-1
+    python docs/make_picture.py runs/audit-1
+
+Without an argument it draws the figures of docs/picture.json, which are those of the audit in docs/measured.md.
 """
 
 import json
@@ -61,6 +63,5 @@ def draw(audit: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run, audit = (Path(argument) for argument in sys.argv[1:3])
-    draw(json.loads((audit / "audit.json").read_text(encoding="utf-8")), Path(__file__).parent / "picture.png")
-    print(f"docs/picture.png shows {run} and {audit}")
+    file = Path(sys.argv[1]) / "audit.json" if len(sys.argv) > 1 else Path(__file__).with_name("picture.json")
+    draw(json.loads(file.read_text(encoding="utf-8")), Path(__file__).with_name("picture.png"))
