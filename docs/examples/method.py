@@ -1,4 +1,4 @@
-"""A new method of another kind: settings, three functions, and what to train. Here: toward uniform answers on the concept.
+"""A new method of another kind: settings, four functions, and what to train. Here: toward uniform answers on the concept.
 
 python docs/examples/method.py OUT [KEY=VALUE ...]
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 from excise.artifacts.events import Events
 from excise.artifacts.models.load import LoadedModel
+from excise.artifacts.reporting.sections import Story
 from excise.recipes import RECIPES, Recipe
 from excise.recipes.common import adapter_job, adapter_run
 from excise.recipes.common.adapter_job import AdapterJob, AdapterSettings
@@ -17,6 +18,7 @@ from excise.recipes.common.adapter_run import Training
 from excise.recipes.common.examples import Example, cycled, example_batch
 from excise.recipes.common.measured_run import Finished
 from excise.recipes.common.settings import load_settings
+from excise.recipes.common.story import LOW_RANK_LIMIT, training_section
 from excise.recipes.common.tokens import text_limit
 from excise.recipes.data.facts import find_facts
 from excise.recipes.data.unlearning_sets import forget_examples, retain_examples
@@ -46,6 +48,12 @@ def run(job: AdapterJob, events: Events) -> Finished:
     return adapter_run.run(
         job, "edited toward uniform answers", lambda loaded, *_: UniformTraining(job, loaded), events
     )
+
+
+def story(results: dict[str, Any]) -> Story:
+    """What card, report and findings say of a run; without it they say what can be said of any training."""
+    headline = f"**What was edited.** Answers on *{results['concept']['description']}* were pushed toward a uniform distribution."
+    return Story(headline, limits=(LOW_RANK_LIMIT,), sections=(training_section(results),))
 
 
 class UniformTraining(Training):

@@ -10,8 +10,11 @@ from excise.artifacts.events import Events
 from excise.recipes import RECIPES, Recipe
 from excise.recipes.common.settings import load_settings
 from excise.recipes.unlearning.recipe import UnlearningSettings, describe, prepare, run
+from excise.recipes.unlearning.story import story
 from pydantic import Field
 from torch import Tensor
+
+__all__ = ["HingeSettings", "describe", "prepare", "run", "story"]
 
 
 class HingeSettings(UnlearningSettings):
