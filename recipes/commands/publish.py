@@ -79,13 +79,8 @@ def push(
 
     The checkpoint is verified first.
     """
-<<<<<<< HEAD:recipes/commands/publish.py
     from ...artifacts import push as upload
     from ...artifacts.checkpoints.manifest import checkpoint_of
-=======
-    from ..artifacts import push as upload
-    from ..artifacts.checkpoints.manifest import checkpoint_of
->>>>>>> main:commands/publish.py
 
     request = upload.prepare_push(
         checkpoint_of(folder), repo_id, public=public, revision=revision, create_pr=create_pr, unmeasured=unmeasured
@@ -113,13 +108,8 @@ def pull(
 
     Nothing that fails the check is left behind.
     """
-<<<<<<< HEAD:recipes/commands/publish.py
     from ...artifacts import pull as download
     from ...artifacts.reporting.terminal import next_steps
-=======
-    from ..artifacts import pull as download
-    from ..artifacts.reporting.terminal import next_steps
->>>>>>> main:commands/publish.py
     from . import shown
 
     quiet_hub()
@@ -158,11 +148,7 @@ def reproduce(
         if Path(what).is_dir():
             folder = checkpoint_of(Path(what))
         else:
-<<<<<<< HEAD:recipes/commands/publish.py
             from ...artifacts import pull as download
-=======
-            from ..artifacts import pull as download
->>>>>>> main:commands/publish.py
 
             out.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-"))) / "published"
