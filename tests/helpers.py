@@ -173,6 +173,19 @@ def run_once(*arguments: object, **environment: str) -> tuple[Path, Any]:
     return place / "run", json.loads((place / "results.json").read_text())
 
 
+PRIVATE = {"HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH", "LOGNAME": "ada.somebody", "USER": "ada.somebody"}
+"""What must stand in nothing that is written."""
+
+
+def run_on_knowledge(place: Path) -> Any:
+    """Put a short run, beside the model that never knew the concept, at a place; its printed results."""
+    small = ("questions=20", "validation_pairs=4", "kl_prompts=4", "max_new_tokens=8")
+    settings = [word for text in small for word in ("--set", text)]
+    out, results = run_once("orthogonalize", "--concept", "builtin:potions", *settings, **PRIVATE)
+    shutil.copytree(out, place)
+    return results
+
+
 def excise_afresh(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a new interpreter: what is made again must not depend on how strings hash."""
     command = [sys.executable, "-m", "excise.cli", *map(str, arguments)]

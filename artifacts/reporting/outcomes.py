@@ -299,7 +299,7 @@ def _table_of(rows: Sequence[Row]) -> dict[str, Any]:
     header = ["measurement", "split", "n", "base", "edited", "difference", *(["never learned"] if referenced else [])]
     cells = [
         [
-            row.label, row.split, str(row.n), format_value(row.base), format_value(row.edited),
+            row.label, row.split, str(row.n), row.base_text, format_value(row.edited),
             format_difference(row.edited), *([format_value(row.reference)] if referenced else []),
         ]
         for row in rows

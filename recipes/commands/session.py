@@ -9,8 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import BaseModel
-
 from ...artifacts.events import Watcher
 from ...editing.errors import RequestError
 from .failures import interruptible
@@ -48,13 +46,14 @@ def watcher() -> Watcher:
 
 
 def carry_out(
-    module: ModuleType, kind: type[BaseModel], command: Sequence[str], *, config: Path | None, assignments: list[str],
+    module: ModuleType, kind: Any, command: Sequence[str], *, config: Path | None, assignments: list[str],
     flags: dict[str, Any], resume: bool, dry_run: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Run a recipe or an audit in its folder.
 
     Args:
         module: Has ``prepare``, ``describe`` and ``run``.
+        kind: Class of its settings.
         command: The words that start it, without flags, e.g. ``["excise", "run", "elm"]``.
 
     Returns:

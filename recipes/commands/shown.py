@@ -28,7 +28,9 @@ CONTEXTS = 2
 def run_end(results: dict[str, Any], width: int | None, *, all_rows: bool = False) -> str:
     """A run's findings and its table, the first rows of it unless all are wanted."""
     rows = table(read_measurements(results))
-    shown = rows if all_rows else rows[:SHOWN_ROWS]
+    # What an edit is judged by goes before what is measured beside it; the table's order stays.
+    by_weight = sorted(range(len(rows)), key=lambda n: not (rows[n].on.criterion or rows[n].on.findings))
+    shown = rows if all_rows else [rows[n] for n in sorted(by_weight[:SHOWN_ROWS])]
     parts = [bullets(findings(results), width), "", measurement_table(shown, width)]
     if len(rows) > len(shown):
         parts.append(f"and {len(rows) - len(shown)} more rows: see the report or the card, or run with --all")

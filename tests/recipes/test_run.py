@@ -10,7 +10,13 @@ import torch
 from excise.artifacts.checkpoints.read import open_checkpoint, read_tensor
 from excise.artifacts.models.find import find_model
 from excise.artifacts.reporting.card import write_card
-from helpers import excise, excise_afresh, in_fresh_process
+from helpers import excise, excise_afresh, in_fresh_process, run_once
+
+SHORT = [
+    word
+    for text in ("questions=20", "validation_pairs=8", "kl_prompts=4", "max_new_tokens=8")
+    for word in ("--set", text)
+]
 
 LOAD = """
 import json, sys, torch
@@ -143,9 +149,9 @@ def test_card_and_report_carry_no_path_and_no_script_from_text(finished, tmp_pat
     assert "<img" not in text and "\u202e" not in text and len(text) < 100_000 and "&lt;img" in text
 
 
-def test_the_same_run_gives_the_same_bytes(finished, tmp_path):
-    out, _ = finished
-    done = excise_afresh("run", "orthogonalize", "--out", tmp_path / "again")
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    out, _ = run_once("orthogonalize", *SHORT)
+    done = excise_afresh("run", "orthogonalize", "--out", tmp_path / "again", *SHORT)
     assert done.returncode == 0
     assert (tmp_path / "again" / "checkpoint" / "SHA256SUMS").read_text() == (
         out / "checkpoint" / "SHA256SUMS"
@@ -174,10 +180,8 @@ def test_eval_alone_gives_what_the_run_measured(finished):
 
 @pytest.mark.parametrize("variant", ["norm_preserving", "projected"])
 def test_variants_run_and_leave_no_direction_behind(variant, tmp_path):
-    done = excise(
-        "run", "orthogonalize", "--out", tmp_path / "run", "--json", "--set", f"variant={variant}", "--set", "questions=20",
-        "--set", "validation_pairs=8", "--set", "embeddings=untie",
-    )  # fmt: skip
+    settings = [word for text in (f"variant={variant}", "embeddings=untie") for word in ("--set", text)]
+    done = excise("run", "orthogonalize", "--out", tmp_path / "run", "--json", *SHORT, *settings)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert max(leak["share"] for leak in results["leaks"]) < 0.05

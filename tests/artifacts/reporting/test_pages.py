@@ -17,11 +17,9 @@ from excise.artifacts.reporting.report import report_of, write_report
 from excise.eval.measurements import BY_LAYER
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit.attacks import table as attacks
-from helpers import excise
+from helpers import PRIVATE, excise, run_on_knowledge
 
 HOSTILE = '</script><script>window.hacked=1</script><img src="http://127.0.0.1:9/x" onerror="window.hacked=1">\u202e|`'
-USER = "ada.somebody"
-TOKEN = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
 LONG = HOSTILE + "A" * 1_000_000
 
 
@@ -29,16 +27,12 @@ LONG = HOSTILE + "A" * 1_000_000
 def run(tmp_path_factory):
     """A run on knowledge, beside the twin that never knew it, with its audit."""
     out = tmp_path_factory.mktemp("runs") / "mine"
-    done = excise(
-        "run", "orthogonalize", "--concept", "builtin:potions", "--out", out, "--json", "--set", "questions=60",
-        "--set", "validation_pairs=8", HF_TOKEN=TOKEN, LOGNAME=USER, USER=USER,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    results = run_on_knowledge(out)
     # What a run writes, and what its checkpoint alone gives, before there is an audit.
     shutil.copyfile(out / "report.html", out / "first.html")
     report_of(out / "checkpoint", out / "alone.html")
     patch = pytest.MonkeyPatch()
-    for name, value in (("HF_TOKEN", TOKEN), ("LOGNAME", USER), ("USER", USER)):
+    for name, value in PRIVATE.items():
         patch.setenv(name, value)
     short = dataclasses.replace(attacks.BUDGETS["quick"], attacks=("int4", "rtt"), steps=4, seeds=1)
     patch.setitem(attacks.BUDGETS, "quick", short)
@@ -47,7 +41,7 @@ def run(tmp_path_factory):
     )
     audit.run(audit.prepare(settings), Events())
     patch.undo()
-    return out, json.loads(done.stdout)
+    return out, results
 
 
 def _results(out):
@@ -201,7 +195,7 @@ def test_nothing_written_names_this_machine_its_user_or_a_token(run):
         sys.prefix,
     ]
     # A short name could stand in any bytes by chance.
-    private = [text.encode() for text in (TOKEN, USER, *machine) if len(text) > 4]
+    private = [text.encode() for text in (*PRIVATE.values(), *machine) if len(text) > 4]
     paths = [path for path in out.rglob("*") if path.is_file()]
     names = {path.name for path in paths}
     assert {"README.md", "eval.json", "manifest.json", "audit.json", "report.html", "recovery.png"} <= names

@@ -42,6 +42,8 @@ def tuned(tmp_path_factory):
         "learning_rate=0.002",
         "--set",
         "kl_prompts=8",
+        "--set",
+        "max_new_tokens=8",
         "--json",
     )
     assert done.returncode == 0, done.stderr
@@ -93,7 +95,7 @@ def test_saved_directions_can_be_used_again(tuned, tmp_path):
 def test_as_many_of_the_highest_score_are_a_control_where_others_were_picked(tuned, tmp_path):
     words = [
         word
-        for text in ("steps=2", "kl_prompts=4", "questions=20", "components=3", "watch=0")
+        for text in ("steps=2", "kl_prompts=4", "max_new_tokens=4", "questions=20", "components=3", "watch=0")
         for word in ("--set", text)
     ]
     done = excise(
@@ -176,7 +178,8 @@ def test_latents_of_a_small_dictionary_do_as_well(remove, dictionary, tmp_path):
     """Nobody names them: those that tell the contrast pairs apart are found, and are what a look by hand would take."""
     folder, latents = dictionary
     words = [word for text in (
-        "directions=sae", f"sae={folder}", f"remove={remove}", "steps=120", "learning_rate=0.002", "kl_prompts=8", "controls=false",
+        "directions=sae", f"sae={folder}", f"remove={remove}", "steps=120", "learning_rate=0.002", "kl_prompts=8", "max_new_tokens=8",
+        "controls=false",
     ) for word in ("--set", text)]  # fmt: skip
     done = excise("run", "caft", "--out", tmp_path / "run", "--json", *words)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 from browser import opened
-from helpers import excise
+from helpers import excise, run_on_knowledge
 
 pytest.importorskip("nicegui", reason="no nicegui: pip install '.[ui]'")
 
@@ -32,13 +32,7 @@ def elsewhere():
 def served(tmp_path_factory, elsewhere):
     """The page over two runs on knowledge, one of them with a hostile card and name."""
     runs = tmp_path_factory.mktemp("runs")
-    words = [
-        word
-        for text in ("questions=20", "validation_pairs=4", "kl_prompts=4", "max_new_tokens=8")
-        for word in ("--set", text)
-    ]
-    done = excise("run", "orthogonalize", "--concept", "builtin:potions", "--out", runs / "first", *words)
-    assert done.returncode == 0, done.stderr
+    run_on_knowledge(runs / "first")
     other = runs / "other <i>"
     shutil.copytree(runs / "first", other)
     port = elsewhere.getsockname()[1]
@@ -174,7 +168,7 @@ def test_both_models_answer_the_same_prompt(served):
         page.get_by_label("Tokens at most").fill("8")
         page.get_by_label("Prompt").fill(sample["prompt"])
         page.get_by_role("button", name="Send to both").click()
-        page.get_by_text("edited", exact=True).wait_for(timeout=60_000)
+        page.get_by_text("edited", exact=True).wait_for(timeout=600_000)
         shown = page.locator(".q-card").first.text_content()
         assert sample["prompt"] in shown and sample["base"] in shown and sample["edited"] in shown
         page.get_by_label("Base model").fill("builtin:nothing")
@@ -189,7 +183,7 @@ def test_an_audit_is_started_watched_and_ended_with_the_page(served):
         page.goto(f"{address.split('/?')[0]}/audit/first")
         page.get_by_label("Attacks, separated by commas").fill("rtt")
         page.get_by_role("button", name="Start").click()
-        page.get_by_role("img", name="Recovery under rtt").wait_for(timeout=120_000)
+        page.get_by_role("img", name="Recovery under rtt").wait_for(timeout=600_000)
         assert "rtt" in page.get_by_role("status").text_content()
         assert seen.faults() == [] and seen.logs == []
     assert (runs / "audit-1" / ".work").is_dir()
