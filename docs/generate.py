@@ -74,10 +74,10 @@ def attacks(_: str) -> str:
 
     rows = []
     for name, attack in ATTACKS.items():
-        budgets = ", ".join(budget for budget, row in BUDGETS.items() if name in row.attacks)
-        rows.append((attack.tier, f"`{name}`", attack.about, "yes" if attack.known else "no", budgets))
+        smallest = next((budget for budget, row in BUDGETS.items() if name in row.attacks), "none")
+        rows.append((attack.tier, f"`{name}`", attack.about, "yes" if attack.known else "no", smallest))
     rows.sort(key=lambda row: row[0])
-    return _table(("tier", "attack", "what it does", "sees group V or the base", "budgets"), iter(rows))
+    return _table(("tier", "attack", "what it does", "sees V or base", "from budget"), iter(rows))
 
 
 def budgets(_: str) -> str:
@@ -178,7 +178,7 @@ def _signature(thing: Any) -> str:
     if signature == "(*args: 'Any', **kwargs: 'Any') -> 'Any'":
         return ""
     shown = re.sub(r"<factory>|<excise\.\S+ object at 0x[0-9a-f]+>", "...", signature.replace("'", ""))
-    shown = re.sub(r"\bexcise\.[\w.]+\.(\w+)", r"\1", shown)
+    shown = re.sub(r"\b(?:[a-z]\w*\.)+([A-Z]\w*)", r"\1", shown)
     if len(shown) < 100:
         return shown
     # One parameter a line; a comma inside brackets does not part two of them.
