@@ -29,9 +29,10 @@ from ..common.measured_run import Finished
 from ..common.tokens import Row, end_positions
 from ..common.trainer import Terms
 from .request import LorraJob, LorraSettings, describe, prepare
+from .story import story
 from .vectors import Prompts, along, reading_vectors
 
-__all__ = ["LorraSettings", "describe", "prepare", "run"]
+__all__ = ["LorraSettings", "describe", "prepare", "run", "story"]
 
 READ_PAIRS = 256
 """Most contrast pairs that the vector is read from."""

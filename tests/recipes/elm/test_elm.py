@@ -201,3 +201,4 @@ def test_every_recipe_of_the_table_can_be_planned(name, tmp_path):
     module = importlib.import_module(recipe.module)
     prepared = module.prepare(getattr(module, recipe.settings)(out=tmp_path / "run"))
     assert module.describe(prepared)["recipe"] == name
+    assert callable(module.story), "its card and report would say nothing of the method"
