@@ -156,7 +156,7 @@ def api(_: str) -> str:
 
 def _documented(name: str, thing: Any) -> str:
     if not (inspect.isclass(thing) or inspect.isfunction(thing)):
-        return f"## {name}\n\n`{name} = {thing!r}`" if isinstance(thing, str | int | float) else f"## {name}"
+        return f"## `{name}`\n\n`{name} = {thing!r}`" if isinstance(thing, str | int | float) else f"## {name}"
     kind = "class " if inspect.isclass(thing) else ""
     parts = [f"## {name}", f"```python\n{kind}{name}{_signature(thing)}\n```", _docstring(inspect.getdoc(thing) or "")]
     if inspect.isclass(thing):
