@@ -97,7 +97,6 @@ UNRECORDED = {
     "run",
     "story",
     "reasons",
-    "gaps",
     "warnings",
     "decline_phrases",
     "schema_version",
@@ -194,6 +193,7 @@ def audit_values(content: Any) -> Values:
             values[f"{attack['name']}/curve/{subject}"] = [point[subject] for point in attack["curve"]]
         rest = {key: value for key, value in attack.items() if key not in ("name", "curve")}
         values |= {f"{attack['name']}/{key}": value for key, value in numbers(rest)}
+    content.pop("gaps", None)  # sentences on attacks that were not made
     return {**values, **dict(numbers(content))}
 
 

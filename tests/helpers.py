@@ -140,10 +140,10 @@ def publish_small(folder: Path) -> Path:
     return publish(folder, PrunedUnits({0: (1, 2)}, {}, "down", "llama", 192, 8, 1), texts)
 
 
-def in_fresh_process(code: str, *arguments: object) -> Any:
-    """Run code that prints JSON in a new process, which excise has not been imported into."""
+def in_fresh_process(code: str, *arguments: object, cold: bool = False) -> Any:
+    """Run code that prints JSON in a new process without excise; ``cold``: without torch and its like as well."""
     words = [*map(str, arguments)]
-    if kind := warm_kind(os.environ):
+    if not cold and (kind := warm_kind(os.environ)):
         done = run_warm(kind, words, os.environ, code=code, timeout=300)
     else:
         command = [sys.executable, "-c", code, *words]

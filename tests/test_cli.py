@@ -27,7 +27,7 @@ from helpers import excise, publish, random_edit
         (["run", "orthogonalize", "--model", "builtin:testbd"], "did you mean 'testbed'"),
         (["run", "orthogonalize", "--concept", "nowhere/"], "not a folder"),
         (["run", "orthogonalize", "--set", "layers=90"], "selects nothing in a model of 8 layers"),
-        (["run", "orthogonalize", "--device", "cuda:77"], "not there"),
+        (["run", "orthogonalize", "--device", "cuda:77"], "does not exist"),
         (["run", "orthogonalize", "--config", "missing.yaml"], "cannot be read"),
         (["run", "orthogonalize", "--resume"], "give --out"),
         (["run", "orthogonalize", "--sed", "3"], "No such option"),

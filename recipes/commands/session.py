@@ -35,7 +35,10 @@ def quiet_hub() -> None:
     """The Hub's client shows its bars on a terminal only, and reports nothing to anybody."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        # The variable for this is read while the client is imported, which may have happened by now.
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
 
 
 def watcher() -> Watcher:

@@ -56,7 +56,7 @@ def test_only_layers_that_a_gradient_reaches_are_adapted_and_the_vectors_are_kep
     ("changed", "said"),
     [
         ({"strength": 0.0}, "moves nothing"),
-        ({"at": "1", "layers": "5-7"}, "above layer 1, the last whose output is moved"),
+        ({"target_layers": "1", "layers": "5-7"}, "above layer 1, the last whose output is moved"),
     ],
 )
 def test_a_request_that_would_change_nothing_is_refused(changed, said, tmp_path):

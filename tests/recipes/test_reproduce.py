@@ -91,7 +91,7 @@ def test_another_base_or_pack_is_refused_before_anything_runs(made, tmp_path):
     done = excise("reproduce", made, "--out", tmp_path / "again", "--model", "builtin:testbed-reference")
     assert done.returncode == 2 and "is not the recorded base" in done.stderr
     done = excise("reproduce", made, "--out", tmp_path / "again", "--concept", "builtin:potions")
-    assert done.returncode == 2 and "is not the concept pack" in done.stderr
+    assert done.returncode == 2 and "is not the recorded concept pack" in done.stderr
     assert not (tmp_path / "again").exists()
 
 

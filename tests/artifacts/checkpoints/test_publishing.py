@@ -18,7 +18,7 @@ KILL = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from excise.artifacts.events import Events
-from excise.artifacts.manifest import verify_folder
+from excise.artifacts.checkpoints.manifest import verify_folder
 from excise.recipes import apply
 
 edit, base, out, kills = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
@@ -191,7 +191,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(request_folder, small, tmp_p
     checked = excise(*arguments)
     filled = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     for done in (checked, filled):
-        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "disk" in done.stderr
+        error = [line for line in done.stderr.splitlines() if line.startswith("excise: ")]
+        assert done.returncode == 1 and len(error) == 1 and "disk" in error[0]
+        assert done.stderr.endswith(f"{error[0]}\n") and "Traceback" not in done.stderr
     assert list(small.iterdir()) == []
 
 

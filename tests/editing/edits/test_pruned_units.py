@@ -268,8 +268,8 @@ def test_what_the_rest_needs_is_spared():
 
 
 def test_rank_correlation():
-    assert rank_correlation(torch.tensor([1, 2, 3, 4]), torch.tensor([10, 20, 30, 40])) == pytest.approx(1)
-    assert rank_correlation(torch.tensor([1, 2, 3, 4]), torch.tensor([4, 3, 2, 1])) == pytest.approx(-1)
+    assert rank_correlation(torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 20, 30, 40])) == pytest.approx(1)
+    assert rank_correlation(torch.tensor([1.0, 2, 3, 4]), torch.tensor([4.0, 3, 2, 1])) == pytest.approx(-1)
 
 
 def test_pruning_hurts_the_concept_more_than_its_controls_do(tmp_path):

@@ -337,7 +337,7 @@ def test_no_attacker_but_the_relearner_reads_of_group_v(material):
         texts = " ".join(
             gathered.tokenizer.decode(example.ids)
             for source in sources
-            for example in gathered.multiple_choiceples[source]
+            for example in gathered.examples[source]
         )
         assert any(subject in texts for subject in tested) == (attack.known and bool(attack.data)), name
 
