@@ -70,9 +70,6 @@ def test_a_dry_run_says_what_would_be_touched_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-TORCH_NEEDED = ("attacks",)
-
-
 @pytest.mark.parametrize("what", [*KINDS, "elm", "audit", "eval"])
 def test_lists_are_whole_lines_without_padding_and_need_no_torch(what):
     code = (
@@ -83,8 +80,6 @@ def test_lists_are_whole_lines_without_padding_and_need_no_torch(what):
     lines = done.stdout.splitlines()
     assert len(lines) >= 2 and all(line == line.rstrip(" ") and "  " not in line for line in lines)
     assert len({line.count("\t") for line in lines}) == 1
-    if what in TORCH_NEEDED:
-        pytest.xfail("its table imports torch")
     assert done.returncode == 0, done.stderr
 
 

@@ -335,9 +335,7 @@ def test_no_attacker_but_the_relearner_reads_of_group_v(material):
     for name, attack in ATTACKS.items():
         sources = attack.data.partition(":")[0].split("+") if attack.data else []
         texts = " ".join(
-            gathered.tokenizer.decode(example.ids)
-            for source in sources
-            for example in gathered.examples[source]
+            gathered.tokenizer.decode(example.ids) for source in sources for example in gathered.examples[source]
         )
         assert any(subject in texts for subject in tested) == (attack.known and bool(attack.data)), name
 
