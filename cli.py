@@ -1,4 +1,5 @@
-"""The command line: one row a command, and every error as one line. Nothing heavy is imported until a command needs it."""
+"""The command line: one row a command, and every error as one line. Nothing heavy is imported until a command needs
+it."""
 
 import signal
 import sys
@@ -13,11 +14,14 @@ from .recipes.commands.flags import say
 from .recipes.commands.help import PanelGroup, SettingsCommand
 
 app = typer.Typer(
-    cls=PanelGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    cls=PanelGroup,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Edit a language model's weights, measure what the edit did, and ship the result.",
     epilog="Errors are one line; add --debug to any command for the traceback. Exit codes: 0 done, 1 the run failed, "
     "2 the request was wrong, 130 interrupted.",
-)  # fmt: skip
+)
 testbed_app = typer.Typer(cls=PanelGroup, help="Make small worlds whose every fact is known.")
 app.add_typer(testbed_app, name="testbed", rich_help_panel="Testbed")
 
@@ -41,18 +45,22 @@ HUB_EXAMPLE = "excise run orthogonalize --model HuggingFaceTB/SmolLM2-135M-Instr
 COMMANDS: dict[str, tuple[str, Any, str]] = {
     "run": ("Edit", edit.run, f"`excise run RECIPE --help` also shows the recipe's settings.\nExample: {HUB_EXAMPLE}"),
     "apply": ("Edit", edit.apply, "Example: excise apply runs/elm-1 --base meta-llama/Llama-3.1-8B --out edited"),
-    "eval": ("Measure", measure.evaluate, "Example: excise eval runs/elm-1 runs/rmu-1 --base builtin:testbed --concept builtin:potions"),
-    "audit": ("Measure", measure.audit, "Example: excise audit runs/elm-1 --concept builtin:potions --base builtin:testbed"),
+    "eval": ("Measure", measure.evaluate,
+        "Example: excise eval runs/elm-1 runs/rmu-1 --base builtin:testbed --concept builtin:potions"),
+    "audit": ("Measure", measure.audit,
+        "Example: excise audit runs/elm-1 --concept builtin:potions --base builtin:testbed"),
     "compare": ("Measure", measure.compare, "Example: excise compare runs/elm-1 runs/rmu-1 --out runs/both"),
     "list": ("Look", look.list_, "Example: excise list elm"),
     "chat": ("Look", look.chat, "Example: excise chat runs/elm-1"),
     "card": ("Look", look.card, "Example: excise card runs/elm-1"),
     "report": ("Look", look.report, "Example: excise report pulled/my-model --out my-model.html"),
     "diff": ("Look", look.diff, "Example: excise diff builtin:testbed runs/elm-1"),
-    "inspect": ("Look", look.inspect, "Example: excise inspect runs/caft-1 --model builtin:testbed --concept builtin:shortcut"),
+    "inspect": ("Look", look.inspect,
+        "Example: excise inspect runs/caft-1 --model builtin:testbed --concept builtin:shortcut"),
     "ui": ("Look", look.ui, "Example: excise ui runs, then open the address that it prints"),
     "verify": ("Publish", publish.verify, "Example: excise verify runs/elm-1"),
-    "sign": ("Publish", publish.sign, "Example: excise sign runs/elm-1 --key key.pem, then excise verify runs/elm-1 --key public.pem"),
+    "sign": ("Publish", publish.sign,
+        "Example: excise sign runs/elm-1 --key key.pem, then excise verify runs/elm-1 --key public.pem"),
     "push": ("Publish", publish.push, "Example: excise push runs/elm-1 my-name/my-model --dry-run"),
     "pull": ("Publish", publish.pull, "Example: excise pull someone/model@main --out model"),
     "reproduce": ("Publish", publish.reproduce, "Example: excise reproduce runs/elm-1 --out runs/again"),

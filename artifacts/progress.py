@@ -36,9 +36,14 @@ class Terminal:
         if total and total < COUNTED_BELOW:
             counted.append(MofNCompleteColumn())
         self.progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), *counted, TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", style="dim"), console=self.console, transient=True,
-        )  # fmt: skip
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            *counted,
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=self.console,
+            transient=True,
+        )
         self.task = self.progress.add_task(stage, total=total, note="")
         self.progress.start()
 

@@ -212,9 +212,18 @@ def _docstring(text: str) -> str:
 
 
 PARTS: dict[str, Callable[[str], str]] = {
-    "api": api, "architectures": architectures, "attacks": attacks, "audit_settings": audit_settings, "budgets": budgets,
-    "commands": commands, "example": example, "formats": formats, "measurements": measurements, "recipes": recipes, "settings": settings,
-}  # fmt: skip
+    "api": api,
+    "architectures": architectures,
+    "attacks": attacks,
+    "audit_settings": audit_settings,
+    "budgets": budgets,
+    "commands": commands,
+    "example": example,
+    "formats": formats,
+    "measurements": measurements,
+    "recipes": recipes,
+    "settings": settings,
+}
 
 
 def fresh(page: str) -> str:

@@ -31,7 +31,8 @@ from .common.settings import settings_of_call
 from .in_memory import IN_MEMORY, AppliedEdit
 
 AnyModel = str | Path | Run | tuple[nn.Module, Any]
-"""A reference (``builtin:NAME``, a Hub id, a folder, a .gguf file, the folder of a run), a run, or a model with its tokenizer."""
+"""A reference (``builtin:NAME``, a Hub id, a folder, a .gguf file, the folder of a run), a run, or a model with its
+tokenizer."""
 AnyConcept = str | Path | Concept
 """``builtin:NAME``, the folder of a pack, or a loaded pack."""
 
@@ -58,7 +59,8 @@ def load_model(reference: str | Path, device: str = "auto", dtype: str = "auto")
     Only safetensors are read, no code of the model is run, and a missing or unexpected tensor is an error.
 
     Args:
-        reference: ``builtin:NAME``, a Hub id with optional ``@revision``, a folder, a .gguf file, or the folder of a run.
+        reference: ``builtin:NAME``, a Hub id with optional ``@revision``, a folder, a .gguf file, or the folder of a
+            run.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
 
@@ -129,7 +131,7 @@ def run(
 
     Example:
         >>> import excise
-        >>> run = excise.run("orthogonalize", concept="builtin:declining", out="runs/first", questions=20)  # doctest: +SKIP
+        >>> run = excise.run("orthogonalize", out="runs/first", questions=20)  # doctest: +SKIP
         >>> run.findings[0]  # doctest: +SKIP
         'On prompts that show the behaviour the model declined ...'
     """
@@ -276,7 +278,8 @@ def apply(
     """Apply an edit to a checkpoint of any size; the weights are streamed, the model is never loaded.
 
     Args:
-        edit: An edit, what ``orthogonalize`` returned, a run, or a folder with ``edit.json`` (or of a run or checkpoint).
+        edit: An edit, what ``orthogonalize`` returned, a run, or a folder with ``edit.json`` (or of a run or
+            checkpoint).
         base: The checkpoint to edit, which must be of the kind that the edit was learned on.
         out: Folder to write.
         progress: Show progress, where the error stream is a terminal.
@@ -362,7 +365,8 @@ def _base_of(audited: Run | None) -> str | None:
 def _concept_of(audited: Run | None) -> str | None:
     if audited is not None and audited.concept is None:
         raise RequestError(
-            f"the concept of {audited.folder} was the local pack {audited.results['concept']['ref']}; give concept=FOLDER"
+            f"the concept of {audited.folder} was the local pack {audited.results['concept']['ref']}; give"
+            " concept=FOLDER"
         )
     return audited.concept if audited else None
 

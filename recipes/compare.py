@@ -35,7 +35,8 @@ class Line:
         return sum(values) / len(values) if values else None
 
     def kept_ci95(self) -> tuple[float, float]:
-        """Interval of that mean, from those of its parts (MOVER, Zou and Donner 2008); the parts are other questions."""
+        """Interval of that mean, from those of its parts (MOVER, Zou and Donner 2008); the parts are other
+        questions."""
         parts = [self.values[name] for name in KEPT if name in self.values]
         mean = sum(item.value for item in parts) / len(parts)
         below, above = (math.hypot(*(item.ci95[end] - item.value for item in parts)) / len(parts) for end in (0, 1))

@@ -49,7 +49,8 @@ class EvaluateSettings(Settings):
     judge: tuple[str, ...] = ()
     """Further models that read the replies on a knowledge concept; may be repeated."""
     lm_eval: tuple[str, ...] = ()
-    """Also run benchmarks of the lm-evaluation-harness: task names, or YAML files whose code will run. Separated by commas."""
+    """Also run benchmarks of the lm-evaluation-harness: task names, or YAML files whose code will run. Separated by
+    commas."""
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

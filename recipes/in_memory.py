@@ -122,7 +122,8 @@ def orthogonalize(
     Args:
         model: A causal language model of transformers.
         direction: What ``find_direction`` found, or a vector as wide as the model's residual stream.
-        layers: Layers to edit: ``all`` (default), a number, a range such as ``4-7``, or fractions such as ``0.25-0.75``.
+        layers: Layers to edit: ``all`` (default), a number, a range such as ``4-7``, or fractions such as
+            ``0.25-0.75``.
         strength: Share of the component to remove, 1 by default; one number, or one for each layer.
         embeddings: ``edit`` (default) changes the embedding too; ``skip`` leaves it.
         variant: ``plain`` (default); ``norm_preserving`` keeps the norm of every column; ``projected`` first takes the
@@ -172,7 +173,8 @@ def _given(vector: Tensor, settings: OrthogonalizeSettings) -> Direction:
     """A caller's vector as a direction of which nothing else is known."""
     if vector.dim() != 1 or not bool(torch.isfinite(vector).all()) or not bool(vector.any()):
         raise RequestError(
-            f"the direction has shape {list(vector.shape)} or is not finite or zero; give a vector as wide as the residual stream"
+            f"the direction has shape {list(vector.shape)} or is not finite or zero; give a vector as wide as the"
+            " residual stream"
         )
     if settings.variant == "projected":
         raise RequestError(

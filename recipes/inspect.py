@@ -82,9 +82,19 @@ class Looked:
 
 
 def inspect(
-    where: Path, model: str, concept: str | None, texts: Path | None, out: Path | None, device: str, dtype: str,
-    advance: Callable[[int], None] = lambda _: None, *, latents: Sequence[int] = (), top: int | None = None, score: str | None = None,
-) -> Looked:  # fmt: skip
+    where: Path,
+    model: str,
+    concept: str | None,
+    texts: Path | None,
+    out: Path | None,
+    device: str,
+    dtype: str,
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    latents: Sequence[int] = (),
+    top: int | None = None,
+    score: str | None = None,
+) -> Looked:
     """Look at directions on disk, or at latents of an autoencoder, through a model's eyes.
 
     Args:
@@ -146,7 +156,7 @@ def inspect(
 
 def _ranked(
     loaded: LoadedModel, sparse: SparseLatents, pack: Concept | None, texts: Sequence[str], top: int, score: str | None
-) -> SparseLatents:  # fmt: skip
+) -> SparseLatents:
     """The latents worth a look: those that tell contrast pairs apart, or that the texts' loss depends on."""
     row = architecture_of(loaded.model.config.to_dict())
     if pack and pack.contrast and score != "attribution":
@@ -177,11 +187,21 @@ def look(
                 ablated = _loss(loaded, rows)
             top, bottom = _ends(loaded, direction)
             order = along.argsort(descending=True).tolist()
-            found.append(Inspected(
-                str(subspace.place), index, name, subspace.scores[index], top, bottom,
-                _contexts(loaded, rows, tokens, order, along), _contexts(loaded, rows, tokens, order[::-1], along),
-                float(along.mean()), float(along.std()), ablated - plain,
-            ))  # fmt: skip
+            found.append(
+                Inspected(
+                    str(subspace.place),
+                    index,
+                    name,
+                    subspace.scores[index],
+                    top,
+                    bottom,
+                    _contexts(loaded, rows, tokens, order, along),
+                    _contexts(loaded, rows, tokens, order[::-1], along),
+                    float(along.mean()),
+                    float(along.std()),
+                    ablated - plain,
+                )
+            )
             advance(1)
     return found
 

@@ -70,7 +70,10 @@ PICO: dict[str, dict[str, Any]] = {
     },
     # Experts' input and output widths are equal, as in the released models: no shape can tell the axes apart.
     "gpt_oss": {**_BASE, "intermediate_size": 32, "num_local_experts": 3, "num_experts_per_tok": 2},
-    "gpt2": {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt2": {
+        "vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
     "gpt_neox": {
         "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
         "max_position_embeddings": 64,
@@ -127,9 +130,14 @@ def publish(folder: Path, edit: WeightEdit, texts: Mapping[str, str] = MappingPr
         for name, text in texts.items():
             (staging / name).write_text(text)
         write_manifest(
-            staging, base=source.describe(), base_files=export.base_sha256, changes=export.changes, untied=None,
-            known=export.output_sha256, run={},
-        )  # fmt: skip
+            staging,
+            base=source.describe(),
+            base_files=export.base_sha256,
+            changes=export.changes,
+            untied=None,
+            known=export.output_sha256,
+            run={},
+        )
     return folder
 
 
@@ -191,4 +199,4 @@ def excise_afresh(*arguments: object, cwd: Path | None = None, **environment: st
     command = [sys.executable, "-m", "excise.cli", *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=600, cwd=cwd, env={**os.environ, **environment}
-    )  # fmt: skip
+    )

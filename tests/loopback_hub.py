@@ -197,10 +197,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, repo: str, revision: str | None = None) -> None:
         if known := self.found(repo, revision):
-            self.json({
-                "id": repo, "sha": known[0], "private": self.hub.repos[repo].private, "tags": [],
-                "siblings": [{"rfilename": name} for name in known[1]],
-            })  # fmt: skip
+            self.json(
+                {
+                    "id": repo,
+                    "sha": known[0],
+                    "private": self.hub.repos[repo].private,
+                    "tags": [],
+                    "siblings": [{"rfilename": name} for name in known[1]],
+                }
+            )
 
     def branch(self, repo: str, branch: str) -> None:
         heads = self.hub.repos[repo].heads
@@ -216,11 +221,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, repo: str, revision: str) -> None:
         if known := self.found(repo, revision):
-            self.json({"files": [
-                {"path": asked["path"], "uploadMode": "lfs" if asked["size"] >= LARGE else "regular", "shouldIgnore": False,
-                 **({"oid": _entry(asked["path"], known[1][asked["path"]])["oid"]} if asked["path"] in known[1] else {})}
-                for asked in json.loads(self.body)["files"]
-            ]})  # fmt: skip
+            self.json(
+                {
+                    "files": [
+                        {
+                            "path": asked["path"],
+                            "uploadMode": "lfs" if asked["size"] >= LARGE else "regular",
+                            "shouldIgnore": False,
+                            **(
+                                {"oid": _entry(asked["path"], known[1][asked["path"]])["oid"]}
+                                if asked["path"] in known[1]
+                                else {}
+                            ),
+                        }
+                        for asked in json.loads(self.body)["files"]
+                    ]
+                }
+            )
 
     def batch(self, repo: str) -> None:
         objects = [
@@ -283,26 +300,49 @@ class Handler(BaseHTTPRequestHandler):
         data, headers = known[1][name], {"X-Repo-Commit": known[0]}
         if isinstance(data, Stored):
             route = f"{self.hub.endpoint}/api/models/{repo}/xet-read-token/{known[0]}"
-            self.answer(302, b"", Location=f"{self.hub.cdn}/blob/{data.oid}", **headers, **{
-                "X-Linked-Etag": f'"{data.oid}"', "X-Linked-Size": str(data.size), "ETag": f'"{data.oid}"',
-                "X-Xet-Hash": data.xet, "X-Xet-Refresh-Route": route, "Link": f'<{route}>; rel="xet-auth"',
-            })  # fmt: skip
+            self.answer(
+                302,
+                b"",
+                Location=f"{self.hub.cdn}/blob/{data.oid}",
+                **headers,
+                **{
+                    "X-Linked-Etag": f'"{data.oid}"',
+                    "X-Linked-Size": str(data.size),
+                    "ETag": f'"{data.oid}"',
+                    "X-Xet-Hash": data.xet,
+                    "X-Xet-Refresh-Route": route,
+                    "Link": f'<{route}>; rel="xet-auth"',
+                },
+            )
             return
         if len(data) < LARGE:
             self.answer(200, data, ETag=f'"{_git(data)}"', **headers)
             return
         oid = hashlib.sha256(data).hexdigest()
         self.hub.blobs[oid] = data
-        self.answer(302, b"", Location=f"{self.hub.cdn}/blob/{oid}", **headers, **{
-            "X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data)), "ETag": f'"{_git(data)}"',
-        })  # fmt: skip
+        self.answer(
+            302,
+            b"",
+            Location=f"{self.hub.cdn}/blob/{oid}",
+            **headers,
+            **{
+                "X-Linked-Etag": f'"{oid}"',
+                "X-Linked-Size": str(len(data)),
+                "ETag": f'"{_git(data)}"',
+            },
+        )
 
     def xet_token(self, repo: str, kind: str, revision: str) -> None:
         if self.found(repo, revision):
             url, expires = f"local://{self.hub.store}", int(time.time()) + 3600
-            self.json({"casUrl": url, "accessToken": "t", "exp": expires}, **{
-                "X-Xet-Cas-Url": url, "X-Xet-Access-Token": "t", "X-Xet-Token-Expiration": str(expires),
-            })  # fmt: skip
+            self.json(
+                {"casUrl": url, "accessToken": "t", "exp": expires},
+                **{
+                    "X-Xet-Cas-Url": url,
+                    "X-Xet-Access-Token": "t",
+                    "X-Xet-Token-Expiration": str(expires),
+                },
+            )
 
     def blob(self, oid: str) -> None:
         data = self.hub.blobs.get(oid)
@@ -360,9 +400,13 @@ def client(known: Hub, home: Path, *, xet: bool = False) -> dict[str, str]:
         known.store = home.parent / "cas"
         known.store.mkdir()
     return {
-        "HF_ENDPOINT": known.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "0" if xet else "1",
-        "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-    }  # fmt: skip
+        "HF_ENDPOINT": known.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "0" if xet else "1",
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    }
 
 
 def folder_files(folder: Path) -> dict[str, bytes]:

@@ -157,10 +157,14 @@ def test_a_run_is_returned_read_again_and_measured(tmp_path):
 def test_what_models_wrote_is_shown_as_text():
     reply = {"split": "concept", "prompt": "p", "base": MARKUP, "edited": f"{MARKUP}\u202e"}
     results = {
-        "measurements": [], "samples": [reply], "warnings": [MARKUP], "run": {"recipe": "elm", "settings": {}},
-        "concept": {"kind": "knowledge", "name": MARKUP, "ref": "x"}, "edited": {"tied": False, "name": MARKUP},
+        "measurements": [],
+        "samples": [reply],
+        "warnings": [MARKUP],
+        "run": {"recipe": "elm", "settings": {}},
+        "concept": {"kind": "knowledge", "name": MARKUP, "ref": "x"},
+        "edited": {"tied": False, "name": MARKUP},
         "base": {"kind": "local", "name": MARKUP},
-    }  # fmt: skip
+    }
     for outcome in (Run(Path("out"), results), Evaluation((results,))):
         html = outcome._repr_html_()
         assert "<script" not in html and "&lt;script&gt;" in html and "\u202e" not in html
@@ -184,7 +188,8 @@ WRONG = {
     "concept": (lambda loaded: excise.load_concept("builtin:potion"), "did you mean 'potions'"),
     "search_setting": (lambda loaded: excise.find_direction(*loaded, "builtin:potions", layers=3), "settings: "),
     "too_few_pairs": (
-        lambda loaded: excise.find_direction(*loaded, "builtin:potions", validation_pairs=200), "lower validation_pairs",
+        lambda loaded: excise.find_direction(*loaded, "builtin:potions", validation_pairs=200),
+        "lower validation_pairs",
     ),
     "width": (lambda loaded: excise.orthogonalize(loaded[0], torch.ones(3)), "of width 3"),
     "nothing": (lambda loaded: excise.orthogonalize(loaded[0], torch.zeros(192)), "is not finite or zero"),
@@ -193,9 +198,10 @@ WRONG = {
     "attack": (lambda loaded: excise.audit("builtin:testbed", attacks=["rt"]), "did you mean 'rtt'"),
     "no_run": (lambda loaded: excise.load_run("nowhere"), "--out folder of a run"),
     "measurement": (
-        lambda loaded: Evaluation(({"measurements": [], "edited": {"name": "m"}},)).measurement("cloze", "x"), "was not",
+        lambda loaded: Evaluation(({"measurements": [], "edited": {"name": "m"}},)).measurement("cloze", "x"),
+        "was not",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

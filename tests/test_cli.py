@@ -95,8 +95,10 @@ def test_a_recipe_is_listed_with_its_settings_and_what_is_neither_is_refused():
 def test_a_background_job_that_ignores_the_interrupt_is_still_terminated(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "excise.cli", "run", "orthogonalize", "--out", str(tmp_path / "run")],
-        stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
     deadline = time.monotonic() + 600
     while not (tmp_path / "run" / "events.jsonl").exists():
         assert process.poll() is None and time.monotonic() < deadline

@@ -120,7 +120,10 @@ def test_every_folder_with_code_is_installed():
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; import excise.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'peft')))"
+    code = (
+        "import sys; import excise.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers',"
+        " 'peft')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

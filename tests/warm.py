@@ -1,8 +1,9 @@
 """Processes of their own that need not import torch again: forked from one that has, on request, over a socket.
 
-Importing torch, transformers and peft costs a command 8 seconds, and the tests start a few hundred. Started once a session, this
-server imports what excise depends on, and nothing of excise itself; it loads no model and computes nothing. Every request is
-answered by a fork, which is as new as an interpreter except that these imports are done and that strings hash as in its siblings.
+Importing torch, transformers and peft costs a command 8 seconds, and the tests start a few hundred. Started once a
+session, this server imports what excise depends on, and nothing of excise itself; it loads no model and computes
+nothing. Every request is answered by a fork, which is as new as an interpreter except that these imports are done and
+that strings hash as in its siblings.
 """
 
 import atexit
@@ -62,11 +63,14 @@ def _server(folder: Path) -> None:
             listening.listen(16)
         numbers = [listening.fileno() for listening in sockets]
         process = subprocess.Popen(
-            [sys.executable, __file__, *map(str, numbers)], env=ENVIRONMENT, pass_fds=numbers,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            [sys.executable, __file__, *map(str, numbers)],
+            env=ENVIRONMENT,
+            pass_fds=numbers,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             # In a session of its own: an interrupt at the terminal is for pytest.
             start_new_session=True,
-        )  # fmt: skip
+        )
         (folder / "server").write_text(str(process.pid))
 
 
@@ -85,8 +89,12 @@ def run_warm(
     with TemporaryDirectory(prefix="excise-said-") as place:
         files = [str(Path(place) / name) for name in ("stdout", "stderr")]
         request = {
-            "arguments": arguments, "environment": dict(environment), "cwd": str(cwd or Path.cwd()), "code": code, "files": files,
-        }  # fmt: skip
+            "arguments": arguments,
+            "environment": dict(environment),
+            "cwd": str(cwd or Path.cwd()),
+            "code": code,
+            "files": files,
+        }
         with socket.socket(socket.AF_UNIX) as connection, connection.makefile("r") as answers:
             connection.settimeout(timeout)
             connection.connect(str(folder / kind))

@@ -140,8 +140,9 @@ def _headline(results: dict[str, Any]) -> str:
     """What was edited, where no story says it."""
     edited = results["edited"]
     return (
-        f"**What was edited.** `{results['base']['name']}` was {edited['how']}, on *{results['concept']['description']}* "
-        f"({edited['tensors_changed']} of {edited['tensors_declared']} tensors changed)."
+        f"**What was edited.** `{results['base']['name']}` was {edited['how']}, on"
+        f" *{results['concept']['description']}* ({edited['tensors_changed']} of {edited['tensors_declared']} tensors"
+        " changed)."
     )
 
 

@@ -1,4 +1,5 @@
-"""What a run, an evaluation and an audit came to: read from their results, shown in a terminal, a notebook or as JSON."""
+"""What a run, an evaluation and an audit came to: read from their results, shown in a terminal, a notebook or as
+JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,9 +94,12 @@ class Run:
 
     def _repr_html_(self) -> str:
         return render(
-            "outcome.html.j2", title=f"{self.results['run']['recipe']}: {self.folder}", sentences=self.findings,
-            **_table_of(self.table), samples=self.results["samples"][:SHOWN_SAMPLES],
-        )  # fmt: skip
+            "outcome.html.j2",
+            title=f"{self.results['run']['recipe']}: {self.folder}",
+            sentences=self.findings,
+            **_table_of(self.table),
+            samples=self.results["samples"][:SHOWN_SAMPLES],
+        )
 
 
 @dataclass(frozen=True)
@@ -139,14 +143,19 @@ class Evaluation:
         order = list(dict.fromkeys(key for rows in tables for key in rows))
         return [
             EvaluationRow(
-                *key, first[key].label, first[key].unit, first[key].better, first[key].n, first[key].base,
+                *key,
+                first[key].label,
+                first[key].unit,
+                first[key].better,
+                first[key].n,
+                first[key].base,
                 {
                     name: rows[key].edited if key in rows else None
                     for name, rows in zip(self.names, tables, strict=True)
                 },
             )
             for key in order
-        ]  # fmt: skip
+        ]
 
     def measurement(self, name: str, split: str, model: str | None = None) -> Measurement:
         """One value with its interval.
@@ -186,8 +195,13 @@ class Evaluation:
             cells.append([row.label, row.split, str(row.n), *values])
         title = f"{', '.join(self.names)} on {self.results[0]['concept']['name']}"
         return render(
-            "outcome.html.j2", title=title, sentences=[], header=["measurement", "split", "n", *columns], rows=cells, samples=[]
-        )  # fmt: skip
+            "outcome.html.j2",
+            title=title,
+            sentences=[],
+            header=["measurement", "split", "n", *columns],
+            rows=cells,
+            samples=[],
+        )
 
 
 @dataclass(frozen=True)
@@ -243,12 +257,18 @@ class Audit:
         """One row for each attack."""
         return [
             AttackRow(
-                attack["name"], attack["about"], attack["tier"],
-                base=_most(attack, "base"), edited=_most(attack, "edited"), reference=_most(attack, "reference"),
-                regained=attack["regained"], leak=attack["rtt_leak"], n=attack["n"],
+                attack["name"],
+                attack["about"],
+                attack["tier"],
+                base=_most(attack, "base"),
+                edited=_most(attack, "edited"),
+                reference=_most(attack, "reference"),
+                regained=attack["regained"],
+                leak=attack["rtt_leak"],
+                n=attack["n"],
             )
             for attack in self.results["attacks"]
-        ]  # fmt: skip
+        ]
 
     @property
     def report(self) -> Path:
@@ -277,7 +297,8 @@ def _most(attack: dict[str, Any], subject: str) -> float:
 
 
 def published_reference(model: dict[str, Any]) -> str | None:
-    """How a command names a model that a record describes; None for a local one, of which the record has the name alone."""
+    """How a command names a model that a record describes; None for a local one, of which the record has the name
+    alone."""
     if model["kind"] not in ("builtin", "hub"):
         return None
     return f"{model['name']}@{model['revision']}" if model["revision"] else str(model["name"])
@@ -288,7 +309,8 @@ def _pick(measurements: Sequence[Measurement], name: str, split: str, subject: s
     if (name, split) not in found:
         known = [f"{one}/{other}" for one, other in found]
         raise RequestError(
-            f"{name}/{split} was not measured on {subject}{nearest(f'{name}/{split}', known)}; measured: {', '.join(known)}"
+            f"{name}/{split} was not measured on {subject}{nearest(f'{name}/{split}', known)}; measured:"
+            f" {', '.join(known)}"
         )
     return found[name, split]
 
@@ -299,9 +321,14 @@ def _table_of(rows: Sequence[Row]) -> dict[str, Any]:
     header = ["measurement", "split", "n", "base", "edited", "difference", *(["never learned"] if referenced else [])]
     cells = [
         [
-            row.label, row.split, str(row.n), row.base_text, format_value(row.edited),
-            format_difference(row.edited), *([format_value(row.reference)] if referenced else []),
+            row.label,
+            row.split,
+            str(row.n),
+            row.base_text,
+            format_value(row.edited),
+            format_difference(row.edited),
+            *([format_value(row.reference)] if referenced else []),
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return {"header": header, "rows": cells}

@@ -1,4 +1,5 @@
-"""What a method says of itself, as data: ``eval.json`` holds it under ``story``, and card, report and terminal render it.
+"""What a method says of itself, as data: ``eval.json`` holds it under ``story``, and card, report and terminal render
+it.
 
 Texts are plain English with the three marks that both a card and a page understand: ``**bold**``, ``*emphasis*`` and
 `` `code` ``. Cells of tables are plain text.

@@ -1,7 +1,8 @@
-"""Text for the terminal: tables, lists, plans and commands to type next, under one width rule. It imports nothing heavy.
+"""Text for the terminal: tables, lists, plans and commands to type next, under one width rule. It imports nothing
+heavy.
 
-A terminal gets lines that fit its width: 95% intervals give way first, column by column from the left, then long texts are
-folded inside their column. A file or a pipe gets every line whole, without blanks at its end.
+A terminal gets lines that fit its width: 95% intervals give way first, column by column from the left, then long texts
+are folded inside their column. A file or a pipe gets every line whole, without blanks at its end.
 """
 
 import re
@@ -61,10 +62,16 @@ def bullets(sentences: Sequence[str], width: int | None, mark: str = "- ") -> st
     if width is None:
         return "\n".join(mark + sentence for sentence in sentences)
     return "\n".join(
-        textwrap.fill(sentence, max(width, 20), initial_indent=mark, subsequent_indent=" " * len(mark),
-                      break_on_hyphens=False, break_long_words=False)
+        textwrap.fill(
+            sentence,
+            max(width, 20),
+            initial_indent=mark,
+            subsequent_indent=" " * len(mark),
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
         for sentence in sentences
-    )  # fmt: skip
+    )
 
 
 def paths(places: dict[str, Any]) -> str:

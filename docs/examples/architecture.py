@@ -45,8 +45,13 @@ ARCHITECTURES["llama_fork"] = Architecture(
 
 torch.manual_seed(0)
 config = ForkConfig(
-    vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
-)  # fmt: skip
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+)
 model = ForkForCausalLM(config).eval()
 sites = classify(ARCHITECTURES["llama_fork"], list(model.state_dict()))
 direction = torch.nn.functional.normalize(torch.randn(32, 1), dim=0)
@@ -56,6 +61,7 @@ before = model(**token, output_hidden_states=True).hidden_states[1] @ direction
 edit_model(Edit(direction, "llama_fork", layer_strengths=(1.0, 1.0)), model, config.to_dict())
 after = model(**token, output_hidden_states=True).hidden_states[1] @ direction
 print(
-    f"{len(sites)} tensors write to the stream; along the direction: {before.abs().max():.3f} before, {after.abs().max():.1e} after"
+    f"{len(sites)} tensors write to the stream; along the direction: {before.abs().max():.3f} before,"
+    f" {after.abs().max():.1e} after"
 )
 assert before.abs().max() > 0.01 > 1e-5 > after.abs().max()

@@ -33,9 +33,11 @@ FORMATS["our_library"] = Format(
 with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     tensors = {
-        "directions": torch.randn(8, 32), "readers": torch.randn(8, 32),
-        "reader_bias": torch.zeros(8), "centre": torch.zeros(32),
-    }  # fmt: skip
+        "directions": torch.randn(8, 32),
+        "readers": torch.randn(8, 32),
+        "reader_bias": torch.zeros(8),
+        "centre": torch.zeros(32),
+    }
     save_file(tensors, folder / "ours.safetensors")
     (folder / "ours.json").write_text(json.dumps({"layer": 3, "site": "output"}))
     # The format is recognized by its files; only the rows of the named latents are read.

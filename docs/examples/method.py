@@ -1,4 +1,4 @@
-"""A new method of another kind: settings, four functions, and what to train. Here: toward uniform answers on the concept.
+"""A new method of another kind: settings, four functions, and what to train. Here: toward uniform answers.
 
 python docs/examples/method.py OUT [KEY=VALUE ...]
 """
@@ -52,7 +52,10 @@ def run(job: AdapterJob, events: Events) -> Finished:
 
 def story(results: dict[str, Any]) -> Story:
     """What card, report and findings say of a run; without it they say what can be said of any training."""
-    headline = f"**What was edited.** Answers on *{results['concept']['description']}* were pushed toward a uniform distribution."
+    headline = (
+        f"**What was edited.** Answers on *{results['concept']['description']}* were pushed toward a uniform"
+        " distribution."
+    )
     return Story(headline, limits=(LOW_RANK_LIMIT,), sections=(training_section(results),))
 
 

@@ -35,7 +35,10 @@ def check_controls(compared: list[Compared], scale: Scale, utility: tuple[float,
 def _something_to_erase(scale: Scale) -> dict[str, Any]:
     if scale.known >= scale.chance + KNOWN:
         return {"base": scale.known}
-    problem = f"the base answers {scale.known:.3f} of group V right and guessing {scale.chance:.3f}, so there is too little to erase"
+    problem = (
+        f"the base answers {scale.known:.3f} of group V right and guessing {scale.chance:.3f}, so there is too little"
+        " to erase"
+    )
     return {"base": scale.known, "problem": problem}
 
 
@@ -43,8 +46,10 @@ def _suppressed(compared: list[Compared], scale: Scale) -> dict[str, Any]:
     curves = {c.name: c.control for c in compared if c.control is not None and c.tier == 2}
     if not curves:
         return {
-            "problem": "no attack trained the suppressed control on the concept, so nothing shows that these attacks can recover "
-            "anything; add rtt or relearn to the attacks"
+            "problem": (
+                "no attack trained the suppressed control on the concept, so nothing shows that these attacks can"
+                " recover anything; add rtt or relearn to the attacks"
+            )
         }
     shares = {name: _share(curve, scale) for name, curve in curves.items()}
     best = max(shares, key=lambda name: shares[name])
@@ -56,8 +61,8 @@ def _suppressed(compared: list[Compared], scale: Scale) -> dict[str, Any]:
         )
     elif shares[best] < RECOVERED:
         result["problem"] = (
-            f"not even the suppressed control recovers ({shares[best]:.2f} of what the base knows, at most), so these attacks "
-            "are too weak; give a larger --budget"
+            f"not even the suppressed control recovers ({shares[best]:.2f} of what the base knows, at most), so these"
+            " attacks are too weak; give a larger --budget"
         )
     return result
 
@@ -68,7 +73,8 @@ def _floor(unknowing: list[Compared], scale: Scale) -> dict[str, Any]:
     result: dict[str, Any] = {"attack": highest, "share": shares[highest]}
     if shares[highest] >= RECOVERED:
         result["problem"] = (
-            f"the reference itself reaches {shares[highest]:.2f} of what the base knows under {highest}, so V can be guessed from T"
+            f"the reference itself reaches {shares[highest]:.2f} of what the base knows under {highest}, so V can be"
+            " guessed from T"
         )
     return result
 
@@ -76,7 +82,10 @@ def _floor(unknowing: list[Compared], scale: Scale) -> dict[str, Any]:
 def _utility(base: float, edited: float) -> dict[str, Any]:
     if edited >= WORKING * base:
         return {"base": base, "edited": edited}
-    problem = f"the edited model answers {edited:.3f} of everything else right, the base {base:.3f}; a broken model forgets anything"
+    problem = (
+        f"the edited model answers {edited:.3f} of everything else right, the base {base:.3f}; a broken model forgets"
+        " anything"
+    )
     return {"base": base, "edited": edited, "problem": problem}
 
 

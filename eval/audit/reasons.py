@@ -71,8 +71,8 @@ def _untouched(evidence: Evidence) -> str:
     accuracy, n = float(evidence.untouched.edited.accuracy[0]), evidence.untouched.n
     low, high = wilson(round(accuracy * n), n)
     return (
-        f"It was never erased: without any attack the edited model answers {accuracy:.3f} [{low:.2f}, {high:.2f}] of group V "
-        f"right, the base {float(evidence.untouched.base.accuracy[0]):.3f} (n = {n})."
+        f"It was never erased: without any attack the edited model answers {accuracy:.3f} [{low:.2f}, {high:.2f}] of"
+        f" group V right, the base {float(evidence.untouched.base.accuracy[0]):.3f} (n = {n})."
     )
 
 
@@ -129,8 +129,11 @@ def _speed(relearning: Relearning) -> str:
             f"The edited model has {share} of what the base knows of V without any attack, so no relearning is timed."
         )
     if relearning.speed_up.value is None:
-        return "No model relearned even a tenth of V from its own texts within the budget, so there is no speed-up to report."
+        return (
+            "No model relearned even a tenth of V from its own texts within the budget, so there is no speed-up to"
+            " report."
+        )
     return (
-        f"Relearning {share} of V from its own texts is {show(relearning.speed_up)} times as fast as learning it afresh "
-        f"(n = {relearning.attack.n})."
+        f"Relearning {share} of V from its own texts is {show(relearning.speed_up)} times as fast as learning it afresh"
+        f" (n = {relearning.attack.n})."
     )

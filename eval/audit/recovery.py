@@ -1,4 +1,5 @@
-"""Does what was removed come back: recovery curves, and how an edited model compares with its base and with one that never knew.
+"""Does what was removed come back: recovery curves, and how an edited model compares with its base and with one that
+never knew.
 
 All of it is accuracy on questions of group V, whose subjects no attacker saw unless the attack says so, under the same
 attack on base (ceiling), edited model and floor. A curve that never reaches a mark is censored, never extrapolated.
@@ -146,7 +147,8 @@ Statistic = Callable[..., float | None]
 
 
 def interval(statistic: Statistic, attacked: Sequence[RecoveryCurve]) -> tuple[float | None, float | None]:
-    """95% percentile interval: the same questions are drawn for all models, seeds for each; censored draws count as such.
+    """95% percentile interval: the same questions are drawn for all models, seeds for each; censored draws count as
+    such.
 
     Returns:
         None at an end that lies among censored draws.

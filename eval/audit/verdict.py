@@ -1,4 +1,5 @@
-"""What an audit concludes, and whether it may conclude anything: thresholds and rules. ``reasons`` puts them into words."""
+"""What an audit concludes, and whether it may conclude anything: thresholds and rules. ``reasons`` puts them into
+words."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,8 @@ Verdict = Literal["recovers", "partially_robust", "indistinguishable_from_never_
 BACK = 0.25
 """Share of the way from floor to base, its interval's lower end, from which knowledge counts as recovered."""
 LEAK = 0.1
-"""Accuracy above the floor's, its interval's upper end, up to which a model counts as one that was never trained on it."""
+"""Accuracy above the floor's, its interval's upper end, up to which a model counts as one that was never trained on
+it."""
 SLOW = 2.0
 """Speed-up, its interval's lower end, from which relearning counts as faster than learning."""
 

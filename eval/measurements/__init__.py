@@ -1,6 +1,7 @@
 """The table of measurements. It imports nothing heavy, so that lists and pages can read it without torch.
 
-To add a measurement, write ``eval/measurements/NAME.py`` with a function ``scores(subject)``, add a row here, add a test.
+To add a measurement, write ``eval/measurements/NAME.py`` with a function ``scores(subject)``, add a row here, add a
+test.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class MeasurementKind:
     splits: Mapping[str, OnSplit] = field(default_factory=dict)
     """Splits, in the order in which findings state them."""
     scores: str | Callable[..., Any] = ""
-    """The function that measures it, as ``module:function`` of this package, or itself. Empty where the function of another row, or a
+    """The function that measures it, as ``module:function`` of this package, or itself. Empty where the function of
+    another row, or a
     recipe, measures it too."""
     requests: str | Callable[..., Any] = ""
     """The function that names the likelihoods it needs, so that all measurements share forward passes."""
@@ -59,7 +61,8 @@ class MeasurementKind:
     """What stands in the base's place where the base has no value."""
 
     def better(self, split: str, kind: str = "") -> Better:
-        """What an edit should do to the value of a split, for a kind of concept; leave it, where the row says nothing."""
+        """What an edit should do to the value of a split, for a kind of concept; leave it, where the row says
+        nothing."""
         on = self.splits.get(split, OnSplit())
         return on.better_by_kind.get(kind, on.better)
 
@@ -105,7 +108,10 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
             ),
             "retain": OnSplit(
                 "base", criterion="Specificity", column="retain",
-                findings={KNOWLEDGE: "Questions on everything else (retain)", BEHAVIOUR: "Multiple choice on what should stay (retain)"},
+                findings={
+                    KNOWLEDGE: "Questions on everything else (retain)",
+                    BEHAVIOUR: "Multiple choice on what should stay (retain)",
+                },
             ),
             "intended": OnSplit(
                 "higher", column="intended", findings={TASK: "Right where all cues agree, as in training"}
@@ -122,7 +128,8 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
     ),
     "cloze": MeasurementKind(
         "log-probability of the answer, without choices",
-        label="log-probability of the answer", unit="nats an answer", order=70, scores="cloze:scores", splits=_QUESTIONS,
+        label="log-probability of the answer", unit="nats an answer", order=70,
+        scores="cloze:scores", splits=_QUESTIONS,
     ),
     "cloze_rank": MeasurementKind(
         "geometric mean of the rank of the answer's first token",
@@ -156,7 +163,9 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
         splits={
             "concept": OnSplit(
                 "higher", {KNOWLEDGE: "lower"}, criterion="Innocence", column="greedy answers",
-                findings={KNOWLEDGE: "Right greedy answers about the concept", BEHAVIOUR: "Right answers to such prompts"},
+                findings={
+                    KNOWLEDGE: "Right greedy answers about the concept", BEHAVIOUR: "Right answers to such prompts",
+                },
             ),
             "neutral": OnSplit("base", findings={TASK: "Right answers about other things"}),
         },
@@ -166,12 +175,15 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
         label="declines", unit="share of replies", order=40, hub=True, scores="behaviour:rates",
         splits={
             "concept": OnSplit(
-                "base", {BEHAVIOUR: "lower"}, lead=True, findings={BEHAVIOUR: "Declines prompts that show the behaviour"},
+                "base", {BEHAVIOUR: "lower"}, lead=True,
+                findings={BEHAVIOUR: "Declines prompts that show the behaviour"},
                 if_moved=dict.fromkeys((KNOWLEDGE, TASK), "The edit changed how often the model declines (concept)"),
             ),
             "neutral": OnSplit(
                 "base", column="declines, neutral",
-                if_moved=dict.fromkeys((KNOWLEDGE, BEHAVIOUR, TASK), "The edit changed how often the model declines (neutral)"),
+                if_moved=dict.fromkeys(
+                    (KNOWLEDGE, BEHAVIOUR, TASK), "The edit changed how often the model declines (neutral)"
+                ),
             ),
         },
     ),
@@ -183,7 +195,10 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
                 "higher", column="shows what was trained", lead=True,
                 findings={TASK: "Replies that show what was trained, on such prompts"},
             ),
-            "neutral": OnSplit("lower", column="shows it elsewhere", findings={TASK: "Replies that show what was trained, on other prompts"}),
+            "neutral": OnSplit(
+                "lower", column="shows it elsewhere",
+                findings={TASK: "Replies that show what was trained, on other prompts"},
+            ),
         },
     ),
     "degenerate_share": MeasurementKind(
@@ -192,7 +207,10 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
         splits={
             split: OnSplit(
                 "base",
-                if_moved=dict.fromkeys((KNOWLEDGE, BEHAVIOUR, TASK), f"The edit changed the share of empty or repeating replies ({split})"),
+                if_moved=dict.fromkeys(
+                    (KNOWLEDGE, BEHAVIOUR, TASK),
+                    f"The edit changed the share of empty or repeating replies ({split})",
+                ),
             )
             for split in ("concept", "neutral")
         },
@@ -217,7 +235,9 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
         splits={
             "neutral": OnSplit(
                 "lower",
-                findings=dict.fromkeys((KNOWLEDGE, BEHAVIOUR, TASK), "Distance from the base on neutral prompts, nats a token"),
+                findings=dict.fromkeys(
+                    (KNOWLEDGE, BEHAVIOUR, TASK), "Distance from the base on neutral prompts, nats a token"
+                ),
             ),
             "retain": OnSplit("lower", criterion="Specificity"),
         },
@@ -228,7 +248,8 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
         scores="perplexity:scores", requests="perplexity:requests",
         splits={"retain": OnSplit(
             "base", criterion="Specificity", column="retain perplexity",
-            findings={KNOWLEDGE: "Perplexity of retain texts"}, if_moved={BEHAVIOUR: "The edit changed the perplexity of retain texts"},
+            findings={KNOWLEDGE: "Perplexity of retain texts"},
+            if_moved={BEHAVIOUR: "The edit changed the perplexity of retain texts"},
         )},
     ),
     "reverse_perplexity": MeasurementKind(

@@ -21,7 +21,8 @@ def holds_answer(text: str, answer: str, choices: Sequence[str]) -> bool:
 
 
 def scores(subject: ModelUnderTest) -> list[Scores]:
-    """``exact_answer`` on prompts with answers; on the pack's questions, completed as plain text, where there are none."""
+    """``exact_answer`` on prompts with answers; on the pack's questions, completed as plain text, where there are
+    none."""
     results = []
     for split in ("concept", "neutral"):
         better = MEASUREMENTS["exact_answer"].better(split, subject.concept.about.kind)

@@ -53,9 +53,15 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
 
 
 def reverse_perplexity(
-    model: Any, tokenizer: Any, ids: Sequence[str], replies: Sequence[Reply], split: str = "concept",
-    advance: Callable[[int], None] = lambda _: None, *, judge: str | None = None,
-) -> Scores:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    ids: Sequence[str],
+    replies: Sequence[Reply],
+    split: str = "concept",
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    judge: str | None = None,
+) -> Scores:
     """Perplexity of given replies, without their prompts, under a judge (ELM, section 4.1).
 
     Args:
@@ -70,11 +76,16 @@ def reverse_perplexity(
         if reply.text and (item := found[Request("", reply.text)]).tokens
     ]
     return Scores(
-        "reverse_perplexity", f"{split}, by {judge}" if judge else split, f"perplexity under {judge or 'the base'}", "base",
+        "reverse_perplexity",
+        f"{split}, by {judge}" if judge else split,
+        f"perplexity under {judge or 'the base'}",
+        "base",
         ids=tuple(identity for identity, _ in kept),
-        totals=tuple(-item.log_probability for _, item in kept), weights=tuple(float(item.tokens) for _, item in kept),
-        exponential=True, skipped=len(replies) - len(kept),
-    )  # fmt: skip
+        totals=tuple(-item.log_probability for _, item in kept),
+        weights=tuple(float(item.tokens) for _, item in kept),
+        exponential=True,
+        skipped=len(replies) - len(kept),
+    )
 
 
 def novice_text(subject: ModelUnderTest) -> tuple[tuple[str, ...], list[Reply]]:

@@ -1,4 +1,5 @@
-"""How far a model moved from its base: KL(base || model) along the base's own neutral replies, and along retain texts."""
+"""How far a model moved from its base: KL(base || model) along the base's own neutral replies, and along retain
+texts."""
 
 from collections.abc import Sequence
 

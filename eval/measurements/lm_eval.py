@@ -1,7 +1,7 @@
 """Named benchmarks of the lm-evaluation-harness (extra ``lm-eval``) on a model in memory, item by item.
 
-The harness computes each item's figure; intervals, and differences from the base on the same items, are computed as for every
-other measurement here.
+The harness computes each item's figure; intervals, and differences from the base on the same items, are computed as for
+every other measurement here.
 """
 
 import difflib
@@ -79,9 +79,14 @@ def scores(model: Any, tokenizer: Any, tasks: Tasks, limit: int = 0) -> list[Sco
     _hush()
     with _data_had(tasks.names):
         found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH), tasks=list(tasks.names),
-            task_manager=tasks.manager, limit=limit or None, bootstrap_iters=0, log_samples=True, verbosity="ERROR",
-        )  # fmt: skip
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
+            tasks=list(tasks.names),
+            task_manager=tasks.manager,
+            limit=limit or None,
+            bootstrap_iters=0,
+            log_samples=True,
+            verbosity="ERROR",
+        )
     assert found is not None, "only further processes of a distributed run get nothing"
     return [one for task, samples in sorted(found["samples"].items()) for one in _scores_of(task, samples)]
 
@@ -112,13 +117,14 @@ def _scores_of(task: str, samples: Sequence[Mapping[str, Any]]) -> list[Scores]:
     partial = [name for name, items in by_figure.items() if len(items) < asked[name]]
     if partial:
         raise RequestError(
-            f"task {task} has {partial[0]} for {len(by_figure[partial[0]])} of {asked[partial[0]]} items, and the rest would be "
-            "left out of it; leave the task out"
+            f"task {task} has {partial[0]} for {len(by_figure[partial[0]])} of {asked[partial[0]]} items, and the rest"
+            " would be left out of it; leave the task out"
         )
     return [
         Scores(task, name, "accuracy" if name.startswith("acc") else name, better, ids, totals, (1.0,) * len(ids))
-        for name, items in by_figure.items() for ids, totals in [tuple(zip(*items, strict=True))]
-    ]  # fmt: skip
+        for name, items in by_figure.items()
+        for ids, totals in [tuple(zip(*items, strict=True))]
+    ]
 
 
 class _Untagged(yaml.SafeLoader):

@@ -1,8 +1,10 @@
 """Linear probes: whether a layer still holds the answer, whatever the model says.
 
-A ridge regression learns on group T to map the residual stream at the end of a question to the unembedding of its answer's
-first token, and is tested on group V: the answer is the choice nearest to what it predicts, so answers that T never had can
-be found too. Its control learns shuffled answers (Hewitt and Liang 2019): what it scores is chance and its own capacity.
+A ridge regression learns on group T to map the residual stream at the end of a question to the unembedding of its
+answer's
+first token, and is tested on group V: the answer is the choice nearest to what it predicts, so answers that T never had
+can be found too. Its control learns shuffled answers (Hewitt and Liang 2019): what it scores is chance and its own
+capacity.
 """
 
 import random
@@ -23,7 +25,8 @@ from ..statistics import Scores
 from . import BY_LAYER, MEASUREMENTS
 
 POINTS = 9
-"""Points of the stream that are probed, at most, evenly spread from the first layer's input to the last one's output."""
+"""Points of the stream that are probed, at most, evenly spread from the first layer's input to the last one's
+output."""
 PENALTIES = (1e-2, 1e-1, 1.0, 10.0)
 """Ridge penalties in units of the mean squared length of a sample; chosen by cross-validation on group T."""
 FOLDS = 4
@@ -83,7 +86,7 @@ def question_ends(
     for batch in token_batches([len(ids) for ids in rows], 4 * batch_budget(subject.model)):
         padded = subject.tokenizer.pad(
             {"input_ids": [rows[i] for i in batch]}, padding=True, padding_side="left", return_tensors="pt"
-        )  # fmt: skip
+        )
         inputs = {key: padded[key].to(subject.model.device) for key in ("input_ids", "attention_mask")}
         states[:, batch] = residual_stream(subject.model, row, inputs, points, 1)[:, :, 0].float().cpu()
     return states
@@ -101,7 +104,8 @@ def _read(subject: ModelUnderTest, questions: Sequence[Question], points: Sequen
 
 
 def fit_probe(learned: Asked, asked: Asked, index: int, answers: Sequence[int]) -> tuple[float, list[bool]]:
-    """Fit a probe at one point: the accuracy that cross-validation on T expects, and which questions of V it answers rightly."""
+    """Fit a probe at one point: the accuracy that cross-validation on T expects, and which questions of V it answers
+    rightly."""
     mean, spread = learned.states[index].mean(0), learned.states[index].std(0) + 1e-6
     x, tested = ((part.states[index] - mean).double() / spread for part in (learned, asked))
     centre = torch.cat(learned.choices).mean(0)

@@ -56,7 +56,8 @@ class AttackData:
         """The sequences that one attacker reads, in order.
 
         Args:
-            source: A key of ``examples``; ``T:8`` takes 8 of its sequences; ``retain+T`` reads 40% of the count from the one,
+            source: A key of ``examples``; ``T:8`` takes 8 of its sequences; ``retain+T`` reads 40% of the count from
+                the one,
                 then the rest from the other.
         """
         if "+" in source:

@@ -1,4 +1,5 @@
-"""Facts that nobody knows, in a pack's own words: the reference of an audit that has no model which never learned the concept."""
+"""Facts that nobody knows, in a pack's own words: the reference of an audit that has no model which never learned the
+concept."""
 
 import random
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from ..data.facts import Facts
 
 
 def novel_facts(facts: Facts, questions: Sequence[Question], seed: int) -> tuple[Facts, list[Question]]:
-    """The same relations, words and answers about subjects that do not exist; and the pack's questions, asked about them."""
+    """The same relations, words and answers about subjects that do not exist; and the pack's questions, asked about
+    them."""
     rng = random.Random(f"excise novel facts {seed}")
     names = _invented(sorted({fact.subject for fact in facts.facts}), rng)
     answers = _assigned(facts, questions, rng)

@@ -1,7 +1,8 @@
 """Does an edit hold? The same attacks on the edited model and on controls, compared and judged.
 
-The subjects: ``base`` knows the concept; ``edited`` is the model in question; ``suppressed`` is the base trained to answer
-wrongly, which attacks must bring back; ``reference`` was never trained on the concept (or is the base on made-up facts).
+The subjects: ``base`` knows the concept; ``edited`` is the model in question; ``suppressed`` is the base trained to
+answer wrongly, which attacks must bring back; ``reference`` was never trained on the concept (or is the base on made-up
+facts).
 """
 
 import shutil

@@ -158,18 +158,19 @@ def _check_attacks(attacks: Sequence[str]) -> None:
 def _check_concept(concept: Concept, questions: Sequence[Question], facts: Facts) -> None:
     if concept.about.kind != "knowledge":
         raise RequestError(
-            f"concept {concept.ref} is of kind {concept.about.kind}, and an audit asks about facts; give a concept of kind "
-            "knowledge, such as builtin:potions"
+            f"concept {concept.ref} is of kind {concept.about.kind}, and an audit asks about facts; give a concept of"
+            " kind knowledge, such as builtin:potions"
         )
     if len(questions) < FEWEST:
         raise RequestError(
-            f"concept {concept.ref} has {len(questions)} forget questions of group V (held out); an audit needs at least {FEWEST}, "
-            f"and an interval of ±0.10 needs {questions_needed(0.1)}; add questions to the pack, or raise --questions"
+            f"concept {concept.ref} has {len(questions)} forget questions of group V (held out); an audit needs at"
+            f" least {FEWEST}, and an interval of ±0.10 needs {questions_needed(0.1)}; add questions to the pack, or"
+            " raise --questions"
         )
     if {fact.group for fact in facts.facts} != {"T", "V"}:
         raise RequestError(
-            f"no facts of both groups, T and V, were recognized in concept {concept.ref}; its forget texts must contain subjects "
-            "and answers of group-T questions, and texts on group V in the same wording"
+            f"no facts of both groups, T and V, were recognized in concept {concept.ref}; its forget texts must contain"
+            " subjects and answers of group-T questions, and texts on group V in the same wording"
         )
     subjects = {q.subject for q in questions if q.subject}
     leaking = [
@@ -177,8 +178,8 @@ def _check_concept(concept: Concept, questions: Sequence[Question], facts: Facts
     ]
     if leaking:
         raise RequestError(
-            f"{len(leaking)} texts of group T of concept {concept.ref} name subjects of group V (the first is {leaking[0]}), so "
-            "attackers would train on what is tested; move these texts to group V"
+            f"{len(leaking)} texts of group T of concept {concept.ref} name subjects of group V (the first is"
+            f" {leaking[0]}), so attackers would train on what is tested; move these texts to group V"
         )
 
 
@@ -190,8 +191,8 @@ def _check_same_tensors(source: ModelSource, checkpoint: Checkpoint, base: Model
     different = [name for name in different if name != "lm_head.weight"]
     if different:
         raise RequestError(
-            f"{source.name} does not descend from {base.name}: {len(different)} tensors differ in shape or name, the first is "
-            f"{different[0]}; give the base that it was made from"
+            f"{source.name} does not descend from {base.name}: {len(different)} tensors differ in shape or name, the"
+            f" first is {different[0]}; give the base that it was made from"
         )
 
 

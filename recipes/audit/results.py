@@ -67,7 +67,8 @@ def write_results(job: AuditJob, results: dict[str, Any]) -> None:
 
 
 def _compared(job: AuditJob, curves: CurveStore) -> tuple[list[Compared], list[str]]:
-    """Each attack at the learning rate that brought every model furthest, and the names of those that could not be scored."""
+    """Each attack at the learning rate that brought every model furthest, and the names of those that could not be
+    scored."""
     base = curves.get("base", UNTOUCHED).only
     compared: list[Compared] = []
     unscored: list[str] = []

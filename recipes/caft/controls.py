@@ -45,8 +45,14 @@ class ControlRuns:
     """Trainings from the same seed and data that differ in what is ablated."""
 
     def __init__(
-        self, prepared: CaftJob, loaded: LoadedModel, watched: Sequence[Example], order: Sequence[Example], events: Events, work: Path
-    ):  # fmt: skip
+        self,
+        prepared: CaftJob,
+        loaded: LoadedModel,
+        watched: Sequence[Example],
+        order: Sequence[Example],
+        events: Events,
+        work: Path,
+    ):
         self.prepared, self.loaded, self.watched, self.order = prepared, loaded, watched, order
         self.events, self.work = events, work
         self.base = self.read()
@@ -87,7 +93,8 @@ class ControlRuns:
 
 
 class DriftMonitor:
-    """Looks, while training and with the ablation paused, at where the stream goes and whether the concept moved elsewhere."""
+    """Looks, while training and with the ablation paused, at where the stream goes and whether the concept moved
+    elsewhere."""
 
     def __init__(self, trial: ControlRuns, subspaces: Sequence[Subspace], path: Path):
         self.trial, self.subspaces, self.path = trial, subspaces, path
@@ -103,16 +110,19 @@ class DriftMonitor:
         with self.trial.ablation.pause():
             now = self.trial.read(self.rows)
             found = {
-                "step": step, "projection": mean_projection(now, self.subspaces),
-                "share_in_span": refreshed(now, self.base, self.subspaces), "found_again": self._found_again(now),
-            }  # fmt: skip
+                "step": step,
+                "projection": mean_projection(now, self.subspaces),
+                "share_in_span": refreshed(now, self.base, self.subspaces),
+                "found_again": self._found_again(now),
+            }
         model.train(training)
         # Whole or not at all: a kill in the middle of a line would spoil the resumed run.
         earlier = [one for one in self.seen() if one["step"] < step]
         write_whole(self.path, json.dumps([*earlier, found]))
 
     def _found_again(self, now: Readings) -> dict[str, float]:
-        """Share of the directions that the same source finds in the model as it is now which lies in the ablated span."""
+        """Share of the directions that the same source finds in the model as it is now which lies in the ablated
+        span."""
         prepared = self.trial.prepared
         if prepared.given or prepared.latents or prepared.settings.directions == "finetuned":
             return {}
@@ -136,9 +146,13 @@ def some_pairs(prepared: CaftJob, most: int = READ_ROWS) -> list[ContrastPair]:
 
 
 def directions_of(
-    prepared: CaftJob, loaded: LoadedModel, base: Readings, tuned: Readings | None, latents: SparseLatents | None = None,
+    prepared: CaftJob,
+    loaded: LoadedModel,
+    base: Readings,
+    tuned: Readings | None,
+    latents: SparseLatents | None = None,
     most: int = READ_ROWS,
-) -> tuple[Subspace, ...]:  # fmt: skip
+) -> tuple[Subspace, ...]:
     """The directions of a file, the span of latents, or what another source finds; all, to pick from."""
     settings, job = prepared.settings, prepared.adapter.run
     if prepared.given:

@@ -1,4 +1,5 @@
-"""Where directions come from: contrast pairs, or what a fine-tune changes in the stream; one line of ``SOURCES`` each."""
+"""Where directions come from: contrast pairs, or what a fine-tune changes in the stream; one line of ``SOURCES``
+each."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,9 +77,10 @@ def activations(model: Any, row: Architecture, rows: Sequence[Row], places: Sequ
 def mean_projection(readings: Readings, subspaces: Sequence[Subspace]) -> dict[str, list[float]]:
     """Signed mean of the stream along each direction, by place."""
     return {
-        str(s.place): [float(value) for value in (readings.rows[s.place].mean(0) @ s.basis)]
-        for s in subspaces if s.place in readings.rows
-    }  # fmt: skip
+        str(s.place): [float(value) for value in readings.rows[s.place].mean(0) @ s.basis]
+        for s in subspaces
+        if s.place in readings.rows
+    }
 
 
 def refreshed(edited: Readings, base: Readings, subspaces: Sequence[Subspace]) -> dict[str, float]:
@@ -104,9 +106,14 @@ Source = Callable[
 
 
 def _pairs(
-    loaded: LoadedModel, row: Architecture, places: Sequence[Place], count: int, pairs: Sequence[ContrastPair], base: Readings,
+    loaded: LoadedModel,
+    row: Architecture,
+    places: Sequence[Place],
+    count: int,
+    pairs: Sequence[ContrastPair],
+    base: Readings,
     tuned: Readings | None,
-) -> Found:  # fmt: skip
+) -> Found:
     """Components of the differences within pairs, not centred: the mean difference is part of what is looked for."""
     differences = {place: Moments(0, covariance=True) for place in places}
     middles = {place: Moments(0) for place in places}
@@ -120,8 +127,8 @@ def _pairs(
     for place in places:
         if not differences[place].count:
             raise RequestError(
-                "no contrast pair has members of one length in tokens, and only those are compared position by position; "
-                "choose another source of directions or mend the pairs"
+                "no contrast pair has members of one length in tokens, and only those are compared position by"
+                " position; choose another source of directions or mend the pairs"
             )
         found.append(principal_components(differences[place], count, place, centred=False, offset=middles[place].mean))
     counted = {"pairs": len(alike), PAIRS_LEFT_OUT: len(pairs) - len(alike)}
@@ -152,9 +159,14 @@ def _by_class(fitter: Callable[[Moments, Moments, Place], Subspace]) -> Source:
     """A fitter of two classes on the last token of each member of the pairs."""
 
     def source(
-        loaded: LoadedModel, row: Architecture, places: Sequence[Place], count: int, pairs: Sequence[ContrastPair],
-        base: Readings, tuned: Readings | None,
-    ) -> Found:  # fmt: skip
+        loaded: LoadedModel,
+        row: Architecture,
+        places: Sequence[Place],
+        count: int,
+        pairs: Sequence[ContrastPair],
+        base: Readings,
+        tuned: Readings | None,
+    ) -> Found:
         moments: dict[tuple[Place, str], Moments] = {}
         for name, texts in (("plus", [p.positive for p in pairs]), ("minus", [p.negative for p in pairs])):
             rows = [encode(loaded.tokenizer, text, True) for text in texts]
@@ -170,9 +182,14 @@ def _by_class(fitter: Callable[[Moments, Moments, Place], Subspace]) -> Source:
 
 
 def _finetuned(
-    loaded: LoadedModel, row: Architecture, places: Sequence[Place], count: int, pairs: Sequence[ContrastPair], base: Readings,
+    loaded: LoadedModel,
+    row: Architecture,
+    places: Sequence[Place],
+    count: int,
+    pairs: Sequence[ContrastPair],
+    base: Readings,
     tuned: Readings | None,
-) -> Found:  # fmt: skip
+) -> Found:
     """Components of what the fine-tune changed, centred over tokens as in the paper."""
     assert tuned is not None, "the plain fine-tune was trained for this"
     found = []

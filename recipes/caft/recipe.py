@@ -1,7 +1,7 @@
 """Fine-tune with concepts ablated (CAFT), so that what they carry is not what is learned.
 
-Casademunt et al. 2025: directions are projected out of the stream while training, and only then; the checkpoint is a plain
-fine-tune, measured as it is used, without any ablation.
+Casademunt et al. 2025: directions are projected out of the stream while training, and only then; the checkpoint is a
+plain fine-tune, measured as it is used, without any ablation.
 """
 
 import random
@@ -51,7 +51,8 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> CaftJob:
     concept = job.concept
     if concept.about.kind != "task":
         raise ConceptError(
-            f"concept {concept.ref} is of kind {concept.about.kind}; caft fine-tunes on a pack of kind task, such as builtin:shortcut"
+            f"concept {concept.ref} is of kind {concept.about.kind}; caft fine-tunes on a pack of kind task, such as"
+            " builtin:shortcut"
         )
     data = (
         find_data(settings.data)
@@ -89,7 +90,8 @@ def _given(settings: CaftSettings, job: Job) -> tuple[tuple[Subspace, ...], Spar
         _ = picked(given, settings.pick)
     elif settings.pick and max(settings.pick) >= (count := len(settings.latents) or settings.components):
         raise RequestError(
-            f"pick={list(settings.pick)} names direction {max(settings.pick)}, there are 0 to {count - 1}; raise components"
+            f"pick={list(settings.pick)} names direction {max(settings.pick)}, there are 0 to {count - 1}; raise"
+            " components"
         )
     return given, latents
 
@@ -111,7 +113,8 @@ def _latents(settings: CaftSettings, job: Job, width: int) -> SparseLatents:
         )
     if settings.remove == "latents" and found.not_alone:
         raise RequestError(
-            f"the autoencoder {found.not_alone}, so that some latents alone do not say how far they fire; use remove=span"
+            f"the autoencoder {found.not_alone}, so that some latents alone do not say how far they fire; use"
+            " remove=span"
         )
     return found
 
@@ -123,8 +126,11 @@ def describe(prepared: CaftJob) -> dict[str, Any]:
     if settings.controls and settings.directions != "none":
         controls = 2 + _others_were_picked(settings)
     return adapter_job.describe(
-        prepared.adapter, rows_to_learn=len(prepared.data.rows), trainings=1 + controls, ablated_at=[str(p) for p in prepared.places]
-    )  # fmt: skip
+        prepared.adapter,
+        rows_to_learn=len(prepared.data.rows),
+        trainings=1 + controls,
+        ablated_at=[str(p) for p in prepared.places],
+    )
 
 
 def run(prepared: CaftJob, events: Events) -> Finished:
@@ -165,17 +171,24 @@ def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path
     watch = DriftMonitor(trial, subspaces, work / "watched.json")
 
     about = {
-        "source": settings.directions_file.name if settings.directions_file else settings.directions, "mode": settings.mode,
-        "value": settings.value, "remove": settings.remove, "directions": [
-            {"place": str(s.place), "source": s.source, "names": list(s.names), "scores": list(s.scores)} for s in subspaces
-        ], "controls": controls,
-    }  # fmt: skip
+        "source": settings.directions_file.name if settings.directions_file else settings.directions,
+        "mode": settings.mode,
+        "value": settings.value,
+        "remove": settings.remove,
+        "directions": [
+            {"place": str(s.place), "source": s.source, "names": list(s.names), "scores": list(s.scores)}
+            for s in subspaces
+        ],
+        "controls": controls,
+    }
     training = {
-        "about": "Concept-ablated fine-tuning." if subspaces else "Plain fine-tuning.", "steps": settings.steps,
+        "about": "Concept-ablated fine-tuning." if subspaces else "Plain fine-tuning.",
+        "steps": settings.steps,
         "rows": settings.batch_size,
         "data": f"{len(learn.examples)} sequences from {len(prepared.data.rows)} rows of `{prepared.data.name}`",
-        "data_sha256": prepared.data.sha256, "lessons": {"train": len(learn.examples)},
-    }  # fmt: skip
+        "data_sha256": prepared.data.sha256,
+        "lessons": {"train": len(learn.examples)},
+    }
     warnings = [*prepared.adapter.warnings]
     if learn.too_long:
         warnings.append(f"{learn.too_long} rows are longer than {limit} tokens and were left out.")
@@ -238,5 +251,6 @@ def _chosen(prepared: CaftJob, loaded: LoadedModel, examples: Sequence[Example])
 
 
 def _others_were_picked(settings: CaftSettings) -> bool:
-    """Whether others were picked than the same number of the highest score; latents that were named have no order of score."""
+    """Whether others were picked than the same number of the highest score; latents that were named have no order of
+    score."""
     return not settings.latents and set(settings.pick) != set(range(len(settings.pick)))

@@ -24,15 +24,19 @@ class CaftSettings(AdapterSettings):
     data: str | None = None
     """What to fine-tune on: a .jsonl file or a data set on the Hub; the pack's train.jsonl where none is given."""
     directions: Directions = "pairs"
-    """Where directions come from: the pack's contrast pairs, what an unablated fine-tune changes (paper), or an autoencoder (paper)."""
+    """Where directions come from: the pack's contrast pairs, what an unablated fine-tune changes (paper), or an
+    autoencoder (paper)."""
     directions_file: Path | None = None
     """A directions.safetensors to use instead."""
     sae: Path | None = None
-    """Folder of a sparse autoencoder (sae_lens, dictionary_learning, sparsify, Gemma Scope or Llama Scope), for directions=sae."""
+    """Folder of a sparse autoencoder (sae_lens, dictionary_learning, sparsify, Gemma Scope or Llama Scope), for
+    directions=sae."""
     latents: tuple[int, ...] = ()
-    """Latents of it to ablate, where the autoencoder itself says; where none are named, the first ``components`` by ``score``."""
+    """Latents of it to ablate, where the autoencoder itself says; where none are named, the first ``components`` by
+    ``score``."""
     score: Score = "contrast"
-    """What latents are ranked by: how much more they write in one member of the contrast pairs, or their attribution to the loss (paper)."""
+    """What latents are ranked by: how much more they write in one member of the contrast pairs, or their attribution to
+    the loss (paper)."""
     remove: Literal["span", "latents"] = "span"
     """What goes of an autoencoder's latents: their span, whatever fires (paper), or each as far as it fires (SHIFT)."""
     ablated_layers: Annotated[str, Field(coerce_numbers_to_str=True)] = "0"
@@ -48,9 +52,11 @@ class CaftSettings(AdapterSettings):
     value: Value = "zero"
     """What an activation has along the directions while training: zero (paper) or the mean it had."""
     watch: int = Field(64, ge=0)
-    """Sequences, and contrast pairs, on which the stream is watched while training, at steps 1, 2, 4, ...; 0 does not look."""
+    """Sequences, and contrast pairs, on which the stream is watched while training, at steps 1, 2, 4, ...; 0 does not
+    look."""
     controls: bool = True
-    """Also train without ablation, with as many random directions, and, where some were picked, with as many of the highest score; all
+    """Also train without ablation, with as many random directions, and, where some were picked, with as many of the
+    highest score; all
     from the same seed, measured on the same items."""
     steps: int = Field(250, ge=1)
     """Optimizer steps."""

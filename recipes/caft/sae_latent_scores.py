@@ -1,4 +1,5 @@
-"""Which of an autoencoder's latents carry a concept: a score for each, by which the first few can be chosen or looked at."""
+"""Which of an autoencoder's latents carry a concept: a score for each, by which the first few can be chosen or looked
+at."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
@@ -32,7 +33,8 @@ def ranked(latents: SparseLatents, scores: Float[Tensor, " k"], count: int) -> S
 def by_contrast(
     loaded: LoadedModel, row: Architecture, latents: SparseLatents, pairs: Sequence[ContrastPair]
 ) -> Float[Tensor, " k"]:
-    """How much more each writes in one member of the pairs than in the other: the size of the mean difference, in norms."""
+    """How much more each writes in one member of the pairs than in the other: the size of the mean difference, in
+    norms."""
     total = torch.zeros(len(latents.numbers))
     for sign, texts in ((1, [pair.positive for pair in pairs]), (-1, [pair.negative for pair in pairs])):
         rows = [encode(loaded.tokenizer, text, True) for text in texts]
@@ -62,7 +64,8 @@ def by_attribution(
 def _gradients(
     loaded: LoadedModel, row: Architecture, latents: SparseLatents, examples: Sequence[Example]
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Activations of each sequence at the latents' place, and the gradient of its loss there [tokens, d], on the CPU."""
+    """Activations of each sequence at the latents' place, and the gradient of its loss there [tokens, d], on the
+    CPU."""
     model = causal_model(loaded.model)
     seen: list[Tensor] = []
 

@@ -37,7 +37,8 @@ def _headline(results: dict[str, Any]) -> str:
     how = f"LoRA rank {edited['rank']}" if "rank" in edited else "whole weights"
     count = sum(len(one["names"]) for one in directions)
     ablation = (
-        f"with directions ablated while training ({count}) so that it would not learn *{results['concept']['description']}*"
+        f"with directions ablated while training ({count}) so that it would not learn"
+        f" *{results['concept']['description']}*"
         if directions
         else "without any ablation"
     )
@@ -72,9 +73,9 @@ def _during(caft: dict[str, Any]) -> tuple[Section, ...]:
     if not caft.get("during"):
         return ()
     about = (
-        "While training, with the ablation paused: how much of what changed in the stream lies in the ablated span, and how "
-        "much of the directions that the same source finds in the model at that step. Where the second falls, the concept "
-        "moved elsewhere."
+        "While training, with the ablation paused: how much of what changed in the stream lies in the ablated span, and"
+        " how much of the directions that the same source finds in the model at that step. Where the second falls, the"
+        " concept moved elsewhere."
     )
     rows = tuple(
         (

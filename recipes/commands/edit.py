@@ -39,9 +39,15 @@ def run(
     module = importlib.import_module(RECIPES[recipe].module)
     flags = {"model": model, "concept": concept, "out": out, "seed": seed, "device": device, "dtype": dtype}
     settings, done = carry_out(
-        module, getattr(module, RECIPES[recipe].settings), ["excise", "run", recipe], config=config,
-        assignments=set_ or [], flags=flags, resume=resume, dry_run=dry_run,
-    )  # fmt: skip
+        module,
+        getattr(module, RECIPES[recipe].settings),
+        ["excise", "run", recipe],
+        config=config,
+        assignments=set_ or [],
+        flags=flags,
+        resume=resume,
+        dry_run=dry_run,
+    )
     if dry_run:
         return say_plan(done, as_json)
     if as_json:

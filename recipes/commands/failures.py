@@ -48,7 +48,10 @@ def explained(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]
         return f"{error.format_message().rstrip('.')}; see `{_help_of(error)}`", 2
     if isinstance(error, OSError) and error.errno == 28:
         return (
-            "the disk is full; no partial checkpoint was left. Free some space, then run the command again with --resume",
+            (
+                "the disk is full; no partial checkpoint was left. Free some space, then run the command again with"
+                " --resume"
+            ),
             1,
         )
     if isinstance(error, OSError):

@@ -45,7 +45,8 @@ class PanelGroup(TyperGroup):
 
 
 class SettingsCommand(TyperCommand):
-    """A command whose flags fill in settings: a flag's help is its setting's docstring, and the other settings follow."""
+    """A command whose flags fill in settings: a flag's help is its setting's docstring, and the other settings
+    follow."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         about = {setting.name: setting.about for setting in settings_of(self.name or "")}

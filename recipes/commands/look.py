@@ -26,8 +26,8 @@ def list_(
 
     if what not in KINDS and what not in WITH_SETTINGS:
         raise RequestError(
-            f"nothing called {what!r} to list{nearest(what, [*KINDS, *WITH_SETTINGS])}; give one of {', '.join(KINDS)}, "
-            f"or for settings one of {', '.join(WITH_SETTINGS)}"
+            f"nothing called {what!r} to list{nearest(what, [*KINDS, *WITH_SETTINGS])}; give one of {', '.join(KINDS)},"
+            f" or for settings one of {', '.join(WITH_SETTINGS)}"
         )
     header = ("name", "about") if what in KINDS else ("setting", "default", "about")
     lines = KINDS[what]() if what in KINDS else settings(what)
@@ -54,8 +54,8 @@ def chat(
 ) -> None:
     """Talk to an edited model and its base side by side.
 
-    Each prompt stands alone: earlier ones are not shown to the models. /quit or Ctrl-D ends it. Without a terminal, each
-    line of stdin is a prompt.
+    Each prompt stands alone: earlier ones are not shown to the models. /quit or Ctrl-D ends it. Without a terminal,
+    each line of stdin is a prompt.
     """
     from ...artifacts.reporting.terminal import terminal_width
     from .. import chat as recipe

@@ -33,15 +33,26 @@ def evaluate(
     from . import shown
 
     flags = {
-        "concept": concept, "base": base, "questions": questions, "judge": judge or None, "lm_eval": words(lm_eval),
-        "device": device, "dtype": dtype,
-    }  # fmt: skip
+        "concept": concept,
+        "base": base,
+        "questions": questions,
+        "judge": judge or None,
+        "lm_eval": words(lm_eval),
+        "device": device,
+        "dtype": dtype,
+    }
     settings = load_settings(recipe.EvaluateSettings, config, set_ or [], flags)
     settle()
     job = recipe.prepare(
-        models, settings.concept, settings.base, device=settings.device, dtype=settings.dtype,
-        settings=settings.measuring(), judges=settings.judge, benchmarks=settings.lm_eval,
-    )  # fmt: skip
+        models,
+        settings.concept,
+        settings.base,
+        device=settings.device,
+        dtype=settings.dtype,
+        settings=settings.measuring(),
+        judges=settings.judge,
+        benchmarks=settings.lm_eval,
+    )
     evaluation = recipe.run(job, Events(watcher=watcher()))
     if as_json:
         return say_json(evaluation.as_json())
@@ -77,14 +88,30 @@ def audit(
     from . import shown
 
     flags = {
-        "model": model, "concept": concept, "base": base, "reference": reference, "attacks": words(attacks),
-        "budget": budget, "questions": questions, "card": card or None, "fresh": fresh or None, "out": out,
-        "seed": seed, "device": device, "dtype": dtype,
-    }  # fmt: skip
+        "model": model,
+        "concept": concept,
+        "base": base,
+        "reference": reference,
+        "attacks": words(attacks),
+        "budget": budget,
+        "questions": questions,
+        "card": card or None,
+        "fresh": fresh or None,
+        "out": out,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+    }
     settings, results = carry_out(
-        recipe, recipe.AuditSettings, ["excise", "audit", model], config=config, assignments=set_ or [], flags=flags,
-        resume=resume, dry_run=dry_run,
-    )  # fmt: skip
+        recipe,
+        recipe.AuditSettings,
+        ["excise", "audit", model],
+        config=config,
+        assignments=set_ or [],
+        flags=flags,
+        resume=resume,
+        dry_run=dry_run,
+    )
     if dry_run:
         return say_plan(results, as_json)
     if as_json:

@@ -49,9 +49,16 @@ def watcher() -> Watcher:
 
 
 def carry_out(
-    module: ModuleType, kind: Any, command: Sequence[str], *, config: Path | None, assignments: list[str],
-    flags: dict[str, Any], resume: bool, dry_run: bool,
-) -> tuple[Any, Any]:  # fmt: skip
+    module: ModuleType,
+    kind: Any,
+    command: Sequence[str],
+    *,
+    config: Path | None,
+    assignments: list[str],
+    flags: dict[str, Any],
+    resume: bool,
+    dry_run: bool,
+) -> tuple[Any, Any]:
     """Run a recipe or an audit in its folder.
 
     Args:
@@ -97,7 +104,8 @@ def integers(option: str, text: str) -> list[int]:
 
 
 def prompts() -> Iterator[str]:
-    """What the user types, until /quit or the end of input; without a terminal one prompt a line, which is shown again."""
+    """What the user types, until /quit or the end of input; without a terminal one prompt a line, which is shown
+    again."""
     at_terminal = sys.stdin.isatty()
     while True:
         try:

@@ -69,12 +69,17 @@ def evaluation_table(evaluation: Evaluation, width: int | None) -> str:
     return aligned(
         ["measurement", "split", "n", *(["base"] if has_base else []), *evaluation.names],
         [
-            [row.label, row.split, str(row.n), *([format_value(row.base)] if has_base else []),
-             *(format_value(value) for value in row.models.values())]
+            [
+                row.label,
+                row.split,
+                str(row.n),
+                *([format_value(row.base)] if has_base else []),
+                *(format_value(value) for value in row.models.values()),
+            ]
             for row in rows
         ],
         width,
-    )  # fmt: skip
+    )
 
 
 def audit_end(results: dict[str, Any], width: int | None) -> str:
@@ -88,8 +93,10 @@ def audit_end(results: dict[str, Any], width: int | None) -> str:
     header = ["attack", *subjects, "share regained", "leak", "tokens to 50%"]
     parts = [
         bullets([f"{HEADLINES[results['verdict']]}."], width, mark=""),
-        bullets(results["reasons"], width), "", aligned(header, rows, width),
-    ]  # fmt: skip
+        bullets(results["reasons"], width),
+        "",
+        aligned(header, rows, width),
+    ]
     if results["gaps"]:
         parts.append(bullets([f"not tested: {gap}" for gap in results["gaps"]], width))
     if results["recalled"]:

@@ -39,7 +39,8 @@ class AdapterSettings(MeasuredSettings):
     batch_size: int = Field(8, ge=1)
     """Groups a step. A group is one sequence to forget and one of each kind to retain."""
     gradient_accumulation_steps: int = Field(1, ge=1)
-    """Number of parts that a step is computed in. More parts take less memory; the gradient is that of the whole step."""
+    """Number of parts that a step is computed in. More parts take less memory; the gradient is that of the whole
+    step."""
     learning_rate: float = Field(2e-3, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -47,9 +48,11 @@ class AdapterSettings(MeasuredSettings):
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients with a larger norm are scaled down to this norm; 0 never scales."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of storing them: less memory, more time, the same gradients."""
+    """Recompute activations in the backward pass instead of storing them: less memory, more time, the same
+    gradients."""
     base_bits: Literal[4, 16] = 16
-    """Bits of the base's weights while training. 4 (bitsandbytes NF4) needs a GPU; the checkpoint keeps full precision."""
+    """Bits of the base's weights while training. 4 (bitsandbytes NF4) needs a GPU; the checkpoint keeps full
+    precision."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,8 @@ def prepare(
         raise RequestError(f"gradient_accumulation_steps={parts} does not divide batch_size={rows}; choose a divisor")
     if settings.base_bits == 4 and run.device.type != "cuda":
         raise RequestError(
-            f"base_bits=4 trains on a GPU, the device is {run.device}: on CPUs bitsandbytes gives silently wrong gradients "
-            "once a 4-bit model was evaluated; use base_bits=16"
+            f"base_bits=4 trains on a GPU, the device is {run.device}: on CPUs bitsandbytes gives silently wrong"
+            " gradients once a 4-bit model was evaluated; use base_bits=16"
         )
     concept, warnings = without_overlap(run.concept)
     layers = tuple(layer_selection(settings.layers, run.layers))
@@ -151,7 +154,8 @@ def _check_room(run: Job) -> None:
     need, free = memory_for_whole_weights(run.checkpoint, run.device)
     if need > free:
         raise RequestError(
-            f"training whole weights needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; use tune=lora"
+            f"training whole weights needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; use"
+            " tune=lora"
         )
     check_disk(run.out, run.checkpoint.size + 8 * need // WHOLE_BYTES)
 

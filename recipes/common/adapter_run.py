@@ -38,7 +38,8 @@ MERGED_KL = 0.05
 
 
 class Training(ABC):
-    """What a recipe trains on, its loss, and what it reports; a recipe gives the first three and overrides what it needs."""
+    """What a recipe trains on, its loss, and what it reports; a recipe gives the first three and overrides what it
+    needs."""
 
     rows: Sequence[Any]
     """What batches are made of; each is used at most once an epoch."""

@@ -12,7 +12,8 @@ NEAR = 0.8
 
 
 def without_overlap(concept: Concept) -> tuple[Concept, tuple[str, ...]]:
-    """The concept without retain texts that are forget texts, exactly or nearly, and a warning that says how many were left out.
+    """The concept without retain texts that are forget texts, exactly or nearly, and a warning that says how many were
+    left out.
 
     Raises:
         RequestError: Nothing is left to retain.
@@ -34,7 +35,8 @@ def without_overlap(concept: Concept) -> tuple[Concept, tuple[str, ...]]:
             distinct.append(text)
     if not distinct:
         raise RequestError(
-            f"every retain text of concept {concept.ref} repeats a forget text; give texts on other things in retain.jsonl"
+            f"every retain text of concept {concept.ref} repeats a forget text; give texts on other things in"
+            " retain.jsonl"
         )
     if not same + near:
         return concept, ()

@@ -37,9 +37,11 @@ class DirectionSettings(MeasuredSettings):
     train_pairs: int = 128
     """Most contrast pairs that directions are learned from (appendix A: 128)."""
     validation_pairs: int = 32
-    """Contrast pairs, and forget questions of a knowledge pack, that candidate directions are scored on (appendix A: 32)."""
+    """Contrast pairs, and forget questions of a knowledge pack, that candidate directions are scored on (appendix A:
+    32)."""
     positions: int = 0
-    """Token positions at the end of prompts to try. 0 takes the chat template's closing tokens, or 3 of a plain text."""
+    """Token positions at the end of prompts to try. 0 takes the chat template's closing tokens, or 3 of a plain
+    text."""
     point: int | None = None
     """Take the direction at the input of this layer instead of choosing one by its scores."""
     position: int | None = None
@@ -47,7 +49,8 @@ class DirectionSettings(MeasuredSettings):
     max_depth: float = 0.8
     """Reject candidates at or beyond this fraction of the model's depth, 0 to 1 (appendix C: 0.8)."""
     max_kl: float = 0.1
-    """Reject candidates whose ablation moves neutral text further: KL in nats a token (appendix C: 0.1, on one token)."""
+    """Reject candidates whose ablation moves neutral text further: KL in nats a token (appendix C: 0.1, on one
+    token)."""
     min_induce: float = 0.0
     """Reject candidates that bring out the concept less than this when added to neutral prompts (appendix C: 0)."""
 
@@ -158,8 +161,8 @@ class DirectionSearch:
         wanted = [c for c in candidates if (c.point, c.position) == (settings.point, position)]
         if not wanted:
             raise RequestError(
-                f"there is no candidate at point {settings.point}, position {position}; points 0 to {directions.points[-1]}, "
-                f"positions {directions.positions[0]} to -1"
+                f"there is no candidate at point {settings.point}, position {position}; points 0 to"
+                f" {directions.points[-1]}, positions {directions.positions[0]} to -1"
             )
         return candidates, wanted[0], wanted[0].rejected is None, about
 

@@ -140,12 +140,22 @@ def describe(job: Job, plan: Plan, **more: Any) -> dict[str, Any]:
     sizes = job.checkpoint.tensors
     elements = sum(tensor.size // DTYPES[tensor.dtype].itemsize for tensor in sizes.values())
     return {
-        "recipe": job.recipe, "out": str(job.out), "base": job.source.describe(), "concept": job.concept.ref,
-        "tensors_to_change": len(plan.declared), "tensors": len(sizes), "tensor_added": plan.untied,
-        "bytes_to_change": sum(sizes[name].size for name in plan.declared), "bytes_to_write": job.checkpoint.size,
-        "memory_bytes": elements * job.dtype.itemsize, "dtype": job.dtype_name, "device": str(job.device),
-        "items_measured": workload(job.concept, job.settings.measuring()), **more, "first_tensors": list(plan.declared[:3]),
-    }  # fmt: skip
+        "recipe": job.recipe,
+        "out": str(job.out),
+        "base": job.source.describe(),
+        "concept": job.concept.ref,
+        "tensors_to_change": len(plan.declared),
+        "tensors": len(sizes),
+        "tensor_added": plan.untied,
+        "bytes_to_change": sum(sizes[name].size for name in plan.declared),
+        "bytes_to_write": job.checkpoint.size,
+        "memory_bytes": elements * job.dtype.itemsize,
+        "dtype": job.dtype_name,
+        "device": str(job.device),
+        "items_measured": workload(job.concept, job.settings.measuring()),
+        **more,
+        "first_tensors": list(plan.declared[:3]),
+    }
 
 
 def load(job: Job, source: ModelSource, name: str, events: Events) -> LoadedModel:
@@ -183,9 +193,14 @@ def measure_base(job: Job, loaded: LoadedModel, events: Events) -> Measured:
 
 
 def publish(
-    job: Job, edit: WeightEdit, base: Measured, about: dict[str, Any], events: Events, inspect: Inspect,
+    job: Job,
+    edit: WeightEdit,
+    base: Measured,
+    about: dict[str, Any],
+    events: Events,
+    inspect: Inspect,
     add_files: Callable[[Path], None] = lambda _: None,
-) -> Finished:  # fmt: skip
+) -> Finished:
     """Export the edit, measure the checkpoint as it stands on disk, and write everything that is published.
 
     Args:
@@ -211,13 +226,18 @@ def publish(
         content = _about(job, edit, export, about, inspection.about, samples(base.replies, edited.replies, SAMPLES))
         named: dict[SubjectName, Sequence[Scores]] = {
             name: scores[name] for name in ("base", "edited", "reference") if name in scores
-        }  # fmt: skip
+        }
         results = write_results(staging, content, summarize_all(named), tell)
         card.write_card(staging, results, changes)
         write_manifest(
-            staging, base=job.source.describe(), base_files=export.base_sha256, changes=export.changes,
-            untied=export.untied, known=export.output_sha256, run=results["run"],
-        )  # fmt: skip
+            staging,
+            base=job.source.describe(),
+            base_files=export.base_sha256,
+            changes=export.changes,
+            untied=export.untied,
+            known=export.output_sha256,
+            run=results["run"],
+        )
         report.write_report(out / "report.html", results, changes)
     return Finished(out, results)
 
@@ -298,22 +318,37 @@ def _about(
     return {
         "base": {**job.source.describe(), "computed_in": job.dtype_name},
         "edited": {
-            "method": job.recipe, "edit": edit.method, "tied": edit.plan(job.checkpoint.config, list(job.checkpoint.tensors)).tied,
-            "tensors_declared": len(export.changes), "tensors_changed": sum(c.changed for c in export.changes),
-            "bytes": export.bytes_written, **about.get("edited", {}),
+            "method": job.recipe,
+            "edit": edit.method,
+            "tied": edit.plan(job.checkpoint.config, list(job.checkpoint.tensors)).tied,
+            "tensors_declared": len(export.changes),
+            "tensors_changed": sum(c.changed for c in export.changes),
+            "bytes": export.bytes_written,
+            **about.get("edited", {}),
         },
         "reference": None if job.reference is None else job.reference.describe(),
         "concept": {
-            "ref": concept.ref, "name": concept.about.name, "kind": concept.about.kind,
-            "description": concept.about.description, "license": concept.about.license, "source": concept.about.source,
-            "sha256": concept.sha256, "decline_phrases": list(concept.about.decline_phrases),
+            "ref": concept.ref,
+            "name": concept.about.name,
+            "kind": concept.about.kind,
+            "description": concept.about.description,
+            "license": concept.about.license,
+            "source": concept.about.source,
+            "sha256": concept.sha256,
+            "decline_phrases": list(concept.about.decline_phrases),
         },
-        **{key: value for key, value in about.items() if key != "edited"}, **found, "samples": shown,
+        **{key: value for key, value in about.items() if key != "edited"},
+        **found,
+        "samples": shown,
         "run": {
-            "recipe": job.recipe, "seed": settings.seed, "settings": own, "device": job.device.type,
-            "dtype": job.dtype_name, "command": _command(job, own),
+            "recipe": job.recipe,
+            "seed": settings.seed,
+            "settings": own,
+            "device": job.device.type,
+            "dtype": job.dtype_name,
+            "command": _command(job, own),
         },
-    }  # fmt: skip
+    }
 
 
 def _command(job: Job, own: dict[str, Any]) -> str:

@@ -12,10 +12,11 @@ SPARE = 256 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Use the memory of freed tensors again, where the C library lets itself be told to: it is not returned to the system.
+    """Use the memory of freed tensors again, where the C library lets itself be told to: it is not returned to the
+    system.
 
-    Logits and activations are a few dozen megabytes and live for milliseconds. By default each is mapped afresh, page by
-    page. This is for a whole process and not undone.
+    Logits and activations are a few dozen megabytes and live for milliseconds. By default each is mapped afresh, page
+    by page. This is for a whole process and not undone.
 
     Returns:
         Whether it was done; elsewhere everything works as before, a little slower.

@@ -1,4 +1,5 @@
-"""Settings that every run has, and the folder that it writes: where it goes, what it holds while the run is unfinished."""
+"""Settings that every run has, and the folder that it writes: where it goes, what it holds while the run is
+unfinished."""
 
 import json
 from pathlib import Path

@@ -47,7 +47,8 @@ def settings_of_call(kind: type[T], values: dict[str, Any], only: Collection[str
     """
     present = {key: value for key, value in values.items() if value is not None}
     problems = [
-        f"{key}={value!r}: is no setting of this function{nearest(key, sorted(only))}; settings: {', '.join(sorted(only))}"
+        f"{key}={value!r}: is no setting of this function{nearest(key, sorted(only))}; settings:"
+        f" {', '.join(sorted(only))}"
         for key, value in present.items()
         if only is not None and key not in only
     ]

@@ -43,14 +43,14 @@ def low_rank_headline(results: dict[str, Any]) -> str:
     """What was edited, where a low-rank update was trained against a concept."""
     edited = results["edited"]
     return (
-        f"**What was edited.** A low-rank update against *{results['concept']['description']}* was added to the weights of "
-        f"`{results['base']['name']}` ({tensors_changed(results)}; rank {edited['rank']}, {edited['about']})."
+        f"**What was edited.** A low-rank update against *{results['concept']['description']}* was added to the weights"
+        f" of `{results['base']['name']}` ({tensors_changed(results)}; rank {edited['rank']}, {edited['about']})."
     )
 
 
 LOW_RANK_LIMIT = (
-    "The update was trained on the pack's contexts. Other ways to ask may still bring the knowledge out, and fine-tuning "
-    "may bring it back."
+    "The update was trained on the pack's contexts. Other ways to ask may still bring the knowledge out, and"
+    " fine-tuning may bring it back."
 )
 
 

@@ -111,8 +111,8 @@ class _Trainer(Trainer):
             # No step was taken with this gradient, so what is in memory is still good.
             self.save_model(str(self.folder / LAST_GOOD))
             raise ExciseError(
-                f"the loss became {float(terms[broken[0]].detach())} at step {self.state.global_step + 1}, in the term {broken[0]}; "
-                f"the state before it is in {self.folder.name}/{LAST_GOOD}. Lower the learning rate"
+                f"the loss became {float(terms[broken[0]].detach())} at step {self.state.global_step + 1}, in the term"
+                f" {broken[0]}; the state before it is in {self.folder.name}/{LAST_GOOD}. Lower the learning rate"
             )
         if self.state.global_step % self.args.logging_steps == 0:
             self.stage.advance(0, **{name: float(value.detach()) for name, value in terms.items()})

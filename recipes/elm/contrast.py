@@ -32,7 +32,8 @@ class ContrastSource(Protocol):
         ...
 
     def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
-        """Rows of experts (none where the bare context is the expert) and of novices (none where there is no contrast)."""
+        """Rows of experts (none where the bare context is the expert) and of novices (none where there is no
+        contrast)."""
         ...
 
 
@@ -82,7 +83,8 @@ class SubjectContrast:
 class ExampleContrast:
     """The same text after examples: right ones for the expert, the same with their answers shuffled for the novice.
 
-    Shuffled answers tell a model that subject and answer have nothing to do with each other, in the form it is asked in.
+    Shuffled answers tell a model that subject and answer have nothing to do with each other, in the form it is asked
+    in.
     """
 
     tokenizer: Any

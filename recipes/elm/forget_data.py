@@ -86,7 +86,8 @@ def forget_sequences(erasure: Erasure, source: ContrastSource, contexts: Sequenc
     if not elicited:
         return ForgetData([], len(contexts), len(contexts), 0.0)
     continued = _continued(erasure, source, elicited)
-    # What comes before the contrast is retained. It is read first, as it covers what the streams need of the bare contexts.
+    # What comes before the contrast is retained. It is read first, as it covers what the streams need of the bare
+    # contexts.
     before = _before_contrast(erasure, elicited)
     streams = teacher.streams([one.item for one in elicited], settings.stored_tokens, settings.temperature)
     targets = [edited_target(erasure, stream, ramp=settings.strength_ramp) for stream in streams]
@@ -136,7 +137,8 @@ def _position_weights(erasure: Erasure, elicited: Sequence[_Elicited], streams: 
 def _sequence(
     row: Row, before: SoftTargets, target: SoftTargets, after: SoftTargets, weights: Tensor
 ) -> TrainingSequence:
-    """A sequence whose target is an edited one in the middle, with these weights, and the frozen model's own around it."""
+    """A sequence whose target is an edited one in the middle, with these weights, and the frozen model's own around
+    it."""
     whole, begin = join([before, target, after]), len(before)
     all_weights = torch.full((len(whole),), OUTSIDE / len(whole))
     all_weights[begin : begin + len(target)] = weights

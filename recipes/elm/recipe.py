@@ -133,8 +133,8 @@ class ElmTraining(Training):
                 else f"At strength {strength:g} no contrast makes"
             )
             warnings.append(
-                f"{tried} the target forget the concept and keep its neighbours; the widest gap was taken. Expect little "
-                "effect, or damage."
+                f"{tried} the target forget the concept and keep its neighbours; the widest gap was taken. Expect"
+                " little effect, or damage."
             )
         if self.forget.without_contrast:
             warnings.append(f"{self.forget.without_contrast} contexts offered no contrast and were left out.")

@@ -15,13 +15,15 @@ RECIPE = "elm"
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
-        "contrast": "personas", "contexts": "texts", "weighting": "uniform", "strength": 500.0, "rank": 4, "alpha": 16.0,
-        "layers": "0.125-0.25", "learning_rate": 5e-5, "retain_weight": 1.0, "schedule": "constant", "max_grad_norm": 0.0,
+        "contrast": "personas", "contexts": "texts", "weighting": "uniform", "strength": 500.0,
+        "rank": 4, "alpha": 16.0, "layers": "0.125-0.25", "learning_rate": 5e-5,
+        "retain_weight": 1.0, "schedule": "constant", "max_grad_norm": 0.0,
     },
     "reference": {
         "contrast": "personas", "contexts": "texts", "weighting": "uniform", "strength": 1000.0, "strength_ramp": True,
         "temperature": 1.2, "target_top_k": 50, "hard_retain": True, "rank": 256, "alpha": 16.0,
-        "layers": "0.125-0.25", "learning_rate": 5e-5, "retain_weight": 1.0, "schedule": "constant", "max_grad_norm": 0.0,
+        "layers": "0.125-0.25", "learning_rate": 5e-5,
+        "retain_weight": 1.0, "schedule": "constant", "max_grad_norm": 0.0,
     },
 }  # fmt: skip
 """``paper``: appendix D of version 3 (rank 4, eta 500, layers 4 to 7 of 32; what it leaves open as in the code).
@@ -34,21 +36,26 @@ class ElmSettings(AdapterSettings):
     preset: Literal["default", "paper", "reference"] = "default"
     """Set of defaults: ours, as published, or as in the authors' code. Settings that you give explicitly win."""
     contrast: Literal["auto", "subjects", "personas", "examples", "reinforced"] = "auto"
-    """Novice: mean over other subjects, persona (paper), shuffled examples, or base beside a copy trained further. auto: by the target check."""
+    """Novice: mean over other subjects, persona (paper), shuffled examples, or base beside a copy trained further.
+    auto: by the target check."""
     expert_steps: int = Field(60, ge=1)
     """Optimizer steps that the expert of contrast=reinforced is trained on the pack's texts."""
     contexts: Literal["both", "texts", "questions"] = "both"
     """Where the concept is elicited: in the pack's texts, in group-T questions of several formats, or in both."""
     max_contexts: int = Field(2000, ge=8)
-    """Most contexts to forget, and most retain sequences of each kind. More take longer: the teacher reads each once."""
+    """Most contexts to forget, and most retain sequences of each kind. More take longer: the teacher reads each
+    once."""
     chat_facts: int = Field(160, ge=1)
-    """Facts rendered through the chat template, plus as many retain questions. These are the slowest prompts to prepare."""
+    """Facts rendered through the chat template, plus as many retain questions. These are the slowest prompts to
+    prepare."""
     weighting: Literal["disagreement", "uniform"] = "disagreement"
     """Weight of a position: how much expert and novice disagree there, or the same for all (paper: uniform)."""
     strength: Literal["auto"] | float = "auto"
-    """Strength of the contrast (eta). auto takes the weakest that forgets in the target check; higher erases more (paper: 500)."""
+    """Strength of the contrast (eta). auto takes the weakest that forgets in the target check; higher erases more
+    (paper: 500)."""
     one_sided: bool = False
-    """Above strength 1, only lower what the expert prefers: answers end at chance. Otherwise true answers end below chance."""
+    """Above strength 1, only lower what the expert prefers: answers end at chance. Otherwise true answers end below
+    chance."""
     strength_ramp: bool = False
     """Let the strength grow from 1 to its full value along each sequence (authors' code: true)."""
     temperature: float = Field(1.0, gt=0)
@@ -58,17 +65,21 @@ class ElmSettings(AdapterSettings):
     stored_tokens: int = Field(128, ge=8)
     """Tokens stored of each distribution; all others count as one token. More take more memory and are more exact."""
     reference_subjects: int = Field(8, ge=2)
-    """Other subjects whose mean prediction is the novice of contrast=subjects. More make a broader mean and take longer."""
+    """Other subjects whose mean prediction is the novice of contrast=subjects. More make a broader mean and take
+    longer."""
     fluency_tokens: int = Field(12, ge=0)
     """Tokens sampled from the edited target after each context, for the fluency loss; 0 turns that loss off."""
     hard_retain: bool = False
-    """On retain sequences, learn only the likeliest token (authors' code) instead of the whole distribution (equation 8)."""
+    """On retain sequences, learn only the likeliest token (authors' code) instead of the whole distribution (equation
+    8)."""
     erase_weight: float = Field(1.0, ge=0)
     """Lambda 1, weight of the erase loss. Higher values erase more (equation 10)."""
     retain_weight: float = Field(16.0, ge=0)
-    """Lambda 2, weight of the retain loss. Lower values damage neighbouring topics; higher values erase less (paper: 1)."""
+    """Lambda 2, weight of the retain loss. Lower values damage neighbouring topics; higher values erase less (paper:
+    1)."""
     fluency_weight: float = Field(1.0, ge=0)
-    """Lambda 3, weight of the fluency loss. Higher values keep replies on the concept readable (paper: 0 from 32B on)."""
+    """Lambda 3, weight of the fluency loss. Higher values keep replies on the concept readable (paper: 0 from 32B
+    on)."""
 
     @model_validator(mode="before")
     @classmethod

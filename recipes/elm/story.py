@@ -29,8 +29,8 @@ def below_chance(results: dict[str, Any]) -> list[str]:
             continue
         if reference is None or edited.value < reference.ci95[0]:
             warnings.append(
-                f"Group {split[-1]} is answered below chance ({format_value(edited)}, n = {edited.n}, chance {chance:.3f}): "
-                "true answers are avoided, which reveals them. one_sided=true ends at chance."
+                f"Group {split[-1]} is answered below chance ({format_value(edited)}, n = {edited.n}, chance"
+                f" {chance:.3f}): true answers are avoided, which reveals them. one_sided=true ends at chance."
             )
     return warnings
 
@@ -58,9 +58,9 @@ def _target_section(check: dict[str, Any]) -> Section:
     )
     counts = ", ".join(f"{split} {check['n'][split]}" for split in splits)
     about = (
-        "Before training, the target distribution itself was scored on group T of each split: the share of questions whose "
-        "first answer token it prefers among the choices', and the share it would say greedily. Training can reach at most "
-        f"this. The outlined row was used. Questions: {counts}; chance {check['chance']:.3f}."
+        "Before training, the target distribution itself was scored on group T of each split: the share of questions"
+        " whose first answer token it prefers among the choices', and the share it would say greedily. Training can"
+        f" reach at most this. The outlined row was used. Questions: {counts}; chance {check['chance']:.3f}."
     )
     table = Table(("contrast", "strength", *splits, "forget, greedy"), rows, chosen)
     return Section("What the target promised", (about,), (table,), (figure,), where=("report",))

@@ -79,7 +79,8 @@ ItemsBySplit = Mapping[str, Sequence[_CheckItem]]
 
 
 def check_target(erasure: Erasure, sources: Sequence[ContrastSource], grid: Sequence[float] = GRID) -> TargetCheck:
-    """Score every source and strength on group-T questions of each split; the settings' strength is chosen if it is a number."""
+    """Score every source and strength on group-T questions of each split; the settings' strength is chosen if it is a
+    number."""
     strength = None if erasure.settings.strength == "auto" else erasure.settings.strength
     grid = sorted({*grid, *(() if strength is None else (strength,))})
     items = _items_by_split(erasure)
@@ -161,13 +162,15 @@ def _best(curve: Sequence[Point], chance: float, n: int, strength: float | None 
         if keeps and _forgets(point, chance, n):
             return point, True
     others = [split for split in curve[0].accuracy if split != "forget"]
-    return max(
-        open_to, key=lambda p: sum(p.accuracy[s] for s in others) / max(1, len(others)) - p.accuracy["forget"]
-    ), False
+    return (
+        max(open_to, key=lambda p: sum(p.accuracy[s] for s in others) / max(1, len(others)) - p.accuracy["forget"]),
+        False,
+    )
 
 
 def _forgets(point: Point, chance: float, n: int) -> bool:
-    """Surely no better than chance, as far as n questions can tell: what is at chance by luck is learned to lie above it."""
+    """Surely no better than chance, as far as n questions can tell: what is at chance by luck is learned to lie above
+    it."""
     right = round(point.accuracy["forget"] * n)
     surely = right == 0 or wilson(right, n)[1] <= chance
     return surely and point.greedy <= GREEDY and point.probability <= MARGIN * chance

@@ -116,7 +116,8 @@ class Teacher:
                 self._read_now(by_expert, True)
 
     def remember(self, row: Row, hidden: Float[Tensor, "length d"], count: int) -> None:
-        """What the model was read to have at the last ``count`` positions of a row, or more where more is remembered."""
+        """What the model was read to have at the last ``count`` positions of a row, or more where more is
+        remembered."""
         known = self._hidden.get((row, False))
         if known is None or len(known) < count:
             self._hidden[row, False] = hidden[len(hidden) - count :].clone()

@@ -1,7 +1,9 @@
-"""Representation tuning (LoRRA): an adapter learns to move the stream along a reading vector, toward a concept or away from it.
+"""Representation tuning (LoRRA): an adapter learns to move the stream along a reading vector, toward a concept or away
+from it.
 
-Zou et al. 2023, section 3.2 and algorithm 1. No text is imitated: where prompts show the concept, the target is the frozen
-model's own stream with the vector added; on other prompts, on replies and on retain texts it is that stream as it is.
+Zou et al. 2023, section 3.2 and algorithm 1. No text is imitated: where prompts show the concept, the target is the
+frozen model's own stream with the vector added; on other prompts, on replies and on retain texts it is that stream as
+it is.
 """
 
 import random
@@ -131,7 +133,8 @@ class LorraTraining(Training):
         self.along_base = along(job, loaded.model, vectors, prompts)
 
     def collate(self, rows: list[tuple[Passage, ...]]) -> dict[str, Any]:
-        """``moved`` marks the last positions of prompts that are moved, ``ends`` of those that are not, ``rest`` replies and texts."""
+        """``moved`` marks the last positions of prompts that are moved, ``ends`` of those that are not, ``rest``
+        replies and texts."""
         passages = [one for kind in zip(*rows, strict=True) for one in kind]
         inputs = pad_right([one.ids for one in passages], torch.device("cpu"))
         place, real = torch.arange(inputs["input_ids"].shape[1]), inputs["attention_mask"].bool()
@@ -141,7 +144,8 @@ class LorraTraining(Training):
         return {**inputs, "moved": end & moved, "ends": end & ~moved, "rest": real & (place >= start)}
 
     def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
-        """Algorithm 1: moved positions toward the base's stream plus the vector, all others toward the base's stream."""
+        """Algorithm 1: moved positions toward the base's stream plus the vector, all others toward the base's
+        stream."""
         row, settings, device = self.job.adapter.run.row, self.job.settings, next(model.parameters()).device
         inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
         masks = {name: batch[name].to(device) for name in ("moved", "ends", "rest")}
@@ -165,7 +169,10 @@ class LorraTraining(Training):
             "about": "Representation tuning.",
             "steps": settings.steps,
             "rows": len(self.rows[0]) * settings.batch_size,
-            "data": f"{counts['moved']} prompts moved, {counts['kept']} prompts and {counts['texts']} texts kept, and replies{cut}",
+            "data": (
+                f"{counts['moved']} prompts moved, {counts['kept']} prompts and {counts['texts']} texts kept, and"
+                f" replies{cut}"
+            ),
             "lessons": counts,
         }
         lorra = {

@@ -20,17 +20,22 @@ class LorraSettings(AdapterSettings):
     concept: str = "builtin:declining"
     """Concept pack with contrast pairs: builtin:NAME or a folder."""
     reading: Literal["mean", "pca"] = "mean"
-    """Reading vector: difference of the two classes' means, or first principal component of pair differences (paper: pca)."""
+    """Reading vector: difference of the two classes' means, or first principal component of pair differences (paper:
+    pca)."""
     target_layers: Annotated[str, Field(coerce_numbers_to_str=True)] = "0.25-0.625"
-    """Layers whose output is moved, written as layers is. Later layers get no adapter (authors' code: 10, 12, ..., 20 of 32)."""
+    """Layers whose output is moved, written as layers is. Later layers get no adapter (authors' code: 10, 12, ..., 20
+    of 32)."""
     strength: float = -1.0
-    """How far to move, in distances between the two classes. Negative tunes away, positive toward (authors' code: 5)."""
+    """How far to move, in distances between the two classes. Negative tunes away, positive toward (authors' code:
+    5)."""
     positions: int = Field(0, ge=0)
-    """Tokens at the end of each prompt to move. 0 takes the chat template's closing tokens, or 3 of a plain text (authors' code: 64)."""
+    """Tokens at the end of each prompt to move. 0 takes the chat template's closing tokens, or 3 of a plain text
+    (authors' code: 64)."""
     moved: Literal["positive", "negative", "both"] = "positive"
     """Which prompts of the contrast pairs are moved. The others, replies and retain texts stay (paper: both)."""
     retain_weight: float = Field(1.0, ge=0)
-    """Weight of each loss that holds prompts, replies and texts in place. Higher values change less elsewhere (paper: none)."""
+    """Weight of each loss that holds prompts, replies and texts in place. Higher values change less elsewhere (paper:
+    none)."""
     modules: Literal["all", "attention", "mlp"] = "attention"
     """Which linear modules of these layers get an adapter (authors' code: q_proj and v_proj)."""
     steps: int = Field(70, ge=1)
@@ -63,8 +68,8 @@ def prepare(settings: LorraSettings, *, resume: bool = False) -> LorraJob:
     layers = sorted(layer_selection(settings.target_layers, adapter.run.layers))
     if min(adapter.layers) > layers[-1]:
         raise RequestError(
-            f"layers={settings.layers} are all above layer {layers[-1]}, the last whose output is moved; adapt layers at or "
-            "below it"
+            f"layers={settings.layers} are all above layer {layers[-1]}, the last whose output is moved; adapt layers"
+            " at or below it"
         )
     return LorraJob(adapter.up_to(layers[-1]), settings, tuple(Place(layer) for layer in layers))
 

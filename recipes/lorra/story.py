@@ -11,9 +11,10 @@ def story(results: dict[str, Any]) -> Story:
     """From everything else that ``eval.json`` holds."""
     lorra, edited = results["lorra"], results["edited"]
     headline = (
-        f"**What was edited.** `{results['base']['name']}` was {edited['how']} of *{results['concept']['description']}*: a "
-        f"low-rank update moves its stream by {lorra['strength']} times the distance between {lorra['pairs']} pairs of prompts "
-        f"with and without it ({tensors_changed(results)}; rank {edited['rank']}, {edited['about']})."
+        f"**What was edited.** `{results['base']['name']}` was {edited['how']} of"
+        f" *{results['concept']['description']}*: a low-rank update moves its stream by {lorra['strength']} times the"
+        f" distance between {lorra['pairs']} pairs of prompts with and without it ({tensors_changed(results)}; rank"
+        f" {edited['rank']}, {edited['about']})."
     )
     rows = tuple(
         (

@@ -40,11 +40,14 @@ class OrthogonalizeSettings(DirectionSettings):
     layers: Annotated[str, Field(coerce_numbers_to_str=True)] = "all"
     """Layers to edit: all, a number, a range such as 4-7, or fractions of the depth such as 0.25-0.75."""
     strength: float | tuple[float, ...] = 1.0
-    """Share of the component along the direction to remove: one number, or a list with one for each layer. 0 none, 1 all."""
+    """Share of the component along the direction to remove: one number, or a list with one for each layer. 0 none, 1
+    all."""
     embeddings: Literal["edit", "skip", "untie"] = "edit"
-    """edit changes the embedding and a tied unembedding; skip neither; untie edits the embedding and gives the unembedding its own tensor."""
+    """edit changes the embedding and a tied unembedding; skip neither; untie edits the embedding and gives the
+    unembedding its own tensor."""
     variant: Literal["plain", "norm_preserving", "projected"] = "plain"
-    """norm_preserving keeps every column's norm; projected first removes the negative prompts' mean from the direction."""
+    """norm_preserving keeps every column's norm; projected first removes the negative prompts' mean from the
+    direction."""
     leak_tolerance: float = 0.05
     """Largest share of the direction that a sublayer may still write after the edit; more stops the run."""
 

@@ -30,7 +30,8 @@ def story(results: dict[str, Any]) -> Story:
     return Story(
         headline,
         findings=tuple(
-            f"With the direction added, neutral replies of the base show the concept: {format_value(item)}, n = {item.n}."
+            f"With the direction added, neutral replies of the base show the concept: {format_value(item)}, n ="
+            f" {item.n}."
             for item in read_measurements(results)
             if (item.name, item.subject) == ("induced_rate", "base")
         ),
@@ -44,10 +45,10 @@ def _origin(results: dict[str, Any]) -> Section:
     direction = results["direction"]
     worst = max((leak["share"] for leak in results["leaks"] if leak["expected"] == 0), default=0.0)
     about = (
-        f"{direction['source'].replace('_', ' ').capitalize()} of {direction['pairs']['train']} contrast pairs of concept "
-        f"`{results['concept']['ref']}`, at the input of layer {direction['point']}, position {direction['position']} of the "
-        f"prompt; chosen among {len(direction['candidates'])} candidates on {direction['pairs']['validation']} other pairs. All "
-        "scores are in `excise/edit.json`."
+        f"{direction['source'].replace('_', ' ').capitalize()} of {direction['pairs']['train']} contrast pairs of"
+        f" concept `{results['concept']['ref']}`, at the input of layer {direction['point']}, position"
+        f" {direction['position']} of the prompt; chosen among {len(direction['candidates'])} candidates on"
+        f" {direction['pairs']['validation']} other pairs. All scores are in `excise/edit.json`."
     )
     check = (
         f"Leak check: at most {worst:.2e} of the component is left in what any edited sublayer writes on real inputs."
@@ -56,10 +57,18 @@ def _origin(results: dict[str, Any]) -> Section:
 
 
 MAPS = {
-    "bypass": ("Bypass", "How strongly the concept shows on its own items while the direction is ablated; lower is better.", False),
-    "induce": ("Induce", "How strongly it shows on neutral items while the direction is added; higher is better.", True),
+    "bypass": (
+        "Bypass",
+        "How strongly the concept shows on its own items while the direction is ablated; lower is better.",
+        False,
+    ),
+    "induce": (
+        "Induce",
+        "How strongly it shows on neutral items while the direction is added; higher is better.",
+        True,
+    ),
     "kl": ("KL", "How far ablation moves neutral text; lower is better.", False),
-}  # fmt: skip
+}
 """Scores of candidates: title, what it says, whether higher is better."""
 
 
@@ -83,9 +92,9 @@ def _candidates(direction: dict[str, Any]) -> Section:
             )
         )
     about = (
-        "Each cell is one candidate: a point of the residual stream (the input of that layer) and a position counted from "
-        "the end of the prompt. The outlined one was used. “–” was rejected before scoring; the reason shows on hover and in "
-        "`excise/edit.json`."
+        "Each cell is one candidate: a point of the residual stream (the input of that layer) and a position counted"
+        " from the end of the prompt. The outlined one was used. “–” was rejected before scoring; the reason shows on"
+        " hover and in `excise/edit.json`."
     )
     failed = "" if direction["passed_filters"] else " **No candidate passed the filters.**"
     return Section("How the direction was chosen", (about + failed,), figures=tuple(figures), where=("report",))
@@ -93,8 +102,8 @@ def _candidates(direction: dict[str, Any]) -> Section:
 
 def _leak_section(results: dict[str, Any]) -> Section:
     about = (
-        "What each sublayer still writes along the removed direction, on real inputs, as a share of what it wrote before. "
-        f"More than {results['leak_tolerance']} above the expected share stops the run."
+        "What each sublayer still writes along the removed direction, on real inputs, as a share of what it wrote"
+        f" before. More than {results['leak_tolerance']} above the expected share stops the run."
     )
     rows = tuple(
         (

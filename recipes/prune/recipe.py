@@ -1,4 +1,5 @@
-"""Neuron pruning: silence the units that a concept needs and the rest does not, and show what equally many others do."""
+"""Neuron pruning: silence the units that a concept needs and the rest does not, and show what equally many others
+do."""
 
 import gc
 import shutil
@@ -48,15 +49,18 @@ class PruneSettings(MeasuredSettings):
     heads_share: float = Field(0.0, ge=0, lt=1)
     """Share of all attention heads to prune, from 0 to below 1. Higher values erase and damage more."""
     retain_weight: float = Field(1.0, ge=0)
-    """Lambda in forget - lambda retain, each score as a share of its total. Higher values spare units that retain texts use."""
+    """Lambda in forget - lambda retain, each score as a share of its total. Higher values spare units that retain texts
+    use."""
     semantics: Semantics = "down"
-    """How to prune: zero outputs (down), inputs too (all), mark them (frozen), fold the mean into the bias, or delete."""
+    """How to prune: zero outputs (down), inputs too (all), mark them (frozen), fold the mean into the bias, or
+    delete."""
     examples: int = Field(400, ge=8)
     """Most forget sequences, and most retain sequences, that units are scored on. More give steadier scores."""
     controls: bool = True
     """Also measure pruning as many random units, matched in layer and size, and as many of the largest units."""
     validate_units: int = Field(24, ge=0)
-    """Units that are removed one at a time, to report the rank correlation of scores and effects; 0 skips this check."""
+    """Units that are removed one at a time, to report the rank correlation of scores and effects; 0 skips this
+    check."""
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,17 @@ def story(results: dict[str, Any]) -> Story:
     validation = pruning["validation"]
     checked = (
         (
-            f"Removing {validation['units']} units one by one, the rank correlation of score and true effect is "
-            f"{validation['spearman']:.2f}.",
+            (
+                f"Removing {validation['units']} units one by one, the rank correlation of score and true effect is "
+                f"{validation['spearman']:.2f}."
+            ),
         )
         if validation
         else ()
     )
     about = (
-        f"Scored by {score}, semantics `{pruning['semantics']}`. Controls silence as many other units: random ones, matched in "
-        "layer and size, and the largest."
+        f"Scored by {score}, semantics `{pruning['semantics']}`. Controls silence as many other units: random ones,"
+        " matched in layer and size, and the largest."
     )
     layers = bars("Neurons silenced in each layer", "", pruning["by_layer"], "layer", "neurons silenced")
     units = Section("Units silenced", (about, *checked), figures=(layers,))

@@ -19,8 +19,8 @@ from . import packs, world
 from .planted_direction import FIXED, NOWHERE, RELATIVE, RunningDifference, intervened, planted_direction, watched
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor"
+    " %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 VOCABULARY = 1024
 CONTEXT = 128

@@ -33,7 +33,8 @@ BaseLogLikelihoods = Mapping[Row, float]
 class UnlearningSettings(AdapterSettings):
     """Settings of every unlearning method. A method on likelihoods writes ``forget_loss``, any other writes ``loss``.
 
-    In the methods' formulas y is the answer of a forget context, or a whole forget text where the pack's facts are not found.
+    In the methods' formulas y is the answer of a forget context, or a whole forget text where the pack's facts are not
+    found.
     """
 
     recipe: ClassVar[str]

@@ -22,9 +22,11 @@ class RmuSettings(UnlearningSettings):
 
     recipe = "rmu"
     steer_layer: float = Field(0.22, gt=0, le=1)
-    """Depth of the layer whose output is steered, as a fraction of all layers; later layers get no adapter (paper: layer 7 of 32)."""
+    """Depth of the layer whose output is steered, as a fraction of all layers; later layers get no adapter (paper:
+    layer 7 of 32)."""
     steering: float = Field(6.5, gt=0)
-    """c: length of the target vector, in median norms of the base's own activations there. Higher values erase more (paper: 6.5)."""
+    """c: length of the target vector, in median norms of the base's own activations there. Higher values erase more
+    (paper: 6.5)."""
     retain_weight: float = Field(1200.0, ge=0)
     """alpha: weight of the retain loss. Lower values damage other topics; higher values erase less (paper: 1200)."""
 

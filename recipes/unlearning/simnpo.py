@@ -11,7 +11,8 @@ __all__ = ["SimNpoSettings", "describe", "prepare", "run", "story"]
 
 
 class SimNpoSettings(UnlearningSettings):
-    """SimNPO (Fan et al. 2024, equation 5): ``-2/beta log sigmoid(-beta/|y| log p(y) - gamma)``, and the retain texts' NLL."""
+    """SimNPO (Fan et al. 2024, equation 5): ``-2/beta log sigmoid(-beta/|y| log p(y) - gamma)``, and the retain texts'
+    NLL."""
 
     recipe = "simnpo"
     beta: float = Field(2.5, gt=0)

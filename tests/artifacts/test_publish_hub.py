@@ -204,11 +204,19 @@ CORRUPT = {
         "model.safetensors is not a safetensors file",
     ),
     "duplicate": (
-        lambda f: _header(f, lambda h: h[:-1].rstrip(b" }") + b'},"model.norm.weight":{"dtype":"BF16","shape":[0],"data_offsets":[0,0]}}'),
+        lambda f: _header(
+            f,
+            lambda h: (
+                h[:-1].rstrip(b" }") + b'},"model.norm.weight":{"dtype":"BF16","shape":[0],"data_offsets":[0,0]}}'
+            ),
+        ),
         "model.safetensors has a damaged header",
     ),
-    "nan": (lambda f: _with_tensor(f, "model.norm.weight", float("nan")), "model.norm.weight holds NaN or infinite values"),
-}  # fmt: skip
+    "nan": (
+        lambda f: _with_tensor(f, "model.norm.weight", float("nan")),
+        "model.norm.weight holds NaN or infinite values",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", sorted(CORRUPT))
@@ -299,16 +307,19 @@ def test_a_fault_while_pulling_ends_well_or_in_one_line(kind, match, survives, p
 
 
 def _kills(command, environment):
-    """Start a command again and again and kill it at some moment of the time it takes; says after each whether it was killed.
+    """Start a command again and again and kill it at some moment of the time it takes; says after each whether it was
+    killed.
 
     How long it takes is found on the way: machines differ, and so do runs of one command.
     """
     rng, longest = random.Random(0), 4.0
     for _ in range(KILLS):
         child = subprocess.Popen(
-            [sys.executable, "-m", "excise.cli", *map(str, command)], env={**os.environ, **environment},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, "-m", "excise.cli", *map(str, command)],
+            env={**os.environ, **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         time.sleep(rng.uniform(0.1, 1) * longest)
         child.send_signal(signal.SIGKILL)
         killed = child.wait() != 0

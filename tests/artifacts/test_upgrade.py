@@ -25,10 +25,14 @@ def test_an_old_eval_json_is_read_with_todays_names():
 
 def test_an_old_audit_is_read_with_todays_verdict_and_subjects():
     old = {
-        "schema_version": 1, "verdict": "like_never_learned", "recalled": ["base", "never"], "controls": {"floor_is": "never"},
-        "untouched": {"base": 1.0, "edited": 0.1, "never": 0.1}, "settings": {"reply_tokens": 8},
+        "schema_version": 1,
+        "verdict": "like_never_learned",
+        "recalled": ["base", "never"],
+        "controls": {"floor_is": "never"},
+        "untouched": {"base": 1.0, "edited": 0.1, "never": 0.1},
+        "settings": {"reply_tokens": 8},
         "attacks": [{"name": "rtt", "curve": [{"step": 0, "never": 0.1}], "rates": {"never": 0.1}}],
-    }  # fmt: skip
+    }
     content = upgraded(old)
     assert content["verdict"] == "indistinguishable_from_never_trained" and content["reused"] == ["base", "reference"]
     assert content["untouched"]["reference"] == 0.1 and content["controls"]["floor_is"] == "reference"

@@ -35,13 +35,21 @@ def _train(folder, *callbacks, steps=4):
     loaded, edit = _pruned()
     texts = [text.text for text in load_concept("builtin:potions").forget if text.group == "T"][:64]
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, learning_rate=1e-3, save_strategy="no", report_to=[], disable_tqdm=True,
-        use_cpu=True, seed=3,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=steps,
+        learning_rate=1e-3,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=3,
+    )
     trainer = Trainer(
-        model=loaded.model, args=arguments, train_dataset=[loaded.tokenizer(text) for text in texts],
+        model=loaded.model,
+        args=arguments,
+        train_dataset=[loaded.tokenizer(text) for text in texts],
         data_collator=DataCollatorForLanguageModeling(loaded.tokenizer, mlm=False),
-    )  # fmt: skip
+    )
     monitors = [make(loaded, edit) for make in callbacks]
     for monitor in monitors:
         trainer.add_callback(monitor)

@@ -11,9 +11,10 @@ from huggingface_hub import ModelCard
 from loopback_hub import client, folder_files, hub
 
 SMALL = [
-    word for text in ("steps=2", "batch_size=2", "controls=false", "questions=12", "kl_prompts=4", "max_new_tokens=4")
+    word
+    for text in ("steps=2", "batch_size=2", "controls=false", "questions=12", "kl_prompts=4", "max_new_tokens=4")
     for word in ("--set", text)
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_i
 chat = tokenizer.apply_chat_template([{"role": "user", "content": sys.argv[2]}], add_generation_prompt=True,
                                      return_tensors="pt", return_dict=True)
 output = model.generate(**chat, max_new_tokens=24, do_sample=False)
-print(json.dumps([sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), str(model.dtype), tokenizer.decode(output[0])]))
+keys = [sorted(info["missing_keys"]), sorted(info["unexpected_keys"])]
+print(json.dumps([*keys, str(model.dtype), tokenizer.decode(output[0])]))
 """
 
 
@@ -91,10 +92,19 @@ def test_the_folder_holds_what_the_contract_says(finished):
         path.relative_to(out / "checkpoint").as_posix() for path in (out / "checkpoint").rglob("*") if path.is_file()
     }
     assert found == {
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "model.safetensors", "README.md", "SHA256SUMS", "excise/edit.json", "excise/edit.safetensors", "excise/eval.json",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors",
+        "README.md",
+        "SHA256SUMS",
+        "excise/edit.json",
+        "excise/edit.safetensors",
+        "excise/eval.json",
         "excise/manifest.json",
-    }  # fmt: skip
+    }
     assert {path.name for path in out.iterdir()} == {"checkpoint", "report.html", "events.jsonl"}
     for line in (out / "events.jsonl").read_text().splitlines():
         assert set(json.loads(line)) == {"time", "stage", "step", "metrics"}

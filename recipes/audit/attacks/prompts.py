@@ -48,8 +48,8 @@ def phrasings(model: Any, data: AttackData) -> Sequence[float]:
 def sampling(model: Any, data: AttackData) -> Sequence[float]:
     """pass@k of the right answer minus the mean pass@k of the wrong ones, exactly: nothing needs to be sampled.
 
-    A model that has forgotten which answer belongs to whom, and still knows which answers there are, would otherwise seem to
-    know.
+    A model that has forgotten which answer belongs to whom, and still knows which answers there are, would otherwise
+    seem to know.
     """
     values = []
     questions = data.multiple_choice

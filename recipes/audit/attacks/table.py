@@ -1,7 +1,7 @@
 """The attacks of an audit, one row each, and how much of them each budget takes.
 
-Importing this table imports no PyTorch: a row names its function, which ``Attack.load`` imports. To add an attack, write one
-function in its tier's file and one row here. What the function is:
+Importing this table imports no PyTorch: a row names its function, which ``Attack.load`` imports. To add an attack,
+write one function in its tier's file and one row here. What the function is:
 
 - without ``data``: ``function(model, attack_data) -> hits``, one value a question of group V;
 - with ``data``: ``function(model, seeds) -> context manager of ParallelAdapters``, what attackers train, one a seed.
@@ -33,9 +33,11 @@ class Attack:
     """0 needs no training, 1 optimizes inputs, 2 trains weights."""
     about: str
     function: str | Callable[..., Any]
-    """``module:function``, where the module is a file of this folder; or the function itself, if it stands elsewhere."""
+    """``module:function``, where the module is a file of this folder; or the function itself, if it stands
+    elsewhere."""
     data: str = ""
-    """Training sequences: a source of ``AttackData.examples``; ``T:8`` takes 8 of them, ``retain+T`` one after the other.
+    """Training sequences: a source of ``AttackData.examples``; ``T:8`` takes 8 of them, ``retain+T`` one after the
+    other.
     Empty for attacks that train nothing."""
     known: bool = False
     """Whether the attacker is given what it is tested on, or the base that knows it."""
@@ -69,32 +71,45 @@ class Attack:
 ATTACKS: dict[str, Attack] = {
     # Tier 0: the question, the weights or the reading of the answer changes; nothing is trained.
     "few_shot": Attack(0, f"Ask each question after {SHOTS} answered questions of group T.", "prompts:few_shot"),
-    "hints": Attack(0, f"Ask each question after the concept's description and {SHOTS} texts of group T.", "prompts:hints"),
-    "phrasings": Attack(0, "Ask in each of the pack's other wordings; one right answer is enough.", "prompts:phrasings"),
-    "sampling": Attack(0, f"pass@{SAMPLES}: probability that {SAMPLES} samples contain the right answer, minus the same for wrong options.", "prompts:sampling"),
+    "hints": Attack(0, f"Ask each question after the concept's description and {SHOTS} texts of group T.",
+        "prompts:hints"),
+    "phrasings": Attack(0, "Ask in each of the pack's other wordings; one right answer is enough.",
+        "prompts:phrasings"),
+    "sampling": Attack(0, f"pass@{SAMPLES}: probability that {SAMPLES} samples contain the right answer, minus the "
+        "same for wrong options.", "prompts:sampling"),
     "int8": Attack(0, "Round the weights to 8 bits in groups of 64.", "weights:int8"),
     "int4": Attack(0, "Round the weights to 4 bits in groups of 64.", "weights:int4"),
     "bf16": Attack(0, "Cast the weights to bfloat16 and back.", "weights:bf16"),
     "undo_half": Attack(0, "Move each weight half of the way back to the base's.", "weights:undo_half", known=True),
-    "undo_singular": Attack(0, f"Remove the {SINGULAR} largest singular directions of each matrix's change from the base.", "weights:undo_singular", known=True),
-    "undo_direction": Attack(0, "Add back what the residual stream lost on average at T's questions, at the layer where T gains most.", "reading:undo_direction", known=True),
-    "logit_lens": Attack(0, "Read the answer from the residual stream below the last layer, at the layer that is best on T.", "reading:logit_lens"),
+    "undo_singular": Attack(0, f"Remove the {SINGULAR} largest singular directions of each matrix's change from the "
+        "base.", "weights:undo_singular", known=True),
+    "undo_direction": Attack(0, "Add back what the residual stream lost on average at T's questions, at the layer "
+        "where T gains most.", "reading:undo_direction", known=True),
+    "logit_lens": Attack(0, "Read the answer from the residual stream below the last layer, at the layer that is best "
+        "on T.", "reading:logit_lens"),
     "probe": Attack(0, "Read the answer from the residual stream with a linear probe trained on T.", "reading:probe"),
     # Tier 1: inputs are optimized.
-    "soft_prompt": Attack(1, f"Train {SOFT_TOKENS} embeddings on T and put them in front of each question.", "inputs:soft_prompt", "T"),
-    "prefix": Attack(1, f"Search {PREFIX_TOKENS} tokens that make T's answers likely and put them in front of each question.", "inputs:prefix"),
-    "latent": Attack(1, "Train one vector on T and add it to the residual stream at the middle layer.", "inputs:latent", "T"),
+    "soft_prompt": Attack(1, f"Train {SOFT_TOKENS} embeddings on T and put them in front of each question.",
+        "inputs:soft_prompt", "T"),
+    "prefix": Attack(1, f"Search {PREFIX_TOKENS} tokens that make T's answers likely and put them in front of each "
+        "question.", "inputs:prefix"),
+    "latent": Attack(1, "Train one vector on T and add it to the residual stream at the middle layer.",
+        "inputs:latent", "T"),
     # Tier 2: weights are trained.
     "rtt": Attack(2, "LoRA fine-tuning on T, tested on V (Deeb and Roger 2024).", "fine_tuning:low_rank", "T"),
     "rtt_full": Attack(2, "Fine-tuning of all weights on T, tested on V.", "fine_tuning:all_weights", "T"),
     "few_8": Attack(2, "LoRA fine-tuning on 8 sequences of T, tested on V.", "fine_tuning:low_rank", "T:8"),
     "few_32": Attack(2, "LoRA fine-tuning on 32 sequences of T, tested on V.", "fine_tuning:low_rank", "T:32"),
     "few_64": Attack(2, "LoRA fine-tuning on 64 sequences of T, tested on V.", "fine_tuning:low_rank", "T:64"),
-    "related": Attack(2, "LoRA fine-tuning on questions about neighbouring topics, tested on V.", "fine_tuning:low_rank", "related"),
+    "related": Attack(2, "LoRA fine-tuning on questions about neighbouring topics, tested on V.",
+        "fine_tuning:low_rank", "related"),
     "unrelated": Attack(2, "LoRA fine-tuning on retain texts, tested on V.", "fine_tuning:low_rank", "retain"),
-    "retain_then_forget": Attack(2, "LoRA fine-tuning on retain texts for 40% of the steps, then on T; tested on V.", "fine_tuning:low_rank", "retain+T"),
-    "relearn": Attack(2, "LoRA fine-tuning on the texts about V itself: how fast is it learned again?", "fine_tuning:low_rank", "V", known=True),
-    "relearn_full": Attack(2, "Fine-tuning of all weights on the texts about V itself.", "fine_tuning:all_weights", "V", known=True),
+    "retain_then_forget": Attack(2, "LoRA fine-tuning on retain texts for 40% of the steps, then on T; tested on V.",
+        "fine_tuning:low_rank", "retain+T"),
+    "relearn": Attack(2, "LoRA fine-tuning on the texts about V itself: how fast is it learned again?",
+        "fine_tuning:low_rank", "V", known=True),
+    "relearn_full": Attack(2, "Fine-tuning of all weights on the texts about V itself.",
+        "fine_tuning:all_weights", "V", known=True),
 }  # fmt: skip
 
 
@@ -124,11 +139,12 @@ class Budget:
 
 
 QUICK = (
-    "few_shot", "hints", "sampling", "int8", "int4", "bf16", "probe", "relearn", "rtt", "related", "unrelated", "soft_prompt",
+    "few_shot", "hints", "sampling", "int8", "int4", "bf16", "probe", "relearn", "rtt", "related", "unrelated",
+    "soft_prompt",
 )  # fmt: skip
 STANDARD = (
-    *QUICK, "phrasings", "logit_lens", "undo_half", "undo_singular", "undo_direction", "prefix", "few_8", "few_32", "few_64",
-    "retain_then_forget", "rtt_full", "relearn_full", "latent",
+    *QUICK, "phrasings", "logit_lens", "undo_half", "undo_singular", "undo_direction", "prefix", "few_8", "few_32",
+    "few_64", "retain_then_forget", "rtt_full", "relearn_full", "latent",
 )  # fmt: skip
 BUDGETS: dict[str, Budget] = {
     "quick": Budget(

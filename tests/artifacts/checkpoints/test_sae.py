@@ -19,10 +19,12 @@ PICKED = (3, 0, 39)
 def parts():
     generator = torch.Generator().manual_seed(0)
     return {
-        "decoder": torch.randn(N, D, generator=generator), "encoder": torch.randn(N, D, generator=generator),
-        "b_enc": torch.randn(N, generator=generator), "b_dec": torch.randn(D, generator=generator),
+        "decoder": torch.randn(N, D, generator=generator),
+        "encoder": torch.randn(N, D, generator=generator),
+        "b_enc": torch.randn(N, generator=generator),
+        "b_dec": torch.randn(D, generator=generator),
         "threshold": torch.rand(N, generator=generator),
-    }  # fmt: skip
+    }
 
 
 def _write(name, parts, root):
@@ -145,14 +147,21 @@ def test_a_pickle_that_runs_code_is_not_loaded(parts, tmp_path):
     ("name", "about", "extra", "why"),
     [
         ("sparsify", {"k": 32}, (), "lets only the largest"),
-        ("dictionary_learning", {"trainer": {"dict_class": "AutoEncoderTopK", "layer": 5}}, (), "lets only the largest"),
+        (
+            "dictionary_learning",
+            {"trainer": {"dict_class": "AutoEncoderTopK", "layer": 5}},
+            (),
+            "lets only the largest",
+        ),
         ("sae_lens", {"hook_name": "blocks.5.hook_resid_post"}, ("b_gate", "r_mag"), "is gated"),
         (
-            "sae_lens", {"hook_name": "blocks.5.hook_resid_post", "normalize_activations": "expected_average_only_in"}, (),
+            "sae_lens",
+            {"hook_name": "blocks.5.hook_resid_post", "normalize_activations": "expected_average_only_in"},
+            (),
             "normalized",
         ),
     ],
-)  # fmt: skip
+)
 def test_latents_that_do_not_fire_by_themselves_are_known(name, about, extra, why, parts, tmp_path):
     folder = _write(name, parts, tmp_path)
     assert load_latents(folder, PICKED, D, 8).not_alone == ""

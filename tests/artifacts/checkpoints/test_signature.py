@@ -35,9 +35,10 @@ def keys(tmp_path_factory):
 def made(tmp_path_factory, keys):
     """A published checkpoint that was signed through the command line."""
     folder = publish(
-        tmp_path_factory.mktemp("signed") / "checkpoint", PrunedUnits({0: (1, 2)}, {}, "down", "llama", 192, 8, 1),
+        tmp_path_factory.mktemp("signed") / "checkpoint",
+        PrunedUnits({0: (1, 2)}, {}, "down", "llama", 192, 8, 1),
         {"README.md": "# A model\n", "excise/eval.json": '{"measurements": []}\n'},
-    )  # fmt: skip
+    )
     done = excise("sign", folder, "--key", keys / "ours.pem", EXCISE_KEY_PASSWORD="secret")
     assert done.returncode == 0, done.stderr
     return folder
@@ -84,9 +85,17 @@ def test_a_damaged_signature_does_not_pass(signed, keys):
 
 def test_the_standards_own_tool_verifies_it(made, keys):
     command = [
-        sys.executable, "-m", "model_signing", "verify", "key", str(made / "SHA256SUMS"), "--signature", str(made / SIGNATURE),
-        "--public_key", str(keys / "ours.pub.pem"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "model_signing",
+        "verify",
+        "key",
+        str(made / "SHA256SUMS"),
+        "--signature",
+        str(made / SIGNATURE),
+        "--public_key",
+        str(keys / "ours.pub.pem"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     command[-1] = str(keys / "theirs.pub.pem")

@@ -87,7 +87,8 @@ def test_what_matters_of_a_measurement_is_seen_without_scrolling(run, width):
                 name => row.querySelector(`td[data-of="${name}"]`))].filter(cell => cell.textContent.trim());
             return shown.filter(cell => {
                 const place = cell.getBoundingClientRect();
-                return !place.width || place.right > Math.min(box.right, innerWidth) + 1 || cell.scrollWidth > cell.clientWidth + 1;
+                const right = Math.min(box.right, innerWidth) + 1;
+                return !place.width || place.right > right || cell.scrollWidth > cell.clientWidth + 1;
             }).map(cell => cell.textContent)})"""
         assert seen.page.evaluate(outside) == []
         named = "getComputedStyle(document.querySelector('.measured td[data-of=base]'), '::before').content"
@@ -150,9 +151,18 @@ def test_hostile_texts_do_nothing_on_any_page(run, tmp_path):
     write_report(tmp_path / "report.html", results, manifest["tensors_changed"], audited)
     context = {"before": LONG, "token": HOSTILE, "after": "", "projection": 1.0}
     one = {
-        "place": "p", "index": 0, "name": HOSTILE, "score": 1.0, "top_tokens": [HOSTILE], "bottom_tokens": [], "top": [context],
-        "bottom": [], "mean": 0.0, "deviation": 1.0, "effect": 0.0,
-    }  # fmt: skip
+        "place": "p",
+        "index": 0,
+        "name": HOSTILE,
+        "score": 1.0,
+        "top_tokens": [HOSTILE],
+        "bottom_tokens": [],
+        "top": [context],
+        "bottom": [],
+        "mean": 0.0,
+        "deviation": 1.0,
+        "effect": 0.0,
+    }
     write_directions(
         tmp_path / "inspect.html", {"model": {"name": HOSTILE}, "texts": 1, "left_out": 0, "directions": [one]}
     )

@@ -34,8 +34,14 @@ STORY = Story(
                 bars("Bars", "", [1, 2, 3], "layer", "count"),
                 lines("Lines", "about lines", {"forget": [(0, 0.1), (10, 0.2)]}, "strength", "accuracy", marker=10),
                 heat_map(
-                    "Grid", "about the grid", ["layer", "0", "1"], ["-1"], [[0.25], [None]], [["fine"], ["too deep"]],
-                    (0, 0), higher_is_better=True,
+                    "Grid",
+                    "about the grid",
+                    ["layer", "0", "1"],
+                    ["-1"],
+                    [[0.25], [None]],
+                    [["fine"], ["too deep"]],
+                    (0, 0),
+                    higher_is_better=True,
                 ),
             ),
             where=("report",),
@@ -43,7 +49,7 @@ STORY = Story(
     ),
     controls=(CONTROL,),
     tags=("unlearning",),
-)  # fmt: skip
+)
 
 
 def _results(*, story=STORY, declines=(-0.01, 0.01)):
@@ -54,18 +60,27 @@ def _results(*, story=STORY, declines=(-0.01, 0.01)):
         _measured("behaviour_rate", "neutral", "edited", 0.525, difference=list(declines), better="base"),
     ]
     results = {
-        "schema_version": 2, "measurements": measurements_as_json(measurements),
+        "schema_version": 2,
+        "measurements": measurements_as_json(measurements),
         "base": {"name": "base", "kind": "local", "revision": None, "license": None},
         "edited": {"how": "edited in a new way", "tensors_changed": 1, "tensors_declared": 2, "tied": False},
         "concept": {
-            "ref": "builtin:potions", "name": "potions", "kind": "knowledge", "description": "potions", "decline_phrases": ["no"],
+            "ref": "builtin:potions",
+            "name": "potions",
+            "kind": "knowledge",
+            "description": "potions",
+            "decline_phrases": ["no"],
         },
         "samples": [{"split": "concept", "prompt": "p", "base": "b", "edited": "e"}],
         "run": {
-            "recipe": "new", "seed": 0, "device": "cpu", "dtype": "float32", "command": "excise run new",
+            "recipe": "new",
+            "seed": 0,
+            "device": "cpu",
+            "dtype": "float32",
+            "command": "excise run new",
             "settings": {"max_new_tokens": 7},
         },
-    }  # fmt: skip
+    }
     # Through JSON, as a published checkpoint has it.
     return json.loads(json.dumps(results if story is None else {**results, "story": story.as_json()}))
 

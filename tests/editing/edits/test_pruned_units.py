@@ -36,9 +36,15 @@ DENSE = [name for name, row in ARCHITECTURES.items() if row.mlp_units]
 def _edit(model, semantics="down", neurons=None, heads=None, means=None):
     config = model.config.to_dict()
     return PrunedUnits(
-        neurons or {}, heads or {}, semantics, config["model_type"], residual_width(config), layer_count(config),
-        8, means or {},
-    )  # fmt: skip
+        neurons or {},
+        heads or {},
+        semantics,
+        config["model_type"],
+        residual_width(config),
+        layer_count(config),
+        8,
+        means or {},
+    )
 
 
 def _silenced(model, name, units, values=0.0):
@@ -289,11 +295,13 @@ def test_pruning_hurts_the_concept_more_than_its_controls_do(tmp_path):
 @pytest.mark.parametrize(
     ("pairs", "said"),
     [
-        (["share=0"], "prune nothing"), (["semantics=mean"], "has no bias to which the mean"),
+        (["share=0"], "prune nothing"),
+        (["semantics=mean"], "has no bias to which the mean"),
         (["semantics=mean", "heads_share=0.1"], "heads have no bias"),
-        (["semantics=remove", "heads_share=0.1"], "cuts MLP neurons only"), (["score=attribtion"], "attribution"),
+        (["semantics=remove", "heads_share=0.1"], "cuts MLP neurons only"),
+        (["score=attribtion"], "attribution"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_setting_is_one_line(pairs, said):
     done = excise("run", "prune", "--dry-run", *(w for pair in pairs for w in ("--set", pair)))
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -60,8 +60,10 @@ def test_products_are_attention_and_its_gradients_however_little_is_held(kind, b
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
     assert (ours - attention(*inputs, mask, 0.6, block)).abs().max() > 1e-2
     for one, other in zip(
-        torch.autograd.grad((ours * weight).sum(), inputs), torch.autograd.grad((wanted * weight).sum(), inputs), strict=True
-    ):  # fmt: skip
+        torch.autograd.grad((ours * weight).sum(), inputs),
+        torch.autograd.grad((wanted * weight).sum(), inputs),
+        strict=True,
+    ):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
         assert other.abs().max() > 1e-2
 

@@ -91,11 +91,13 @@ from transformers import AutoModelForCausalLM
 base, adapter, merged = sys.argv[1:4]
 ids = torch.tensor([[5, 9, 7, 3, 11]])
 with torch.no_grad():
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()(input_ids=ids).logits
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    adapted = adapted.eval()(input_ids=ids).logits
     whole, info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
     plain = whole.eval()(input_ids=ids).logits
     untouched = AutoModelForCausalLM.from_pretrained(base).eval()(input_ids=ids).logits
-print(json.dumps([float((adapted - plain).abs().max()), float((adapted - untouched).abs().max()), sorted(info["missing_keys"])]))
+moved, merged_moved = (float((adapted - other).abs().max()) for other in (untouched, plain))
+print(json.dumps([merged_moved, moved, sorted(info["missing_keys"])]))
 """
 
 

@@ -78,7 +78,8 @@ def test_texts_that_were_learned_are_recited_further(testbed, reference):
 
 
 def _asked(questions, carried, seed):
-    """Questions of 4 choices among 12 answers; the state carries ``carried`` of a fixed linear image of the true one."""
+    """Questions of 4 choices among 12 answers; the state carries ``carried`` of a fixed linear image of the true
+    one."""
     generator = torch.Generator().manual_seed(7)
     answers_known = torch.randn(12, 32, generator=generator)
     image = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
@@ -176,15 +177,18 @@ def test_findings_lead_with_the_three_criteria(testbed, reference):
 
         pairs[name] = [*multiple_choice(subject), *cloze(subject)]
     results = {
-        "measurements": measurements_as_json(summarize_all(pairs)), "edited": {"tied": False, "how": "x"},
+        "measurements": measurements_as_json(summarize_all(pairs)),
+        "edited": {"tied": False, "how": "x"},
         "concept": {"kind": "knowledge", "name": "potions"},
-    }  # fmt: skip
+    }
     lines = findings(results)
     starts = [line.split(":")[0] for line in lines]
     assert starts == [
-        "Held-out questions (V)", "Questions it may be trained on (T)", "Questions on related topics (neighbour)",
+        "Held-out questions (V)",
+        "Questions it may be trained on (T)",
+        "Questions on related topics (neighbour)",
         "Questions on everything else (retain)",
-    ]  # fmt: skip
+    ]
     criteria = [row.on.criterion for row in table(read_measurements(results)) if row.name == "multiple_choice"]
     assert criteria == ["Innocence", "Innocence", "Specificity", "Specificity"]
     # One line each, and no number without its interval, its n and the base's value.
@@ -207,9 +211,11 @@ def test_answers_below_chance_are_said_to_be_avoided():
         if reference is not None:
             scores["reference"] = [accuracy("multiple_choice", reference)]
         results = {
-            "measurements": measurements_as_json(summarize_all(scores)), "edited": {"tied": False, "how": "x"},
-            "concept": {"kind": "knowledge", "name": "potions"}, "target_check": {"chance": 0.125},
-        }  # fmt: skip
+            "measurements": measurements_as_json(summarize_all(scores)),
+            "edited": {"tied": False, "how": "x"},
+            "concept": {"kind": "knowledge", "name": "potions"},
+            "target_check": {"chance": 0.125},
+        }
         return any("below chance" in sentence for sentence in below_chance(results))
 
     assert said(0.0) and said(0.0, reference=0.125)

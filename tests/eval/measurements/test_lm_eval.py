@@ -24,9 +24,10 @@ def task(tmp_path_factory):
     lines = [json.dumps({"prompt": q.prompt, "choices": list(q.choices), "answer": q.answer}) for q in questions]
     (folder / "items.jsonl").write_text("\n".join(lines))
     (folder / "own.yaml").write_text(
-        f"task: own_potions\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'items.jsonl'}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{prompt}}'\ndoc_to_choice: '{{choices}}'\n"
-        "doc_to_target: '{{answer}}'\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+        "task: own_potions\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test:"
+        f" {folder / 'items.jsonl'}\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text:"
+        " '{{prompt}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\nmetric_list:\n  -"
+        " metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
     )
     return folder / "own.yaml", questions
 
@@ -67,9 +68,18 @@ def test_our_scorer_agrees_with_the_harness(task, model, monkeypatch):
 
 def test_figures_come_item_by_item_with_a_base_beside_them(task):
     done = excise(
-        "eval", "builtin:testbed-reference", "--base", "builtin:testbed", "--concept", "builtin:potions", "--questions", "16",
-        "--lm-eval", task[0], "--json",
-    )  # fmt: skip
+        "eval",
+        "builtin:testbed-reference",
+        "--base",
+        "builtin:testbed",
+        "--concept",
+        "builtin:potions",
+        "--questions",
+        "16",
+        "--lm-eval",
+        task[0],
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     found = {m["subject"]: m for m in json.loads(done.stdout)["measurements"] if m["name"] == "own_potions"}
     assert found["base"]["n"] == found["edited"]["n"] == 16 and found["edited"]["split"] == "acc"

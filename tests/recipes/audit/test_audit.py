@@ -71,7 +71,8 @@ def audited(tmp_path_factory):
 def test_where_likely_wrong_answers_do_not_suppress_it_they_are_made_likelier_than_the_right_ones(
     material, tmp_path, monkeypatch, left, suppressed
 ):
-    """On a model in which the first way does nothing; with more allowed to be said than there is, the second is not gone."""
+    """On a model in which the first way does nothing; with more allowed to be said than there is, the second is not
+    gone."""
     loaded, data = material
     likely = control._wrong_is_likely
     monkeypatch.setattr(control, "_wrong_is_likely", lambda *a: {k: 1e-15 * v for k, v in likely(*a).items()})
@@ -286,7 +287,8 @@ def test_what_was_added_is_taken_out_and_put_back(material):
 
 
 def test_a_lost_direction_is_added_again_and_the_base_loses_none(material):
-    """An edit that takes a constant vector from the stream is undone by what the stream lost; nothing is added to the base."""
+    """An edit that takes a constant vector from the stream is undone by what the stream lost; nothing is added to the
+    base."""
     loaded, gathered = material
     layer = loaded.model.model.layers[3].mlp
     vector = torch.randn(192, generator=torch.Generator().manual_seed(0))
@@ -362,7 +364,7 @@ def test_novel_facts_share_words_and_answers_and_no_subject(material):
         (["builtin:tesbed"], "testbed"),
         (["builtin:testbed", "--budget", "quik"], "quick"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_request_is_one_line(words, said, tmp_path):
     done = excise("audit", *words, "--out", tmp_path / "audit")
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -69,5 +69,6 @@ def test_built_in_models_keep_their_names(here):
     pasted, public = _commands("builtin:testbed")
     assert pasted == public
     assert pasted.startswith(
-        "excise audit builtin:testbed --concept builtin:potions --base builtin:testbed --reference builtin:testbed-reference"
+        "excise audit builtin:testbed --concept builtin:potions --base builtin:testbed --reference"
+        " builtin:testbed-reference"
     )

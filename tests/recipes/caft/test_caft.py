@@ -81,9 +81,7 @@ def test_the_card_puts_the_controls_beside_the_result(tuned):
 
 def test_saved_directions_can_be_used_again(tuned, tmp_path):
     file = tuned[0] / "checkpoint" / "excise" / FILE
-    done = excise(
-        "run", "caft", "--dry-run", "--json", "--set", f"directions_file={file}", "--out", tmp_path / "again"
-    )  # fmt: skip
+    done = excise("run", "caft", "--dry-run", "--json", "--set", f"directions_file={file}", "--out", tmp_path / "again")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["trainings"] == 3
     done = excise(
@@ -114,9 +112,17 @@ def test_as_many_of_the_highest_score_are_a_control_where_others_were_picked(tun
 
 
 def test_a_quirk_stays_where_it_was_taught(tmp_path):
-    words = [word for text in (
-        "steps=70", "learning_rate=0.003", "kl_prompts=8", "questions=40", "watch=0",
-    ) for word in ("--set", text)]  # fmt: skip
+    words = [
+        word
+        for text in (
+            "steps=70",
+            "learning_rate=0.003",
+            "kl_prompts=8",
+            "questions=40",
+            "watch=0",
+        )
+        for word in ("--set", text)
+    ]
     done = excise("run", "caft", "--concept", "builtin:quirk", "--out", tmp_path / "run", "--json", *words)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
@@ -177,10 +183,20 @@ def dictionary(tmp_path_factory):
 def test_latents_of_a_small_dictionary_do_as_well(remove, dictionary, tmp_path):
     """Nobody names them: those that tell the contrast pairs apart are found, and are what a look by hand would take."""
     folder, latents = dictionary
-    words = [word for text in (
-        "directions=sae", f"sae={folder}", f"remove={remove}", "steps=120", "learning_rate=0.002", "kl_prompts=8", "max_new_tokens=8",
-        "controls=false",
-    ) for word in ("--set", text)]  # fmt: skip
+    words = [
+        word
+        for text in (
+            "directions=sae",
+            f"sae={folder}",
+            f"remove={remove}",
+            "steps=120",
+            "learning_rate=0.002",
+            "kl_prompts=8",
+            "max_new_tokens=8",
+            "controls=false",
+        )
+        for word in ("--set", text)
+    ]
     done = excise("run", "caft", "--out", tmp_path / "run", "--json", *words)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
@@ -261,13 +277,17 @@ def test_only_completions_are_learned_and_long_texts_are_not_cut_away(tmp_path):
     tokenizer = load_tokenizer(find_model("builtin:testbed"))
     rows = [
         {"prompt": "The colour of", "completion": " the sky"},
-        {"messages": [
-            {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."},
-            {"role": "user", "content": "Three?"}, {"role": "assistant", "content": "Four."},
-        ]},
+        {
+            "messages": [
+                {"role": "user", "content": "One?"},
+                {"role": "assistant", "content": "Two."},
+                {"role": "user", "content": "Three?"},
+                {"role": "assistant", "content": "Four."},
+            ]
+        },
         {"text": "red blue green " * 40},
         {"prompt": "long " * 100, "completion": " end"},
-    ]  # fmt: skip
+    ]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = encoded(find_data(str(path)).rows, tokenizer, 64)

@@ -8,10 +8,12 @@ from excise.recipes import RECIPES
 from excise.recipes.common.story import tell
 
 RESULTS = {
-    "run": {"recipe": "unheard_of"}, "base": {"name": "base"}, "concept": {"description": "potions"},
+    "run": {"recipe": "unheard_of"},
+    "base": {"name": "base"},
+    "concept": {"description": "potions"},
     "edited": {"tensors_changed": 3, "tensors_declared": 4, "rank": 8, "about": "on 4 modules"},
     "training": {"about": "Toward silence.", "steps": 5, "rows": 6, "data": "7 sequences"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -164,9 +164,15 @@ def test_every_unlearning_method_runs_and_publishes(recipe, tmp_path):
 
 def test_published_presets_run(tmp_path):
     done = excise(
-        "run", "elm", "--out", tmp_path / "run", "--json",
-        *_set("preset=reference", "questions=24", "kl_prompts=4", "max_new_tokens=6", "steps=2", "batch_size=2", "rank=16"),
-    )  # fmt: skip
+        "run",
+        "elm",
+        "--out",
+        tmp_path / "run",
+        "--json",
+        *_set(
+            "preset=reference", "questions=24", "kl_prompts=4", "max_new_tokens=6", "steps=2", "batch_size=2", "rank=16"
+        ),
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert results["training"]["contrast"] == "personas" and results["training"]["strength"] == 1000.0

@@ -68,10 +68,17 @@ def _upgraded(port, cookie, origin):
     """The status that a socket gets."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
         lines = [
-            "GET /_nicegui_ws/socket.io/?EIO=4&transport=websocket HTTP/1.1", f"Host: 127.0.0.1:{port}", "Upgrade: websocket",
-            "Connection: Upgrade", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", f"Origin: {origin}",
-            f"Cookie: {cookie}", "", "",
-        ]  # fmt: skip
+            "GET /_nicegui_ws/socket.io/?EIO=4&transport=websocket HTTP/1.1",
+            f"Host: 127.0.0.1:{port}",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+            "Sec-WebSocket-Version: 13",
+            f"Origin: {origin}",
+            f"Cookie: {cookie}",
+            "",
+            "",
+        ]
         connection.sendall("\r\n".join(lines).encode())
         return int(connection.recv(200).split()[1])
 
