@@ -65,13 +65,7 @@ def test_every_help_page_fits_80_columns_but_for_the_example(path):
 @pytest.mark.parametrize("name", [*RECIPES, "audit", "eval"])
 def test_every_setting_says_what_it_does(name):
     wrong = {setting.name: _wrong(setting.about.split(" One of ")[0]) for setting in settings_of(name)}
-    wrong = {setting: problem for setting, problem in wrong.items() if problem}
-    if wrong and name not in CLEAN:
-        pytest.xfail(f"still to be rewritten: {wrong}")
-    assert not wrong
-
-
-CLEAN = ("eval",)
+    assert {setting: problem for setting, problem in wrong.items() if problem} == {}
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "audit", "eval"])

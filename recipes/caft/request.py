@@ -59,7 +59,7 @@ class CaftSettings(AdapterSettings):
     highest score; all
     from the same seed, measured on the same items."""
     steps: int = Field(250, ge=1)
-    """Optimizer steps."""
+    """Optimizer steps of the fine-tuning."""
     batch_size: int = Field(16, ge=1)
     """Sequences a step (paper: 16)."""
     tune: Literal["lora", "full"] = "lora"
