@@ -74,9 +74,13 @@ if not TYPE_CHECKING:
     def __getattr__(name):
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import warnings
         from importlib import import_module
 
-        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        with warnings.catch_warnings():
+            # What tqdm says in a notebook without ipywidgets; excise draws no bars there.
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
         globals()[name] = value
         return value
 

@@ -341,8 +341,9 @@ def _on_disk(model: Any, folder: Path) -> str:
     found = _reference(model, IN_MEMORY)
     if isinstance(found, str):
         return found
-    found.model.save_pretrained(folder)
-    found.tokenizer.save_pretrained(folder)
+    with quiet_libraries():
+        found.model.save_pretrained(folder)
+        found.tokenizer.save_pretrained(folder)
     return str(folder)
 
 
