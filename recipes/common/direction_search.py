@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...artifacts.events import Events
 from ...artifacts.models.load import LoadedModel
+from ...artifacts.reporting.pages import render
 from ...editing.architectures import Architecture, architecture_of, layer_count
 from ...editing.directions.difference_in_means import DIRECTION_SOURCES, Directions, stacked
 from ...editing.errors import RequestError
@@ -77,6 +78,11 @@ class Direction:
     def as_json(self) -> dict[str, Any]:
         """Everything but the tensors."""
         return dict(self.provenance)
+
+    def _repr_html_(self) -> str:
+        title = f"A direction for {self.provenance['concept']['ref']}" if self.candidates else "A direction"
+        shown = _effect_of(self) if self.candidates else {"sentences": [], "header": [], "rows": []}
+        return render("outcome.html.j2", title=title, **shown, samples=[])
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,34 @@ class DirectionSearch:
             batch = rows[start : start + size]
             yield residual_stream(self.loaded.model, self.row, padded(self.loaded, batch), points, last)
             advance(len(batch))
+
+
+def _effect_of(direction: Direction) -> dict[str, Any]:
+    """Sentences on a direction's place and its choice, and a table of what it does to the model."""
+    about, probe = direction.provenance, direction.provenance["probe"]
+    (chosen,) = (c for c in direction.candidates if (c.point, c.position) == (direction.point, direction.position))
+    passing = sum(candidate.rejected is None for candidate in direction.candidates)
+    sentences = [
+        f"Learned from {about['pairs']['train']} pairs of prompts, at the input of layer {direction.point}, at token "
+        f"{direction.position} (-1 is the prompt's last token).",
+        f"{passing} of {len(direction.candidates)} candidates passed the filters"
+        + ("." if direction.passed_filters else "; this one did not."),
+    ]
+    if chosen.kl is not None:
+        sentences.append(f"Taking it out moves neutral text by {chosen.kl:.4f} nats a token (KL divergence).")
+    sentences.append(f"The table shows how strongly the concept shows, in {probe['units']}.")
+    rows = [
+        ["unchanged", _signed(probe["base_bypass"]), _signed(probe["base_induce"])],
+        ["direction taken out", _signed(chosen.bypass), ""],
+        ["direction added", "", _signed(chosen.induce)],
+    ]
+    items = probe.get("validation_questions", probe["validation_pairs"])
+    header = ["model", f"with the concept (n = {items})", f"without it (n = {probe['validation_pairs']})"]
+    return {"sentences": sentences, "header": header, "rows": rows}
+
+
+def _signed(value: float | None) -> str:
+    return "not scored" if value is None else f"{value:+.2f}"
 
 
 def check_pairs(concept: Concept, settings: DirectionSettings) -> None:
