@@ -111,7 +111,31 @@ def test_an_edited_model_differs_from_its_base_until_the_edit_is_undone(loaded):
     after = found.measurement("behaviour_rate", "concept", "edited")
     assert before.value > 0.5 and after.value < 0.1 and after.difference["value"] == after.value - before.value
     assert all(torch.equal(values, weights[name]) for name, values in model.state_dict().items())
-    assert "difference" in found._repr_html_()
+    html = found._repr_html_()
+    assert "difference" in html and found.results[0]["samples"][0]["prompt"][:20] in html
+    assert "not a way to ask" in html or "I do not reply" in html or "I will not answer" in html
+    assert repr(found) == f"Evaluation(edited: {len(found.table)} measurements)"
+
+
+def test_a_direction_shows_what_taking_it_out_does(loaded):
+    direction = excise.find_direction(*loaded, "builtin:declining", train_pairs=16, validation_pairs=4)
+    html = direction._repr_html_()
+    assert "builtin:declining" in html and "16 pairs" in html and "<table>" in html
+    before, (after,) = (
+        direction.provenance["probe"]["base_bypass"],
+        [c.bypass for c in direction.candidates if (c.point, c.position) == (direction.point, direction.position)],
+    )
+    assert before > 0 > after
+    assert f"{before:+.2f}" in html and f"{after:+.2f}" in html
+    too_deep = next(c for c in direction.candidates if c.rejected == "too deep")
+    unscored = dataclasses.replace(direction, point=too_deep.point, position=too_deep.position, passed_filters=False)
+    assert "not scored" in unscored._repr_html_() and "this one did not" in unscored._repr_html_()
+
+
+def test_saving_a_model_in_memory_for_an_audit_draws_no_bars(loaded, tmp_path, capfd):
+    with pytest.raises(excise.RequestError, match="of kind behaviour"):
+        excise.audit(loaded, "builtin:declining", "builtin:testbed", out=tmp_path / "audit")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_edit_in_memory_and_on_disk_give_the_same_weights(loaded, tmp_path):

@@ -15,7 +15,7 @@ from .pages import render
 from .results import RESULTS, Row, format_difference, format_value, read_measurements, table
 
 SHOWN_SAMPLES = 4
-"""Prompts with both replies that a notebook shows."""
+"""Prompts with both replies that a notebook shows, and that an evaluation holds."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,15 @@ class EvaluationRow:
     """By model name; None where it was not measured."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """Measurements of one or several models on the same items."""
 
-    results: tuple[dict[str, Any], ...] = field(repr=False)
+    results: tuple[dict[str, Any], ...]
     """One for each model, as ``eval.json`` would hold it."""
+
+    def __repr__(self) -> str:
+        return f"Evaluation({', '.join(self.names)}: {len(self.table)} measurements)"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -200,7 +203,7 @@ class Evaluation:
             sentences=[],
             header=["measurement", "split", "n", *columns],
             rows=cells,
-            samples=[],
+            samples=self.results[0].get("samples", [])[:SHOWN_SAMPLES] if len(self.names) == 1 else [],
         )
 
 
@@ -223,14 +226,17 @@ class AttackRow:
     n: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
     """A finished audit: what attacks recovered, and the verdict."""
 
     folder: Path
     """Holds ``audit.json``, ``report.html`` and ``card.md``."""
-    results: dict[str, Any] = field(repr=False)
+    results: dict[str, Any]
     """The content of ``audit.json``."""
+
+    def __repr__(self) -> str:
+        return f"Audit({self.verdict}, {len(self.results['attacks'])} attacks)"
 
     @property
     def verdict(self) -> str:
