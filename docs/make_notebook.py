@@ -1,6 +1,6 @@
 """Write docs/notebook.ipynb with its results, and docs/notebook.md, the same as a page of the site.
 
-python docs/make_notebook.py    runs every cell, which takes about two minutes on two CPU cores
+``python docs/make_notebook.py`` runs every cell, which takes about two minutes on two CPU cores.
 """
 
 import os

@@ -10,9 +10,9 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="the notebook's reader is missing: pip install '.[test]'")
 DOCS = Path(__file__).parents[2] / "docs"
 SMALL = """\
-search = {"train_pairs": 16, "validation_pairs": 4}
-sizes = {"questions": 8, "kl_prompts": 4, "max_new_tokens": 12}
-attacks = ["few_shot", "int4"]"""
+search = {"train_pairs": 16, "validation_pairs": 4, "positions": 1}
+sizes = {"questions": 8, "kl_prompts": 4, "max_new_tokens": 10}
+attacks = ["int4", "bf16"]"""
 
 
 def _module():
