@@ -208,7 +208,9 @@ def _docstring(text: str) -> str:
             lines.append(re.sub(r"^(\*{0,2}\w+):", r"- `\1`:", bare))
         else:
             lines.append(bare if section else line)
-    return "\n".join([*lines, "```"] if code else lines).replace("``", "`").replace("`````", "```")
+    text = "\n".join([*lines, "```"] if code else lines)
+    # Docstrings mark code by two backticks, Markdown by one; three open a block.
+    return re.sub(r"(?<!`)``(?!`)", "`", text)
 
 
 PARTS: dict[str, Callable[[str], str]] = {

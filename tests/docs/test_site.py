@@ -77,6 +77,13 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         assert not [m[0] for m in loaded.finditer(text) if "rel=canonical" not in m[0]], path
 
 
+def test_no_page_shows_the_marks_of_code(site):
+    """Where a block of code is opened wrongly, its backticks stand on the page."""
+    for path in site.rglob("*.html"):
+        prose = re.sub(r"<pre.*?</pre>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert "``" not in prose, path
+
+
 def test_every_page_stands_in_the_navigation():
     listed = set(re.findall(r'"([\w/-]+\.md)"', (ROOT / "zensical.toml").read_text()))
     assert {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} == listed
