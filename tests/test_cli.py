@@ -16,7 +16,7 @@ from excise.recipes.chat import recorded_base
 from excise.recipes.commands.failures import Interrupted, explained, interruptible
 from excise.recipes.commands.help import PANELS
 from excise.recipes.commands.lists import KINDS
-from helpers import excise, publish, random_edit
+from helpers import excise, in_fresh_process, publish, publish_small, random_edit
 
 
 @pytest.mark.parametrize(
@@ -184,6 +184,30 @@ def test_one_folder_of_a_run_is_taken_wherever_a_model_is(tmp_path):
     save_edit(edit, run / "checkpoint" / "excise")
     for folder in (run, run / "checkpoint", run / "checkpoint" / "excise"):
         assert load_edit(folder).method == edit.method
+
+
+def test_commands_that_train_nothing_wait_for_no_trainer(tmp_path):
+    """Importing transformers' trainer takes seconds, which nobody who looks at a checkpoint should wait."""
+    run = tmp_path / "mine"
+    publish_small(run / "checkpoint")
+    commands = [
+        ["verify", run],
+        ["card", run],
+        ["diff", "builtin:testbed", run, "--no-spectrum"],
+        ["push", run, "me/mine", "--dry-run"],
+        ["pull", "me/mine", "--out", tmp_path / "pulled"],
+    ]
+    code = (
+        "import json, sys; from contextlib import redirect_stdout, suppress; from excise.cli import main\n"
+        "with redirect_stdout(sys.stderr):\n"
+        "    for sys.argv in json.loads(sys.argv[1]):\n"
+        "        with suppress(SystemExit): main()\n"
+        "print(json.dumps([*sys.modules]))"
+    )
+    words = json.dumps([["excise", *map(str, command)] for command in commands])
+    modules = set(in_fresh_process(code, words, cold=True))
+    assert {"torch", "huggingface_hub"} <= modules
+    assert not modules & {"transformers.trainer", "transformers.modeling_utils", "peft", "datasets"}
 
 
 def test_chat_answers_each_line_of_stdin_with_base_and_edited(tmp_path):

@@ -1,20 +1,25 @@
 """Results as text for the terminal; ``artifacts.reporting.terminal`` lays out the tables."""
 
+from __future__ import annotations
+
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...artifacts.pull import Pulled
 from ...artifacts.reporting.audit_page import HEADLINES, best, estimate, tokens
 from ...artifacts.reporting.findings import findings
-from ...artifacts.reporting.outcomes import Evaluation
 from ...artifacts.reporting.results import Row, format_difference, format_value, read_measurements, table
 from ...artifacts.reporting.terminal import aligned, bullets
-from ..compare import Line
-from ..diff import Difference
-from ..inspect import Looked
-from ..reproduce import Reproduced
+
+if TYPE_CHECKING:
+    # Only names of types: at run time these recipes would bring transformers' trainer, seconds that a pull need not wait.
+    from ...artifacts.pull import Pulled
+    from ...artifacts.reporting.outcomes import Evaluation
+    from ..compare import Line
+    from ..diff import Difference
+    from ..inspect import Looked
+    from ..reproduce import Reproduced
 
 SHOWN_ROWS = 12
 """Rows of a run's table that are shown unless all are wanted."""
