@@ -90,7 +90,7 @@ def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
     torch.manual_seed(seed)
     config = LoraConfig(
         r=shape.rank,
-        lora_alpha=shape.alpha,  # type: ignore[arg-type]  # it is only ever divided
+        lora_alpha=shape.alpha,
         target_modules=list(shape.modules),
         lora_dropout=0.0,
         bias="none",
