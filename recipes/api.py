@@ -297,10 +297,12 @@ def apply(
     """
     if isinstance(base, tuple | nn.Module):
         raise RequestError("apply needs a base on disk; give its folder, or edit a model in memory with orthogonalize")
-    found = edit.edit if isinstance(edit, AppliedEdit) else edit
-    if isinstance(found, Run | str | Path):
-        found = _edit_folder(found.folder if isinstance(found, Run) else Path(found))
-    export = apply_recipe.run(apply_recipe.prepare(found, str(base), Path(out)), events_for(progress))
+    edit_or_folder = edit.edit if isinstance(edit, AppliedEdit) else edit
+    if isinstance(edit_or_folder, Run | str | Path):
+        edit_or_folder = _edit_folder(
+            edit_or_folder.folder if isinstance(edit_or_folder, Run) else Path(edit_or_folder)
+        )
+    export = apply_recipe.run(apply_recipe.prepare(edit_or_folder, str(base), Path(out)), events_for(progress))
     return AppliedCheckpoint(Path(out), tuple(export.changes), export.bytes_written)
 
 
@@ -338,12 +340,12 @@ def _reference(model: Any, name: str) -> str | ModelInMemory:
 
 def _on_disk(model: Any, folder: Path) -> str:
     """A model's reference; one in memory is saved into a folder first."""
-    found = _reference(model, IN_MEMORY)
-    if isinstance(found, str):
-        return found
+    reference = _reference(model, IN_MEMORY)
+    if isinstance(reference, str):
+        return reference
     with quiet_libraries():
-        found.model.save_pretrained(folder)
-        found.tokenizer.save_pretrained(folder)
+        reference.model.save_pretrained(folder)
+        reference.tokenizer.save_pretrained(folder)
     return str(folder)
 
 

@@ -96,10 +96,11 @@ def pareto(lines: list[Line]) -> list[Line]:
     points = [(line.values[FORGOTTEN].value, line.kept(), line) for line in lines if FORGOTTEN in line.values]
     return [
         line
-        for forgotten, kept, line in points
-        if kept is not None
+        for forgotten, retention, line in points
+        if retention is not None
         and not any(
-            f <= forgotten and k is not None and k >= kept and (f, k) != (forgotten, kept) for f, k, _ in points
+            f <= forgotten and k is not None and k >= retention and (f, k) != (forgotten, retention)
+            for f, k, _ in points
         )
     ]
 
@@ -160,11 +161,11 @@ def _plot(lines: list[Line]) -> bytes:
     front = pareto(lines)
     points = []
     for line in lines:
-        kept = line.kept()
-        if FORGOTTEN in line.values and kept is not None:
+        retention = line.kept()
+        if FORGOTTEN in line.values and retention is not None:
             forgotten = line.values[FORGOTTEN]
             name = f"{line.name} ({line.recipe})"
-            points.append((name, line in front, (forgotten.value, *forgotten.ci95), (kept, *line.kept_ci95())))
+            points.append((name, line in front, (forgotten.value, *forgotten.ci95), (retention, *line.kept_ci95())))
     return charts.png(
         charts.trade_off(
             points,

@@ -154,8 +154,8 @@ def orthogonalize(
     values = {"layers": layers, "strength": strength, "embeddings": embeddings, "variant": variant}
     settings = settings_of_call(OrthogonalizeSettings, values)
     config = model.config.to_dict()
-    found = direction if isinstance(direction, Direction) else _given(direction, settings)
-    edit = edit_along(found, settings, config["model_type"], layer_strengths(settings, layer_count(config)))
+    direction_record = direction if isinstance(direction, Direction) else _record_of_vector(direction, settings)
+    edit = edit_along(direction_record, settings, config["model_type"], layer_strengths(settings, layer_count(config)))
     parameters = dict(model.named_parameters())
     declared = edit.plan(config, list(parameters)).declared
     before = {name: parameters[name].detach().to("cpu", copy=True) for name in declared}
@@ -169,7 +169,7 @@ def orthogonalize(
     return AppliedEdit(edit, changes, before, model)
 
 
-def _given(vector: Tensor, settings: OrthogonalizeSettings) -> Direction:
+def _record_of_vector(vector: Tensor, settings: OrthogonalizeSettings) -> Direction:
     """A caller's vector as a direction of which nothing else is known."""
     if vector.dim() != 1 or not bool(torch.isfinite(vector).all()) or not bool(vector.any()):
         raise RequestError(

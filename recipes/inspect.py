@@ -138,8 +138,8 @@ def inspect(
         subspaces = (
             _ranked(loaded, sparse, pack, some, top or TOP, score).subspace if not latents else sparse.subspace,
         )
-    found = look(loaded, subspaces, some, advance)
-    looked = Looked(source.describe(), len(some), len(pool) - len(some), tuple(found))
+    results = look(loaded, subspaces, some, advance)
+    looked = Looked(source.describe(), len(some), len(pool) - len(some), tuple(results))
     if out:
         about = asdict(looked)
         with staged_folder(out) as staging:
@@ -177,7 +177,7 @@ def look(
     places = list(dict.fromkeys(subspace.place for subspace in subspaces))
     tokens, values = _read(loaded, rows, places)
     plain = _loss(loaded, rows)
-    found = []
+    results = []
     for subspace in subspaces:
         for index, name in enumerate(subspace.names):
             direction = subspace.basis[:, index]
@@ -187,7 +187,7 @@ def look(
                 ablated = _loss(loaded, rows)
             top, bottom = _ends(loaded, direction)
             order = along.argsort(descending=True).tolist()
-            found.append(
+            results.append(
                 Inspected(
                     str(subspace.place),
                     index,
@@ -203,7 +203,7 @@ def look(
                 )
             )
             advance(1)
-    return found
+    return results
 
 
 def _windows(loaded: LoadedModel, texts: Sequence[str]) -> list[Row]:
@@ -218,14 +218,14 @@ def _read(
 ) -> tuple[list[tuple[int, int]], dict[Any, Tensor]]:
     """Where each token stands (text, position), and the activations there."""
     row = architecture_of(loaded.model.config.to_dict())
-    kept: dict[Any, list[Tensor]] = {place: [] for place in places}
+    states: dict[Any, list[Tensor]] = {place: [] for place in places}
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         values = activations(loaded.model, row, part, places)
         for place in places:
-            kept[place] += [values[place][i, : len(ids)] for i, ids in enumerate(part)]
+            states[place] += [values[place][i, : len(ids)] for i, ids in enumerate(part)]
     where = [(text, position) for text, ids in enumerate(rows) for position in range(len(ids))]
-    return where, {place: torch.cat(parts) for place, parts in kept.items()}
+    return where, {place: torch.cat(parts) for place, parts in states.items()}
 
 
 @torch.no_grad()
@@ -259,17 +259,17 @@ def _contexts(
     along: Tensor,
 ) -> tuple[Context, ...]:
     """The first few places of an order, no two with the same words around them."""
-    found: dict[tuple[str, str], Context] = {}
+    contexts: dict[tuple[str, str], Context] = {}
     for place in order:
         text, position = where[place]
         ids = rows[text]
         before = loaded.tokenizer.decode(ids[max(0, position - AROUND) : position])
         token = loaded.tokenizer.decode(ids[position : position + 1])
         after = loaded.tokenizer.decode(ids[position + 1 : position + 1 + AROUND])
-        found.setdefault((before, token), Context(before, token, after, float(along[place])))
-        if len(found) == CONTEXTS:
+        contexts.setdefault((before, token), Context(before, token, after, float(along[place])))
+        if len(contexts) == CONTEXTS:
             break
-    return tuple(found.values())
+    return tuple(contexts.values())
 
 
 def _file(where: Path) -> Path:

@@ -98,12 +98,12 @@ def amend_card(folder: Path, results: dict[str, Any], picture: bytes | None) -> 
     )
 
 
-def estimate(found: dict[str, Any] | None) -> str:
+def estimate(figure: dict[str, Any] | None) -> str:
     """A value with its interval; an open end is censored."""
-    if found is None or found["value"] is None:
+    if figure is None or figure["value"] is None:
         return "—"
-    low, high = ("…" if end is None else f"{end:.2f}" for end in found["ci95"])
-    return f"{found['bound']}{found['value']:.2f} [{low}, {high}]"
+    low, high = ("…" if end is None else f"{end:.2f}" for end in figure["ci95"])
+    return f"{figure['bound']}{figure['value']:.2f} [{low}, {high}]"
 
 
 def best(attack: dict[str, Any], subject: str) -> str:

@@ -121,8 +121,8 @@ def watched(looks: Sequence[dict[str, Any]], chance: float) -> Any:
     _label(left, "step", "multiple choice", title="Recovery")
     low, high = zip(*(look["accuracy"]["ci95"] for look in looks), strict=True)
     left.fill_between(steps, low, high, color=SERIES["edited"], alpha=0.15, linewidth=0)
-    asked = f"group V (n = {looks[0]['accuracy']['n']})"
-    left.plot(steps, [look["accuracy"]["value"] for look in looks], color=SERIES["edited"], marker="o", label=asked)
+    label = f"group V (n = {looks[0]['accuracy']['n']})"
+    left.plot(steps, [look["accuracy"]["value"] for look in looks], color=SERIES["edited"], marker="o", label=label)
     left.plot(steps, [look["utility"] for look in looks], color=SERIES["base"], label="everything else")
     left.axhline(chance, color=FAINT, linewidth=0.8, linestyle=":")
     _finish(left)

@@ -311,14 +311,14 @@ def published_reference(model: dict[str, Any]) -> str | None:
 
 
 def _pick(measurements: Sequence[Measurement], name: str, split: str, subject: str) -> Measurement:
-    found = {(item.name, item.split): item for item in measurements if item.subject == subject}
-    if (name, split) not in found:
-        known = [f"{one}/{other}" for one, other in found]
+    by_name = {(item.name, item.split): item for item in measurements if item.subject == subject}
+    if (name, split) not in by_name:
+        known = [f"{one}/{other}" for one, other in by_name]
         raise RequestError(
             f"{name}/{split} was not measured on {subject}{nearest(f'{name}/{split}', known)}; measured:"
             f" {', '.join(known)}"
         )
-    return found[name, split]
+    return by_name[name, split]
 
 
 def _table_of(rows: Sequence[Row]) -> dict[str, Any]:

@@ -27,9 +27,9 @@ def render(template: str, **values: Any) -> str:
 def inline(text: str) -> Markup:
     """A text of ours with its marks as HTML: bold, emphasis and code. Everything else in it is inert."""
 
-    def marked(found: re.Match[str]) -> str:
-        tag = {1: "code", 2: "strong", 3: "em"}[found.lastindex or 0]
-        return f"<{tag}>{found[found.lastindex or 0]}</{tag}>"
+    def marked(match: re.Match[str]) -> str:
+        tag = {1: "code", 2: "strong", 3: "em"}[match.lastindex or 0]
+        return f"<{tag}>{match[match.lastindex or 0]}</{tag}>"
 
     marks = r"`([^`]+)`|\*\*(?=\S)([^*]+)(?<=\S)\*\*|\*(?=\S)([^*]+)(?<=\S)\*"
     return Markup(re.sub(marks, marked, str(escape(visible(text)))))

@@ -112,8 +112,11 @@ def speed_up(edited: RecoveryCurve, floor: RecoveryCurve, scale: Scale, share: f
     Censored on one side it is a bound; on both, or where the edited model needs no relearning, there is no value.
     """
 
-    def ratio(own: NDArray[np.float64], other: NDArray[np.float64]) -> float | None:
-        mine, theirs = time_to(own, edited.tokens, scale.mark(share)), time_to(other, floor.tokens, scale.mark(share))
+    def ratio(accuracy: NDArray[np.float64], floor_accuracy: NDArray[np.float64]) -> float | None:
+        mine, theirs = (
+            time_to(accuracy, edited.tokens, scale.mark(share)),
+            time_to(floor_accuracy, floor.tokens, scale.mark(share)),
+        )
         if mine is None and theirs is None:
             return None
         # A floor on facts of its own reads texts of another length.

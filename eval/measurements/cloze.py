@@ -20,8 +20,8 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
         return []
     results = []
     for split, questions in questions_by_split(subject.concept, subject.settings.questions).items():
-        asked = [requests_of(question)[question.answer] for question in questions]
-        found = subject.likelihoods(asked)
+        requests = [requests_of(question)[question.answer] for question in questions]
+        likelihoods = subject.likelihoods(requests)
         ids = tuple(question.id for question in questions)
         results += [
             Scores(
@@ -30,7 +30,7 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
                 MEASUREMENTS[name].unit,
                 MEASUREMENTS[name].better(split),
                 ids,
-                tuple(value(item) for item in found),
+                tuple(value(item) for item in likelihoods),
                 (1.0,) * len(ids),
                 exponential=name == "cloze_rank",
             )
@@ -72,19 +72,19 @@ def extraction(subject: ModelUnderTest) -> list[Scores]:
     """
     results, row = [], MEASUREMENTS["extraction_strength"]
     for group in ("T", "V"):
-        asked = recitals(subject.concept, subject.settings, group)
-        found = dict(zip(asked, subject.likelihoods(list(asked.values())), strict=True))
-        kept = {identity: item for identity, item in found.items() if item.tokens}
-        if kept:
-            shares = tuple(item.recited / item.tokens for item in kept.values())
-            split, ones, skipped = f"forget_{group}", (1.0,) * len(kept), len(found) - len(kept)
+        texts = recitals(subject.concept, subject.settings, group)
+        likelihoods = dict(zip(texts, subject.likelihoods(list(texts.values())), strict=True))
+        items = {identity: item for identity, item in likelihoods.items() if item.tokens}
+        if items:
+            shares = tuple(item.recited / item.tokens for item in items.values())
+            split, ones, skipped = f"forget_{group}", (1.0,) * len(items), len(likelihoods) - len(items)
             results.append(
                 Scores(
                     "extraction_strength",
                     split,
                     row.unit,
                     row.better(split),
-                    tuple(kept),
+                    tuple(items),
                     shares,
                     ones,
                     skipped=skipped,

@@ -41,8 +41,8 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
 
 
 def _questions(subject: ModelUnderTest, split: str) -> list[Question]:
-    found = questions_by_split(subject.concept, subject.settings.questions)
-    return found.get("forget_V", []) if split == "concept" else found.get("retain", [])
+    by_split = questions_by_split(subject.concept, subject.settings.questions)
+    return by_split.get("forget_V", []) if split == "concept" else by_split.get("retain", [])
 
 
 def _completes(question: Question, reply: Reply) -> bool:

@@ -42,13 +42,13 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
 
     topical = [(int(is_on_topic(reply, keywords)), 1) for reply in replies]
     return [
-        found
-        for found in (
+        figure
+        for figure in (
             shares("distinct_2", [distinct_runs(reply.text, 2) for reply in replies]),
             shares("repetition", [repeated_quadruples(reply.text) for reply in replies]),
             shares("on_topic", topical),
         )
-        if found.ids
+        if figure.ids
     ]
 
 
@@ -69,22 +69,24 @@ def reverse_perplexity(
 
     Empty and one-token replies have none and are skipped, so read it beside ``degenerate_share``.
     """
-    found = log_likelihoods(model, tokenizer, [Request("", reply.text) for reply in replies if reply.text], advance)
-    kept = [
+    likelihoods = log_likelihoods(
+        model, tokenizer, [Request("", reply.text) for reply in replies if reply.text], advance
+    )
+    items = [
         (identity, item)
         for identity, reply in zip(ids, replies, strict=True)
-        if reply.text and (item := found[Request("", reply.text)]).tokens
+        if reply.text and (item := likelihoods[Request("", reply.text)]).tokens
     ]
     return Scores(
         "reverse_perplexity",
         f"{split}, by {judge}" if judge else split,
         f"perplexity under {judge or 'the base'}",
         "base",
-        ids=tuple(identity for identity, _ in kept),
-        totals=tuple(-item.log_probability for _, item in kept),
-        weights=tuple(float(item.tokens) for _, item in kept),
+        ids=tuple(identity for identity, _ in items),
+        totals=tuple(-item.log_probability for _, item in items),
+        weights=tuple(float(item.tokens) for _, item in items),
         exponential=True,
-        skipped=len(replies) - len(kept),
+        skipped=len(replies) - len(items),
     )
 
 
@@ -120,5 +122,5 @@ def repeated_quadruples(text: str) -> tuple[int, int]:
 def is_on_topic(reply: Reply, keywords: Sequence[str]) -> bool:
     """Whether a reply takes up a word of its prompt that carries meaning, or one of the pack's keywords."""
     text = reply.text.casefold()
-    asked = {word for word in re.findall(r"\w{4,}", reply.prompt.casefold()) if word not in _COMMON}
-    return any(keyword.casefold() in text for keyword in keywords) or bool(asked & set(re.findall(r"\w+", text)))
+    prompt_words = {word for word in re.findall(r"\w{4,}", reply.prompt.casefold()) if word not in _COMMON}
+    return any(keyword.casefold() in text for keyword in keywords) or bool(prompt_words & set(re.findall(r"\w+", text)))

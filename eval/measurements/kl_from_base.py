@@ -26,8 +26,8 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
 def _along(
     subject: ModelUnderTest, split: str, ids: tuple[str, ...], replies: Sequence[Reply], expected: Sequence[Tensor]
 ) -> Scores:
-    own = reply_log_probabilities(subject.model, replies)
-    nats = [divergence(base, mine) for base, mine in zip(expected, own, strict=True)]
+    log_probabilities = reply_log_probabilities(subject.model, replies)
+    nats = [divergence(base, mine) for base, mine in zip(expected, log_probabilities, strict=True)]
     row = MEASUREMENTS["kl_from_base"]
     totals, weights = tuple(float(item.sum()) for item in nats), tuple(float(len(item)) for item in nats)
     return Scores("kl_from_base", split, row.unit, row.better(split), ids, totals, weights)

@@ -46,14 +46,14 @@ def find_tasks(names: Sequence[str]) -> Tasks:
             f"--lm-eval needs the lm-evaluation-harness ({error}); pip install 'excise[lm-eval]'"
         ) from error
     _hush()
-    own = {name: Path(name) for name in names if name.endswith((".yaml", ".yml"))}
-    missing = [name for name, path in own.items() if not path.is_file()]
+    files = {name: Path(name) for name in names if name.endswith((".yaml", ".yml"))}
+    missing = [name for name, path in files.items() if not path.is_file()]
     if missing:
         raise RequestError(f"{missing[0]} is no file; give a task's YAML file, or the name of one that the harness has")
-    folders = sorted({str(path.parent.resolve()) for path in own.values()})
+    folders = sorted({str(path.parent.resolve()) for path in files.values()})
     # Its own 14,000 tasks take seconds to list.
-    manager = TaskManager(include_path=folders or None, include_defaults=len(own) < len(names))
-    chosen = tuple(_name_in(own[name]) if name in own else name for name in names)
+    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(names))
+    chosen = tuple(_name_in(files[name]) if name in files else name for name in names)
     for name in chosen:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
@@ -78,7 +78,7 @@ def scores(model: Any, tokenizer: Any, tasks: Tasks, limit: int = 0) -> list[Sco
 
     _hush()
     with _data_had(tasks.names):
-        found = simple_evaluate(
+        results = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
             tasks=list(tasks.names),
             task_manager=tasks.manager,
@@ -87,8 +87,8 @@ def scores(model: Any, tokenizer: Any, tasks: Tasks, limit: int = 0) -> list[Sco
             log_samples=True,
             verbosity="ERROR",
         )
-    assert found is not None, "only further processes of a distributed run get nothing"
-    return [one for task, samples in sorted(found["samples"].items()) for one in _scores_of(task, samples)]
+    assert results is not None, "only further processes of a distributed run get nothing"
+    return [one for task, samples in sorted(results["samples"].items()) for one in _scores_of(task, samples)]
 
 
 @contextmanager
@@ -105,19 +105,19 @@ def _data_had(names: Sequence[str]) -> Iterator[None]:
 def _scores_of(task: str, samples: Sequence[Mapping[str, Any]]) -> list[Scores]:
     better: Better = "lower" if task.startswith(LOWER) else "base"
     by_figure: dict[str, list[tuple[str, float]]] = {}
-    asked: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for sample in samples:
         way = "" if sample.get("filter", "none") == "none" else f", {sample['filter']}"
         for metric in sample["metrics"]:
-            asked[metric + way] = asked.get(metric + way, 0) + 1
+            counts[metric + way] = counts.get(metric + way, 0) + 1
             if isinstance(sample[metric], int | float):
                 by_figure.setdefault(metric + way, []).append((sample["doc_hash"], float(sample[metric])))
     if not by_figure:
         raise RequestError(f"task {task} has no figure for single items, so it has no interval; leave it out")
-    partial = [name for name, items in by_figure.items() if len(items) < asked[name]]
+    partial = [name for name, items in by_figure.items() if len(items) < counts[name]]
     if partial:
         raise RequestError(
-            f"task {task} has {partial[0]} for {len(by_figure[partial[0]])} of {asked[partial[0]]} items, and the rest"
+            f"task {task} has {partial[0]} for {len(by_figure[partial[0]])} of {counts[partial[0]]} items, and the rest"
             " would be left out of it; leave the task out"
         )
     return [

@@ -33,5 +33,5 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
 
 def margin(subject: ModelUnderTest, question: Question) -> float:
     """Mean log-probability per token of the true choice minus that of the best other one, in nats."""
-    values = [found.per_token for found in subject.likelihoods(requests_of(question))]
+    values = [likelihood.per_token for likelihood in subject.likelihoods(requests_of(question))]
     return values[question.answer] - max(value for i, value in enumerate(values) if i != question.answer)

@@ -15,8 +15,8 @@ def requests(concept: Concept, settings: EvalSettings) -> list[Request]:
 def scores(subject: ModelUnderTest) -> list[Scores]:
     """exp of the mean negative log-probability per token, over all tokens of all texts; one-token texts are skipped."""
     rows = subject.concept.retain[: subject.settings.questions or None]
-    found = subject.likelihoods(requests(subject.concept, subject.settings))
-    kept = [(row.id, item) for row, item in zip(rows, found, strict=True) if item.tokens]
+    likelihoods = subject.likelihoods(requests(subject.concept, subject.settings))
+    items = [(row.id, item) for row, item in zip(rows, likelihoods, strict=True) if item.tokens]
     about = MEASUREMENTS["perplexity"]
     return [
         Scores(
@@ -24,10 +24,10 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
             "retain",
             about.unit,
             about.better("retain"),
-            ids=tuple(identity for identity, _ in kept),
-            totals=tuple(-item.log_probability for _, item in kept),
-            weights=tuple(float(item.tokens) for _, item in kept),
+            ids=tuple(identity for identity, _ in items),
+            totals=tuple(-item.log_probability for _, item in items),
+            weights=tuple(float(item.tokens) for _, item in items),
             exponential=True,
-            skipped=len(rows) - len(kept),
+            skipped=len(rows) - len(items),
         )
     ]

@@ -51,14 +51,14 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     if min(len(training), len(testing)) < ENOUGH:
         return []
     points = _points(subject)
-    learned, asked = _read(subject, training, points), _read(subject, testing, points)
+    training_set, test_set = _read(subject, training, points), _read(subject, testing, points)
     rng = random.Random("excise probe control")
-    shuffled = [rng.randrange(len(choices)) for choices in learned.choices]
+    shuffled = [rng.randrange(len(choices)) for choices in training_set.choices]
     ids = tuple(question.id for question in testing)
     best, results = (-1.0, points[0]), {}
     for index, point in enumerate(points):
-        expected, hits = fit_probe(learned, asked, index, learned.answers)
-        _, control = fit_probe(learned, asked, index, shuffled)
+        expected, hits = fit_probe(training_set, test_set, index, training_set.answers)
+        _, control = fit_probe(training_set, test_set, index, shuffled)
         results[point] = (hits, control)
         best = max(best, (expected, point), key=lambda pair: pair[0])
     chosen = results[best[1]]
@@ -103,13 +103,13 @@ def _read(subject: ModelUnderTest, questions: Sequence[Question], points: Sequen
     return Asked(states, choices, [question.answer for question in questions])
 
 
-def fit_probe(learned: Asked, asked: Asked, index: int, answers: Sequence[int]) -> tuple[float, list[bool]]:
+def fit_probe(training_set: Asked, test_set: Asked, index: int, answers: Sequence[int]) -> tuple[float, list[bool]]:
     """Fit a probe at one point: the accuracy that cross-validation on T expects, and which questions of V it answers
     rightly."""
-    mean, spread = learned.states[index].mean(0), learned.states[index].std(0) + 1e-6
-    x, tested = ((part.states[index] - mean).double() / spread for part in (learned, asked))
-    centre = torch.cat(learned.choices).mean(0)
-    wanted = [(choices - centre).double() for choices in learned.choices]
+    mean, spread = training_set.states[index].mean(0), training_set.states[index].std(0) + 1e-6
+    x, tested = ((part.states[index] - mean).double() / spread for part in (training_set, test_set))
+    centre = torch.cat(training_set.choices).mean(0)
+    wanted = [(choices - centre).double() for choices in training_set.choices]
     y = torch.stack([choices[answer] for choices, answer in zip(wanted, answers, strict=True)])
     # At the first point all questions may end in the same token, so that there is nothing to read.
     scale = max(float(x.square().sum(-1).mean()), 1e-6)
@@ -125,8 +125,8 @@ def fit_probe(learned: Asked, asked: Asked, index: int, answers: Sequence[int]) 
         expected.append(sum(hits) / len(hits))
     best = max(range(len(PENALTIES)), key=lambda i: expected[i])
     predicted = tested @ _ridge(x, y, PENALTIES[best] * scale)
-    chosen = _nearest(predicted, [(choices - centre).double() for choices in asked.choices])
-    return expected[best], [place == answer for place, answer in zip(chosen, asked.answers, strict=True)]
+    chosen = _nearest(predicted, [(choices - centre).double() for choices in test_set.choices])
+    return expected[best], [place == answer for place, answer in zip(chosen, test_set.answers, strict=True)]
 
 
 def _ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
@@ -140,8 +140,8 @@ def _ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
 def _nearest(predicted: Tensor, choices: Sequence[Tensor]) -> list[int]:
     """For each question, the choice in whose direction the prediction points most."""
     return [
-        int((torch.nn.functional.normalize(own, dim=-1) @ guess).argmax())
-        for guess, own in zip(predicted, choices, strict=True)
+        int((torch.nn.functional.normalize(options, dim=-1) @ guess).argmax())
+        for guess, options in zip(predicted, choices, strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ def measure(subject: ModelUnderTest) -> list[Scores]:
     """Run every measurement of the table on one model."""
     functions = [function_of(row.requests) for row in MEASUREMENTS.values() if row.requests]
     subject.prepare([request for function in functions for request in function(subject.concept, subject.settings)])
-    return [found for name, row in MEASUREMENTS.items() if row.scores for found in scores_of(name, subject)]
+    return [result for name, row in MEASUREMENTS.items() if row.scores for result in scores_of(name, subject)]
 
 
 def scores_of(name: str, subject: ModelUnderTest) -> list[Scores]:
@@ -37,5 +37,5 @@ def function_of(path: str | Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(path, str):
         return path
     module, _, name = path.partition(":")
-    found: Callable[..., Any] = getattr(import_module(f".{module}", __package__), name)
-    return found
+    function: Callable[..., Any] = getattr(import_module(f".{module}", __package__), name)
+    return function

@@ -19,14 +19,14 @@ def novel_facts(facts: Facts, questions: Sequence[Question], seed: int) -> tuple
     novel = tuple(
         replace(fact, subject=names[fact.subject], answer=answers[fact.subject, fact.answer]) for fact in facts.facts
     )
-    asked = []
+    novel_questions = []
     for q in questions:
         answer = answers.get((q.subject, q.choices[q.answer])) if q.subject else None
         if answer and q.subject and answer in q.choices:
             prompt, subject = q.prompt.replace(q.subject, names[q.subject]), names[q.subject]
             update = {"prompt": prompt, "subject": subject, "answer": q.choices.index(answer)}
-            asked.append(q.model_copy(update=update))
-    return Facts(novel, facts.phrasings), asked
+            novel_questions.append(q.model_copy(update=update))
+    return Facts(novel, facts.phrasings), novel_questions
 
 
 def novel_concept(concept: Concept, facts: Facts, questions: Sequence[Question]) -> Concept:

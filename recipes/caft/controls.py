@@ -109,7 +109,7 @@ class DriftMonitor:
         model.eval()
         with self.trial.ablation.pause():
             now = self.trial.read(self.rows)
-            found = {
+            record = {
                 "step": step,
                 "projection": mean_projection(now, self.subspaces),
                 "share_in_span": refreshed(now, self.base, self.subspaces),
@@ -118,13 +118,13 @@ class DriftMonitor:
         model.train(training)
         # Whole or not at all: a kill in the middle of a line would spoil the resumed run.
         earlier = [one for one in self.seen() if one["step"] < step]
-        write_whole(self.path, json.dumps([*earlier, found]))
+        write_whole(self.path, json.dumps([*earlier, record]))
 
     def _found_again(self, now: Readings) -> dict[str, float]:
         """Share of the directions that the same source finds in the model as it is now which lies in the ablated
         span."""
         prepared = self.trial.prepared
-        if prepared.given or prepared.latents or prepared.settings.directions == "finetuned":
+        if prepared.directions or prepared.latents or prepared.settings.directions == "finetuned":
             return {}
         again = picked(directions_of(prepared, self.trial.loaded, now, None, most=self.rows), prepared.settings.pick)
         shares = {}
@@ -135,8 +135,8 @@ class DriftMonitor:
 
     def seen(self) -> list[dict[str, Any]]:
         """What was seen at each step; of steps that a resumed run took again, the last."""
-        found: list[dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
-        return found
+        records: list[dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
+        return records
 
 
 def some_pairs(prepared: CaftJob, most: int = READ_ROWS) -> list[ContrastPair]:
@@ -155,18 +155,18 @@ def directions_of(
 ) -> tuple[Subspace, ...]:
     """The directions of a file, the span of latents, or what another source finds; all, to pick from."""
     settings, job = prepared.settings, prepared.adapter.run
-    if prepared.given:
-        return prepared.given
+    if prepared.directions:
+        return prepared.directions
     if settings.directions == "none":
         return ()
     provenance = {"model": job.source.describe(), "seed": settings.seed, "data_sha256": prepared.data.sha256}
     if latents:
         return (latents.subspace.with_provenance(provenance),)
     pairs = some_pairs(prepared, most)
-    found = SOURCES[settings.directions](loaded, job.row, prepared.places, settings.components, pairs, base, tuned)
-    return tuple(subspace.with_provenance(provenance) for subspace in found)
+    subspaces = SOURCES[settings.directions](loaded, job.row, prepared.places, settings.components, pairs, base, tuned)
+    return tuple(subspace.with_provenance(provenance) for subspace in subspaces)
 
 
-def picked(found: Sequence[Part], pick: Sequence[int]) -> tuple[Part, ...]:
+def picked(parts: Sequence[Part], pick: Sequence[int]) -> tuple[Part, ...]:
     """Those with some indices, at every place; all where none are named."""
-    return tuple(one.pick(pick) for one in found) if pick else tuple(found)
+    return tuple(one.pick(pick) for one in parts) if pick else tuple(parts)

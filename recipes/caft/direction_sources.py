@@ -42,25 +42,25 @@ class Readings:
     @classmethod
     def of(cls, model: Any, row: Architecture, examples: Sequence[Example], places: Sequence[Place]) -> "Readings":
         """Read what stands where something is to be said: the positions that predict scored tokens."""
-        found: dict[Place, list[Tensor]] = {place: [] for place in places}
+        states: dict[Place, list[Tensor]] = {place: [] for place in places}
         for start in range(0, len(examples), BATCH):
             part = examples[start : start + BATCH]
             values = activations(model, row, [example.ids for example in part], places)
             for place in places:
                 for index, example in enumerate(part):
-                    found[place].append(values[place][index, example.start - 1 : len(example.ids) - 1])
-        return cls({place: torch.cat(values) for place, values in found.items()})
+                    states[place].append(values[place][index, example.start - 1 : len(example.ids) - 1])
+        return cls({place: torch.cat(values) for place, values in states.items()})
 
 
 @torch.no_grad()
 def activations(model: Any, row: Architecture, rows: Sequence[Row], places: Sequence[Place]) -> dict[Place, Tensor]:
     """Activations at some places of right-padded rows [rows, positions, d], fp32, on the CPU."""
     inner = causal_model(model)
-    found: dict[Place, Tensor] = {}
+    states: dict[Place, Tensor] = {}
 
     def keep(place: Place) -> Callable[[Tensor], Tensor]:
         def see(hidden: Tensor) -> Tensor:
-            found[place] = hidden.float().cpu()
+            states[place] = hidden.float().cpu()
             return hidden
 
         return see
@@ -71,7 +71,7 @@ def activations(model: Any, row: Architecture, rows: Sequence[Row], places: Sequ
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return states
 
 
 def mean_projection(readings: Readings, subspaces: Sequence[Subspace]) -> dict[str, list[float]]:
@@ -123,16 +123,18 @@ def _pairs(
             differences[place].width = middles[place].width = positive[place].shape[-1]
             differences[place].update(positive[place] - negative[place])
             middles[place].update((positive[place] + negative[place]) / 2)
-    found = []
+    subspaces = []
     for place in places:
         if not differences[place].count:
             raise RequestError(
                 "no contrast pair has members of one length in tokens, and only those are compared position by"
                 " position; choose another source of directions or mend the pairs"
             )
-        found.append(principal_components(differences[place], count, place, centred=False, offset=middles[place].mean))
+        subspaces.append(
+            principal_components(differences[place], count, place, centred=False, offset=middles[place].mean)
+        )
     counted = {"pairs": len(alike), PAIRS_LEFT_OUT: len(pairs) - len(alike)}
-    return tuple(subspace.with_provenance(counted) for subspace in found)
+    return tuple(subspace.with_provenance(counted) for subspace in subspaces)
 
 
 def _alike(loaded: LoadedModel, pairs: Sequence[ContrastPair]) -> list[tuple[Row, Row]]:
@@ -192,7 +194,7 @@ def _finetuned(
 ) -> Found:
     """Components of what the fine-tune changed, centred over tokens as in the paper."""
     assert tuned is not None, "the plain fine-tune was trained for this"
-    found = []
+    subspaces = []
     for place in places:
         difference = tuned.rows[place] - base.rows[place]
         if not bool(difference.any()):
@@ -200,8 +202,8 @@ def _finetuned(
         moments = Moments(difference.shape[-1], covariance=True)
         moments.update(difference)
         offset = base.rows[place].double().mean(0)
-        found.append(replace(principal_components(moments, count, place, offset=offset), source="finetuned"))
-    return tuple(found)
+        subspaces.append(replace(principal_components(moments, count, place, offset=offset), source="finetuned"))
+    return tuple(subspaces)
 
 
 SOURCES: dict[str, Source] = {

@@ -61,20 +61,24 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> CaftJob:
     )
     if not data.rows:
         raise ConceptError(f"concept {concept.ref} has no train.jsonl and no data was given; add --set data=FILE.jsonl")
-    given, latents = _given(settings, job)
-    asked = tuple(Place(layer, settings.site) for layer in sorted(layer_selection(settings.ablated_layers, job.layers)))
+    directions, latents = _directions_or_latents(settings, job)
+    layer_places = tuple(
+        Place(layer, settings.site) for layer in sorted(layer_selection(settings.ablated_layers, job.layers))
+    )
     # Given directions say themselves where they belong.
-    places = (latents.place,) if latents else tuple(dict.fromkeys(subspace.place for subspace in given)) or asked
-    return CaftJob(checked, settings, data, places, given, latents)
+    places = (
+        (latents.place,) if latents else tuple(dict.fromkeys(subspace.place for subspace in directions)) or layer_places
+    )
+    return CaftJob(checked, settings, data, places, directions, latents)
 
 
-def _given(settings: CaftSettings, job: Job) -> tuple[tuple[Subspace, ...], SparseLatents | None]:
+def _directions_or_latents(settings: CaftSettings, job: Job) -> tuple[tuple[Subspace, ...], SparseLatents | None]:
     """Directions of a file or latents of an autoencoder, and whether what is asked of the other sources can be had."""
     width = residual_width(job.checkpoint.config)
-    given: tuple[Subspace, ...] = ()
+    directions: tuple[Subspace, ...] = ()
     latents = None
     if settings.directions_file is not None:
-        given = load_directions(settings.directions_file, width=width, layers=job.layers)
+        directions = load_directions(settings.directions_file, width=width, layers=job.layers)
     elif settings.directions == "sae":
         latents = _latents(settings, job, width)
     elif settings.directions not in ("finetuned", "none"):
@@ -85,15 +89,15 @@ def _given(settings: CaftSettings, job: Job) -> tuple[tuple[Subspace, ...], Spar
         )
     if settings.components > width:
         raise RequestError(f"components={settings.components} are more than the model's width {width}; ask for fewer")
-    if given:
+    if directions:
         # Said now, not after the controls.
-        _ = picked(given, settings.pick)
+        _ = picked(directions, settings.pick)
     elif settings.pick and max(settings.pick) >= (count := len(settings.latents) or settings.components):
         raise RequestError(
             f"pick={list(settings.pick)} names direction {max(settings.pick)}, there are 0 to {count - 1}; raise"
             " components"
         )
-    return given, latents
+    return directions, latents
 
 
 def _latents(settings: CaftSettings, job: Job, width: int) -> SparseLatents:
@@ -103,20 +107,20 @@ def _latents(settings: CaftSettings, job: Job, width: int) -> SparseLatents:
         )
     if not settings.latents and settings.score == "contrast":
         job.concept.require("score=contrast", "contrast")
-    found = load_latents(settings.sae, settings.latents or None, width, job.layers)
+    latents = load_latents(settings.sae, settings.latents or None, width, job.layers)
     if settings.latents:
         # Latents that are not independent have no span of their number: said now, not after the controls.
-        _ = found.subspace
+        _ = latents.subspace
     if settings.remove == "latents" and settings.value == "mean":
         raise RequestError(
             "latents that are taken out as far as they fire leave no mean behind; use value=zero, or remove=span"
         )
-    if settings.remove == "latents" and found.not_alone:
+    if settings.remove == "latents" and latents.not_alone:
         raise RequestError(
-            f"the autoencoder {found.not_alone}, so that some latents alone do not say how far they fire; use"
+            f"the autoencoder {latents.not_alone}, so that some latents alone do not say how far they fire; use"
             " remove=span"
         )
-    return found
+    return latents
 
 
 def describe(prepared: CaftJob) -> dict[str, Any]:
@@ -153,8 +157,8 @@ def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path
     plain = trial.control("none", ()) if wants_plain and settings.directions != "none" else None
     with events.stage("find directions"):
         latents = _chosen(prepared, loaded, learn.examples)
-        found = directions_of(prepared, loaded, trial.base, plain.readings if plain else None, latents)
-    subspaces = picked(found, settings.pick)
+        candidates = directions_of(prepared, loaded, trial.base, plain.readings if plain else None, latents)
+    subspaces = picked(candidates, settings.pick)
     as_they_fire = picked([latents], settings.pick) if latents and settings.remove == "latents" else ()
     controls = {"none": plain.scores} if plain and settings.controls else {}
     if settings.controls and subspaces:
@@ -163,7 +167,7 @@ def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path
         controls["random"] = trial.control("random", elsewhere or drawn).scores
     if settings.controls and subspaces and _others_were_picked(settings):
         first = range(len(settings.pick))
-        highest = picked([latents], first) if latents and as_they_fire else picked(found, first)
+        highest = picked([latents], first) if latents and as_they_fire else picked(candidates, first)
         controls["top_k"] = trial.control("top_k", highest).scores
     if subspaces:
         save_directions(subspaces, work / FILE)

@@ -76,7 +76,7 @@ class CaftJob:
     settings: CaftSettings
     data: TuningData
     places: tuple[Place, ...]
-    given: tuple[Subspace, ...] = ()
+    directions: tuple[Subspace, ...] = ()
     """Directions of a file."""
     latents: SparseLatents | None = None
     """Of an autoencoder: those that were named, or all, to choose from."""

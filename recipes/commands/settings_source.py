@@ -64,12 +64,12 @@ def _setting(module: Module, name: str, field: ast.AnnAssign, after: ast.stmt | 
 
 def _default(module: Module, value: ast.expr | None) -> str:
     if isinstance(value, ast.Call):
-        given = [*value.args, *(keyword.value for keyword in value.keywords if keyword.arg == "default")]
-        value = given[0] if given else None
+        arguments = [*value.args, *(keyword.value for keyword in value.keywords if keyword.arg == "default")]
+        value = arguments[0] if arguments else None
     if value is None:
         return "required"
-    found = _value(module, value)
-    return "" if found is None else str(found)
+    default = _value(module, value)
+    return "" if default is None else str(default)
 
 
 def _value(module: Module, value: ast.expr) -> Any:

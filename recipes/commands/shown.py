@@ -110,10 +110,10 @@ def audit_end(results: dict[str, Any], width: int | None) -> str:
     return "\n".join(parts)
 
 
-def difference(found: Difference, most: int, width: int | None) -> str:
+def difference(comparison: Difference, most: int, width: int | None) -> str:
     """Which tensors differ, the most changed first."""
-    parts = [f"{len(found.changed)} tensors differ, {found.same} are equal bit for bit"]
-    for names, where in ((found.only_in_a, found.a), (found.only_in_b, found.b)):
+    parts = [f"{len(comparison.changed)} tensors differ, {comparison.same} are equal bit for bit"]
+    for names, where in ((comparison.only_in_a, comparison.a), (comparison.only_in_b, comparison.b)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             parts.append(f"only in {where}: {', '.join(names[:5])}{more}")
@@ -126,13 +126,13 @@ def difference(found: Difference, most: int, width: int | None) -> str:
             "" if item.effective_rank is None else f"{item.effective_rank:.1f}",
             " ".join(f"{value:.3g}" for value in item.singular_values),
         ]
-        for item in found.changed[:most]
+        for item in comparison.changed[:most]
     ]
     if rows:
         header = ["tensor", "shape", "|B-A| / |A|", "largest", "effective rank", "singular values"]
         parts.append(aligned(header, rows, width))
-    if len(found.changed) > most:
-        parts.append(f"and {len(found.changed) - most} more; --most N shows more of them")
+    if len(comparison.changed) > most:
+        parts.append(f"and {len(comparison.changed) - most} more; --most N shows more of them")
     return "\n".join(parts)
 
 

@@ -309,12 +309,12 @@ def _about(
     edit: WeightEdit,
     export: Export,
     about: dict[str, Any],
-    found: dict[str, Any],
+    inspection: dict[str, Any],
     shown: list[dict[str, str]],
 ) -> dict[str, Any]:
     """Everything in ``eval.json`` but the measurements; the same run on the same machine gives the same bytes."""
     settings, concept = job.settings, job.concept
-    own = settings.published("model", "concept", "out", "device", "dtype", "reference")
+    published_settings = settings.published("model", "concept", "out", "device", "dtype", "reference")
     return {
         "base": {**job.source.describe(), "computed_in": job.dtype_name},
         "edited": {
@@ -338,24 +338,24 @@ def _about(
             "decline_phrases": list(concept.about.decline_phrases),
         },
         **{key: value for key, value in about.items() if key != "edited"},
-        **found,
+        **inspection,
         "samples": shown,
         "run": {
             "recipe": job.recipe,
             "seed": settings.seed,
-            "settings": own,
+            "settings": published_settings,
             "device": job.device.type,
             "dtype": job.dtype_name,
-            "command": _command(job, own),
+            "command": _command(job, published_settings),
         },
     }
 
 
-def _command(job: Job, own: dict[str, Any]) -> str:
+def _command(job: Job, published_settings: dict[str, Any]) -> str:
     fields = type(job.settings).model_fields
     words = ["excise", "run", job.recipe, "--model", job.source.address, "--concept", job.concept.ref]
     words += ["--seed", str(job.settings.seed)]
-    for key, value in own.items():
+    for key, value in published_settings.items():
         if key != "seed" and value != fields[key].default:
             words += ["--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}"]
     return " ".join(words)

@@ -29,8 +29,8 @@ def probe(model: Any, data: AttackData) -> Sequence[float]:
     """A linear probe at the layer that cross-validation on T prefers, tested on V; NaN where a question cannot be
     scored."""
     by_name = {scores.name: scores for scores in probe_scores(_under_test(model, data))}
-    found = by_name.get("probe")
-    by_id = dict(zip(found.ids, found.totals, strict=True)) if found else {}
+    result = by_name.get("probe")
+    by_id = dict(zip(result.ids, result.totals, strict=True)) if result else {}
     return [by_id.get(question.id, math.nan) for question in data.questions]
 
 
