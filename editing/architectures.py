@@ -69,6 +69,7 @@ class Site:
 
 
 def _linear(pattern: str, kind: Kind, gain: str | None = None) -> tuple[Writer, Writer]:
+    # A bias adds the same vector to every write, so the direction would stay in the stream if only the weight lost it.
     return Writer(pattern + ".weight", -2, kind, gain), Writer(pattern + ".bias", -1, kind, gain)
 
 
@@ -86,6 +87,7 @@ _EMBEDDING = Writer("model.embed_tokens.weight", -1, "embedding")
 _READERS = (
     "lm_head.weight",
     "model.norm.weight",
+    # Not a weight: a buffer that older versions of transformers saved.
     _LAYER + "self_attn.rotary_emb.inv_freq",
     _LAYER + "input_layernorm.weight",
     _LAYER + "post_attention_layernorm.weight",
@@ -128,6 +130,7 @@ def _post_norm(*readers: str, gain_offset: float) -> Architecture:
         readers=(*_READERS, *_DENSE, *_FEED_FORWARD_NORMS, *readers),
         embedding=_EMBEDDING.pattern,
         layers="model.layers",
+        # The norm's output is what is added to the stream, so hooks sit on the norms.
         sublayers=("post_attention_layernorm", "post_feedforward_layernorm"),
         gain_offset=gain_offset,
     )
@@ -188,6 +191,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "lm_head.weight",
             *_wb("transformer.ln_f"),
             *_wb(*(f"transformer.h.{{layer}}.{name}" for name in ("ln_1", "ln_2", "attn.c_attn", "mlp.c_fc"))),
+            # Parts of the causal mask, which older versions of transformers saved as buffers.
             "transformer.h.{layer}.attn.bias",
             "transformer.h.{layer}.attn.masked_bias",
         ),
@@ -197,6 +201,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_units="attn.c_proj",
         mlp_units="mlp.c_proj",
         mlp_inputs=("mlp.c_fc",),
+        # GPT-2 as published has no prefix; saved again by transformers, it has one.
         optional_prefix="transformer.",
     ),
     "gpt_neox": Architecture(
@@ -256,6 +261,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         embedding="model.decoder.embed_tokens.weight",
         layers="model.decoder.layers",
+        # OPT has no module for its MLP: its second matrix writes to the stream itself.
         sublayers=("self_attn", "fc2"),
         attention_units="self_attn.out_proj",
         mlp_units="fc2",
@@ -263,6 +269,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         optional_prefix="model.",
         refused=(
             (
+                # OPT-350m is such a model.
                 "do_layer_norm_before",
                 False,
                 "its norm acts on the stream itself, so no weight edit removes a direction",
@@ -305,6 +312,7 @@ def spelled(row: Architecture, name: str, names: Collection[str]) -> str | None:
 
 def residual_width(config: dict[str, Any]) -> int:
     """d_model, from ``config.json``."""
+    # GPT-2's config.json has names of its own; the common ones exist only as attributes of the loaded configuration.
     return int(config["n_embd"] if config["model_type"] == "gpt2" else config["hidden_size"])
 
 
@@ -361,6 +369,8 @@ def layer_selection(layers: str, count: int) -> list[int]:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?", layers)
     if match:
         first, last = match[1], match[2] or match[1]
+        # Fractions name boundaries between layers, so the last one is exclusive; a range of numbers includes its last
+        # layer.
         if "." in first or "." in last:
             chosen = list(range(round(float(first) * count), round(float(last) * count)))
         else:
@@ -378,4 +388,5 @@ def _regex(row: Architecture, pattern: str) -> re.Pattern[str]:
     if row.optional_prefix and pattern.startswith(row.optional_prefix):
         prefix = re.escape(row.optional_prefix)
         text = f"(?:{prefix})?" + text.removeprefix(prefix)
+    # re.escape escapes the braces too, so the placeholders are replaced in their escaped form.
     return re.compile(text.replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"\d+"))

@@ -12,6 +12,7 @@ Head = Callable[[Tensor], Tensor]
 
 def final_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Hidden states [batch, positions, d] that the unembedding reads; inputs must be right-padded."""
+    # No position_ids: positions counted from the left are right as long as the padding is on the right.
     decoder: Any = causal_model(model).base_model
     hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
     return hidden
@@ -32,6 +33,7 @@ def unembedding(model: nn.Module) -> Head:
 
 def causal_model(model: Any) -> Any:
     """The causal language model itself, without the wrapper of an adapter."""
+    # Only wrappers of peft have this method.
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -42,4 +44,5 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is GPT-2's Conv1D, which stores its weight as [in, out]."""
+    # By name, so that nothing of transformers is imported here.
     return type(module).__name__ == "Conv1D"

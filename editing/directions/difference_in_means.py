@@ -94,6 +94,7 @@ def _mean(batches: Iterable[Float[Tensor, "points batch positions d"]]) -> Momen
     moments: Moments | None = None
     for batch in batches:
         moments = moments or Moments(batch.shape[-1])
+        # Batches have points first, and Moments takes samples from the first axis.
         moments.update(batch.transpose(0, 1))
     assert moments is not None, "a source needs at least one prompt of each kind"
     return moments

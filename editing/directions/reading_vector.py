@@ -48,6 +48,7 @@ def by_components(plus: Moments, minus: Moments, differences: Moments, place: Pl
     subspace = principal_components(differences, 1, place, centred=False, offset=minus.mean)
     assert plus.mean is not None and minus.mean is not None
     gap = float((plus.mean - minus.mean).double().cpu() @ subspace.basis[:, 0].double())
+    # Negated, so that NaN is refused too.
     if not gap > 0:
         raise RequestError(
             f"positive and negative prompts do not differ along the first component at the {place}; use reading=mean"

@@ -47,6 +47,7 @@ class SparseLatents:
         before = seen @ self.encoder.to(hidden) + self.bias.to(hidden)
         if self.threshold is None:
             return before.relu()
+        # Where a threshold is negative, values between it and 0 would pass without the ReLU.
         return torch.where(before > self.threshold.to(hidden), before, 0.0).relu()
 
     def written(self, hidden: Float[Tensor, "*where d"]) -> Float[Tensor, "*where d"]:

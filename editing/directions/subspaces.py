@@ -66,6 +66,7 @@ class Subspace:
                 "scores "
                 f"and an offset {list(self.offset.shape)}; give {k} names, {k} scores and an offset [{d}]"
             )
+        # Finite values are checked first: the decomposition behind matrix_rank fails on NaN with an error of its own.
         if not bool(torch.isfinite(self.basis).all()) or int(torch.linalg.matrix_rank(self.basis.double())) < k:
             raise RequestError(
                 f"the {k} directions at the {self.place} are not linearly independent; pick fewer, or other ones"
@@ -75,6 +76,7 @@ class Subspace:
         """Both sides of the projector ``P = left @ right.T``, idempotent; computed in float64, returned in fp32."""
         if self.readers is not None:
             return self.basis, self.readers
+        # Columns of a basis may be oblique, and then basis @ basis.T is no projector.
         orthonormal = torch.linalg.qr(self.basis.double()).Q.float()
         return orthonormal, orthonormal
 
@@ -142,6 +144,8 @@ def ridge_probe(plus: Moments, minus: Moments, place: Place, penalty: float = 1e
     """
     within = _within(plus, minus)
     ridge = penalty * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype)
+    # The regression's covariance is that within the classes plus a multiple of d d^T, with d the mean difference. The
+    # second part changes only the length of the solution, so the first is enough.
     direction = torch.linalg.solve(within + ridge, _mean(plus) - _mean(minus))
     return _single(place, direction, _middle(plus, minus), "linear_probe")
 
@@ -168,8 +172,11 @@ def principal_components(
         raise RequestError(
             f"{count} components at the {place} do not fit into a stream of width {len(mean)}; use at most {len(mean)}"
         )
+    # The exact decomposition: a randomized one, as in the authors' code of CAFT, gets the later components of a slowly
+    # falling spectrum wrong.
     spread = moments.cov().double().cpu() if centred else _second_moment(moments)
     values, vectors = torch.linalg.eigh(spread)
+    # eigh sorts upwards, and rounding can make a variance of 0 slightly negative.
     values, vectors = values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count]
     spanned = max(1, int((values > NOTHING * values[0]).sum()))
     values, vectors = values[:spanned], vectors[:, :spanned]
@@ -206,6 +213,7 @@ def least_squares_eraser(plus: Moments, minus: Moments, place: Place, *, orthogo
     difference, middle = _mean(plus) - _mean(minus), _middle(plus, minus)
     if orthogonal:
         return _single(place, difference, middle, "leace_orthogonal")
+    # The scatter of all samples is the scatter within both classes plus the scatter between their means.
     total = (_scatter(plus) + _scatter(minus) + torch.outer(difference, difference) * (n * m / (n + m))) / (n + m)
     values, vectors = torch.linalg.eigh(total)
     # Whitening leaves directions without variance alone, as the authors' code does: 1 / root would be infinite.
@@ -213,9 +221,11 @@ def least_squares_eraser(plus: Moments, minus: Moments, place: Place, *, orthogo
     root = values.clamp_min(0).sqrt()
     whiten = vectors @ torch.where(varying, 1 / root.clamp_min(1e-30), 0.0).diag() @ vectors.T
     colour = vectors @ torch.where(varying, root, 0.0).diag() @ vectors.T
+    # For two classes cov(x, z) is the mean difference times a number, which the unit length takes out again.
     axis = whiten @ difference
     axis = axis / axis.norm()
     left, right = colour @ axis, whiten @ axis
+    # A basis has unit columns, so the projector's scale goes to its other side.
     length = left.norm()
     return Subspace(
         place,
@@ -245,6 +255,7 @@ def random_directions(like: Subspace, seed: int) -> Subspace:
 
 def _single(place: Place, direction: Tensor, offset: Tensor, source: str) -> Subspace:
     length = float(direction.norm())
+    # Negated, so that NaN is refused too.
     if not length > 0:
         raise RequestError(f"the two classes have the same mean at the {place}, so there is no direction between them")
     return Subspace(
@@ -260,6 +271,7 @@ def _mean(moments: Moments) -> Float[Tensor, " d"]:
 
 
 def _scatter(moments: Moments) -> Float[Tensor, "d d"]:
+    # Sums of squares of two classes can be added, covariances cannot.
     return moments.cov().double().cpu() * (moments.count - 1)
 
 

@@ -146,6 +146,8 @@ def edit_model(edit: WeightEdit, model: nn.Module, config: dict[str, Any]) -> li
             "folder"
         )
     changes = []
+    # ``other`` reads the model as far as it is edited, so a plan lists an edit that needs an unedited tensor before the
+    # edit of that tensor.
     for tensor in plan.tensors:
         parts = []
         for index, matrix in enumerate(as_matrices(parameters[tensor.name].detach())):

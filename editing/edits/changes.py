@@ -80,6 +80,7 @@ class Meter:
         rounded.sub_(block)
         self.difference += _dot(rounded)
         if rounded.numel():
+            # One pass over the block; abs().max() would need another buffer.
             low, high = torch.aminmax(rounded)
             self.largest = max(self.largest, -float(low), float(high))
 
@@ -99,6 +100,7 @@ class Meter:
         )
 
     def _buffer(self, number: int, stored: Tensor) -> Tensor:
+        # Only the last block of a matrix is shorter, so each buffer is made once.
         if len(self._buffers) <= number or len(self._buffers[number]) < len(stored):
             self._buffers[number:] = [torch.empty(stored.shape, dtype=torch.float32)]
         return self._buffers[number][: len(stored)]
@@ -116,5 +118,6 @@ def ratio(squared_part: float, squared_whole: float) -> float:
 
 
 def _dot(values: Tensor) -> float:
+    # torch.dot needs no buffer for the squares.
     flat = values.reshape(-1)
     return float(torch.dot(flat, flat))

@@ -70,6 +70,7 @@ def weights_trained(model: nn.Module, modules: Sequence[str]) -> Iterator[Mappin
     try:
         for name, parameter in parameters.items():
             # In half precision small optimizer steps would round to zero.
+            # Set through ``data``, so that the parameter stays the same object and tied modules stay tied.
             parameter.data = parameter.data.float()
             parameter.requires_grad_(name in weights)
         yield before
@@ -77,6 +78,7 @@ def weights_trained(model: nn.Module, modules: Sequence[str]) -> Iterator[Mappin
         for name, parameter in parameters.items():
             parameter.data = parameter.data.to(original[name][0])
             parameter.requires_grad_(original[name][1])
+            # A gradient that stays would hold memory, and the next training would add to it.
             parameter.grad = None
         restore(weights, before)
 

@@ -45,6 +45,7 @@ class Factors:
         return len(self.left)
 
     def add_to(self, block: Tensor, rows: slice, room: Tensor | None) -> Tensor:
+        # addmm adds the product without storing it beside the block.
         return torch.addmm(block, self.left[rows], self.right, out=room)
 
 

@@ -80,6 +80,7 @@ def make_projection(
     folded = gain[:, None] * basis
     if gain.abs().min() >= NEGLIGIBLE_GAIN * gain.abs().median():
         return Projection(basis / gain[:, None], folded, strength, "conjugate", norm_preserving)
+    # The columns of D R are not orthonormal, which the orthogonal form needs.
     folded = torch.linalg.qr(folded.double()).Q.float()
     return Projection(folded, folded, strength, "folded", norm_preserving)
 
@@ -105,6 +106,8 @@ def orthogonalize_rows(
     if not projection.norm_preserving:
         return edited
     assert sums.along_left is not None and sums.squared_norm is not None
+    # The squared norm of each edited column, |w - s L r|^2 with r = R^T w, from the sums over all rows: reading the
+    # edited rows for it would take another pass. L^T L is not the identity in the conjugate form.
     gram = projection.left.T @ projection.left
     remaining = (
         sums.squared_norm - 2 * s * (removed * sums.along_left).sum(0) + s**2 * (removed * (gram @ removed)).sum(0)
@@ -171,6 +174,7 @@ class BlockwiseEdit:
             room = self._meter.room(stored).T
             edited = orthogonalize_rows(self.projection, block, everything, sums, room)
             finished, rounded = self._meter.finish(edited.T, stored.dtype)
+            # Of the rounded values, because rounding to the stored type brings a little of the component back.
             self._after += _squared(self.seen_by_stream.T @ rounded.T)
             self._meter.compare(block.T, rounded)
             yield finished
@@ -192,6 +196,7 @@ class BlockwiseEdit:
             after = after + self.seen_by_stream[rows].T @ rounded
             self._meter.compare(block, rounded)
             yield finished
+        # Each block holds a part of every column, so components are summed over the blocks before they are squared.
         self._before, self._after = _squared(before), _squared(after)
 
     def _seen(self, block: Tensor, rows: slice, sums: ColumnSums) -> Tensor:
@@ -206,6 +211,7 @@ class BlockwiseEdit:
 
     def change(self) -> Change:
         """Record of the edit; valid after the last block."""
+        # Without a gain the writes are the weights, whose squares the meter has summed already.
         written = self._meter.weight if self.gain is None else self._written
         return self._meter.change(
             self.projection.form,

@@ -101,6 +101,7 @@ class PrunedUnits:
             return
         units = self.neurons.get(site.layer, ()) if site.writer.kind == "mlp" else self._columns(site.layer)
         if units:
+            # Units lie along the axis that does not hold d_model.
             yield ZeroedTensor(
                 site.name, units, -1 if site.writer.axis == -2 else -2, removed=self.semantics == "remove"
             )
@@ -110,6 +111,7 @@ class PrunedUnits:
                 )
 
     def _columns(self, layer: int) -> tuple[int, ...]:
+        # A head's output is a run of consecutive inputs of the matrix that writes it.
         return tuple(
             head * self.head_width + place for head in self.heads.get(layer, ()) for place in range(self.head_width)
         )
@@ -269,9 +271,11 @@ def keep_pruned(model: nn.Module, edit: PrunedUnits, config: dict[str, Any]) -> 
     parameters = dict(model.named_parameters())
     handles = []
     for tensor in edit.plan(config, list(parameters)).tensors:
+        # Masked gradients are enough: the weights are 0, and weight decay leaves 0 where it is.
         if isinstance(tensor, ZeroedTensor):
             parameter = parameters[tensor.name]
             mask = torch.ones_like(parameter)
             mask.index_fill_(parameter.dim() + max(tensor.axis, -parameter.dim()), torch.tensor(tensor.units), 0.0)
+            # The default binds this tensor's mask; a closure would see the last one of the loop.
             handles.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
     return handles

@@ -69,6 +69,7 @@ class Edit:
             )
         tied = ties_embeddings(config)
         untie = self.embeddings == "untie" and tied
+        # Some checkpoints store the head although it is tied; then nothing is added, and only the config changes.
         untied = row.unembedding if untie and row.unembedding not in names else None
         return Plan(tuple(tensors), untied, tied, untie)
 
@@ -89,6 +90,7 @@ class OrthogonalizedTensor:
         """The edit of one matrix (a bias is a matrix of one row) as a stream of blocks."""
         edit, gain, name = self.edit, None, gain_name(self.site)
         if name is not None:
+            # As the model does: Gemma widens the stored weight before it adds 1.
             gain = other(name).float() + self.row.gain_offset
         # Norms are preserved for each input neuron or token; a bias belongs to neither.
         preserving = edit.variant == "norm_preserving" and not self.name.endswith("bias")

@@ -109,6 +109,7 @@ def concept_ablated(
         CAFT (Casademunt et al. 2025, section 3).
     """
     inner = causal_model(model)
+    # torch.compile(model) returns a wrapper; model.compile() leaves its mark on the modules.
     if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) for m in inner.modules()):
         raise RequestError("hooks do not run in compiled models, so nothing would be ablated; leave out torch.compile")
     running = Ablation({})
@@ -118,6 +119,7 @@ def concept_ablated(
             fired[place] = 0
             change = ablation(part, mode)
 
+            # Defaults bind the place and the change of this turn; a closure would see those of the last one.
             def counted(hidden: Tensor, place: Place = place, change: Callable[[Tensor], Tensor] = change) -> Tensor:
                 if running.paused:
                     return hidden
@@ -126,6 +128,7 @@ def concept_ablated(
 
             hooks.callback(change_at(inner, row, place, counted).remove)
         yield running
+    # Not reached after an error inside the context, which this error would hide.
     missed = [str(place) for place, count in fired.items() if not count]
     if missed:
         raise EditError(

@@ -63,6 +63,7 @@ def measure_writes(
 
     with written(model, row, see):
         for batch in batches:
+            # The hooks are older than the batches, so each batch's mask reaches them through this list.
             mask[:] = [batch["attention_mask"]]
             run_decoder(model, batch)
     return [

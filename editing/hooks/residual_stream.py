@@ -54,6 +54,8 @@ def read_streams(
     with ExitStack() as hooks:
         for point in sorted(set(points)):
             if point < len(layers):
+                # The defaults p, i and n in these hooks bind the turn's values; a closure would see the last ones of
+                # the loop.
                 handle = layers[point].register_forward_pre_hook(
                     lambda _, args, kwargs, p=point: keep(p, _hidden(args, kwargs)), with_kwargs=True
                 )
@@ -107,12 +109,14 @@ def ablated(model: nn.Module, row: Architecture, basis: Float[Tensor, "d k"], st
     """
 
     def project(hidden: Tensor) -> Tensor:
+        # In fp32: in bfloat16 rounding would leave a part of the component in place.
         local = basis.to(hidden.device, torch.float32)
         values = hidden.float()
         return (values - strength * (values @ local) @ local.T).to(hidden.dtype)
 
     layers = decoder_layers(model, row)
     with ExitStack() as hooks:
+        # What the embeddings write is the first layer's input.
         hooks.callback(change_input(layers[0], project).remove)
         for layer in layers:
             for name in row.sublayers:
@@ -154,6 +158,7 @@ def read_early(model: nn.Module, row: Architecture, point: int) -> Iterator[None
     with ExitStack() as hooks:
         if point < len(layers):
             hooks.callback(layers[point].register_forward_pre_hook(keep, with_kwargs=True).remove)
+            # The change is made at the last layer, so that the final norm still stands before the unembedding.
             hooks.callback(change_output(layers[-1], lambda _: stream[0]).remove)
         yield
 
@@ -189,6 +194,7 @@ def run_decoder(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     assert isinstance(decoder, nn.Module)
     # Models with learned positions would count the padding on the left; some decoders take no position_ids at all.
     takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+    # Padding on the left would get position -1, which no table of positions has.
     positions = {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)} if takes_positions else {}
     decoder(**inputs, **positions, use_cache=False)
 
@@ -199,6 +205,7 @@ def first(output: Any) -> Tensor:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    # Models differ in whether they pass the hidden states to a layer by position or by name.
     return args[0] if args else kwargs["hidden_states"]
 
 

@@ -80,6 +80,8 @@ class UnitMoments:
     @property
     def variance(self) -> Float[Tensor, "layers units"]:
         assert self.squares is not None
+        # The difference cancels where the mean is large. Sums in float64 leave enough digits, and rounding may end
+        # below 0.
         return (self.squares / max(self.count, 1) - self.mean.square()).clamp_min(0)
 
 
@@ -96,6 +98,7 @@ class UnitAttribution:
 
     def see(self, layer: int, activations: Float[Tensor, "batch positions units"]) -> None:
         """Register one layer of a batch; the backward pass then adds to the sums."""
+        # A forward without gradients has no backward pass that could add anything.
         if not activations.requires_grad:
             return
         values = activations.detach()
@@ -114,6 +117,7 @@ class UnitAttribution:
     def effect(self, mean: Float[Tensor, "layers units"] | None = None) -> Float[Tensor, "layers units"]:
         """Change of the summed loss, in nats, if each unit alone were set to 0, or to its mean if ``mean`` is given."""
         assert self.product is not None and self.gradient is not None
+        # The sum of (activation - mean) times gradient, without the activations themselves.
         return -(self.product if mean is None else self.product - mean * self.gradient)
 
 
@@ -136,6 +140,7 @@ def rank_saliency(concept: UnitMoments, rest: UnitMoments) -> Float[Tensor, "lay
     """
     scores = (concept.mean - rest.mean).abs().flatten()
     ranks = torch.empty_like(scores)
+    # Stable, so that units with equal scores are ranked alike in every run.
     ranks[scores.argsort(descending=True, stable=True)] = torch.arange(
         len(scores), dtype=scores.dtype, device=scores.device
     )

@@ -49,6 +49,7 @@ def attend_by_products(model: Any) -> None:
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         wanted = trained or _everywhere.get()
         shared_mask = attention_mask is None or attention_mask.shape[1] == 1
+        # ``attention`` has no dropout, no position bias and one mask for all heads; other calls stay with transformers.
         if not wanted or dropout or not shared_mask or rest.get("position_bias") is not None:
             output, _ = sdpa_attention_forward(
                 module,
@@ -63,6 +64,7 @@ def attend_by_products(model: Any) -> None:
             )
             return output, None
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        # Where a flag of the fused kernel does the masking, transformers makes no causal mask.
         if attention_mask is None and causal and query.shape[2] > 1:
             attention_mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
         output = attention(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -133,6 +135,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, output = ctx.saved_tensors
         of_query = torch.empty_like(query)
+        # Pieces of different queries add to the same keys and values; in bfloat16 the sum would lose small addends.
         of_key, of_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value))
         for piece in _pieces(query, key, ctx.block):
             p = _probabilities(query, key, mask, ctx.scale, piece)

@@ -28,6 +28,7 @@ def round_to_nearest(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
     size = group if weight.shape[-1] % group == 0 else weight.shape[-1]
     grouped = weight.float().unflatten(-1, (-1, size))
     scale = grouped.abs().amax(-1, keepdim=True) / largest
+    # A group of zeros has scale 0.
     rounded = (grouped / scale.clamp_min(1e-30)).round().clamp(-largest, largest) * scale
     return rounded.flatten(-2).to(weight.dtype)
 

@@ -37,6 +37,7 @@ class Moments:
                 self._scatter = torch.zeros(*mean.shape, self.width, dtype=torch.float64, device=mean.device)
         total, delta = self.count + n, mean - self.mean
         if self._scatter is not None:
+            # Centred on the batch's own mean: sums of raw squares would cancel where the mean is large.
             centred = values - mean
             self._scatter += torch.einsum("n...i,n...j->...ij", centred, centred)
             self._scatter += delta[..., :, None] * delta[..., None, :] * (self.count * n / total)

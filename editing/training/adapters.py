@@ -95,6 +95,7 @@ def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
+        # peft has to be told that Conv1D stores its weight as [in, out].
         fan_in_fan_out=is_conv1d(model.get_submodule(shape.modules[0])),
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -114,6 +115,7 @@ def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
 
 def detach(adapted: Any) -> nn.Module:
     """Remove the adapter and return the base model."""
+    # unload leaves the base weights as they were; merge_and_unload would add the adapter to them.
     base: nn.Module = adapted.unload()
     return base
 
@@ -131,6 +133,7 @@ def learned_factors(adapted: Any, shape: AdapterShape) -> dict[str, Factors]:
     for name in shape.modules:
         module = adapted.get_base_model().get_submodule(name)
         down = module.lora_A["default"].weight.detach().float().cpu()
+        # The scale goes into one factor, so that the product alone is the update.
         up = module.lora_B["default"].weight.detach().float().cpu() * module.scaling["default"]
         stored_transposed = is_conv1d(module.base_layer)
         factors[f"{name}.weight"] = Factors(down.T, up.T) if stored_transposed else Factors(up, down)

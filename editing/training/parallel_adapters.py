@@ -44,6 +44,7 @@ class ParallelAdapters:
         """Make a new fp32 parameter for each attacker: normal values times ``spread``, from the attacker's seed."""
         made = []
         for attacker, seed in enumerate(seeds):
+            # A seed for each parameter of each attacker: an attacker starts the same whoever is trained beside it.
             generator = torch.Generator().manual_seed(1000 * seed + len(self.owned[attacker]))
             made.append(nn.Parameter(spread * torch.randn(*shape, generator=generator)))
             self.owned[attacker].append(made[-1])
@@ -69,6 +70,7 @@ class SideBySide(nn.Module):
         width_in, width_out = linear_widths(inner)
         device = next(inner.parameters()).device
         self.down = nn.ParameterList(attackers.new_parameters((rank, width_in), seeds, width_in**-0.5)).to(device)
+        # As in LoRA, one factor starts at 0, so that an attacker starts as the base model.
         self.up = nn.ParameterList(attackers.new_parameters((width_out, rank), seeds, 0.0)).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,6 +79,7 @@ class SideBySide(nn.Module):
         up = self.attackers.assigned_parameters(list(self.up), len(x))
         lowered = torch.bmm(x.reshape(len(down), -1, x.shape[-1]).to(down.dtype), down.mT)
         grouped = frozen.reshape(len(up), -1, frozen.shape[-1]).to(up.dtype)
+        # Summed in the update's fp32 and rounded to the model's dtype once.
         return torch.baddbmm(grouped, lowered, up.mT, alpha=self.scale).to(frozen.dtype).view_as(frozen)
 
 
@@ -113,6 +116,7 @@ def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iter
     attackers = ParallelAdapters(len(seeds))
     attackers.prefix = tokens
     embedding = model.get_input_embeddings()
+    # Soft prompts start as large as the embeddings that they stand among.
     spread = float(embedding.weight.detach().float().std())
     values = attackers.new_parameters((tokens, embedding.weight.shape[1]), seeds, spread)
 

@@ -55,6 +55,7 @@ class SoftTargets:
 
     def largest(self, count: int) -> "SoftTargets":
         """Only the ``count`` likeliest tokens of each position, normalized; all others get probability 0."""
+        # Tokens that tie with the last one stay too.
         least = self.log_p.topk(min(count, self.log_p.shape[-1]), -1).values[:, -1:]
         cut = self.log_p.masked_fill(self.log_p < least, -torch.inf).log_softmax(-1)
         return SoftTargets(self.ids, cut, torch.full_like(self.rest, -torch.inf))
@@ -118,6 +119,7 @@ def keep_streams(
     """
     vocabulary = bare.shape[-1]
     if count >= vocabulary:
+        # All tokens in their order, so that a token's place is its id.
         ids = torch.arange(vocabulary, device=bare.device).expand(len(bare), -1)
         no_rest = torch.full_like(bare[:, :1], -torch.inf)
         return Streams(ids, *(torch.cat([stream, no_rest], -1) for stream in (bare, expert, novice)))
@@ -189,12 +191,15 @@ def _compare(logits: Tensor, targets: SoftTargets) -> tuple[Tensor, Tensor]:
     if targets.ids.shape[-1] == logits.shape[-1]:
         log_q = logits.log_softmax(-1).gather(-1, targets.ids)
         gradient = torch.empty_like(logits)
+        # The gradient of KL(p || q) with respect to the logits of q is q - p.
         gradient.scatter_(-1, targets.ids, log_q.exp() - p)
         return _weighted(p, targets.log_p - log_q), gradient
     # The target says nothing of how the other tokens share the rest, so their gradient keeps the model's proportions.
     stored = logits.gather(-1, targets.ids)
     others = logits.scatter(-1, targets.ids, -torch.inf)
     gradient = others.softmax(-1)
+    # logsumexp of the other tokens, from their softmax: the largest has the probability exp(max - logsumexp). This
+    # saves a pass over the vocabulary.
     of_others = others.amax(-1, keepdim=True) - gradient.amax(-1, keepdim=True).log()
     whole = torch.logaddexp(stored.logsumexp(-1, keepdim=True), of_others)
     log_q, q_rest = stored - whole, (of_others - whole)[:, 0]
