@@ -100,6 +100,7 @@ class Message(BaseModel):
 class TrainingRow(BaseModel):
     """One line to fine-tune on: a chat, a prompt with its completion, or a plain text."""
 
+    # Files and data sets that were made elsewhere have further columns.
     model_config = ConfigDict(extra="ignore", frozen=True)
     id: str = ""
     messages: tuple[Message, ...] = ()

@@ -39,6 +39,7 @@ class Scores:
     def interval(self) -> tuple[float, float]:
         """95% interval over items."""
         shares = not self.exponential and all(weight == 1 for weight in self.weights)
+        # A bootstrap of a rate of 0 or 1 has no width.
         if shares and set(self.totals) <= {0.0, 1.0}:
             return wilson(int(sum(self.totals)), len(self.totals))
         return _percentiles(self._resampled())
@@ -50,6 +51,8 @@ class Scores:
 
     def _resampled(self) -> np.ndarray[Any, Any]:
         n = len(self.totals)
+        # How often each item is drawn is all that a mean needs, so draws are counts and the bootstrap is one matrix
+        # product. The seed is the same for all models, so that both sides of a difference draw the same items.
         draws = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
         weights = draws @ np.asarray(self.weights)
         # With very few items a draw may contain only items of weight 0.
@@ -111,6 +114,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # At 0 and 1 rounding could leave the proportion itself outside its interval.
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 

@@ -90,4 +90,6 @@ def _utility(base: float, edited: float) -> dict[str, Any]:
 
 
 def _share(curve: RecoveryCurve, scale: Scale) -> float:
+    # Where base and chance are the same there is nothing to erase, which is said elsewhere; here nothing may divide by
+    # 0.
     return float((curve.accuracy.max() - scale.chance) / max(scale.known - scale.chance, 1e-9))

@@ -68,6 +68,7 @@ class Scale:
 
 def time_to(accuracy: NDArray[np.float64], tokens: Sequence[int], mark: float) -> float | None:
     """Tokens until accuracy first reaches a mark, interpolated in log(1 + tokens); None where it never does."""
+    # Models are asked at powers of two, which are evenly apart in the logarithm.
     times = np.log1p(np.asarray(tokens, dtype=float))
     for place, value in enumerate(accuracy):
         if value >= mark:
@@ -119,11 +120,12 @@ def speed_up(edited: RecoveryCurve, floor: RecoveryCurve, scale: Scale, share: f
         )
         if mine is None and theirs is None:
             return None
-        # A floor on facts of its own reads texts of another length.
+        # Each is censored at its own last token: a floor on facts of its own reads texts of another length.
         latest = [
             float(edited.tokens[-1]) if mine is None else mine,
             float(floor.tokens[-1]) if theirs is None else theirs,
         ]
+        # One is added as in log(1 + tokens), so that a model that is there before any token makes no division by 0.
         return (1 + latest[1]) / (1 + latest[0])
 
     mine, theirs = (time_to(a.accuracy, a.tokens, scale.mark(share)) for a in (edited, floor))
@@ -161,6 +163,7 @@ def interval(statistic: Statistic, attacked: Sequence[RecoveryCurve]) -> tuple[f
     censored = 0
     questions = attacked[0].hits.shape[2]
     for _ in range(RESAMPLES):
+        # The same questions for all models, because they are compared question by question.
         items = rng.integers(questions, size=questions)
         drawn = [
             one.hits[rng.integers(len(one.hits), size=len(one.hits))][:, :, items].mean((0, 2)) for one in attacked
@@ -170,6 +173,7 @@ def interval(statistic: Statistic, attacked: Sequence[RecoveryCurve]) -> tuple[f
             censored += 1
         else:
             values.append(value)
+    # A draw without a value counts as larger than any, so the upper end is open once they fill its tail.
     if censored > 0.025 * RESAMPLES:
         return (float(np.percentile(values, 2.5)) if values else None), None
     low, high = np.percentile(values, [2.5, 97.5])

@@ -60,6 +60,7 @@ def _relearning(compared: list[Compared], scale: Scale) -> Relearning:
         return Relearning(None, Estimate(None, (None, None)), next(iter(SHARES)), fast=False)
     share = timed_share(relearn.edited, relearn.floor, scale)
     faster = speed_up(relearn.edited, relearn.floor, scale, share)
+    # A bound "<" means that the true value may be anything below it, so it does not show that relearning is fast.
     fast = faster.ci95[0] is not None and faster.ci95[0] > SLOW and faster.bound != "<"
     return Relearning(relearn, faster, share, fast, reached=float(relearn.edited.accuracy[0]) >= scale.mark(share))
 
@@ -76,6 +77,7 @@ def _evidence(compared: list[Compared], scale: Scale, relearning: Relearning, fl
         untouched=untouched,
         relearning=relearning,
         floor=floor,
+        # An open lower end does not show that anything was recovered, so it counts as 0.
         recovering=[name for name, share in regained.items() if (share.ci95[0] or 0.0) >= BACK],
         leaking=[name for name, accuracy in leaks.items() if (accuracy.ci95[1] or 0.0) > LEAK],
         never_erased=float(untouched.edited.accuracy[0]) >= scale.mark(RECOVERED),

@@ -104,6 +104,7 @@ class BehaviourProbe:
         return {"probe": "behaviour", "units": self.units, "beginnings": shown, "validation_pairs": len(self.positive)}
 
     def _odds(self, log_probabilities: Tensor) -> float:
+        # In float64 and with 1e-8 in the logarithm, as the authors compute their score: near 1 a float32 loses 1 - p.
         total = log_probabilities[:, self.tokens].exp().sum(-1).double()
         return float((torch.log(total + 1e-8) - torch.log1p(-total.clamp_max(1 - 1e-8))).mean())
 
@@ -117,10 +118,12 @@ class KnowledgeProbe:
         self.model, self.tokenizer, self.questions = model, tokenizer, questions
         self.positive = [Request("", pair.positive) for pair in pairs]
         self.negative = [Request("", pair.negative) for pair in pairs]
+        # ``induce`` subtracts the preference of the base, so it is 0 while that is measured.
         self.preference = 0.0
         self.base_bypass, self.base_induce = self.bypass(), 0.0
         self.preference = self.induce()
         encoded = [tuple(encode_prompt(tokenizer, pair.negative, chat=False)) for pair in pairs]
+        # The first token of a text serves as the prompt, and the rest as the reply.
         self.replies = [Reply("", ids[:1], ids[1:], "") for ids in encoded if len(ids) > 1]
         self.reference = reply_log_probabilities(model, self.replies)
 
@@ -179,6 +182,7 @@ def score_candidates(
         for j, position in enumerate(directions.positions):
             vector = directions.vectors[i, j]
             norm = float(vector.norm())
+            # Rounded down, as in the authors' code.
             if point >= int(filters.max_depth * layers):
                 candidates.append(Candidate(point, position, norm, rejected="too deep"))
             elif not math.isfinite(norm) or norm < 1e-6:
@@ -226,8 +230,10 @@ def _score(
 ) -> Candidate:
     with ablated(model, row, unit(vector)):
         bypass, kl = probe.bypass(), probe.kl()
+    # Added at its whole length, as published: coefficient 1 times the difference in means.
     with added(model, row, vector, point):
         induce = probe.induce()
+    # NaN passes both comparisons below, so it is refused before them.
     if not all(map(math.isfinite, (bypass, kl, induce))):
         rejected = "not finite"
     elif kl > filters.max_kl:

@@ -64,6 +64,7 @@ def generate(
     """
     encoded = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
     replies: list[Reply | None] = [None] * len(prompts)
+    # Replies are counted at the length that they may reach.
     for batch in token_batches([len(ids) + tokens for ids in encoded], max(batch_budget(model), 4096)):
         for index, ids in zip(
             batch, _continue(model, tokenizer, [encoded[i] for i in batch], tokens, sample_seed), strict=True
@@ -75,9 +76,11 @@ def generate(
 
 
 def _continue(model: Any, tokenizer: Any, rows: Sequence[list[int]], tokens: int, seed: int | None) -> list[list[int]]:
+    # Padded on the left, because new tokens must come directly after the prompt's last one.
     padded = tokenizer.pad({"input_ids": list(rows)}, padding=True, padding_side="left", return_tensors="pt")
     ends = end_tokens(model, tokenizer)
     # Temperature, top_p and top_k of the model's generation settings are off, to sample its plain distribution.
+    # transformers samples from torch's global generator, so it is seeded in a fork that puts the old state back.
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -92,6 +95,7 @@ def _continue(model: Any, tokenizer: Any, rows: Sequence[list[int]], tokens: int
             eos_token_id=sorted(ends) or None,
         )
     continued = output[:, padded["input_ids"].shape[1] :].tolist()
+    # transformers fills rows that ended early up to the longest one; that padding is no part of the reply.
     return [_until_end(ids, ends) for ids in continued]
 
 
@@ -115,6 +119,7 @@ def reply_log_probabilities(model: Any, replies: Sequence[Reply]) -> list[Float[
     rows = [reply.prompt_ids + reply.ids for reply in replies]
     results: list[Tensor | None] = [None] * len(rows)
     for batch in token_batches([len(row) for row in rows], batch_budget(model)):
+        # The logits at a position are about the next token, so a reply's logits start one position before it.
         first = min(len(replies[index].prompt_ids) for index in batch) - 1
         logits = padded_logits(model, [rows[index] for index in batch], first)
         for place, index in enumerate(batch):
@@ -126,4 +131,5 @@ def reply_log_probabilities(model: Any, replies: Sequence[Reply]) -> list[Float[
 
 def divergence(base: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
     """KL(base || other) at each token, in nats."""
+    # Rounding can leave a value slightly below 0.
     return (base.exp() * (base - other)).sum(-1).clamp_min(0)

@@ -78,6 +78,7 @@ def windows(scored: Scored, context: int) -> list[Scored]:
     if len(scored.ids) <= context:
         return [scored]
     parts = []
+    # Windows overlap by one token, because the first token of a window is never scored.
     for begin in range(0, len(scored.ids) - 1, context - 1):
         ids = scored.ids[begin : begin + context]
         start = max(1, scored.start - begin)
@@ -162,6 +163,7 @@ def batch_budget(model: Any) -> int:
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` [rows, longest] of right-padded rows."""
     longest = max(map(len, rows))
+    # Padding is token 0, which every vocabulary has. A tokenizer's padding token may lie outside the model's embedding.
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for place, row in enumerate(rows):
@@ -179,6 +181,7 @@ def padded_logits(model: Any, rows: Sequence[Sequence[int]], first: int) -> Floa
     except torch.OutOfMemoryError:
         if len(rows) == 1:
             raise
+    # Outside the handler, whose exception would keep the failed forward's tensors alive.
     half = len(rows) // 2
     parts = [padded_logits(model, part, first) for part in (rows[:half], rows[half:])]
     widest = max(part.shape[1] for part in parts)
@@ -187,6 +190,7 @@ def padded_logits(model: Any, rows: Sequence[Sequence[int]], first: int) -> Floa
 
 def score_rows(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tuple[int, Scored]]) -> list[Likelihood]:
     """Run rows once and score every member: the index of its row, and the part of the row to score."""
+    # The logits at a position are about the next token, hence the 1 here and in ``positions``.
     first = min(part.start for _, part in members) - 1
     logits = padded_logits(model, rows, first)
     places = [place for place, part in members for _ in part.ids[part.start :]]
@@ -200,6 +204,7 @@ def score_rows(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tupl
     greedy = log_probabilities.argmax(-1)[inverse] == targets
     lengths = [len(part.ids) - part.start for _, part in members]
     starts = torch.tensor([0, *lengths[:-1]], device=logits.device).cumsum(0)
+    # In chunks, because the comparison copies whole distributions.
     ranks = 1 + torch.cat(
         [(log_probabilities[inverse[chunk]] > chosen[chunk, None]).sum(-1) for chunk in starts.split(256)]
     )

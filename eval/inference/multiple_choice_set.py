@@ -144,6 +144,7 @@ class _Reading:
         self.row = {index: row for row, (_, members) in enumerate(questions) for index in members}
         prompts = [parts[members[0]].ids[:length] for length, members in questions]
         width = max(map(len, prompts))
+        # Padded on the left, so that in the cache every prompt ends where its answers go on.
         ids = torch.tensor([(0,) * (width - len(row)) + row for row in prompts], device=self.device)
         self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.device)
         self.cache = DynamicCache(config=self.decoder.config)
@@ -161,6 +162,8 @@ class _Reading:
         )
         values = log_p[rows, firsts].tolist()
         self.log_p = {
+            # A choice may share more tokens with the prompt than the others do, and is then scored from a later token
+            # on.
             index: value if parts[index].start <= questions[row][0] else 0.0
             for (index, row), value in zip(self.row.items(), values, strict=True)
         }
@@ -184,11 +187,13 @@ class _Reading:
             return
         self.unread -= set(longer)
         rows = [self.row[index] for index in longer]
+        # A forward appends to its cache, and answers that are read later need the prompts alone.
         cache, before = copy.deepcopy(self.cache), self.mask[rows]
         cache.batch_select_indices(torch.tensor(rows, device=self.device))
         inputs = pad_right(
             [self.parts[i].ids[self.questions[row][0] : -1] for i, row in zip(longer, rows, strict=True)], self.device
         )
+        # Padding on the left is no position.
         positions = before.sum(-1, keepdim=True) + torch.arange(inputs["input_ids"].shape[1], device=self.device)
         hidden = self.decoder(
             input_ids=inputs["input_ids"],

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    # It imports numpy, which lists and help do without.
     from ..statistics import Better
 
 Criterion = Literal["", "Innocence", "Seamlessness", "Specificity"]

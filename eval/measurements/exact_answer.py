@@ -16,6 +16,7 @@ ANSWER_TOKENS = 12
 
 def holds_answer(text: str, answer: str, choices: Sequence[str]) -> bool:
     """Whether a reply holds the true answer as whole words, and no other choice: naming them all is not knowing."""
+    # A choice that is part of the true answer, such as York in New York, cannot count against it.
     others = [choice for choice in choices if choice != answer and not _has(answer, choice)]
     return _has(text, answer) and not any(_has(text, other) for other in others)
 
@@ -52,6 +53,7 @@ def _completes(question: Question, reply: Reply) -> bool:
 
 
 def _has(text: str, words: str) -> bool:
+    # Lookarounds in place of \b, which fails at an answer that begins or ends with a sign.
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, flags=re.IGNORECASE) is not None
 
 

@@ -11,6 +11,7 @@ from ..statistics import Scores
 from . import MEASUREMENTS
 
 NOVICE_TEXTS = 64
+# Words without a topic, also those of a request itself, such as "write a short paragraph".
 _COMMON = frozenset(
     "about above after again also because been before being between both could does doing down each from further have "
     "having here into just know like more most much only other over please same should some such tell than thank that "
@@ -98,6 +99,7 @@ def novice_text(subject: ModelUnderTest) -> tuple[tuple[str, ...], list[Reply]]:
     persona = about.personas.novice.replace("{description}", about.description)
     openings = list(dict.fromkeys(" ".join(text.text.split()[:3]) for text in subject.concept.forget))[:NOVICE_TEXTS]
     prompts = [f"{persona} {opening}" for opening in openings]
+    # A text that begins in the novice's words is continued; in a chat template the model would answer it.
     replies = generate(subject.model, subject.tokenizer, prompts, subject.settings.max_new_tokens, chat=False)
     return tuple(f"novice-{number}" for number in range(len(replies))), replies
 

@@ -16,6 +16,7 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     base = subject.base
     if base is None:
         return []
+    # The base replied to the first ``kl_prompts`` of the prompts.
     prompts = tuple(prompt.id for prompt in subject.prompts("neutral")[: len(base.replies)])
     return [
         _along(subject, "neutral", prompts, base.replies, base.log_probabilities),

@@ -51,7 +51,7 @@ def find_tasks(names: Sequence[str]) -> Tasks:
     if missing:
         raise RequestError(f"{missing[0]} is no file; give a task's YAML file, or the name of one that the harness has")
     folders = sorted({str(path.parent.resolve()) for path in files.values()})
-    # Its own 14,000 tasks take seconds to list.
+    # The harness's own 14,000 tasks take seconds to list.
     manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(names))
     chosen = tuple(_name_in(files[name]) if name in files else name for name in names)
     for name in chosen:
@@ -83,6 +83,7 @@ def scores(model: Any, tokenizer: Any, tasks: Tasks, limit: int = 0) -> list[Sco
             tasks=list(tasks.names),
             task_manager=tasks.manager,
             limit=limit or None,
+            # Intervals are computed here, so the harness need not draw any.
             bootstrap_iters=0,
             log_samples=True,
             verbosity="ERROR",

@@ -52,6 +52,7 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
         return []
     points = _points(subject)
     training_set, test_set = _read(subject, training, points), _read(subject, testing, points)
+    # random.Random turns a text into the same state in every process, unlike hash().
     rng = random.Random("excise probe control")
     shuffled = [rng.randrange(len(choices)) for choices in training_set.choices]
     ids = tuple(question.id for question in testing)
@@ -84,6 +85,7 @@ def question_ends(
     row = architecture_of(subject.model.config.to_dict())
     states = torch.empty(len(points), len(rows), int(subject.model.config.hidden_size))
     for batch in token_batches([len(ids) for ids in rows], 4 * batch_budget(subject.model)):
+        # Padded on the left, so that the last position is every question's last token.
         padded = subject.tokenizer.pad(
             {"input_ids": [rows[i] for i in batch]}, padding=True, padding_side="left", return_tensors="pt"
         )
@@ -107,6 +109,7 @@ def fit_probe(training_set: Asked, test_set: Asked, index: int, answers: Sequenc
     """Fit a probe at one point: the accuracy that cross-validation on T expects, and which questions of V it answers
     rightly."""
     mean, spread = training_set.states[index].mean(0), training_set.states[index].std(0) + 1e-6
+    # Means and spreads are those of T, because V must not shape the probe that it tests.
     x, tested = ((part.states[index] - mean).double() / spread for part in (training_set, test_set))
     centre = torch.cat(training_set.choices).mean(0)
     wanted = [(choices - centre).double() for choices in training_set.choices]

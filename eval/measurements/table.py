@@ -13,6 +13,7 @@ from . import MEASUREMENTS
 def measure(subject: ModelUnderTest) -> list[Scores]:
     """Run every measurement of the table on one model."""
     functions = [function_of(row.requests) for row in MEASUREMENTS.values() if row.requests]
+    # All requests together, so that measurements share their forwards.
     subject.prepare([request for function in functions for request in function(subject.concept, subject.settings)])
     return [result for name, row in MEASUREMENTS.items() if row.scores for result in scores_of(name, subject)]
 
