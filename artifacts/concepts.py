@@ -95,6 +95,7 @@ def load_concept(ref: str | Path) -> Concept:
             raise RequestError(
                 f"{ref} is not a folder{nearest(ref, known)}; give a concept folder or one of {', '.join(known)}"
             )
+        # The name alone stands in records, because a path may be private.
         ref = folder.resolve().name
     return _read(folder, ref)
 
@@ -158,6 +159,8 @@ def _rows(path: Path, kind: type[Row] | type[TrainingRow], problems: list[str]) 
     seen: dict[str, int] = {}
     groups: dict[str, tuple[str, int]] = {}
     try:
+        # split("\n") and not splitlines(), which also cuts at characters that JSON allows inside a text, such as
+        # U+2028.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (UnicodeDecodeError, OSError) as error:
         problems.append(f"{path.name}: cannot be read: {error}")

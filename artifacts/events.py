@@ -40,6 +40,7 @@ class Events:
         if self.path is None:
             return
         line = {"time": round(time.time(), 3), "stage": stage, "step": step, "metrics": metrics}
+        # Opened and closed for each line, so that a killed run keeps all lines that it wrote.
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -56,4 +57,5 @@ class Events:
         finally:
             if self.watcher:
                 self.watcher.stop()
+        # Not in ``finally``, so that a stage that failed gets no line that says how long it took.
         self.write(name, stage.step, {"seconds": round(time.monotonic() - started, 2)})

@@ -75,10 +75,12 @@ def explained(ref: str) -> Iterator[None]:
             f"the Hub refused {ref} ({status or 'no answer'}): {ANSWERS.get(status, one_line(error))}"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
+        # Errors of the disk have a number and are no matter of the Hub.
         if isinstance(error, OSError) and error.errno:
             raise
         raise ExciseError(f"{ref}: {one_line(error)}; run the same command again to continue") from error
     except Exception as error:
+        # By package name, because the client's HTTP library differs between its versions.
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "hf_xet"):
             raise
         raise ExciseError(

@@ -75,6 +75,7 @@ class PlainLines:
     def start(self, stage: str, total: int | None) -> None:
         self.stage, self.total, self.done, self.note = stage, total or 0, 0, ""
         self._say("")
+        # A new event, because that of the stage before is set.
         self.ended = threading.Event()
         # A stage may take long between two steps, so the lines do not wait for one.
         self.thread = threading.Thread(target=self._say_again, args=(self.ended,), daemon=True)

@@ -57,9 +57,11 @@ def pull(ref: str, out: Path) -> Pulled:
     refuse_existing(out)
     api = HfApi()
     with explained(ref), staged_folder(out, resumable=True) as staging:
+        # The branch may move while files are fetched, so everything below is of one commit.
         commit = str(api.repo_info(match["id"], revision=match["revision"]).sha)
         listed = remote_files(api, match["id"], commit)
         made_by_excise = SUMS in listed
+        # Names are checked before anything is fetched, because a bad one could be written outside the folder.
         for name in listed:
             _check_name(name, ref, made_by_excise)
         wanted = {name: digest for name, digest in listed.items() if made_by_excise or _is_wanted(name)}
@@ -71,6 +73,8 @@ def pull(ref: str, out: Path) -> Pulled:
         snapshot_download(
             match["id"], revision=commit, local_dir=target, allow_patterns=[literal(name) for name in wanted]
         )
+        # The client's notes and the Hub's file of attributes are no part of the checkpoint, whose checksums do not list
+        # them.
         shutil.rmtree(target / _CLIENT, ignore_errors=True)
         (target / GIT_ATTRIBUTES).unlink(missing_ok=True)
         try:

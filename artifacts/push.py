@@ -117,6 +117,7 @@ def push(request: Push) -> Pushed:
         there = remote_files(api, request.repo_id, request.revision)
         local = _names(folder)
         stale = sorted(there.keys() - set(local) - {GIT_ATTRIBUTES})
+        # Files of an older push, or of one that was not finished, are replaced; those of another model are not.
         if stale and SUMS not in there and not _leftovers(stale):
             raise RequestError(
                 f"{request.repo_id} holds {len(stale)} files of another model, the first is {stale[0]}; "
@@ -175,6 +176,7 @@ def _carded(request: Push) -> Iterator[Path]:
         return
     with TemporaryDirectory(dir=request.folder.parent, prefix=".excise-push-") as temporary:
         copy = Path(temporary) / request.folder.name
+        # Hard links, because the weights need not be copied for another card.
         shutil.copytree(request.folder, copy, copy_function=os.link)
         amend_folder(copy, {CARD: without_measurements(read_manifest(copy) or {})})
         yield copy

@@ -57,6 +57,7 @@ def find_runs(folder: Path) -> list[Run]:
 
 def _folders(folder: Path) -> Sequence[Path]:
     return (
+        # Hidden folders are still being written.
         [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
         if folder.is_dir()
         else []
@@ -64,6 +65,7 @@ def _folders(folder: Path) -> Sequence[Path]:
 
 
 def _read(folder: Path, place: Path) -> Run | None:
+    # They are inside a run and would be listed as runs of their own.
     if place.name in ("checkpoint", "adapter") and place != folder:
         return None
     name = place.relative_to(folder).as_posix() if place != folder else place.resolve().name

@@ -63,4 +63,5 @@ def _with_new_names(content: Any, key: str = "") -> Any:
         return {_KEYS.get(name, name): _with_new_names(value, name) for name, value in content.items()}
     if isinstance(content, list):
         return [_with_new_names(value, key) for value in content]
+    # Values are renamed only under keys where they are names; in a prompt or reply the same word is text.
     return _VALUES.get(content, content) if isinstance(content, str) and key in _WHERE_VALUES_MEAN_THAT else content

@@ -20,6 +20,7 @@ def save_directions(subspaces: Sequence[Subspace], path: Path) -> None:
 
     tensors, about = {}, []
     for number, subspace in enumerate(subspaces):
+        # safetensors refuses tensors that are not contiguous, such as columns that were picked.
         tensors[f"{number}.basis"] = subspace.basis.contiguous()
         tensors[f"{number}.offset"] = subspace.offset.contiguous()
         if subspace.readers is not None:

@@ -58,6 +58,7 @@ def check_disk(out: Path, needed: int) -> None:
         ExciseError: There is too little space.
     """
     place = out.absolute()
+    # The folder may not exist yet; its nearest parent that does is on the same disk.
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
@@ -117,6 +118,7 @@ def export_edit(edit: WeightEdit, checkpoint: Checkpoint, folder: Path, stage: S
                 row, first = row + len(block), row
                 if isinstance(edit, Shrinking):
                     block = edit.stored_block(first, matrix.rows, block)
+                # numpy has no bfloat16, so blocks leave as unsigned bytes.
                 yield block.view(torch.uint8).numpy().reshape(-1).data
             parts.append(stream.change())
         changes.append(merge_changes(tensor.name, parts))
@@ -140,6 +142,7 @@ def copy_side_files(base: Path, folder: Path, config_changes: dict[str, Any]) ->
     """Copy configuration, tokenizer and licence files, with links resolved; apply ``config_changes``."""
     for pattern in SIDE_FILES:
         for path in sorted(base.glob(pattern)):
+            # The index is written anew; results and states of a trainer are of the base.
             if path.name in (INDEX, "eval_results.json", "trainer_state.json") or not path.is_file():
                 continue
             shutil.copyfile(path, folder / path.name)
@@ -208,6 +211,7 @@ def _write_shard(
         declared: Shapes that the edited tensors will have.
         extra: Name of a tensor to add at the end, and the stored one that it copies.
     """
+    # An untouched shard is the base's file byte for byte, so it is hashed once.
     touched = extra is not None or any(tensor.name in declared for tensor in shard.tensors)
     with shard.path.open("rb") as source:
         output, base, result = Output(target), Hasher(), Hasher() if touched else None
@@ -220,6 +224,7 @@ def _write_shard(
                 if stage:
                     stage.advance(len(block))
         finally:
+            # Also after an error: both threads have to end, and the file has to be closed.
             digest = base.finish()
             digests = digest, result.finish() if result else digest
             output.close()
@@ -287,6 +292,7 @@ def _header(shard: Shard, declared: Shapes, extra: tuple[str, StoredTensor] | No
         name, source = extra
         header[name] = {"dtype": source.dtype, "shape": list(source.shape), "data_offsets": [end, end + source.size]}
     text = json.dumps(header, separators=(",", ":")).encode()
+    # The format wants the data to start at a multiple of 8 bytes; blanks behind the JSON are allowed.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

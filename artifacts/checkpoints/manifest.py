@@ -98,6 +98,7 @@ def write_manifest(
     }
     (folder / FOLDER).mkdir(exist_ok=True)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    # The sums cover the manifest, so they are written last.
     sums = {name: entry["sha256"] for name, entry in files.items()} | {MANIFEST: sha256_of(folder / MANIFEST)}
     (folder / SUMS).write_text(_sums_text(sums), encoding="utf-8")
 
@@ -118,13 +119,16 @@ def verify_folder(folder: Path) -> int:
             f"; did you mean {inner}?" if inner.is_dir() else "; excise did not make it, or its checksums were removed"
         )
         raise RequestError(f"{folder} has no {SUMS}{hint}")
+    # Links could point outside the folder, where the checksums do not reach.
     problems = [f"{name} is a link" for name in _files(folder) if (folder / name).is_symlink()]
     problems += [f"{path.relative_to(folder)} is an empty folder" for path in _empty_folders(folder)]
     actual = {
         name: sha256_of(folder / name)
         for name in _files(folder)
+        # The signature is made over the checksums, so they cannot list it.
         if name not in (SUMS, SIGNATURE) and (folder / name).is_file()
     }
+    # A damaged file of sums must be reported as such, so it is decoded whatever it holds.
     raw = sums_path.read_bytes().decode("utf-8", errors="replace")
     listed = {line[66:]: line[:64] for line in raw.splitlines()}
     problems += [f"{name} is missing" for name in sorted(listed.keys() - actual.keys())]
@@ -158,6 +162,7 @@ def amend_folder(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     verify_folder(folder)
     staging, before = folder.with_name(f".{folder.name}.amended"), folder.with_name(f".{folder.name}.before")
     shutil.rmtree(staging, ignore_errors=True)
+    # Links, not copies: the weights may be larger than the free space.
     shutil.copytree(folder, staging, copy_function=os.link)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if (staging / SIGNATURE).exists():
@@ -169,8 +174,10 @@ def amend_folder(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     _write_anew(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     sums = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     _write_anew(staging / SUMS, _sums_text(sums | {MANIFEST: sha256_of(staging / MANIFEST)}))
+    # Everything is on disk before the names change, so that a crash leaves the old folder or the new one.
     for path in staging.rglob("*"):
         sync(path)
+    # A rename cannot replace a folder that holds something, so the old one moves aside first.
     os.rename(folder, before)
     os.rename(staging, folder)
     shutil.rmtree(before)

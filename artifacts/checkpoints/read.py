@@ -148,11 +148,14 @@ def read_header(path: Path) -> Shard:
             )
         header = file.read(length)
     try:
+        # JSON allows a key twice and Python keeps the last, but another reader may keep the first and load other
+        # weights.
         entries = json.loads(header, object_pairs_hook=_no_duplicates)
         entries.pop("__metadata__", None)
         unsorted = [_entry(path, name, entry, 8 + length) for name, entry in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path.name} has a damaged header ({error}); fetch it again") from error
+    # Tensors without elements start where the next one does, so the size decides their order.
     tensors = tuple(sorted(unsorted, key=lambda tensor: (tensor.start, tensor.size)))
     position = 8 + length
     for tensor in tensors:
@@ -170,6 +173,7 @@ def read_header(path: Path) -> Shard:
 def read_tensor(tensor: StoredTensor) -> Tensor:
     """Read a whole (small) tensor."""
     with tensor.file.open("rb") as file:
+        # A clone lets go of the mapped file.
         return as_tensor(mapped(file.fileno(), tensor.start, tensor.size), tensor.dtype).reshape(tensor.shape).clone()
 
 
@@ -216,6 +220,7 @@ def mapped(descriptor: int, start: int, size: int) -> memoryview:
     """
     if size == 0:
         return memoryview(b"")
+    # mmap starts at multiples of the page size only.
     before = start % mmap.ALLOCATIONGRANULARITY
     try:
         # A private writable mapping: torch warns about read-only buffers.
@@ -267,6 +272,7 @@ def _inside(folder: Path, path: Path) -> Path:
     """Check that a file is inside the folder. Links are allowed into the same model's entry of the Hub's cache."""
     target = path.resolve()
     allowed = [folder.resolve()]
+    # The Hub's cache keeps files as links into a folder of blobs beside the snapshots.
     if folder.parent.name == "snapshots":
         allowed.append(folder.parent.parent.resolve() / "blobs")
     if not any(target.is_relative_to(root) for root in allowed):

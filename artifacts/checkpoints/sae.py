@@ -111,6 +111,7 @@ FORMATS: dict[str, Format] = {
     "dictionary_learning": Format(
         "ae.pt",
         "config.json",
+        # nn.Linear stores [out, in], so the latents of a decoder lie along its second axis.
         {"decoder.weight": 1, "W_dec": 0},
         {"encoder.weight": 0, "W_enc": 1},
         ("encoder.bias", "b_enc"),
@@ -198,6 +199,7 @@ def load_latents(
         read(bias_key, None, 0) if bias_key else torch.zeros(width),
         _latent_rows(read(encoder_key, latents, encoder_axis), encoder_axis).T.contiguous(),
         read(bias, latents, 0) if bias else torch.zeros(len(numbers)),
+        # A setting of sae_lens; autoencoders of other libraries follow one rule each.
         bool(about.get("apply_b_dec_to_input", form.centred)),
         _threshold(keys, read, numbers),
         _not_alone(about, keys),
@@ -311,6 +313,7 @@ def _reader(path: Path) -> tuple[set[str], Read]:
 
 def _loaded(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".npz":
+        # A pickle inside an archive of arrays could run code.
         archive = np.load(path, allow_pickle=False)
         assert isinstance(archive, Mapping)
         return archive

@@ -31,6 +31,7 @@ def sign_folder(folder: Path, private_key: Path, password: str | None = None) ->
             f"{private_key.name} cannot be used as a private key ({one_line(error, 120)}); make one with "
             "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem`"
         ) from error
+    # The signature is made outside the folder, so that a failure leaves the folder as it was published.
     partial, path = folder.with_name(f".{folder.name}.{SIGNATURE}"), folder / SIGNATURE
     try:
         config.sign(folder / SUMS, partial)

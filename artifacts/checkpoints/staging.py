@@ -16,6 +16,7 @@ def refuse_existing(out: Path) -> None:
     Raises:
         RequestError: Something exists there.
     """
+    # A broken link exists too, although exists() says no.
     if out.exists() or out.is_symlink():
         raise RequestError(f"{out} exists already; give another --out, or remove it first")
 
@@ -32,6 +33,7 @@ def staged_folder(out: Path, *, resumable: bool = False) -> Iterator[Path]:
     """
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, because a rename is atomic on one file system only.
     staging = out.with_name(f".{out.name}.staging")
     with _locked(out.with_name(f".{out.name}.lock"), out):
         if not resumable:
@@ -47,6 +49,7 @@ def staged_folder(out: Path, *, resumable: bool = False) -> Iterator[Path]:
 
 def publish_folder(staging: Path, out: Path) -> None:
     """Make a finished folder visible: sync every file to disk, rename the folder, then sync its parent."""
+    # The umask can only be read by setting it.
     umask = os.umask(0)
     os.umask(umask)
     for path in sorted(staging.rglob("*")):
@@ -55,8 +58,10 @@ def publish_folder(staging: Path, out: Path) -> None:
             path.chmod(0o666 & ~umask)
         sync(path)
     sync(staging)
+    # Again, because a run takes long enough for somebody else to make the folder: rename would replace an empty one.
     refuse_existing(out)
     os.rename(staging, out)
+    # A rename is safe after a power cut only when the parent folder is on disk too.
     sync(out.parent)
 
 
@@ -66,6 +71,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        # Synced before the rename: otherwise a power cut could leave the new name with an empty file.
         sync(partial)
         os.replace(partial, path)
     finally:

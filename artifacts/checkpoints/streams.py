@@ -25,6 +25,7 @@ class Hasher:
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
+        # Bounded, so that a fast reader waits and memory holds a few blocks.
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=16)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -59,6 +60,7 @@ class Output:
         try:
             self._file = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
         except OSError as error:
+            # Some file systems, such as tmpfs on older kernels, do not know O_DIRECT.
             if error.errno != errno.EINVAL:
                 raise
             self._file = os.open(path, flags, 0o666)
@@ -85,6 +87,7 @@ class Output:
 
     def _run(self) -> None:
         while (block := self._queue.get()) is not None:
+            # After a failure blocks are still taken, because the writer would wait forever for room in the queue.
             if self._error is None:
                 self._guarded(self._take, block)
         if self._error is None:
@@ -107,6 +110,7 @@ class Output:
                 self._put()
 
     def _finish(self) -> None:
+        # The last piece is rarely a multiple of the sector size, which direct writes need.
         self._buffered()
         self._put()
         os.fsync(self._file)

@@ -32,6 +32,7 @@ class TensorCache:
         path = self._path(parts)
         try:
             tensors: dict[str, Tensor] = load_file(path)
+            # The time of last use, by which old entries are deleted.
             os.utime(path)
         except (OSError, SafetensorError):
             return None
@@ -40,6 +41,7 @@ class TensorCache:
     def put(self, tensors: Mapping[str, Tensor], *parts: object) -> None:
         """Store tensors completely or not at all; a full disk is not an error."""
         path = self._path(parts)
+        # The process number keeps two runs apart that compute the same entry.
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -66,5 +68,6 @@ def scope_of(folder: Path, dtype: torch.dtype, device: torch.device) -> str:
     """A text that identifies a model's outputs: hashes of weights and config, dtype, device and library versions."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     sums = [sha256_of(path) for path in files]
+    # Versions and the processor's instructions decide the last bits of a result.
     versions = (torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability())
     return repr((sums, str(dtype), device.type, versions))

@@ -24,6 +24,7 @@ def from_gguf(path: Path) -> ModelSource:
     digest = sha256_of(path)
     folder = cache_folder() / f"gguf-{digest[:16]}"
     if not folder.exists():
+        # Whole or not at all: a conversion that was killed must not be taken for a model by the next run.
         with staged_folder(folder) as staging:
             _dequantize(path, staging)
     return ModelSource("gguf", path.name, folder, sha256=digest)

@@ -7,6 +7,7 @@ from ...editing.errors import CheckpointError, RequestError
 from .source import ModelSource
 
 WANTED = [
+    # It names the licence.
     "README.md",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -43,6 +44,7 @@ def from_hub(repo_id: str, revision: str | None) -> ModelSource:
             f"the Hub refused {repo_id}{'@' + revision if revision else ''} ({status}); check the name and revision, "
             "and log in with `hf auth login` if the model is private or gated"
         ) from error
+    # The client names snapshots by commit; another name would be published as a revision that nobody can fetch.
     if not re.fullmatch(r"[0-9a-f]{40}", folder.name):
         raise CheckpointError(
             f"the Hub's cache holds {repo_id} under {folder.name}, which is not a commit; clear the cache"

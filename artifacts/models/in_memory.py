@@ -28,6 +28,7 @@ def opened(source: ModelSource | ModelInMemory, device: torch.device, dtype: tor
 @contextmanager
 def ready_to_measure(model: Any, tokenizer: Any) -> Iterator[None]:
     """Evaluation mode, and a tokenizer that pads on the left; both are put back afterwards."""
+    # Modules can be in different modes, as frozen ones are, so each gets its own back.
     modes = [(module, module.training) for module in model.modules()]
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     model.eval()

@@ -60,6 +60,7 @@ def load_model(
             f"{source.name} cannot be loaded: {one_line(error)}; fetch the checkpoint again"
         ) from error
     model, info = loaded
+    # transformers only warns about these and goes on with random weights.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in info.get(problem, ())):
             raise CheckpointError(
@@ -96,6 +97,7 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise CheckpointError(
             f"{source.name} has no usable tokenizer: {one_line(error)}; add its tokenizer files"
         ) from error
+    # Replies are generated, and new tokens must come directly after the prompt's last one.
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

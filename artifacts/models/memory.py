@@ -31,6 +31,7 @@ def available_memory() -> int:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         return int(text.split("MemAvailable:")[1].split()[0]) * 1024
     except (OSError, IndexError):
+        # The real number of free pages is not known without /proc; what the machine has is an upper limit.
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -78,6 +78,7 @@ def write_card(folder: Path, results: dict[str, Any], picture: bytes | None) -> 
 
 def amend_card(folder: Path, results: dict[str, Any], picture: bytes | None) -> None:
     """Put the audit into a published checkpoint: its figures, and a section of its card in place of an older one."""
+    # The card says that these attacks were not tested, and now they were.
     card = (folder / CARD).read_text(encoding="utf-8").replace(f"- {UNTESTED}\n", "").replace(UNTESTED_BEFORE, "")
     section = card_section(results, f"{FOLDER}/{PICTURE}" if picture else None)
     before, _, after = card.partition(SECTION)

@@ -24,6 +24,7 @@ def write_card(folder: Path, results: dict[str, Any], changes: list[dict[str, An
     environment = Environment(
         loader=PackageLoader(__package__.rpartition(".")[0], "templates"),
         undefined=StrictUndefined,
+        # A card is Markdown, so HTML is not escaped; texts of models go through _cell.
         autoescape=False,
         keep_trailing_newline=True,
         trim_blocks=True,

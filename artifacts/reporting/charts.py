@@ -200,6 +200,7 @@ def _svg(figure: Any, salt: str, *, transparent: bool = False) -> str:
     drawn = io.BytesIO()
     salt = hashlib.sha256(salt.encode()).hexdigest()[:12]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        # Dates and versions would make every drawing another file.
         figure.savefig(drawn, format="svg", transparent=transparent, metadata={"Date": None, "Creator": None})
     return drawn.getvalue().decode()
 
@@ -208,6 +209,7 @@ def _panels(rows: int, columns: int, size: tuple[float, float] | None = None) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # Made without pyplot, which keeps every figure alive in a global list.
     figure = Figure(figsize=size or (4.2 * columns, 2.9 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)

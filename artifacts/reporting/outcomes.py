@@ -142,6 +142,7 @@ class Evaluation:
     def table(self) -> list[EvaluationRow]:
         """One row for each measurement, with the base and every model."""
         tables = [{(row.name, row.split): row for row in table(read_measurements(r))} for r in self.results]
+        # Reversed, so that the first model which has a row describes it.
         first = {key: row for rows in reversed(tables) for key, row in rows.items()}
         order = list(dict.fromkeys(key for rows in tables for key in rows))
         return [

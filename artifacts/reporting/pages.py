@@ -18,6 +18,7 @@ def render(template: str, **values: Any) -> str:
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
+        # Exactly str: Markup is a subclass, and what is marked safe must stay as it is.
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters["inline"] = inline
@@ -32,6 +33,7 @@ def inline(text: str) -> Markup:
         return f"<{tag}>{match[match.lastindex or 0]}</{tag}>"
 
     marks = r"`([^`]+)`|\*\*(?=\S)([^*]+)(?<=\S)\*\*|\*(?=\S)([^*]+)(?<=\S)\*"
+    # Escaped first: the marks of a text become tags, and whatever else is in it stays text.
     return Markup(re.sub(marks, marked, str(escape(visible(text)))))
 
 

@@ -140,6 +140,7 @@ def write_results(
         tell: What the recipe says of its run, from everything else that the file holds.
     """
     whole = {"schema_version": SCHEMA_VERSION, **content, "measurements": measurements_as_json(measurements)}
+    # The recipe tells its story from everything else in the file, so it comes last.
     whole["story"] = tell(whole).as_json()
     (folder / FOLDER).mkdir(exist_ok=True)
     (folder / RESULTS).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -167,4 +168,5 @@ def figure(value: float, *, signed: bool = False) -> str:
     """A number with three digits behind the point, one where it is large."""
     digits = 3 if abs(value) < 100 else 1
     text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    # A rounded 0 has no sign.
     return text.replace("+0.000", "0.000").replace("-0.000", "0.000")
