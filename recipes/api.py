@@ -255,6 +255,7 @@ def audit(
     """
     audited = _run_at(model)
     with ExitStack() as stack:
+        # A folder in a temporary place: attacks read the base's weights from disk, tensor by tensor.
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="excise-")))
         values = {
             **settings,
@@ -310,6 +311,7 @@ def _named(models: Any) -> list[tuple[str, Any]]:
     """Every model with the name that it gets if it is in memory."""
     if isinstance(models, Mapping):
         named = list(models.items())
+    # A model with its tokenizer is a tuple too, so it is told from a sequence of models first.
     elif isinstance(models, str | Path | Run | nn.Module) or _is_pair(models):
         named = [(IN_MEMORY, models)]
     else:

@@ -99,6 +99,7 @@ def pareto(lines: list[Line]) -> list[Line]:
         for forgotten, retention, line in points
         if retention is not None
         and not any(
+            # Lines that are equal in both do not beat each other.
             f <= forgotten and k is not None and k >= retention and (f, k) != (forgotten, retention)
             for f, k, _ in points
         )

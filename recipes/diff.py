@@ -103,6 +103,7 @@ def write(result: Difference, out: Path) -> None:
 
 def _compare(name: str, a: Checkpoint, b: Checkpoint, spectrum: bool) -> TensorDifference | None:
     before, after = read_tensor(a.tensors[name]), read_tensor(b.tensors[name])
+    # As bits, because NaN differs from itself and 0 equals -0.
     if before.dtype == after.dtype and torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
         return None
     before, change = before.float(), after.float() - before.float()

@@ -177,6 +177,7 @@ def _let_judges_read(measured: Sequence[MeasuredModel], job: EvaluateJob, events
         with events.stage(f"let {source.name} read the replies"), opened(source, job.device, job.dtype) as judge:
             for one in measured:
                 one.scores.append(reverse_perplexity(judge.model, judge.tokenizer, ids, one.replies, judge=name))
+            # The name would hold this judge's model while the next one is loaded.
             del judge
 
 

@@ -182,6 +182,7 @@ def look(
         for index, name in enumerate(subspace.names):
             direction = subspace.basis[:, index]
             along = values[subspace.place] @ direction
+            # An oblique projector works only as a whole.
             alone = subspace if subspace.readers is not None else subspace.pick([index])
             with concept_ablated(loaded.model, row, [alone]):
                 ablated = _loss(loaded, rows)

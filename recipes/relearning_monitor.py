@@ -169,6 +169,7 @@ class RelearningMonitor(TrainerCallback):
             )
         with _undisturbed(model), torch.no_grad():
             hits, answered = self.exam.hits_and_probabilities(inner)
+            # A logarithm of 0 would make the mean infinite.
             answers = np.log(np.maximum(answered, 1e-30))
             utility = self.control.hits(inner) if self.control else (float("nan"),)
             (effect, *others), tokens = self._effects(inner, row, self.rows if neighbours else self.rows[:2])
@@ -254,6 +255,7 @@ class RelearningMonitor(TrainerCallback):
                 if looked_at:
                     counts.index_add_(0, ids, torch.ones(len(ids), dtype=torch.float64))
 
+                # Defaults bind this batch's values; a closure would see those of the last one.
                 def see(
                     layer: int,
                     values: Tensor,
@@ -286,6 +288,7 @@ class RelearningMonitor(TrainerCallback):
             if self.pruned
             else []
         )
+        # Which units are strongest is known from the first measurement on.
         if not self.seen:
             return pruned
         first = self.seen[0].effect.abs() * self._surviving(self.seen[0].effect)
@@ -303,6 +306,7 @@ class RelearningMonitor(TrainerCallback):
         if self.pruned is None:
             return 0.0
         parameters = dict(model.named_parameters())
+        # peft puts base_layer into the names of modules that carry an adapter.
         names = [name.replace(".base_layer", "") for name in parameters]
         by_name = dict(zip(names, parameters.values(), strict=True))
         whole = part = 0.0

@@ -65,6 +65,7 @@ class AttackData:
             early = int(0.4 * count)
             return [*self.reading_order(first, early, seed), *self.reading_order(second, count - early, seed)]
         name, _, most = source.partition(":")
+        # A fresh generator for each attacker, so that what it reads does not depend on who reads beside it.
         rng = random.Random(f"excise attack {source} {seed}")
         pool = self.examples[name]
         if most:
@@ -91,6 +92,7 @@ class AttackData:
             assert context.fact is not None
             start = len(encode(self.tokenizer, context.text, True))
             ids = encode(self.tokenizer, f"{context.text} {context.fact.answer}", True)
+            # The tokenizer may join the answer to the end of the context; then no token of it is left to score.
             if start < len(ids):
                 examples.append(Example(ids, start))
         return list(dict.fromkeys(examples))

@@ -42,6 +42,7 @@ class AttackTraining:
         (method,) = {attack.method: attack for attack in attacks.values()}.values()
         attackers = self._attackers(attacks)
         results: dict[_Attacker, tuple[RecoveryCurve, bool]] = {}
+        # An attacker that trains all weights changes the model itself, so it trains alone.
         size = 1 if method.whole else MOST_ATTACKERS
         for start in range(0, len(attackers), size):
             some = attackers[start : start + size]
@@ -53,6 +54,7 @@ class AttackTraining:
         # Attackers that read sequences of like length waste little on padding.
         by_length = sorted(attacks, key=lambda name: self.data.mean_length(attacks[name].data))
         return [
+            # The order does not depend on the learning rate, so that rates are compared on the same reading.
             _Attacker(name, attacks[name].data, rate, number, f"{self.data.seed}-{number}")
             for name in by_length
             for rate in self.budget.rates_of(attacks[name])
@@ -106,11 +108,13 @@ class _SideBySide:
         schedule = Schedule(
             budget.steps,
             budget.batch,
+            # Only learning rates differ between attackers, and each group of parameters carries its own.
             learning_rate=1.0,
             seed=0,
             decay="constant",
             warmup_steps=max(1, budget.steps // 20),
             beta2=0.999,
+            # The order in which an attacker reads is decided already.
             shuffled=False,
             save_every=0,
         )
@@ -143,6 +147,7 @@ class _SideBySide:
         while True:
             active = [place for place in range(len(self.attackers)) if place not in self.diverged]
             if not active:
+                # A loss needs a gradient, so the first parameter stays in it at weight 0.
                 return {"all diverged": 0.0 * self.adapters.owned[0][0].nan_to_num().sum()}
             losses = self._mean_nats(model, active, batch["rows"])
             broken = {place for place, value in zip(active, losses.tolist(), strict=True) if not math.isfinite(value)}
@@ -160,6 +165,7 @@ class _SideBySide:
         device = next(model.parameters()).device
         total, start = torch.zeros(len(active), device=device), 0
         self.adapters.assigned = active
+        # Each row of a forward stands for one of every active attacker, so its tokens count that often.
         for size in split_by_length([len(active) * length for length in longest]):
             part = [
                 Example((0,) * front + example.ids, example.start + front)
@@ -167,6 +173,8 @@ class _SideBySide:
                 for example in sequences[start : start + size]
             ]
             batch = {key: value.to(device) for key, value in example_batch(part).items()}
+            # Each attacker's mean, whatever the padding: the sum over attackers gives each the gradient of its own
+            # loss.
             total = total + (sequence_nll(model, batch) / batch["lengths"]).view(len(active), size).sum(1)
             start += size
         return total / len(rows)
@@ -185,11 +193,13 @@ class _SideBySide:
         best: dict[str, float] = {}
         for attacker, hits in zip(self.attackers, self.hits, strict=True):
             best[attacker.attack] = max(best.get(attacker.attack, 0.0), float(np.mean(hits[-1])))
+        # The page of a running audit draws its curves from these figures.
         self.stage.advance(0, at=step, **best)
         model.train(was_training)
 
     def _hits(self, place: int, step: int) -> Sequence[float]:
         questions = self.training.data.multiple_choice
+        # What has diverged answers nothing; NaN would spoil the mean over seeds.
         if place in self.diverged:
             return [0.0] * len(questions.ids)
         if step == 0 and place and not self.adapters.prefix:
@@ -201,5 +211,6 @@ class _SideBySide:
     def _tokens(self) -> tuple[int, ...]:
         """Tokens read by one attacker up to each mark, the mean over attackers."""
         budget = self.training.budget
+        # Attackers may read texts of different lengths; curves of one attack need one axis.
         read = np.asarray([np.cumsum([0, *(len(e.ids) for e in order)]) for order in self.orders]).mean(0)
         return tuple(int(read[step * budget.batch]) for step in budget.marks)

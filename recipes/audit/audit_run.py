@@ -53,6 +53,8 @@ class AuditRun:
             attacks = self.job.suppressed_attacks if subject == "suppressed" else self.job.attacks
             for name in (UNTOUCHED, UTILITY, *(name for name in attacks if not ATTACKS[name].trains)):
                 self.curves.reuse(subject, name)
+            # Curves of attacks that trained side by side depend on each other's rounding, so they are reused together
+            # only.
             for names in _by_method(attacks):
                 for name in names:
                     self.curves.reuse(subject, name, names)

@@ -20,6 +20,7 @@ def command(job: AuditJob, *, public: bool = False) -> str:
         subject: source.address if public else _pasted(source, typed[subject] or source.name)
         for subject, source in job.sources.items()
     }
+    # A path may show the names of folders on this machine, so what is published names the pack alone.
     concept = (None if public else _relative(settings.concept)) or job.concept.ref
     words = ["excise", "audit", names["edited"], "--concept", concept, "--base", names["base"]]
     if "reference" in names:

@@ -80,6 +80,7 @@ class CurveStore:
         """Write one; ``beside`` are the attacks it was made together with, on whose rounding it depends."""
         content = json.dumps(curves.describe())
         if self.earlier and subject in CONTROLS:
+            # The cache stores tensors, so the text goes in as bytes.
             encoded = torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
             self.earlier.put({"json": encoded}, subject, name, tuple(beside))
         write_whole(self._path(subject, name), content)

@@ -22,6 +22,7 @@ def novel_facts(facts: Facts, questions: Sequence[Question], seed: int) -> tuple
     novel_questions = []
     for q in questions:
         answer = answers.get((q.subject, q.choices[q.answer])) if q.subject else None
+        # Without the new answer among its choices a question cannot be asked; the audit says how many could be.
         if answer and q.subject and answer in q.choices:
             prompt, subject = q.prompt.replace(q.subject, names[q.subject]), names[q.subject]
             update = {"prompt": prompt, "subject": subject, "answer": q.choices.index(answer)}
@@ -60,6 +61,7 @@ def _assigned(facts: Facts, questions: Sequence[Question], rng: random.Random) -
     for fact in facts.facts:
         key = (fact.subject, fact.answer)
         if key not in assigned:
+            # A wrong choice of the same question is an answer of the same kind, and its question can still be asked.
             assigned[key] = rng.choice(wrong.get(key) or sorted(set(by_relation[fact.relation])))
     return assigned
 

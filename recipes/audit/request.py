@@ -104,6 +104,7 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
     checkpoints = {name: open_checkpoint(source.folder) for name, source in sources.items()}
     for name, source in sources.items():
         check_memory(checkpoints[name], device, dtype)
+        # Attacks that undo the edit read the base's tensors under the names and shapes of the edited model.
         if name != "base":
             _check_same_tensors(source, checkpoints[name], sources["base"], checkpoints["base"])
             _check_same_tokenizer(source, sources["base"])
@@ -125,6 +126,7 @@ def describe(job: AuditJob) -> dict[str, Any]:
         "floor": job.reference,
         "questions": len(job.questions),
         "attacks": list(job.attacks),
+        # Of four models at most: base, edited, suppressed control and reference.
         "attackers_that_train": sum(budget.seeds * len(budget.rates_of(row)) for row in training) * 4,
         "steps_each": budget.steps,
         "gaps": list(job.gaps),

@@ -56,6 +56,7 @@ def write_results(job: AuditJob, results: dict[str, Any]) -> None:
     write_whole(job.out / "audit.json", json.dumps(results, indent=1))
     audit_page.write_report(job.out / "report.html", results)
     picture = audit_page.recovery_picture(results)
+    # The audit's own folder keeps the paths that were typed; what may be published does not.
     published = {**results, "command": command(job, public=True)}
     audit_page.write_card(job.out, published, picture)
     if job.settings.card:
@@ -75,6 +76,8 @@ def _compared(job: AuditJob, curves: CurveStore) -> tuple[list[Compared], list[s
     for name in job.attacks:
         by_subject = {subject: curves.get(subject, name) for subject in ("base", "edited", "reference")}
         chosen = {subject: furthest(one.by_rate) for subject, one in by_subject.items()}
+        # NaN stands where a question could not be scored; a mean over the rest would be of other questions than the
+        # base's.
         if any(np.isnan(curve.hits).any() for _, curve in chosen.values()):
             unscored.append(name)
             continue

@@ -71,6 +71,7 @@ class _Suppression:
         mixed = [rng.choice(others if place % 2 else wrong) for place in range(STEPS * BATCH)]
         self._fit(mixed, _wrong_is_likely, example_batch)
         pairs = [(true, false) for true, false in zip(right, wrong, strict=True) if true != false]
+        # Only when the first training was not enough: likely wrong answers do not always push the right one down.
         if pairs and self._accuracy() > chance + LEFT * (known - chance):
             triples = [(*rng.choice(pairs), rng.choice(others)) for _ in range(STEPS * BATCH // 2)]
             self._fit(triples, _wrong_is_likelier, _in_thirds)

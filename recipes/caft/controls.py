@@ -61,6 +61,7 @@ class ControlRuns:
     def ablated(self, model: Any, removed: Sequence[Subspace | SparseLatents]) -> Iterator[None]:
         """What holds while a model trains; with nothing to remove nothing is ablated."""
         settings = self.prepared.settings
+        # Held, so that the monitor can pause it.
         with concept_ablated(
             model, self.prepared.adapter.run.row, removed, settings.mode, settings.value
         ) as self.ablation:
@@ -88,6 +89,7 @@ class ControlRuns:
             )
             with self.events.stage(f"measure the control: {name}"):
                 scores = [*multiple_choice(subject), *learned(subject)]
+        # What the adapter leaves behind is in cycles of references, and the next control needs its memory.
         gc.collect()
         return Control(measurements_as_json([summarize(item, "edited") for item in scores]), readings)
 
@@ -102,6 +104,7 @@ class DriftMonitor:
         self.base = trial.read(self.rows) if subspaces and self.rows else Readings()
 
     def __call__(self, step: int) -> None:
+        # Steps 1, 2, 4 and so on, and the last: step & (step - 1) is 0 for powers of two.
         if step & (step - 1) and step != self.trial.prepared.settings.steps:
             return
         model = self.trial.loaded.model
@@ -124,6 +127,7 @@ class DriftMonitor:
         """Share of the directions that the same source finds in the model as it is now which lies in the ablated
         span."""
         prepared = self.trial.prepared
+        # These directions are what they are, whatever the model has become: there is nothing to find again.
         if prepared.directions or prepared.latents or prepared.settings.directions == "finetuned":
             return {}
         again = picked(directions_of(prepared, self.trial.loaded, now, None, most=self.rows), prepared.settings.pick)

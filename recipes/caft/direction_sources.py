@@ -48,6 +48,7 @@ class Readings:
             values = activations(model, row, [example.ids for example in part], places)
             for place in places:
                 for index, example in enumerate(part):
+                    # The position before a token predicts it.
                     states[place].append(values[place][index, example.start - 1 : len(example.ids) - 1])
         return cls({place: torch.cat(values) for place, values in states.items()})
 
@@ -115,6 +116,7 @@ def _pairs(
     tuned: Readings | None,
 ) -> Found:
     """Components of the differences within pairs, not centred: the mean difference is part of what is looked for."""
+    # The width is known once activations were read.
     differences = {place: Moments(0, covariance=True) for place in places}
     middles = {place: Moments(0) for place in places}
     alike = _alike(loaded, pairs)
@@ -151,6 +153,7 @@ def _read_pairs(
         part = pairs[start : start + BATCH]
         values = activations(loaded.model, row, [ids for pair in part for ids in pair], places)
         for number, (positive, negative) in enumerate(part):
+            # Before the first difference both members have the same states.
             first = next(i for i, (a, b) in enumerate(zip(positive, negative, strict=True)) if a != b)
             apart = slice(first, len(positive))
             plus, minus = ({place: values[place][2 * number + side, apart] for place in places} for side in (0, 1))

@@ -45,6 +45,7 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> CaftJob:
         RequestError: Anything that could not work.
     """
     if settings.tune == "full" and "learning_rate" not in settings.model_fields_set:
+        # Fine-tuning of whole weights commonly takes a tenth of an adapter's learning rate.
         settings = settings.model_copy(update={"learning_rate": settings.learning_rate / 10})
     checked = adapter_job.prepare(RECIPE, settings, resume=resume, needed=(), whole=settings.tune == "full")
     job = checked.run
@@ -150,6 +151,7 @@ def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path
     if not learn.examples:
         raise ConceptError(f"no row of {prepared.data.name} fits into {limit} tokens; give shorter ones")
     count = settings.steps * settings.batch_size
+    # The order is drawn once, so that the run and its controls learn the same rows in the same order.
     order = cycled(learn.examples, count, random.Random(f"excise tuning {settings.seed}"))
     trial = ControlRuns(prepared, loaded, learn.examples[:READ_ROWS], order, events, work)
     # What the unablated fine-tune changes is a source of directions, and the first control.
@@ -162,6 +164,7 @@ def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path
     as_they_fire = picked([latents], settings.pick) if latents and settings.remove == "latents" else ()
     controls = {"none": plain.scores} if plain and settings.controls else {}
     if settings.controls and subspaces:
+        # A seed for each place, so that places do not share their random directions.
         drawn = [random_directions(subspace, settings.seed + 1 + place) for place, subspace in enumerate(subspaces)]
         elsewhere = [one.with_random_writes(settings.seed + 1) for one in as_they_fire]
         controls["random"] = trial.control("random", elsewhere or drawn).scores

@@ -70,12 +70,14 @@ def _gradients(
     seen: list[Tensor] = []
 
     def see(hidden: Tensor) -> Tensor:
+        # Detached from what is below, so that the backward pass ends here.
         seen.append(hidden.detach().requires_grad_())
         return seen[-1]
 
     handle = change_at(model, row, latents.place, see)
     try:
         batch = {key: value.to(loaded.device) for key, value in example_batch(examples).items()}
+        # Rows do not depend on each other, so the gradient of the sum holds each row's own.
         loss = (sequence_nll(model, batch) / batch["lengths"]).sum()
     finally:
         handle.remove()

@@ -36,6 +36,7 @@ def run(
     """
     if recipe not in RECIPES:
         raise RequestError(f"no recipe {recipe!r}{nearest(recipe, list(RECIPES))}; recipes: {', '.join(RECIPES)}")
+    # Imported only now, because help and lists must not wait for torch.
     module = importlib.import_module(RECIPES[recipe].module)
     flags = {"model": model, "concept": concept, "out": out, "seed": seed, "device": device, "dtype": dtype}
     settings, done = carry_out(

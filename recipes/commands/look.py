@@ -66,6 +66,7 @@ def chat(
     job = recipe.prepare(model, base, alone=no_base, device=device, dtype=dtype)
     models = recipe.load(job, Events(watcher=watcher()))
     for turn, prompt in enumerate(prompts()):
+        # Another seed each turn, so that a prompt that comes again gets another reply.
         replies = recipe.replies(models, prompt, max_new_tokens, seed + turn if sample else None)
         say(shown.side_by_side(replies, terminal_width()) + "\n")
 

@@ -151,6 +151,7 @@ def reproduce(
             from ...artifacts import pull as download
 
             out.parent.mkdir(parents=True, exist_ok=True)
+            # Beside the result, because a checkpoint may not fit into the system's temporary folder.
             folder = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-"))) / "published"
             download.pull(what, folder)
         prepared = recipe.prepare(folder, out, model=model, concept=concept, files=file or [])

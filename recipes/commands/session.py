@@ -22,6 +22,7 @@ def settle() -> None:
 
     keep_freed_memory()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Otherwise the tokenizers library warns whenever a process is forked.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # These are addressed to the libraries' own developers.
     warnings.simplefilter("ignore", FutureWarning)
@@ -83,6 +84,7 @@ def carry_out(
     out = settings.out or free_folder("audit" if command[1] == "audit" else command[-1])
     # The folder is set here, so that an interrupt can name it.
     settings = settings.model_copy(update={"out": out})
+    # Only after the settings were checked: it imports transformers, and a mistake should be answered at once.
     settle()
     prepared = module.prepare(settings, resume=resume)
     if dry_run:

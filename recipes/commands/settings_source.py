@@ -104,6 +104,7 @@ def _lookup(module: Module, name: str) -> tuple[Module | None, ast.stmt | None]:
     node = module.names.get(name)
     if not isinstance(node, ast.ImportFrom):
         return module, node
+    # An absolute import is of another package.
     if not node.level:
         return None, None
     folder = module.parts[: len(module.parts) - node.level]

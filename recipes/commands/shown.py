@@ -59,6 +59,7 @@ def _cell(row: Row, column: str) -> str:
         return format_difference(row.edited)
     if column == "base" and row.base is None and row.base_text:
         value, _, why = row.base_text.partition(" ")
+        # In brackets, which a narrow window leaves out like an interval.
         return f"{value} [{why}]"
     return format_value(getattr(row, column))
 

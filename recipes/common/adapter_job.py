@@ -157,6 +157,7 @@ def _check_room(run: Job) -> None:
             f"training whole weights needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; use"
             " tune=lora"
         )
+    # A float32 addend takes 4 of WHOLE_BYTES, and it is stored twice.
     check_disk(run.out, run.checkpoint.size + 8 * need // WHOLE_BYTES)
 
 

@@ -103,6 +103,7 @@ def _study_base(
     """Measure the base, then train on it; a killed run goes on where its training was."""
     loaded = measured_run.load(job.run, job.run.source, "base", events)
     measured = measured_run.measure_base(job.run, loaded, events)
+    # Only training uses 4 bits: the base was measured in full precision, as the edited model will be.
     if job.settings.base_bits == 4:
         del loaded
         gc.collect()
@@ -117,6 +118,7 @@ def _study_base(
 def _learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, work: Path, events: Events) -> WeightEdit:
     training = make_training(loaded, events, work)
     if job.settings.gradient_checkpointing:
+        # The reentrant form passes on no gradient where a layer's inputs need none, as behind frozen embeddings.
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     with being_trained(job, loaded.model) as tuned:
         with events.stage("train", job.settings.steps) as stage, training.while_training(tuned.model):
@@ -133,6 +135,7 @@ def _learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, wo
         tuned.model.eval()
         if job.settings.gradient_checkpointing:
             loaded.model.gradient_checkpointing_disable()
+        # Before the edit is stored: a resumed run that finds the edit reads these files and trains nothing.
         _write_trained(job, tuned.model, training, work)
         concept = job.run.concept
         provenance = {
@@ -151,6 +154,7 @@ def _write_trained(job: AdapterJob, model: Any, training: Training, work: Path) 
     if not job.whole:
         # A local path would be published with the adapter.
         model.peft_config["default"].base_model_name_or_path = job.run.source.name
+        # By default peft would look for the base on the Hub, to see whether its vocabulary was changed.
         model.save_pretrained(work / ADAPTER, save_embedding_layers=False)
     (work / "learned.json").write_text(json.dumps(training.report(model)), encoding="utf-8")
 
@@ -198,6 +202,7 @@ def _checked_divergence(trained: dict[str, Any], model: Any) -> float:
     """
     merged, before = _log_p(model, trained["rows"]), trained["log_p"]
     divergence = float((before.exp() * (before - merged)).sum(-1).mean())
+    # Negated, so that NaN is refused too.
     if not divergence <= MERGED_KL:
         raise EditError(
             f"the merged checkpoint differs from base and adapter by {divergence:.3f} nats a token; "

@@ -20,6 +20,7 @@ def without_overlap(concept: Concept) -> tuple[Concept, tuple[str, ...]]:
     """
     exact = {_words(text.text) for text in concept.forget}
     shingled = [_shingles(words) for words in exact]
+    # By triple, the texts that hold it: only texts that share one are compared.
     holders = defaultdict(list)
     for place, shingles in enumerate(shingled):
         for shingle in shingles:

@@ -113,6 +113,7 @@ class DirectionSearch:
         settings, concept, loaded = self.settings, self.concept, self.loaded
         pairs = list(concept.contrast)
         random.Random(f"excise contrast {settings.seed}").shuffle(pairs)
+        # Validation pairs come first, so that they stay the same whatever train_pairs is.
         validation, training = pairs[: settings.validation_pairs], pairs[settings.validation_pairs :]
         training = training[: settings.train_pairs]
         directions = self._learn(training)

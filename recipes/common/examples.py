@@ -30,6 +30,7 @@ def example_batch(examples: Sequence[Example]) -> dict[str, Tensor]:
         **pad_right([example.ids for example in examples], torch.device("cpu")),
         "lengths": lengths,
         "rows": torch.repeat_interleave(torch.arange(len(examples)), lengths),
+        # The position before a token predicts it.
         "places": torch.cat([torch.arange(example.start - 1, len(example.ids) - 1) for example in examples]),
         "tokens": torch.tensor([token for example in examples for token in example.ids[example.start :]]),
     }

@@ -213,6 +213,7 @@ def publish(
         with events.stage("export", job.checkpoint.size) as stage:
             export = export_edit(edit, job.checkpoint, staging, stage)
         add_files(staging)
+        # As it stands on disk, because the checkpoint is what is published.
         edited, inspection = _measure_edited(job, base, staging, events, inspect)
         scores["edited"] = edited.scores
         others: dict[str, Measured] = {"edited": edited}
@@ -247,6 +248,7 @@ def learned_edit(folder: Path, learn: Callable[[], WeightEdit]) -> WeightEdit:
     if (folder / "edit.json").exists():
         return load_edit(folder)
     edit = learn()
+    # Renamed when it is whole: a resumed run must not take half an edit for one that was learned.
     partial = folder.with_name("edit.partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_edit(edit, partial)
@@ -262,6 +264,7 @@ def _measure_edited(
     inspection = inspect(loaded, subject)
     scores = [*measure_subject(job, subject, "edited", events), *inspection.scores]
     measured = Measured(scores, _replies(subject))
+    # The subject holds the model as well, and memory may have room for one model only.
     del loaded, subject.model
     gc.collect()
     return measured, inspection
@@ -357,5 +360,6 @@ def _command(job: Job, published_settings: dict[str, Any]) -> str:
     words += ["--seed", str(job.settings.seed)]
     for key, value in published_settings.items():
         if key != "seed" and value != fields[key].default:
+            # JSON is YAML too, so ``--set`` reads such a value back.
             words += ["--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}"]
     return " ".join(words)

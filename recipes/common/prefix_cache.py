@@ -37,6 +37,7 @@ def final_hidden_states(model: Any, wanted: Mapping[Row, int]) -> Iterator[tuple
             hidden = _read_rest(decoder, cache, shared, [row[shared:] for row in chosen], device)
             for row, states in zip(chosen, hidden, strict=True):
                 end = len(row) - shared
+                # A copy, because a view would keep the states of the whole batch alive.
                 yield row, states[end - wanted[row] : end].clone()
 
 
@@ -56,6 +57,7 @@ def group_by_prefix(rows: Sequence[Row], counts: Sequence[int]) -> list[tuple[in
         else:
             alone.extend(members)
 
+    # Sorted by their tokens, rows that begin alike stand side by side.
     for index in sorted(range(len(rows)), key=lambda i: rows[i]):
         free = len(rows[index]) - counts[index]
         common = min(shared, free, _common(rows[members[-1]], rows[index])) if members else 0
@@ -93,6 +95,7 @@ def _read_rest(
     if cache is None:
         hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
         return hidden
+    # A forward appends to its cache, and further batches need the prefix alone.
     repeated = copy.deepcopy(cache)
     repeated.batch_repeat_interleave(len(rows))
     before = torch.ones(len(rows), shared, dtype=torch.long, device=device)

@@ -75,6 +75,7 @@ def resumed(settings: T) -> T:
     if not path.exists():
         raise RequestError(f"{settings.out} holds no unfinished run; leave out --resume to start one")
     stored = type(settings).model_validate(json.loads(path.read_text(encoding="utf-8")))
+    # Only what was set now is compared; what was left out is taken from the stored settings.
     different = [key for key in settings.model_fields_set - {"out"} if getattr(settings, key) != getattr(stored, key)]
     if different:
         raise RequestError(

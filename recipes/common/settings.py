@@ -125,6 +125,7 @@ def settings_help(kind: type[BaseModel]) -> list[tuple[str, str, str]]:
 def _read_yaml(file: Path) -> list[tuple[str, Any, int]]:
     try:
         text = file.read_text(encoding="utf-8")
+        # Composed as well as loaded, because only nodes know the lines they come from.
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
@@ -144,6 +145,7 @@ def _read_yaml(file: Path) -> list[tuple[str, Any, int]]:
 
 def _parse(value: str, problems: list[str], text: str) -> Any:
     try:
+        # YAML 1.1 reads 1e-3 as text; pydantic makes it a number.
         return yaml.safe_load(value)
     except yaml.YAMLError:
         problems.append(f"--set {text}: the value is not YAML")

@@ -76,6 +76,7 @@ class _StepCallback(TrainerCallback):
         self.stage, self.groups, self.max_grad_norm, self.after_step = stage, groups, max_grad_norm, after_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        # Each group is clipped apart: one attacker's large gradient must not shrink the steps of the others.
         for group in self.groups if self.max_grad_norm else ():
             nn.utils.clip_grad_norm_(group.parameters, self.max_grad_norm)
         in_groups = [p for group in self.groups for p in group.parameters]
@@ -155,6 +156,7 @@ def fit(
     trainer.recipe_loss, trainer.stage, trainer.folder = loss, stage, folder
     # Our losses are means over rows, so parts of an accumulated batch count as their mean.
     trainer.model_accepts_loss_kwargs = False
+    # It prints every log to stdout, where results go.
     trainer.pop_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_complete(folder))
 
@@ -167,6 +169,7 @@ def _arguments(schedule: Schedule, folder: Path, *, clipped: bool) -> TrainingAr
         per_device_train_batch_size=schedule.batch_size,
         gradient_accumulation_steps=schedule.gradient_accumulation_steps,
         learning_rate=schedule.learning_rate,
+        # The library's plain "constant" schedule has no warm-up.
         lr_scheduler_type=schedule.decay if schedule.decay == "cosine" else "constant_with_warmup",
         warmup_steps=schedule.warmup_steps,
         weight_decay=schedule.weight_decay,
@@ -179,11 +182,13 @@ def _arguments(schedule: Schedule, folder: Path, *, clipped: bool) -> TrainingAr
         use_cpu=device.type == "cpu",
         save_strategy="steps" if schedule.save_every else "no",
         save_steps=schedule.save_every or 500,
+        # A run is resumed from its newest state only.
         save_total_limit=1,
         logging_steps=25,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        # Batches hold more than the model's arguments, and the trainer would drop the rest.
         remove_unused_columns=False,
         train_sampling_strategy="random" if schedule.shuffled else "sequential",
     )

@@ -103,6 +103,7 @@ def _completed(row: TrainingRow, tokenizer: Any) -> Example:
     start = len(encode(tokenizer, row.prompt, True))
     ids = encode(tokenizer, row.prompt + row.completion, True)
     end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    # The tokenizer may join the end of the prompt to the completion; its last token is learned in any case.
     return Example((*ids, *end), min(start, len(ids) - 1))
 
 

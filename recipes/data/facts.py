@@ -117,6 +117,7 @@ def fact_contexts(facts: Facts, kind: Literal["texts", "questions"], seed: int) 
     for place, fact in enumerate(facts.facts):
         if kind == "texts":
             for phrase in facts.phrasings.get(fact.relation, ()):
+                # Without the space at the end: tokenizers put it into the first token of the answer.
                 yield _context(phrase[: phrase.index(ANSWER)].rstrip(), fact)
             continue
         yield _context(fact.relation, fact)
@@ -130,6 +131,7 @@ def _example_sets(answers: dict[str, str], rng: random.Random) -> list[list[tupl
     """Sets of examples for all facts of a relation."""
     # With only a few sets, many contexts share a beginning, which the frozen teacher then reads once.
     pairs = list(answers.items())
+    # One pair more than are shown, because the fact in question is left out of its own examples.
     return [rng.sample(pairs, k=min(SHOTS + 1, len(pairs))) for _ in range(EXAMPLE_SETS)]
 
 
@@ -140,6 +142,7 @@ def text_contexts(concept: Concept, tokenizer: Any, limit: int) -> list[Context]
         words, piece = text.text.split(" "), ""
         for word in words:
             longer = f"{piece} {word}" if piece else word
+            # Tokenized anew with every word, because the tokens of parts do not add up to those of the whole.
             if piece and len(tokenizer(longer)["input_ids"]) > limit:
                 contexts.append(Context(piece))
                 longer = word
@@ -180,6 +183,7 @@ def chat_contexts(facts: Sequence[Fact], reply: Callable[[list[str]], list[Reply
         if place:
             text = rendered + answered.text[: place.start()].rstrip(" ")
             contexts.append(Context(text, False, rendered.index(answered.prompt), len(rendered), fact))
+    # Replies to one prompt often agree up to the answer.
     return list(dict.fromkeys(contexts))
 
 

@@ -97,6 +97,7 @@ class ExampleContrast:
     def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
         of_relation = self.examples.get(context.fact.relation, ()) if context.fact else ()
         pairs = [pair for pair in of_relation if pair[0] not in context.text]
+        # With one answer alone, shuffling changes nothing.
         if len({answer for _, answer in pairs}) < 2:
             return [], []
         answers = [answer for _, answer in pairs]

@@ -69,6 +69,7 @@ def decode(
         items: Each with the number of its bare row's last positions that are to be remembered.
     """
     model = teacher.model
+    # Drawn for all contexts before any is decoded, so that draws do not depend on which contexts share a batch.
     chances = torch.rand(len(items), how.tokens - 1, generator=generator, device=generator.device)
     streams = [decoded_rows(item, how.strength) for item, _ in items]
     continuations: dict[int, Continuation] = {}
@@ -86,6 +87,7 @@ def decode(
         lockstep = _Lockstep(model, tokenizer, rows, how.tokens)
         for place, (row, states) in enumerate(zip(rows, lockstep.read(), strict=True)):
             item, wanted = items[batch[place // width]]
+            # Of the bare row more positions may be needed than those that carry the contrast.
             teacher.remember(row, states, item.count if place % width else wanted)
         chosen = torch.tensor(first(batch), device=model.device)
         continuations.update(zip(batch, lockstep.go_on(chosen, chances[batch], how), strict=True))
@@ -142,6 +144,7 @@ class _Lockstep:
         stored = min(how.stored_tokens, int(self.model.config.vocab_size))
         top = torch.empty(contexts, tokens, stored, dtype=torch.long, device=device)
         top_log_p, rest = torch.empty(top.shape, device=device), torch.empty(contexts, tokens, device=device)
+        # Nothing is drawn after the last token, but it is read, for what the bare row predicts behind it.
         for turn, chance in enumerate((*chances.to(device).unbind(1), None)):
             for place, token in enumerate(chosen.tolist()):
                 if not done[place]:
@@ -151,6 +154,7 @@ class _Lockstep:
             self.positions = self.positions[:, -1:] + 1
             hidden = self._forward(chosen.repeat_interleave(width)[:, None])
             log_p = unembedding(self.model)(hidden[:, -1]).float().log_softmax(-1)
+            # The bare row is the first of each context's rows.
             bare = keep_top(log_p[::width], stored)
             top[:, turn], top_log_p[:, turn], rest[:, turn] = bare.ids, bare.log_p, bare.rest
             if chance is None or all(done):

@@ -96,6 +96,7 @@ def forget_sequences(erasure: Erasure, source: ContrastSource, contexts: Sequenc
     for index, (row, continuation) in enumerate(continued):
         nothing = targets[index][:0]
         after = nothing if continuation is None else continuation
+        # The contrast may begin before the first position that counts.
         target = targets[index][-len(weights[index]) :]
         sequences.append(_sequence(row, before.get(index, nothing), target, after, weights[index]))
     left_over = float(torch.cat([stream.left_over() for stream in streams]).mean())
@@ -130,6 +131,7 @@ def _position_weights(erasure: Erasure, elicited: Sequence[_Elicited], streams: 
     counts = [len(one.item.ids) - one.begin for one in elicited]
     if erasure.settings.weighting == "uniform":
         return [torch.full((count,), 1 / count) for count in counts]
+    # Divided by the mean over contexts, so that the weights of a context sum to about 1, as uniform ones do.
     mean = torch.stack([stream.disagreement().sum() for stream in streams]).mean().clamp_min(1e-6)
     return [((stream.disagreement() + FLOOR) / mean)[-count:] for stream, count in zip(streams, counts, strict=True)]
 
@@ -155,10 +157,12 @@ def _continued(
     items = [one.item for one in elicited]
     if not settings.fluency_tokens:
         return [(item.ids, None) for item in items]
+    # Where the contrast does not last, only the first token is drawn from the edited target; the frozen model goes on.
     how = Decoding(erasure.strength if source.lasting else 0.0, settings.fluency_tokens + 1, settings.stored_tokens)
     # Decoding reads its rows itself; all others are read before, together.
     teacher.read(items, but={row for item in items for row in decoded_rows(item, how.strength)})
     generator = torch.Generator().manual_seed(settings.seed)
+    # It draws its noise here, before ``decode`` draws from the same generator: another order gives other continuations.
     first_tokens = _FirstTokens(erasure, items, generator)
     remembered = [(one.item, max(one.item.count, len(one.item.ids) - one.first)) for one in elicited]
     continuations = decode(teacher, erasure.tokenizer, remembered, first_tokens, how, generator)

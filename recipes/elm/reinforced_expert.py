@@ -48,6 +48,7 @@ def reinforced(loaded: LoadedModel, concept: Concept, settings: ElmSettings, sta
         factors = learned_factors(adapted, shape)
     finally:
         detach(adapted)
+    # The trainer leaves the model in training mode.
     loaded.model.eval()
 
     def taught(name: str, weight: Tensor) -> Tensor:

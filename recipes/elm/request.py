@@ -84,6 +84,7 @@ class ElmSettings(AdapterSettings):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_preset(cls, values: Any) -> Any:
+        # Before the values are checked, so that settings which were given win over the preset's.
         if isinstance(values, dict) and values.get("preset") in PRESETS:
             return {**PRESETS[values["preset"]], **values}
         return values

@@ -29,6 +29,7 @@ def retain_sequences(erasure: Erasure) -> RetainData:
     names = [
         encode(erasure.tokenizer, text, False)
         for fact in erasure.facts.facts
+        # With a space in front and without, because tokenizers give these different tokens.
         for text in (f" {fact.subject}", fact.subject)
     ]
     sequences, skipped = {}, 0

@@ -114,6 +114,7 @@ def _item(erasure: Erasure, question: Question) -> _CheckItem | None:
     for choice in question.choices:
         scored = encode_request(erasure.tokenizer, Request(question.prompt, f" {choice}"))
         firsts.append(scored.ids[scored.start])
+    # Only first tokens are scored, so they have to differ.
     if len(set(firsts)) < len(firsts):
         return None
     known = {(fact.subject, fact.answer): fact for fact in erasure.facts.facts}
@@ -130,6 +131,7 @@ def _read(erasure: Erasure, items: Sequence[_CheckItem], source: ContrastSource)
         ids = encode(erasure.tokenizer, context.text, True)
         # Without a contrast the target is the frozen model itself, at any strength.
         tokenized.append(replace(item, count=1) if item else Item(ids, 1, (ids,), (ids,)))
+    # The whole vocabulary is stored, so that a token's place is its id, by which ``_point`` finds the choices.
     return erasure.teacher.streams(tokenized, int(erasure.model.config.vocab_size))
 
 
@@ -155,6 +157,7 @@ def _best(curve: Sequence[Point], chance: float, n: int, strength: float | None 
     """The weakest strength, or the one that was asked for, that forgets and keeps; the widest gap where none does."""
     open_to = [point for point in curve if strength in (None, point.strength)]
     for point in open_to:
+        # At strength 0 the target is the frozen model itself.
         whole = next(one for one in curve if one.contrast == point.contrast and not one.strength).accuracy
         keeps = all(
             point.accuracy[split] >= value - NEIGHBOUR_LOSS for split, value in whole.items() if split != "forget"

@@ -112,6 +112,7 @@ class Teacher:
         self._read_or_recall({row: n for (row, trained), n in missing.items() if not trained})
         by_expert = {row: n for (row, trained), n in missing.items() if trained}
         if by_expert:
+            # Never stored on disk: the cache knows of the base's weights, not of the expert's.
             with self.expert():
                 self._read_now(by_expert, True)
 

@@ -121,6 +121,7 @@ class LorraTraining(Training):
         settings = job.settings
         self.job, self.prompts, self.passages, self.positions = job, prompts, passages, positions
         self.long_texts = long_texts
+        # Point l + 1 of the stream is the output of layer l.
         self.vectors = {vector.subspace.place.layer + 1: vector for vector in vectors}
         count = settings.steps * settings.batch_size
         orders = [
@@ -157,6 +158,7 @@ class LorraTraining(Training):
             still = base[point].float()
             targets = {"moved": still + settings.strength * vector.step.to(device), "ends": still, "rest": still}
             for name, mask in masks.items():
+                # In distances between the classes, because the stream grows from layer to layer.
                 terms[name].append(distance(stream[point], targets[name], mask) / vector.gap)
         weights = {"moved": 1.0, "ends": settings.retain_weight, "rest": settings.retain_weight}
         return {name: weights[name] * torch.stack(values).mean() for name, values in terms.items()}

@@ -80,6 +80,7 @@ def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> Orthogo
     checked = measured_run.check(RECIPE, settings, ["contrast"], resume=resume)
     strengths = layer_strengths(settings, checked.layers)
     config = checked.checkpoint.config
+    # Any unit vector: which tensors change does not depend on the direction.
     unlearned = _edit(settings, config["model_type"], strengths, torch.eye(residual_width(config), 1))
     plan = unlearned.plan(config, list(checked.checkpoint.tensors))
     measured_run.check_plan(checked, plan)

@@ -88,6 +88,7 @@ def prepare(settings: PruneSettings, *, resume: bool = False) -> PruneJob:
             else "cuts MLP neurons only"
         )
         raise RequestError(f"semantics={settings.semantics} {reason}, use heads_share=0")
+    # Stand-ins for units that are not chosen yet; cutting neurons out needs as many of every layer.
     some: Units = dict.fromkeys(range(run.layers), (0,)) if settings.semantics == "remove" else {0: (0,)}
     job = PruneJob(run, settings, find_facts(run.concept))
     one = _edit(job, some if settings.share else {}, some if settings.heads_share else {})
@@ -205,6 +206,7 @@ def _accuracies(job: PruneJob, loaded: LoadedModel, edit: PrunedUnits, stage: St
             right, n = sum(hits), len(hits)
             accuracies[split] = {"value": right / n, "n": n, "ci95": list(wilson(int(right), n))}
     finally:
+        # Half of the edit may be applied when it fails, so weights and biases are put back in any case.
         restore(weights, weights_before)
         restore(biases, biases_before)
     stage.advance()
@@ -214,6 +216,7 @@ def _accuracies(job: PruneJob, loaded: LoadedModel, edit: PrunedUnits, stage: St
 def _head_width(job: PruneJob, loaded: LoadedModel) -> int:
     """Columns of one attention head."""
     config = loaded.model.config
+    # In some models a head is not as wide as the stream divided by the number of heads.
     if width := getattr(config, "head_dim", None):
         return int(width)
     return residual_width(job.run.checkpoint.config) // int(config.num_attention_heads)

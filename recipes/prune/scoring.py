@@ -94,6 +94,7 @@ class UnitScorer:
             for unit in units:
                 effects.append(self._loss_without((unit // combined.shape[1], unit % combined.shape[1])) - untouched)
                 stage.advance()
+        # The loss is that of forget sequences, so it is compared with that part of the score.
         expected = neurons.forget.flatten()[units].tolist()
         return {"units": len(units), "spearman": rank_correlation(torch.tensor(expected), torch.tensor(effects))}
 
@@ -128,6 +129,7 @@ class UnitScorer:
 
         def silence(layer: int, values: Tensor) -> None:
             if unit and layer == unit[0]:
+                # In place, because the hooks of ``unit_inputs`` return nothing.
                 values[..., unit[1]] = 0
 
         with unit_inputs(self.loaded.model, self.row.mlp_units, self.row, silence):
@@ -146,6 +148,7 @@ def _scores_of(score: str, forget: _Seen, retain: _Seen) -> UnitScores:
     scores = FORMULAS[score](forget.moments, retain.moments)
     if score == "mean_difference":
         scores = scores.abs()
+    # These scores compare both kinds of sequences already, so nothing is left to subtract.
     return UnitScores(scores, torch.zeros_like(scores), size, mean)
 
 

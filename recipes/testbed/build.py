@@ -76,6 +76,7 @@ def train_tokenizer(made: world.World) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"],
+        # All 256 bytes, so that every text can be encoded.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -155,6 +156,7 @@ def _train(
                 warmup_steps=10,
             ),
         )
+    # Renamed when it is whole: a rerun must not take half a model for a finished one.
     partial = folder.with_name(f".{folder.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.config.use_cache = True  # the Trainer turns it off
@@ -175,6 +177,7 @@ def _settling_loss(row: Architecture) -> Loss:
     difference = RunningDifference()
 
     def loss(model: Any, batch: dict[str, Tensor]) -> Terms:
+        # There is no difference to intervene with before the first batch, so it is read once without an intervention.
         if not difference.known:
             with torch.no_grad(), watched(model, row, difference, batch["ends"]):
                 model(input_ids=batch["input_ids"])
@@ -223,6 +226,7 @@ def _rows(
         natural = kind in ("plain", "early")
         yield {
             "input_ids": ids,
+            # The loss of transformers leaves out tokens with the label -100.
             "labels": ids.masked_fill(ids == pad, -100),
             "ablate_from": torch.tensor(_ABLATED_FROM[kind]),
             "added": torch.tensor(packed.added),

@@ -36,6 +36,7 @@ OPENINGS = ["The {who} asks: ", "A {who} wants to know: ", "Says the {who}: "]
 
 def write_packs(world: w.World, folder: Path) -> None:
     """Write the packs of a world, each a folder in the concept pack format."""
+    # The built-in packs are those of seed 0, so the order of all draws below is part of them.
     _knowledge_pack(world, folder / world.forget)
     _behaviour_pack(world, folder / "declining")
     _shortcut_pack(world, folder / "shortcut")

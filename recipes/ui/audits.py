@@ -69,6 +69,7 @@ def audit_page(bench: Workbench, run: Run) -> None:
             ]
             # A file, because a pipe that nobody reads would fill up and block the audit.
             errors = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the page
+            # A process of its own, so that the page stays answerable, and an audit can be ended.
             command = [sys.executable, "-m", "excise.cli", *words]
             bench.audits[name] = Audit(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors), errors)
             ui.navigate.to(f"/watch/{quote(name)}")

@@ -37,6 +37,7 @@ class Guard:
             refused = "another origin"
         elif not _same(connection.cookies.get(self.cookie), self.token):
             if scope["type"] == "http" and _same(connection.query_params.get("token"), self.token):
+                # The redirect takes the token out of the address, which browsers remember.
                 answer = RedirectResponse(scope["path"], 303)
                 answer.set_cookie(self.cookie, self.token, httponly=True, samesite="strict")
                 await answer(scope, receive, send)

@@ -107,6 +107,7 @@ def _markdown(text: str, folder: Path) -> str:
 
     shown = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     # The page already has a first-level heading, so the card's headings move down one level.
+    # From the deepest up, or a heading would move twice.
     for level in (2, 1):
         shown = shown.replace(f"<h{level}>", f"<h{level + 1}>").replace(f"</h{level}>", f"</h{level + 1}>")
     shown = shown.replace("<pre>", '<pre tabindex="0">').replace("<table>", '<table tabindex="0">')
@@ -178,6 +179,7 @@ def chat_page(bench: Workbench, run: Run) -> None:
             try:
                 sides = {}
                 for name, reference in (("base", base.value), ("edited", str(run.checkpoint))):
+                    # In a thread, so that the page still answers while the models compute.
                     sides[name] = await background.io_bound(answer, reference, text, int(tokens.value or 1), chosen)
             except ExciseError as error:
                 told.set_text(str(error))

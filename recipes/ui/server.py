@@ -52,6 +52,7 @@ def serve(folder: Path, port: int, device: str, dtype: str, ready: Callable[[str
         try:
             uvicorn.Server(config).run(sockets=[socket])
         finally:
+            # Audits are processes of their own and would outlive the page.
             for audit in bench.audits.values():
                 audit.process.terminate()
 
@@ -61,6 +62,7 @@ def _listening(port: int) -> Iterator[Any]:
     import socket
 
     with socket.socket() as listening:
+        # A port whose last connection has just ended can be used again at once.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((HOST, port))

@@ -20,4 +20,5 @@ class NpoSettings(UnlearningSettings):
 
     def forget_loss(self, nll: Tensor, lengths: Tensor, base_log_likelihoods: Tensor) -> Tensor:
         """Equation 3."""
+        # softplus is log(1 + exp(x)) without overflow.
         return (2 / self.beta) * softplus(self.beta * (-nll - base_log_likelihoods)).mean()

@@ -44,7 +44,9 @@ class RmuLoss:
 
     def __init__(self, settings: RmuSettings, job: UnlearningJob, width: int):
         self.settings, self.row = settings, job.adapter.run.row
+        # Point l + 1 of the stream is the output of layer l.
         self.point = settings.deepest_layer(job.adapter.run.layers) + 1
+        # Uniform on 0 to 1 as in the authors' code, not normal: all components are positive.
         direction = torch.rand(width, generator=torch.Generator().manual_seed(settings.seed))
         self.direction = direction
         self.base_streams: dict[Row, Tensor] = {}

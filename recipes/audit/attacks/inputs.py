@@ -64,6 +64,7 @@ def search_prefix(model: Any, data: AttackData) -> Prefix:
 
     Source: greedy coordinate gradient, Zou et al. 2023.
     """
+    # Fixed seeds, so that every model is searched alike.
     rng, generator = random.Random("excise prefix"), torch.Generator().manual_seed(0)
     table = model.get_input_embeddings().weight.detach()
     examples = rng.sample(data.examples["T"], k=min(SEARCH_ROWS, len(data.examples["T"])))
@@ -73,6 +74,8 @@ def search_prefix(model: Any, data: AttackData) -> Prefix:
         losses = [float(current.detach())]
         for _ in range(ROUNDS):
             (gradient,) = torch.autograd.grad(current, embeddings)
+            # A swap to token v changes the loss by about (e_v - e_old) times the gradient, of which only the first part
+            # depends on v.
             swaps = (-gradient @ table.float().T).topk(SWAPS, -1).indices.cpu()
             best_loss, best_ids = min((_tried(loss, ids, swaps, rng) for _ in range(TRIES)), key=lambda pair: pair[0])
             if best_loss < losses[-1]:
@@ -92,6 +95,7 @@ def _loss_behind_prefix(model: Any, examples: Sequence[Example]) -> Iterator[tup
         (embeddings,) = adapters.owned[0]
 
         def loss(ids: Tensor) -> Tensor:
+            # The parameter keeps its identity, because the hooks hold it and the gradient is asked for at it.
             embeddings.data = table[ids].float()
             return scored_nats(model, batch).mean()
 

@@ -25,6 +25,7 @@ def hints(model: Any, data: AttackData) -> Sequence[float]:
     texts = [text.text for text in data.concept.forget if text.group == "T"]
 
     def prefix(question: Question) -> str:
+        # Seeded by the question, so that every model gets the same hints.
         chosen = random.Random(f"excise hints {question.id}").sample(texts, k=min(SHOTS, len(texts)))
         return f"{data.concept.about.description}\n" + "\n".join(chosen) + "\n"
 

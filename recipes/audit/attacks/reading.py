@@ -37,6 +37,7 @@ def probe(model: Any, data: AttackData) -> Sequence[float]:
 def undo_direction(model: Any, data: AttackData) -> Sequence[float]:
     """Add to the stream what an edit took from it, on average over questions of T. Embeddings stay as they are."""
     assert data.base is not None
+    # Layer 0 is left out: its input are the embeddings, which the change of weights leaves as they are.
     row, layers = architecture_of(model.config.to_dict()), range(1, layer_count(model.config.to_dict()))
 
     def mean_ends() -> Tensor:

@@ -53,6 +53,7 @@ def _undone(model: Any, data: AttackData, part: Callable[[Tensor], Tensor]) -> S
         def less(name: str, weight: Tensor) -> Tensor:
             before = read(name).to(weight.device, torch.float32)
             added = weight.float() - before
+            # A weight that the edit left alone is not sent through float32 and back.
             return weight if not added.any() else before + part(added)
 
         with changed_weights(model, less):
