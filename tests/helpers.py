@@ -194,6 +194,17 @@ def run_on_knowledge(place: Path) -> Any:
     return results
 
 
+SMALL_WORLD = Path(__file__).parent / "small_world"
+"""Models that know the built-in world and are a quarter of the built-in models' size; see ``make.py`` there."""
+SMALL_TESTBED, SMALL_REFERENCE = (str(SMALL_WORLD / name) for name in ("testbed", "testbed-reference"))
+SMALL_LAYERS, SMALL_WIDTH = 4, 128
+
+
+def settings(*pairs: str) -> list[str]:
+    """Words of a command line that set these."""
+    return [word for pair in pairs for word in ("--set", pair)]
+
+
 def excise_afresh(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a new interpreter: what is made again must not depend on how strings hash."""
     command = [sys.executable, "-m", "excise.cli", *map(str, arguments)]

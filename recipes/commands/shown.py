@@ -105,8 +105,8 @@ def audit_end(results: dict[str, Any], width: int | None) -> str:
     ]
     if results["gaps"]:
         parts.append(bullets([f"not tested: {gap}" for gap in results["gaps"]], width))
-    if results["recalled"]:
-        reused = f"curves of {', '.join(results['recalled'])} come from an earlier audit; --fresh computes them again"
+    if results["reused"]:
+        reused = f"curves of {', '.join(results['reused'])} come from an earlier audit; --fresh computes them again"
         parts.append(bullets([reused], width))
     return "\n".join(parts)
 

@@ -12,7 +12,7 @@ from excise.editing.errors import RequestError
 from excise.editing.hooks.residual_stream import decoder_layers, read_streams
 from excise.editing.numerics.moments import Moments
 from excise.recipes.lorra.recipe import LorraSettings, prepare
-from helpers import excise, make_pico
+from helpers import SMALL_LAYERS, SMALL_TESTBED, SMALL_WIDTH, excise, make_pico
 
 INPUTS = {
     "input_ids": torch.tensor([[5, 9, 7, 3], [8, 2, 6, 0]]),
@@ -25,7 +25,7 @@ PLACE = Place(0)
 def tuned(tmp_path_factory):
     out = tmp_path_factory.mktemp("lorra") / "run"
     words = [word for text in ("steps=50", "kl_prompts=8", "questions=40") for word in ("--set", text)]
-    done = excise("run", "lorra", "--out", out, "--json", *words)
+    done = excise("run", "lorra", "--model", SMALL_TESTBED, "--out", out, "--json", *words)
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
 
@@ -45,8 +45,8 @@ def test_a_model_tuned_away_from_declining_answers_and_keeps_the_rest(tuned):
 
 def test_only_layers_that_a_gradient_reaches_are_adapted_and_the_vectors_are_kept(tuned):
     out, results = tuned
-    assert results["edited"]["layers"] == [0, 1, 2, 3, 4]
-    found = load_directions(out / "checkpoint" / "excise" / FILE, width=192, layers=8)
+    assert results["edited"]["layers"] == [0, 1]
+    found = load_directions(out / "checkpoint" / "excise" / FILE, width=SMALL_WIDTH, layers=SMALL_LAYERS)
     assert [str(one.place) for one in found] == list(results["lorra"]["gaps"])
     assert found[-1].place.layer == results["edited"]["layers"][-1]
     assert excise("verify", out).returncode == 0

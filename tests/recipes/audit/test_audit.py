@@ -27,9 +27,10 @@ from excise.recipes.audit.attacks import inputs
 from excise.recipes.audit.attacks import table as attacks
 from excise.recipes.audit.attacks.table import ATTACKS, Budget
 from excise.recipes.audit.novel_facts import novel_facts
+from excise.recipes.commands.shown import audit_end
 from excise.recipes.common import trainer as training
 from excise.recipes.data.facts import find_facts
-from helpers import excise, publish
+from helpers import SMALL_LAYERS, SMALL_REFERENCE, SMALL_TESTBED, SMALL_WIDTH, excise, publish
 
 SHORT = Budget(
     ("few_shot", "rtt", "relearn"),
@@ -37,6 +38,15 @@ SHORT = Budget(
     1,
     {"low_rank": (2e-3,), "soft_prompt": (1e-1,), "all_weights": (3e-4,), "latent": (1e-1,)},
 )
+
+
+NEVER_KNEW = {
+    "model": SMALL_REFERENCE,
+    "base": SMALL_TESTBED,
+    "reference": SMALL_REFERENCE,
+    "concept": "builtin:potions",
+}
+"""Settings of an audit of the reference model, as if it had been edited."""
 
 
 def _asked_instead(data, multiple_choice):
@@ -48,10 +58,10 @@ def _asked_instead(data, multiple_choice):
 
 @pytest.fixture(scope="module")
 def material():
-    loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
+    loaded = load_model(find_model(SMALL_TESTBED), torch.device("cpu"), torch.float32)
     concept = load_concept("builtin:potions")
     questions = [q for q in concept.questions if q.split == "forget" and q.group == "V"][:40]
-    folder = find_model("builtin:testbed").folder
+    folder = find_model(SMALL_TESTBED).folder
     return loaded, AttackData(concept, find_facts(concept), tuple(questions), loaded.tokenizer, 0, folder)
 
 
@@ -61,7 +71,7 @@ def audited(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setitem(attacks.BUDGETS, "quick", SHORT)
     out = tmp_path_factory.mktemp("audits") / "reference"
-    prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed-reference", out=out, questions=40))
+    prepared = audit.prepare(audit.AuditSettings(**NEVER_KNEW, out=out, questions=40))
     results = audit.run(prepared, Events())
     patch.undo()
     return out, results
@@ -92,7 +102,15 @@ def test_the_twin_that_never_knew_is_found_to_be_one(audited):
     # The same model twice: nothing may tell them apart.
     assert all(abs(attack["rtt_leak"]["value"]) < 1e-9 for attack in by_name.values())
     assert by_name["rtt"]["curve"][0].keys() == {"step", "tokens", "base", "edited", "reference", "suppressed"}
-    assert results["controls"]["suppressed"]["before"] < 0.3 and results["controls"]["suppressed"]["regained"] > 0.5
+    assert results["controls"]["suppressed"]["before"] < 0.4 and results["controls"]["suppressed"]["regained"] > 0.5
+
+
+def test_the_terminal_says_the_verdict_what_was_not_tested_and_what_was_reused(audited):
+    _, results = audited
+    text = audit_end({**results, "gaps": ["rtt_full: too little memory"], "reused": ["base", "reference"]}, 80)
+    assert "Indistinguishable from a model that was never trained on it" in text
+    assert "not tested: rtt_full" in text and "curves of base, reference come from an earlier audit" in text
+    assert "earlier audit" not in audit_end(results, 80) and max(map(len, text.splitlines())) <= 80
 
 
 def test_what_is_written_says_the_same(audited):
@@ -133,7 +151,7 @@ def test_a_card_takes_in_its_audit_and_a_newer_one_replaces_it(audited, tmp_path
 
 def test_a_killed_audit_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setitem(attacks.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
-    settings = audit.AuditSettings(model="builtin:testbed-reference", out=tmp_path / "audit", questions=20, fresh=True)
+    settings = audit.AuditSettings(**NEVER_KNEW, out=tmp_path / "audit", questions=20, fresh=True)
     whole = audit.run(audit.prepare(settings.model_copy(update={"out": tmp_path / "whole", "fresh": True})), Events())
     calls = []
 
@@ -179,9 +197,7 @@ def test_a_second_audit_reuses_the_curves_of_base_and_controls_unless_the_code_c
 
     def audited(name, **changed):
         attacked.clear()
-        settings = audit.AuditSettings(
-            model="builtin:testbed-reference", out=tmp_path / name, questions=20, seed=1, **changed
-        )
+        settings = audit.AuditSettings(**NEVER_KNEW, out=tmp_path / name, questions=20, seed=1, **changed)
         return audit.run(audit.prepare(settings), Events()), len(attacked)
 
     # Base, suppressed control, edited, reference.
@@ -203,7 +219,7 @@ def test_a_second_audit_reuses_the_curves_of_base_and_controls_unless_the_code_c
 def test_every_way_of_training_moves_the_model_and_gives_it_back(material, name, tmp_path):
     _, gathered = material
     # A model that guesses changes its guesses; one that knows may not budge.
-    loaded = load_model(find_model("builtin:testbed-reference"), torch.device("cpu"), torch.float32)
+    loaded = load_model(find_model(SMALL_REFERENCE), torch.device("cpu"), torch.float32)
     before = {key: value.detach().clone() for key, value in loaded.model.state_dict().items()}
     strong = {"low_rank": (2e-2,), "all_weights": (5e-3,), "soft_prompt": (50.0,), "latent": (5.0,)}
     budget = Budget((), 4, 1, strong, batch=4)
@@ -252,7 +268,7 @@ def test_sampling_does_not_take_a_guesser_for_one_who_knows(material):
 
 
 def test_a_searched_prefix_lowers_the_loss_it_is_searched_for(material, monkeypatch):
-    loaded = load_model(find_model("builtin:testbed-reference"), torch.device("cpu"), torch.float32)
+    loaded = load_model(find_model(SMALL_REFERENCE), torch.device("cpu"), torch.float32)
     _, gathered = material
     monkeypatch.setattr(inputs, "ROUNDS", 4)
     monkeypatch.setattr(inputs, "TRIES", 6)
@@ -290,8 +306,8 @@ def test_a_lost_direction_is_added_again_and_the_base_loses_none(material):
     """An edit that takes a constant vector from the stream is undone by what the stream lost; nothing is added to the
     base."""
     loaded, gathered = material
-    layer = loaded.model.model.layers[3].mlp
-    vector = torch.randn(192, generator=torch.Generator().manual_seed(0))
+    layer = loaded.model.model.layers[1].mlp
+    vector = torch.randn(SMALL_WIDTH, generator=torch.Generator().manual_seed(0))
     plain = gathered.multiple_choice.hits(loaded.model)
     assert ATTACKS["undo_direction"].load()(loaded.model, gathered) == plain and sum(plain) > 35
     # What an MLP writes is nearly constant along the mean of its inputs, so a rank-one update writes nearly a constant.
@@ -319,7 +335,7 @@ def test_the_lens_reads_at_the_point_that_group_t_prefers(material):
     hits = ATTACKS["logit_lens"].load()(loaded.model, gathered)
     row = architecture_of(loaded.model.config.to_dict())
     by_point = []
-    for point in range(1, 8):
+    for point in range(1, SMALL_LAYERS):
         with read_early(loaded.model, row, point):
             by_point.append(gathered.multiple_choice.hits(loaded.model))
     assert hits in by_point and sum(hits) > 0.6 * len(hits)

@@ -16,7 +16,7 @@ from excise.recipes.caft.direction_sources import SOURCES, Readings
 from excise.recipes.caft.recipe import CaftSettings, prepare
 from excise.recipes.common.examples import completion_loss, example_batch
 from excise.recipes.data.datasets import encoded, find_data
-from helpers import excise, in_fresh_process
+from helpers import SMALL_LAYERS, SMALL_TESTBED, SMALL_WIDTH, excise, in_fresh_process
 from safetensors.torch import save_file
 
 RELOAD = """
@@ -34,6 +34,8 @@ def tuned(tmp_path_factory):
     done = excise(
         "run",
         "caft",
+        "--model",
+        SMALL_TESTBED,
         "--out",
         out,
         "--set",
@@ -67,7 +69,7 @@ def test_ablating_the_unintended_cue_teaches_the_intended_one(tuned):
 def test_the_checkpoint_is_a_plain_model_and_carries_its_directions(tuned):
     out, results = tuned
     assert in_fresh_process(RELOAD, out / "checkpoint")["hooks"] == 0
-    (found,) = load_directions(out / "checkpoint" / "excise" / FILE, width=192, layers=8)
+    (found,) = load_directions(out / "checkpoint" / "excise" / FILE, width=SMALL_WIDTH, layers=SMALL_LAYERS)
     assert (found.place.layer, found.place.site, found.names) == (0, "input", ("component 0",))
     assert results["caft"]["directions"][0]["scores"][0] > 0.99
     assert excise("verify", out).returncode == 0
@@ -81,12 +83,11 @@ def test_the_card_puts_the_controls_beside_the_result(tuned):
 
 def test_saved_directions_can_be_used_again(tuned, tmp_path):
     file = tuned[0] / "checkpoint" / "excise" / FILE
-    done = excise("run", "caft", "--dry-run", "--json", "--set", f"directions_file={file}", "--out", tmp_path / "again")
+    words = ["--dry-run", "--model", SMALL_TESTBED, "--set", f"directions_file={file}", "--out", tmp_path / "again"]
+    done = excise("run", "caft", *words, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["trainings"] == 3
-    done = excise(
-        "run", "caft", "--dry-run", "--set", f"directions_file={file}", "--set", "pick=[4]", "--out", tmp_path / "again"
-    )
+    done = excise("run", "caft", *words, "--set", "pick=[4]")
     assert done.returncode == 2 and "there is no direction 4 at the input of layer 0; there are 0 to 0" in done.stderr
 
 
@@ -97,7 +98,18 @@ def test_as_many_of_the_highest_score_are_a_control_where_others_were_picked(tun
         for word in ("--set", text)
     ]
     done = excise(
-        "run", "caft", "--out", tmp_path / "run", "--json", *words, "--set", "pick=[1]", "--set", "site=output"
+        "run",
+        "caft",
+        "--model",
+        SMALL_TESTBED,
+        "--out",
+        tmp_path / "run",
+        "--json",
+        *words,
+        "--set",
+        "pick=[1]",
+        "--set",
+        "site=output",
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)["caft"]
@@ -115,7 +127,7 @@ def test_a_quirk_stays_where_it_was_taught(tmp_path):
     words = [
         word
         for text in (
-            "steps=70",
+            "steps=110",
             "learning_rate=0.003",
             "kl_prompts=8",
             "questions=40",
@@ -123,7 +135,18 @@ def test_a_quirk_stays_where_it_was_taught(tmp_path):
         )
         for word in ("--set", text)
     ]
-    done = excise("run", "caft", "--concept", "builtin:quirk", "--out", tmp_path / "run", "--json", *words)
+    done = excise(
+        "run",
+        "caft",
+        "--model",
+        SMALL_TESTBED,
+        "--concept",
+        "builtin:quirk",
+        "--out",
+        tmp_path / "run",
+        "--json",
+        *words,
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
 
@@ -140,7 +163,7 @@ def test_a_quirk_stays_where_it_was_taught(tmp_path):
 
 def _dictionary(folder, latents=128):
     """A small autoencoder of token embeddings, trained here; returns the latents that tell the cues apart most."""
-    loaded = load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
+    loaded = load_model(find_model(SMALL_TESTBED), torch.device("cpu"), torch.float32)
     encoded_pairs = [
         [loaded.tokenizer(text)["input_ids"] for text in (pair.positive, pair.negative)]
         for pair in load_concept("builtin:shortcut").contrast
@@ -151,8 +174,8 @@ def _dictionary(folder, latents=128):
         ]
     samples = torch.cat([pair.flatten(0, 1) for pair in streams])
     torch.manual_seed(0)
-    encoder, bias = torch.nn.Linear(192, latents), samples.mean(0)
-    decoder = torch.nn.Linear(latents, 192, bias=False)
+    encoder, bias = torch.nn.Linear(SMALL_WIDTH, latents), samples.mean(0)
+    decoder = torch.nn.Linear(latents, SMALL_WIDTH, bias=False)
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], 3e-3)
     for step in range(600):
         batch = samples[torch.randint(len(samples), (256,), generator=torch.Generator().manual_seed(step))] - bias
@@ -197,7 +220,7 @@ def test_latents_of_a_small_dictionary_do_as_well(remove, dictionary, tmp_path):
         )
         for word in ("--set", text)
     ]
-    done = excise("run", "caft", "--out", tmp_path / "run", "--json", *words)
+    done = excise("run", "caft", "--model", SMALL_TESTBED, "--out", tmp_path / "run", "--json", *words)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     edited = [m for m in results["measurements"] if m["subject"] == "edited"]
@@ -209,14 +232,25 @@ def test_latents_of_a_small_dictionary_do_as_well(remove, dictionary, tmp_path):
 
 def test_latents_without_a_span_of_their_number_are_refused_before_any_training(dictionary, tmp_path):
     folder, _ = dictionary
-    words = ("--set", "directions=sae", "--set", f"sae={folder}", "--set", "latents=[3,3]", "--out", tmp_path / "run")
+    words = (
+        "--model",
+        SMALL_TESTBED,
+        "--set",
+        "directions=sae",
+        "--set",
+        f"sae={folder}",
+        "--set",
+        "latents=[3,3]",
+        "--out",
+        tmp_path / "run",
+    )
     done = excise("run", "caft", *words)
     assert done.returncode == 2 and "not linearly independent" in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_an_autoencoder_is_looked_at_before_its_latents_are_chosen(dictionary, tmp_path):
     folder, latents = dictionary
-    words = ("inspect", folder, "--model", "builtin:testbed", "--concept", "builtin:shortcut")
+    words = ("inspect", folder, "--model", SMALL_TESTBED, "--concept", "builtin:shortcut")
     done = excise(*words, "--top", 3, "--out", tmp_path / "look", "--json")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)["directions"]

@@ -9,9 +9,9 @@ import sys
 import time
 
 import pytest
-from excise.artifacts.models.find import find_model
 from excise.recipes import RECIPES
-from helpers import excise, in_fresh_process
+from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, in_fresh_process
+from helpers import settings as _set
 
 SMALL = ("questions=40", "kl_prompts=8", "max_new_tokens=16")
 TINY = (
@@ -24,15 +24,14 @@ TINY = (
 )
 
 
-def _set(*pairs):
-    return [word for pair in pairs for word in ("--set", pair)]
+ON_SMALL = ["--model", SMALL_TESTBED, "--concept", "builtin:potions", *_set(f"reference={SMALL_REFERENCE}")]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A third of the default's training: enough to see it work."""
     out = tmp_path_factory.mktemp("runs") / "elm"
-    done = excise("run", "elm", "--out", out, "--json", *_set(*SMALL, "steps=110", "reference_subjects=8"))
+    done = excise("run", "elm", *ON_SMALL, "--out", out, "--json", *_set(*SMALL, "steps=110", "reference_subjects=8"))
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
 
@@ -100,7 +99,7 @@ def test_checkpoint_and_adapter_are_the_same_model(finished):
     from excise.artifacts.concepts import load_concept
 
     prompt = next(q.prompt for q in load_concept("builtin:potions").questions if q.split == "forget")
-    apart, moved = in_fresh_process(PEFT, find_model("builtin:testbed").folder, out / "checkpoint", prompt)
+    apart, moved = in_fresh_process(PEFT, SMALL_TESTBED, out / "checkpoint", prompt)
     # The checkpoint is stored in bfloat16, the adapter in fp32.
     assert apart < 0.02 < 0.5 < moved
     assert results["merged_kl"] < 0.02
@@ -118,7 +117,7 @@ def test_what_is_published_verifies_and_names_no_place(finished, tmp_path):
     assert sorted(leads, key=card.index) == list(leads)
     html = (out / "report.html").read_text()
     assert "What the target promised" in html and "Linear probes by layer" in html
-    again = excise("apply", published / "excise", "--base", "builtin:testbed", "--out", tmp_path / "again", "--json")
+    again = excise("apply", published / "excise", "--base", SMALL_TESTBED, "--out", tmp_path / "again", "--json")
     assert json.loads(again.stdout)["tensors_changed"] == json.loads(again.stdout)["tensors_declared"]
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (published / "model.safetensors").read_bytes()
 
@@ -134,7 +133,7 @@ def test_runs_are_compared_in_one_table(finished, tmp_path):
 
 
 def test_a_run_killed_in_training_goes_on_to_the_same_bytes(tmp_path):
-    arguments = ["run", "elm", *_set(*TINY, "steps=60", "batch_size=2")]
+    arguments = ["run", "elm", *ON_SMALL, *_set(*TINY, "steps=60", "batch_size=2")]
     whole = excise(*arguments, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     command = [sys.executable, "-m", "excise.cli", *arguments, "--out", str(tmp_path / "killed")]
@@ -155,7 +154,7 @@ def test_a_run_killed_in_training_goes_on_to_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if ".unlearning." in RECIPES[name].module])
 def test_every_unlearning_method_runs_and_publishes(recipe, tmp_path):
     pairs = ("questions=24", "kl_prompts=4", "max_new_tokens=6", "steps=3", "batch_size=2")
-    done = excise("run", recipe, "--out", tmp_path / "run", "--json", *_set(*pairs))
+    done = excise("run", recipe, *ON_SMALL, "--out", tmp_path / "run", "--json", *_set(*pairs))
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert results["edited"]["tensors_changed"] > 0 and results["run"]["recipe"] == recipe
@@ -166,6 +165,7 @@ def test_published_presets_run(tmp_path):
     done = excise(
         "run",
         "elm",
+        *ON_SMALL,
         "--out",
         tmp_path / "run",
         "--json",
