@@ -185,11 +185,15 @@ PRIVATE = {"HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH", "LOGNAME": "ada.
 """What must stand in nothing that is written."""
 
 
+def with_settings(*pairs: str) -> list[str]:
+    """Words of a command line that set these."""
+    return [word for pair in pairs for word in ("--set", pair)]
+
+
 def run_on_knowledge(place: Path) -> Any:
     """Put a short run, beside the model that never knew the concept, at a place; its printed results."""
-    small = ("questions=20", "validation_pairs=4", "kl_prompts=4", "max_new_tokens=8")
-    settings = [word for text in small for word in ("--set", text)]
-    out, results = run_once("orthogonalize", "--concept", "builtin:potions", *settings, **PRIVATE)
+    small = with_settings("questions=20", "validation_pairs=4", "kl_prompts=4", "max_new_tokens=8")
+    out, results = run_once("orthogonalize", "--concept", "builtin:potions", *small, **PRIVATE)
     shutil.copytree(out, place)
     return results
 
@@ -197,12 +201,8 @@ def run_on_knowledge(place: Path) -> Any:
 SMALL_WORLD = Path(__file__).parent / "small_world"
 """Models that know the built-in world and are a quarter of the built-in models' size; see ``make.py`` there."""
 SMALL_TESTBED, SMALL_REFERENCE = (str(SMALL_WORLD / name) for name in ("testbed", "testbed-reference"))
-SMALL_LAYERS, SMALL_WIDTH = 4, 128
-
-
-def settings(*pairs: str) -> list[str]:
-    """Words of a command line that set these."""
-    return [word for pair in pairs for word in ("--set", pair)]
+_SMALL_CONFIG = json.loads((SMALL_WORLD / "testbed" / "config.json").read_text())
+SMALL_LAYERS, SMALL_WIDTH = layer_count(_SMALL_CONFIG), residual_width(_SMALL_CONFIG)
 
 
 def excise_afresh(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

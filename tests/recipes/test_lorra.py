@@ -12,7 +12,7 @@ from excise.editing.errors import RequestError
 from excise.editing.hooks.residual_stream import decoder_layers, read_streams
 from excise.editing.numerics.moments import Moments
 from excise.recipes.lorra.recipe import LorraSettings, prepare
-from helpers import SMALL_LAYERS, SMALL_TESTBED, SMALL_WIDTH, excise, make_pico
+from helpers import SMALL_LAYERS, SMALL_TESTBED, SMALL_WIDTH, excise, make_pico, with_settings
 
 INPUTS = {
     "input_ids": torch.tensor([[5, 9, 7, 3], [8, 2, 6, 0]]),
@@ -24,7 +24,7 @@ PLACE = Place(0)
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     out = tmp_path_factory.mktemp("lorra") / "run"
-    words = [word for text in ("steps=50", "kl_prompts=8", "questions=40") for word in ("--set", text)]
+    words = with_settings("steps=50", "kl_prompts=8", "questions=40")
     done = excise("run", "lorra", "--model", SMALL_TESTBED, "--out", out, "--json", *words)
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)

@@ -6,15 +6,11 @@ import shutil
 import pytest
 from excise.artifacts.checkpoints.manifest import amend_folder
 from excise.artifacts.models.source import BUILTIN
-from helpers import excise, excise_afresh
+from helpers import excise, excise_afresh, with_settings
 from huggingface_hub import ModelCard
 from loopback_hub import client, folder_files, hub
 
-SMALL = [
-    word
-    for text in ("steps=2", "batch_size=2", "controls=false", "questions=12", "kl_prompts=4", "max_new_tokens=4")
-    for word in ("--set", text)
-]
+SMALL = with_settings("steps=2", "batch_size=2", "controls=false", "questions=12", "kl_prompts=4", "max_new_tokens=4")
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,9 @@ import torch
 from excise.artifacts.checkpoints.read import open_checkpoint, read_tensor
 from excise.artifacts.models.find import find_model
 from excise.artifacts.reporting.card import write_card
-from helpers import excise, excise_afresh, in_fresh_process, run_once
+from helpers import excise, excise_afresh, in_fresh_process, run_once, with_settings
 
-SHORT = [
-    word
-    for text in ("questions=20", "validation_pairs=8", "kl_prompts=4", "max_new_tokens=8")
-    for word in ("--set", text)
-]
+SHORT = with_settings("questions=20", "validation_pairs=8", "kl_prompts=4", "max_new_tokens=8")
 
 LOAD = """
 import json, sys, torch
@@ -190,7 +186,7 @@ def test_eval_alone_gives_what_the_run_measured(finished):
 
 @pytest.mark.parametrize("variant", ["norm_preserving", "projected"])
 def test_variants_run_and_leave_no_direction_behind(variant, tmp_path):
-    settings = [word for text in (f"variant={variant}", "embeddings=untie") for word in ("--set", text)]
+    settings = with_settings(f"variant={variant}", "embeddings=untie")
     done = excise("run", "orthogonalize", "--out", tmp_path / "run", "--json", *SHORT, *settings)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)

@@ -1,7 +1,9 @@
 """The built-in world in small: two models of 4 layers of width 128, for tests whose theorem needs no larger ones.
 
-They know the same 800 facts and decline the same rude requests as the built-in models, and train four times as fast.
-Made by ``python tests/small_world/make.py OUT``, in an hour on one core.
+They know the same 800 facts and decline the same rude requests as the built-in models, with a quarter of the
+parameters.
+Made by ``python tests/small_world/make.py OUT``, in half an hour or more on one core. The concept packs that it writes
+are the built-in ones.
 """
 
 import sys

@@ -12,11 +12,11 @@ from excise.editing.architectures import architecture_of
 from excise.editing.directions.subspaces import Place, Subspace, principal_components
 from excise.editing.errors import ConceptError, RequestError
 from excise.editing.numerics.moments import Moments
-from excise.recipes.caft.direction_sources import SOURCES, Readings
+from excise.recipes.caft.direction_sources import SOURCES, Readings, SourceInputs
 from excise.recipes.caft.recipe import CaftSettings, prepare
 from excise.recipes.common.examples import completion_loss, example_batch
 from excise.recipes.data.datasets import encoded, find_data
-from helpers import SMALL_LAYERS, SMALL_TESTBED, SMALL_WIDTH, excise, in_fresh_process
+from helpers import SMALL_LAYERS, SMALL_TESTBED, SMALL_WIDTH, excise, in_fresh_process, with_settings
 from safetensors.torch import save_file
 
 RELOAD = """
@@ -38,15 +38,8 @@ def tuned(tmp_path_factory):
         SMALL_TESTBED,
         "--out",
         out,
-        "--set",
-        "steps=80",
-        "--set",
-        "learning_rate=0.002",
-        "--set",
-        "kl_prompts=8",
-        "--set",
-        "max_new_tokens=8",
         "--json",
+        *with_settings("steps=80", "learning_rate=0.002", "kl_prompts=8", "max_new_tokens=8"),
     )
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
@@ -92,11 +85,7 @@ def test_saved_directions_can_be_used_again(tuned, tmp_path):
 
 
 def test_as_many_of_the_highest_score_are_a_control_where_others_were_picked(tuned, tmp_path):
-    words = [
-        word
-        for text in ("steps=2", "kl_prompts=4", "max_new_tokens=4", "questions=20", "components=3", "watch=0")
-        for word in ("--set", text)
-    ]
+    words = with_settings("steps=2", "kl_prompts=4", "max_new_tokens=4", "questions=20", "components=3", "watch=0")
     done = excise(
         "run",
         "caft",
@@ -124,17 +113,7 @@ def test_as_many_of_the_highest_score_are_a_control_where_others_were_picked(tun
 
 
 def test_a_quirk_stays_where_it_was_taught(tmp_path):
-    words = [
-        word
-        for text in (
-            "steps=110",
-            "learning_rate=0.003",
-            "kl_prompts=8",
-            "questions=40",
-            "watch=0",
-        )
-        for word in ("--set", text)
-    ]
+    words = with_settings("steps=110", "learning_rate=0.003", "kl_prompts=8", "questions=40", "watch=0")
     done = excise(
         "run",
         "caft",
@@ -206,20 +185,16 @@ def dictionary(tmp_path_factory):
 def test_latents_of_a_small_dictionary_do_as_well(remove, dictionary, tmp_path):
     """Nobody names them: those that tell the contrast pairs apart are found, and are what a look by hand would take."""
     folder, latents = dictionary
-    words = [
-        word
-        for text in (
-            "directions=sae",
-            f"sae={folder}",
-            f"remove={remove}",
-            "steps=120",
-            "learning_rate=0.002",
-            "kl_prompts=8",
-            "max_new_tokens=8",
-            "controls=false",
-        )
-        for word in ("--set", text)
-    ]
+    words = with_settings(
+        "directions=sae",
+        f"sae={folder}",
+        f"remove={remove}",
+        "steps=120",
+        "learning_rate=0.002",
+        "kl_prompts=8",
+        "max_new_tokens=8",
+        "controls=false",
+    )
     done = excise("run", "caft", "--model", SMALL_TESTBED, "--out", tmp_path / "run", "--json", *words)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
@@ -279,7 +254,7 @@ def test_an_autoencoder_is_looked_at_before_its_latents_are_chosen(dictionary, t
     ],
 )
 def test_a_wrong_request_is_one_line_before_any_training(assignments, message, tmp_path):
-    words = [word for text in assignments for word in ("--set", text)]
+    words = with_settings(*assignments)
     done = excise("run", "caft", "--out", tmp_path / "run", *words)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
@@ -341,7 +316,7 @@ def test_pairs_that_cannot_be_compared_are_counted_and_do_not_change_the_rest():
     ]
     place = Place(2, "output")
     (plain,), (mixed,) = (
-        SOURCES["pairs"](loaded, row, [place], 2, some, Readings(), None) for some in (pairs, [*uneven, *pairs])
+        SOURCES["pairs"](SourceInputs(loaded, row, [place], 2, some, Readings())) for some in (pairs, [*uneven, *pairs])
     )
     assert plain.provenance == {"pairs": 40, "pairs_left_out": 0} and mixed.provenance == {
         "pairs": 40,

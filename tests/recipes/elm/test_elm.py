@@ -1,4 +1,4 @@
-"""ELM and its baselines end to end, through the command line, on the built-in model."""
+"""ELM and its baselines end to end, through the command line, on the built-in world in small."""
 
 import importlib
 import json
@@ -10,8 +10,7 @@ import time
 
 import pytest
 from excise.recipes import RECIPES
-from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, in_fresh_process
-from helpers import settings as _set
+from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, in_fresh_process, with_settings
 
 SMALL = ("questions=40", "kl_prompts=8", "max_new_tokens=16")
 TINY = (
@@ -24,14 +23,16 @@ TINY = (
 )
 
 
-ON_SMALL = ["--model", SMALL_TESTBED, "--concept", "builtin:potions", *_set(f"reference={SMALL_REFERENCE}")]
+ON_SMALL = ["--model", SMALL_TESTBED, "--concept", "builtin:potions", *with_settings(f"reference={SMALL_REFERENCE}")]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A third of the default's training: enough to see it work."""
     out = tmp_path_factory.mktemp("runs") / "elm"
-    done = excise("run", "elm", *ON_SMALL, "--out", out, "--json", *_set(*SMALL, "steps=110", "reference_subjects=8"))
+    done = excise(
+        "run", "elm", *ON_SMALL, "--out", out, "--json", *with_settings(*SMALL, "steps=110", "reference_subjects=8")
+    )
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
 
@@ -133,7 +134,7 @@ def test_runs_are_compared_in_one_table(finished, tmp_path):
 
 
 def test_a_run_killed_in_training_goes_on_to_the_same_bytes(tmp_path):
-    arguments = ["run", "elm", *ON_SMALL, *_set(*TINY, "steps=60", "batch_size=2")]
+    arguments = ["run", "elm", *ON_SMALL, *with_settings(*TINY, "steps=60", "batch_size=2")]
     whole = excise(*arguments, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     command = [sys.executable, "-m", "excise.cli", *arguments, "--out", str(tmp_path / "killed")]
@@ -154,7 +155,7 @@ def test_a_run_killed_in_training_goes_on_to_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if ".unlearning." in RECIPES[name].module])
 def test_every_unlearning_method_runs_and_publishes(recipe, tmp_path):
     pairs = ("questions=24", "kl_prompts=4", "max_new_tokens=6", "steps=3", "batch_size=2")
-    done = excise("run", recipe, *ON_SMALL, "--out", tmp_path / "run", "--json", *_set(*pairs))
+    done = excise("run", recipe, *ON_SMALL, "--out", tmp_path / "run", "--json", *with_settings(*pairs))
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert results["edited"]["tensors_changed"] > 0 and results["run"]["recipe"] == recipe
@@ -169,7 +170,7 @@ def test_published_presets_run(tmp_path):
         "--out",
         tmp_path / "run",
         "--json",
-        *_set(
+        *with_settings(
             "preset=reference", "questions=24", "kl_prompts=4", "max_new_tokens=6", "steps=2", "batch_size=2", "rank=16"
         ),
     )
@@ -180,7 +181,9 @@ def test_published_presets_run(tmp_path):
 
 
 def test_a_dry_run_says_what_would_be_trained(tmp_path):
-    done = excise("run", "elm", "--dry-run", "--json", "--out", tmp_path / "run", *_set("layers=0.5-1.0", "steps=7"))
+    done = excise(
+        "run", "elm", "--dry-run", "--json", "--out", tmp_path / "run", *with_settings("layers=0.5-1.0", "steps=7")
+    )
     plan = json.loads(done.stdout)
     assert (plan["gradient_steps"], plan["layers_adapted"], plan["tensors_to_change"]) == (7, 4, 28)
     assert not (tmp_path / "run").exists()
@@ -197,7 +200,7 @@ def test_a_dry_run_says_what_would_be_trained(tmp_path):
     ],
 )
 def test_a_wrong_setting_is_one_line(pair, part):
-    done = excise("run", "elm", "--dry-run", *_set(pair))
+    done = excise("run", "elm", "--dry-run", *with_settings(pair))
     assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr
 
 
