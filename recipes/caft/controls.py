@@ -25,7 +25,7 @@ from ..common import adapter_job, adapter_run
 from ..common.examples import Example, completion_loss, example_batch
 from ..common.measured_run import subject_of
 from ..common.trainer import fit
-from .direction_sources import SOURCES, Readings, mean_projection, refreshed
+from .direction_sources import SOURCES, Readings, SourceInputs, mean_projection, refreshed
 from .request import CaftJob
 
 Part = TypeVar("Part", Subspace, SparseLatents)
@@ -166,8 +166,10 @@ def directions_of(
     provenance = {"model": job.source.describe(), "seed": settings.seed, "data_sha256": prepared.data.sha256}
     if latents:
         return (latents.subspace.with_provenance(provenance),)
-    pairs = some_pairs(prepared, most)
-    subspaces = SOURCES[settings.directions](loaded, job.row, prepared.places, settings.components, pairs, base, tuned)
+    inputs = SourceInputs(
+        loaded, job.row, prepared.places, settings.components, some_pairs(prepared, most), base, tuned
+    )
+    subspaces = SOURCES[settings.directions](inputs)
     return tuple(subspace.with_provenance(provenance) for subspace in subspaces)
 
 

@@ -1,5 +1,4 @@
-"""Where directions come from: contrast pairs, or what a fine-tune changes in the stream; one line of ``SOURCES``
-each."""
+"""Where directions come from: contrast pairs, or what a fine-tune changes in the stream. One row each."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -100,42 +99,49 @@ def refreshed(edited: Readings, base: Readings, subspaces: Sequence[Subspace]) -
 
 
 Found = tuple[Subspace, ...]
-Source = Callable[
-    [LoadedModel, Architecture, Sequence[Place], int, Sequence[ContrastPair], Readings, Readings | None], Found
-]
-"""From a model, places, a number of directions, contrast pairs, the base's readings and a fine-tune's."""
 
 
-def _pairs(
-    loaded: LoadedModel,
-    row: Architecture,
-    places: Sequence[Place],
-    count: int,
-    pairs: Sequence[ContrastPair],
-    base: Readings,
-    tuned: Readings | None,
-) -> Found:
+@dataclass(frozen=True)
+class SourceInputs:
+    """What a source may find directions from."""
+
+    loaded: LoadedModel
+    row: Architecture
+    places: Sequence[Place]
+    count: int
+    """Number of directions at each place."""
+    pairs: Sequence[ContrastPair]
+    base: Readings
+    """Of the base model."""
+    tuned: Readings | None = None
+    """Of the base after a plain fine-tune; only ``finetuned`` needs them."""
+
+
+Source = Callable[[SourceInputs], Found]
+
+
+def _pairs(inputs: SourceInputs) -> Found:
     """Components of the differences within pairs, not centred: the mean difference is part of what is looked for."""
     # The width is known once activations were read.
-    differences = {place: Moments(0, covariance=True) for place in places}
-    middles = {place: Moments(0) for place in places}
-    alike = _alike(loaded, pairs)
-    for positive, negative in _read_pairs(loaded, row, places, alike):
-        for place in places:
+    differences = {place: Moments(0, covariance=True) for place in inputs.places}
+    middles = {place: Moments(0) for place in inputs.places}
+    alike = _alike(inputs.loaded, inputs.pairs)
+    for positive, negative in _read_pairs(inputs.loaded, inputs.row, inputs.places, alike):
+        for place in inputs.places:
             differences[place].width = middles[place].width = positive[place].shape[-1]
             differences[place].update(positive[place] - negative[place])
             middles[place].update((positive[place] + negative[place]) / 2)
     subspaces = []
-    for place in places:
+    for place in inputs.places:
         if not differences[place].count:
             raise RequestError(
                 "no contrast pair has members of one length in tokens, and only those are compared position by"
                 " position; choose another source of directions or mend the pairs"
             )
         subspaces.append(
-            principal_components(differences[place], count, place, centred=False, offset=middles[place].mean)
+            principal_components(differences[place], inputs.count, place, centred=False, offset=middles[place].mean)
         )
-    counted = {"pairs": len(alike), PAIRS_LEFT_OUT: len(pairs) - len(alike)}
+    counted = {"pairs": len(alike), PAIRS_LEFT_OUT: len(inputs.pairs) - len(alike)}
     return tuple(subspace.with_provenance(counted) for subspace in subspaces)
 
 
@@ -163,49 +169,36 @@ def _read_pairs(
 def _by_class(fitter: Callable[[Moments, Moments, Place], Subspace]) -> Source:
     """A fitter of two classes on the last token of each member of the pairs."""
 
-    def source(
-        loaded: LoadedModel,
-        row: Architecture,
-        places: Sequence[Place],
-        count: int,
-        pairs: Sequence[ContrastPair],
-        base: Readings,
-        tuned: Readings | None,
-    ) -> Found:
+    def source(inputs: SourceInputs) -> Found:
         moments: dict[tuple[Place, str], Moments] = {}
-        for name, texts in (("plus", [p.positive for p in pairs]), ("minus", [p.negative for p in pairs])):
-            rows = [encode(loaded.tokenizer, text, True) for text in texts]
+        for name, texts in (
+            ("plus", [p.positive for p in inputs.pairs]),
+            ("minus", [p.negative for p in inputs.pairs]),
+        ):
+            rows = [encode(inputs.loaded.tokenizer, text, True) for text in texts]
             for start in range(0, len(rows), BATCH):
                 part = rows[start : start + BATCH]
-                values = activations(loaded.model, row, part, places)
-                for place in places:
+                values = activations(inputs.loaded.model, inputs.row, part, inputs.places)
+                for place in inputs.places:
                     last = torch.stack([values[place][i, len(ids) - 1] for i, ids in enumerate(part)])
                     moments.setdefault((place, name), Moments(last.shape[-1], covariance=True)).update(last)
-        return tuple(fitter(moments[place, "plus"], moments[place, "minus"], place) for place in places)
+        return tuple(fitter(moments[place, "plus"], moments[place, "minus"], place) for place in inputs.places)
 
     return source
 
 
-def _finetuned(
-    loaded: LoadedModel,
-    row: Architecture,
-    places: Sequence[Place],
-    count: int,
-    pairs: Sequence[ContrastPair],
-    base: Readings,
-    tuned: Readings | None,
-) -> Found:
+def _finetuned(inputs: SourceInputs) -> Found:
     """Components of what the fine-tune changed, centred over tokens as in the paper."""
-    assert tuned is not None, "the plain fine-tune was trained for this"
+    assert inputs.tuned is not None, "the plain fine-tune was trained for this"
     subspaces = []
-    for place in places:
-        difference = tuned.rows[place] - base.rows[place]
+    for place in inputs.places:
+        difference = inputs.tuned.rows[place] - inputs.base.rows[place]
         if not bool(difference.any()):
             raise RequestError(f"fine-tuning changed nothing at the {place}; look at later layers, or at outputs")
         moments = Moments(difference.shape[-1], covariance=True)
         moments.update(difference)
-        offset = base.rows[place].double().mean(0)
-        subspaces.append(replace(principal_components(moments, count, place, offset=offset), source="finetuned"))
+        offset = inputs.base.rows[place].double().mean(0)
+        subspaces.append(replace(principal_components(moments, inputs.count, place, offset=offset), source="finetuned"))
     return tuple(subspaces)
 
 

@@ -1,5 +1,4 @@
-"""Which of an autoencoder's latents carry a concept: a score for each, by which the first few can be chosen or looked
-at."""
+"""Which of an autoencoder's latents carry a concept: a score for each, by which the first few are chosen."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
