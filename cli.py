@@ -1,5 +1,4 @@
-"""The command line: one row a command, and every error as one line. Nothing heavy is imported until a command needs
-it."""
+"""The command line: one row a command, and every error as one line. Commands import what is heavy when they need it."""
 
 import signal
 import sys

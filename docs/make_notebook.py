@@ -223,6 +223,7 @@ def _shown(output: nbformat.NotebookNode) -> str:
 
 
 def main() -> None:
+    """Run every cell and write the notebook and its page."""
     with TemporaryDirectory(prefix="excise-") as folder:
         # Nothing is taken from audits that were made before.
         os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")

@@ -1,5 +1,4 @@
-"""What a run, an evaluation and an audit came to: read from their results, shown in a terminal, a notebook or as
-JSON."""
+"""Outcomes of a run, an evaluation and an audit: read from results, shown in a terminal, a notebook or as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -304,8 +303,7 @@ def _most(attack: dict[str, Any], subject: str) -> float:
 
 
 def published_reference(model: dict[str, Any]) -> str | None:
-    """How a command names a model that a record describes; None for a local one, of which the record has the name
-    alone."""
+    """How a command names a model that a record describes; None for a local one, whose place no record has."""
     if model["kind"] not in ("builtin", "hub"):
         return None
     return f"{model['name']}@{model['revision']}" if model["revision"] else str(model["name"])

@@ -1,5 +1,4 @@
-"""What a method says of itself, as data: ``eval.json`` holds it under ``story``, and card, report and terminal render
-it.
+"""What a method says of itself, as data: ``story`` in ``eval.json``, which card, report and terminal render.
 
 Texts are plain English with the three marks that both a card and a page understand: ``**bold**``, ``*emphasis*`` and
 `` `code` ``. Cells of tables are plain text.

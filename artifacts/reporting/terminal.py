@@ -1,5 +1,4 @@
-"""Text for the terminal: tables, lists, plans and commands to type next, under one width rule. It imports nothing
-heavy.
+"""Text for the terminal: tables, lists, plans and commands to type next, under one width rule. Imports stay light.
 
 A terminal gets lines that fit its width: 95% intervals give way first, column by column from the left, then long texts
 are folded inside their column. A file or a pipe gets every line whole, without blanks at its end.

@@ -1,5 +1,4 @@
-"""Does what was removed come back: recovery curves, and how an edited model compares with its base and with one that
-never knew.
+"""Does what was removed come back: recovery curves, and the edited model beside its base and one that never knew.
 
 All of it is accuracy on questions of group V, whose subjects no attacker saw unless the attack says so, under the same
 attack on base (ceiling), edited model and floor. A curve that never reaches a mark is censored, never extrapolated.

@@ -1,5 +1,4 @@
-"""What an audit concludes, and whether it may conclude anything: thresholds and rules. ``reasons`` puts them into
-words."""
+"""What an audit concludes, and whether it may conclude anything: thresholds and rules. ``reasons`` words them."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,5 +1,4 @@
-"""How far a model moved from its base: KL(base || model) along the base's own neutral replies, and along retain
-texts."""
+"""How far a model moved from its base: KL(base || model) along the base's neutral replies and retain texts."""
 
 from collections.abc import Sequence
 

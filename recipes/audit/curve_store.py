@@ -1,5 +1,4 @@
-"""The curves of an audit so far: in its own folder, so that a killed one goes on; those of base and controls also in a
-cache.
+"""The curves of an audit so far: in its own folder, so that a killed one goes on. Base and controls: in a cache too.
 
 Base, suppressed control and reference are attacked alike in every audit of the same base and concept; the next one
 reuses their curves from there. The edited model is always attacked anew.

@@ -1,5 +1,4 @@
-"""Facts that nobody knows, in a pack's own words: the reference of an audit that has no model which never learned the
-concept."""
+"""Facts that nobody knows, in a pack's own words: the reference of an audit without a model that never learned it."""
 
 import random
 from collections.abc import Sequence

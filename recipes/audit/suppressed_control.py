@@ -1,5 +1,4 @@
-"""The positive control of an audit: a model that knows as much as its base and does not say it. Attacks must bring it
-back."""
+"""The positive control of an audit: a model that knows as much as its base and does not say it. Attacks must undo this."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence

@@ -1,2 +1,1 @@
-"""The commands of the command line, one file a panel, with their help, messages and what results look like in a
-terminal."""
+"""The commands of the command line, one file a panel, with their help, messages and results as text."""

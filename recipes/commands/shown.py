@@ -13,7 +13,7 @@ from ...artifacts.reporting.results import Row, format_difference, format_value,
 from ...artifacts.reporting.terminal import aligned, bullets
 
 if TYPE_CHECKING:
-    # Only names of types: at run time these recipes would bring transformers' trainer, seconds that a pull need not wait.
+    # Only names of types: at run time these recipes would bring transformers' trainer, and seconds of waiting.
     from ...artifacts.pull import Pulled
     from ...artifacts.reporting.outcomes import Evaluation
     from ..compare import Line

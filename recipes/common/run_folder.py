@@ -1,5 +1,4 @@
-"""Settings that every run has, and the folder that it writes: where it goes, what it holds while the run is
-unfinished."""
+"""Settings that every run has, and the folder that it writes: where it goes, and what an unfinished run holds."""
 
 import json
 from pathlib import Path

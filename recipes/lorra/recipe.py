@@ -1,5 +1,4 @@
-"""Representation tuning (LoRRA): an adapter learns to move the stream along a reading vector, toward a concept or away
-from it.
+"""Representation tuning (LoRRA): an adapter moves the stream along a reading vector, toward a concept or away.
 
 Zou et al. 2023, section 3.2 and algorithm 1. No text is imitated: where prompts show the concept, the target is the
 frozen model's own stream with the vector added; on other prompts, on replies and on retain texts it is that stream as

@@ -1,5 +1,4 @@
-"""Neuron pruning: silence the units that a concept needs and the rest does not, and show what equally many others
-do."""
+"""Neuron pruning: silence the units that a concept needs and the rest does not, and measure equally many others."""
 
 import gc
 import shutil

@@ -1,5 +1,4 @@
-"""A task with two linguistic cues, for any English model: an intended cue, and one that always agrees with it in
-training.
+"""A task with two linguistic cues, for any English model: the intended one, and one that agrees with it in training.
 
 The right one of two sentences is the one whose speaker is pleased. In training that speaker is always a woman.
 """
