@@ -1,4 +1,4 @@
-"""The positive control of an audit: a model that knows as much as its base and does not say it. Attacks must undo this."""
+"""The positive control of an audit: a model that knows as much as its base and does not say it; attacks undo this."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
