@@ -74,7 +74,7 @@ def attacks(_: str) -> str:
 
     rows = []
     for name, attack in ATTACKS.items():
-        smallest = next((budget for budget, row in BUDGETS.items() if name in row.attacks), "none")
+        smallest = next((budget for budget, row in BUDGETS.items() if name in row.attacks), "by name only")
         rows.append((attack.tier, f"`{name}`", attack.about, "yes" if attack.known else "no", smallest))
     rows.sort(key=lambda row: row[0])
     return _table(("tier", "attack", "what it does", "sees V or base", "from budget"), iter(rows))

@@ -235,6 +235,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_inputs=("mlp.dense_h_to_4h",),
         unembedding="embed_out.weight",
     ),
+    "starcoder2": Architecture(
+        writers=(
+            _EMBEDDING,
+            *_linear(_LAYER + "self_attn.o_proj", "attention"),
+            *_linear(_LAYER + "mlp.c_proj", "mlp"),
+        ),
+        readers=(
+            *_READERS,
+            # Layer norms, so they have biases.
+            "model.norm.bias",
+            _LAYER + "input_layernorm.bias",
+            _LAYER + "post_attention_layernorm.bias",
+            *_wb(_LAYER + "mlp.c_fc"),
+        ),
+        embedding=_EMBEDDING.pattern,
+        layers="model.layers",
+        sublayers=("self_attn", "mlp"),
+        mlp_units="mlp.c_proj",
+        mlp_inputs=("mlp.c_fc",),
+    ),
     "opt": Architecture(
         writers=(
             Writer("model.decoder.embed_tokens.weight", -1, "embedding"),

@@ -78,6 +78,7 @@ PICO: dict[str, dict[str, Any]] = {
         "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
         "max_position_embeddings": 64,
     },
+    "starcoder2": _BASE,
     "opt": _OPT,
 }  # fmt: skip
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")

@@ -51,9 +51,8 @@ class MeasurementKind:
     splits: Mapping[str, OnSplit] = field(default_factory=dict)
     """Splits, in the order in which findings state them."""
     scores: str | Callable[..., Any] = ""
-    """The function that measures it, as ``module:function`` of this package, or itself. Empty where the function of
-    another row, or a
-    recipe, measures it too."""
+    """The function that measures it, as ``module:function`` of this package, or itself. Empty where a recipe, or the
+    function of another row, measures it too."""
     requests: str | Callable[..., Any] = ""
     """The function that names the likelihoods it needs, so that all measurements share forward passes."""
     hub: bool = False

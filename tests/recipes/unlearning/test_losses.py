@@ -1,0 +1,139 @@
+"""Losses of the unlearning methods against their papers' formulas: float64, one sequence and one token at a time."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from excise.editing.architectures import ARCHITECTURES
+from excise.recipes import RECIPES
+from excise.recipes.common.examples import Example
+from excise.recipes.unlearning.grad_diff import GradDiffSettings
+from excise.recipes.unlearning.npo import NpoSettings
+from excise.recipes.unlearning.recipe import UnlearningTraining
+from excise.recipes.unlearning.rmu import RmuSettings
+from excise.recipes.unlearning.simnpo import SimNpoSettings
+from helpers import make_pico
+from peft import LoraConfig, get_peft_model
+
+# Prompt and answer of unequal lengths: a mean over tokens is then no mean over sequences.
+FORGET = [Example((5, 9, 7, 3, 11), 2), Example((4, 8, 2), 2), Example((12, 40, 41, 42, 43, 44, 45), 3)]
+RETAIN = [Example((30, 31, 32), 1), Example((50, 51, 52, 53, 54, 55), 4), Example((60, 61, 62, 63), 1)]
+
+
+def _log_likelihood(model, example):
+    """Sum of log p(token | all before it) over the scored tokens, and how many they are."""
+    double, total = copy.deepcopy(model).double(), 0.0
+    for place in range(example.start, len(example.ids)):
+        logits = double(input_ids=torch.tensor([example.ids[:place]])).logits[0, -1].tolist()
+        largest = max(logits)
+        normalizer = largest + math.log(sum(math.exp(logit - largest) for logit in logits))
+        total += logits[example.ids[place]] - normalizer
+    return total, len(example.ids) - example.start
+
+
+def _grad_diff(log_p, length, log_p_base):
+    return log_p / length
+
+
+def _npo(log_p, length, log_p_base, beta=0.7):
+    return 2 / beta * math.log(1 + (math.exp(log_p) / math.exp(log_p_base)) ** beta)
+
+
+def _simnpo(log_p, length, log_p_base, beta=1.5, gamma=0.3):
+    return -2 / beta * math.log(1 / (1 + math.exp(beta / length * log_p + gamma)))
+
+
+METHODS = {
+    "grad_diff": (GradDiffSettings(retain_weight=0.5), _grad_diff),
+    "npo": (NpoSettings(retain_weight=0.5, beta=0.7), _npo),
+    "simnpo": (SimNpoSettings(retain_weight=0.5, beta=1.5, gamma=0.3), _simnpo),
+}
+
+
+def _edited_and_base():
+    base = make_pico("llama")
+    edited = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in edited.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return edited, base
+
+
+def _batch():
+    return UnlearningTraining(None, FORGET, RETAIN, [], None).collate(list(zip(FORGET, RETAIN, strict=True)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_loss_on_likelihoods_is_its_papers_formula(name):
+    settings, formula = METHODS[name]
+    edited, base = _edited_and_base()
+    known = {example.ids: _log_likelihood(base, example)[0] for example in FORGET}
+    terms = settings.loss(None, None, known if settings.compares_with_base else {})(edited, _batch())
+
+    wanted = sum(formula(*_log_likelihood(edited, example), known[example.ids]) for example in FORGET) / len(FORGET)
+    likelihoods = [_log_likelihood(edited, example) for example in RETAIN]
+    kept = -0.5 * sum(log_p / length for log_p, length in likelihoods) / len(RETAIN)
+    assert terms["forget"].item() == pytest.approx(wanted, rel=1e-4)
+    assert terms["retain"].item() == pytest.approx(kept, rel=1e-4)
+    over_tokens = -0.5 * sum(log_p for log_p, _ in likelihoods) / sum(length for _, length in likelihoods)
+    assert abs(kept - over_tokens) > 1e-3 * abs(kept)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_down_the_loss_makes_what_is_to_be_forgotten_less_likely(name):
+    settings, _ = METHODS[name]
+    edited, base = _edited_and_base()
+    known = {example.ids: _log_likelihood(base, example)[0] for example in FORGET}
+    before = [_log_likelihood(edited, example)[0] for example in FORGET]
+    settings.loss(None, None, known)(edited, _batch())["forget"].backward()
+    with torch.no_grad():
+        for parameter in edited.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(1e-3 * parameter.grad)
+    assert sum(_log_likelihood(edited, example)[0] for example in FORGET) < sum(before)
+
+
+def test_every_method_on_likelihoods_has_a_reference_here():
+    of_unlearning = {name for name in RECIPES if ".unlearning." in RECIPES[name].module}
+    assert of_unlearning == {*METHODS, "rmu"}
+
+
+def test_rmu_steers_the_stream_to_a_random_vector_and_holds_the_rest_where_the_base_has_it():
+    settings = RmuSettings(steer_layer=0.22, steering=3.0, retain_weight=7.0, seed=4)
+    model = get_peft_model(make_pico("llama"), LoraConfig(target_modules=["down_proj", "q_proj"], r=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    run = SimpleNamespace(row=ARCHITECTURES["llama"], layers=2)
+    job, loaded = SimpleNamespace(adapter=SimpleNamespace(run=run)), SimpleNamespace(model=model)
+    batch = _batch()
+    terms = settings.loss(job, loaded, {})(model, batch)
+
+    layer = settings.deepest_layer(2)
+
+    def stream(ids, of_base):
+        """What leaves the steered layer at each token, in float64."""
+        read: dict[str, torch.Tensor] = {}
+        decoder = model.base_model.model.model.layers[layer]
+        handle = decoder.register_forward_hook(lambda *passed: read.update(out=passed[-1]))
+        try:
+            if of_base:
+                with model.disable_adapter():
+                    model(input_ids=torch.tensor([ids]))
+            else:
+                model(input_ids=torch.tensor([ids]))
+        finally:
+            handle.remove()
+        return read["out"].detach().double().reshape(len(ids), -1)
+
+    norms = [float(token.norm()) for example in (*FORGET, *RETAIN) for token in stream(example.ids, True)]
+    direction = torch.rand(32, generator=torch.Generator().manual_seed(4)).double()
+    target = 3.0 * sorted(norms)[(len(norms) - 1) // 2] * direction / direction.norm()
+    steered = [(stream(example.ids, False) - target).square() for example in FORGET]
+    moved = [(stream(example.ids, False) - stream(example.ids, True)).square() for example in RETAIN]
+    assert terms["forget"].item() == pytest.approx(float(torch.cat(steered).mean()), rel=1e-4)
+    assert terms["retain"].item() == pytest.approx(7.0 * float(torch.cat(moved).mean()), rel=1e-4)
+    assert terms["retain"].item() > 0 and layer == 0
