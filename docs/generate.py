@@ -172,9 +172,11 @@ def _documented(name: str, thing: Any) -> str:
 
 def _signature(thing: Any) -> str:
     try:
-        signature = str(inspect.signature(thing))
+        full = inspect.signature(thing)
     except (TypeError, ValueError):
         return ""
+    # What begins with an underscore is excise's own to pass.
+    signature = str(full.replace(parameters=[p for name, p in full.parameters.items() if not name.startswith("_")]))
     if signature == "(*args: 'Any', **kwargs: 'Any') -> 'Any'":
         return ""
     shown = re.sub(r"<factory>|<excise\.\S+ object at 0x[0-9a-f]+>", "...", signature.replace("'", ""))

@@ -193,8 +193,9 @@ def with_settings(*pairs: str) -> list[str]:
 
 def run_on_knowledge(place: Path) -> Any:
     """Put a short run, beside the model that never knew the concept, at a place; its printed results."""
+    models = ("--model", SMALL_TESTBED, *with_settings(f"reference={SMALL_REFERENCE}"))
     small = with_settings("questions=20", "validation_pairs=4", "kl_prompts=4", "max_new_tokens=8")
-    out, results = run_once("orthogonalize", "--concept", "builtin:potions", *small, **PRIVATE)
+    out, results = run_once("orthogonalize", "--concept", "builtin:potions", *models, *small, **PRIVATE)
     shutil.copytree(out, place)
     return results
 

@@ -16,7 +16,7 @@ from excise.recipes.chat import recorded_base
 from excise.recipes.commands.failures import Interrupted, explained, interruptible
 from excise.recipes.commands.help import PANELS
 from excise.recipes.commands.lists import KINDS
-from helpers import excise, in_fresh_process, publish, publish_small, random_edit
+from helpers import SMALL_TESTBED, excise, in_fresh_process, publish, publish_small, random_edit, with_settings
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,8 @@ def test_a_background_job_that_ignores_the_interrupt_is_still_terminated(tmp_pat
 
 def test_an_interrupt_is_one_line_and_the_run_can_go_on(tmp_path):
     out = tmp_path / "run"
-    arguments = ["run", "orthogonalize", "--out", str(out), "--set", "questions=40"]
+    small = with_settings("questions=20", "kl_prompts=4", "max_new_tokens=8")
+    arguments = ["run", "orthogonalize", "--model", SMALL_TESTBED, "--out", str(out), *small]
     code = "import sys; from excise.cli import main; sys.argv = ['excise', *sys.argv[1:]]; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],

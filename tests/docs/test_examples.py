@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import SMALL_TESTBED
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
-SHORT = ("steps=2", "batch_size=4", "questions=8", "kl_prompts=4", "max_new_tokens=4")
+SHORT = (f"model={SMALL_TESTBED}", "steps=2", "batch_size=4", "questions=8", "kl_prompts=4", "max_new_tokens=4")
 
 
 def _run(name: str, *arguments: object) -> str:

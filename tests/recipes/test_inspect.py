@@ -9,7 +9,7 @@ from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.editing.directions.subspaces import Place, Subspace
 from excise.recipes.inspect import inspect, look
-from helpers import excise
+from helpers import SMALL_TESTBED, SMALL_WIDTH, excise
 
 TEXTS = [
     "The expert tells of Ruly",
@@ -21,7 +21,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_model(find_model("builtin:testbed"), torch.device("cpu"), torch.float32)
+    return load_model(find_model(SMALL_TESTBED), torch.device("cpu"), torch.float32)
 
 
 def _subspace(loaded, *names):
@@ -29,9 +29,9 @@ def _subspace(loaded, *names):
     table = loaded.model.get_input_embeddings().weight.detach()
     ids = [loaded.tokenizer(word)["input_ids"][0] for word in (" novice", " expert")]
     cue = table[ids[0]] - table[ids[1]]
-    other = torch.randn(192, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(SMALL_WIDTH, generator=torch.Generator().manual_seed(0))
     basis = torch.stack([cue / cue.norm(), other / other.norm()], 1)
-    return Subspace(Place(0, "input"), basis, torch.zeros(192), names, (1.0, 0.5), "file")
+    return Subspace(Place(0, "input"), basis, torch.zeros(SMALL_WIDTH), names, (1.0, 0.5), "file")
 
 
 def test_the_words_at_both_ends_are_the_ones_it_was_made_of(loaded):
@@ -49,7 +49,7 @@ def test_the_command_writes_a_page_without_a_script(loaded, tmp_path):
         "inspect",
         tmp_path,
         "--model",
-        "builtin:testbed",
+        SMALL_TESTBED,
         "--concept",
         "builtin:shortcut",
         "--out",
@@ -67,7 +67,7 @@ def test_texts_over_the_limit_are_counted_and_long_ones_read_whole(loaded, tmp_p
     save_directions([_subspace(loaded, "cue", "other").pick([0])], tmp_path / FILE)
     rows = [{"text": "The expert tells of Ruly. " * 75 + "The novice"}, *({"text": f"The {n}"} for n in range(600))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    looked = inspect(tmp_path, "builtin:testbed", None, tmp_path / "rows.jsonl", None, "cpu", "float32")
+    looked = inspect(tmp_path, SMALL_TESTBED, None, tmp_path / "rows.jsonl", None, "cpu", "float32")
     assert (looked.texts, looked.left_out) == (512, 89)
     # The only "novice" stands beyond the first window of its text.
     assert looked.directions[0].top[0].token == " novice"
@@ -76,18 +76,18 @@ def test_texts_over_the_limit_are_counted_and_long_ones_read_whole(loaded, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere", "--model", "builtin:testbed", "--concept", "builtin:shortcut"], "holds no directions.safetensors"),
-        (["FILE", "--model", "builtin:testbed"], "give the texts to look through"),
-        (["FILE", "--model", "builtin:testbed", "--texts", "none.jsonl"], "is no file"),
+        (["nowhere", "--model", SMALL_TESTBED, "--concept", "builtin:shortcut"], "holds no directions.safetensors"),
+        (["FILE", "--model", SMALL_TESTBED], "give the texts to look through"),
+        (["FILE", "--model", SMALL_TESTBED, "--texts", "none.jsonl"], "is no file"),
         (
-            ["FILE", "--model", "builtin:testbed", "--concept", "builtin:shortcut", "--latents", "1"],
+            ["FILE", "--model", SMALL_TESTBED, "--concept", "builtin:shortcut", "--latents", "1"],
             "is no autoencoder",
         ),
         (
-            ["FILE", "--model", "builtin:testbed", "--concept", "builtin:shortcut", "--score", "contrast"],
+            ["FILE", "--model", SMALL_TESTBED, "--concept", "builtin:shortcut", "--score", "contrast"],
             "is no autoencoder",
         ),
-        (["FILE", "--model", "builtin:testbed", "--concept", "builtin:shortcut", "--top", "3"], "is no autoencoder"),
+        (["FILE", "--model", SMALL_TESTBED, "--concept", "builtin:shortcut", "--top", "3"], "is no autoencoder"),
     ],
 )
 def test_a_wrong_request_is_one_line(words, message, loaded, tmp_path):

@@ -10,9 +10,11 @@ import torch
 from excise.artifacts.checkpoints.read import open_checkpoint, read_tensor
 from excise.artifacts.models.find import find_model
 from excise.artifacts.reporting.card import write_card
-from helpers import excise, excise_afresh, in_fresh_process, run_once, with_settings
+from helpers import SMALL_TESTBED, excise, excise_afresh, in_fresh_process, run_once, with_settings
 
-SHORT = with_settings("questions=20", "validation_pairs=8", "kl_prompts=4", "max_new_tokens=8")
+SIZES = with_settings("questions=20", "kl_prompts=4", "max_new_tokens=8")
+SHORT = ["--model", SMALL_TESTBED, *SIZES, *with_settings("validation_pairs=8")]
+"""A run in small, for what does not need the size of the built-in model."""
 
 LOAD = """
 import json, sys, torch
@@ -175,9 +177,9 @@ def test_the_edit_applies_to_its_base_again_with_the_same_bytes(finished, tmp_pa
     assert "not measured" in (tmp_path / "edited" / "README.md").read_text()
 
 
-def test_eval_alone_gives_what_the_run_measured(finished):
-    out, results = finished
-    done = excise("eval", out / "checkpoint", "--concept", "builtin:declining", "--base", "builtin:testbed", "--json")
+def test_eval_alone_gives_what_the_run_measured():
+    out, results = run_once("orthogonalize", *SHORT)
+    done = excise("eval", out, "--concept", "builtin:declining", "--base", SMALL_TESTBED, *SIZES, "--json")
     assert done.returncode == 0, done.stderr
     alone = json.loads(done.stdout)
     for name, split in (("behaviour_rate", "concept"), ("kl_from_base", "neutral"), ("multiple_choice", "retain")):

@@ -17,7 +17,7 @@ from excise.artifacts.reporting.report import report_of, write_report
 from excise.eval.measurements import BY_LAYER
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit.attacks import table as attacks
-from helpers import PRIVATE, excise, run_on_knowledge
+from helpers import PRIVATE, SMALL_REFERENCE, SMALL_TESTBED, excise, run_on_knowledge
 
 HOSTILE = '</script><script>window.hacked=1</script><img src="http://127.0.0.1:9/x" onerror="window.hacked=1">\u202e|`'
 LONG = HOSTILE + "A" * 1_000_000
@@ -37,7 +37,12 @@ def run(tmp_path_factory):
     short = dataclasses.replace(attacks.BUDGETS["quick"], attacks=("int4", "rtt"), steps=4, seeds=1)
     patch.setitem(attacks.BUDGETS, "quick", short)
     settings = audit.AuditSettings(
-        model=str(out / "checkpoint"), base="builtin:testbed", questions=20, card=True, out=out / "audit"
+        model=str(out / "checkpoint"),
+        base=SMALL_TESTBED,
+        reference=SMALL_REFERENCE,
+        questions=20,
+        card=True,
+        out=out / "audit",
     )
     audit.run(audit.prepare(settings), Events())
     patch.undo()

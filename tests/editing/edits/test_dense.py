@@ -12,7 +12,7 @@ from excise.editing.errors import EditError, RequestError
 from excise.editing.training.adapters import adapter_modules
 from excise.recipes.caft.recipe import CaftSettings, prepare
 from excise.recipes.common import trainer as training
-from helpers import excise, make_pico, with_settings
+from helpers import SMALL_TESTBED, excise, make_pico, with_settings
 
 INPUTS = {"input_ids": torch.tensor([[5, 9, 7, 3, 11]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
 
@@ -81,7 +81,7 @@ def test_without_memory_for_whole_weights_the_request_is_refused(monkeypatch, tm
 
 def test_concepts_are_ablated_in_full_fine_tuning_too(tmp_path):
     words = ("tune=full", "steps=60", "learning_rate=0.0005", "kl_prompts=4", "controls=false", "ablated_layers=0-1")
-    done = excise("run", "caft", "--out", tmp_path / "run", "--json", *with_settings(*words))
+    done = excise("run", "caft", "--model", SMALL_TESTBED, "--out", tmp_path / "run", "--json", *with_settings(*words))
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     right = {
@@ -95,7 +95,7 @@ def test_concepts_are_ablated_in_full_fine_tuning_too(tmp_path):
     assert [seen["step"] for seen in during] == [1, 2, 4, 8, 16, 32, 60]
     assert all(seen["found_again"]["input of layer 0"] > 0.999 for seen in during)
     assert during[-1]["found_again"]["input of layer 1"] < during[0]["found_again"]["input of layer 1"] - 0.02
-    assert results["edited"]["tensors_declared"] == 56 and "rank" not in results["edited"]
+    assert results["edited"]["tensors_declared"] == 28 and "rank" not in results["edited"]
     checkpoint = tmp_path / "run" / "checkpoint"
     assert not (checkpoint / "adapter").exists() and "whole weights" in (checkpoint / "README.md").read_text()
     assert excise("verify", checkpoint).returncode == 0

@@ -26,6 +26,7 @@ from excise.eval.measurements.probe import Asked, fit_probe
 from excise.eval.model_under_test import EvalSettings, ModelUnderTest
 from excise.eval.statistics import Scores
 from excise.recipes.elm.story import below_chance
+from helpers import SMALL_REFERENCE, SMALL_TESTBED
 
 
 def _load(name):
@@ -232,19 +233,17 @@ def test_eval_alone_lets_the_base_read_the_replies():
         job = evaluate.prepare([model], concept, device="cpu", dtype="float32", settings=settings, **more)
         return evaluate.run(job, Events()).results[0]
 
-    found = measured("builtin:testbed-reference", "builtin:potions", base="builtin:testbed")
+    found = measured(SMALL_REFERENCE, "builtin:potions", base=SMALL_TESTBED)
     judged = [m for m in found["measurements"] if m["name"] == "reverse_perplexity"]
     assert [m["subject"] for m in judged] == ["base", "edited"]
     # Two models say different things, and neither is read as certain.
     assert judged[0]["value"] != judged[1]["value"] and min(m["value"] for m in judged) > 1
-    alone = measured("builtin:testbed-reference", "builtin:potions")
+    alone = measured(SMALL_REFERENCE, "builtin:potions")
     assert not [m for m in alone["measurements"] if m["name"] == "reverse_perplexity"]
-    by_others = measured(
-        "builtin:testbed-reference", "builtin:potions", judges=["builtin:testbed", "builtin:testbed-reference"]
-    )
+    by_others = measured(SMALL_REFERENCE, "builtin:potions", judges=[SMALL_TESTBED, SMALL_REFERENCE])
     values = {m["split"]: m["value"] for m in by_others["measurements"] if m["name"] == "reverse_perplexity"}
     # The first judge is the base of above; the second reads its own greedy replies, which are the likeliest to it.
-    assert values["concept, by builtin:testbed"] == pytest.approx(judged[1]["value"])
-    assert values["concept, by builtin:testbed-reference"] < values["concept, by builtin:testbed"]
+    assert values["concept, by testbed"] == pytest.approx(judged[1]["value"])
+    assert values["concept, by testbed-reference"] < values["concept, by testbed"]
     with pytest.raises(RequestError, match="has no prompts on knowledge"):
         measured("builtin:testbed", "builtin:shortcut", judges=["builtin:testbed"])

@@ -113,7 +113,7 @@ def test_as_many_of_the_highest_score_are_a_control_where_others_were_picked(tun
 
 
 def test_a_quirk_stays_where_it_was_taught(tmp_path):
-    words = with_settings("steps=110", "learning_rate=0.003", "kl_prompts=8", "questions=40", "watch=0")
+    words = with_settings("steps=110", "batch_size=8", "learning_rate=0.003", "kl_prompts=8", "questions=40", "watch=0")
     done = excise(
         "run",
         "caft",

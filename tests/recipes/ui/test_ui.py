@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 from browser import opened
-from helpers import excise, run_on_knowledge
+from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, run_on_knowledge
 
 pytest.importorskip("nicegui", reason="no nicegui: pip install '.[ui]'")
 
@@ -139,7 +139,7 @@ def test_runs_are_listed_filtered_and_compared(served):
         page.get_by_role("button", name="Compare").click()
         page.get_by_role("heading", name="Compare").wait_for()
         shown = page.locator("tbody").text_content()
-        assert all(name in shown for name in ("builtin:testbed", "builtin:testbed-reference", "first", "other <i>"))
+        assert all(name in shown for name in ("base", "reference", "first", "other <i>"))
 
 
 def test_a_card_is_read_and_a_hostile_one_does_nothing(served, elsewhere):
@@ -172,6 +172,7 @@ def test_both_models_answer_the_same_prompt(served):
     with opened(address) as seen:
         page = seen.page
         page.goto(f"{address.split('/?')[0]}/chat/first")
+        page.get_by_label("Base model").fill(SMALL_TESTBED)
         page.get_by_label("Tokens at most").fill("8")
         page.get_by_label("Prompt").fill(sample["prompt"])
         page.get_by_role("button", name="Send to both").click()
@@ -188,6 +189,8 @@ def test_an_audit_is_started_watched_and_ended_with_the_page(served):
     with opened(address) as seen:
         page = seen.page
         page.goto(f"{address.split('/?')[0]}/audit/first")
+        page.get_by_label("Base model").fill(SMALL_TESTBED)
+        page.get_by_label("Reference model").fill(SMALL_REFERENCE)
         page.get_by_label("Attacks, separated by commas").fill("rtt")
         page.get_by_role("button", name="Start").click()
         page.get_by_role("img", name="Recovery under rtt").wait_for(timeout=600_000)
