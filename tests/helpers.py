@@ -161,6 +161,15 @@ def in_fresh_process(code: str, *arguments: object, cold: bool = False) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def run_file(path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a Python file as its user would, in a process of its own."""
+    words = [str(path), *map(str, arguments)]
+    if kind := warm_kind(os.environ):
+        code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        return run_warm(kind, words, os.environ, code=code, timeout=300)
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=300)
+
+
 def excise(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, which starts with torch imported where it can."""
     if kind := warm_kind({**os.environ, **environment}):

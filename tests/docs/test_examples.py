@@ -1,19 +1,16 @@
 """Every example of docs/extending.md runs as it stands there."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import SMALL_TESTBED
+from helpers import SMALL_TESTBED, run_file
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 SHORT = (f"model={SMALL_TESTBED}", "steps=2", "batch_size=4", "questions=8", "kl_prompts=4", "max_new_tokens=4")
 
 
 def _run(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = run_file(EXAMPLES / f"{name}.py", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,8 +1,6 @@
 """The monitor sees a concept come back and leaves the training as it was."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from excise.editing.edits.pruned_units import PrunedUnits
 from excise.editing.errors import RequestError
 from excise.editing.hooks.unit_scores import rank_correlation
 from excise.recipes.relearning_monitor import RelearningMonitor, centre, overlap
+from helpers import run_file
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -145,8 +144,7 @@ def test_the_examples_run(name, tmp_path):
     checkpoint.mkdir(parents=True)
     export_edit(edit, open_checkpoint(source.folder), checkpoint)
     save_edit(edit, checkpoint / "excise")
-    command = [sys.executable, EXAMPLES / f"{name}.py", run, tmp_path / "watched", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_file(EXAMPLES / f"{name}.py", run, tmp_path / "watched", 2)
     assert done.returncode == 0, done.stderr
     events = (tmp_path / "watched" / "monitor.jsonl").read_text().splitlines()
     assert [json.loads(event)["step"] for event in events] == [0, 1, 2]

@@ -71,7 +71,7 @@ def audited(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setitem(attacks.BUDGETS, "quick", SHORT)
     out = tmp_path_factory.mktemp("audits") / "reference"
-    prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed-reference", out=out, questions=40))
+    prepared = audit.prepare(audit.AuditSettings(**NEVER_KNEW, out=out, questions=40))
     results = audit.run(prepared, Events())
     patch.undo()
     return out, results
@@ -102,7 +102,7 @@ def test_the_twin_that_never_knew_is_found_to_be_one(audited):
     # The same model twice: nothing may tell them apart.
     assert all(abs(attack["rtt_leak"]["value"]) < 1e-9 for attack in by_name.values())
     assert by_name["rtt"]["curve"][0].keys() == {"step", "tokens", "base", "edited", "reference", "suppressed"}
-    assert results["controls"]["suppressed"]["before"] < 0.3 and results["controls"]["suppressed"]["regained"] > 0.5
+    assert results["controls"]["suppressed"]["before"] <= control.LEFT and results["controls"]["suppressed"]["regained"] > 0.5
 
 
 def test_the_terminal_says_the_verdict_what_was_not_tested_and_what_was_reused(audited):
