@@ -3,18 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
 
-from ...artifacts.checkpoints.manifest import verify_folder
+from ...artifacts.checkpoints.manifest import checkpoint_of, verify_folder
 from ...artifacts.checkpoints.read import Checkpoint, open_checkpoint
 from ...artifacts.concepts import load_concept
 from ...artifacts.models.find import find_model
 from ...artifacts.models.load import choose_device, choose_dtype, load_tokenizer
 from ...artifacts.models.memory import check_memory
 from ...artifacts.models.source import ModelSource, builtin_models
+from ...artifacts.reporting.outcomes import published_reference
+from ...artifacts.reporting.results import RESULTS
+from ...artifacts.upgrade import read_json
 from ...editing.errors import RequestError, nearest
 from ...eval.audit.recovery import questions_needed
 from ...eval.concept import Concept, Question
@@ -35,11 +38,12 @@ class AuditSettings(RunSettings):
     model: str
     """Model to audit: a run's folder, a checkpoint, a Hub id with optional @revision, or builtin:NAME."""
     concept: str = "builtin:potions"
-    """Concept pack that the edit should have erased: builtin:NAME or a folder."""
+    """Concept pack that the edit should have erased: builtin:NAME or a folder. A run names its own."""
     base: str = "builtin:testbed"
-    """Model that the edited one was made from: a folder, a Hub id or builtin:NAME."""
+    """Model that the edited one was made from: a folder, a Hub id or builtin:NAME. A run names its own."""
     reference: str | None = None
-    """A model that was never trained on the concept. Without one, the base learns made-up facts for comparison."""
+    """A model that was never trained on the concept. Without one, the base learns made-up facts for comparison. A run
+    names its own."""
     attacks: tuple[str, ...] = ()
     """Names of attacks to run, such as [rtt, few_shot]; empty runs those of the budget."""
     budget: Literal["quick", "standard", "long"] = "quick"
@@ -50,6 +54,30 @@ class AuditSettings(RunSettings):
     """Also write the audit into the checkpoint that excise made: a section of its card, and audit.json."""
     fresh: bool = False
     """Attack base and controls again instead of reusing an earlier audit's curves of them."""
+
+    def completed(self) -> Self:
+        """Concept, base and reference from the record of the run that made the model, where they were not set."""
+        unset = {"concept", "base", "reference"} - self.model_fields_set
+        if unset <= {"reference"}:
+            return self
+        record = checkpoint_of(find_model(self.model).folder) / RESULTS
+        if not record.is_file():
+            if "base" not in unset:
+                raise RequestError(f"{self.model} has no record of a run that names its concept; give --concept")
+            return self
+        results = read_json(record)
+        concept, reference = str(results["concept"]["ref"]), results.get("reference")
+        recorded = {
+            "concept": concept if concept.startswith("builtin:") else None,
+            "base": published_reference(results["base"]),
+            "reference": published_reference(reference) if reference else None,
+        }
+        for key in sorted(unset - {"reference"}):
+            if recorded[key] is None:
+                # Places on the machine where it was made are not recorded.
+                name = concept if key == "concept" else results["base"]["name"]
+                raise RequestError(f"the {key} of {self.model} was the local folder {name}; give its path with --{key}")
+        return self.model_copy(update={key: recorded[key] for key in unset})
 
 
 @dataclass(frozen=True)
@@ -89,6 +117,7 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
     Raises:
         RequestError: Anything that could not work.
     """
+    settings = settings.completed()
     concept = load_concept(settings.concept)
     facts = find_facts(concept)
     questions = _questions(concept, settings)
@@ -142,6 +171,11 @@ def _sources(settings: AuditSettings) -> dict[str, ModelSource]:
     sources = {"base": find_model(settings.base), "edited": find_model(settings.model)}
     if reference := settings.reference or _builtin_reference(settings):
         sources["reference"] = find_model(reference)
+    if sources["base"].folder == sources["edited"].folder:
+        raise RequestError(
+            f"{settings.model} is also the base of this audit, so nothing was edited; give an edited model, or another"
+            " --base"
+        )
     return sources
 
 

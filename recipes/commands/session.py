@@ -81,6 +81,7 @@ def carry_out(
             sys.stdout.write(f"{settings.out} is complete already; `excise verify {settings.out}` checks it\n")
             raise SystemExit(0)
         settings = resumed(settings)
+    settings = settings.completed()
     out = settings.out or free_folder("audit" if command[1] == "audit" else command[-1])
     # The folder is set here, so that an interrupt can name it.
     settings = settings.model_copy(update={"out": out})

