@@ -102,7 +102,8 @@ def test_the_twin_that_never_knew_is_found_to_be_one(audited):
     # The same model twice: nothing may tell them apart.
     assert all(abs(attack["rtt_leak"]["value"]) < 1e-9 for attack in by_name.values())
     assert by_name["rtt"]["curve"][0].keys() == {"step", "tokens", "base", "edited", "reference", "suppressed"}
-    assert results["controls"]["suppressed"]["before"] <= control.LEFT and results["controls"]["suppressed"]["regained"] > 0.5
+    suppressed = results["controls"]["suppressed"]
+    assert suppressed["before"] < 0.4 and suppressed["regained"] > 0.5
 
 
 def test_the_terminal_says_the_verdict_what_was_not_tested_and_what_was_reused(audited):
