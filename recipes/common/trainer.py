@@ -18,6 +18,7 @@ from ...artifacts.events import Stage
 from ...artifacts.models.load import bfloat16_is_fast
 from ...artifacts.models.memory import available_memory
 from ...editing.errors import ExciseError
+from ...editing.training.dropout import without_dropout
 
 Terms = dict[str, Tensor]
 """Parts of a loss, each weighted already; their sum is minimized."""
@@ -158,7 +159,8 @@ def fit(
     trainer.model_accepts_loss_kwargs = False
     # It prints every log to stdout, where results go.
     trainer.pop_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_complete(folder))
+    with without_dropout(model):
+        trainer.train(resume_from_checkpoint=_last_complete(folder))
 
 
 def _arguments(schedule: Schedule, folder: Path, *, clipped: bool) -> TrainingArguments:
