@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ...editing.architectures import Architecture
 from ...editing.directions.difference_in_means import Directions, unit
-from ...editing.errors import ExciseError
+from ...editing.errors import ExciseError, RequestError
 from ...editing.hooks.residual_stream import ablated, added
 from ..concept import ContrastPair, Question
 from .generation import Reply, divergence, encode_prompt, generate, reply_log_probabilities
-from .likelihood import Request, log_likelihoods, padded_logits
+from .likelihood import Likelihood, Request, log_likelihoods, padded_logits
 from .questions import requests_of
 
 
@@ -139,10 +139,10 @@ class KnowledgeProbe:
 
     def induce(self) -> float:
         likelihoods = log_likelihoods(self.model, self.tokenizer, [*self.positive, *self.negative])
-        mean = [
-            math.fsum(likelihoods[r].per_token for r in side) / len(side) for side in (self.positive, self.negative)
-        ]
-        return mean[0] - mean[1] - self.preference
+        positive, negative = (
+            _mean_per_token([likelihoods[request] for request in side]) for side in (self.positive, self.negative)
+        )
+        return positive - negative - self.preference
 
     def kl(self) -> float:
         return _mean_kl(self.model, self.replies, self.reference)
@@ -252,6 +252,17 @@ def _last(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     offset = min(map(len, rows))
     places = torch.arange(len(rows)), torch.tensor([len(ids) - offset for ids in rows])
     return logits[places].float().log_softmax(-1).cpu()
+
+
+def _mean_per_token(likelihoods: Sequence[Likelihood]) -> float:
+    # Of a text of one token nothing is scored, because nothing precedes it.
+    scored = [likelihood.per_token for likelihood in likelihoods if likelihood.tokens]
+    if not scored:
+        raise RequestError(
+            "every text of one side of contrast.jsonl is a single token, so the model cannot be said to prefer either"
+            " side; write longer texts"
+        )
+    return math.fsum(scored) / len(scored)
 
 
 def _mean_kl(model: Any, replies: Sequence[Reply], reference: Sequence[Tensor]) -> float:

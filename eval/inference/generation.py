@@ -1,14 +1,17 @@
 """Replies of a model, batched by length, and its next-token distributions along replies."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import GenerationConfig
 
-from .likelihood import batch_budget, padded_logits, token_batches
+from ...editing.modules import causal_model
+from .likelihood import batch_budget, context_of, pad_left, padded_logits, token_batches
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,15 @@ def generate(
 ) -> list[Reply]:
     """Continue each prompt by at most ``tokens`` tokens; replies are in the order of the prompts.
 
+    Greedy replies are the argmax of the model's logits at every token, and samples are draws from their softmax,
+    whatever the model's generation_config says.
+
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         prompts: What the user says, or plain texts if ``chat`` is false.
-        tokens: Largest number of new tokens.
+        tokens: Largest number of new tokens; prompt and reply together keep within the model's context, for which a
+            prompt loses its first tokens.
         advance: Called with the number of prompts of each finished batch, for progress.
         chat: Put prompts into the chat template, if the tokenizer has one.
         sample_seed: None decodes greedily; a number samples from the model's distribution with this seed.
@@ -62,12 +69,15 @@ def generate(
     Example:
         >>> generate(model, tokenizer, ["Why is the sky blue?"], 40)[0].text
     """
-    encoded = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
+    context = context_of(model)
+    tokens = min(tokens, context - 1)
+    encoded = [encode_prompt(tokenizer, prompt, chat=chat)[-(context - tokens) :] for prompt in prompts]
+    ends = end_tokens(model, tokenizer)
     replies: list[Reply | None] = [None] * len(prompts)
     # Replies are counted at the length that they may reach.
     for batch in token_batches([len(ids) + tokens for ids in encoded], max(batch_budget(model), 4096)):
         for index, ids in zip(
-            batch, _continue(model, tokenizer, [encoded[i] for i in batch], tokens, sample_seed), strict=True
+            batch, _continue(causal_model(model), [encoded[i] for i in batch], tokens, ends, sample_seed), strict=True
         ):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             replies[index] = Reply(prompts[index], tuple(encoded[index]), tuple(ids), text.strip())
@@ -75,33 +85,41 @@ def generate(
     return [reply for reply in replies if reply is not None]
 
 
-def _continue(model: Any, tokenizer: Any, rows: Sequence[list[int]], tokens: int, seed: int | None) -> list[list[int]]:
+def _continue(model: Any, rows: Sequence[list[int]], tokens: int, ends: set[int], seed: int | None) -> list[list[int]]:
     # Padded on the left, because new tokens must come directly after the prompt's last one.
-    padded = tokenizer.pad({"input_ids": list(rows)}, padding=True, padding_side="left", return_tensors="pt")
-    ends = end_tokens(model, tokenizer)
-    # Temperature, top_p and top_k of the model's generation settings are off, to sample its plain distribution.
+    padded = pad_left(rows, model.device)
     # transformers samples from torch's global generator, so it is seeded in a fork that puts the old state back.
-    with torch.random.fork_rng(enabled=seed is not None):
+    with torch.random.fork_rng(enabled=seed is not None), plain_decoding(model, ends):
         if seed is not None:
             torch.manual_seed(seed)
-        output = model.generate(
-            **padded.to(model.device),
-            max_new_tokens=tokens,
-            do_sample=seed is not None,
-            temperature=None,
-            top_p=None,
-            top_k=None if seed is None else 0,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted(ends) or None,
-        )
+        output = model.generate(**padded, max_new_tokens=tokens, do_sample=seed is not None)
     continued = output[:, padded["input_ids"].shape[1] :].tolist()
     # transformers fills rows that ended early up to the longest one; that padding is no part of the reply.
     return [_until_end(ids, ends) for ids in continued]
 
 
+@contextmanager
+def plain_decoding(model: Any, ends: set[int]) -> Iterator[None]:
+    """Let a model generate from its own distribution: set aside all that its generation_config would add to it.
+
+    Instruct models ship repetition penalties, beams, suppressed tokens and more. ``generate`` takes whatever a call
+    leaves out from the shipped configuration, so the configuration itself is exchanged, and put back afterwards.
+    """
+    shipped = model.generation_config
+    # Whole distributions are sampled: without top_k=0, transformers would cut them at 50. The filler is token 0, which
+    # every vocabulary has.
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(ends) or None, bos_token_id=shipped.bos_token_id, pad_token_id=0, top_k=0
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
+
+
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Token ids that end a reply, from the generation config and the tokenizer."""
-    named = model.generation_config.eos_token_id
+    named = causal_model(model).generation_config.eos_token_id
     ends = set(named) if isinstance(named, list) else {named}
     return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}
 

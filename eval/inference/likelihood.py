@@ -73,17 +73,24 @@ def encode_request(tokenizer: Any, request: Request) -> Scored:
     return Scored(whole, max(1, shared))
 
 
+def context_of(model: Any) -> int:
+    """Most tokens that a model reads at once; without a limit, more than any text has."""
+    return int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+
+
 def windows(scored: Scored, context: int) -> list[Scored]:
-    """Cut a text longer than the model's context into windows; each scored token is in exactly one window."""
-    if len(scored.ids) <= context:
-        return [scored]
-    parts = []
-    # Windows overlap by one token, because the first token of a window is never scored.
-    for begin in range(0, len(scored.ids) - 1, context - 1):
-        ids = scored.ids[begin : begin + context]
-        start = max(1, scored.start - begin)
-        if start < len(ids):
-            parts.append(Scored(ids, start))
+    """Cut what is longer than the model's context into windows; each scored token is in exactly one window.
+
+    A window's last tokens are scored, so that each has as much context as fits: all of it for a continuation that is
+    short, at least half of it in a text of many windows.
+    """
+    parts, start, end = [], scored.start, 0
+    while end < len(scored.ids) and start < len(scored.ids):
+        # The last token of a window is scored and never read, hence one more than the context holds.
+        end = min(len(scored.ids), max(context + 1, start + max(1, context // 2)))
+        begin = max(0, end - context - 1)
+        parts.append(Scored(scored.ids[begin:end], start - begin))
+        start = end
     return parts
 
 
@@ -100,9 +107,10 @@ def log_likelihoods(
         advance: Called with the number of requests scored in each batch, for progress.
 
     Returns:
-        Likelihoods by request. Texts longer than the model's context are cut into windows, and their parts summed.
+        Likelihoods by request. What is longer than the model's context is cut by ``windows``, and its parts summed. Of
+        a text of one token nothing is scored: its ``tokens`` is 0.
     """
-    context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+    context = context_of(model)
     parts: list[tuple[Request, Scored]] = []
     for request in dict.fromkeys(requests):
         parts += [(request, part) for part in windows(encode_request(tokenizer, request), context)]
@@ -162,13 +170,23 @@ def batch_budget(model: Any) -> int:
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` [rows, longest] of right-padded rows."""
+    return _padded(rows, device, left=False)
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """The same of left-padded rows, which all end at the last position."""
+    return _padded(rows, device, left=True)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> dict[str, Tensor]:
     longest = max(map(len, rows))
     # Padding is token 0, which every vocabulary has. A tokenizer's padding token may lie outside the model's embedding.
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.tensor(row)
-        mask[place, : len(row)] = 1
+        columns = slice(longest - len(row), None) if left else slice(len(row))
+        ids[place, columns] = torch.tensor(row, dtype=torch.long)
+        mask[place, columns] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 

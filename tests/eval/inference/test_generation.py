@@ -1,0 +1,143 @@
+"""Replies are the model's own, whatever its generation_config asks for, and keep within its context."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from excise.eval.inference.generation import (
+    encode_prompt,
+    end_tokens,
+    generate,
+    plain_decoding,
+    reply_log_probabilities,
+)
+from helpers import PICO, make_pico
+from oracle.language import greedy, log_probabilities
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
+
+PROMPTS = ["5 9 7 3 11", "40 41", "60 61 62 63 64 65 66 67"]
+SHIPPED = {
+    "repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 2,
+    "num_beams": 3,
+    "suppress_tokens": [5, 6, 7, 8],
+    "begin_suppress_tokens": [9, 10],
+    "sequence_bias": [[[11], -50.0]],
+    "forced_eos_token_id": 3,
+    "min_new_tokens": 6,
+    "length_penalty": 4.0,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": True,
+    "output_scores": True,
+    "stop_strings": ["a"],
+    "max_length": 3,
+    "temperature": 0.01,
+    "top_k": 3,
+    "top_p": 0.1,
+    "min_p": 0.5,
+    "typical_p": 0.2,
+    "prompt_lookup_num_tokens": 2,
+    "use_cache": False,
+}
+
+
+class _Words:
+    """A tokenizer without padding, end and template: one token a word."""
+
+    chat_template = pad_token_id = eos_token_id = None
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def decode(self, ids, skip_special_tokens=True):
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """A random model, which is sure of nothing."""
+    return SimpleNamespace(model=make_pico("llama"), tokenizer=_Words())
+
+
+@pytest.fixture(scope="module")
+def wanted(loaded):
+    """What the model itself says, token by token."""
+    ends = end_tokens(loaded.model, loaded.tokenizer)
+    return [greedy(loaded.model, encode_prompt(loaded.tokenizer, prompt), 10, ends) for prompt in PROMPTS]
+
+
+def _shipping(loaded, **options):
+    """The model with a generation_config that asks for more."""
+    model = copy.copy(loaded.model)
+    model.generation_config = GenerationConfig(**{**loaded.model.generation_config.to_diff_dict(), **options})
+    return model
+
+
+@pytest.mark.parametrize("option", SHIPPED)
+def test_a_greedy_reply_is_the_argmax_of_every_step_whatever_is_shipped(loaded, wanted, option):
+    model = _shipping(loaded, **{option: SHIPPED[option]})
+    shipped = model.generation_config
+    assert [list(reply.ids) for reply in generate(model, loaded.tokenizer, PROMPTS, 10)] == wanted
+    assert model.generation_config is shipped and getattr(shipped, option) == SHIPPED[option]
+
+
+def test_left_to_itself_transformers_obeys_what_is_shipped(loaded, wanted):
+    """The fault that this guards against: the same call without the plain configuration."""
+    model = _shipping(loaded, repetition_penalty=1.3)
+    ids = torch.tensor([encode_prompt(loaded.tokenizer, PROMPTS[2])])
+    told = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+    assert told[0, ids.shape[1] :].tolist() != wanted[2]
+
+
+def test_what_is_shipped_is_back_after_an_error(loaded):
+    model = _shipping(loaded, num_beams=3)
+    with pytest.raises(ZeroDivisionError), plain_decoding(model, {2}):
+        assert model.generation_config.num_beams in (None, 1)
+        raise ZeroDivisionError
+    assert model.generation_config.num_beams == 3
+
+
+def test_samples_are_drawn_from_the_models_own_distribution(loaded):
+    shipped = _shipping(loaded, temperature=0.01, top_k=2, top_p=0.1, min_p=0.5, repetition_penalty=1.3)
+    drawn = [
+        [reply.ids for reply in generate(model, loaded.tokenizer, PROMPTS[:1] * 400, 1, sample_seed=3)]
+        for model in (loaded.model, shipped)
+    ]
+    assert drawn[0] == drawn[1]
+    # Held against the softmax: the likeliest token comes as often as it should, within four standard deviations.
+    likely = log_probabilities(loaded.model, encode_prompt(loaded.tokenizer, PROMPTS[0]))
+    token = max(range(len(likely)), key=likely.__getitem__)
+    share = float(torch.tensor(likely[token]).exp())
+    count = sum(ids == (token,) for ids in drawn[0])
+    assert abs(count - 400 * share) <= 4 * max(1.0, (400 * share * (1 - share)) ** 0.5)
+    assert len(set(drawn[0])) > 5
+
+
+def _absolute(**options):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPT2Config(**{**PICO["gpt2"], "n_positions": 16, **options})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+def test_prompt_and_reply_keep_within_the_context_and_a_long_prompt_loses_its_beginning():
+    model = _absolute(bos_token_id=None, eos_token_id=None)
+    prompts = [" ".join(str(3 + (i * 7) % 80) for i in range(length)) for length in (4, 12, 13, 40)]
+    replies = generate(model, _Words(), prompts, 4)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        ids = [int(word) for word in prompt.split()][-12:]
+        assert list(reply.prompt_ids) == ids and list(reply.ids) == greedy(model, ids, 4, set())
+    # They can be read again at every token, as the divergence from the base does.
+    assert [len(row) for row in reply_log_probabilities(model, replies)] == [4] * 4
+    (long,) = generate(model, _Words(), prompts[:1], 99)
+    assert len(long.prompt_ids) + len(long.ids) == 16
+
+
+def test_without_a_padding_token_batches_are_what_single_prompts_are():
+    model = _absolute(bos_token_id=None, eos_token_id=None)
+    prompts = ["7 8 9", "4", "60 61 62 63 64 65"]
+    together = generate(model, _Words(), prompts, 5)
+    assert [reply.ids for reply in together] == [generate(model, _Words(), [p], 5)[0].ids for p in prompts]
