@@ -17,7 +17,7 @@ from ..artifacts.models.load import choose_device, choose_dtype
 from ..artifacts.models.memory import check_memory
 from ..artifacts.models.source import ModelInMemory, ModelSource
 from ..artifacts.reporting.outcomes import SHOWN_SAMPLES, Evaluation
-from ..artifacts.reporting.results import SubjectName, measurements_as_json, samples, summarize_all
+from ..artifacts.reporting.results import SubjectName, measurements_as_json, not_measured, samples, summarize_all
 from ..artifacts.upgrade import SCHEMA_VERSION
 from ..editing.errors import RequestError
 from ..eval.concept import Concept
@@ -191,5 +191,6 @@ def _results(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, mea
         "edited": source.describe(),
         "concept": {"ref": job.concept.ref, "name": job.concept.about.name, "sha256": job.concept.sha256},
         "measurements": measurements_as_json(summarize_all(scores)),
+        "warnings": not_measured(scores),
         "samples": samples({"concept": base.replies}, {"concept": measured.replies}, SHOWN_SAMPLES) if base else [],
     }

@@ -55,12 +55,27 @@ class Row:
 
 
 def summarize_all(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[Measurement]:
-    """Every value with its interval; edited and reference with their paired difference from the base."""
+    """Every value with its interval; edited and reference with their paired difference from the base.
+
+    What could not be scored at all has no value; ``not_measured`` tells of it.
+    """
     base = {(item.name, item.split): item for item in scores.get("base", ())}
     return [
         summarize(item, subject, None if subject == "base" else base.get((item.name, item.split)))
         for subject, items in scores.items()
         for item in items
+        if not item.is_empty
+    ]
+
+
+def not_measured(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[str]:
+    """A sentence for everything of which no item could be scored, such as the perplexity of replies that are empty."""
+    return [
+        f"Not measured on the {subject} model: {label_of(item.name)} ({item.split}); none of its {item.skipped} items"
+        " could be scored."
+        for subject, items in scores.items()
+        for item in items
+        if item.is_empty
     ]
 
 

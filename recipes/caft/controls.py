@@ -91,7 +91,9 @@ class ControlRuns:
                 scores = [*multiple_choice(subject), *learned(subject)]
         # What the adapter leaves behind is in cycles of references, and the next control needs its memory.
         gc.collect()
-        return Control(measurements_as_json([summarize(item, "edited") for item in scores]), readings)
+        return Control(
+            measurements_as_json([summarize(item, "edited") for item in scores if not item.is_empty]), readings
+        )
 
 
 class DriftMonitor:

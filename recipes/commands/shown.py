@@ -69,10 +69,10 @@ def _count(row: Row) -> str:
 
 
 def evaluation_table(evaluation: Evaluation, width: int | None) -> str:
-    """Measurements of several models on the same items, one column a model."""
+    """Measurements of several models on the same items, one column a model, and what could not be measured."""
     rows = evaluation.table
     has_base = any(row.base for row in rows)
-    return aligned(
+    shown = aligned(
         ["measurement", "split", "n", *(["base"] if has_base else []), *evaluation.names],
         [
             [
@@ -86,6 +86,12 @@ def evaluation_table(evaluation: Evaluation, width: int | None) -> str:
         ],
         width,
     )
+    missing = [
+        line.replace("edited model", name)
+        for name, result in zip(evaluation.names, evaluation.results, strict=True)
+        for line in result["warnings"]
+    ]
+    return "\n".join([shown, *dict.fromkeys(missing)])
 
 
 def audit_end(results: dict[str, Any], width: int | None) -> str:

@@ -22,7 +22,7 @@ from ...artifacts.models.load import LoadedModel, choose_device, choose_dtype, l
 from ...artifacts.models.memory import check_memory
 from ...artifacts.models.source import ModelSource
 from ...artifacts.reporting import card, report
-from ...artifacts.reporting.results import SubjectName, samples, summarize_all, write_results
+from ...artifacts.reporting.results import SubjectName, not_measured, samples, summarize_all, write_results
 from ...editing.architectures import Architecture, architecture_of, layer_count
 from ...editing.edits.base import Plan, WeightEdit
 from ...eval.concept import Concept
@@ -174,7 +174,7 @@ def measure_subject(job: Job, subject: ModelUnderTest, name: str, events: Events
     with events.stage(f"measure {name}", workload(job.concept, subject.settings)) as stage:
         subject.advance = stage.advance
         scores = measure(subject)
-        stage.advance(0, **{f"{item.name}/{item.split}": item.value() for item in scores})
+        stage.advance(0, **{f"{item.name}/{item.split}": item.value() for item in scores if not item.is_empty})
     return scores
 
 
@@ -228,6 +228,8 @@ def publish(
         named: dict[SubjectName, Sequence[Scores]] = {
             name: scores[name] for name in ("base", "edited", "reference") if name in scores
         }
+        if missing := not_measured(named):
+            content["warnings"] = [*content.get("warnings", ()), *missing]
         results = write_results(staging, content, summarize_all(named), tell)
         card.write_card(staging, results, changes)
         write_manifest(
