@@ -43,13 +43,15 @@ def main() -> None:
     choices = ("auto", "float32", "bfloat16")
     parser.add_argument("--dtype", default="auto", choices=choices, help="Of excise's base; adapters are fp32.")
     parser.add_argument("--plain-dtype", default="float32", choices=choices, help="Of the plain loop's.")
+    parser.add_argument("--device", default="cpu", help="Where both compute: cpu, cuda or cuda:N.")
     parser.add_argument("--worker", nargs=3, metavar=("SIDE", "LENGTH", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(measure(options.model, options.dtype, *options.worker)))
+        print(json.dumps(measure(options.model, options.device, options.dtype, *options.worker)))
         return
     dtypes = {"excise": options.dtype, "plain": options.plain_dtype}
-    print(f"excise in {_dtype(options.dtype)}, the plain loop in {_dtype(options.plain_dtype)}")
+    named = [_dtype(dtype, options.device) for dtype in dtypes.values()]
+    print(f"{options.device}: excise in {named[0]}, the plain loop in {named[1]}")
     print(f"{'':24}{'s a step':>28}{'peak MB':>22}")
     print(f"{'':24}{'excise':>10}{'plain':>10}{'ratio':>8}{'excise':>12}{'plain':>10}")
     for length in options.lengths.split(","):
@@ -57,7 +59,7 @@ def main() -> None:
             timings: dict[str, list[dict[str, Any]]] = {"excise": [], "plain": []}
             for _ in range(options.rounds):
                 for side, results in timings.items():
-                    results.append(_in_process(options.model, dtypes[side], side, length, mode))
+                    results.append(_in_process(options.model, options.device, dtypes[side], side, length, mode))
             report(f"{length}, {mode}", timings)
 
 
@@ -77,19 +79,22 @@ def report(name: str, timings: dict[str, list[dict[str, Any]]]) -> None:
     print(f"{'':24}{shares}; {whole / timings['excise'][0]['floor']:.1f}x the matrix-multiply floor", flush=True)
 
 
-def measure(ref: str, dtype: str, side: str, length: str, mode: str) -> dict[str, Any]:
-    """Seconds an optimizer step and peak memory of one side, in this process."""
+def measure(ref: str, device: str, dtype: str, side: str, length: str, mode: str) -> dict[str, Any]:
+    """Seconds an optimizer step and peak memory, in MB, of one side, in this process."""
     import torch
     from excise.artifacts.models.find import find_model
     from excise.artifacts.models.load import load_model
 
-    loaded = load_model(find_model(ref), torch.device("cpu"), _dtype(dtype))
+    loaded = load_model(find_model(ref), torch.device(device), _dtype(dtype, device))
     steps = STEPS[side][length]
     rng = random.Random(0)
     texts = [make_text(loaded.tokenizer, length, rng) for _ in range(2 * GROUPS * steps)]
     run = excise_steps if side == "excise" else plain_steps
     parts, floor = run(loaded, texts[: GROUPS * steps], texts[GROUPS * steps :], mode, steps)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if loaded.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "seconds": sum(parts.values()) / steps,
         "peak": peak,
@@ -98,11 +103,19 @@ def measure(ref: str, dtype: str, side: str, length: str, mode: str) -> dict[str
     }
 
 
-def _dtype(name: str) -> Any:
+def _dtype(name: str, device: str) -> Any:
     import torch
     from excise.artifacts.models.load import choose_dtype
 
-    return choose_dtype(name, torch.device("cpu"))
+    return choose_dtype(name, torch.device(device))
+
+
+def finished() -> None:
+    """Wait for what an accelerator was told to do."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def make_text(tokenizer: Any, length: str, rng: random.Random) -> str:
@@ -120,6 +133,7 @@ def make_text(tokenizer: Any, length: str, rng: random.Random) -> str:
 def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, steps: int) -> Spent:
     """The recipe's own parts: streams, decoding, lessons, loss."""
     import torch
+    from accelerate.utils import send_to_device
     from excise.recipes.common.memory import keep_freed_memory
     from excise.recipes.elm.batches import collate, part_size, sequence_loss
 
@@ -134,7 +148,9 @@ def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, s
         chosen = slice(step * GROUPS, (step + 1) * GROUPS)
         groups = [list(pair) for pair in zip(lessons[chosen], retained[chosen], strict=True)]
         with watch("student forward and loss"):
-            total = torch.stack(list(loss(model, collate(groups, part)).values())).sum()
+            # As the library's trainer does with what a collation gives.
+            batch = send_to_device(collate(groups, part), loaded.device)
+            total = torch.stack(list(loss(model, batch).values())).sum()
         with watch("student backward"):
             total.backward()
         with watch("optimizer"):
@@ -163,7 +179,7 @@ def _lessons(loaded: Any, forget: list[str], retain: list[str], mode: str) -> tu
         strength=3.0, weighting="uniform", fluency_tokens=0 if mode == "none" else NEW_TOKENS - 1, contexts="texts"
     )
     if mode == "pre-generated":
-        sampled = [_sampled(settings.stored_tokens) for _ in forget]
+        sampled = [_sampled(settings.stored_tokens, loaded.device) for _ in forget]
         forget_data.decode = lambda *_: sampled
     teacher, tokenizer = Teacher(loaded.model), loaded.tokenizer
     erasure = Erasure(teacher, tokenizer, load_concept("builtin:potions"), Facts((), {}), settings)
@@ -174,14 +190,14 @@ def _lessons(loaded: Any, forget: list[str], retain: list[str], mode: str) -> tu
     return sequences, [retain_sequence(erasure, row, target, 1) for row, target in zip(rows, targets, strict=True)]
 
 
-def _sampled(count: int) -> Any:
+def _sampled(count: int, device: Any) -> Any:
     """A continuation, with the frozen model's predictions that decoding leaves behind."""
     import torch
     from excise.editing.training.soft_targets import keep_top
     from excise.recipes.elm.decoding import Continuation
 
     ids = tuple(torch.randint(1000, 9000, (NEW_TOKENS,)).tolist())
-    return Continuation(ids, keep_top(torch.randn(NEW_TOKENS, 9000).log_softmax(-1), count))
+    return Continuation(ids, keep_top(torch.randn(NEW_TOKENS, 9000, device=device).log_softmax(-1), count))
 
 
 def plain_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, steps: int) -> Spent:
@@ -199,7 +215,7 @@ class PlainLoop:
 
     def __init__(self, loaded: Any):
         self.model, self.optimizer = _adapter(loaded)
-        self.tokenizer, self.watch = loaded.tokenizer, _Watch()
+        self.tokenizer, self.device, self.watch = loaded.tokenizer, loaded.device, _Watch()
 
     def learn(self, forget: str, retain: str, mode: str) -> None:
         """Gradients of one sequence of each kind."""
@@ -214,7 +230,7 @@ class PlainLoop:
             cross_entropy(self.logits(self.ids(retain)), hard).backward()
         if mode == "none":
             return
-        continuation = torch.randint(1000, 9000, (1, NEW_TOKENS))
+        continuation = torch.randint(1000, 9000, (1, NEW_TOKENS), device=self.device)
         if mode == "decoded":
             with self.watch("decoding"):
                 continuation = self.sample(forget)
@@ -232,7 +248,7 @@ class PlainLoop:
         """Token ids [1, n]."""
         import torch
 
-        return torch.tensor([self.tokenizer(text)["input_ids"]])
+        return torch.tensor([self.tokenizer(text)["input_ids"]], device=self.device)
 
     def logits(self, ids: Any) -> Any:
         """Logits [n, v]."""
@@ -255,7 +271,7 @@ class PlainLoop:
             (self.frozen(ids)[-n:].double() / 1.2).log_softmax(-1)
             for ids in (bare, self.ids(EXPERT + text), self.ids(NOVICE + text))
         )
-        edited = plain + torch.linspace(1, 1000, n)[:, None] * (novice - expert)
+        edited = plain + torch.linspace(1, 1000, n, device=self.device)[:, None] * (novice - expert)
         top = edited.topk(50, -1)
         return torch.full_like(edited, -torch.inf).scatter(-1, top.indices, top.values).softmax(-1).float()
 
@@ -275,7 +291,7 @@ class PlainLoop:
                 token = torch.multinomial((scores[0] + 3 * (scores[2] - scores[1])).softmax(-1), 1)
                 tokens.append(int(token))
                 steps = [token[None]] * 3
-        return torch.tensor([tokens])
+        return torch.tensor([tokens], device=self.device)
 
 
 class _Watch:
@@ -289,9 +305,11 @@ class _Watch:
         return self
 
     def __enter__(self) -> None:
+        finished()
         self.started, self.name = time.perf_counter(), self.part
 
     def __exit__(self, *_: object) -> None:
+        finished()
         self.spent[self.name] = self.spent.get(self.name, 0.0) + time.perf_counter() - self.started
 
 
@@ -310,21 +328,26 @@ def _floor(model: Any, teacher: int, student: int) -> float:
     import torch
 
     shapes = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    rows, seconds = 512, 0.0
+    # Enough of them that an accelerator is filled.
+    rows, seconds = 512 if model.device.type == "cpu" else 8192, 0.0
+    like = {"dtype": model.dtype, "device": model.device}
     for shape in dict.fromkeys(shapes):
-        x, w = torch.randn(rows, shape[1], dtype=model.dtype), torch.randn(*shape, dtype=model.dtype)
+        x, w = torch.randn(rows, shape[1], **like), torch.randn(*shape, **like)
         x @ w.T
+        finished()
         started = time.perf_counter()
         for _ in range(3):
             x @ w.T
+        finished()
         seconds += (time.perf_counter() - started) / 3 / rows * shapes.count(shape)
     return seconds * (teacher + 2 * student)
 
 
-def _in_process(ref: str, dtype: str, side: str, length: str, mode: str) -> dict[str, Any]:
+def _in_process(ref: str, device: str, dtype: str, side: str, length: str, mode: str) -> dict[str, Any]:
+    options = ["--device", device, "--dtype", dtype, "--worker", side, length, mode]
     with tempfile.TemporaryDirectory() as place:
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).resolve()), ref, "--dtype", dtype, "--worker", side, length, mode],
+            [sys.executable, str(Path(__file__).resolve()), ref, *options],
             capture_output=True,
             text=True,
             cwd=place,

@@ -9,7 +9,7 @@ import torch
 from ...editing.errors import CheckpointError, RequestError, one_line
 from ...editing.numerics.cpu_attention import attend_by_products
 from ..checkpoints.read import open_checkpoint
-from .memory import check_memory
+from .memory import check_memory, release_memory
 from .source import ModelInMemory, ModelSource
 
 
@@ -43,6 +43,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    # The model before it may be gone but not freed, and memory may have room for one only.
+    release_memory()
     check_memory(open_checkpoint(source.folder), device, dtype)
     tokenizer = load_tokenizer(source)
     try:
@@ -53,7 +55,7 @@ def load_model(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
-            **_quantized(bits, device, dtype),
+            **_placed(bits, device, dtype),
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise CheckpointError(
@@ -69,12 +71,13 @@ def load_model(
             )
     if device.type == "cpu" and dtype == torch.bfloat16:
         attend_by_products(model)
-    return LoadedModel(model.to(device).eval(), tokenizer, source)
+    return LoadedModel(model.eval(), tokenizer, source)
 
 
-def _quantized(bits: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _placed(bits: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Weights go to the device as they are read, so that main memory never holds a GPU's model."""
     if bits == 16:
-        return {}
+        return {"device_map": {"": device}}
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(

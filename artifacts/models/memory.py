@@ -1,5 +1,6 @@
-"""Check that a model fits into memory, before it is loaded."""
+"""How much memory is free, whether a model fits into it, and giving it back."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,13 +17,30 @@ def check_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
         ExciseError: They do not fit.
     """
     weights = sum(elements(tensor.shape) for tensor in checkpoint.tensors.values()) * dtype.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    free = free_memory(device)
     if weights > free:
         raise ExciseError(
             f"the model needs {weights / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, "
             f"{device} has {free / 1e9:.1f} GB free; "
             "use --dtype bfloat16 or a larger machine; `excise apply` needs no memory for the model"
         )
+
+
+def release_memory() -> None:
+    """Free models that nobody uses any more, and give a GPU's memory back to all programs that use it."""
+    # Models are in cycles of references, so that they outlive their last name.
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors can take on a device."""
+    if device.type != "cuda":
+        return available_memory()
+    # What PyTorch holds of freed tensors counts as taken for the driver, and new tensors get it all the same.
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + idle
 
 
 def available_memory() -> int:

@@ -40,13 +40,16 @@ class ParallelAdapters:
         finally:
             self.assigned = before
 
-    def new_parameters(self, shape: Sequence[int], seeds: Sequence[int], spread: float) -> list[nn.Parameter]:
+    def new_parameters(
+        self, shape: Sequence[int], seeds: Sequence[int], spread: float, device: torch.device
+    ) -> list[nn.Parameter]:
         """Make a new fp32 parameter for each attacker: normal values times ``spread``, from the attacker's seed."""
         made = []
         for attacker, seed in enumerate(seeds):
             # A seed for each parameter of each attacker: an attacker starts the same whoever is trained beside it.
             generator = torch.Generator().manual_seed(1000 * seed + len(self.owned[attacker]))
-            made.append(nn.Parameter(spread * torch.randn(*shape, generator=generator)))
+            # Drawn on the processor, so that an attacker starts the same on every device.
+            made.append(nn.Parameter((spread * torch.randn(*shape, generator=generator)).to(device)))
             self.owned[attacker].append(made[-1])
         return made
 
@@ -69,9 +72,9 @@ class SideBySide(nn.Module):
         self.inner, self.attackers, self.scale = inner, attackers, alpha / rank
         width_in, width_out = linear_widths(inner)
         device = next(inner.parameters()).device
-        self.down = nn.ParameterList(attackers.new_parameters((rank, width_in), seeds, width_in**-0.5)).to(device)
+        self.down = nn.ParameterList(attackers.new_parameters((rank, width_in), seeds, width_in**-0.5, device))
         # As in LoRA, one factor starts at 0, so that an attacker starts as the base model.
-        self.up = nn.ParameterList(attackers.new_parameters((width_out, rank), seeds, 0.0)).to(device)
+        self.up = nn.ParameterList(attackers.new_parameters((width_out, rank), seeds, 0.0, device))
 
     def forward(self, x: Tensor) -> Tensor:
         frozen: Tensor = self.inner(x)
@@ -118,7 +121,7 @@ def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iter
     embedding = model.get_input_embeddings()
     # Soft prompts start as large as the embeddings that they stand among.
     spread = float(embedding.weight.detach().float().std())
-    values = attackers.new_parameters((tokens, embedding.weight.shape[1]), seeds, spread)
+    values = attackers.new_parameters((tokens, embedding.weight.shape[1]), seeds, spread, embedding.weight.device)
 
     def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         return torch.cat([attackers.by_row(values, len(output)).to(output), output[:, tokens:]], 1)
@@ -134,7 +137,8 @@ def latent_attackers(
     """Train latent perturbations: each attacker's vector is added to the stream after a layer, at every position."""
     attackers = ParallelAdapters(len(seeds))
     config: Any = model.config
-    values = attackers.new_parameters((int(config.hidden_size),), seeds, 1e-3)
+    device = next(model.parameters()).device
+    values = attackers.new_parameters((int(config.hidden_size),), seeds, 1e-3, device)
 
     def add(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = first(output)

@@ -1,6 +1,5 @@
 """An audit at work: which attacks on which model are done, and the next one."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,8 +65,6 @@ class AuditRun:
 
     def load(self, subject: str) -> Target:
         """A model of the request, ready to be attacked."""
-        # The model before it is in cycles of references, and both may not fit into memory.
-        gc.collect()
         job = self.job
         with self.events.stage(f"load {subject}"):
             loaded = load_model(job.sources[subject], job.device, job.dtype)

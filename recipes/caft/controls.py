@@ -1,6 +1,5 @@
 """Trainings from the same seed and data that differ in what is ablated, and what is seen of each."""
 
-import gc
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 from ...artifacts.checkpoints.staging import write_whole
 from ...artifacts.events import Events
 from ...artifacts.models.load import LoadedModel
+from ...artifacts.models.memory import release_memory
 from ...artifacts.reporting.results import measurements_as_json
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Subspace
@@ -90,7 +90,7 @@ class ControlRuns:
             with self.events.stage(f"measure the control: {name}"):
                 scores = [*multiple_choice(subject), *learned(subject)]
         # What the adapter leaves behind is in cycles of references, and the next control needs its memory.
-        gc.collect()
+        release_memory()
         return Control(
             measurements_as_json([summarize(item, "edited") for item in scores if not item.is_empty]), readings
         )

@@ -1,6 +1,5 @@
 """A whole run that trains an adapter: measure the base, train, merge, measure and publish the checkpoint."""
 
-import gc
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from ...artifacts.checkpoints.directions import FILE as DIRECTIONS
@@ -33,6 +33,7 @@ from .tokens import Row
 from .trainer import Terms, fit
 
 ADAPTER = "adapter"
+PREDICTIONS = "logits.pt"
 MERGED_KL = 0.05
 """Nats by which the merged checkpoint may differ from base and adapter: rounding to its stored type, no more."""
 
@@ -82,7 +83,7 @@ def run(job: AdapterJob, how: str, make_training: MakeTraining, events: Events) 
     events.path = job.run.out / "events.jsonl"
     base, edit = _study_base(job, make_training, work, events)
     report = json.loads((work / "learned.json").read_text(encoding="utf-8"))
-    trained = torch.load(work / "logits.pt", weights_only=True)
+    trained = torch.load(work / PREDICTIONS, weights_only=True)
 
     def inspect(loaded: LoadedModel, subject: ModelUnderTest) -> Inspection:
         return Inspection(about={"merged_kl": _checked_divergence(trained, loaded.model)})
@@ -106,12 +107,12 @@ def _study_base(
     # Only training uses 4 bits: the base was measured in full precision, as the edited model will be.
     if job.settings.base_bits == 4:
         del loaded
-        gc.collect()
         with events.stage("load the base in 4 bits"):
             loaded = load_model(job.run.source, job.run.device, job.run.dtype, bits=4)
     edit = measured_run.learned_edit(work / "edit", lambda: _learn(job, loaded, make_training, work, events))
     del loaded
-    gc.collect()
+    if job.settings.base_bits == 4:
+        _predict_in_full_precision(job, work, events)
     return measured, edit
 
 
@@ -147,10 +148,24 @@ def _learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, wo
         return tuned.edit(provenance)
 
 
+def _predict_in_full_precision(job: AdapterJob, work: Path, events: Events) -> None:
+    """Store what the base in full precision predicts with the adapter: that is what is merged, not the 4-bit base."""
+    loaded = measured_run.load(job.run, job.run.source, "base in full precision", events)
+    store_predictions(PeftModel.from_pretrained(loaded.model, work / ADAPTER).eval(), None, work)
+
+
+def store_predictions(model: Any, rows: Sequence[Row] | None, work: Path) -> None:
+    """Keep what a model with its adapter predicts after some rows, or after those that are kept already, for the
+    comparison with the merged checkpoint."""
+    kept = (
+        [list(row) for row in rows] if rows is not None else torch.load(work / PREDICTIONS, weights_only=True)["rows"]
+    )
+    torch.save({"rows": kept, "log_p": _log_p(model, kept)}, work / PREDICTIONS)
+
+
 def _write_trained(job: AdapterJob, model: Any, training: Training, work: Path) -> None:
     """What the run needs of the trained model once it is unloaded: the adapter, some predictions, the report."""
-    rows = list(training.checked_rows)
-    torch.save({"rows": [list(row) for row in rows], "log_p": _log_p(model, rows)}, work / "logits.pt")
+    store_predictions(model, training.checked_rows, work)
     if not job.whole:
         # A local path would be published with the adapter.
         model.peft_config["default"].base_model_name_or_path = job.run.source.name

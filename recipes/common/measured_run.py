@@ -1,6 +1,5 @@
 """What every editing recipe shares: checking a request, measuring base and edited alike, publishing the result."""
 
-import gc
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -268,7 +267,6 @@ def _measure_edited(
     measured = Measured(scores, _replies(subject))
     # The subject holds the model as well, and memory may have room for one model only.
     del loaded, subject.model
-    gc.collect()
     return measured, inspection
 
 
@@ -277,7 +275,6 @@ def _measure_reference(job: Job, source: ModelSource, base: Measured, events: Ev
     subject = subject_of(job, loaded, base.baseline)
     measured = Measured(measure_subject(job, subject, "reference", events), _replies(subject))
     del loaded, subject.model
-    gc.collect()
     return measured
 
 
@@ -287,7 +284,6 @@ def _judge(job: Job, others: dict[str, Measured], scores: dict[str, list[Scores]
     for name, measured in others.items():
         scores[name].append(_judged(job, loaded, measured.replies))
     del loaded
-    gc.collect()
 
 
 def _judged(job: Job, loaded: LoadedModel, replies: dict[str, list[Reply]]) -> Scores:

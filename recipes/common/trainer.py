@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from ...artifacts.checkpoints.read import Checkpoint
 from ...artifacts.events import Stage
 from ...artifacts.models.load import bfloat16_is_fast
-from ...artifacts.models.memory import available_memory
+from ...artifacts.models.memory import free_memory
 from ...editing.errors import ExciseError
 from ...editing.training.dropout import without_dropout
 
@@ -62,8 +62,7 @@ class Group:
 def memory_for_whole_weights(checkpoint: Checkpoint, device: torch.device) -> tuple[int, int]:
     """Bytes that training every weight takes, and bytes that are free."""
     elements = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return WHOLE_BYTES * elements, free
+    return WHOLE_BYTES * elements, free_memory(device)
 
 
 class _StepCallback(TrainerCallback):
@@ -148,7 +147,7 @@ def fit(
     optimizer = _grouped(groups, schedule) if groups else None
     trainer = _Trainer(
         model=model,
-        args=_arguments(schedule, folder, clipped=not groups),
+        args=_arguments(schedule, folder, next(model.parameters()).device, clipped=not groups),
         train_dataset=list(rows),
         data_collator=collate,
         optimizers=(optimizer, None),
@@ -163,10 +162,26 @@ def fit(
         trainer.train(resume_from_checkpoint=_last_complete(folder))
 
 
-def _arguments(schedule: Schedule, folder: Path, *, clipped: bool) -> TrainingArguments:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return TrainingArguments(
+@dataclass
+class _Arguments(TrainingArguments):
+    """The library's, for the device that the model is on: by itself it takes every GPU that it sees."""
+
+    model_device: str = "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        assert self._setup_devices, "the library sets up more than the device"
+        return torch.device(self.model_device)
+
+    @property
+    def n_gpu(self) -> int:
+        return int(self.device.type == "cuda")
+
+
+def _arguments(schedule: Schedule, folder: Path, device: torch.device, *, clipped: bool) -> TrainingArguments:
+    arguments = _Arguments(
         output_dir=str(folder),
+        model_device=str(device),
         max_steps=schedule.steps,
         per_device_train_batch_size=schedule.batch_size,
         gradient_accumulation_steps=schedule.gradient_accumulation_steps,
@@ -194,6 +209,10 @@ def _arguments(schedule: Schedule, folder: Path, *, clipped: bool) -> TrainingAr
         remove_unused_columns=False,
         train_sampling_strategy="random" if schedule.shuffled else "sequential",
     )
+    if device.type == "cuda":
+        # The library has just made its first GPU the current one.
+        torch.cuda.set_device(device)
+    return arguments
 
 
 def _grouped(groups: Sequence[Group], schedule: Schedule) -> torch.optim.Optimizer:

@@ -106,7 +106,9 @@ def forget_sequences(erasure: Erasure, source: ContrastSource, contexts: Sequenc
 def edited_target(erasure: Erasure, stream: Streams, *, ramp: bool) -> SoftTargets:
     """The edited distribution; with a ramp its strength grows from 1 along the positions (the 2025-03 code)."""
     settings = erasure.settings
-    strength: float | Tensor = torch.linspace(1.0, erasure.strength, len(stream.ids)) if ramp else erasure.strength
+    strength: float | Tensor = erasure.strength
+    if ramp:
+        strength = torch.linspace(1.0, erasure.strength, len(stream.ids), device=stream.ids.device)
     target = stream.target(strength, one_sided=settings.one_sided)
     return target.largest(settings.target_top_k) if settings.target_top_k else target
 

@@ -1,6 +1,5 @@
 """Take a direction out of a model's weights: find it, choose it, remove it, check it, measure it, export it."""
 
-import gc
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,7 +133,6 @@ def _study_base(job: OrthogonalizeJob, folder: Path, events: Events) -> StudiedB
     measured.scores.append(_induce(job, loaded, edit, events, "induce on base"))
     writes = measure_writes(loaded.model, checked.row, edit.basis, _leak_inputs(job, loaded))
     del loaded
-    gc.collect()
     return StudiedBase(edit, measured, writes)
 
 

@@ -1,6 +1,5 @@
 """Neuron pruning: silence the units that a concept needs and the rest does not, and measure equally many others."""
 
-import gc
 import shutil
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -115,7 +114,6 @@ def run(job: PruneJob, events: Events) -> Finished:
     edit = measured_run.learned_edit(work / "edit", lambda: _learn(job, loaded, events))
     assert isinstance(edit, PrunedUnits)
     del loaded
-    gc.collect()
     neurons, heads = (sum(map(len, units.values())) for units in (edit.neurons, edit.heads))
     about = {
         "edited": {

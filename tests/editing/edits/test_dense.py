@@ -73,7 +73,7 @@ def test_a_training_that_learned_nothing_is_an_error_when_applied():
 
 
 def test_without_memory_for_whole_weights_the_request_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(training, "free_memory", lambda device: 10**6)
     with pytest.raises(RequestError, match="use tune=lora"):
         prepare(CaftSettings(tune="full", out=tmp_path / "run"))
     assert prepare(CaftSettings(out=tmp_path / "run")).settings.learning_rate == 1e-3

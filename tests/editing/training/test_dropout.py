@@ -65,4 +65,7 @@ def test_every_gradient_step_sees_the_model_without_its_noise(name, tmp_path):
 
     with Events().stage("train", 1) as stage:
         fit(model, [{"input_ids": torch.tensor([1])}] * 2, stage, tmp_path, loss, Schedule(1, 1, 1e-3, 0))
-    assert torch.allclose(seen[0], wanted, atol=1e-5)
+    # Where the processor multiplies bfloat16, training does; noise of one half changes far more than that rounds.
+    assert torch.allclose(seen[0].float(), wanted, atol=1e-2)
+    model.train()
+    assert float((model(**INPUTS).logits - wanted).abs().max()) > 5e-2

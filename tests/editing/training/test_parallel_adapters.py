@@ -86,3 +86,11 @@ def test_rows_that_cannot_be_shared_equally_are_refused():
         with attackers.only(1):
             model(input_ids=IDS[:3])
         assert attackers.assigned == (0, 1)
+
+
+@pytest.mark.parametrize("kind", ("lora", "latent"))
+def test_parameters_are_where_the_model_is(kind):
+    # A device without data stands for a GPU. How large a soft prompt starts cannot be read there.
+    model = make_pico("llama").to("meta")
+    with _kinds("llama", model, (0, 1))[kind]() as attackers:
+        assert {value.device.type for owned in attackers.owned for value in owned} == {"meta"}

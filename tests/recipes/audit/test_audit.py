@@ -415,7 +415,7 @@ def test_a_model_of_another_shape_is_no_descendant(save_pico, tmp_path):
 
 
 def test_without_memory_for_all_weights_the_rest_goes_on_and_the_gap_is_said(monkeypatch):
-    monkeypatch.setattr(training, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(training, "free_memory", lambda device: 10**6)
     prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed-reference", attacks=("rtt", "rtt_full")))
     assert prepared.attacks == ("rtt",) and "fine-tuning of all weights needs" in prepared.gaps[0]
 

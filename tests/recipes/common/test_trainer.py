@@ -230,3 +230,12 @@ def test_rows_are_split_where_that_saves_padding_and_only_there():
         return total
 
     assert cost(sizes) < cost([len(lengths)])
+
+
+def test_training_stays_on_the_device_of_the_model(tmp_path, monkeypatch):
+    by_default, _ = _train(tmp_path / "no gpu", save_every=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    beside_gpus, _ = _train(tmp_path / "gpus", save_every=0)
+    assert torch.equal(_weights(beside_gpus), _weights(by_default))
+    assert {parameter.device.type for parameter in beside_gpus.parameters()} == {"cpu"}

@@ -9,6 +9,7 @@ from excise.artifacts.events import Events
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.editing.errors import EditError, RequestError
+from excise.editing.training.soft_targets import keep_streams
 from excise.recipes.common.examples import Example, example_batch, sequence_nll
 from excise.recipes.common.tokens import encode
 from excise.recipes.data.facts import Context, Fact, bare_question, fact_contexts, find_facts, question_contexts
@@ -30,6 +31,7 @@ from excise.recipes.elm.reinforced_expert import reinforced
 from excise.recipes.elm.target_check import Point, _best, check_target
 from excise.recipes.elm.teacher import Teacher
 from excise.recipes.testbed.world import make_world
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +255,14 @@ def test_the_first_token_of_a_continuation_is_drawn_from_the_edited_target(facts
         return [int(target.ids[-1, place]) for target, place in zip(targets, places, strict=True)]
 
     assert said == drawn(7) != drawn(8)
+
+
+def test_a_growing_strength_is_where_the_streams_are(erasure):
+    with FakeTensorMode():
+        log_p = torch.zeros(5, 12, device="meta").log_softmax(-1)
+        streams = keep_streams(log_p, log_p, log_p, 4)
+        target = edited_target(erasure(strength=1.5, strength_ramp=True, target_top_k=3), streams, ramp=True)
+        assert target.log_p.device.type == "meta"
 
 
 def test_what_is_drawn_does_not_depend_on_how_many_are_decoded_together(facts, loaded, monkeypatch):

@@ -1,0 +1,35 @@
+"""Benchmarks that check as well: they run, and what fails is named."""
+
+import json
+from pathlib import Path
+
+from helpers import run_file
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_gpu_check_runs_without_a_gpu(tmp_path):
+    check = ROOT / "benchmarks" / "gpu_check.py"
+    done = run_file(check, "--tiny", "--only", "caft_big,elm_4bit", "--out", tmp_path / "check")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "check/gpu_check.json").read_text())
+    outcomes = {one["name"]: one for one in content["outcomes"]}
+    assert [one["status"] for one in outcomes.values()] == ["passed", "passed", "not run"]
+    assert outcomes["caft_big"]["stages"]["train"] > 0 and (tmp_path / "check/caft_big.log").read_text()
+    assert outcomes["elm_4bit"]["why"] == "needs a GPU" and "3 jobs: 2 passed, 0 failed" in done.stdout
+
+    wrong = run_file(check, "--tiny", "--only", "elm_5bit", "--out", tmp_path / "wrong")
+    assert wrong.returncode and "'elm_5bit' is no job; jobs: make, elm, " in wrong.stderr
+
+
+def test_a_job_that_fails_is_named_and_the_next_one_runs(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import sys, pathlib\n"
+        f"source = pathlib.Path({str(ROOT / 'benchmarks/gpu_check.py')!r}).read_text()\n"
+        "exec(compile(source.replace('run grad_diff', 'run grad_dif'), __file__, 'exec'))\n"
+    )
+    done = run_file(broken, "--tiny", "--only", "grad_diff,eval", "--out", tmp_path / "check")
+    assert done.returncode == 1
+    assert "failed: grad_diff: " in done.stdout and "grad_dif" in done.stdout
+    assert "2 jobs: 1 passed, 1 failed" in done.stdout
