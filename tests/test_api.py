@@ -165,6 +165,10 @@ def test_a_run_is_returned_read_again_and_measured(tmp_path):
     assert excise.run("orthogonalize", out=out, resume=True).results == run.results
     html = run._repr_html_()
     assert "<table>" in html and run.findings[0][:30] in html
+    printed = str(run)
+    assert (
+        f"- {run.findings[0]}" in printed and "\nmeasurement " in printed and len(printed.splitlines()) > len(run.table)
+    )
     # A run's folder, its checkpoint and the run itself name the same model.
     sizes = {"questions": 4, "max_new_tokens": 4, "kl_prompts": 4, "dtype": "float32", "device": "cpu"}
     found = excise.evaluate([run, out, str(run.checkpoint)], run.concept, **sizes)

@@ -17,6 +17,7 @@ from excise.recipes.commands.failures import Interrupted, explained, interruptib
 from excise.recipes.commands.help import PANELS
 from excise.recipes.commands.lists import KINDS
 from helpers import SMALL_TESTBED, excise, in_fresh_process, publish, publish_small, random_edit, with_settings
+from safetensors import SafetensorError
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_an_interrupt_is_one_line_and_the_run_can_go_on(tmp_path):
     assert not (out / "checkpoint").exists()
     assert excise(*arguments).returncode == 2
     other = excise("run", "orthogonalize", "--out", out, "--resume", "--seed", "5")
-    assert other.returncode == 2 and "another seed" in other.stderr
+    assert other.returncode == 2 and "other values of seed" in other.stderr
     resumed = excise("run", "orthogonalize", "--out", out, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert excise("verify", out).returncode == 0
@@ -160,6 +161,20 @@ def test_an_interrupt_names_the_folder_that_excise_chose_and_promises_nothing_wh
     assert explained(stopped.value, [])[1] == 130
     with pytest.raises(Interrupted, match="Nothing was written"), interruptible(tmp_path / "none", command):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "model.safetensors"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    ],
+)
+def test_a_full_disk_is_told_as_one_whichever_library_met_it(error):
+    line, code = explained(error, [])
+    assert line.startswith("the disk is full; no partial checkpoint was left.") and code == 1
+    assert explained(type(error)(5, "other trouble"), [])[0] != line
 
 
 def test_batch_jobs_get_a_line_a_stage_and_one_now_and_then_within_it():

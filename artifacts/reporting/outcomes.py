@@ -1,7 +1,7 @@
 """Outcomes of a run, an evaluation and an audit: read from results, shown in a terminal, a notebook or as JSON."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from .audit_page import HEADLINES, best, estimate, tokens
 from .findings import findings
 from .pages import render
 from .results import RESULTS, Row, format_difference, format_value, read_measurements, table
+from .terminal import aligned, bullets, terminal_width
 
 SHOWN_SAMPLES = 4
 """Prompts with both replies that a notebook shows, and that an evaluation holds."""
@@ -91,14 +92,15 @@ class Run:
         """What ``excise run --json`` prints."""
         return {"out": str(self.folder), **self.results}
 
+    def __str__(self) -> str:
+        return self._shown().text()
+
     def _repr_html_(self) -> str:
-        return render(
-            "outcome.html.j2",
-            title=f"{self.results['run']['recipe']}: {self.folder}",
-            sentences=self.findings,
-            **_table_of(self.table),
-            samples=self.results["samples"][:SHOWN_SAMPLES],
-        )
+        return self._shown().html()
+
+    def _shown(self) -> "_Shown":
+        title = f"{self.results['run']['recipe']}: {self.folder}"
+        return _Shown(title, self.findings, *_table_of(self.table), self.results["samples"][:SHOWN_SAMPLES])
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,13 @@ class Evaluation:
         """What ``excise eval --json`` prints: of one model its results, of several a list of them."""
         return dict(self.results[0]) if len(self.results) == 1 else {"models": [dict(r) for r in self.results]}
 
+    def __str__(self) -> str:
+        return self._shown().text()
+
     def _repr_html_(self) -> str:
+        return self._shown().html()
+
+    def _shown(self) -> "_Shown":
         rows = self.table
         based = any(row.base for row in rows)
         columns = [
@@ -197,14 +205,8 @@ class Evaluation:
                 values.append(format_difference(row.models[self.names[0]]))
             cells.append([row.label, row.split, str(row.n), *values])
         title = f"{', '.join(self.names)} on {self.results[0]['concept']['name']}"
-        return render(
-            "outcome.html.j2",
-            title=title,
-            sentences=[],
-            header=["measurement", "split", "n", *columns],
-            rows=cells,
-            samples=self.results[0].get("samples", [])[:SHOWN_SAMPLES] if len(self.names) == 1 else [],
-        )
+        samples = self.results[0].get("samples", [])[:SHOWN_SAMPLES] if len(self.names) == 1 else []
+        return _Shown(title, [], ["measurement", "split", "n", *columns], cells, samples)
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,13 @@ class Audit:
         """What ``excise audit --json`` prints."""
         return {"out": str(self.folder), **self.results}
 
+    def __str__(self) -> str:
+        return self._shown().text()
+
     def _repr_html_(self) -> str:
+        return self._shown().html()
+
+    def _shown(self) -> "_Shown":
         untouched = [f"{self.results['untouched'][subject]:.3f}" for subject in ("base", "edited", "reference")]
         rows = [["none", *untouched, "", "", ""]]
         for attack in self.results["attacks"]:
@@ -294,7 +302,28 @@ class Audit:
             rows.append([attack["name"], *values, estimate(attack["regained"]), estimate(attack["rtt_leak"]), reached])
         header = ["attack", "base", "edited", "never learned", "share regained", "leak", "tokens to 50%"]
         sentences = [*self.reasons, *(f"Not tested: {gap}" for gap in self.gaps)]
-        return render("outcome.html.j2", title=self.headline, sentences=sentences, header=header, rows=rows, samples=[])
+        return _Shown(self.headline, sentences, header, rows)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """An outcome as a person sees it."""
+
+    title: str
+    sentences: Sequence[str]
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    samples: Sequence[dict[str, Any]] = ()
+
+    def html(self) -> str:
+        """A part of a page, as a notebook shows it."""
+        return render("outcome.html.j2", **{field.name: getattr(self, field.name) for field in fields(self)})
+
+    def text(self) -> str:
+        """Lines that fit the terminal, as ``print`` shows them."""
+        width = terminal_width()
+        parts = (self.title, bullets(self.sentences, width), aligned(self.header, self.rows, width))
+        return "\n\n".join(part for part in parts if part)
 
 
 def _most(attack: dict[str, Any], subject: str) -> float:
@@ -320,7 +349,7 @@ def _pick(measurements: Sequence[Measurement], name: str, split: str, subject: s
     return by_name[name, split]
 
 
-def _table_of(rows: Sequence[Row]) -> dict[str, Any]:
+def _table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of a run's table."""
     referenced = any(row.reference for row in rows)
     header = ["measurement", "split", "n", "base", "edited", "difference", *(["never learned"] if referenced else [])]
@@ -336,4 +365,4 @@ def _table_of(rows: Sequence[Row]) -> dict[str, Any]:
         ]
         for row in rows
     ]
-    return {"header": header, "rows": cells}
+    return header, cells

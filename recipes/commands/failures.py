@@ -1,5 +1,6 @@
 """Every error as one line and an exit code: what is wrong, and what to type instead."""
 
+import errno
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,18 +47,22 @@ def explained(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]
         return _unknown_option(error, arguments), 2
     if hasattr(error, "format_message"):
         return f"{error.format_message().rstrip('.')}; see `{_help_of(error)}`", 2
-    if isinstance(error, OSError) and error.errno == 28:
-        return (
-            (
-                "the disk is full; no partial checkpoint was left. Free some space, then run the command again with"
-                " --resume"
-            ),
-            1,
-        )
+    if _disk_is_full(error):
+        how = "Free some space, then run the command again with --resume"
+        return f"the disk is full; no partial checkpoint was left. {how}", 1
     if isinstance(error, OSError):
         return f"{error.strerror or error} ({error.filename or 'no file named'}); check the path and its permissions", 1
     words = " ".join(str(error).split())[:300]
     return f"unexpected {type(error).__name__}: {words}; run again with --debug and report it", 1
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Whether it is about a full disk, in the words of whichever library was writing."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors tells what the system said; PyTorch's writer only that it is not where it should be in the file.
+    signs = ("No space left on device", "Disk quota exceeded", "inline_container.cc")
+    return any(sign in str(error) for sign in signs)
 
 
 def _unknown_option(error: Any, arguments: Sequence[str]) -> str:

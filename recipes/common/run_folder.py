@@ -86,6 +86,7 @@ def resumed(settings: T) -> T:
     different = [key for key in settings.model_fields_set - {"out"} if getattr(settings, key) != getattr(stored, key)]
     if different:
         raise RequestError(
-            f"the run in {settings.out} has another {', '.join(different)}; leave them out, or start a new run"
+            f"the run in {settings.out} was started with other values of {', '.join(different)}; "
+            "leave them out, or start a new run"
         )
     return stored.model_copy(update={"out": settings.out})
