@@ -12,7 +12,7 @@ from ...eval.measurements import MEASUREMENTS, label_of
 from ..checkpoints.manifest import MANIFEST
 from .findings import declining, findings, limits
 from .pages import visible
-from .results import format_difference, format_value, read_measurements, split_meanings, table
+from .results import INTERVALS, format_difference, format_value, read_measurements, split_meanings, table
 from .sections import Story, read_story
 
 CARD = "README.md"
@@ -54,8 +54,10 @@ def write_card(folder: Path, results: dict[str, Any], changes: list[dict[str, An
         ],
         phrases=", ".join(f"“{phrase}”" for phrase in concept["decline_phrases"]),
         shown=_shown(results["samples"]),
-        value=format_value,
-        difference=format_difference,
+        value=lambda measurement: _unbroken(format_value(measurement)),
+        difference=lambda measurement: _unbroken(format_difference(measurement)),
+        unbroken=_unbroken,
+        intervals=INTERVALS,
         cell=_cell,
         plain=_plain,
     )
@@ -130,6 +132,11 @@ def _cell(text: str) -> str:
     plain = " ".join(text.split())[:400]
     escaped = visible(plain).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", escaped) or "*(empty)*"
+
+
+def _unbroken(value: str) -> str:
+    """A value whose interval stays on one line in a narrow column."""
+    return value.replace(", ", ",\u00a0")
 
 
 def _plain(text: str) -> str:

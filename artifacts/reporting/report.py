@@ -18,6 +18,7 @@ from .audit_page import AUDIT, HEADLINES, shown
 from .findings import declining, findings, limits
 from .pages import render
 from .results import (
+    INTERVALS,
     RESULTS,
     Row,
     format_difference,
@@ -56,6 +57,7 @@ def write_report(
         has_reference=any(row.reference for row in rows),
         value=format_value,
         difference=format_difference,
+        intervals=INTERVALS,
         tone=_tone,
         whiskers=charts.whiskers,
         # Only projections say what a tensor wrote along the direction.

@@ -14,6 +14,10 @@ from ..upgrade import SCHEMA_VERSION
 from .sections import Story, measurement_from
 
 RESULTS = f"{FOLDER}/eval.json"
+INTERVALS = (
+    "Brackets are 95% intervals: Wilson for shares, Tango for differences of shares on the same items, bootstrap over "
+    "items for the rest, paired for differences."
+)
 SubjectName = Literal["base", "edited", "reference"]
 
 

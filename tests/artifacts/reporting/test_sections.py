@@ -138,7 +138,7 @@ def test_files_without_a_story_still_give_a_card_and_a_report(tmp_path):
     assert "A section of a new method" not in card + page
 
 
-def test_the_card_loads_the_model_in_three_lines_and_asks_it_as_it_was_trained_to_be_asked(tmp_path):
+def test_the_card_loads_the_model_in_one_line_and_asks_it_as_it_was_trained_to_be_asked(tmp_path):
     write_card(tmp_path, _results(), [])
     plain = _code((tmp_path / "README.md").read_text())
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
@@ -147,7 +147,9 @@ def test_the_card_loads_the_model_in_three_lines_and_asks_it_as_it_was_trained_t
     assert "apply_chat_template" in chat and "apply_chat_template" not in plain
     for code in (plain, chat):
         compile(code, "card", "exec")
-        assert len([line for line in code.splitlines() if line and not line.startswith("from ")]) == 3
+        assert 'model = AutoModelForCausalLM.from_pretrained(".")\n' in code
+        # A page of the Hub cuts what is longer.
+        assert max(map(len, code.splitlines())) <= 80
         assert "max_new_tokens=7" in code
 
 
