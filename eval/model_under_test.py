@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .concept import Concept, Prompt
+from .inference.encoding import encode
 from .inference.generation import Reply, generate, reply_log_probabilities
-from .inference.likelihood import Likelihood, Request, log_likelihoods
+from .inference.likelihood import Likelihood, Request, context_of, log_likelihoods
 from .inference.prompts import PLAIN_PROMPTS
 
 
@@ -77,7 +78,9 @@ class ModelUnderTest:
         if self._baseline is None:
             replies = self.replies("neutral")[: self.settings.kl_prompts]
             # The first token of a text serves as the prompt, and the rest as the reply.
-            encoded = [(row, self.tokenizer(row.text)["input_ids"]) for row in self.concept.retain]
+            # No text is read further than the model can read.
+            most = context_of(self.model)
+            encoded = [(row, encode(self.tokenizer, row.text)[:most]) for row in self.concept.retain]
             usable = [(row, ids) for row, ids in encoded if len(ids) > 1][: self.settings.kl_prompts]
             texts = [Reply("", tuple(ids[:1]), tuple(ids[1:]), row.text) for row, ids in usable]
             self._baseline = Baseline(

@@ -36,6 +36,7 @@ from ..eval.concept import Concept
 from ..eval.inference.likelihood import pad_right
 from ..eval.inference.multiple_choice_set import MultipleChoiceSet
 from ..eval.statistics import wilson
+from .common.tokens import encode
 
 TEXTS = 64
 """Texts of each kind whose activations are measured."""
@@ -131,7 +132,7 @@ class RelearningMonitor(TrainerCallback):
         self.rows = [
             # Sorted by length, so that batches have little padding.
             sorted(
-                (tuple(tokenizer(text)["input_ids"][:128]) for text in rng.sample(pool, k=min(texts, len(pool)))),
+                (encode(tokenizer, text, True)[:128] for text in rng.sample(pool, k=min(texts, len(pool)))),
                 key=len,
             )
             for pool in (*pools, *(told if all(told) else ()))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ...editing.modules import causal_model
+from .encoding import encode
 from .likelihood import batch_budget, context_of, pad_left, padded_logits, token_batches
 
 
@@ -36,8 +37,8 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int
     """Token ids of a prompt, in the chat template if there is one and ``chat`` is true."""
     # Chat templates write the begin token themselves; the tokenizer must not add a second one.
     if not (chat and tokenizer.chat_template):
-        return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"])
+        return encode(tokenizer, prompt)
+    return encode(tokenizer, render(tokenizer, prompt), special=False)
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .encoding import encode
+
 VOCABULARY_BUDGET = 256 << 20
 """Bytes of logits, in fp32, that one batch may hold."""
 
@@ -65,8 +67,8 @@ def encode_request(tokenizer: Any, request: Request) -> Scored:
     The continuation starts at the first joint token that differs from the prompt's tokens, so a token across the
     boundary counts as continuation. The very first token is never scored, because nothing precedes it.
     """
-    whole = tuple(tokenizer(request.prompt + request.continuation)["input_ids"])
-    prompt = tuple(tokenizer(request.prompt)["input_ids"]) if request.prompt else ()
+    whole = tuple(encode(tokenizer, request.prompt + request.continuation))
+    prompt = tuple(encode(tokenizer, request.prompt)) if request.prompt else ()
     shared = 0
     while shared < min(len(prompt), len(whole) - 1) and prompt[shared] == whole[shared]:
         shared += 1
@@ -110,22 +112,30 @@ def log_likelihoods(
         Likelihoods by request. What is longer than the model's context is cut by ``windows``, and its parts summed. Of
         a text of one token nothing is scored: its ``tokens`` is 0.
     """
+    distinct = list(dict.fromkeys(requests))
+    scores = score_parts(model, [encode_request(tokenizer, request) for request in distinct], advance)
+    return dict(zip(distinct, scores, strict=True))
+
+
+@torch.no_grad()
+def score_parts(
+    model: Any, parts: Sequence[Scored], advance: Callable[[int], None] = lambda _: None
+) -> list[Likelihood]:
+    """The same for texts that are token ids already."""
     context = context_of(model)
-    parts: list[tuple[Request, Scored]] = []
-    for request in dict.fromkeys(requests):
-        parts += [(request, part) for part in windows(encode_request(tokenizer, request), context)]
+    pieces = [(index, piece) for index, part in enumerate(parts) for piece in windows(part, context)]
     likelihoods: dict[int, Likelihood] = {}
-    shared = share_rows([part for _, part in parts])
+    shared = share_rows([piece for _, piece in pieces])
     rows = list(shared)
     for batch in token_batches([len(row) for row in rows], batch_budget(model)):
         members = [(place, index) for place, row in enumerate(batch) for index in shared[rows[row]]]
-        scores = score_rows(model, [rows[row] for row in batch], [(place, parts[index][1]) for place, index in members])
+        scores = score_rows(model, [rows[row] for row in batch], [(p, pieces[index][1]) for p, index in members])
         likelihoods |= {index: score for (_, index), score in zip(members, scores, strict=True)}
         advance(len(members))
-    whole: dict[Request, list[Likelihood]] = {request: [] for request in requests}
-    for index, (request, _) in enumerate(parts):
-        whole[request].append(likelihoods[index])
-    return {request: _joined(pieces) for request, pieces in whole.items()}
+    whole: list[list[Likelihood]] = [[] for _ in parts]
+    for place, (index, _) in enumerate(pieces):
+        whole[index].append(likelihoods[place])
+    return [_joined(scored) for scored in whole]
 
 
 def _joined(pieces: Sequence[Likelihood]) -> Likelihood:

@@ -7,7 +7,7 @@ Example:
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,17 @@ from transformers import DynamicCache
 
 from ...editing.modules import causal_model, unembedding
 from ..concept import Question
-from .likelihood import Scored, batch_budget, encode_request, pad_right, score_rows, share_rows, token_batches
+from .likelihood import (
+    Scored,
+    batch_budget,
+    context_of,
+    encode_request,
+    pad_right,
+    score_parts,
+    score_rows,
+    share_rows,
+    token_batches,
+)
 from .questions import requests_of
 
 CELLS = 1024
@@ -72,10 +82,8 @@ class MultipleChoiceSet:
 
     def _marked(self, log_p: Sequence[float]) -> Hits:
         per_token = [value / (len(part.ids) - part.start) for value, part in zip(log_p, self._parts, strict=True)]
-        return tuple(
-            float(all(values[answer] > value for i, value in enumerate(values) if i != answer))
-            for values, answer in zip(self._by_question(per_token), self.answers, strict=True)
-        )
+        by_question = zip(self._by_question(per_token), self.answers, strict=True)
+        return tuple(float(is_highest(values, answer)) for values, answer in by_question)
 
     def _by_question(self, values: Sequence[float]) -> Iterator[Sequence[float]]:
         """Values of all choices, question by question."""
@@ -87,17 +95,40 @@ class MultipleChoiceSet:
     @torch.no_grad()
     def log_probabilities(self, model: Any) -> list[float]:
         """Log-probability (nats) of every choice of every question, in order; each prompt is read only once."""
-        log_p: dict[int, float] = {}
-        for batch in token_batches([prompt for prompt, _ in self._layout], batch_budget(model)):
+        log_p = self._too_long(model)
+        for batch in self._batches(model, log_p):
             reading = _Reading(model, [self._layout[place] for place in batch], self._parts)
             reading.finish(reading.log_p)
             log_p |= reading.log_p
         return [log_p[index] for index in range(len(self._parts))]
 
+    def _too_long(self, model: Any) -> dict[int, float]:
+        """Log-probabilities of the choices of questions that do not fit the model's context, each cut on its own."""
+        most = context_of(model) + 1
+        long = [
+            index
+            for _, members in self._layout
+            if max(len(self._parts[index].ids) for index in members) > most
+            for index in members
+        ]
+        scores = score_parts(model, [self._parts[index] for index in long])
+        return {index: score.log_probability for index, score in zip(long, scores, strict=True)}
+
+    def _batches(self, model: Any, known: Mapping[int, float]) -> Iterator[list[int]]:
+        """Questions that are not known yet, grouped by length."""
+        places = [place for place, (_, members) in enumerate(self._layout) if members[0] not in known]
+        for batch in token_batches([self._layout[place][0] for place in places], batch_budget(model)):
+            yield [places[number] for number in batch]
+
     @torch.no_grad()
     def _decided(self, model: Any) -> Hits:
-        hits = [0.0] * len(self.ids)
-        for batch in token_batches([prompt for prompt, _ in self._layout], batch_budget(model)):
+        hits, known = [0.0] * len(self.ids), self._too_long(model)
+        for place, (_, members) in enumerate(self._layout):
+            if members[0] in known:
+                lengths = [len(self._parts[index].ids) - self._parts[index].start for index in members]
+                values = [known[index] / length for index, length in zip(members, lengths, strict=True)]
+                hits[place] = float(is_highest(values, self.answers[place]))
+        for batch in self._batches(model, known):
             reading = _Reading(model, [self._layout[place] for place in batch], self._parts)
             standing = {place: self._layout[place][1][self.answers[place]] for place in batch}
             reading.finish(standing.values())
@@ -133,6 +164,11 @@ class MultipleChoiceSet:
             scored = score_rows(model, [rows[row] for row in batch], [(p, parts[i]) for p, i in members])
             log_p |= {index: score.log_probability for (_, index), score in zip(members, scored, strict=True)}
         return [log_p[index] for index in range(len(parts))]
+
+
+def is_highest(values: Sequence[float], answer: int) -> bool:
+    """Whether the true answer's value is above every other's."""
+    return all(values[answer] > value for place, value in enumerate(values) if place != answer)
 
 
 class _Reading:

@@ -6,6 +6,7 @@ from ..concept import Concept
 from ..inference.generation import Reply
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
+from ..words import contains
 from . import MEASUREMENTS
 
 DEGENERATE_DISTINCT = 0.5
@@ -14,8 +15,7 @@ DEGENERATE_DISTINCT = 0.5
 
 def declines(text: str, phrases: Sequence[str]) -> bool:
     """Whether a reply declines: it contains one of the pack's phrases, whatever the letter case or apostrophe."""
-    plain = text.replace("’", "'").casefold()
-    return any(phrase.replace("’", "'").casefold() in plain for phrase in phrases)
+    return any(contains(text, phrase) for phrase in phrases)
 
 
 def is_degenerate(reply: Reply) -> bool:
@@ -31,7 +31,7 @@ def shows_behaviour(concept: Concept, text: str) -> bool:
     if concept.about.kind == "behaviour":
         return declines(text, concept.about.decline_phrases)
     words = concept.about.phrases if concept.about.kind == "task" else concept.about.keywords
-    return any(word.casefold() in text.casefold() for word in words)
+    return any(contains(text, word) for word in words)
 
 
 def rates(subject: ModelUnderTest) -> list[Scores]:

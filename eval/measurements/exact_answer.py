@@ -1,6 +1,5 @@
 """Greedy answers held against the truth."""
 
-import re
 from collections.abc import Sequence
 
 from ..concept import Question
@@ -8,6 +7,7 @@ from ..inference.generation import Reply
 from ..inference.questions import questions_by_split
 from ..model_under_test import ModelUnderTest
 from ..statistics import Better, Scores
+from ..words import has_words
 from . import MEASUREMENTS
 
 ANSWER_TOKENS = 12
@@ -17,8 +17,8 @@ ANSWER_TOKENS = 12
 def holds_answer(text: str, answer: str, choices: Sequence[str]) -> bool:
     """Whether a reply holds the true answer as whole words, and no other choice: naming them all is not knowing."""
     # A choice that is part of the true answer, such as York in New York, cannot count against it.
-    others = [choice for choice in choices if choice != answer and not _has(answer, choice)]
-    return _has(text, answer) and not any(_has(text, other) for other in others)
+    others = [choice for choice in choices if choice != answer and not has_words(answer, choice)]
+    return has_words(text, answer) and not any(has_words(text, other) for other in others)
 
 
 def scores(subject: ModelUnderTest) -> list[Scores]:
@@ -50,11 +50,6 @@ def _completes(question: Question, reply: Reply) -> bool:
     # Only the first line: small models go on to invent further questions and answers.
     first_line = reply.text.split("\n")[0]
     return holds_answer(first_line, question.choices[question.answer], question.choices)
-
-
-def _has(text: str, words: str) -> bool:
-    # Lookarounds in place of \b, which fails at an answer that begins or ends with a sign.
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, flags=re.IGNORECASE) is not None
 
 
 def _scores(split: str, better: Better, ids: tuple[str, ...], hits: Sequence[bool]) -> Scores:

@@ -1,6 +1,5 @@
 """Whether replies on the concept still read as language, measured so that fluent emptiness cannot win."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from ..inference.generation import Reply, generate
 from ..inference.likelihood import Request, log_likelihoods
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
+from ..words import contains, topical, words_of
 from . import MEASUREMENTS
 
 NOVICE_TEXTS = 64
@@ -104,13 +104,9 @@ def novice_text(subject: ModelUnderTest) -> tuple[tuple[str, ...], list[Reply]]:
     return tuple(f"novice-{number}" for number in range(len(replies))), replies
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.casefold())
-
-
 def distinct_runs(text: str, length: int) -> tuple[int, int]:
     """Distinct runs of so many words, and all runs."""
-    words = _words(text)
+    words = words_of(text)
     runs = [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
     return len(set(runs)), len(runs)
 
@@ -123,6 +119,5 @@ def repeated_quadruples(text: str) -> tuple[int, int]:
 
 def is_on_topic(reply: Reply, keywords: Sequence[str]) -> bool:
     """Whether a reply takes up a word of its prompt that carries meaning, or one of the pack's keywords."""
-    text = reply.text.casefold()
-    prompt_words = {word for word in re.findall(r"\w{4,}", reply.prompt.casefold()) if word not in _COMMON}
-    return any(keyword.casefold() in text for keyword in keywords) or bool(prompt_words & set(re.findall(r"\w+", text)))
+    asked = topical(reply.prompt) - _COMMON
+    return any(contains(reply.text, keyword) for keyword in keywords) or bool(asked & topical(reply.text))

@@ -18,7 +18,8 @@ from torch import Tensor
 from ...editing.architectures import architecture_of
 from ...editing.hooks.residual_stream import residual_stream
 from ..concept import Question
-from ..inference.likelihood import batch_budget, encode_request, token_batches
+from ..inference.encoding import encode
+from ..inference.likelihood import batch_budget, context_of, encode_request, pad_left, token_batches
 from ..inference.questions import questions_by_split, requests_of
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
@@ -81,15 +82,14 @@ def question_ends(
     subject: ModelUnderTest, questions: Sequence[Question], points: Sequence[int]
 ) -> Float[Tensor, "points questions d"]:
     """The stream at the last token of each question, in fp32 on the CPU."""
-    rows = [subject.tokenizer(question.prompt)["input_ids"] for question in questions]
+    # Of a question that is too long for the model, the end is read.
+    most = context_of(subject.model)
+    rows = [encode(subject.tokenizer, question.prompt)[-most:] for question in questions]
     row = architecture_of(subject.model.config.to_dict())
     states = torch.empty(len(points), len(rows), int(subject.model.config.hidden_size))
     for batch in token_batches([len(ids) for ids in rows], 4 * batch_budget(subject.model)):
         # Padded on the left, so that the last position is every question's last token.
-        padded = subject.tokenizer.pad(
-            {"input_ids": [rows[i] for i in batch]}, padding=True, padding_side="left", return_tensors="pt"
-        )
-        inputs = {key: padded[key].to(subject.model.device) for key in ("input_ids", "attention_mask")}
+        inputs = pad_left([rows[i] for i in batch], subject.model.device)
         states[:, batch] = residual_stream(subject.model, row, inputs, points, 1)[:, :, 0].float().cpu()
     return states
 

@@ -1,11 +1,11 @@
 """Retain texts that repeat forget texts: what both erases and keeps a sentence does neither."""
 
-import re
 from collections import defaultdict
 from dataclasses import replace
 
 from ...editing.errors import RequestError
 from ...eval.concept import Concept
+from ...eval.words import words_of
 
 NEAR = 0.8
 """Jaccard similarity of word triples from which two texts count as the same."""
@@ -49,7 +49,7 @@ def without_overlap(concept: Concept) -> tuple[Concept, tuple[str, ...]]:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"\w+", text.lower()))
+    return tuple(word for word in words_of(text) if word[0].isalnum() or word[0] == "_")
 
 
 def _shingles(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:

@@ -26,6 +26,7 @@ from ...eval.inference.candidates import (
     score_candidates,
 )
 from ...eval.inference.generation import encode_prompt
+from ...eval.inference.likelihood import pad_left
 from .measured_run import MeasuredSettings
 from .tokens import end_positions
 
@@ -189,7 +190,7 @@ class DirectionSearch:
         size = 16
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
-            yield residual_stream(self.loaded.model, self.row, padded(self.loaded, batch), points, last)
+            yield residual_stream(self.loaded.model, self.row, pad_left(batch, self.loaded.device), points, last)
             advance(len(batch))
 
 
@@ -232,10 +233,3 @@ def check_pairs(concept: Concept, settings: DirectionSettings) -> None:
             f"concept {concept.ref} has {len(concept.contrast)} contrast pairs, validation alone takes "
             f"{settings.validation_pairs}; lower validation_pairs or add pairs"
         )
-
-
-def padded(loaded: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Prompts as one batch, padded on the left."""
-    encoded = [list(row) for row in rows]
-    padded = loaded.tokenizer.pad({"input_ids": encoded}, padding=True, padding_side="left", return_tensors="pt")
-    return {key: padded[key].to(loaded.device) for key in ("input_ids", "attention_mask")}

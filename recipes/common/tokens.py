@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...editing.errors import RequestError
+from ...eval.inference import encoding
 
 Row = tuple[int, ...]
 """Token ids."""
@@ -34,7 +35,7 @@ def end_positions(setting: int, rows: Sequence[Sequence[int]], chat: bool) -> in
 
 def encode(tokenizer: Any, text: str, special: bool) -> Row:
     """Token ids of a rendered text."""
-    return tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
+    return tuple(encoding.encode(tokenizer, text, special=special))
 
 
 def text_limit(model: Any) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ...eval.concept import Concept, Question
 from ...eval.inference.generation import Reply, render
+from ...eval.words import whole_words
 
 SUBJECT, ANSWER = "{subject}", "{answer}"
 ENOUGH = 3
@@ -179,7 +180,7 @@ def chat_contexts(facts: Sequence[Fact], reply: Callable[[list[str]], list[Reply
     for answered in reply(list(by_prompt)):
         fact = by_prompt[answered.prompt]
         rendered = render(tokenizer, answered.prompt)
-        place = re.search(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", answered.text)
+        place = whole_words(fact.answer).search(answered.text)
         if place:
             text = rendered + answered.text[: place.start()].rstrip(" ")
             contexts.append(Context(text, False, rendered.index(answered.prompt), len(rendered), fact))
@@ -212,7 +213,7 @@ def _phrase(text: str, fact: Fact) -> str | None:
     if text.count(fact.subject) != 1:
         return None
     opened = text.replace(fact.subject, SUBJECT)
-    opened, count = re.subn(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", ANSWER, opened)
+    opened, count = whole_words(fact.answer).subn(ANSWER, opened)
     return opened if count == 1 else None
 
 

@@ -13,6 +13,7 @@ from ...editing.modules import causal_model, unembedding
 from ...editing.numerics.cpu_attention import products_everywhere
 from ...editing.training.soft_targets import SoftTargets, keep_top
 from ...eval.inference.generation import end_tokens
+from ...eval.inference.likelihood import pad_left
 from ..common.tokens import Row
 from .teacher import Item, Teacher
 
@@ -118,11 +119,9 @@ class _Lockstep:
         """Args:
         tokens: How many a row goes on by, at most.
         """
-        padded = tokenizer.pad(
-            {"input_ids": [list(row) for row in rows]}, padding=True, padding_side="left", return_tensors="pt"
-        )
+        padded = pad_left(rows, model.device)
         self.model, self.rows, self.ends = model, rows, end_tokens(model, tokenizer)
-        self.ids, self.mask = padded["input_ids"].to(model.device), padded["attention_mask"].to(model.device)
+        self.ids, self.mask = padded["input_ids"], padded["attention_mask"]
         self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
         # A cache that grows is copied at every token.
         self.cache = StaticCache(config=model.config, max_cache_len=self.ids.shape[1] + tokens)

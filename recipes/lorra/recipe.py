@@ -27,7 +27,7 @@ from ..common import adapter_run
 from ..common.adapter_run import Training
 from ..common.examples import cycled
 from ..common.measured_run import Finished
-from ..common.tokens import Row, end_positions
+from ..common.tokens import Row, encode, end_positions
 from ..common.trainer import Terms
 from .request import LorraJob, LorraSettings, describe, prepare
 from .story import story
@@ -66,7 +66,7 @@ def _training(job: LorraJob, loaded: LoadedModel, events: Events, work: Path) ->
     provenance = {"model": job.adapter.run.source.describe(), "seed": settings.seed, "concept": concept.ref}
     save_directions([vector.subspace.with_provenance(provenance) for vector in vectors], work / FILE)
     replies = _replies(loaded, [pair.negative for pair in pairs], events) if chat else [()] * len(pairs)
-    texts = [tuple(loaded.tokenizer(text.text)["input_ids"]) for text in concept.retain]
+    texts = [encode(loaded.tokenizer, text.text, True) for text in concept.retain]
     passages = _passages(settings, prompts, replies, texts)
     long_texts = sum(len(row) > LAST for row in texts)
     return LorraTraining(job, loaded, vectors, prompts, passages, positions, long_texts)

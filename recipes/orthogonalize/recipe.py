@@ -19,11 +19,12 @@ from ...editing.errors import RequestError
 from ...editing.hooks.leaks import Writes, check_leaks, compare_writes, measure_writes
 from ...editing.hooks.residual_stream import added
 from ...eval.inference.generation import encode_prompt
+from ...eval.inference.likelihood import pad_left
 from ...eval.measurements.behaviour import induced
 from ...eval.model_under_test import ModelUnderTest
 from ...eval.statistics import Scores
 from ..common import measured_run
-from ..common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs, padded
+from ..common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs
 from ..common.measured_run import Finished, Inspection, Job, Measured
 from ..common.run_folder import start_folder
 from .story import story
@@ -165,7 +166,7 @@ def _induce(job: OrthogonalizeJob, loaded: LoadedModel, edit: Edit, events: Even
 def _leak_inputs(job: OrthogonalizeJob, loaded: LoadedModel) -> list[dict[str, Tensor]]:
     chat = job.run.concept.about.kind == "behaviour"
     texts = [text for pair in job.run.concept.contrast[:16] for text in (pair.positive, pair.negative)]
-    return [padded(loaded, [encode_prompt(loaded.tokenizer, text, chat=chat) for text in texts])]
+    return [pad_left([encode_prompt(loaded.tokenizer, text, chat=chat) for text in texts], loaded.device)]
 
 
 def layer_strengths(settings: OrthogonalizeSettings, count: int) -> tuple[float, ...]:
