@@ -18,12 +18,14 @@ from ..directions.sae_latents import SparseLatents
 from ..directions.subspaces import Place, Subspace
 from ..errors import EditError, RequestError
 from ..modules import causal_model
-from .residual_stream import change_input, change_output, decoder_layers
+from .residual_stream import RowsAndPositions, change_input, change_output, decoder_layers
 
 Mode = Literal["both", "activations", "gradients"]
 Value = Literal["zero", "mean"]
 
 
+DEPENDENT = 1e-5
+"""Share of the largest singular value below which directions count as dependent."""
 Part = Callable[[Tensor], Tensor]
 """Maps activations [..., d] to the part that is removed from them, in fp32 or wider."""
 
@@ -126,7 +128,7 @@ def concept_ablated(
                 fired[place] += 1
                 return change(hidden)
 
-            hooks.callback(change_at(inner, row, place, counted).remove)
+            hooks.enter_context(changed_at(inner, row, place, counted))
         yield running
     # Not reached after an error inside the context, which this error would hide.
     missed = [str(place) for place, count in fired.items() if not count]
@@ -158,16 +160,27 @@ def _part(place: Place, concepts: Sequence[Subspace | SparseLatents], value: Val
             "choose one source for this place"
         )
     # One projector onto the joint span: subtracting each projection would remove a shared component twice.
-    span = torch.linalg.qr(torch.cat([subspace.basis for subspace in subspaces], 1).double()).Q.float()
-    return in_span(span, span, subspaces[0].offset, value)
+    bases = torch.cat([subspace.basis for subspace in subspaces], 1).double()
+    left, sizes, _ = torch.linalg.svd(bases, full_matrices=False)
+    # Directions that lie in the others' span add nothing; a basis made of them would be arbitrary.
+    span = left[:, sizes > DEPENDENT * sizes[0]].float()
+    # The one point of the span whose component in each subspace is that subspace's mean.
+    means = torch.cat([subspace.basis.double().T @ subspace.offset.double() for subspace in subspaces])
+    return in_span(span, span, (torch.linalg.pinv(bases.T, rtol=DEPENDENT) @ means).float(), value)
 
 
-def change_at(
-    model: nn.Module, row: Architecture, place: Place, change: Callable[[Tensor], Tensor]
-) -> torch.utils.hooks.RemovableHandle:
-    """Replace the activations h of a place by ``change(h)``, until the returned handle is removed."""
+@contextmanager
+def changed_at(model: nn.Module, row: Architecture, place: Place, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the activations h [batch, positions, d] of a place by ``change(h)`` while the context lasts."""
+    module = module_at(model, row, place)
+    places = RowsAndPositions(decoder_layers(model, row)[place.layer])
     hook = change_input if place.site == "input" else change_output
-    return hook(module_at(model, row, place), change)
+    handle = hook(module, lambda hidden: change(places.of(hidden)).reshape(hidden.shape))
+    try:
+        yield
+    finally:
+        handle.remove()
+        places.remove()
 
 
 def module_at(model: nn.Module, row: Architecture, place: Place) -> nn.Module:

@@ -220,6 +220,25 @@ def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> torch
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+class RowsAndPositions:
+    """Gives activations inside a layer their rows and positions back: OPT flattens them before its MLP."""
+
+    def __init__(self, layer: nn.Module):
+        self._sizes: tuple[int, ...] = ()
+        self._handle = layer.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def of(self, hidden: Tensor) -> Float[Tensor, "batch positions d"]:
+        """The same activations, as a view."""
+        return hidden.unflatten(0, self._sizes) if hidden.dim() == 2 else hidden
+
+    def remove(self) -> None:
+        """Take the hook off that sees the layer's input."""
+        self._handle.remove()
+
+    def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._sizes = tuple(_hidden(args, kwargs).shape[:2])
+
+
 def change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
     """Replace the hidden states that a module returns by ``change`` of them, until the handle is removed."""
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..architectures import Architecture
-from .residual_stream import decoder_layers
+from .residual_stream import RowsAndPositions, decoder_layers
 
 EPSILON = 1e-5
 """Added to the denominator of selectivity, against division by 0."""
@@ -32,9 +32,16 @@ def unit_inputs(model: nn.Module, module: str, row: Architecture, see: Callable[
     """Call ``see(layer, activations)`` with the input [batch, positions, units] of a module in every layer."""
     with ExitStack() as hooks:
         for index, layer in enumerate(decoder_layers(model, row)):
-            hooks.callback(
-                layer.get_submodule(module).register_forward_pre_hook(lambda _, args, i=index: see(i, args[0])).remove
-            )
+            places = RowsAndPositions(layer)
+            hooks.callback(places.remove)
+
+            def read(_: nn.Module, args: Any, index: int = index, places: RowsAndPositions = places) -> Any:
+                values = places.of(args[0])
+                see(index, values)
+                # What was seen is what is read, so that a gradient comes by where it is looked for.
+                return None if values is args[0] else (values.view_as(args[0]), *args[1:])
+
+            hooks.callback(layer.get_submodule(module).register_forward_pre_hook(read).remove)
         yield
 
 

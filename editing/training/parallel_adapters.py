@@ -120,7 +120,7 @@ def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iter
     attackers.prefix = tokens
     embedding = model.get_input_embeddings()
     # Soft prompts start as large as the embeddings that they stand among.
-    spread = float(embedding.weight.detach().float().std())
+    spread = float(embedding.weight.detach().float().std()) * embedding_scale(model)
     values = attackers.new_parameters((tokens, embedding.weight.shape[1]), seeds, spread, embedding.weight.device)
 
     def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -128,6 +128,21 @@ def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iter
 
     with _frozen(model), _hooked(embedding, put):
         yield attackers
+
+
+@torch.no_grad()
+def embedded(model: Any, ids: Tensor) -> Tensor:
+    """What the model puts in place of token ids [n], in fp32 [n, d]; Gemma scales its table's rows on the way."""
+    # Not called as a module, because a soft prompt's hook would replace it.
+    output: Tensor = model.get_input_embeddings().forward(ids.to(model.device))
+    return output.float()
+
+
+def embedding_scale(model: Any) -> float:
+    """How much larger than its table's rows a model's embeddings are."""
+    table = model.get_input_embeddings().weight.detach()
+    ids = torch.arange(min(64, len(table)), device=table.device)
+    return float(embedded(model, ids).norm() / table[ids].float().norm())
 
 
 @contextmanager

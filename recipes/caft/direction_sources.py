@@ -1,6 +1,7 @@
 """Where directions come from: contrast pairs, or what a fine-tune changes in the stream. One row each."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from ...editing.directions.subspaces import (
     ridge_probe,
 )
 from ...editing.errors import RequestError
-from ...editing.hooks.concept_ablation import change_at
+from ...editing.hooks.concept_ablation import changed_at
 from ...editing.hooks.residual_stream import run_decoder
 from ...editing.modules import causal_model
 from ...editing.numerics.moments import Moments
@@ -65,12 +66,10 @@ def activations(model: Any, row: Architecture, rows: Sequence[Row], places: Sequ
 
         return see
 
-    handles = [change_at(inner, row, place, keep(place)) for place in places]
-    try:
+    with ExitStack() as hooks:
+        for place in places:
+            hooks.enter_context(changed_at(inner, row, place, keep(place)))
         run_decoder(inner, pad_right(rows, inner.device))
-    finally:
-        for handle in handles:
-            handle.remove()
     return states
 
 

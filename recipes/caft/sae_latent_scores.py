@@ -10,7 +10,7 @@ from torch import Tensor
 from ...artifacts.models.load import LoadedModel
 from ...editing.architectures import Architecture
 from ...editing.directions.sae_latents import SparseLatents
-from ...editing.hooks.concept_ablation import change_at
+from ...editing.hooks.concept_ablation import changed_at
 from ...editing.modules import causal_model
 from ...eval.concept import ContrastPair
 from ..common.examples import Example, example_batch, sequence_nll
@@ -73,13 +73,10 @@ def _gradients(
         seen.append(hidden.detach().requires_grad_())
         return seen[-1]
 
-    handle = change_at(model, row, latents.place, see)
-    try:
+    with changed_at(model, row, latents.place, see):
         batch = {key: value.to(loaded.device) for key, value in example_batch(examples).items()}
         # Rows do not depend on each other, so the gradient of the sum holds each row's own.
         loss = (sequence_nll(model, batch) / batch["lengths"]).sum()
-    finally:
-        handle.remove()
     (gradient,) = torch.autograd.grad(loss, seen)
     for index, example in enumerate(examples):
         length = len(example.ids)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ....editing.architectures import architecture_of, layer_count
-from ....editing.training.parallel_adapters import ParallelAdapters, latent_attackers, soft_prompt_attackers
+from ....editing.training.parallel_adapters import ParallelAdapters, embedded, latent_attackers, soft_prompt_attackers
 from ...common.examples import Example, example_batch, scored_nats
 from ..attack_data import AttackData
 from .table import PREFIX_TOKENS, SOFT_TOKENS
@@ -43,9 +43,8 @@ def latent(model: Any, seeds: Sequence[int]) -> Iterator[ParallelAdapters]:
 def prefix(model: Any, data: AttackData) -> Sequence[float]:
     """Ask behind the tokens that a search on T finds."""
     searched = search_prefix(model, data)
-    table = model.get_input_embeddings().weight.detach()
     with soft_prompt_attackers(model, PREFIX_TOKENS, [0]) as adapters:
-        adapters.owned[0][0].data = table[list(searched.ids)].float()
+        adapters.owned[0][0].data = embedded(model, torch.tensor(searched.ids))
         return data.multiple_choice.hits(model, PREFIX_TOKENS)
 
 
@@ -75,7 +74,7 @@ def search_prefix(model: Any, data: AttackData) -> Prefix:
         for _ in range(ROUNDS):
             (gradient,) = torch.autograd.grad(current, embeddings)
             # A swap to token v changes the loss by about (e_v - e_old) times the gradient, of which only the first part
-            # depends on v.
+            # depends on v; a scale of all embeddings changes no order.
             swaps = (-gradient @ table.float().T).topk(SWAPS, -1).indices.cpu()
             best_loss, best_ids = min((_tried(loss, ids, swaps, rng) for _ in range(TRIES)), key=lambda pair: pair[0])
             if best_loss < losses[-1]:
@@ -96,7 +95,7 @@ def _loss_behind_prefix(model: Any, examples: Sequence[Example]) -> Iterator[tup
 
         def loss(ids: Tensor) -> Tensor:
             # The parameter keeps its identity, because the hooks hold it and the gradient is asked for at it.
-            embeddings.data = table[ids].float()
+            embeddings.data = embedded(model, ids)
             return scored_nats(model, batch).mean()
 
         yield loss, embeddings

@@ -86,6 +86,39 @@ def test_two_sources_at_one_place_leave_together():
         assert (seen[0] @ part.basis).abs().max() < 1e-4
 
 
+def _ablated(concepts, value="zero"):
+    """The ablated stream and the stream before it, at the first layer."""
+    model, row = make_pico("llama"), ARCHITECTURES["llama"]
+    seen = []
+    layer = model.get_submodule(row.layers)[0]
+    layer.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    with concept_ablated(model, row, concepts, value=value):
+        # Hooks run in the order in which they came: one sees the output before the ablation, one after it.
+        layer.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        model(input_ids=IDS)
+    before, after = seen
+    return before.double(), after.double()
+
+
+def test_a_direction_given_twice_removes_no_other():
+    once, twice = _subspace(k=1, place=Place(0, "output")), _subspace(k=1, place=Place(0, "output"))
+    before, after = _ablated([once, twice])
+    torch.testing.assert_close(after, _ablated([once])[1], atol=1e-5, rtol=0)
+    assert torch.linalg.matrix_rank((before - after).flatten(0, 1), rtol=1e-4) == 1
+    # Two that differ remove two.
+    before, after = _ablated([once, _subspace(k=1, seed=4, place=Place(0, "output"))])
+    assert torch.linalg.matrix_rank((before - after).flatten(0, 1), rtol=1e-4) == 2
+
+
+def test_each_of_several_subspaces_gets_its_own_mean():
+    first, second = (_subspace(seed=seed, place=Place(0, "output")) for seed in (1, 2))
+    _, after = _ablated([first, second], "mean")
+    for one in (first, second):
+        wanted = (one.basis.T @ one.offset).double().expand(2, 6, 2)
+        torch.testing.assert_close(after @ one.basis.double(), wanted, atol=1e-4, rtol=0)
+    assert (first.offset - second.offset).abs().max() > 0.5
+
+
 def test_the_model_is_its_own_again_afterwards_even_after_an_error():
     model, row = make_pico("llama"), ARCHITECTURES["llama"]
     before, hooks = model(input_ids=IDS).logits, _hooks(model)

@@ -4,7 +4,12 @@ import pytest
 import torch
 from excise.editing.architectures import ARCHITECTURES
 from excise.editing.training.adapters import adapter_modules
-from excise.editing.training.parallel_adapters import latent_attackers, low_rank_attackers, soft_prompt_attackers
+from excise.editing.training.parallel_adapters import (
+    embedded,
+    latent_attackers,
+    low_rank_attackers,
+    soft_prompt_attackers,
+)
 from helpers import make_pico
 
 IDS = torch.tensor([[5, 9, 7, 3, 11], [8, 2, 6, 4, 10], [3, 3, 5, 9, 1], [7, 6, 5, 4, 3]])
@@ -94,3 +99,22 @@ def test_parameters_are_where_the_model_is(kind):
     model = make_pico("llama").to("meta")
     with _kinds("llama", model, (0, 1))[kind]() as attackers:
         assert {value.device.type for owned in attackers.owned for value in owned} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "gpt2"])
+@torch.no_grad()
+def test_a_soft_prompt_of_tokens_embeddings_is_those_tokens(name):
+    model = make_pico(name)
+    expected = model(input_ids=IDS).logits
+    table = model.get_input_embeddings().weight.detach()
+    with soft_prompt_attackers(model, 2, (0,)) as attackers:
+        (prompt,) = attackers.owned[0]
+        # It starts as large as what stands around it: the norms of rows of random weights lie close together.
+        around = embedded(model, IDS.flatten()).norm(dim=-1).mean()
+        assert 0.5 < float(prompt.norm(dim=-1).mean() / around) < 2
+        prompt.data = embedded(model, IDS[0, :2])
+        found = model(input_ids=torch.cat([torch.zeros_like(IDS[:1, :2]), IDS[:1, 2:]], 1)).logits
+        torch.testing.assert_close(found, expected[:1], atol=1e-4, rtol=1e-4)
+        prompt.data = table[IDS[0, :2]].float()
+        raw = model(input_ids=torch.cat([torch.zeros_like(IDS[:1, :2]), IDS[:1, 2:]], 1)).logits
+        assert name.startswith("gemma") == bool((raw - expected[:1]).abs().max() > 1e-2)
