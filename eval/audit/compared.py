@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from .recovery import Estimate, RecoveryCurve, Scale, area, estimate, leak, regained, speed_up, time_to, worst
+from .contrasts import Contrast, Paired, share_regained
+from .recovery import Estimate, RecoveryCurve, Scale, area, regained, speed_up, time_to, worst
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,23 @@ class Compared:
         """Questions asked."""
         return int(self.edited.hits.shape[2])
 
-    def leak(self) -> Estimate:
+    @cached_property
+    def paired(self) -> Paired:
+        """Edited model, floor and base at their best."""
+        return Paired([self.edited, self.floor, self.base])
+
+    def leak(self) -> Contrast:
         """Accuracy of the edited model above the floor's."""
-        return estimate(leak, [self.edited, self.floor])
+        return self.paired.contrast(1, -1, 0)
 
     def regained(self) -> Estimate:
         """Share of the way from the floor to the base."""
-        return estimate(regained, [self.edited, self.floor, self.base])
+        value = regained(*(one.accuracy for one in (self.edited, self.floor, self.base)))
+        return share_regained(self.paired, value)
+
+    def beyond(self, share: float) -> Contrast:
+        """Accuracy above the point that lies this share of the way from the floor to the base."""
+        return self.paired.contrast(1, -(1 - share), -share)
 
     def describe(self, scale: Scale) -> dict[str, Any]:
         """As ``audit.json`` holds it; ``reference`` is the floor."""
@@ -50,7 +62,7 @@ class Compared:
             "censored_at": tokens[-1],
             "aurc": area(accuracy, tokens, scale),
             "aurc_floor": area(self.floor.accuracy, tokens, scale),
-            "rtt_leak": self.leak().describe(),
+            "rtt_leak": self.leak().estimate().describe(),
             "regained": self.regained().describe(),
             "speed_up": speed_up(self.edited, self.floor, scale).describe() if self.tier == 2 else None,
             "n": self.n,

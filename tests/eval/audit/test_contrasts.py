@@ -1,0 +1,91 @@
+"""Tests on accuracies under attack: held against closed forms, and against simulation where the truth is known."""
+
+import math
+
+import numpy as np
+import pytest
+from excise.eval.audit.compared import Compared
+from excise.eval.audit.contrasts import Contrast, Paired, holm, questions_to_tell, share_regained
+from excise.eval.audit.recovery import RecoveryCurve
+
+
+def _one(hits):
+    return RecoveryCurve((0,), (0,), np.asarray(hits, dtype=float)[None, None])
+
+
+def _bonett_price(first, second):
+    """Standard error of a difference of paired rates (Bonett and Price 2012, equation 2), from counts."""
+    n = len(first)
+    gained = sum(a > b for a, b in zip(first, second, strict=True))
+    lost = sum(a < b for a, b in zip(first, second, strict=True))
+    p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    return math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.1), (0.5, 0.2), (0.0, 0.0), (1.0, 1.0)])
+def test_errors_of_rates_are_the_published_ones_where_the_bootstrap_is_narrower(rates):
+    rng = np.random.default_rng(1)
+    first, second = ((rng.random(60) < rate).astype(float) for rate in rates)
+    contrast = Paired([_one(first), _one(second)]).contrast(1, -1)
+    expected = _bonett_price(first, second)
+    bootstrap = float((first - second).std() / math.sqrt(60))
+    assert contrast.value == pytest.approx(first.mean() - second.mean())
+    assert expected <= contrast.error + 1e-12 and contrast.error == pytest.approx(max(expected, bootstrap), rel=0.1)
+
+
+def test_seeds_that_disagree_widen_what_one_seed_would_leave_narrow():
+    apart = np.stack([np.ones((1, 50)), np.zeros((1, 50))])
+    together = np.full((2, 1, 50), 0.5)
+    floor = RecoveryCurve((0,), (0,), np.zeros((2, 1, 50)))
+    wide, narrow = (Paired([RecoveryCurve((0,), (0,), hits), floor]).contrast(1, -1) for hits in (apart, together))
+    assert wide.value == narrow.value == 0.5 and wide.error > 3 * narrow.error
+
+
+def test_intervals_hold_the_true_difference_and_the_true_share():
+    rng, hits, shares = np.random.default_rng(0), 0, 0
+    audits, floor, edited, base = 300, 0.1, 0.3, 0.9
+    for _ in range(audits):
+        curves = [_one(rng.random(60) < rate) for rate in (edited, floor, base)]
+        compared = Compared("one", 0, False, curves[2], curves[0], curves[1], None, {})
+        low, high = compared.leak().estimate().ci95
+        hits += low <= edited - floor <= high
+        regained = compared.regained()
+        low, high = (regained.ci95[0] or -math.inf), (regained.ci95[1] or math.inf)
+        shares += low <= (edited - floor) / (base - floor) <= high
+    assert hits / audits >= 0.93 and shares / audits >= 0.93
+
+
+def test_alike_is_said_of_equal_models_with_enough_questions_and_never_of_few_or_different_ones():
+    def alike(difference, n):
+        rng = np.random.default_rng(n)
+        found = 0
+        for _ in range(100):
+            curves = [_one(rng.random(n) < rate) for rate in (0.1 + difference, 0.1, 1.0)]
+            found += Paired(curves).contrast(1, -1, 0).lies_within(0.1)
+        return found
+
+    assert alike(0.0, 20) == 0 and alike(0.0, 400) > 90
+    # At the limit itself it is said in 5% at most.
+    assert alike(0.1, 400) <= 10 and alike(0.2, 400) == 0
+
+
+def test_holm_refuses_step_by_step():
+    assert holm({"a": 0.001, "b": 0.02, "c": 0.024, "d": 0.9}) == ["a"]
+    assert holm({"d": 0.9, "c": 0.02, "b": 0.012, "a": 0.001}) == ["c", "b", "a"]
+    assert holm({"a": 0.03, "b": 0.9}) == [] and holm({"a": 0.03}) == ["a"] and holm({}) == []
+
+
+def test_a_share_needs_a_gap_between_floor_and_base():
+    curves = [_one([1] * 5 + [0] * 15), _one([1] * 9 + [0] * 11), _one([1] * 10 + [0] * 10)]
+    assert share_regained(Paired(curves), 0.4).ci95 == (None, None)
+    clear = [_one([1] * 5 + [0] * 15), _one([0] * 20), _one([1] * 20)]
+    low, high = share_regained(Paired(clear), 0.25).ci95
+    assert low < 0.25 < high
+
+
+def test_the_number_of_questions_falls_with_the_distance_from_the_limit_or_from_zero():
+    def needed(value):
+        return questions_to_tell({"a": Contrast(value, 0.1)}, 40, 0.1)
+
+    assert needed(0.0) < needed(0.05) and needed(0.5) < needed(0.2) < needed(0.12)
+    assert needed(0.0) == 110  # 40 (1.645 x 0.1 / 0.1)^2 = 108.2
