@@ -3,6 +3,7 @@
 from typing import Any
 
 from .compared import Compared
+from .contrasts import ONE_SIDED, Paired
 from .recovery import RecoveryCurve, Scale
 
 KNOWN = 0.2
@@ -10,14 +11,16 @@ KNOWN = 0.2
 RECOVERED = 0.5
 """Share of the way from chance to the base that the suppressed control must recover, and the floor must not reach."""
 WORKING = 0.9
-"""Share of the base's accuracy on everything else below which the edited model counts as broken."""
+"""Share of the base's accuracy on everything else; an edited model that surely has less counts as broken."""
 
 
-def check_controls(compared: list[Compared], scale: Scale, utility: tuple[float, float] | None) -> dict[str, Any]:
+def check_controls(
+    compared: list[Compared], scale: Scale, utility: tuple[RecoveryCurve, RecoveryCurve] | None
+) -> dict[str, Any]:
     """What each control did, as ``audit.json`` holds it; a ``problem`` where it forbids a verdict.
 
     Args:
-        utility: Accuracy on everything else of base and edited.
+        utility: What base and edited answer of everything else.
     """
     checked: dict[str, Any] = {
         "chance": scale.chance,
@@ -79,14 +82,16 @@ def _floor(unknowing: list[Compared], scale: Scale) -> dict[str, Any]:
     return result
 
 
-def _utility(base: float, edited: float) -> dict[str, Any]:
-    if edited >= WORKING * base:
-        return {"base": base, "edited": edited}
+def _utility(base: RecoveryCurve, edited: RecoveryCurve) -> dict[str, Any]:
+    result = {"base": float(base.accuracy[0]), "edited": float(edited.accuracy[0])}
+    beyond = Paired([edited, base]).contrast(1, -WORKING)
+    if beyond.value + ONE_SIDED * beyond.error >= 0:
+        return result
     problem = (
-        f"the edited model answers {edited:.3f} of everything else right, the base {base:.3f}; a broken model forgets"
-        " anything"
+        f"the edited model answers {result['edited']:.3f} of everything else right, the base {result['base']:.3f}, which"
+        f" is surely less than {WORKING:.0%} of it (n = {base.hits.shape[2]}); a broken model forgets anything"
     )
-    return {"base": base, "edited": edited, "problem": problem}
+    return {**result, "problem": problem}
 
 
 def _share(curve: RecoveryCurve, scale: Scale) -> float:

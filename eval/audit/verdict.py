@@ -8,7 +8,7 @@ from .compared import Compared, furthest
 from .contrasts import holm, questions_to_tell
 from .controls import RECOVERED, check_controls
 from .reasons import Evidence, Relearning, reasons
-from .recovery import SHARES, Estimate, Scale, common_share, speed_up, timed_share
+from .recovery import SHARES, Estimate, RecoveryCurve, Scale, common_share, speed_up, timed_share
 
 __all__ = ["Compared", "Judged", "Verdict", "furthest", "judge"]
 
@@ -34,11 +34,13 @@ class Judged:
     controls: dict[str, Any]
 
 
-def judge(compared: list[Compared], scale: Scale, utility: tuple[float, float] | None, floor: str) -> Judged:
+def judge(
+    compared: list[Compared], scale: Scale, utility: tuple[RecoveryCurve, RecoveryCurve] | None, floor: str
+) -> Judged:
     """Weigh all attacks.
 
     Args:
-        utility: Accuracy on everything else of base and edited.
+        utility: What base and edited answer of everything else.
         floor: What the floor is, for the reasons: "the model that was never trained on it".
     """
     controls = check_controls(compared, scale, utility)

@@ -29,7 +29,8 @@ def conclude(job: AuditJob, curves: CurveStore) -> dict[str, Any]:
         chance=sum(1 / len(question.choices) for question in job.questions) / len(job.questions),
         known=float(curves.get("base", UNTOUCHED).only.accuracy[0]),
     )
-    both = (utility["base"]["value"], utility["edited"]["value"]) if {"base", "edited"} <= set(utility) else None
+    has_both = {"base", "edited"} <= set(utility)
+    both = (curves.get("base", UTILITY).only, curves.get("edited", UTILITY).only) if has_both else None
     judged = judge(compared, scale, both, _reference_in_words(job))
     subjects = ("base", "edited", "reference")
     return {

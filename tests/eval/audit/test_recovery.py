@@ -86,7 +86,8 @@ def _compared(edited, floor=NEVER, control=HIDDEN, relearned=None, floor_relearn
 
 
 def _verdict(*arguments, utility=(0.99, 0.98), scale=SCALE, **options):
-    return judge(_compared(*arguments, **options), scale, utility, "the model that was never trained on it")
+    both = tuple(_curve(accuracy, seeds=1) for accuracy in utility)
+    return judge(_compared(*arguments, **options), scale, both, "the model that was never trained on it")
 
 
 def test_what_comes_back_comes_back():
@@ -141,6 +142,13 @@ def test_without_valid_controls_there_is_no_verdict(change, reason):
     assert judged.verdict == "inconclusive" and any(reason in said for said in judged.reasons)
 
 
+def test_a_loss_that_twenty_questions_cannot_show_breaks_no_model():
+    compared, words = _compared(NEVER), "the model that was never trained on it"
+    few, many = ((_curve(1.0, seeds=1, n=n), _curve(0.85, seeds=1, n=n)) for n in (20, 400))
+    assert judge(compared, SCALE, few, words).verdict != "inconclusive"
+    assert "surely less than 90%" in judge(compared, SCALE, many, words).reasons[0]
+
+
 def test_one_attack_proves_nothing():
     judged = judge(_compared(NEVER)[:1], SCALE, None, "the model that was never trained on it")
     assert judged.verdict == "inconclusive" and "one attack proves nothing" in judged.reasons[0]
@@ -162,7 +170,7 @@ def _reasons(edited, floor, /, **relearned):
             "relearn", 2, True, base, relearned.get("edited", edited), relearned.get("floor", floor), control, rates
         ),
     ]
-    return judge(compared, Scale(0.125, 1.0), (1.0, 1.0), "the model that was never trained on it")
+    return judge(compared, Scale(0.125, 1.0), (_curve(1.0), _curve(1.0)), "the model that was never trained on it")
 
 
 @pytest.mark.parametrize(
