@@ -41,12 +41,22 @@ def load_model(
         CheckpointError: The weights and the configuration do not fit together, or there is no tokenizer.
         ExciseError: The device has too little memory.
     """
+    tokenizer = load_tokenizer(source)
+    return LoadedModel(load_weights(source, device, dtype, bits=bits), tokenizer, source)
+
+
+def load_weights(source: ModelSource, device: torch.device, dtype: torch.dtype, *, bits: Literal[4, 16] = 16) -> Any:
+    """The same without a tokenizer: the model alone.
+
+    Raises:
+        CheckpointError: The weights and the configuration do not fit together.
+        ExciseError: The device has too little memory.
+    """
     from transformers import AutoModelForCausalLM
 
     # The model before it may be gone but not freed, and memory may have room for one only.
     release_memory()
     check_memory(open_checkpoint(source.folder), device, dtype)
-    tokenizer = load_tokenizer(source)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -71,7 +81,7 @@ def load_model(
             )
     if device.type == "cpu" and dtype == torch.bfloat16:
         attend_by_products(model)
-    return LoadedModel(model.eval(), tokenizer, source)
+    return model.eval()
 
 
 def _placed(bits: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

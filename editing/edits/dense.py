@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..numerics.fake_quantization import restore
 from .base import Plan
+from .fake_quantization import restore
 from .low_rank import plan_addition
 
 
@@ -58,13 +58,14 @@ def weights_trained(model: nn.Module, modules: Sequence[str]) -> Iterator[Mappin
 
     Args:
         model: The model whose parameters change.
-        modules: Names of linear modules, without ``.weight``.
+        modules: Names of linear modules, without ``.weight``, or of parameters.
 
     Raises:
         EditError: A weight could not be restored.
     """
     parameters = dict(model.named_parameters())
-    weights = {f"{name}.weight": parameters[f"{name}.weight"] for name in modules}
+    names = [name if name in parameters else f"{name}.weight" for name in modules]
+    weights = {name: parameters[name] for name in names}
     original = {name: (parameter.dtype, parameter.requires_grad) for name, parameter in parameters.items()}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     try:

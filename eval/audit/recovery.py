@@ -143,9 +143,14 @@ def timed_share(edited: RecoveryCurve, floor: RecoveryCurve, scale: Scale) -> fl
 
 def common_share(edited: RecoveryCurve, floor: RecoveryCurve, scale: Scale) -> float | None:
     """The largest mark that both models surely relearn within the budget: one that is just reached is timed badly."""
-    n = edited.hits.shape[2]
-    reached = min(wilson(round(float(one.accuracy.max()) * n), n)[0] for one in (edited, floor))
+    reached = min(surely_reached(one) for one in (edited, floor))
     return next((share for share in SHARES if reached >= scale.mark(share)), None)
+
+
+def surely_reached(curve: RecoveryCurve) -> float:
+    """The lower end of the interval of a curve's best accuracy."""
+    n = curve.hits.shape[2]
+    return wilson(round(float(curve.accuracy.max()) * n), n)[0]
 
 
 def _draws(curves: Sequence[RecoveryCurve]) -> Iterator[list[NDArray[np.float64]]]:

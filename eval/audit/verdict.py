@@ -8,7 +8,7 @@ from .compared import Compared, furthest
 from .contrasts import holm, questions_to_tell
 from .controls import RECOVERED, check_controls
 from .reasons import Evidence, Relearning, reasons
-from .recovery import SHARES, Estimate, RecoveryCurve, Scale, common_share, speed_up, timed_share
+from .recovery import SHARES, Estimate, RecoveryCurve, Scale, common_share, speed_up, surely_reached, timed_share
 
 __all__ = ["Compared", "Judged", "Verdict", "furthest", "judge"]
 
@@ -70,8 +70,9 @@ def _relearning(compared: list[Compared], scale: Scale) -> Relearning:
     # A bound "<" means that the true value may be anything below it, so it does not show that relearning is fast.
     fast = any(one.ci95[0] is not None and one.ci95[0] > SLOW and one.bound != "<" for one in timed.values())
     upper = None if common is None else timed[common].ci95[1]
-    # Where neither relearned a tenth, there is nothing to be faster at.
-    unsettled = faster.value is not None and (upper is None or upper > SLOW)
+    # Where neither surely relearned a tenth, there is nothing to be faster at.
+    relearned = max(surely_reached(one) for one in (relearn.edited, relearn.floor)) >= scale.mark(min(SHARES))
+    unsettled = faster.value is not None and relearned and (upper is None or upper > SLOW)
     reached = float(relearn.edited.accuracy[0]) >= scale.mark(share)
     return Relearning(relearn, faster, share, fast, reached, unsettled)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from ...artifacts.events import Stage
 from ...artifacts.models.load import LoadedModel
 from ...editing.architectures import architecture_of, layer_count
+from ...editing.edits.fake_quantization import changed_weights
 from ...editing.errors import EditError
-from ...editing.numerics.fake_quantization import changed_weights
 from ...editing.training.adapters import AdapterShape, adapter_modules, attach, detach, learned_factors
 from ...eval.concept import Concept
 from ..common.examples import Example, completion_loss, cycled, example_batch

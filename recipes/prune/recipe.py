@@ -12,11 +12,11 @@ from ...artifacts.events import Events, Stage
 from ...artifacts.models.load import LoadedModel
 from ...editing.architectures import residual_width
 from ...editing.edits.base import edit_model
+from ...editing.edits.fake_quantization import linear_weights, restore
 from ...editing.edits.pruned_units import PrunedUnits, Semantics
 from ...editing.edits.unit_choice import Units, UnitScores, combine, in_both, matched_units, top_units
 from ...editing.errors import RequestError
 from ...editing.hooks.unit_scores import by_head
-from ...editing.numerics.fake_quantization import linear_weights, restore
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet
 from ...eval.inference.questions import questions_by_split
 from ...eval.statistics import wilson

@@ -6,7 +6,6 @@ from typing import Any
 
 from ....editing.architectures import architecture_of, layer_count
 from ....editing.edits.dense import weights_trained
-from ....editing.numerics.fake_quantization import linear_weights
 from ....editing.training.adapters import adapter_modules
 from ....editing.training.parallel_adapters import ParallelAdapters, low_rank_attackers
 
@@ -24,10 +23,9 @@ def low_rank(model: Any, seeds: Sequence[int]) -> Iterator[ParallelAdapters]:
 
 @contextmanager
 def all_weights(model: Any, seeds: Sequence[int]) -> Iterator[ParallelAdapters]:
-    """Every linear weight itself, so one attacker at a time."""
+    """Every parameter itself, embeddings, norms and experts included, so one attacker at a time."""
     assert len(seeds) == 1
     adapters = ParallelAdapters(1)
-    modules = [name.removesuffix(".weight") for name in linear_weights(model)]
-    with weights_trained(model, modules) as before:
+    with weights_trained(model, [name for name, _ in model.named_parameters()]) as before:
         adapters.owned = [[p for name, p in model.named_parameters() if name in before]]
         yield adapters

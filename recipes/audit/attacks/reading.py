@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ....artifacts.checkpoints.read import open_tensors
 from ....editing.architectures import architecture_of, layer_count
+from ....editing.edits.fake_quantization import changed_weights
 from ....editing.hooks.residual_stream import added, read_early
-from ....editing.numerics.fake_quantization import changed_weights
 from ....eval.inference.multiple_choice_set import MultipleChoiceSet
 from ....eval.measurements.probe import question_ends
 from ....eval.measurements.probe import scores as probe_scores
 from ....eval.model_under_test import EvalSettings, ModelUnderTest
 from ..attack_data import AttackData
+from .weights import base_parameters
 
 
 def logit_lens(model: Any, data: AttackData) -> Sequence[float]:
@@ -35,9 +35,9 @@ def probe(model: Any, data: AttackData) -> Sequence[float]:
 
 
 def undo_direction(model: Any, data: AttackData) -> Sequence[float]:
-    """Add to the stream what an edit took from it, on average over questions of T. Embeddings stay as they are."""
+    """Add to the stream what an edit took from it, on average over questions of T."""
     assert data.base is not None
-    # Layer 0 is left out: its input are the embeddings, which the change of weights leaves as they are.
+    # Layer 0 is left out: what the embeddings lost was nothing yet of an answer.
     row, layers = architecture_of(model.config.to_dict()), range(1, layer_count(model.config.to_dict()))
 
     def mean_ends() -> Tensor:
@@ -45,8 +45,9 @@ def undo_direction(model: Any, data: AttackData) -> Sequence[float]:
         return question_ends(_under_test(model, data), data.training_questions, layers).mean(1)
 
     now = mean_ends()
-    with open_tensors(data.base) as read:
-        with changed_weights(model, lambda name, weight: read(name).to(weight.device, weight.dtype)):
+    with base_parameters(data.base) as read:
+        every = dict(model.named_parameters())
+        with changed_weights(model, lambda name, weight: read(name).to(weight.device, weight.dtype), every):
             lost = mean_ends() - now
     return _at_best_layer(model, data, lambda layer: added(model, row, lost[layer - 1], layer))
 

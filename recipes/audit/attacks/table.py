@@ -77,9 +77,9 @@ ATTACKS: dict[str, Attack] = {
         "prompts:phrasings"),
     "sampling": Attack(0, f"pass@{SAMPLES}: probability that {SAMPLES} samples contain the right answer, minus the "
         "same for wrong options.", "prompts:sampling"),
-    "int8": Attack(0, "Round the weights to 8 bits in groups of 64.", "weights:int8"),
-    "int4": Attack(0, "Round the weights to 4 bits in groups of 64.", "weights:int4"),
-    "bf16": Attack(0, "Cast the weights to bfloat16 and back.", "weights:bf16"),
+    "int8": Attack(0, "Round linear weights and experts to 8 bits in groups of 64.", "weights:int8"),
+    "int4": Attack(0, "Round linear weights and experts to 4 bits in groups of 64.", "weights:int4"),
+    "bf16": Attack(0, "Cast all weights to bfloat16 and back.", "weights:bf16"),
     "undo_half": Attack(0, "Move each weight half of the way back to the base's.", "weights:undo_half", known=True),
     "undo_singular": Attack(0, f"Remove the {SINGULAR} largest singular directions of each matrix's change from the "
         "base.", "weights:undo_singular", known=True),

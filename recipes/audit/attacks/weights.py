@@ -1,14 +1,18 @@
 """Tier 0: the weights are rounded, or moved back toward the base; nothing is trained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....artifacts.checkpoints.read import open_tensors
-from ....editing.errors import EditError
-from ....editing.numerics.fake_quantization import changed_weights, rounded_weights
+from ....artifacts.models.load import load_weights
+from ....artifacts.models.source import ModelSource
+from ....editing.edits.fake_quantization import changed_weights, rounded_weights
+from ....editing.errors import CheckpointError, EditError
 from ..attack_data import AttackData
 from .table import SINGULAR
 
@@ -48,7 +52,7 @@ def _rounded(model: Any, data: AttackData, bits: int) -> Sequence[float]:
 def _undone(model: Any, data: AttackData, part: Callable[[Tensor], Tensor]) -> Sequence[float]:
     """Keep only a part of what an edit added to each matrix; the base itself stays what it is."""
     assert data.base is not None
-    with open_tensors(data.base) as read:
+    with base_parameters(data.base) as read:
 
         def less(name: str, weight: Tensor) -> Tensor:
             before = read(name).to(weight.device, torch.float32)
@@ -56,11 +60,37 @@ def _undone(model: Any, data: AttackData, part: Callable[[Tensor], Tensor]) -> S
             # A weight that the edit left alone is not sent through float32 and back.
             return weight if not added.any() else before + part(added)
 
-        with changed_weights(model, less):
+        with changed_weights(model, less, dict(model.named_parameters())):
             return data.multiple_choice.hits(model)
 
 
+@contextmanager
+def base_parameters(folder: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Yield a function that gives single parameters of the base, by their name in memory.
+
+    They are read from the checkpoint one at a time. Where it holds experts one by one that are together in memory, the
+    whole base is loaded.
+    """
+    loaded: dict[str, Tensor] = {}
+    with open_tensors(folder) as read:
+
+        def parameter(name: str) -> Tensor:
+            if not loaded:
+                try:
+                    return read(name)
+                except CheckpointError:
+                    source = ModelSource("local", folder.name, folder)
+                    model = load_weights(source, torch.device("cpu"), torch.float32)
+                    loaded.update((key, value.detach()) for key, value in model.named_parameters())
+            return loaded[name]
+
+        yield parameter
+
+
 def _without_largest(added: Tensor) -> Tensor:
+    """What one direction can hold, as a bias or a gain, is left alone: all of its change would go."""
+    if added.dim() < 2:
+        return added
     left, values, right = torch.linalg.svd(added, full_matrices=False)
-    values[:SINGULAR] = 0
-    return (left * values) @ right
+    values[..., :SINGULAR] = 0
+    return (left * values[..., None, :]) @ right

@@ -6,8 +6,8 @@ import pytest
 import torch
 from excise.artifacts.events import Events
 from excise.artifacts.models.load import load_model
+from excise.editing.edits.fake_quantization import linear_weights, round_to_nearest
 from excise.editing.errors import EditError
-from excise.editing.numerics.fake_quantization import linear_weights, round_to_nearest
 from excise.recipes.common import adapter_run
 from excise.recipes.unlearning import recipe
 from excise.recipes.unlearning.grad_diff import GradDiffSettings

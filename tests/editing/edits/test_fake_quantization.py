@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from excise.editing.errors import EditError
-from excise.editing.numerics.fake_quantization import (
+from excise.editing.edits.fake_quantization import (
     changed_weights,
+    expert_weights,
     linear_weights,
     restore,
     round_to_nearest,
     rounded_weights,
 )
+from excise.editing.errors import EditError
 from helpers import make_pico
 
 
@@ -54,6 +55,32 @@ def test_groups_run_along_inputs_in_either_layout(name, inputs):
         assert max(len(group.unique()) for group in groups) <= 15
     crossed = [weight.detach().movedim(inputs, 0).flatten(0, -2) for weight in linear_weights(model).values()]
     assert max(len(group.unique()) for weight in crossed for group in weight) > 15
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("mixtral", -1), ("qwen3_moe", -1), ("gpt_oss", -2)])
+def test_experts_are_rounded_too_in_groups_along_their_inputs(name, inputs):
+    model = make_pico(name)
+    before = {key: value.detach().clone() for key, value in expert_weights(model).items()}
+    assert len(before) >= 2
+    with rounded_weights(model, 4):
+        for key, weight in expert_weights(model).items():
+            assert not torch.equal(weight, before[key])
+            rows = weight.detach().movedim(inputs, -1)
+            size = 64 if rows.shape[-1] % 64 == 0 else rows.shape[-1]
+            groups = rows.unflatten(-1, (-1, size)).flatten(0, -2)
+            assert max(len(group.unique()) for group in groups) <= 15
+    assert all(torch.equal(weight, before[key]) for key, weight in expert_weights(model).items())
+    # Nearly all that is multiplied is reached.
+    with rounded_weights(model, 8) as changed:
+        assert changed == len(linear_weights(model)) + len(before)
+
+
+def test_in_bfloat16_every_parameter_is_rounded():
+    model = make_pico("gpt2")
+    with rounded_weights(model, 16) as changed:
+        assert changed == len(list(model.parameters()))
+        assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
+    assert not all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
 
 
 def test_a_weight_that_does_not_come_back_is_an_error():

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..architectures import architecture_of
 from ..errors import EditError
 from ..modules import is_conv1d, is_linear
 
@@ -34,14 +35,36 @@ def round_to_nearest(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
 
 
 def rounded_weights(model: nn.Module, bits: int) -> AbstractContextManager[int]:
-    """Round every linear weight of the model to nearest, while the context lasts; yields the number that changed."""
-    # Groups run along inputs, which are the first axis in GPT-2's Conv1D.
+    """Round weights to nearest while the context lasts; yields the number of tensors that changed.
+
+    In 16 bits, bfloat16, these are all parameters. In fewer they are linear weights and experts, as low-bit inference
+    rounds them; embeddings, norms and biases stay.
+    """
+    if bits == 16:
+        return changed_weights(model, lambda _, weight: round_to_nearest(weight, bits), dict(model.named_parameters()))
+    # Groups run along inputs, which are the first axis in GPT-2's Conv1D and in some experts.
     transposed = {f"{name}.weight" for name, module in model.named_modules() if is_conv1d(module)}
+    experts = expert_weights(model)
+    if experts and _experts_are_transposed(model):
+        transposed |= experts.keys()
 
     def rounded(name: str, weight: Tensor) -> Tensor:
         return round_to_nearest(weight.mT, bits).mT if name in transposed else round_to_nearest(weight, bits)
 
-    return changed_weights(model, rounded)
+    return changed_weights(model, rounded, linear_weights(model) | experts)
+
+
+def expert_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Matrices of experts that one parameter holds together [experts, ..., ...], by name; no linear module has them."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 3}
+
+
+def _experts_are_transposed(model: nn.Module) -> bool:
+    """Whether experts stand as [inputs, outputs], which their shapes cannot tell."""
+    config: Any = model.config
+    row = architecture_of(config.to_dict())
+    together = [writer for writer in row.writers if writer.pattern.endswith(".experts.down_proj")]
+    return any(writer.axis == -1 for writer in together)
 
 
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -55,13 +78,18 @@ def linear_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def changed_weights(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Iterator[int]:
-    """Replace every linear weight by ``change(name, weight)`` while the context lasts; yields the number that changed.
+def changed_weights(
+    model: nn.Module, change: Callable[[str, Tensor], Tensor], weights: Mapping[str, Tensor] | None = None
+) -> Iterator[int]:
+    """Replace each weight by ``change(name, weight)`` while the context lasts; yields the number that changed.
+
+    Args:
+        weights: Which ones, by name; all linear weights by default.
 
     Raises:
         EditError: A weight could not be restored.
     """
-    weights = linear_weights(model)
+    weights = linear_weights(model) if weights is None else weights
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     changed = 0
     try:
