@@ -5,6 +5,7 @@ Source: round-to-nearest, symmetric, in groups along the input (Dettmers and Zet
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
