@@ -113,6 +113,7 @@ def orthogonalize(
     layers: str | None = None,
     strength: float | tuple[float, ...] | None = None,
     embeddings: Literal["edit", "skip"] | None = None,
+    embedding_strength: float | None = None,
     variant: Literal["plain", "norm_preserving", "projected"] | None = None,
 ) -> AppliedEdit:
     """Take a direction out of every weight of a model in memory that writes it to the residual stream.
@@ -126,6 +127,7 @@ def orthogonalize(
             ``0.25-0.75``.
         strength: Share of the component to remove, 1 by default; one number, or one for each layer.
         embeddings: ``edit`` (default) changes the embedding too; ``skip`` leaves it.
+        embedding_strength: Share to remove from the embedding; the strength of layer 0 by default.
         variant: ``plain`` (default); ``norm_preserving`` keeps the norm of every column; ``projected`` first takes the
             mean of the negative prompts out of the direction, which needs the result of ``find_direction``.
 
@@ -151,7 +153,13 @@ def orthogonalize(
         >>> bool((direction @ weight).abs().max() > 0.1)
         True
     """
-    values = {"layers": layers, "strength": strength, "embeddings": embeddings, "variant": variant}
+    values = {
+        "layers": layers,
+        "strength": strength,
+        "embeddings": embeddings,
+        "embedding_strength": embedding_strength,
+        "variant": variant,
+    }
     settings = settings_of_call(OrthogonalizeSettings, values)
     config = model.config.to_dict()
     direction_record = direction if isinstance(direction, Direction) else _record_of_vector(direction, settings)

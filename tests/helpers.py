@@ -115,11 +115,12 @@ def save_pico(tmp_path: Path) -> Callable[..., Checkpoint]:
     return save
 
 
-def random_edit(config: dict[str, Any], rank: int = 1, **options: Any) -> Edit:
-    """An edit of a random subspace in every layer."""
+def random_edit(config: dict[str, Any], rank: int = 1, strength: float = 1.0, **options: Any) -> Edit:
+    """An edit of a random subspace, with one strength in every layer unless ``layer_strengths`` says otherwise."""
     width = residual_width(config)
     basis = torch.linalg.qr(torch.randn(width, rank, generator=torch.Generator().manual_seed(7))).Q
-    return Edit(basis, config["model_type"], (1.0,) * layer_count(config), **options)
+    options = {"layer_strengths": (strength,) * layer_count(config), **options}
+    return Edit(basis, config["model_type"], **options)
 
 
 def publish(folder: Path, edit: WeightEdit, texts: Mapping[str, str] = MappingProxyType({})) -> Path:

@@ -85,6 +85,7 @@ def _pack_subspace(edit: Edit) -> tuple[dict[str, Tensor], Description]:
         "rank": k,
         "layer_strengths": list(edit.layer_strengths),
         "embeddings": edit.embeddings,
+        "embedding_strength": edit.strength_at(None),
         "variant": edit.variant,
     }
     return {"basis": edit.basis}, description
@@ -96,6 +97,8 @@ def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
         content["model_type"],
         tuple(content["layer_strengths"]),
         content["embeddings"],
+        # Edits that do not say took everything out of the embeddings.
+        float(content.get("embedding_strength", 1.0)),
         content["variant"],
         content["provenance"],
     )

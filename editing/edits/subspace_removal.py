@@ -34,6 +34,8 @@ class Edit:
     """One strength per decoder layer; 0 leaves the layer unchanged, 1 removes the subspace."""
     embeddings: Embeddings = "edit"
     """``edit`` changes a tied unembedding too; ``untie`` stores the old one separately; ``skip`` edits neither."""
+    embedding_strength: float | None = None
+    """Strength at the embeddings, which layer 0 reads; None takes the strength of layer 0."""
     variant: Variant = "plain"
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the subspace came from: source, layer, position, scores of all candidates, hashes of the data."""
@@ -47,6 +49,14 @@ class Edit:
 
     method: ClassVar[str] = "orthogonalize"
 
+    def strength_at(self, layer: int | None) -> float:
+        """Strength of one decoder layer, or of the embeddings where ``layer`` is None."""
+        if layer is not None:
+            return self.layer_strengths[layer]
+        if self.embeddings == "skip":
+            return 0.0
+        return self.layer_strengths[0] if self.embedding_strength is None else self.embedding_strength
+
     def plan(self, config: dict[str, Any], names: Sequence[str]) -> Plan:
         """Decide which tensors change, before reading any.
 
@@ -58,14 +68,17 @@ class Edit:
         check_learned_on(config, self.model_type, self.basis.shape[0], len(self.layer_strengths))
         tensors = []
         for site in classify(row, list(names)):
-            strength = 1.0 if site.layer is None else self.layer_strengths[site.layer]
-            if site.layer is None and self.embeddings == "skip":
-                strength = 0.0
+            strength = self.strength_at(site.layer)
             if strength != 0.0:
                 tensors.append(OrthogonalizedTensor(site.name, self, row, site, strength))
         if not tensors:
             raise RequestError(
-                "the edit touches no tensor: the strength of every layer is 0 and embeddings=skip; raise the strength"
+                "the edit touches no tensor: the strength of every layer and of the embeddings is 0; raise the strength"
+            )
+        if self.embeddings == "untie" and self.strength_at(None) == 0.0:
+            raise RequestError(
+                "embeddings=untie edits the embedding, and its strength is 0; set embedding_strength, select layer 0, "
+                "or set embeddings=skip"
             )
         tied = ties_embeddings(config)
         untie = self.embeddings == "untie" and tied

@@ -1,6 +1,7 @@
 """Finding the direction of a concept in one model: candidates at every layer, scored on held-out items, one chosen."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -220,6 +221,30 @@ def _effect_of(direction: Direction) -> dict[str, Any]:
 
 def _signed(value: float | None) -> str:
     return "not scored" if value is None else f"{value:+.2f}"
+
+
+def why_none_passed(candidates: Sequence[Candidate], settings: DirectionSettings) -> str:
+    """One line on which filter rejected how many candidates, by how much, and what would help."""
+    scored = [candidate for candidate in candidates if candidate.kl is not None and candidate.induce is not None]
+    moving = [c.kl for c in scored if c.kl is not None and c.kl > settings.max_kl]
+    still = [c.induce for c in scored if c.induce is not None and c.induce < settings.min_induce]
+    reasons = []
+    if moving:
+        reasons.append(
+            f"{len(moving)} move neutral text more than max_kl={settings.max_kl:g} nats a token (the least"
+            f" {min(moving):.3f})"
+        )
+    if still:
+        reasons.append(
+            f"{len(still)} do not bring out the concept by min_induce={settings.min_induce:g} (the most"
+            f" {max(still):+.3f})"
+        )
+    unscored = Counter(c.rejected for c in candidates if c.kl is None)
+    reasons += [f"{count} {reason}" for reason, count in unscored.items()]
+    return (
+        f"none of {len(candidates)} candidate directions passed the filters: {'; '.join(reasons)}. Nothing was edited;"
+        " give more or clearer contrast pairs, loosen the filter that rejects most, or set use_rejected_direction=true"
+    )
 
 
 def check_pairs(concept: Concept, settings: DirectionSettings) -> None:

@@ -15,7 +15,7 @@ from ...editing.architectures import layer_selection, residual_width
 from ...editing.directions.difference_in_means import unit, without_component
 from ...editing.edits.base import Plan
 from ...editing.edits.subspace_removal import Edit
-from ...editing.errors import RequestError
+from ...editing.errors import ExciseError, RequestError
 from ...editing.hooks.leaks import Writes, check_leaks, compare_writes, measure_writes
 from ...editing.hooks.residual_stream import added
 from ...eval.inference.generation import encode_prompt
@@ -24,7 +24,7 @@ from ...eval.measurements.behaviour import induced
 from ...eval.model_under_test import ModelUnderTest
 from ...eval.statistics import Scores
 from ..common import measured_run
-from ..common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs
+from ..common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs, why_none_passed
 from ..common.measured_run import Finished, Inspection, Job, Measured
 from ..common.run_folder import start_folder
 from .story import story
@@ -45,9 +45,15 @@ class OrthogonalizeSettings(DirectionSettings):
     embeddings: Literal["edit", "skip", "untie"] = "edit"
     """edit changes the embedding and a tied unembedding; skip neither; untie edits the embedding and gives the
     unembedding its own tensor."""
+    embedding_strength: float | None = None
+    """Share to remove from the embeddings, which layer 0 reads. Without it: the strength of layer 0, and 0 where layers
+    leaves layer 0 out."""
     variant: Literal["plain", "norm_preserving", "projected"] = "plain"
     """norm_preserving keeps every column's norm; projected first removes the negative prompts' mean from the
     direction."""
+    use_rejected_direction: bool = False
+    """Go on when every candidate direction fails the filters, with the one that moves neutral text least. Expect little
+    effect, or damage."""
     leak_tolerance: float = 0.05
     """Largest share of the direction that a sublayer may still write after the edit; more stops the run."""
 
@@ -103,8 +109,7 @@ def run(job: OrthogonalizeJob, events: Events) -> Finished:
 
     def inspect(loaded: LoadedModel, subject: ModelUnderTest) -> Inspection:
         after = measure_writes(loaded.model, checked.row, base.edit.basis, _leak_inputs(job, loaded))
-        embedding_strength = 0.0 if settings.embeddings == "skip" else 1.0
-        leaks = compare_writes(base.writes, after, job.strengths, embedding_strength)
+        leaks = compare_writes(base.writes, after, job.strengths, base.edit.strength_at(None))
         check_leaks(leaks, settings.leak_tolerance)
         scores = [_induce(job, loaded, base.edit, events, "induce on edited")]
         return Inspection(scores, {"leaks": [asdict(leak) for leak in leaks]})
@@ -115,6 +120,7 @@ def run(job: OrthogonalizeJob, events: Events) -> Finished:
             "variant": settings.variant,
             "embeddings": settings.embeddings,
             "layer_strengths": list(job.strengths),
+            "embedding_strength": base.edit.strength_at(None),
         },
         "direction": {**base.edit.provenance},
         "leak_tolerance": settings.leak_tolerance,
@@ -140,6 +146,9 @@ def _study_base(job: OrthogonalizeJob, folder: Path, events: Events) -> StudiedB
 def _learn(job: OrthogonalizeJob, loaded: LoadedModel, events: Events) -> Edit:
     settings = job.settings
     direction = DirectionSearch(loaded, job.run.concept, settings, events).run()
+    # Whoever names a place has chosen the direction.
+    if not direction.passed_filters and settings.point is None and not settings.use_rejected_direction:
+        raise ExciseError(why_none_passed(direction.candidates, settings))
     return edit_along(direction, settings, job.run.checkpoint.config["model_type"], job.strengths)
 
 
@@ -187,4 +196,12 @@ def _edit(
     basis: Tensor,
     provenance: dict[str, Any] | None = None,
 ) -> Edit:
-    return Edit(basis, model_type, strengths, settings.embeddings, settings.variant, provenance or {})
+    return Edit(
+        basis,
+        model_type,
+        strengths,
+        settings.embeddings,
+        settings.embedding_strength,
+        settings.variant,
+        provenance or {},
+    )

@@ -13,15 +13,14 @@ def story(results: dict[str, Any]) -> Story:
     headline = (
         f"**What was edited.** One direction for *{results['concept']['description']}* was taken out of the weights of "
         f"`{results['base']['name']}` ({tensors_changed(results)}, of those that write to the residual stream; variant "
-        f"`{edited['variant']}`, embeddings `{edited['embeddings']}`)."
+        f"`{edited['variant']}`, embeddings {_embeddings(edited)})."
     )
     warnings = []
     if not direction["passed_filters"]:
-        warnings.append(
-            "No candidate direction passed the filters; the one that moves neutral text least was used. Expect little "
-            "effect, or damage."
-        )
-    if edited["tied"] and edited["embeddings"] == "edit":
+        used = next(c for c in direction["candidates"] if all(c[k] == direction[k] for k in ("point", "position")))
+        warnings.append(f"The direction failed the filters: {used['rejected']}. Expect little effect, or damage.")
+    # Runs that do not say edited the embeddings wholly.
+    if edited["tied"] and edited["embeddings"] == "edit" and edited.get("embedding_strength", 1.0):
         warnings.append("The embedding is also the unembedding of this model, so both were edited.")
     limit = (
         "One direction was removed from what the weights write. Whatever the model encodes in other directions, or can "
@@ -39,6 +38,14 @@ def story(results: dict[str, Any]) -> Story:
         limits=(limit,),
         sections=(_origin(results), _candidates(direction), _leak_section(results)),
     )
+
+
+def _embeddings(edited: dict[str, Any]) -> str:
+    """How the embeddings were edited; older results name no strength for them and edited them wholly, or not at all."""
+    strength = edited.get("embedding_strength", 0.0 if edited["embeddings"] == "skip" else 1.0)
+    if not strength:
+        return "unchanged"
+    return f"`{edited['embeddings']}`" if strength == 1.0 else f"`{edited['embeddings']}` at strength {strength:g}"
 
 
 def _origin(results: dict[str, Any]) -> Section:
@@ -96,7 +103,7 @@ def _candidates(direction: dict[str, Any]) -> Section:
         " from the end of the prompt. The outlined one was used. “–” was rejected before scoring; the reason shows on"
         " hover and in `excise/edit.json`."
     )
-    failed = "" if direction["passed_filters"] else " **No candidate passed the filters.**"
+    failed = "" if direction["passed_filters"] else " **The one that was used failed the filters.**"
     return Section("How the direction was chosen", (about + failed,), figures=tuple(figures), where=("report",))
 
 

@@ -1,0 +1,58 @@
+"""Strength and layers hold for every writer to the residual stream, the embeddings among them."""
+
+import pytest
+import torch
+from excise.editing.architectures import architecture_of, classify
+from excise.editing.edits.base import edit_model
+from excise.editing.edits.subspace_removal import Edit
+from excise.editing.errors import RequestError
+from helpers import make_pico, random_edit
+
+PLAIN = ("gpt2", "llama", "mixtral", "opt")
+"""Rows without a gain behind a writer, so that what is left shows in the weight itself."""
+
+
+def _left(name, **options):
+    """Share of the component left in each writer after an edit, by layer; None for the embeddings."""
+    model = make_pico(name)
+    config = model.config.to_dict()
+    edit = random_edit(config, **options)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    edit_model(edit, model, config)
+    left = {}
+    for site in classify(architecture_of(config), list(before)):
+        old, new = (_component(values[site.name], site, edit) for values in (before, dict(model.named_parameters())))
+        left.setdefault(site.layer, []).append(float(new / old))
+    return left
+
+
+def _component(weight, site, edit):
+    along_rows = site.writer.axis == -1 or weight.dim() == 1
+    return (weight @ edit.basis if along_rows else weight.mT @ edit.basis).detach().norm()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_weak_edit_is_weak_at_the_embeddings_too(name):
+    left = _left(name, strength=0.25)
+    assert None in left and len(left) > 2
+    for shares in left.values():
+        assert shares == pytest.approx([0.75] * len(shares), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_embeddings_go_with_layer_0_and_a_setting_of_their_own_says_otherwise(name):
+    later = _left(name, layer_strengths=(0.0, 1.0))
+    assert later[None] == pytest.approx([1.0] * len(later[None])) and max(later[1]) < 1e-5
+    first = _left(name, layer_strengths=(1.0, 0.0))
+    assert max(first[None]) < 1e-5 and min(first[1]) == 1.0
+    otherwise = _left(name, layer_strengths=(0.0, 1.0), embedding_strength=0.5)
+    assert otherwise[None] == pytest.approx([0.5] * len(otherwise[None]), abs=1e-4)
+
+
+def test_embeddings_that_are_untied_for_nothing_are_refused():
+    config = {**make_pico("gpt2").config.to_dict()}
+    names = [name for name, _ in make_pico("gpt2").named_parameters()]
+    edit = Edit(torch.eye(32, 1), "gpt2", (0.0, 1.0), embeddings="untie")
+    with pytest.raises(RequestError, match="set embedding_strength, select layer 0"):
+        edit.plan(config, names)
+    assert Edit(torch.eye(32, 1), "gpt2", (0.0, 1.0), "untie", 1.0).plan(config, names).unties
