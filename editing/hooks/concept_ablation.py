@@ -105,7 +105,7 @@ def concept_ablated(
     Raises:
         RequestError: The model is compiled, or has no such layer, or a place is shared with an oblique projector or
             latents.
-        EditError: No forward reached a place, so nothing was ablated there.
+        EditError: Forwards ran and none reached a place, so nothing was ablated there.
 
     Source:
         CAFT (Casademunt et al. 2025, section 3).
@@ -115,8 +115,14 @@ def concept_ablated(
     if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) for m in inner.modules()):
         raise RequestError("hooks do not run in compiled models, so nothing would be ablated; leave out torch.compile")
     running = Ablation({})
-    fired = running.fired
+    fired, forwards = running.fired, 0
+
+    def count(*_: object) -> None:
+        nonlocal forwards
+        forwards += not running.paused
+
     with ExitStack() as hooks:
+        hooks.callback(inner.base_model.register_forward_pre_hook(count).remove)
         for place, part in _joined(concepts, value).items():
             fired[place] = 0
             change = ablation(part, mode)
@@ -130,8 +136,9 @@ def concept_ablated(
 
             hooks.enter_context(changed_at(inner, row, place, counted))
         yield running
-    # Not reached after an error inside the context, which this error would hide.
-    missed = [str(place) for place, count in fired.items() if not count]
+    # Not reached after an error inside the context, which this error would hide. A run that was killed after its last
+    # step has no forward left to take.
+    missed = [str(place) for place, count in fired.items() if forwards and not count]
     if missed:
         raise EditError(
             f"no forward reached the {missed[0]}, so nothing was ablated there; check the layers and the model"

@@ -82,7 +82,12 @@ def _joined(name: str, results: Mapping[_Attacker, tuple[RecoveryCurve, bool]]) 
             diverged += broken
     return AttackCurves(
         {
-            rate: RecoveryCurve(curves[0].steps, curves[0].tokens, np.concatenate([curve.hits for curve in curves]))
+            rate: RecoveryCurve(
+                curves[0].steps,
+                # Seeds read texts of different lengths, and their curves need one axis.
+                tuple(int(read) for read in np.mean([curve.tokens for curve in curves], axis=0)),
+                np.concatenate([curve.hits for curve in curves]),
+            )
             for rate, curves in by_rate.items()
         },
         diverged,
@@ -113,6 +118,8 @@ class _SideBySide:
             seed=0,
             decay="constant",
             warmup_steps=max(1, budget.steps // 20),
+            # The first mark is step 1.
+            idle_first_step=False,
             beta2=0.999,
             # The order in which an attacker reads is decided already.
             shuffled=False,
@@ -136,9 +143,11 @@ class _SideBySide:
             after_step=self._test,
         )
         model.train(was_training)
-        tokens = self._tokens()
         return [
-            (RecoveryCurve(budget.marks, tokens, np.asarray(hits, dtype=float)[None]), place in self.diverged)
+            (
+                RecoveryCurve(budget.marks, self._tokens(place), np.asarray(hits, dtype=float)[None]),
+                place in self.diverged,
+            )
             for place, hits in enumerate(self.hits)
         ]
 
@@ -208,9 +217,8 @@ class _SideBySide:
         with self.adapters.only(place):
             return questions.hits(self.training.model, self.adapters.prefix)
 
-    def _tokens(self) -> tuple[int, ...]:
-        """Tokens read by one attacker up to each mark, the mean over attackers."""
+    def _tokens(self, place: int) -> tuple[int, ...]:
+        """Tokens that one attacker read up to each mark."""
         budget = self.training.budget
-        # Attackers may read texts of different lengths; curves of one attack need one axis.
-        read = np.asarray([np.cumsum([0, *(len(e.ids) for e in order)]) for order in self.orders]).mean(0)
+        read = np.cumsum([0, *(len(example.ids) for example in self.orders[place])])
         return tuple(int(read[step * budget.batch]) for step in budget.marks)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -26,6 +27,10 @@ Loss = Callable[[nn.Module, Any], Terms]
 """Terms of the mean loss of a batch."""
 WHOLE_BYTES = 20
 """What training takes of each whole weight: itself in fp32, what it was, its gradient and two moments."""
+COUNTS = "counts"
+"""Key of a batch: how many items each term of its loss is a mean over, where that is not its number of rows."""
+SHARES = "shares"
+"""Key that the trainer adds: what each term counts in its step."""
 LAST_GOOD = "last-good"
 STATE = "trainer_state.json"
 
@@ -41,6 +46,8 @@ class Schedule:
     seed: int
     decay: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = 0
+    idle_first_step: bool = True
+    """Begin a warm-up at a learning rate of 0, as the library does, so that the first step changes nothing."""
     weight_decay: float = 0.0
     beta2: float = 0.98
     max_grad_norm: float = 1.0
@@ -103,6 +110,11 @@ class _Trainer(Trainer):
     stage: Stage
     folder: Path
 
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
+        parts, items = super().get_batch_samples(*arguments, **named)
+        add_shares(parts)
+        return parts, items
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -117,7 +129,8 @@ class _Trainer(Trainer):
             )
         if self.state.global_step % self.args.logging_steps == 0:
             self.stage.advance(0, **{name: float(value.detach()) for name, value in terms.items()})
-        loss = torch.stack(list(terms.values())).sum()
+        shares = inputs.get(SHARES, {}) if isinstance(inputs, dict) else {}
+        loss = torch.stack([value * shares.get(name, 1.0) for name, value in terms.items()]).sum()
         return (loss, {}) if return_outputs else loss
 
 
@@ -150,16 +163,26 @@ def fit(
         args=_arguments(schedule, folder, next(model.parameters()).device, clipped=not groups),
         train_dataset=list(rows),
         data_collator=collate,
-        optimizers=(optimizer, None),
+        optimizers=(optimizer, _warm_from_the_first_step(optimizer, schedule)),
         callbacks=[_StepCallback(stage, groups, schedule.max_grad_norm, after_step)],
     )
     trainer.recipe_loss, trainer.stage, trainer.folder = loss, stage, folder
-    # Our losses are means over rows, so parts of an accumulated batch count as their mean.
+    # A step is the mean of its parts, with the shares that ``add_shares`` gives them.
     trainer.model_accepts_loss_kwargs = False
     # It prints every log to stdout, where results go.
     trainer.pop_callback(PrinterCallback)
     with without_dropout(model):
         trainer.train(resume_from_checkpoint=_last_complete(folder))
+
+
+def add_shares(parts: Sequence[Any]) -> None:
+    """Weigh the parts of a step by what their terms are means over, so that their mean is that of the whole step."""
+    counted = [part for part in parts if isinstance(part, dict) and COUNTS in part]
+    if len(counted) < 2:
+        return
+    totals = {term: sum(part[COUNTS][term] for part in counted) for term in counted[0][COUNTS]}
+    for part in counted:
+        part[SHARES] = {term: len(parts) * part[COUNTS][term] / max(1, total) for term, total in totals.items()}
 
 
 @dataclass
@@ -222,6 +245,14 @@ def _grouped(groups: Sequence[Group], schedule: Schedule) -> torch.optim.Optimiz
         weight_decay=schedule.weight_decay,
         fused=True,
     )
+
+
+def _warm_from_the_first_step(optimizer: torch.optim.Optimizer | None, schedule: Schedule) -> LambdaLR | None:
+    """A constant rate whose warm-up takes its first step too; None leaves the schedule to the library."""
+    if schedule.idle_first_step:
+        return None
+    assert optimizer is not None and schedule.decay == "constant", "attackers alone are looked at after one step"
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (schedule.warmup_steps + 1)))
 
 
 def _last_complete(folder: Path) -> str | None:

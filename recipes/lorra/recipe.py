@@ -28,7 +28,7 @@ from ..common.adapter_run import Training
 from ..common.examples import cycled
 from ..common.measured_run import Finished
 from ..common.tokens import Row, encode, end_positions
-from ..common.trainer import Terms
+from ..common.trainer import COUNTS, Terms
 from .request import LorraJob, LorraSettings, describe, prepare
 from .story import story
 from .vectors import Prompts, along, reading_vectors
@@ -141,7 +141,8 @@ class LorraTraining(Training):
         start = torch.tensor([[one.start] for one in passages])
         moved = torch.tensor([[one.moved] for one in passages])
         end = (place < start) & (place >= start - self.positions)
-        return {**inputs, "moved": end & moved, "ends": end & ~moved, "rest": real & (place >= start)}
+        masks = {"moved": end & moved, "ends": end & ~moved, "rest": real & (place >= start)}
+        return {**inputs, **masks, COUNTS: {name: int(mask.sum()) for name, mask in masks.items()}}
 
     def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
         """Algorithm 1: moved positions toward the base's stream plus the vector, all others toward the base's

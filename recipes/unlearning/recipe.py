@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,12 +22,24 @@ from ..common.adapter_run import Training
 from ..common.examples import Example, cycled, example_batch, sequence_nll
 from ..common.measured_run import Finished
 from ..common.tokens import Row, text_limit
-from ..common.trainer import Loss, Terms
+from ..common.trainer import COUNTS, Loss, Terms
 from ..data.facts import Facts, find_facts
 from ..data.unlearning_sets import forget_examples, retain_examples
 
 BaseLogLikelihoods = Mapping[Row, float]
 """Log-likelihood of each forget sequence under the base, in nats."""
+
+
+@dataclass(frozen=True)
+class UnlearningData:
+    """What is trained on."""
+
+    forget: Sequence[Example]
+    retain: Sequence[Example]
+    pairs: Sequence[tuple[Example, Example]]
+    """A sequence to forget and one to retain, in the order in which they are drawn."""
+    base_log_likelihoods: BaseLogLikelihoods
+    """Empty unless the method ``compares_with_base``."""
 
 
 class UnlearningSettings(AdapterSettings):
@@ -41,6 +53,8 @@ class UnlearningSettings(AdapterSettings):
     """The method's name in ``RECIPES``."""
     compares_with_base: ClassVar[bool] = False
     """Whether the loss needs the base's log-likelihoods."""
+    averages: ClassVar[Literal["sequences", "tokens"]] = "sequences"
+    """What the terms of the loss are means over."""
     retain_weight: float = Field(1.0, ge=0)
     """Weight of the retain loss. Lower values damage other topics; higher values erase less."""
 
@@ -48,9 +62,9 @@ class UnlearningSettings(AdapterSettings):
         """The last layer that the loss reaches, of so many."""
         return layers - 1
 
-    def loss(self, job: "UnlearningJob", loaded: LoadedModel, base_log_likelihoods: BaseLogLikelihoods) -> Loss:
+    def loss(self, job: "UnlearningJob", loaded: LoadedModel, data: UnlearningData) -> Loss:
         """The mean loss of a batch that holds as many sequences to forget, first, as to retain."""
-        return partial(_likelihood_loss, self, base_log_likelihoods)
+        return partial(_likelihood_loss, self, data.base_log_likelihoods)
 
     def forget_loss(self, nll: Tensor, lengths: Tensor, base_log_likelihoods: Tensor) -> Tensor:
         """The mean loss of some sequences to forget.
@@ -119,28 +133,25 @@ def _training(job: UnlearningJob, loaded: LoadedModel, events: Events, _: Path) 
             for examples in _chunks(list(dict.fromkeys(forget_order))):
                 base_log_likelihoods |= _log_likelihoods(loaded.model, examples)
                 stage.advance(len(examples))
-        loss = settings.loss(job, loaded, base_log_likelihoods)
-    return UnlearningTraining(job, forget, retain, list(zip(forget_order, retain_order, strict=True)), loss)
+        pairs = list(zip(forget_order, retain_order, strict=True))
+        data = UnlearningData(forget, retain, pairs, base_log_likelihoods)
+        return UnlearningTraining(job, data, settings.loss(job, loaded, data))
 
 
 class UnlearningTraining(Training):
     """Pairs of a sequence to forget and one to retain, under a method's loss."""
 
-    def __init__(
-        self,
-        job: UnlearningJob,
-        forget: Sequence[Example],
-        retain: Sequence[Example],
-        rows: Sequence[tuple[Example, Example]],
-        loss: Loss,
-    ):
-        self.job, self.forget, self.retain, self.rows, self.method_loss = job, forget, retain, rows, loss
-        self.checked_rows = [example.ids for example in (*forget[:8], *retain[:8])]
+    def __init__(self, job: UnlearningJob, data: UnlearningData, loss: Loss):
+        self.job, self.data, self.rows, self.method_loss = job, data, data.pairs, loss
+        self.checked_rows = [example.ids for example in (*data.forget[:8], *data.retain[:8])]
 
     def collate(self, rows: list[tuple[Example, Example]]) -> dict[str, Any]:
         """Forget rows first, then retain rows."""
-        examples = [*(forget for forget, _ in rows), *(retain for _, retain in rows)]
-        return {**example_batch(examples), "forget": len(rows), "keys": [example.ids for example in examples]}
+        sides = {"forget": [forget for forget, _ in rows], "retain": [retain for _, retain in rows]}
+        batch = pair_batch(*sides.values())
+        if self.job.settings.averages == "tokens":
+            batch[COUNTS] = {term: sum(len(one.ids) for one in examples) for term, examples in sides.items()}
+        return batch
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
         """The method's."""
@@ -148,7 +159,8 @@ class UnlearningTraining(Training):
 
     def report(self, model: Any) -> dict[str, Any]:
         """The method's formula, and what it was trained on."""
-        settings, counts = self.job.settings, {"forget": len(self.forget), "retain": len(self.retain)}
+        settings, data = self.job.settings, self.data
+        counts = {"forget": len(data.forget), "retain": len(data.retain)}
         training = {
             "about": (type(settings).__doc__ or "").split(":")[0] + ".",
             "steps": settings.steps,
@@ -157,6 +169,12 @@ class UnlearningTraining(Training):
             "lessons": counts,
         }
         return {"training": training, "warnings": list(self.job.adapter.warnings)}
+
+
+def pair_batch(forget: Sequence[Example], retain: Sequence[Example]) -> dict[str, Any]:
+    """A batch of sequences to forget and, behind them, sequences to retain."""
+    examples = [*forget, *retain]
+    return {**example_batch(examples), "forget": len(forget), "keys": [example.ids for example in examples]}
 
 
 def _chunks(examples: Sequence[Example], size: int = 32) -> list[Sequence[Example]]:

@@ -7,20 +7,25 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...artifacts.models.load import LoadedModel
+from ...editing.architectures import residual_width
 from ...editing.hooks.residual_stream import read_streams
 from ...editing.modules import causal_model
 from ..common.tokens import Row
 from ..common.trainer import Loss, Terms
-from .recipe import BaseLogLikelihoods, UnlearningJob, UnlearningSettings, describe, prepare, run
+from .recipe import UnlearningData, UnlearningJob, UnlearningSettings, describe, pair_batch, prepare, run
 from .story import story
 
 __all__ = ["RmuSettings", "describe", "prepare", "run", "story"]
+
+SCALE_PAIRS = 16
+"""Pairs of sequences that the scale of the stream is read on."""
 
 
 class RmuSettings(UnlearningSettings):
     """RMU (Li et al. 2024, section 4): ``|h_forget - c u|^2 + alpha |h_retain - h_base|^2`` at one layer, u random."""
 
     recipe = "rmu"
+    averages = "tokens"
     steer_layer: float = Field(0.22, gt=0, le=1)
     """Depth of the layer whose output is steered, as a fraction of all layers; later layers get no adapter (paper:
     layer 7 of 32)."""
@@ -34,31 +39,31 @@ class RmuSettings(UnlearningSettings):
         """The steered one."""
         return max(0, min(layers - 1, round(self.steer_layer * layers)))
 
-    def loss(self, job: UnlearningJob, loaded: LoadedModel, base_log_likelihoods: BaseLogLikelihoods) -> Loss:
+    def loss(self, job: UnlearningJob, loaded: LoadedModel, data: UnlearningData) -> Loss:
         """Section 4."""
-        return RmuLoss(self, job, int(loaded.model.config.hidden_size))
+        return RmuLoss(self, job, loaded.model, data)
 
 
 class RmuLoss:
     """Squared distances of the stream after the steered layer: to a random vector, and to where the base has it."""
 
-    def __init__(self, settings: RmuSettings, job: UnlearningJob, width: int):
+    def __init__(self, settings: RmuSettings, job: UnlearningJob, base: nn.Module, data: UnlearningData):
         self.settings, self.row = settings, job.adapter.run.row
         # Point l + 1 of the stream is the output of layer l.
         self.point = settings.deepest_layer(job.adapter.run.layers) + 1
-        # Uniform on 0 to 1 as in the authors' code, not normal: all components are positive.
-        direction = torch.rand(width, generator=torch.Generator().manual_seed(settings.seed))
-        self.direction = direction
         self.base_streams: dict[Row, Tensor] = {}
         """The base's stream on each retain row, read once."""
-        self.scale: float | None = None
-        """Median norm of the base's stream."""
+        width = residual_width(causal_model(base).config.to_dict())
+        # Uniform on 0 to 1 as in the authors' code, not normal: all components are positive.
+        direction = torch.rand(width, generator=torch.Generator().manual_seed(settings.seed))
+        self.target = settings.steering * self._scale(base, data) * direction / direction.norm()
+        """Where the stream of forget texts is to go [d]."""
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> Terms:
         mask, n = batch["attention_mask"].bool(), batch["forget"]
         hidden = self._read(model, batch)
-        scale = self._read_base(model, batch)
-        target = self.settings.steering * scale * self.direction.to(hidden) / self.direction.norm()
+        self._read_base(model, batch)
+        target = self.target.to(hidden)
         forget = (hidden[:n][mask[:n]] - target).square().mean()
         base = torch.cat([self.base_streams[key] for key in batch["keys"][n:]])
         retain = (hidden[n:][mask[n:]] - base).square().mean()
@@ -69,16 +74,22 @@ class RmuLoss:
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         return read_streams(causal_model(model), self.row, inputs, [self.point])[self.point]
 
-    def _read_base(self, model: Any, batch: dict[str, Any]) -> float:
-        """Read the base on retain rows that are new; the scale of its stream."""
+    @torch.no_grad()
+    def _scale(self, base: nn.Module, data: UnlearningData) -> float:
+        """The median norm of the base's stream, on the first pairs: neither parts of a step nor a resumed run move
+        it."""
+        batch = pair_batch(*zip(*data.pairs[:SCALE_PAIRS], strict=True))
+        device = next(base.parameters()).device
+        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+        # The first position collects norms a hundred times those of all others; the median is not moved by it.
+        return float(self._read(base, inputs)[inputs["attention_mask"].bool()].float().norm(dim=-1).median())
+
+    def _read_base(self, model: Any, batch: dict[str, Any]) -> None:
+        """Read the base on retain rows that are new."""
         mask, n, keys = batch["attention_mask"].bool(), batch["forget"], batch["keys"]
         new = [place for place in range(n, len(keys)) if keys[place] not in self.base_streams]
-        if new or self.scale is None:
+        if new:
             with torch.no_grad(), model.disable_adapter():
                 base = self._read(model, batch)
-            if self.scale is None:
-                # The first position collects norms a hundred times those of all others and would set the scale alone.
-                self.scale = float(base[mask].norm(dim=-1).median())
             for place in new:
                 self.base_streams[keys[place]] = base[place, mask[place]].clone()
-        return self.scale

@@ -7,6 +7,7 @@ from excise.editing.directions.sae_latents import SparseLatents
 from excise.editing.directions.subspaces import Place, Subspace
 from excise.editing.errors import EditError, RequestError
 from excise.editing.hooks.concept_ablation import ablation, concept_ablated, in_span
+from excise.editing.hooks.residual_stream import read_streams
 from excise.editing.training.adapters import AdapterShape, adapter_modules, attach
 from helpers import make_pico
 
@@ -154,13 +155,19 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_runs_the_hooks_agai
     torch.testing.assert_close(plain, again)
 
 
-def test_a_place_that_nothing_passed_is_an_error():
+def test_a_place_that_no_forward_passed_is_an_error_and_no_forward_at_all_is_none():
     model, row = make_pico("llama"), ARCHITECTURES["llama"]
+    inputs = {"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
     with (
         pytest.raises(EditError, match="no forward reached the output of layer 0"),
         concept_ablated(model, row, [_subspace()]),
     ):
+        # It stops before the first layer.
+        read_streams(model, row, inputs, [0])
+    with concept_ablated(model, row, [_subspace()]) as running:
+        # A training that is resumed behind its last step takes none.
         pass
+    assert running.fired == {Place(0): 0}
 
 
 @pytest.mark.parametrize("name", ["llama"])

@@ -233,6 +233,21 @@ def test_every_way_of_training_moves_the_model_and_gives_it_back(material, name,
     assert set(after) == set(before) and all(torch.equal(after[key], before[key]) for key in before)
 
 
+def test_an_attack_counts_the_tokens_that_its_own_attackers_read(material, tmp_path):
+    loaded, gathered = material
+    budget = Budget((), 4, 2, {"low_rank": (1e-3,)}, batch=4)
+    names = ("relearn", "unrelated")
+    with Events().stage("attack") as stage:
+        found = AttackTraining(loaded.model, gathered, budget, tmp_path).curves({n: ATTACKS[n] for n in names}, stage)
+    for name in names:
+        orders = [gathered.reading_order(ATTACKS[name].data, 16, f"{gathered.seed}-{number}") for number in (0, 1)]
+        read = sum(len(example.ids) for order in orders for example in order) / 2
+        (curve,) = found[name].by_rate.values()
+        assert curve.tokens[-1] == pytest.approx(read, abs=1)
+    first, second = (next(iter(found[name].by_rate.values())).tokens[-1] for name in names)
+    assert first != second
+
+
 def test_an_attack_that_diverges_is_recorded_and_the_others_go_on(material, tmp_path):
     loaded, gathered = material
     budget = Budget((), 4, 1, {"low_rank": (1e30, 1e-3)}, batch=4)

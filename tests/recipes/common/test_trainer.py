@@ -1,6 +1,7 @@
 """The one trainer: accumulation, refusals, and going on after a kill."""
 
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from excise.editing.errors import ExciseError
 from excise.editing.training.adapters import AdapterShape, adapter_modules, attach
 from excise.editing.training.soft_targets import keep_top
 from excise.recipes.common.examples import FORWARD, split_by_length
-from excise.recipes.common.trainer import LAST_GOOD, Schedule, fit
+from excise.recipes.common.trainer import LAST_GOOD, Group, Schedule, add_shares, fit
 from excise.recipes.elm.batches import TERMS, TrainingSequence, arrange, collate, part_size, sequence_loss
 from helpers import make_pico
 
@@ -86,6 +87,44 @@ def test_accumulated_parts_give_the_gradient_of_the_whole(tmp_path):
     less, _ = _train(tmp_path / "less", batch_size=2)
     assert torch.allclose(_weights(whole), _weights(parts), atol=1e-5)
     assert not torch.allclose(_weights(whole), _weights(less), atol=1e-3)
+
+
+def test_shares_make_the_mean_of_parts_the_mean_of_all_and_an_empty_part_counts_nothing():
+    values = {"long": ([1.0, 2.0, 3.0], [7.0]), "gone": ([], [4.0, 6.0]), "never": ([], [])}
+    parts = [{"counts": {term: len(of[place]) for term, of in values.items()}} for place in range(2)]
+    add_shares(parts)
+    for term, of in values.items():
+        means = [sum(some) / len(some) if some else 0.0 for some in of]
+        every = [value for some in of for value in some]
+        step = sum(part["shares"][term] * mean for part, mean in zip(parts, means, strict=True)) / 2
+        assert step == pytest.approx(sum(every) / len(every) if every else 0.0)
+    assert sum(sum(some) / len(some) for some in values["long"]) / 2 != pytest.approx(3.25)
+    (alone,) = alone_part = [{"counts": {"long": 3}}]
+    add_shares(alone_part)
+    assert "shares" not in alone
+
+
+def test_a_warm_up_can_take_its_first_step(tmp_path):
+    moved = {}
+    for idle in (True, False):
+        weight = torch.nn.Linear(2, 1)
+        before = weight.weight.detach().clone()
+        groups = [Group(list(weight.parameters()), 0.1)]
+        schedule = Schedule(8, 1, 1.0, 0, "constant", warmup_steps=3, idle_first_step=idle, save_every=0)
+        steps = {}
+
+        def seen(step, weight=weight, steps=steps):
+            steps[step] = weight.weight.detach().clone()
+
+        fit(weight, range(8), Stage(), tmp_path, _pull, schedule, lambda rows: {"rows": rows}, groups, seen)
+        moved[idle] = [float((later - earlier).abs().max()) for earlier, later in pairwise([before, *steps.values()])]
+    assert moved[True][0] == 0 and 0 < moved[False][0] < moved[False][1] < moved[False][2] < moved[False][3]
+    # Adam moves by the learning rate; after the warm-up it is whole.
+    assert moved[False][3:] == pytest.approx([0.1] * 5, rel=1e-3)
+
+
+def _pull(model, batch):
+    return {"sum": sum(p.sum() for p in model.parameters())}
 
 
 def test_parts_differentiated_one_after_another_give_the_loss_and_gradient_of_the_whole():

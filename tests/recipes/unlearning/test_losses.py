@@ -9,9 +9,10 @@ import torch
 from excise.editing.architectures import ARCHITECTURES
 from excise.recipes import RECIPES
 from excise.recipes.common.examples import Example
+from excise.recipes.common.trainer import add_shares
 from excise.recipes.unlearning.grad_diff import GradDiffSettings
 from excise.recipes.unlearning.npo import NpoSettings
-from excise.recipes.unlearning.recipe import UnlearningTraining
+from excise.recipes.unlearning.recipe import UnlearningData, UnlearningTraining, pair_batch
 from excise.recipes.unlearning.rmu import RmuSettings
 from excise.recipes.unlearning.simnpo import SimNpoSettings
 from helpers import make_pico
@@ -61,8 +62,15 @@ def _edited_and_base():
     return edited, base
 
 
+PAIRS = list(zip(FORGET, RETAIN, strict=True))
+
+
+def _data(known):
+    return UnlearningData(FORGET, RETAIN, PAIRS, known)
+
+
 def _batch():
-    return UnlearningTraining(None, FORGET, RETAIN, [], None).collate(list(zip(FORGET, RETAIN, strict=True)))
+    return pair_batch(FORGET, RETAIN)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -70,7 +78,7 @@ def test_a_loss_on_likelihoods_is_its_papers_formula(name):
     settings, formula = METHODS[name]
     edited, base = _edited_and_base()
     known = {example.ids: _log_likelihood(base, example)[0] for example in FORGET}
-    terms = settings.loss(None, None, known if settings.compares_with_base else {})(edited, _batch())
+    terms = settings.loss(None, None, _data(known if settings.compares_with_base else {}))(edited, _batch())
 
     wanted = sum(formula(*_log_likelihood(edited, example), known[example.ids]) for example in FORGET) / len(FORGET)
     likelihoods = [_log_likelihood(edited, example) for example in RETAIN]
@@ -87,12 +95,65 @@ def test_a_step_down_the_loss_makes_what_is_to_be_forgotten_less_likely(name):
     edited, base = _edited_and_base()
     known = {example.ids: _log_likelihood(base, example)[0] for example in FORGET}
     before = [_log_likelihood(edited, example)[0] for example in FORGET]
-    settings.loss(None, None, known)(edited, _batch())["forget"].backward()
+    settings.loss(None, None, _data(known))(edited, _batch())["forget"].backward()
     with torch.no_grad():
         for parameter in edited.parameters():
             if parameter.grad is not None:
                 parameter.sub_(1e-3 * parameter.grad)
     assert sum(_log_likelihood(edited, example)[0] for example in FORGET) < sum(before)
+
+
+def _adapted():
+    """A model whose adapter does something."""
+    model = get_peft_model(make_pico("llama"), LoraConfig(target_modules=["down_proj", "q_proj"], r=2))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def _rmu_loss(settings, pairs=PAIRS):
+    run = SimpleNamespace(row=ARCHITECTURES["llama"], layers=2)
+    job, loaded = SimpleNamespace(adapter=SimpleNamespace(run=run)), SimpleNamespace(model=make_pico("llama"))
+    return settings.loss(job, loaded, UnlearningData(FORGET, RETAIN, pairs, {}))
+
+
+@pytest.mark.parametrize("name", [*METHODS, "rmu"])
+def test_parts_of_unequal_length_give_the_gradient_of_the_whole_step(name):
+    settings = METHODS[name][0] if name in METHODS else RmuSettings(steer_layer=0.34, retain_weight=7.0)
+    model, pairs = _adapted(), [*PAIRS, (Example((7, 8, 9), 1), Example(tuple(range(20, 60)), 2))]
+    known = {forget.ids: -3.0 for forget, _ in pairs}
+    data = UnlearningData(FORGET, RETAIN, pairs, known)
+    loss = settings.loss(None, None, data) if name in METHODS else _rmu_loss(settings, pairs)
+    training = UnlearningTraining(SimpleNamespace(settings=settings), data, loss)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def gradient(groups, *, weighed=True):
+        parts = [training.collate(group) for group in groups]
+        if weighed:
+            add_shares(parts)
+        total = 0.0
+        for part in parts:
+            shares = part.get("shares", {})
+            value = sum(term * shares.get(key, 1.0) for key, term in loss(model, part).items()) / len(parts)
+            found = torch.autograd.grad(value, trained, allow_unused=True)
+            total = total + torch.cat([g.flatten() for g in found if g is not None])
+        return total
+
+    whole, parts = gradient([pairs]), [pairs[:2], pairs[2:]]
+    assert (gradient(parts) - whole).norm() < 1e-5 * whole.norm()
+    if name == "rmu":
+        assert (gradient(parts, weighed=False) - whole).norm() > 0.05 * whole.norm()
+
+
+def test_the_length_of_rmus_target_does_not_depend_on_what_is_read_first():
+    settings = RmuSettings(steer_layer=0.34)
+    fresh, resumed = _rmu_loss(settings), _rmu_loss(settings)
+    fresh(_adapted(), pair_batch(FORGET[:1], RETAIN[:1]))
+    resumed(_adapted(), pair_batch(FORGET[2:], RETAIN[2:]))
+    assert torch.equal(fresh.target, resumed.target) and fresh.target.norm() > 1
 
 
 def test_every_method_on_likelihoods_has_a_reference_here():
@@ -102,15 +163,7 @@ def test_every_method_on_likelihoods_has_a_reference_here():
 
 def test_rmu_steers_the_stream_to_a_random_vector_and_holds_the_rest_where_the_base_has_it():
     settings = RmuSettings(steer_layer=0.22, steering=3.0, retain_weight=7.0, seed=4)
-    model = get_peft_model(make_pico("llama"), LoraConfig(target_modules=["down_proj", "q_proj"], r=2))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    run = SimpleNamespace(row=ARCHITECTURES["llama"], layers=2)
-    job, loaded = SimpleNamespace(adapter=SimpleNamespace(run=run)), SimpleNamespace(model=model)
-    batch = _batch()
-    terms = settings.loss(job, loaded, {})(model, batch)
+    model, terms = _adapted(), _rmu_loss(settings)(_adapted(), _batch())
 
     layer = settings.deepest_layer(2)
 
