@@ -87,15 +87,8 @@ class Streams:
                 strength 1. Tokens that the expert almost excludes differ by noise alone, and a two-sided contrast
                 above 1 would turn that noise into the target's largest entries.
         """
-        factor = strength[:, None] if isinstance(strength, Tensor) else torch.tensor(strength)
-        difference = self.novice - self.expert
-        if one_sided:
-            mixed = self.bare + factor.clamp_max(1.0) * difference + (factor - 1).clamp_min(0) * difference.clamp_max(0)
-        else:
-            mixed = self.bare + factor * difference
-        # If the whole vocabulary is stored, the rest is -inf in all three; -inf minus -inf would give NaN.
-        mixed = torch.where(self.bare.isneginf(), self.bare, mixed).log_softmax(-1)
-        return SoftTargets(self.ids, mixed[:, :-1], mixed[:, -1])
+        log_p = mixed(self.bare, self.expert, self.novice, strength, one_sided=one_sided)
+        return SoftTargets(self.ids, log_p[:, :-1], log_p[:, -1])
 
     def disagreement(self) -> Float[Tensor, " n"]:
         """Total variation distance between expert and novice, 0 to 1."""
@@ -104,6 +97,33 @@ class Streams:
     def left_over(self) -> Float[Tensor, " n"]:
         """Probability that the frozen model gives to all tokens that are not stored, 0 to 1."""
         return self.bare[:, -1].exp()
+
+
+def mixed(
+    bare: Float[Tensor, "n v"],
+    expert: Float[Tensor, "n v"],
+    novice: Float[Tensor, "n v"],
+    strength: float | Float[Tensor, " n"],
+    *,
+    one_sided: bool = False,
+) -> Float[Tensor, "n v"]:
+    """``log p0 + strength (log p_novice - log p_expert)``, normalized; see ``Streams.target``."""
+    factor = strength[:, None] if isinstance(strength, Tensor) else torch.tensor(strength)
+    difference = novice - expert
+    if one_sided:
+        log_p = bare + factor.clamp_max(1.0) * difference + (factor - 1).clamp_min(0) * difference.clamp_max(0)
+    else:
+        log_p = bare + factor * difference
+    # What nothing predicts, such as the rest beside a whole vocabulary, is -inf in all three, and -inf - -inf is NaN.
+    return torch.where(bare.isneginf(), bare, log_p).log_softmax(-1)
+
+
+def certain(tokens: Int[Tensor, " n"], count: int, vocabulary: int) -> SoftTargets:
+    """Targets that give each position's token probability 1, stored beside ``count - 1`` others of probability 0."""
+    ids = (tokens[:, None] + torch.arange(min(count, vocabulary), device=tokens.device)) % vocabulary
+    log_p = torch.full(ids.shape, -torch.inf, device=tokens.device)
+    log_p[:, 0] = 0.0
+    return SoftTargets(ids, log_p, torch.full((len(ids),), -torch.inf, device=tokens.device))
 
 
 def keep_streams(
@@ -161,7 +181,9 @@ def soft_divergence(
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, hidden: Tensor, head: Head, targets: SoftTargets, budget: int | None) -> Tensor:
-        divergence = torch.empty(len(hidden), device=hidden.device)
+        divergence = torch.empty(
+            len(hidden), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32)
+        )
         gradient = torch.empty_like(hidden)
         wanted = context.needs_input_grad[0]
         # The vocabulary's size, which decides how many positions fit, is known only after a first small chunk.
@@ -187,7 +209,7 @@ class _Chunked(torch.autograd.Function):
 
 def _compare(logits: Tensor, targets: SoftTargets) -> tuple[Tensor, Tensor]:
     """KL divergence of each position in nats, and its gradient with respect to the logits."""
-    logits, p = logits.float(), targets.log_p.exp()
+    logits, p = wide(logits), targets.log_p.exp()
     if targets.ids.shape[-1] == logits.shape[-1]:
         log_q = logits.log_softmax(-1).gather(-1, targets.ids)
         gradient = torch.empty_like(logits)
@@ -207,6 +229,11 @@ def _compare(logits: Tensor, targets: SoftTargets) -> tuple[Tensor, Tensor]:
     divergence = _weighted(p, targets.log_p - log_q) + torch.where(p_rest > 0, p_rest * (targets.rest - q_rest), 0.0)
     gradient *= (q_rest.exp() - p_rest)[:, None]
     return divergence, gradient.scatter_(-1, targets.ids, log_q.exp() - p)
+
+
+def wide(values: Tensor) -> Tensor:
+    """Values in fp32, or wider where they are already."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _weighted(p: Tensor, difference: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ class PersonaContrast:
         )
         return [expert], [novice]
 
+    def alone(self) -> tuple[Row, Row]:
+        """Rows of the personas' sentences without a context."""
+        expert, novice = (encode(self.tokenizer, persona, True) for persona in (self.expert, self.novice))
+        return expert, novice
+
 
 @dataclass(frozen=True)
 class SubjectContrast:

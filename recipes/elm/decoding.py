@@ -1,4 +1,4 @@
-"""Sampling what an edited target would say, many contexts at a time, with all its streams in lockstep."""
+"""Sampling what an edited target would say, many contexts at a time, with all its rows in lockstep."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,13 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import StaticCache
 
-from ...editing.modules import causal_model, unembedding
+from ...editing.modules import causal_model
 from ...editing.numerics.cpu_attention import products_everywhere
-from ...editing.training.soft_targets import SoftTargets, keep_top
+from ...editing.training.edited_target import TargetEdit
+from ...editing.training.soft_targets import SoftTargets, keep_top, wide
 from ...eval.inference.generation import end_tokens
 from ...eval.inference.likelihood import pad_left
 from ..common.tokens import Row
-from .teacher import Item, Teacher
+from .teacher import Teacher
 
 ROWS = 192
 """Rows decoded at a time, at most."""
@@ -31,20 +32,32 @@ class Continuation:
 
     ids: Row
     """An end token included."""
-    bare: SoftTargets
-    """What the bare stream predicts after each of ``ids``."""
+    predicted: SoftTargets
+    """What is predicted after each of ``ids``: by the bare row, or by the edited target."""
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How contexts are continued."""
 
-    strength: float
-    """Of the contrast between novice and expert; at 0 only the bare rows run."""
+    edit: TargetEdit | None
+    """What tokens are drawn from, of a bare, an expert's and a novice's row; None draws from the bare row, and no other
+    runs."""
     tokens: int
     """Tokens of a continuation, at most."""
     stored_tokens: int
-    """Tokens stored of each of the bare stream's predictions, at most."""
+    """Tokens stored of each prediction, at most."""
+    learned: TargetEdit | None = None
+    """The edit of the predictions that are left behind; None leaves those of the bare row."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a continuation goes on from: the bare row, and an expert's and a novice's where these are read too."""
+
+    rows: tuple[Row, ...]
+    remembered: tuple[int, ...]
+    """Last positions of each row that the teacher is to remember."""
 
 
 DrawFirst = Callable[[Sequence[int]], Sequence[int]]
@@ -55,45 +68,49 @@ DrawFirst = Callable[[Sequence[int]], Sequence[int]]
 def decode(
     teacher: Teacher,
     tokenizer: Any,
-    items: Sequence[tuple[Item, int]],
-    first: DrawFirst,
+    starts: Sequence[Start],
+    first: DrawFirst | None,
     how: Decoding,
     generator: torch.Generator,
 ) -> list[Continuation]:
     """Continue each context by at most ``how.tokens``.
 
-    Every token but the first is drawn from ``p0 (p_novice / p_expert)^strength``, and the bare, expert and novice rows
-    of a context all go on with it. At strength 0 only the bare rows run. What is drawn for a context does not depend on
-    how many are decoded together. The teacher remembers what is read on the way.
+    Every token is drawn from the edited distribution, and all rows of a context go on with it. What is drawn for a
+    context does not depend on how many are decoded together. The teacher remembers what is read on the way.
 
     Args:
-        items: Each with the number of its bare row's last positions that are to be remembered.
+        starts: All with as many rows: one, or three where ``how`` edits.
+        first: Says the first tokens, where the rows do not.
     """
     model = teacher.model
     # Drawn for all contexts before any is decoded, so that draws do not depend on which contexts share a batch.
-    chances = torch.rand(len(items), how.tokens - 1, generator=generator, device=generator.device)
-    streams = [decoded_rows(item, how.strength) for item, _ in items]
+    chances = torch.rand(len(starts), how.tokens, generator=generator, device=generator.device)
     continuations: dict[int, Continuation] = {}
     # Contexts of like length stand together, so that little is padding.
-    order = sorted(range(len(items)), key=lambda index: -max(len(row) for row in streams[index]))
-    width = max(map(len, streams), default=1)
+    order = sorted(range(len(starts)), key=lambda index: -max(map(len, starts[index].rows)))
+    width = max((len(start.rows) for start in starts), default=1)
     budget = DEVICE_CACHE_BUDGET if model.device.type == "cuda" else CACHE_BUDGET
     begin = 0
     while begin < len(order):
-        length = max(len(row) for row in streams[order[begin]]) + how.tokens
+        length = max(map(len, starts[order[begin]].rows)) + how.tokens
         rows_at_once = min(ROWS, budget // (length * cached_bytes(model)))
         batch = order[begin : begin + max(1, rows_at_once // width)]
         begin += len(batch)
-        rows = [row for index in batch for row in streams[index]]
+        rows = [row for index in batch for row in starts[index].rows]
+        wanted = [count for index in batch for count in starts[index].remembered]
         lockstep = _Lockstep(model, tokenizer, rows, how.tokens)
-        for place, (row, states) in enumerate(zip(rows, lockstep.read(), strict=True)):
-            item, wanted = items[batch[place // width]]
-            # Of the bare row more positions may be needed than those that carry the contrast.
-            teacher.remember(row, states, item.count if place % width else wanted)
-        chosen = torch.tensor(first(batch), device=model.device)
-        continuations.update(zip(batch, lockstep.go_on(chosen, chances[batch], how), strict=True))
+        states = lockstep.read()
+        for row, of_row, count in zip(rows, states, wanted, strict=True):
+            if count:
+                teacher.remember(row, of_row, count)
+        if first:
+            chosen = torch.tensor(first(batch), device=model.device)
+        else:
+            last = torch.stack([of_row[-1] for of_row in states])
+            chosen = draw(predicted(teacher, last, how.edit, width), chances[batch, 0])
+        continuations.update(zip(batch, lockstep.go_on(teacher, chosen, chances[batch], how), strict=True))
         teacher.advance(len(batch))
-    return [continuations[index] for index in range(len(items))]
+    return [continuations[index] for index in range(len(starts))]
 
 
 def cached_bytes(model: Any) -> int:
@@ -102,14 +119,6 @@ def cached_bytes(model: Any) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
-
-
-def decoded_rows(item: Item, strength: float) -> list[Row]:
-    """The rows of a context that decoding reads, the bare one first."""
-    if strength == 0:
-        return [item.ids]
-    expert = item.experts[0] if item.experts else item.ids
-    return [item.ids, expert, item.novices[0]]
 
 
 class _Lockstep:
@@ -132,19 +141,25 @@ class _Lockstep:
         return [states[-len(row) :] for row, states in zip(self.rows, hidden, strict=True)]
 
     def go_on(
-        self, chosen: Int[Tensor, " contexts"], chances: Float[Tensor, "contexts more"], how: Decoding
+        self,
+        teacher: Teacher,
+        chosen: Int[Tensor, " contexts"],
+        chances: Float[Tensor, "contexts tokens"],
+        how: Decoding,
     ) -> list[Continuation]:
-        """Feed each context a token and draw the next, until a chance for each was used or all have ended."""
-        contexts, tokens = len(chosen), chances.shape[1] + 1
+        """Feed each context a token and draw the next, until there are all or each has ended; the first is given."""
+        contexts, tokens = chances.shape
         width, device = len(self.rows) // contexts, self.ids.device
         drawn: list[list[int]] = [[] for _ in range(contexts)]
         done = [False] * contexts
         # Tensors held one by one between temporaries many times their size would pin the memory around them.
         stored = min(how.stored_tokens, int(self.model.config.vocab_size))
         top = torch.empty(contexts, tokens, stored, dtype=torch.long, device=device)
-        top_log_p, rest = torch.empty(top.shape, device=device), torch.empty(contexts, tokens, device=device)
-        # Nothing is drawn after the last token, but it is read, for what the bare row predicts behind it.
-        for turn, chance in enumerate((*chances.to(device).unbind(1), None)):
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        top_log_p = torch.empty(top.shape, device=device, dtype=dtype)
+        rest = torch.empty(contexts, tokens, device=device, dtype=dtype)
+        # Nothing is drawn after the last token, but it is read, for what is predicted behind it.
+        for turn, chance in enumerate((*chances[:, 1:].to(device).unbind(1), None)):
             for place, token in enumerate(chosen.tolist()):
                 if not done[place]:
                     drawn[place].append(token)
@@ -152,13 +167,11 @@ class _Lockstep:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], -1)
             self.positions = self.positions[:, -1:] + 1
             hidden = self._forward(chosen.repeat_interleave(width)[:, None])
-            log_p = unembedding(self.model)(hidden[:, -1]).float().log_softmax(-1)
-            # The bare row is the first of each context's rows.
-            bare = keep_top(log_p[::width], stored)
-            top[:, turn], top_log_p[:, turn], rest[:, turn] = bare.ids, bare.log_p, bare.rest
+            left = keep_top(predicted(teacher, hidden[:, -1], how.learned, width), stored)
+            top[:, turn], top_log_p[:, turn], rest[:, turn] = left.ids, left.log_p, left.rest
             if chance is None or all(done):
                 break
-            chosen = _draw(log_p, width, how.strength, chance)
+            chosen = draw(predicted(teacher, hidden[:, -1], how.edit, width), chance)
         return [
             Continuation(tuple(ids), SoftTargets(top[place], top_log_p[place], rest[place])[: len(ids)])
             for place, ids in enumerate(drawn)
@@ -180,13 +193,24 @@ class _Lockstep:
         return hidden
 
 
-def _draw(log_p: Float[Tensor, "rows v"], width: int, strength: float, chance: Float[Tensor, " contexts"]) -> Tensor:
-    """The token at which the cumulative probability of each context passes a chance between 0 and 1."""
-    if width > 1:
-        bare, expert, novice = log_p.unflatten(0, (-1, width)).unbind(1)
-        log_p = (bare + strength * (novice - expert)).log_softmax(-1)
+def predicted(
+    teacher: Teacher, hidden: Float[Tensor, "rows d"], edit: TargetEdit | None, width: int
+) -> Float[Tensor, "contexts v"]:
+    """Log-probabilities of each context's next token, from the final hidden states of its ``width`` rows, the bare one
+    first."""
+    if edit is None:
+        return wide(teacher.head(hidden[::width])).log_softmax(-1)
+    log_p = (wide(teacher.head(hidden)) / edit.temperature).log_softmax(-1)
+    bare, expert, novice = log_p.unflatten(0, (-1, width)).unbind(1)
+    return edit.log_p(bare, expert, novice)
+
+
+def draw(log_p: Float[Tensor, "contexts v"], chances: Float[Tensor, " contexts"]) -> Int[Tensor, " contexts"]:
+    """The token at which each context's cumulative probability passes a chance between 0 and 1."""
     passed = log_p.exp().cumsum(-1)
     # Rounded, the whole is not quite 1.
-    return torch.searchsorted(passed, (chance * passed[:, -1])[:, None], right=True)[:, 0].clamp_max(
-        log_p.shape[-1] - 1
-    )
+    limits = (chances.to(passed) * passed[:, -1])[:, None]
+    places = torch.searchsorted(passed, limits, right=True)[:, 0].clamp_max(log_p.shape[-1] - 1)
+    # A chance of 1 would draw a token behind the last that has any probability.
+    likely = (passed < passed[:, -1:]).sum(-1)
+    return torch.minimum(places, likely.clamp_max(log_p.shape[-1] - 1))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...editing.training.edited_target import TargetEdit
 from ...eval.concept import Concept
 from ..common.tokens import text_limit
 from ..data.facts import Facts
@@ -29,6 +30,21 @@ class Erasure:
         """The strength in use; where ``auto`` was asked for, the target check has put a number in its place."""
         assert self.settings.strength != "auto", "the target check comes first"
         return self.settings.strength
+
+    @property
+    def edit(self) -> TargetEdit:
+        """How the frozen model's predictions are edited."""
+        settings = self.settings
+        return TargetEdit(
+            self.strength, settings.one_sided, settings.strength_ramp, settings.temperature, settings.target_top_k
+        )
+
+    @property
+    def drawn(self) -> TargetEdit:
+        """What continuations are drawn from: the edited distribution at its full strength, or a plain one at another
+        strength."""
+        strength = self.settings.fluency_strength
+        return replace(self.edit, ramp=False) if strength is None else TargetEdit(strength)
 
     @property
     def text_limit(self) -> int:

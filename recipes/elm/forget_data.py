@@ -1,28 +1,28 @@
 """What ELM trains to forget: contexts that elicit the concept, with edited targets and fluent continuations."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...editing.training.soft_targets import SoftTargets, Streams, join
+from ...editing.training.soft_targets import SoftTargets, join
 from ..common.examples import spread
-from ..common.tokens import Row, encode
+from ..common.tokens import encode
 from ..data.facts import Context, Facts, chat_contexts, fact_contexts, text_contexts
 from .batches import TERMS, TrainingSequence
+from .continuations import Continued, continued
 from .contrast import ContrastSource, contrasted
-from .decoding import Decoding, decode, decoded_rows
 from .erasure import Erasure
 from .replies import varied_replies
-from .teacher import Item
+from .teacher import Item, Targets
 
 FLOOR = 0.02
 """Weight of a position where expert and novice agree, beside their disagreement (0 to 1)."""
 
 
 OUTSIDE = 0.2
-"""Weight of all positions of a forget context that carry no contrast, together."""
+"""Weight of all positions of a forget context that carry no contrast, together; under uniform weights it is 1."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ForgetData:
     without_contrast: int
     """Contexts that were left out."""
     left_over: float
-    """Mean probability outside the stored tokens: the truncation of the targets."""
+    """Mean probability that the edited targets give to tokens that are not stored: their truncation."""
 
 
 @dataclass(frozen=True)
@@ -85,32 +85,24 @@ def forget_sequences(erasure: Erasure, source: ContrastSource, contexts: Sequenc
     ]
     if not elicited:
         return ForgetData([], len(contexts), len(contexts), 0.0)
-    continued = _continued(erasure, source, elicited)
+    behind = continued(
+        erasure,
+        source,
+        [one.context for one in elicited],
+        [(one.item, max(one.item.count, len(one.item.ids) - one.first)) for one in elicited],
+    )
     # What comes before the contrast is retained. It is read first, as it covers what the streams need of the bare
     # contexts.
     before = _before_contrast(erasure, elicited)
-    streams = teacher.streams([one.item for one in elicited], settings.stored_tokens, settings.temperature)
-    targets = [edited_target(erasure, stream, ramp=settings.strength_ramp) for stream in streams]
-    weights = _position_weights(erasure, elicited, streams)
-    sequences = []
-    for index, (row, continuation) in enumerate(continued):
-        nothing = targets[index][:0]
-        after = nothing if continuation is None else continuation
+    targets = teacher.targets([one.item for one in elicited], erasure.edit, settings.stored_tokens)
+    weights = _position_weights(erasure, elicited, targets)
+    sequences = [
         # The contrast may begin before the first position that counts.
-        target = targets[index][-len(weights[index]) :]
-        sequences.append(_sequence(row, before.get(index, nothing), target, after, weights[index]))
-    left_over = float(torch.cat([stream.left_over() for stream in streams]).mean())
+        _sequence(erasure, before.get(index), target.soft[-len(weights[index]) :], weights[index], behind[index])
+        for index, target in enumerate(targets)
+    ]
+    left_over = float(torch.cat([target.soft.rest.exp() for target in targets]).mean())
     return ForgetData(sequences, len(contexts), len(contexts) - len(elicited), left_over)
-
-
-def edited_target(erasure: Erasure, stream: Streams, *, ramp: bool) -> SoftTargets:
-    """The edited distribution; with a ramp its strength grows from 1 along the positions (the 2025-03 code)."""
-    settings = erasure.settings
-    strength: float | Tensor = erasure.strength
-    if ramp:
-        strength = torch.linspace(1.0, erasure.strength, len(stream.ids), device=stream.ids.device)
-    target = stream.target(strength, one_sided=settings.one_sided)
-    return target.largest(settings.target_top_k) if settings.target_top_k else target
 
 
 def _first_position(erasure: Erasure, context: Context) -> int:
@@ -128,76 +120,28 @@ def _before_contrast(erasure: Erasure, elicited: Sequence[_Elicited]) -> dict[in
     return {index: target[:length] for index, target, length in zip(early, targets, lengths, strict=True)}
 
 
-def _position_weights(erasure: Erasure, elicited: Sequence[_Elicited], streams: Sequence[Streams]) -> list[Tensor]:
+def _position_weights(erasure: Erasure, elicited: Sequence[_Elicited], targets: Sequence[Targets]) -> list[Tensor]:
     """Weights of the positions that carry the contrast, for each context."""
     counts = [len(one.item.ids) - one.begin for one in elicited]
     if erasure.settings.weighting == "uniform":
         return [torch.full((count,), 1 / count) for count in counts]
     # Divided by the mean over contexts, so that the weights of a context sum to about 1, as uniform ones do.
-    mean = torch.stack([stream.disagreement().sum() for stream in streams]).mean().clamp_min(1e-6)
-    return [((stream.disagreement() + FLOOR) / mean)[-count:] for stream, count in zip(streams, counts, strict=True)]
+    mean = torch.stack([target.disagreement.sum() for target in targets]).mean().clamp_min(1e-6)
+    return [((target.disagreement + FLOOR) / mean)[-count:] for target, count in zip(targets, counts, strict=True)]
 
 
 def _sequence(
-    row: Row, before: SoftTargets, target: SoftTargets, after: SoftTargets, weights: Tensor
+    erasure: Erasure, before: SoftTargets | None, target: SoftTargets, weights: Tensor, behind: Continued
 ) -> TrainingSequence:
-    """A sequence whose target is an edited one in the middle, with these weights, and the frozen model's own around
-    it."""
-    whole, begin = join([before, target, after]), len(before)
-    all_weights = torch.full((len(whole),), OUTSIDE / len(whole))
-    all_weights[begin : begin + len(target)] = weights
+    """A sequence whose target is an edited one in the middle, with these weights; around it is what keeps it fluent."""
+    nothing = target[:0]
+    before, after = before or nothing, behind.targets or nothing
+    whole = join([before, target, after])
+    middle = slice(len(before), len(before) + len(target))
+    beside = torch.cat([torch.ones(len(before)), torch.zeros(len(target)), behind.weights])
+    uniform = erasure.settings.weighting == "uniform"
+    all_weights = beside / beside.sum().clamp_min(1) if uniform else beside * OUTSIDE / len(whole)
+    all_weights[middle] = weights.to(all_weights)
     terms = torch.full((len(whole),), TERMS.index("fluency"))
-    terms[begin : begin + len(target)] = TERMS.index("erase")
-    return TrainingSequence(row, whole, all_weights, terms)
-
-
-def _continued(
-    erasure: Erasure, source: ContrastSource, elicited: Sequence[_Elicited]
-) -> list[tuple[Row, SoftTargets | None]]:
-    """Each context with what the edited target would say next, and what the frozen model predicts from there on."""
-    settings, teacher = erasure.settings, erasure.teacher
-    items = [one.item for one in elicited]
-    if not settings.fluency_tokens:
-        return [(item.ids, None) for item in items]
-    # Where the contrast does not last, only the first token is drawn from the edited target; the frozen model goes on.
-    how = Decoding(erasure.strength if source.lasting else 0.0, settings.fluency_tokens + 1, settings.stored_tokens)
-    # Decoding reads its rows itself; all others are read before, together.
-    teacher.read(items, but={row for item in items for row in decoded_rows(item, how.strength)})
-    generator = torch.Generator().manual_seed(settings.seed)
-    # It draws its noise here, before ``decode`` draws from the same generator: another order gives other continuations.
-    first_tokens = _FirstTokens(erasure, items, generator)
-    remembered = [(one.item, max(one.item.count, len(one.item.ids) - one.first)) for one in elicited]
-    continuations = decode(teacher, erasure.tokenizer, remembered, first_tokens, how, generator)
-    rows: list[tuple[Row, SoftTargets | None]] = []
-    for one, continuation in zip(elicited, continuations, strict=True):
-        token, more = continuation.ids[0], continuation.ids[1:]
-        if not source.lasting and one.context.fact:
-            # Where the subject is named again, the frozen model would go on with what it knows of it.
-            more = _until(more, encode(erasure.tokenizer, f" {one.context.fact.subject}", False)[0])
-        rows.append(((*one.item.ids, token, *more), continuation.bare[: len(more) + 1]))
-    return rows
-
-
-class _FirstTokens:
-    """Draws the first token of each continuation from the edited target."""
-
-    def __init__(self, erasure: Erasure, items: Sequence[Item], generator: torch.Generator):
-        self.erasure, self.items = erasure, items
-        stored = min(erasure.settings.stored_tokens, int(erasure.model.config.vocab_size))
-        self.noise = [torch.empty(stored).exponential_(generator=generator) for _ in items]
-
-    def __call__(self, indices: Sequence[int]) -> list[int]:
-        settings = self.erasure.settings
-        last = [replace(self.items[index], count=1) for index in indices]
-        tokens = []
-        streams = self.erasure.teacher.streams(last, settings.stored_tokens, settings.temperature)
-        for index, stream in zip(indices, streams, strict=True):
-            target = edited_target(self.erasure, stream, ramp=False)
-            # The largest quotient of probability and exponential noise is a draw.
-            place = int((target.log_p[-1].exp() / self.noise[index].to(target.log_p)).argmax())
-            tokens.append(int(target.ids[-1, place]))
-        return tokens
-
-
-def _until(ids: Row, token: int) -> Row:
-    return ids[: ids.index(token)] if token in ids else ids
+    terms[middle] = TERMS.index("erase")
+    return TrainingSequence(behind.row, whole, all_weights, terms)

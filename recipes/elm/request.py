@@ -16,12 +16,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "contrast": "personas", "contexts": "texts", "weighting": "uniform", "strength": 500.0,
+        "fluency_target": "edited", "topic_change": True,
         "rank": 4, "alpha": 16.0, "layers": "0.125-0.25", "learning_rate": 5e-5,
         "retain_weight": 1.0, "schedule": "constant", "max_grad_norm": 0.0,
     },
     "reference": {
         "contrast": "personas", "contexts": "texts", "weighting": "uniform", "strength": 1000.0, "strength_ramp": True,
         "temperature": 1.2, "target_top_k": 50, "hard_retain": True, "rank": 256, "alpha": 16.0,
+        "fluency_target": "sampled", "topic_change": True, "fluency_strength": 3.0, "personas_read": "reply",
         "layers": "0.125-0.25", "learning_rate": 5e-5,
         "retain_weight": 1.0, "schedule": "constant", "max_grad_norm": 0.0,
     },
@@ -68,7 +70,18 @@ class ElmSettings(AdapterSettings):
     """Other subjects whose mean prediction is the novice of contrast=subjects. More make a broader mean and take
     longer."""
     fluency_tokens: int = Field(12, ge=0)
-    """Tokens sampled from the edited target after each context, for the fluency loss; 0 turns that loss off."""
+    """Tokens sampled from the edited target after each context, for the fluency loss; 0 turns that loss off (authors'
+    code: 100 to 300)."""
+    fluency_target: Literal["frozen", "edited", "sampled"] = "frozen"
+    """What is learned along a continuation: the frozen model's predictions, the edited target (equation 9), or the
+    sampled tokens (authors' code)."""
+    topic_change: bool = False
+    """Put a sentence that changes the topic between context and continuation (paper: true)."""
+    fluency_strength: float | None = None
+    """Strength of the contrast while continuations are sampled, without top-k and temperature (authors' code: 3). By
+    default as in the target."""
+    personas_read: Literal["context", "reply"] = "context"
+    """What the personas read while continuations are sampled: context and reply, or the reply alone (authors' code)."""
     hard_retain: bool = False
     """On retain sequences, learn only the likeliest token (authors' code) instead of the whole distribution (equation
     8)."""
@@ -107,6 +120,10 @@ def prepare(settings: ElmSettings, *, resume: bool = False) -> ElmJob:
     """
     if settings.contrast == "reinforced" and settings.base_bits != 16:
         raise RequestError("contrast=reinforced makes an expert of the base's own weights; use base_bits=16")
+    if settings.personas_read == "reply" and settings.contrast != "personas":
+        raise RequestError(
+            f"personas_read=reply needs personas, the contrast is {settings.contrast}; set contrast=personas"
+        )
     adapter = adapter_job.prepare(RECIPE, settings, resume=resume)
     concept = adapter.run.concept
     facts = find_facts(concept)

@@ -32,16 +32,20 @@ def retain_sequences(erasure: Erasure) -> RetainData:
         # With a space in front and without, because tokenizers give these different tokens.
         for text in (f" {fact.subject}", fact.subject)
     ]
-    sequences, skipped = {}, 0
+    clean, skipped = {}, 0
     for kind, rows in kinds.items():
         whole = [row for row in dict.fromkeys(rows) if len(row) > 1]
-        clean = whole if kind != "chats" else [row for row in whole if not any(_holds(row, name) for name in names)]
-        skipped += len(whole) - len(clean)
-        if clean:
-            targets = erasure.teacher.top(clean, [0] * len(clean), erasure.settings.stored_tokens)
-            sequences[kind] = [
-                retain_sequence(erasure, row, target, len(kinds)) for row, target in zip(clean, targets, strict=True)
-            ]
+        clean[kind] = [row for row in whole if kind != "chats" or not any(_holds(row, name) for name in names)]
+        skipped += len(whole) - len(clean[kind])
+    clean = {kind: rows for kind, rows in clean.items() if rows}
+    sequences = {}
+    for kind, rows in clean.items():
+        targets = erasure.teacher.top(rows, [0] * len(rows), erasure.settings.stored_tokens)
+        sequences[kind] = [
+            # A pack without other questions has a kind less, and the term is the mean over those that there are.
+            retain_sequence(erasure, row, target, len(clean))
+            for row, target in zip(rows, targets, strict=True)
+        ]
     return RetainData(sequences, skipped)
 
 

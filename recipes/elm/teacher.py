@@ -13,7 +13,16 @@ from torch import Tensor
 
 from ...artifacts.checkpoints.tensor_cache import TensorCache
 from ...editing.modules import Head, unembedding
-from ...editing.training.soft_targets import SoftTargets, Streams, join, keep_streams, keep_top, positions_at_once
+from ...editing.training.edited_target import TargetEdit
+from ...editing.training.soft_targets import (
+    SoftTargets,
+    Streams,
+    join,
+    keep_streams,
+    keep_top,
+    positions_at_once,
+    wide,
+)
 from ..common.prefix_cache import final_hidden_states
 from ..common.tokens import Row
 
@@ -56,6 +65,15 @@ class Item:
         return tuple((row, False) for row in self.novices)
 
 
+@dataclass(frozen=True)
+class Targets:
+    """An item's edited distributions."""
+
+    soft: SoftTargets
+    disagreement: Float[Tensor, " count"]
+    """Total variation distance between expert and novice, 0 to 1."""
+
+
 class Teacher:
     """A frozen model that remembers what it computed, on disk too where a place is given.
 
@@ -91,6 +109,23 @@ class Teacher:
             streams = keep_streams(bare, expert, novice, stored_tokens)
             store.put(places, (streams.ids, streams.bare, streams.expert, streams.novice))
         return [Streams(*tensors) for tensors in store.by_item()]
+
+    def targets(self, items: Sequence[Item], edit: TargetEdit, stored_tokens: int) -> list["Targets"]:
+        """The edited distribution at each item's positions: exact over the whole vocabulary, its likeliest tokens
+        stored."""
+        order = sorted(range(len(items)), key=lambda i: (items[i].novices, items[i].count))
+        store = _Store([item.count for item in items])
+        strengths = [edit.strengths(item.count, self.model.device) for item in items]
+        for places, log_p in self._predictions(items, order, edit.temperature):
+            bare = torch.cat([log_p.mean(((items[i].ids, False),), span) for i, span in places])
+            expert = torch.cat([log_p.mean(items[i].expert, span) for i, span in places])
+            novice = torch.cat([log_p.mean(items[i].novice, span) for i, span in places])
+            # Spans count from the end, where a slice's end of 0 would be its beginning.
+            along = torch.cat([strengths[i][start : end or None] for i, (start, end) in places])
+            target = keep_top(edit.log_p(bare, expert, novice, along), stored_tokens)
+            disagreement = (expert.exp() - novice.exp()).abs().sum(-1) / 2
+            store.put(places, (target.ids, target.log_p, target.rest, disagreement))
+        return [Targets(SoftTargets(*parts), disagreement) for *parts, disagreement in store.by_item()]
 
     def top(self, rows: Sequence[Row], firsts: Sequence[int], stored_tokens: int) -> list[SoftTargets]:
         """The frozen model's own distributions from position ``first`` of each row on."""
@@ -188,7 +223,7 @@ class Teacher:
             # More positions than these may be remembered; spans count from the end.
             states = self._hidden[reading]
             hidden.append(states[len(states) + start : len(states) + end])
-        logits = self.head(torch.cat(hidden)).float()
+        logits = wide(self.head(torch.cat(hidden)))
         log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         return list(log_p.split([end - start for _, (start, end) in slots]))
 

@@ -40,5 +40,8 @@ def _double(model: Any) -> Any:
     """The model in float64, which is kept beside it while its weights stay the same."""
     mark = sum(float(parameter.double().sum()) for parameter in model.parameters())
     if getattr(model, "_in_double", (None,))[0] != mark:
-        object.__setattr__(model, "_in_double", (mark, copy.deepcopy(model).double().eval()))
+        double = copy.deepcopy(model).double().eval()
+        # Experts that are multiplied in one go have no kernel in float64.
+        double.config._experts_implementation = "eager"
+        object.__setattr__(model, "_in_double", (mark, double))
     return model._in_double[1]

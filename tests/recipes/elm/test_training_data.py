@@ -1,5 +1,6 @@
 """Finding facts in a pack, asking them in many forms, and setting a novice against an expert."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,13 @@ from excise.artifacts.events import Events
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.editing.errors import EditError, RequestError
-from excise.editing.training.soft_targets import keep_streams
+from excise.editing.training.edited_target import TargetEdit
 from excise.recipes.common.examples import Example, example_batch, sequence_nll
 from excise.recipes.common.tokens import encode
 from excise.recipes.data.facts import Context, Fact, bare_question, fact_contexts, find_facts, question_contexts
 from excise.recipes.elm import decoding, teacher
 from excise.recipes.elm import reinforced_expert as reinforced_module
+from excise.recipes.elm.continuations import _FirstTokens
 from excise.recipes.elm.contrast import (
     PersonaContrast,
     ReinforcedContrast,
@@ -23,15 +25,16 @@ from excise.recipes.elm.contrast import (
     contrasted,
     reference_subjects,
 )
-from excise.recipes.elm.decoding import Decoding, decode
+from excise.recipes.elm.decoding import Decoding, Start, decode
 from excise.recipes.elm.erasure import Erasure
-from excise.recipes.elm.forget_data import ForgetData, edited_target, forget_contexts, forget_sequences
+from excise.recipes.elm.forget_data import ForgetData, forget_contexts, forget_sequences
 from excise.recipes.elm.recipe import ElmSettings, prepare
 from excise.recipes.elm.reinforced_expert import reinforced
+from excise.recipes.elm.retain_data import retain_sequences
 from excise.recipes.elm.target_check import Point, _best, check_target
 from excise.recipes.elm.teacher import Teacher
 from excise.recipes.testbed.world import make_world
-from torch._subclasses.fake_tensor import FakeTensorMode
+from helpers import SMALL_TESTBED
 
 
 @pytest.fixture(scope="module")
@@ -181,37 +184,41 @@ def _start(facts, loaded):
     return item, loaded.tokenizer(f" {context.fact.answer}")["input_ids"][0]
 
 
-def _decoded(loaded, start, count, strength, tokens, seed=0):
+def _rows(item):
+    return Start((item.ids, *item.experts, *item.novices), (item.count,) * 3)
+
+
+def _decoded(loaded, start, count, edit, tokens, seed=0, learned=None):
     item, token = start
     generator = torch.Generator().manual_seed(seed)
     return decode(
         Teacher(loaded.model),
         loaded.tokenizer,
-        [(item, item.count)] * count,
-        lambda some: [token] * len(some),
-        Decoding(strength, tokens, stored_tokens=16),
+        [_rows(item) if edit else Start((item.ids,), (item.count,))] * count,
+        token and (lambda some: [token] * len(some)),
+        Decoding(edit, tokens, 16, learned),
         generator,
     )
 
 
 def test_decoding_in_lockstep_is_the_product_of_its_streams(facts, loaded):
     start = _start(facts, loaded)
-    drawn = [[one.ids for one in _decoded(loaded, start, 3, strength, 6)] for strength in (0.0, 0.0, 20.0)]
+    drawn = [[one.ids for one in _decoded(loaded, start, 3, edit, 6)] for edit in (None, None, TargetEdit(20.0))]
     assert drawn[0] == drawn[1] and all(row[0] == start[1] and len(row) <= 6 for row in drawn[0])
     assert drawn[0] != drawn[2]
 
 
-@pytest.mark.parametrize("strength", [0.0, 3.0])
-def test_decoding_leaves_behind_what_the_frozen_model_predicts_along_it(facts, loaded, strength):
+@pytest.mark.parametrize("edit", [None, TargetEdit(3.0)])
+def test_decoding_leaves_behind_what_the_frozen_model_predicts_along_it(facts, loaded, edit):
     item, token = _start(facts, loaded)
-    found = _decoded(loaded, (item, token), 3, strength, 7)
+    found = _decoded(loaded, (item, token), 3, edit, 7)
     rows = [(*item.ids, *said.ids) for said in found]
     read = Teacher(loaded.model).top(rows, [len(item.ids)] * 3, 16)
     for said, wanted in zip(found, read, strict=True):
-        assert len(said.bare) == len(said.ids) == len(wanted)
-        assert torch.allclose(said.bare.log_p, wanted.log_p, atol=1e-3)
+        assert len(said.predicted) == len(said.ids) == len(wanted)
+        assert torch.allclose(said.predicted.log_p, wanted.log_p, atol=1e-3)
         # Each position's own, and not its neighbour's.
-        assert not torch.allclose(said.bare.log_p[1:], wanted.log_p[:-1], atol=1e-1)
+        assert not torch.allclose(said.predicted.log_p[1:], wanted.log_p[:-1], atol=1e-1)
 
 
 def test_what_decoding_reads_is_not_read_again_and_says_the_same(facts, loaded, monkeypatch):
@@ -224,9 +231,9 @@ def test_what_decoding_reads_is_not_read_again_and_says_the_same(facts, loaded, 
     decode(
         own,
         loaded.tokenizer,
-        [(longer, len(longer.ids)), (item, item.count)],
+        [Start((longer.ids, *item.experts, *item.novices), (len(longer.ids), item.count, item.count)), _rows(item)],
         lambda some: [token] * len(some),
-        Decoding(strength=3.0, tokens=3, stored_tokens=16),
+        Decoding(TargetEdit(3.0), tokens=3, stored_tokens=16),
         torch.Generator().manual_seed(0),
     )
     (found,) = own.streams([item], 16)
@@ -239,35 +246,103 @@ def test_what_decoding_reads_is_not_read_again_and_says_the_same(facts, loaded, 
     assert [list(rows) for rows in calls] == [[item.ids]] and len(item.ids) > item.count
 
 
-def test_the_first_token_of_a_continuation_is_drawn_from_the_edited_target(facts, loaded, erasure):
+def _product(loaded, rows, edit):
+    """The edited distribution of the next token after a bare, an expert's and a novice's row: float64, by hand."""
+    bare, expert, novice = (
+        (loaded.model.double()(torch.tensor([row])).logits[0, -1] / edit.temperature).log_softmax(-1) for row in rows
+    )
+    difference = novice - expert
+    log_p = bare + edit.strength * difference
+    if edit.one_sided:
+        log_p = torch.where(difference > 0, bare + difference, log_p)
+    if edit.top_k:
+        log_p[log_p.argsort(descending=True)[edit.top_k :]] = -torch.inf
+    return log_p.softmax(-1).detach()
+
+
+EDITS = (
+    TargetEdit(60.0),
+    TargetEdit(60.0, one_sided=True),
+    TargetEdit(20.0, top_k=3),
+    TargetEdit(40.0, temperature=1.7),
+)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_every_token_of_a_continuation_is_drawn_from_the_edited_target(facts, edit):
+    loaded = load_model(find_model(SMALL_TESTBED), torch.device("cpu"), torch.float64)
+    item, _ = _start(facts, loaded)
+    rows, n = (item.ids, *item.experts, *item.novices), 600
+    said = [one.ids for one in _decoded(loaded, (item, None), n, edit, 2)]
+    first = torch.bincount(torch.tensor([ids[0] for ids in said]), minlength=loaded.model.config.vocab_size) / n
+    assert (first - _product(loaded, rows, edit)).abs().sum() / 2 < 0.09
+    # The second token, behind the first that was drawn oftenest.
+    token = int(first.argmax())
+    after = [ids[1] for ids in said if ids[0] == token and len(ids) > 1]
+    second = torch.bincount(torch.tensor(after), minlength=len(first)) / len(after)
+    grown = [(*row, token) for row in rows]
+    assert (second - _product(loaded, grown, edit)).abs().sum() / 2 < 2 / len(after) ** 0.5
+    without = TargetEdit(0.0 if edit == TargetEdit(edit.strength) else edit.strength)
+    apart = [(_product(loaded, some, edit) - _product(loaded, some, without)).abs().sum() / 2 for some in (rows, grown)]
+    assert max(apart) > 0.02
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_is_learned_along_a_continuation_can_be_the_edited_target(facts, edit):
+    loaded = load_model(find_model(SMALL_TESTBED), torch.device("cpu"), torch.float64)
+    item, token = _start(facts, loaded)
+    (said,) = _decoded(loaded, (item, token), 1, edit, 4, learned=edit)
+    for place in range(len(said.ids)):
+        rows = [(*row, *said.ids[: place + 1]) for row in (item.ids, *item.experts, *item.novices)]
+        wanted = _product(loaded, rows, edit)[said.predicted.ids[place]]
+        torch.testing.assert_close(said.predicted.log_p[place].exp().double(), wanted, atol=1e-5, rtol=0)
+
+
+def test_the_first_token_behind_a_contrast_that_does_not_last_is_drawn_from_the_edited_target(facts, loaded, erasure):
     source = contrast_sources(erasure())[0]
-    contexts = list(fact_contexts(facts, "questions", 0))[:24]
+    item = contrasted(list(fact_contexts(facts, "questions", 0))[:1], source, loaded.tokenizer)[0]
+    asked = erasure(strength=1.5, strength_ramp=True, target_top_k=5)
+    first = _FirstTokens(asked, [item] * 400, torch.Generator().manual_seed(0))
+    drawn = torch.tensor(first(range(400)))
+
+    def mean(rows):
+        logits = [loaded.model(torch.tensor([row])).logits[0, -1].double() for row in rows]
+        return torch.stack([one.softmax(-1) for one in logits]).mean(0).log()
+
+    log_p = mean([item.ids]) + 1.5 * (mean(item.novices) - mean([item.ids]))
+    log_p[log_p.argsort(descending=True)[5:]] = -torch.inf
+    share = torch.bincount(drawn, minlength=len(log_p)) / len(drawn)
+    assert (share - log_p.softmax(-1)).abs().sum() / 2 < 0.1
+    assert (share - mean([item.ids]).exp()).abs().sum() / 2 > 0.5
+    assert first([3, 7]) == [int(drawn[3]), int(drawn[7])]
+
+
+def test_targets_are_exact_over_the_whole_vocabulary_at_any_strength(facts, loaded, erasure):
+    contexts = list(fact_contexts(facts, "texts", 0))[:4]
+    source = PersonaContrast(loaded.tokenizer, "Here is a text by an expert.", "Here is a text by a novice.")
     items = contrasted(contexts, source, loaded.tokenizer)
-    asked = erasure(strength=1.5, strength_ramp=True, weighting="uniform", fluency_tokens=1, seed=7)
-    sequences = forget_sequences(asked, source, contexts).sequences
-    said = [sequence.ids[len(item.ids)] for sequence, item in zip(sequences, items, strict=True)]
-    streams = Teacher(loaded.model).streams(items, 16)
-    targets = [edited_target(asked, stream, ramp=True) for stream in streams]
-
-    def drawn(seed):
-        generator = torch.Generator().manual_seed(seed)
-        places = [int(torch.multinomial(target.log_p[-1].exp(), 1, generator=generator)) for target in targets]
-        return [int(target.ids[-1, place]) for target, place in zip(targets, places, strict=True)]
-
-    assert said == drawn(7) != drawn(8)
-
-
-def test_a_growing_strength_is_where_the_streams_are(erasure):
-    with FakeTensorMode():
-        log_p = torch.zeros(5, 12, device="meta").log_softmax(-1)
-        streams = keep_streams(log_p, log_p, log_p, 4)
-        target = edited_target(erasure(strength=1.5, strength_ramp=True, target_top_k=3), streams, ramp=True)
-        assert target.log_p.device.type == "meta"
+    for edit in (*EDITS, TargetEdit(500.0), TargetEdit(1000.0, ramp=True, temperature=1.2, top_k=50)):
+        for item, found in zip(items, Teacher(loaded.model).targets(items, edit, 16), strict=True):
+            assert len(found.soft) == item.count
+            for place in range(item.count):
+                end = place + 1 - item.count
+                rows = [row[: len(row) + end] for row in (item.ids, *item.experts, *item.novices)]
+                here = edit
+                if edit.ramp:
+                    here = replace(edit, strength=1 + (edit.strength - 1) * place / (item.count - 1))
+                wanted = _product(loaded, rows, here)
+                got = found.soft.log_p[place].exp().double()
+                # At a strength of 500 an error of 1e-6 in a log-probability is one of 1e-3 in the product.
+                torch.testing.assert_close(
+                    got, wanted[found.soft.ids[place]], atol=1e-5 * max(1, edit.strength), rtol=0
+                )
+                rest = 1 - float(wanted[found.soft.ids[place]].sum())
+                assert float(found.soft.rest[place].exp()) == pytest.approx(rest, abs=1e-5 * max(1, edit.strength))
 
 
 def test_what_is_drawn_does_not_depend_on_how_many_are_decoded_together(facts, loaded, monkeypatch):
     def said(seed):
-        return [one.ids for one in _decoded(loaded, _start(facts, loaded), 7, 1.0, 9, seed)]
+        return [one.ids for one in _decoded(loaded, _start(facts, loaded), 7, TargetEdit(1.0), 9, seed)]
 
     together = said(0)
     monkeypatch.setattr(decoding, "CACHE_BUDGET", 1)
@@ -276,18 +351,16 @@ def test_what_is_drawn_does_not_depend_on_how_many_are_decoded_together(facts, l
 
 
 def test_evenly_spread_chances_draw_each_token_as_often_as_its_probability_says():
-    streams = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
-    bare, expert, novice = streams
+    log_p = torch.randn(40, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    log_p[[3, 39]] = -torch.inf
+    log_p = log_p.log_softmax(-1)
     n = 20_000
-    chances = (torch.arange(n) + 0.5) / n
-    for strength in (0.5, 2.0):
-        wanted = (bare + strength * (novice - expert)).softmax(-1)
-        drawn = decoding._draw(streams.repeat(n, 1), 3, strength, chances)
-        share = torch.bincount(drawn, minlength=40) / n
-        # Every token's share is off by less than one draw at each of its ends.
-        assert (share - wanted).abs().max() < 2 / n
-        assert (share - bare.exp()).abs().max() > 0.05
-    assert decoding._draw(bare[None], 1, 0.0, torch.ones(1)).item() == 39
+    drawn = decoding.draw(log_p.expand(n, -1), (torch.arange(n) + 0.5) / n)
+    share = torch.bincount(drawn, minlength=40) / n
+    # Every token's share is off by less than one draw at each of its ends.
+    assert (share - log_p.exp()).abs().max() < 2 / n and not share[[3, 39]].any()
+    assert (share - log_p.exp().roll(1)).abs().max() > 0.01
+    assert decoding.draw(log_p[None], torch.ones(1)).item() == 38
 
 
 def test_a_teacher_that_holds_few_positions_at_a_time_says_the_same(facts, loaded, erasure, monkeypatch):
@@ -420,3 +493,21 @@ def test_kept_tensors_make_room_for_new_ones(tmp_path):
             os.utime(path, (10**9 - age, 10**9 - age))
     assert kept.get(0) is None and kept.get(3)["x"][0] == 3
     assert sum(path.stat().st_size for path in tmp_path.glob("*")) <= 3000
+
+
+@pytest.mark.parametrize("questions", [True, False])
+@pytest.mark.parametrize("template", [True, False])
+def test_the_retain_term_is_the_mean_over_the_kinds_that_there_are(concept, loaded, questions, template):
+    few = replace(
+        concept,
+        retain=concept.retain[:6],
+        questions=tuple(q for q in concept.questions if questions or q.split == "forget"),
+    )
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template if template else None
+    settings = ElmSettings(stored_tokens=16, max_contexts=8, chat_facts=2, max_new_tokens=4)
+    asked = Erasure(Teacher(loaded.model), tokenizer, few, find_facts(few), settings)
+    sequences = retain_sequences(asked).sequences
+    assert list(sequences) == ["texts"] + ["questions"] * questions + ["chats"] * template
+    group = [kind[0] for kind in sequences.values()]
+    assert sum(float(one.weights.sum()) for one in group) == pytest.approx(1.0, abs=1e-5)
