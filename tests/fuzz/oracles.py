@@ -95,7 +95,7 @@ def replies(rng: random.Random, size: int) -> float:
     """Greedy replies are the model's own argmax, whatever its generation_config asks for."""
     model = _model(rng.choice(MODELS))
     before = model.generation_config
-    model.generation_config = GenerationConfig(**rng.choice(SHIPPED))
+    model.generation_config = GenerationConfig(eos_token_id=2, **rng.choice(SHIPPED))
     prompts = [_words(rng, _length(rng, size // 2)) for _ in range(rng.randint(1, 4))]
     tokens = rng.randint(1, 5)
     try:
