@@ -175,9 +175,9 @@ def eval_values(content: Any) -> Values:
     values: Values = {}
     for item in content.get("measurements", ()):
         key = f"{item['subject']}/{item['name']}/{item['split']}"
-        values[key] = [item["value"], *item["ci95"], item["n"]]
+        values[key] = [item["value"], *(item["ci95"] or (None, None)), item["n"]]
         if "difference" in item:
-            values[f"{key}/difference"] = [item["difference"]["value"], *item["difference"]["ci95"]]
+            values[f"{key}/difference"] = [item["difference"]["value"], *(item["difference"]["ci95"] or (None, None))]
     if samples := content.get("samples"):
         for subject in ("base", "edited"):
             text = "\0".join(sample[subject] for sample in samples)

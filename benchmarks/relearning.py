@@ -25,7 +25,7 @@ from excise.editing.hooks.unit_scores import UnitMoments, unit_inputs
 from excise.eval.concept import Concept
 from excise.eval.inference.likelihood import pad_right
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
-from excise.eval.statistics import wilson
+from excise.eval.intervals import rate_interval
 from excise.recipes.relearning_monitor import RelearningMonitor, centre
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -113,7 +113,7 @@ def report(label: str, exam: MultipleChoiceSet, others: MultipleChoiceSet, loade
     parts = []
     for what, questions in (("concept", exam), ("the rest", others)):
         hits = questions.hits(loaded.model)
-        low, high = wilson(int(sum(hits)), len(hits))
+        low, high = rate_interval(hits, questions.clusters)
         parts.append(f"{what} {sum(hits) / len(hits):.3f} [{low:.3f}, {high:.3f}] (n = {len(hits)})")
     loaded.model.train(training)
     print(f"  {label:<24} {'   '.join(parts)}", flush=True)

@@ -46,6 +46,7 @@ class Simulated:
     def __init__(self, rng: np.random.Generator, questions: int, subjects: float):
         self.rng = rng
         # Four questions a subject, as in the built-in pack.
+        self.subjects = tuple(str(number // 4) for number in range(questions))
         by_subject = rng.normal(size=questions // 4 + 1)[np.arange(questions) // 4]
         self.ease = np.sqrt(subjects) * by_subject + np.sqrt(1 - subjects) * rng.normal(size=questions)
 
@@ -59,7 +60,7 @@ class Simulated:
             size=shape
         )
         hits = (np.sqrt(0.5) * self.ease + noise < np.asarray(limits)[None, :, None]).astype(float)
-        return RecoveryCurve(MARKS[:steps], TOKENS[:steps], hits)
+        return RecoveryCurve(MARKS[:steps], TOKENS[:steps], hits, self.subjects)
 
 
 def audit(rng: np.random.Generator, questions: int, edited: Rates, subjects: float) -> str:

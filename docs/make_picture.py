@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from excise.artifacts.reporting.charts import FAINT, INK, SERIES
-from excise.eval.statistics import wilson
+from excise.eval.intervals import wilson
 from matplotlib.figure import Figure
 
 ATTACKS = {

@@ -55,6 +55,8 @@ class RetainText(Row):
 
     text: Verbatim
     topic: str | None = None
+    subject: str | None = None
+    """What it is about, or the document that it is a window of; rows of one subject count as belonging together."""
 
 
 class Question(Row):
@@ -87,6 +89,8 @@ class Prompt(Row):
     split: Literal["concept", "neutral"] = "concept"
     answer: Text | None = None
     choices: tuple[Text, ...] = ()
+    subject: str | None = None
+    """What it asks about; prompts on one subject count as belonging together."""
 
 
 class Message(BaseModel):

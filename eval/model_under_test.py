@@ -7,7 +7,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from .concept import Concept, Prompt
+from .clusters import Item, clusters_of, drawn
+from .concept import Concept, Prompt, RetainText
 from .inference.encoding import encode
 from .inference.generation import Reply, generate, reply_log_probabilities
 from .inference.likelihood import Likelihood, Request, context_of, log_likelihoods
@@ -21,9 +22,9 @@ class EvalSettings:
     max_new_tokens: int = 24
     """Greedy tokens a reply."""
     kl_prompts: int = 64
-    """Neutral prompts along whose replies the divergence from the base is measured."""
+    """Neutral prompts, and retain texts, along which the divergence from the base is measured; drawn like questions."""
     questions: int = 0
-    """Questions and retain texts a split, at most; 0 takes all."""
+    """Questions and retain texts a split, at most, drawn at random over subjects; 0 takes all."""
 
 
 class ModelUnderTest:
@@ -56,6 +57,10 @@ class ModelUnderTest:
         if new:
             self._likelihoods |= log_likelihoods(self.model, self.tokenizer, new, self.advance)
 
+    def clusters(self, rows: Sequence[Item]) -> tuple[str, ...]:
+        """The subject of each row of the pack."""
+        return clusters_of(self.concept, rows)
+
     def prompts(self, split: str) -> list[Prompt]:
         """Open prompts of a split; if the pack has no neutral ones, everyday requests take their place."""
         prompts = [prompt for prompt in self.concept.prompts if prompt.split == split]
@@ -76,19 +81,25 @@ class ModelUnderTest:
     def baseline(self) -> "Baseline":
         """This model's replies to neutral prompts and its distributions along them, for others to be compared with."""
         if self._baseline is None:
-            replies = self.replies("neutral")[: self.settings.kl_prompts]
+            most = self.settings.kl_prompts
+            prompts = self.prompts("neutral")
+            asked = list(zip(prompts, self.replies("neutral"), strict=True))
+            chosen = drawn(asked, self.clusters(prompts), most, "divergence")
+            replies = [reply for _, reply in chosen]
             # The first token of a text serves as the prompt, and the rest as the reply.
             # No text is read further than the model can read.
-            most = context_of(self.model)
-            encoded = [(row, encode(self.tokenizer, row.text)[:most]) for row in self.concept.retain]
-            usable = [(row, ids) for row, ids in encoded if len(ids) > 1][: self.settings.kl_prompts]
+            context = context_of(self.model)
+            encoded = [(row, encode(self.tokenizer, row.text)[:context]) for row in self.concept.retain]
+            readable = [(row, ids) for row, ids in encoded if len(ids) > 1]
+            usable = drawn(readable, self.clusters([row for row, _ in readable]), most, "divergence")
             texts = [Reply("", tuple(ids[:1]), tuple(ids[1:]), row.text) for row, ids in usable]
             self._baseline = Baseline(
                 replies,
                 reply_log_probabilities(self.model, replies),
                 texts,
                 reply_log_probabilities(self.model, texts),
-                tuple(row.id for row, _ in usable),
+                tuple(prompt for prompt, _ in chosen),
+                tuple(row for row, _ in usable),
             )
         return self._baseline
 
@@ -101,4 +112,6 @@ class Baseline:
     log_probabilities: list[Float[Tensor, "tokens vocab"]] = field(repr=False)
     texts: list[Reply]
     text_log_probabilities: list[Float[Tensor, "tokens vocab"]] = field(repr=False)
-    text_ids: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
+    rows: tuple[RetainText, ...]
+    """Retain texts, one for each of ``texts``."""

@@ -1,16 +1,12 @@
-"""Values with 95% intervals: Wilson for rates, Tango for their paired differences, else bootstrap over items."""
+"""Values of measurements with 95% intervals, and their differences from the base on the same items."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from ..editing.errors import ExciseError
-
-RESAMPLES = 2000
-"""Bootstrap draws."""
-SEED = 0
+from .intervals import Difference, Interval, paired_rate_difference, rate_interval
+from .ratios import ratio_difference, ratio_interval
 
 Better = Literal["higher", "lower", "base"]
 
@@ -33,6 +29,8 @@ class Scores:
     """Report exp of the average (perplexity)."""
     skipped: int = 0
     """Number of items left out, such as texts longer than the context."""
+    clusters: tuple[str, ...] = ()
+    """The subject of each item; without them items count as independent."""
 
     def __post_init__(self) -> None:
         broken = [key for key, total in zip(self.ids, self.totals, strict=True) if not math.isfinite(total)]
@@ -47,26 +45,40 @@ class Scores:
         """Whether nothing could be scored, so that there is no value."""
         return sum(self.weights) == 0
 
+    @property
+    def holding_half(self) -> int:
+        """Items that hold half of all weight, the heaviest first: few of them decide an average per token."""
+        heaviest, left, count = sorted(self.weights, reverse=True), sum(self.weights) / 2, 0
+        while left > 0:
+            left -= heaviest[count]
+            count += 1
+        return count
+
     def value(self) -> float:
         """Weighted average over items, in ``unit``."""
-        return float(self._finish(np.sum(self.totals) / np.sum(self.weights)))
+        average = sum(self.totals) / sum(self.weights)
+        return math.exp(average) if self.exponential else average
 
-    def interval(self) -> tuple[float, float]:
-        """95% interval over items."""
-        # A bootstrap of a rate of 0 or 1 has no width.
+    def interval(self) -> Interval | None:
+        """95% interval over items, or over subjects where they are known; None where the items tell of none."""
         if self._is_rate:
-            return wilson(int(sum(self.totals)), len(self.totals))
-        return _percentiles(self._resampled())
+            return rate_interval(self.totals, self.clusters)
+        interval = ratio_interval(self.totals, self.weights, self.clusters, exponential=self.exponential)
+        if interval is None:
+            return None
+        # What no item passes, such as 0 of a divergence, 1 of a perplexity or of a share, no average passes either.
+        edge = 1.0 if self.exponential else 0.0
+        low = max(edge, interval[0]) if min(self.totals) >= 0 else interval[0]
+        high = min(edge, interval[1]) if max(self.totals) <= 0 else interval[1]
+        return low, min(1.0, high) if self.unit.startswith("share") else high
 
-    def difference(self, base: "Scores") -> tuple[float, tuple[float, float]]:
+    def difference(self, base: "Scores") -> Difference:
         """Value minus the base's, with the interval of a paired difference: both answered the same items."""
         assert self.ids == base.ids, "differences need the same items"
-        value = self.value() - base.value()
         if self._is_rate and base._is_rate:
-            pairs = list(zip(self.totals, base.totals, strict=True))
-            return value, tango(pairs.count((1.0, 0.0)), pairs.count((0.0, 1.0)), len(pairs))
-        # The same items are drawn for both.
-        return value, _percentiles(self._resampled() - base._resampled())
+            return paired_rate_difference(self.totals, base.totals, self.clusters)
+        pair = (self.totals, self.weights), (base.totals, base.weights)
+        return ratio_difference(*pair, self.clusters, exponential=self.exponential)
 
     @property
     def _is_rate(self) -> bool:
@@ -75,18 +87,6 @@ class Scores:
             and all(weight == 1 for weight in self.weights)
             and all(total in (0.0, 1.0) for total in self.totals)
         )
-
-    def _resampled(self) -> np.ndarray[Any, Any]:
-        n = len(self.totals)
-        # How often each item is drawn is all that a mean needs, so draws are counts and the bootstrap is one matrix
-        # product. The seed is the same for all models, so that both sides of a difference draw the same items.
-        draws = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-        weights = draws @ np.asarray(self.weights)
-        # With very few items a draw may contain only items of weight 0.
-        return self._finish(draws @ np.asarray(self.totals) / np.maximum(weights, 1e-12))
-
-    def _finish(self, average: Any) -> Any:
-        return np.exp(average) if self.exponential else average
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,11 @@ class Measurement:
     better: Better
     n: int
     skipped: int
-    ci95: tuple[float, float]
+    ci95: Interval | None
+    """None where the items tell of none: a single text, or texts that all gave the same."""
     difference: dict[str, Any] | None = None
-    """This value minus the base's, on the same items: ``{"value", "ci95"}``."""
+    """This value minus the base's, on the same items: ``{"value", "ci95", "p"}``; files of earlier versions have no
+    p."""
 
 
 def summarize(
@@ -112,8 +114,7 @@ def summarize(
     """Compute the value with its interval, and the difference from ``base`` if it scored the same items."""
     difference = None
     if base is not None and base.ids == scores.ids:
-        value, interval = scores.difference(base)
-        difference = {"value": value, "ci95": interval}
+        difference = asdict(scores.difference(base))
     return Measurement(
         scores.name,
         scores.split,
@@ -126,64 +127,3 @@ def summarize(
         ci95=scores.interval(),
         difference=difference,
     )
-
-
-Z = 1.959964
-"""The normal distribution's 97.5% point."""
-
-
-def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
-    """95% score interval of a difference of two rates on the same items (Tango 1998, Statistics in Medicine 17:891).
-
-    It has a width where no item differs, and it covers at small n, where a bootstrap of pairs does neither.
-
-    Args:
-        gained: Items that only the first got right.
-        lost: Items that only the second got right.
-        n: All items.
-
-    Example:
-        >>> tango(0, 0, 20)
-        (-0.161..., 0.161...)
-    """
-    difference = (gained - lost) / n
-
-    def is_outside(delta: float) -> bool:
-        # The likeliest rate of ``lost`` under this difference, in the paper's closed form.
-        a, b, c = 2 * n, -gained - lost + (2 * n - gained + lost) * delta, -lost * delta * (1 - delta)
-        rate = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)
-        variance = max(0.0, n * (2 * rate + delta * (1 - delta)))
-        return (gained - lost - n * delta) ** 2 > Z * Z * variance
-
-    def limit(outer: float) -> float:
-        inner = difference
-        if not is_outside(outer):
-            return outer
-        # Halved until floats are exhausted; the score is monotonic on each side of the difference.
-        for _ in range(60):
-            middle = (outer + inner) / 2
-            outer, inner = (middle, inner) if is_outside(middle) else (outer, middle)
-        return inner
-
-    return limit(-1.0), limit(1.0)
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95% score interval of a proportion (Wilson 1927). Unlike a bootstrap, it has a width at 0 and 1 too.
-
-    Example:
-        >>> wilson(20, 20)
-        (0.83..., 1.0)
-    """
-    if n == 0:
-        return 0.0, 1.0
-    p = successes / n
-    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    # At 0 and 1 rounding could leave the proportion itself outside its interval.
-    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
-
-
-def _percentiles(samples: np.ndarray[Any, Any]) -> tuple[float, float]:
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return float(low), float(high)

@@ -39,7 +39,12 @@ class Line:
         questions."""
         parts = [self.values[name] for name in KEPT if name in self.values]
         mean = sum(item.value for item in parts) / len(parts)
-        below, above = (math.hypot(*(item.ci95[end] - item.value for item in parts)) / len(parts) for end in (0, 1))
+        # Shares always have an interval.
+        intervals = [item.ci95 or (item.value, item.value) for item in parts]
+        below, above = (
+            math.hypot(*(each[end] - item.value for each, item in zip(intervals, parts, strict=True))) / len(parts)
+            for end in (0, 1)
+        )
         return mean - below, mean + above
 
 
@@ -151,7 +156,8 @@ def _as_json(lines: list[Line]) -> list[dict[str, Any]]:
             "seconds": line.seconds,
             "pareto": line in front,
             "values": {
-                name: {"value": item.value, "ci95": list(item.ci95), "n": item.n} for name, item in line.values.items()
+                name: {"value": item.value, "ci95": item.ci95 and list(item.ci95), "n": item.n}
+                for name, item in line.values.items()
             },
         }
         for line in lines
@@ -166,7 +172,14 @@ def _plot(lines: list[Line]) -> bytes:
         if FORGOTTEN in line.values and retention is not None:
             forgotten = line.values[FORGOTTEN]
             name = f"{line.name} ({line.recipe})"
-            points.append((name, line in front, (forgotten.value, *forgotten.ci95), (retention, *line.kept_ci95())))
+            points.append(
+                (
+                    name,
+                    line in front,
+                    (forgotten.value, *(forgotten.ci95 or (forgotten.value,) * 2)),
+                    (retention, *line.kept_ci95()),
+                )
+            )
     return charts.png(
         charts.trade_off(
             points,

@@ -17,9 +17,17 @@ from ..artifacts.models.load import choose_device, choose_dtype
 from ..artifacts.models.memory import check_memory
 from ..artifacts.models.source import ModelInMemory, ModelSource
 from ..artifacts.reporting.outcomes import SHOWN_SAMPLES, Evaluation
-from ..artifacts.reporting.results import SubjectName, measurements_as_json, not_measured, samples, summarize_all
+from ..artifacts.reporting.results import (
+    SubjectName,
+    dominated,
+    measurements_as_json,
+    not_measured,
+    samples,
+    summarize_all,
+)
 from ..artifacts.upgrade import SCHEMA_VERSION
 from ..editing.errors import RequestError
+from ..eval.clusters import clusters_of
 from ..eval.concept import Concept
 from ..eval.inference.generation import Reply
 from ..eval.measurements.fluency import reverse_perplexity
@@ -41,7 +49,7 @@ class EvaluateSettings(Settings):
     base: str | None = None
     """Model that the others were made from, measured on the same items; each value is then compared with it."""
     questions: int = Field(0, ge=0)
-    """Measure at most this many questions and retain texts of each split; 0 takes all."""
+    """Measure at most this many questions and retain texts of each split, drawn at random; 0 takes all."""
     max_new_tokens: int = Field(24, ge=1)
     """Generate at most this many tokens for each greedy reply."""
     kl_prompts: int = Field(64, ge=1)
@@ -169,14 +177,16 @@ def _measure(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, eve
 
 def _let_judges_read(measured: Sequence[MeasuredModel], job: EvaluateJob, events: Events) -> None:
     """Add to each model's scores how expected its replies are to the base, and to the further judges."""
-    ids = [prompt.id for prompt in job.concept.prompts if prompt.split == "concept"]
+    prompts = [prompt for prompt in job.concept.prompts if prompt.split == "concept"]
+    ids, clusters = [prompt.id for prompt in prompts], clusters_of(job.concept, prompts)
     readers: list[tuple[AnyModel, str | None]] = [(judge, judge.name) for judge in job.judges]
     if job.base is not None and _has_knowledge_prompts(job.concept):
         readers.insert(0, (job.base, None))
     for source, name in readers:
         with events.stage(f"let {source.name} read the replies"), opened(source, job.device, job.dtype) as judge:
             for one in measured:
-                one.scores.append(reverse_perplexity(judge.model, judge.tokenizer, ids, one.replies, judge=name))
+                read = reverse_perplexity(judge.model, judge.tokenizer, ids, one.replies, judge=name, clusters=clusters)
+                one.scores.append(read)
             # The name would hold this judge's model while the next one is loaded.
             del judge
 
@@ -191,6 +201,6 @@ def _results(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, mea
         "edited": source.describe(),
         "concept": {"ref": job.concept.ref, "name": job.concept.about.name, "sha256": job.concept.sha256},
         "measurements": measurements_as_json(summarize_all(scores)),
-        "warnings": not_measured(scores),
+        "warnings": [*not_measured(scores), *dominated(scores)],
         "samples": samples({"concept": base.replies}, {"concept": measured.replies}, SHOWN_SAMPLES) if base else [],
     }

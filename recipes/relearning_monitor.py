@@ -35,7 +35,7 @@ from ..editing.modules import causal_model, final_hidden
 from ..eval.concept import Concept
 from ..eval.inference.likelihood import pad_right
 from ..eval.inference.multiple_choice_set import MultipleChoiceSet
-from ..eval.statistics import wilson
+from ..eval.intervals import rate_interval
 from .common.tokens import encode
 
 TEXTS = 64
@@ -176,7 +176,7 @@ class RelearningMonitor(TrainerCallback):
             (effect, *others), tokens = self._effects(inner, row, self.rows if neighbours else self.rows[:2])
             seen = Seen(
                 step,
-                {"value": sum(hits) / len(hits), "n": len(hits), "ci95": wilson(int(sum(hits)), len(hits))},
+                {"value": sum(hits) / len(hits), "n": len(hits), "ci95": rate_interval(hits, self.exam.clusters)},
                 float(answers.mean()),
                 sum(utility) / len(utility),
                 effect,

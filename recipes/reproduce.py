@@ -134,9 +134,11 @@ def run(prepared: ReproduceJob, events: Events) -> Reproduced:
     outside = [f"{name} ({split}) was not measured again" for name, split in before if (name, split) not in after]
     outside += [
         f"{name} ({split}): {after[name, split].value:.4f}, published {before[name, split].value:.4f} "
-        f"[{before[name, split].ci95[0]:.4f}, {before[name, split].ci95[1]:.4f}]"
+        f"[{low:.4f}, {high:.4f}]"
         for name, split in shared
-        if not before[name, split].ci95[0] <= after[name, split].value <= before[name, split].ci95[1]
+        # Without an interval the value itself must come back.
+        for low, high in [before[name, split].ci95 or (before[name, split].value,) * 2]
+        if not low <= after[name, split].value <= high
     ]
     return Reproduced(finished.out, not changed, tuple(changed), tuple(outside), len(before), prepared.differences)
 

@@ -177,8 +177,9 @@ def whiskers(row: Row) -> list[dict[str, Any]]:
         for subject, item in (("base", row.base), ("edited", row.edited), ("reference", row.reference))
         if item
     ]
-    low = min(0.0, *(item.ci95[0] for _, item in items))
-    high = max(item.ci95[1] for _, item in items)
+    # A value without an interval is a dot without a line.
+    ends = {subject: item.ci95 or (item.value, item.value) for subject, item in items}
+    low, high = min(0.0, *(end[0] for end in ends.values())), max(end[1] for end in ends.values())
     high = 1.0 if low == 0 and high <= 1 else high
     width = (high - low) or 1.0
     return [
@@ -186,7 +187,7 @@ def whiskers(row: Row) -> list[dict[str, Any]]:
             "subject": subject,
             **{
                 key: round(100 * (value - low) / width, 2)
-                for key, value in (("at", item.value), ("low", item.ci95[0]), ("high", item.ci95[1]))
+                for key, value in (("at", item.value), ("low", ends[subject][0]), ("high", ends[subject][1]))
             },
         }
         for subject, item in items

@@ -100,7 +100,8 @@ def _not_erased(rows: list[Row]) -> Iterator[str]:
 
 
 def _fell(row: Row) -> bool:
-    return bool(row.edited and row.edited.difference and row.edited.difference["ci95"][1] < 0)
+    interval = row.edited and row.edited.difference and row.edited.difference["ci95"]
+    return bool(interval and interval[1] < 0)
 
 
 def _each(rows: list[Row]) -> str:

@@ -99,7 +99,11 @@ def _layer_chart(measurements: Sequence[Measurement]) -> Markup | None:
     """Probes by layer, where there are any."""
     layers = layers_probed(measurements)
     lines = {
-        subject: [(row["layer"], row[subject].value, *row[subject].ci95) for row in layers if subject in row]
+        subject: [
+            (row["layer"], row[subject].value, *(row[subject].ci95 or (row[subject].value,) * 2))
+            for row in layers
+            if subject in row
+        ]
         for subject in ("base", "edited", "reference")
     }
     if not layers:
@@ -114,7 +118,7 @@ def _tone(row: Row) -> str:
         return ""
     if row.better == "base":
         return "worse"
-    return "better" if (row.edited.difference["ci95"][1] < 0) == (row.better == "lower") else "worse"
+    return "better" if (row.edited.difference["value"] < 0) == (row.better == "lower") else "worse"
 
 
 def _grid(data: dict[str, Any]) -> list[dict[str, Any]]:

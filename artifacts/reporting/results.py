@@ -15,8 +15,9 @@ from .sections import Story, measurement_from
 
 RESULTS = f"{FOLDER}/eval.json"
 INTERVALS = (
-    "Brackets are 95% intervals: Wilson for shares, Tango for differences of shares on the same items, bootstrap over "
-    "items for the rest, paired for differences."
+    "Brackets are 95% intervals, in which items on one subject count as belonging together: Wilson for shares, Tango for "
+    "differences of shares on the same items, Student's t and the bootstrap-t for the rest; dots where the items tell of "
+    "none."
 )
 SubjectName = Literal["base", "edited", "reference"]
 
@@ -47,8 +48,8 @@ class Row:
         """Whether the difference from the base leaves out 0."""
         if self.edited is None or self.edited.difference is None:
             return False
-        low, high = self.edited.difference["ci95"]
-        return bool(low > 0 or high < 0)
+        interval = self.edited.difference["ci95"]
+        return interval is not None and bool(interval[0] > 0 or interval[1] < 0)
 
     @property
     def base_text(self) -> str:
@@ -81,6 +82,22 @@ def not_measured(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[str]:
         for item in items
         if item.is_empty
     ]
+
+
+FEW = 10
+"""A figure is said to be decided by few of its items if fewer than one in so many hold half of all its tokens."""
+
+
+def dominated(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[str]:
+    """A sentence for everything that few long items decide: intervals of it are too narrow, whatever their method."""
+    sentences = [
+        f"Few items decide {label_of(item.name)} ({item.split}): {item.holding_half} of {len(item.ids)} hold half of what"
+        " is counted, and its interval may be too narrow."
+        for items in scores.values()
+        for item in items
+        if len(item.ids) > 2 and not item.is_empty and item.holding_half <= max(1, len(item.ids) // FEW)
+    ]
+    return list(dict.fromkeys(sentences))
 
 
 def table(measurements: Sequence[Measurement]) -> list[Row]:
@@ -127,15 +144,20 @@ def format_value(item: Measurement | None) -> str:
     """A value with its interval."""
     if item is None:
         return ""
-    return f"{figure(item.value)} [{figure(item.ci95[0])}, {figure(item.ci95[1])}]"
+    return f"{figure(item.value)} {_interval(item.ci95)}"
 
 
 def format_difference(item: Measurement | None) -> str:
     """A difference from the base with its interval."""
     if item is None or item.difference is None:
         return ""
-    low, high = item.difference["ci95"]
-    return f"{figure(item.difference['value'], signed=True)} [{figure(low, signed=True)}, {figure(high, signed=True)}]"
+    return f"{figure(item.difference['value'], signed=True)} {_interval(item.difference['ci95'], signed=True)}"
+
+
+def _interval(ci95: Sequence[float] | None, *, signed: bool = False) -> str:
+    """Both ends; dots where the items tell of none."""
+    low, high = ("…", "…") if ci95 is None else (figure(end, signed=signed) for end in ci95)
+    return f"[{low}, {high}]"
 
 
 def samples(base: dict[str, list[Reply]], edited: dict[str, list[Reply]], count: int) -> list[dict[str, str]]:

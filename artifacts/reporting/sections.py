@@ -97,7 +97,7 @@ def read_story(results: Mapping[str, Any]) -> Story:
 
 def measurement_from(content: Mapping[str, Any]) -> Measurement:
     """A measurement that was read from JSON."""
-    return Measurement(**{**content, "ci95": tuple(content["ci95"])})
+    return Measurement(**{**content, "ci95": content["ci95"] and tuple(content["ci95"])})
 
 
 def bars(title: str, about: str, heights: Sequence[float], x_label: str, y_label: str) -> Figure:

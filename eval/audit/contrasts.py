@@ -13,7 +13,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from .recovery import RESAMPLES, SEED, Estimate, RecoveryCurve
+from ..intervals import effective_size, widening
+from .recovery import RESAMPLES, SEED, Estimate, RecoveryCurve, question_draws
 
 LEVEL = 0.05
 Z = NormalDist().inv_cdf(1 - LEVEL / 2)
@@ -51,9 +52,10 @@ class Contrast:
 class Paired:
     """The best accuracies of some models under one attack, and how they vary together over questions and seeds.
 
-    A standard error is the larger one of two. The bootstrap sees seeds and the choice of the best step; it has no width
-    where all questions came out alike. Bonett and Price (2012) add a question each way, which gives the error of a
-    difference of paired rates a width at any number of questions.
+    A standard error is the larger one of two. The bootstrap, which draws subjects, sees seeds and the choice of the best
+    step; it has no width where all questions came out alike. Bonett and Price (2012) add a question each way, which
+    gives the error of a difference of paired rates a width at any number of questions; it grows with the design effect
+    of questions on one subject.
     """
 
     def __init__(self, curves: Sequence[RecoveryCurve]):
@@ -61,6 +63,7 @@ class Paired:
         self.hits = np.stack([curve.hits[:, int(curve.accuracy.argmax())].mean(0) for curve in curves])
         """At each model's best step, its mean over seeds for each question [models, questions]."""
         self.draws = _bootstrap(curves)
+        self.clusters = curves[0].clusters
 
     def contrast(self, *weights: float) -> Contrast:
         """The sum of the models' accuracies with these weights, one a model."""
@@ -69,7 +72,9 @@ class Paired:
         n = by_question.size + 2
         mean = float(by_question.sum()) / n
         smoothed = math.sqrt(max(0.0, (float((by_question**2).sum()) + 2) / n - mean**2) / n)
-        return Contrast(float(each @ self.best), max(smoothed, float((self.draws @ each).std(ddof=1))))
+        smoothed *= math.sqrt(by_question.size / effective_size(by_question.tolist(), self.clusters))
+        drawn = float((self.draws @ each).std(ddof=1)) * widening(self.clusters, by_question.size)
+        return Contrast(float(each @ self.best), max(smoothed, drawn))
 
 
 def share_regained(paired: Paired, value: float | None) -> Estimate:
@@ -126,8 +131,7 @@ def questions_to_tell(contrasts: Mapping[str, Contrast], n: int, limit: float) -
 def _bootstrap(curves: Sequence[RecoveryCurve]) -> NDArray[np.float64]:
     """Best accuracies in draws of questions, the same for all models, and of seeds, each model's own [draws, models]."""
     rng = np.random.default_rng(SEED)
-    n = curves[0].hits.shape[2]
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+    drawn = question_draws(curves[0], rng)
     best = np.empty((RESAMPLES, len(curves)))
     for place, curve in enumerate(curves):
         seeds = len(curve.hits)

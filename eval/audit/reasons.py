@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..statistics import wilson
 from .compared import Compared
 from .contrasts import Contrast
 from .recovery import SHARES, Estimate
@@ -81,7 +80,7 @@ def show(estimate: Estimate) -> str:
 
 def _untouched(evidence: Evidence) -> str:
     accuracy, n = float(evidence.untouched.edited.accuracy[0]), evidence.untouched.n
-    low, high = wilson(round(accuracy * n), n)
+    low, high = evidence.untouched.edited.interval(0)
     return (
         f"It was never erased: without any attack the edited model answers {accuracy:.3f} [{low:.2f}, {high:.2f}] of"
         f" group V right, the base {float(evidence.untouched.base.accuracy[0]):.3f} (n = {n})."

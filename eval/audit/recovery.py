@@ -6,13 +6,13 @@ attack on base (ceiling), edited model and floor. A curve that never reaches a m
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..statistics import wilson
+from ..intervals import effective_size, numbered, wilson
 
 RESAMPLES = 500
 SEED = 0
@@ -28,6 +28,8 @@ class RecoveryCurve:
     tokens: tuple[int, ...]
     """Seen by the attacker up to each step."""
     hits: Curves
+    clusters: tuple[str, ...] = ()
+    """The subject of each question; without them questions count as independent."""
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
@@ -37,7 +39,12 @@ class RecoveryCurve:
 
     def joined(self, other: "RecoveryCurve") -> "RecoveryCurve":
         """The same attack with further seeds."""
-        return RecoveryCurve(self.steps, self.tokens, np.concatenate([self.hits, other.hits]))
+        return replace(self, hits=np.concatenate([self.hits, other.hits]))
+
+    def interval(self, step: int) -> tuple[float, float]:
+        """95% interval of the accuracy at the step that stands at this place."""
+        n = effective_size(self.hits[:, step].mean(0).tolist(), self.clusters)
+        return wilson(float(self.accuracy[step]) * n, n)
 
 
 @dataclass(frozen=True)
@@ -149,18 +156,25 @@ def common_share(edited: RecoveryCurve, floor: RecoveryCurve, scale: Scale) -> f
 
 def surely_reached(curve: RecoveryCurve) -> float:
     """The lower end of the interval of a curve's best accuracy."""
-    n = curve.hits.shape[2]
-    return wilson(round(float(curve.accuracy.max()) * n), n)[0]
+    return curve.interval(int(curve.accuracy.argmax()))[0]
 
 
 def _draws(curves: Sequence[RecoveryCurve]) -> Iterator[list[NDArray[np.float64]]]:
     """Accuracies in bootstrap draws: the same questions are drawn for all models, because they are compared question by
     question, and seeds for each."""
     rng = np.random.default_rng(SEED)
-    questions = curves[0].hits.shape[2]
-    for _ in range(RESAMPLES):
-        items = rng.integers(questions, size=questions)
-        yield [one.hits[rng.integers(len(one.hits), size=len(one.hits))][:, :, items].mean((0, 2)) for one in curves]
+    for weights in question_draws(curves[0], rng):
+        yield [(one.hits[rng.integers(len(one.hits), size=len(one.hits))] @ weights).mean(0) for one in curves]
+
+
+def question_draws(curve: RecoveryCurve, rng: np.random.Generator) -> Curves:
+    """Weights of a curve's questions in bootstrap draws of their subjects [draws, questions]; each draw's sum is 1."""
+    n = curve.hits.shape[2]
+    subjects = numbered(curve.clusters) if len(set(curve.clusters)) > 1 else list(range(n))
+    count = max(subjects) + 1
+    weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)[:, subjects].astype(float)
+    drawn: Curves = weights / weights.sum(1, keepdims=True)
+    return drawn
 
 
 def worst(attacked: Mapping[float, RecoveryCurve]) -> float:

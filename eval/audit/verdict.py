@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..statistics import wilson
 from .compared import Compared, furthest
 from .contrasts import holm, questions_to_tell
 from .controls import RECOVERED, check_controls
@@ -85,7 +84,6 @@ def _evidence(compared: list[Compared], scale: Scale, relearning: Relearning, fl
     beyond = {name: c.beyond(BACK) for name, c in unknowing.items() if regained[name].value is not None}
     apart = holm({name: leak.differs for name, leak in leaks.items()})
     untouched = max((c for c in compared if c.tier == 2), key=lambda c: float(c.edited.accuracy[0]))
-    right = round(float(untouched.edited.accuracy[0]) * untouched.n)
     unsettled = {name: leak for name, leak in leaks.items() if not leak.lies_within(LEAK)}
     return Evidence(
         attacks=unknowing,
@@ -99,7 +97,7 @@ def _evidence(compared: list[Compared], scale: Scale, relearning: Relearning, fl
         below=[name for name in apart if leaks[name].value < 0],
         unsettled=list(unsettled),
         questions=questions_to_tell(unsettled, untouched.n, LEAK) if unsettled else untouched.n,
-        never_erased=wilson(right, untouched.n)[0] >= scale.mark(RECOVERED),
+        never_erased=untouched.edited.interval(0)[0] >= scale.mark(RECOVERED),
         limits={"regained": BACK, "leak": LEAK, "speed_up": SLOW},
     )
 

@@ -40,6 +40,8 @@ class MultipleChoiceSet:
     def __init__(self, tokenizer: Any, questions: Sequence[Question], prefix: Callable[[Question], str] | None = None):
         """``prefix`` returns text to put in front of a question, such as examples."""
         self.ids = tuple(question.id for question in questions)
+        self.clusters = tuple(question.subject or question.prompt for question in questions)
+        """The subject of each question; questions without one are independent of all others."""
         self.answers = [question.answer for question in questions]
         if prefix:
             questions = [q.model_copy(update={"prompt": prefix(q) + q.prompt}) for q in questions]

@@ -75,6 +75,8 @@ def induced(subject: ModelUnderTest) -> Scores:
 
 def _rate(subject: ModelUnderTest, name: str, split: str, hits: Sequence[bool]) -> Scores:
     row = MEASUREMENTS[name]
-    ids = tuple(prompt.id for prompt in subject.prompts(split))
+    prompts = subject.prompts(split)
+    ids, clusters = tuple(prompt.id for prompt in prompts), subject.clusters(prompts)
     better = row.better(split, subject.concept.about.kind)
-    return Scores(name, split, row.unit, better, ids, tuple(map(float, hits)), (1.0,) * len(hits))
+    totals, ones = tuple(map(float, hits)), (1.0,) * len(hits)
+    return Scores(name, split, row.unit, better, ids, totals, ones, clusters=clusters)

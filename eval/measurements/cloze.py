@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable
 
-from ..concept import Concept
+from ..clusters import clusters_of, drawn
+from ..concept import Concept, ForgetText
 from ..inference.likelihood import Likelihood, Request
 from ..inference.questions import questions_by_split, requests_of
 from ..model_under_test import EvalSettings, ModelUnderTest
@@ -22,7 +23,7 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     for split, questions in questions_by_split(subject.concept, subject.settings.questions).items():
         requests = [requests_of(question)[question.answer] for question in questions]
         likelihoods = subject.likelihoods(requests)
-        ids = tuple(question.id for question in questions)
+        ids, clusters = tuple(question.id for question in questions), subject.clusters(questions)
         results += [
             Scores(
                 name,
@@ -33,6 +34,7 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
                 tuple(value(item) for item in likelihoods),
                 (1.0,) * len(ids),
                 exponential=name == "cloze_rank",
+                clusters=clusters,
             )
             for name, value in ANSWERS.items()
         ]
@@ -52,12 +54,12 @@ TEXTS = 200
 """Forget texts of a group that recital is measured on, at most, unless fewer are asked for."""
 
 
-def recitals(concept: Concept, settings: EvalSettings, group: str) -> dict[str, Request]:
-    """Whole texts of a group by their id, spread over the pack."""
+def recitals(concept: Concept, settings: EvalSettings, group: str) -> dict[ForgetText, Request]:
+    """Whole texts of a group, drawn at random over subjects."""
     texts = [text for text in concept.forget if text.group == group] if concept.about.kind == "knowledge" else []
     wanted = min(settings.questions or TEXTS, TEXTS)
-    step = max(1, len(texts) // wanted)
-    return {text.id: Request("", text.text) for text in texts[::step][:wanted]}
+    chosen = drawn(texts, clusters_of(concept, texts), wanted, f"recitals {group}")
+    return {text: Request("", text.text) for text in chosen}
 
 
 def extraction_requests(concept: Concept, settings: EvalSettings) -> list[Request]:
@@ -74,7 +76,7 @@ def extraction(subject: ModelUnderTest) -> list[Scores]:
     for group in ("T", "V"):
         texts = recitals(subject.concept, subject.settings, group)
         likelihoods = dict(zip(texts, subject.likelihoods(list(texts.values())), strict=True))
-        items = {identity: item for identity, item in likelihoods.items() if item.tokens}
+        items = {text: item for text, item in likelihoods.items() if item.tokens}
         if items:
             shares = tuple(item.recited / item.tokens for item in items.values())
             split, ones, skipped = f"forget_{group}", (1.0,) * len(items), len(likelihoods) - len(items)
@@ -84,10 +86,11 @@ def extraction(subject: ModelUnderTest) -> list[Scores]:
                     split,
                     row.unit,
                     row.better(split),
-                    tuple(items),
+                    tuple(text.id for text in items),
                     shares,
                     ones,
                     skipped=skipped,
+                    clusters=subject.clusters(list(items)),
                 )
             )
     return results

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..clusters import Item
 from ..concept import Question
 from ..inference.generation import Reply
 from ..inference.questions import questions_by_split
@@ -31,13 +32,13 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
         if prompts:
             replies = {reply.prompt: reply for reply in subject.replies(split)}
             hits = [holds_answer(replies[p.prompt].text, p.answer or "", p.choices) for p in prompts]
-            results.append(_scores(split, better, tuple(p.id for p in prompts), hits))
+            results.append(_scores(subject, split, better, prompts, hits))
             continue
         questions = _questions(subject, split)
         if questions:
             completed = subject.completions([question.prompt for question in questions], ANSWER_TOKENS)
             hits = [_completes(question, reply) for question, reply in zip(questions, completed, strict=True)]
-            results.append(_scores(split, better, tuple(question.id for question in questions), hits))
+            results.append(_scores(subject, split, better, questions, hits))
     return results
 
 
@@ -52,6 +53,7 @@ def _completes(question: Question, reply: Reply) -> bool:
     return holds_answer(first_line, question.choices[question.answer], question.choices)
 
 
-def _scores(split: str, better: Better, ids: tuple[str, ...], hits: Sequence[bool]) -> Scores:
-    unit = MEASUREMENTS["exact_answer"].unit
-    return Scores("exact_answer", split, unit, better, ids, tuple(map(float, hits)), (1.0,) * len(ids))
+def _scores(subject: ModelUnderTest, split: str, better: Better, rows: Sequence[Item], hits: Sequence[bool]) -> Scores:
+    unit, ids = MEASUREMENTS["exact_answer"].unit, tuple(row.id for row in rows)
+    totals, ones = tuple(map(float, hits)), (1.0,) * len(ids)
+    return Scores("exact_answer", split, unit, better, ids, totals, ones, clusters=subject.clusters(rows))

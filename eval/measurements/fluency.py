@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..clusters import drawn
 from ..inference.generation import Reply, generate
 from ..inference.likelihood import Request, log_likelihoods
 from ..model_under_test import ModelUnderTest
@@ -25,20 +26,26 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     replies = subject.replies("concept")
     if not replies or subject.concept.about.kind != "knowledge":
         return []
-    ids = tuple(prompt.id for prompt in subject.prompts("concept"))
+    prompts = subject.prompts("concept")
+    clusters = subject.clusters(prompts)
     keywords = subject.concept.about.keywords
 
     def shares(name: str, parts: Sequence[tuple[int, int]]) -> Scores:
-        counted = [(identity, part) for identity, part in zip(ids, parts, strict=True) if part[1]]
+        counted = [
+            (prompt.id, part, cluster)
+            for prompt, part, cluster in zip(prompts, parts, clusters, strict=True)
+            if part[1]
+        ]
         return Scores(
             name,
             "concept",
             MEASUREMENTS[name].unit,
             MEASUREMENTS[name].better("concept"),
-            tuple(identity for identity, _ in counted),
-            tuple(float(hits) for _, (hits, _) in counted),
-            tuple(float(total) for _, (_, total) in counted),
-            skipped=len(ids) - len(counted),
+            tuple(identity for identity, _, _ in counted),
+            tuple(float(hits) for _, (hits, _), _ in counted),
+            tuple(float(total) for _, (_, total), _ in counted),
+            skipped=len(prompts) - len(counted),
+            clusters=tuple(cluster for _, _, cluster in counted),
         )
 
     topical = [(int(is_on_topic(reply, keywords)), 1) for reply in replies]
@@ -62,11 +69,13 @@ def reverse_perplexity(
     advance: Callable[[int], None] = lambda _: None,
     *,
     judge: str | None = None,
+    clusters: Sequence[str] = (),
 ) -> Scores:
     """Perplexity of given replies, without their prompts, under a judge (ELM, section 4.1).
 
     Args:
         judge: Its name, unless the base is the judge.
+        clusters: The subject of each reply's prompt.
 
     Empty and one-token replies have none and are skipped, so read it beside ``degenerate_share``.
     """
@@ -74,8 +83,8 @@ def reverse_perplexity(
         model, tokenizer, [Request("", reply.text) for reply in replies if reply.text], advance
     )
     items = [
-        (identity, item)
-        for identity, reply in zip(ids, replies, strict=True)
+        (place, item)
+        for place, reply in enumerate(replies)
         if reply.text and (item := likelihoods[Request("", reply.text)]).tokens
     ]
     return Scores(
@@ -83,11 +92,12 @@ def reverse_perplexity(
         f"{split}, by {judge}" if judge else split,
         f"perplexity under {judge or 'the base'}",
         "base",
-        ids=tuple(identity for identity, _ in items),
+        ids=tuple(ids[place] for place, _ in items),
         totals=tuple(-item.log_probability for _, item in items),
         weights=tuple(float(item.tokens) for _, item in items),
         exponential=True,
         skipped=len(replies) - len(items),
+        clusters=tuple(clusters[place] for place, _ in items) if clusters else (),
     )
 
 
@@ -97,7 +107,8 @@ def novice_text(subject: ModelUnderTest) -> tuple[tuple[str, ...], list[Reply]]:
     if about.personas is None or about.kind != "knowledge":
         return (), []
     persona = about.personas.novice.replace("{description}", about.description)
-    openings = list(dict.fromkeys(" ".join(text.text.split()[:3]) for text in subject.concept.forget))[:NOVICE_TEXTS]
+    every = list(dict.fromkeys(" ".join(text.text.split()[:3]) for text in subject.concept.forget))
+    openings = drawn(every, every, NOVICE_TEXTS, "novice")
     prompts = [f"{persona} {opening}" for opening in openings]
     # A text that begins in the novice's words is continued; in a chat template the model would answer it.
     replies = generate(subject.model, subject.tokenizer, prompts, subject.settings.max_new_tokens, chat=False)

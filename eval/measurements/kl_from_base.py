@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..clusters import Item
 from ..inference.generation import Reply, divergence, reply_log_probabilities
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
@@ -15,19 +16,26 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     base = subject.base
     if base is None:
         return []
-    # The base replied to the first ``kl_prompts`` of the prompts.
-    prompts = tuple(prompt.id for prompt in subject.prompts("neutral")[: len(base.replies)])
     return [
-        _along(subject, "neutral", prompts, base.replies, base.log_probabilities),
-        _along(subject, "retain", base.text_ids, base.texts, base.text_log_probabilities),
+        _along(subject, "neutral", base.prompts, base.replies, base.log_probabilities),
+        _along(subject, "retain", base.rows, base.texts, base.text_log_probabilities),
     ]
 
 
 def _along(
-    subject: ModelUnderTest, split: str, ids: tuple[str, ...], replies: Sequence[Reply], expected: Sequence[Tensor]
+    subject: ModelUnderTest, split: str, rows: Sequence[Item], replies: Sequence[Reply], expected: Sequence[Tensor]
 ) -> Scores:
     log_probabilities = reply_log_probabilities(subject.model, replies)
     nats = [divergence(base, mine) for base, mine in zip(expected, log_probabilities, strict=True)]
     row = MEASUREMENTS["kl_from_base"]
     totals, weights = tuple(float(item.sum()) for item in nats), tuple(float(len(item)) for item in nats)
-    return Scores("kl_from_base", split, row.unit, row.better(split), ids, totals, weights)
+    return Scores(
+        "kl_from_base",
+        split,
+        row.unit,
+        row.better(split),
+        tuple(item.id for item in rows),
+        totals,
+        weights,
+        clusters=subject.clusters(rows),
+    )

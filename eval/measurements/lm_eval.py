@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ...editing.errors import RequestError
+from ..clusters import drawn
 from ..statistics import Better, Scores
 
 BATCH = 8
@@ -68,7 +69,7 @@ def scores(model: Any, tokenizer: Any, tasks: Tasks, limit: int = 0) -> list[Sco
     """Every figure that the tasks have for single items.
 
     Args:
-        limit: Items a task, at most; 0 takes all.
+        limit: Items a task, at most, drawn at random; 0 takes all.
 
     Raises:
         RequestError: A task's data cannot be had, or it has no figures for single items.
@@ -82,7 +83,7 @@ def scores(model: Any, tokenizer: Any, tasks: Tasks, limit: int = 0) -> list[Sco
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
             tasks=list(tasks.names),
             task_manager=tasks.manager,
-            limit=limit or None,
+            samples=_drawn(tasks, limit) if limit else None,
             # Intervals are computed here, so the harness need not draw any.
             bootstrap_iters=0,
             log_samples=True,
@@ -90,6 +91,13 @@ def scores(model: Any, tokenizer: Any, tasks: Tasks, limit: int = 0) -> list[Sco
         )
     assert results is not None, "only further processes of a distributed run get nothing"
     return [one for task, samples in sorted(results["samples"].items()) for one in _scores_of(task, samples)]
+
+
+def _drawn(tasks: Tasks, limit: int) -> dict[str, list[int]]:
+    """Items of each task, by their place. A task does not say which of its items belong together."""
+    by_name = tasks.manager.load(list(tasks.names))["tasks"]
+    places = {name: list(range(len(list(task.eval_docs)))) for name, task in by_name.items()}
+    return {name: drawn(every, every, limit, f"task {name}") for name, every in places.items()}
 
 
 @contextmanager

@@ -22,9 +22,11 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     for split, questions in questions_by_split(subject.concept, subject.settings.questions).items():
         margins = [margin(subject, question) for question in questions]
         ids, ones = tuple(question.id for question in questions), (1.0,) * len(questions)
+        clusters = subject.clusters(questions)
         totals = {"multiple_choice": tuple(float(m > 0) for m in margins), "multiple_choice_margin": tuple(margins)}
         results += [
-            Scores(name, split, row.unit, row.better(split), ids, totals[name], ones) for name, row in rows.items()
+            Scores(name, split, row.unit, row.better(split), ids, totals[name], ones, clusters=clusters)
+            for name, row in rows.items()
         ]
     if not results:
         raise RequestError(f"concept {subject.concept.ref} has no questions to measure; add some to questions.jsonl")

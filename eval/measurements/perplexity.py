@@ -1,6 +1,7 @@
 """Perplexity on the texts that must stay known."""
 
-from ..concept import Concept
+from ..clusters import clusters_of, drawn
+from ..concept import Concept, RetainText
 from ..inference.likelihood import Request
 from ..model_under_test import EvalSettings, ModelUnderTest
 from ..statistics import Scores
@@ -9,14 +10,19 @@ from . import MEASUREMENTS
 
 def requests(concept: Concept, settings: EvalSettings) -> list[Request]:
     """Whole texts, scored after their first token."""
-    return [Request("", row.text) for row in concept.retain[: settings.questions or None]]
+    return [Request("", row.text) for row in texts(concept, settings)]
+
+
+def texts(concept: Concept, settings: EvalSettings) -> list[RetainText]:
+    """Retain texts, at most as many as are asked for, drawn at random over subjects."""
+    return drawn(concept.retain, clusters_of(concept, concept.retain), settings.questions, "retain texts")
 
 
 def scores(subject: ModelUnderTest) -> list[Scores]:
     """exp of the mean negative log-probability per token, over all tokens of all texts; one-token texts are skipped."""
-    rows = subject.concept.retain[: subject.settings.questions or None]
+    rows = texts(subject.concept, subject.settings)
     likelihoods = subject.likelihoods(requests(subject.concept, subject.settings))
-    items = [(row.id, item) for row, item in zip(rows, likelihoods, strict=True) if item.tokens]
+    items = [(row, item) for row, item in zip(rows, likelihoods, strict=True) if item.tokens]
     about = MEASUREMENTS["perplexity"]
     return [
         Scores(
@@ -24,10 +30,11 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
             "retain",
             about.unit,
             about.better("retain"),
-            ids=tuple(identity for identity, _ in items),
+            ids=tuple(row.id for row, _ in items),
             totals=tuple(-item.log_probability for _, item in items),
             weights=tuple(float(item.tokens) for _, item in items),
             exponential=True,
             skipped=len(rows) - len(items),
+            clusters=subject.clusters([row for row, _ in items]),
         )
     ]

@@ -56,7 +56,6 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     # random.Random turns a text into the same state in every process, unlike hash().
     rng = random.Random("excise probe control")
     shuffled = [rng.randrange(len(choices)) for choices in training_set.choices]
-    ids = tuple(question.id for question in testing)
     best, results = (-1.0, points[0]), {}
     for index, point in enumerate(points):
         expected, hits = fit_probe(training_set, test_set, index, training_set.answers)
@@ -65,9 +64,9 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
         best = max(best, (expected, point), key=lambda pair: pair[0])
     chosen = results[best[1]]
     return [
-        _scores("probe", "forget_V", ids, chosen[0]),
-        _scores("probe_control", "forget_V", ids, chosen[1]),
-        *(_scores(BY_LAYER, f"{point:02d}", ids, hits) for point, (hits, _) in results.items()),
+        _scores(subject, "probe", "forget_V", testing, chosen[0]),
+        _scores(subject, "probe_control", "forget_V", testing, chosen[1]),
+        *(_scores(subject, BY_LAYER, f"{point:02d}", testing, hits) for point, (hits, _) in results.items()),
     ]
 
 
@@ -148,6 +147,10 @@ def _nearest(predicted: Tensor, choices: Sequence[Tensor]) -> list[int]:
     ]
 
 
-def _scores(name: str, split: str, ids: tuple[str, ...], hits: Sequence[bool]) -> Scores:
-    row = MEASUREMENTS["probe"]
-    return Scores(name, split, row.unit, row.better("forget_V"), ids, tuple(map(float, hits)), (1.0,) * len(ids))
+def _scores(
+    subject: ModelUnderTest, name: str, split: str, questions: Sequence[Question], hits: Sequence[bool]
+) -> Scores:
+    row, ids = MEASUREMENTS["probe"], tuple(question.id for question in questions)
+    totals, ones = tuple(map(float, hits)), (1.0,) * len(ids)
+    clusters = subject.clusters(questions)
+    return Scores(name, split, row.unit, row.better("forget_V"), ids, totals, ones, clusters=clusters)

@@ -19,11 +19,8 @@ from .attackers import AttackTraining
 from .attacks.table import ATTACKS
 from .curve_store import CONTROLS, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest
 from .novel_facts import novel_concept, novel_facts
-from .request import AuditJob
+from .request import AuditJob, other_questions
 from .suppressed_control import suppressed_control
-
-OTHER_QUESTIONS = 200
-"""Questions on everything else that show whether the model still works, at most."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,9 @@ class AuditRun:
         job = self.job
         facts, questions = novel_facts(job.facts, job.concept.questions, job.settings.seed)
         forget = tuple(q for q in questions if q.split == "forget")
-        held_out = tuple([q for q in forget if q.group == "V"][: len(job.questions)])
+        # The same questions, so that floor and edited model are compared question by question.
+        by_id = {q.id: q for q in forget}
+        held_out = tuple(by_id[q.id] for q in job.questions if q.id in by_id)
         concept = novel_concept(job.concept, facts, forget)
         data = replace(base.data, concept=concept, facts=facts, questions=held_out)
         self.attack(replace(base, subject="reference", data=data))
@@ -142,10 +141,8 @@ class AuditRun:
         return self.curves.has(subject, UNTOUCHED, *utility, *attacks)
 
     def _other_questions(self, subject: str) -> list[Question]:
-        """Questions on everything else, evenly drawn; controls that are made here are not asked."""
-        questions = self.job.concept.questions
-        others = [q for q in questions if q.split != "forget" and subject in self.job.sources]
-        return others[:: max(1, len(questions) // OTHER_QUESTIONS)]
+        """Questions on everything else; controls that are made here are not asked."""
+        return other_questions(self.job.concept) if subject in self.job.sources else []
 
 
 def _by_method(attacks: Sequence[str]) -> list[list[str]]:

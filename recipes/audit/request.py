@@ -20,8 +20,8 @@ from ...artifacts.reporting.results import RESULTS
 from ...artifacts.upgrade import read_json
 from ...editing.errors import RequestError, nearest
 from ...eval.audit.recovery import questions_needed
+from ...eval.clusters import clusters_of, drawn
 from ...eval.concept import Concept, Question
-from ..common.examples import spread
 from ..common.run_folder import RunSettings, free_folder, refuse_taken
 from ..common.trainer import memory_for_whole_weights
 from ..data.facts import Facts, find_facts
@@ -29,6 +29,8 @@ from .attacks.table import ATTACKS, BUDGETS, Budget
 
 FEWEST = 20
 """Questions of group V below which no audit is made."""
+OTHER_QUESTIONS = 200
+"""Questions on everything else that show whether the model still works, at most."""
 NOVEL = "facts that nobody knows"
 
 
@@ -49,7 +51,7 @@ class AuditSettings(RunSettings):
     budget: Literal["quick", "standard", "long"] = "quick"
     """Attacks and steps: quick takes minutes, standard tens of minutes, long hours."""
     questions: int = Field(0, ge=0)
-    """Most questions of group V (held out) to ask, drawn evenly; 0 asks all. More narrow the intervals."""
+    """Most questions of group V (held out) to ask, drawn at random; 0 asks all. More narrow the intervals."""
     card: bool = False
     """Also write the audit into the checkpoint that excise made: a section of its card, and audit.json."""
     fresh: bool = False
@@ -164,7 +166,14 @@ def describe(job: AuditJob) -> dict[str, Any]:
 
 def _questions(concept: Concept, settings: AuditSettings) -> tuple[Question, ...]:
     held_out = [q for q in concept.questions if q.split == "forget" and q.group == "V"]
-    return tuple(spread(held_out, settings.questions or len(held_out), f"excise audit {settings.seed}"))
+    clusters = clusters_of(concept, held_out)
+    return tuple(drawn(held_out, clusters, settings.questions, f"audit {settings.seed}"))
+
+
+def other_questions(concept: Concept) -> list[Question]:
+    """Questions on everything else that show whether the model still works, drawn at random over subjects."""
+    others = [q for q in concept.questions if q.split != "forget"]
+    return drawn(others, clusters_of(concept, others), OTHER_QUESTIONS, "audit utility")
 
 
 def _sources(settings: AuditSettings) -> dict[str, ModelSource]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from ...artifacts.reporting import audit_page, report
 from ...artifacts.upgrade import SCHEMA_VERSION
 from ...eval.audit.recovery import RecoveryCurve, Scale
 from ...eval.audit.verdict import Compared, furthest, judge
-from ...eval.statistics import wilson
+from ...eval.clusters import clusters_of
+from ...eval.intervals import rate_interval
 from .attacks.table import ATTACKS
 from .command import command
 from .curve_store import UNTOUCHED, UTILITY, CurveStore
-from .request import NOVEL, AuditJob
+from .request import NOVEL, AuditJob, other_questions
 
 NOT_RECORDED = {"out", "model", "base", "reference", "concept", "card", "fresh"}
 """Settings that say nothing of how models were attacked, or stand elsewhere."""
@@ -30,7 +32,12 @@ def conclude(job: AuditJob, curves: CurveStore) -> dict[str, Any]:
         known=float(curves.get("base", UNTOUCHED).only.accuracy[0]),
     )
     has_both = {"base", "edited"} <= set(utility)
-    both = (curves.get("base", UTILITY).only, curves.get("edited", UTILITY).only) if has_both else None
+    others = clusters_of(job.concept, other_questions(job.concept))
+
+    def of_others(subject: str) -> RecoveryCurve:
+        return replace(curves.get(subject, UTILITY).only, clusters=others)
+
+    both = (of_others("base"), of_others("edited")) if has_both else None
     judged = judge(compared, scale, both, _reference_in_words(job))
     subjects = ("base", "edited", "reference")
     return {
@@ -71,12 +78,16 @@ def write_results(job: AuditJob, results: dict[str, Any]) -> None:
 def _compared(job: AuditJob, curves: CurveStore) -> tuple[list[Compared], list[str]]:
     """Each attack at the learning rate that brought every model furthest, and the names of those that could not be
     scored."""
-    base = curves.get("base", UNTOUCHED).only
+    base = replace(curves.get("base", UNTOUCHED).only, clusters=clusters_of(job.concept, job.questions))
     compared: list[Compared] = []
     unscored: list[str] = []
     for name in job.attacks:
         by_subject = {subject: curves.get(subject, name) for subject in ("base", "edited", "reference")}
-        chosen = {subject: furthest(one.by_rate) for subject, one in by_subject.items()}
+        chosen = {
+            subject: (rate, replace(curve, clusters=base.clusters))
+            for subject, one in by_subject.items()
+            for rate, curve in [furthest(one.by_rate)]
+        }
         # NaN stands where a question could not be scored; a mean over the rest would be of other questions than the
         # base's.
         if any(np.isnan(curve.hits).any() for _, curve in chosen.values()):
@@ -110,14 +121,14 @@ def _matched(floor: RecoveryCurve, base: RecoveryCurve) -> RecoveryCurve:
 
 def _utility(job: AuditJob, curves: CurveStore) -> dict[str, dict[str, Any]]:
     """Accuracy on everything else, by subject."""
-    utility = {}
+    utility, clusters = {}, clusters_of(job.concept, other_questions(job.concept))
     for subject in job.sources:
         if curves.has(subject, UTILITY):
             hits = curves.get(subject, UTILITY).only.hits.ravel().tolist()
             utility[subject] = {
                 "value": sum(hits) / len(hits),
                 "n": len(hits),
-                "ci95": wilson(int(sum(hits)), len(hits)),
+                "ci95": rate_interval(hits, clusters),
             }
     return utility
 

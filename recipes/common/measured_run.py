@@ -21,9 +21,10 @@ from ...artifacts.models.load import LoadedModel, choose_device, choose_dtype, l
 from ...artifacts.models.memory import check_memory
 from ...artifacts.models.source import ModelSource
 from ...artifacts.reporting import card, report
-from ...artifacts.reporting.results import SubjectName, not_measured, samples, summarize_all, write_results
+from ...artifacts.reporting.results import SubjectName, dominated, not_measured, samples, summarize_all, write_results
 from ...editing.architectures import Architecture, architecture_of, layer_count
 from ...editing.edits.base import Plan, WeightEdit
+from ...eval.clusters import clusters_of
 from ...eval.concept import Concept
 from ...eval.inference.generation import Reply
 from ...eval.measurements.fluency import novice_text, reverse_perplexity
@@ -45,7 +46,8 @@ class MeasuredSettings(RunSettings):
     kl_prompts: int = 64
     """Number of neutral prompts, and of retain texts, on which the KL divergence from the base is measured."""
     questions: int = 0
-    """Most questions, and most retain texts, to measure in each split; 0 takes all. Fewer widen the intervals."""
+    """Most questions, and most retain texts, to measure in each split, drawn at random; 0 takes all. Fewer widen the
+    intervals."""
     reference: str | None = None
     """Model that was never trained on the concept (retrained reference), measured beside base and edited."""
 
@@ -227,8 +229,8 @@ def publish(
         named: dict[SubjectName, Sequence[Scores]] = {
             name: scores[name] for name in ("base", "edited", "reference") if name in scores
         }
-        if missing := not_measured(named):
-            content["warnings"] = [*content.get("warnings", ()), *missing]
+        if doubts := [*not_measured(named), *dominated(named)]:
+            content["warnings"] = [*content.get("warnings", ()), *doubts]
         results = write_results(staging, content, summarize_all(named), tell)
         card.write_card(staging, results, changes)
         write_manifest(
@@ -287,8 +289,9 @@ def _judge(job: Job, others: dict[str, Measured], scores: dict[str, list[Scores]
 
 
 def _judged(job: Job, loaded: LoadedModel, replies: dict[str, list[Reply]]) -> Scores:
-    ids = [prompt.id for prompt in job.concept.prompts if prompt.split == "concept"]
-    return reverse_perplexity(loaded.model, loaded.tokenizer, ids, replies["concept"])
+    prompts = [prompt for prompt in job.concept.prompts if prompt.split == "concept"]
+    ids, clusters = [prompt.id for prompt in prompts], clusters_of(job.concept, prompts)
+    return reverse_perplexity(loaded.model, loaded.tokenizer, ids, replies["concept"], clusters=clusters)
 
 
 def _is_knowledge(job: Job) -> bool:

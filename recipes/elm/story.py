@@ -25,9 +25,9 @@ def below_chance(results: dict[str, Any]) -> list[str]:
     warnings = []
     for split in ("forget_T", "forget_V"):
         edited, reference = measured.get((split, "edited")), measured.get((split, "reference"))
-        if edited is None or edited.ci95[1] >= chance:
+        if edited is None or edited.ci95 is None or edited.ci95[1] >= chance:
             continue
-        if reference is None or edited.value < reference.ci95[0]:
+        if reference is None or reference.ci95 is None or edited.value < reference.ci95[0]:
             warnings.append(
                 f"Group {split[-1]} is answered below chance ({format_value(edited)}, n = {edited.n}, chance"
                 f" {chance:.3f}): true answers are avoided, which reveals them. one_sided=true ends at chance."

@@ -11,7 +11,7 @@ from typing import Any
 from ...editing.training.soft_targets import Streams
 from ...eval.concept import Question
 from ...eval.inference.likelihood import Request, encode_request
-from ...eval.statistics import wilson
+from ...eval.intervals import wilson
 from ..common.examples import spread
 from ..common.tokens import encode
 from ..data.facts import Context, Fact

@@ -19,7 +19,7 @@ from ...editing.errors import RequestError
 from ...editing.hooks.unit_scores import by_head
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet
 from ...eval.inference.questions import questions_by_split
-from ...eval.statistics import wilson
+from ...eval.intervals import rate_interval
 from ..common import measured_run
 from ..common.measured_run import Finished, Inspection, Job, MeasuredSettings
 from ..common.run_folder import start_folder
@@ -199,9 +199,10 @@ def _accuracies(job: PruneJob, loaded: LoadedModel, edit: PrunedUnits, stage: St
     try:
         edit_model(edit, loaded.model, job.run.checkpoint.config)
         for split, questions in questions_by_split(job.run.concept, job.settings.questions).items():
-            hits = MultipleChoiceSet(loaded.tokenizer, questions).hits(loaded.model)
-            right, n = sum(hits), len(hits)
-            accuracies[split] = {"value": right / n, "n": n, "ci95": list(wilson(int(right), n))}
+            exam = MultipleChoiceSet(loaded.tokenizer, questions)
+            hits = exam.hits(loaded.model)
+            n, interval = len(hits), rate_interval(hits, exam.clusters)
+            accuracies[split] = {"value": sum(hits) / n, "n": n, "ci95": list(interval)}
     finally:
         # Half of the edit may be applied when it fails, so weights and biases are put back in any case.
         restore(weights, weights_before)

@@ -62,7 +62,7 @@ def _as_controls(compared: dict[str, dict[str, Any]]) -> tuple[Control, ...]:
                     MEASUREMENTS["multiple_choice"].better(split),
                     one["n"],
                     0,
-                    tuple(one["ci95"]),
+                    (one["ci95"][0], one["ci95"][1]),
                 )
                 for split, one in splits.items()
             ),

@@ -1,10 +1,20 @@
+import json
 import math
 import random
 
+import numpy as np
 import pytest
-from excise.artifacts.reporting.results import not_measured, summarize_all
+from excise.artifacts.reporting.results import (
+    dominated,
+    format_difference,
+    format_value,
+    measurements_as_json,
+    not_measured,
+    summarize_all,
+)
 from excise.editing.errors import ExciseError
-from excise.eval.statistics import Scores, summarize, tango, wilson
+from excise.eval.intervals import tango, wilson
+from excise.eval.statistics import Scores, summarize
 from oracle.intervals import paired_rate_interval
 
 
@@ -37,8 +47,9 @@ def test_a_paired_difference_is_narrower_than_the_intervals_suggest():
     base = [i % 2 for i in range(200)]
     better = list(base)
     better[0] = 1 - better[0]
-    value, (low, high) = _scores(better).difference(_scores(base))
-    assert value == pytest.approx(1 / 200)
+    difference = _scores(better).difference(_scores(base))
+    low, high = difference.ci95
+    assert difference.value == pytest.approx(1 / 200)
     assert high - low < 0.05 < _scores(base).interval()[1] - _scores(base).interval()[0]
 
 
@@ -71,7 +82,7 @@ def test_paired_intervals_hold_the_truth_where_a_bootstrap_does_not(n):
         draws = [rng.random() for _ in range(n)]
         base = _scores([float(draw < 0.9) for draw in draws])
         edited = _scores([float(draw < 0.84 or draw > 0.99) for draw in draws])
-        low, high = edited.difference(base)[1]
+        low, high = edited.difference(base).ci95
         held["tango"] += low <= -0.05 <= high
         totals = sorted(
             sum(rng.choices([a - b for a, b in zip(edited.totals, base.totals, strict=True)], k=n)) / n
@@ -108,3 +119,76 @@ def test_summaries_carry_n_skipped_and_interval():
     assert (item.n, item.skipped, item.value) == (4, 2, 0.75)
     assert item.ci95[0] < 0.75 < item.ci95[1]
     assert item.difference is not None and item.difference["value"] == pytest.approx(0.5)
+
+
+def _lognormal_coverage(n, level):
+    """How often in 100 the interval of a mean holds 1, and Student's t and a percentile bootstrap hold it."""
+    rng, held = np.random.default_rng(n), {"ours": 0, "percentile": 0}
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000) / n
+    for _ in range(300):
+        values = rng.lognormal(-level * level / 2, level, n)
+        low, high = _scores(values).interval()
+        held["ours"] += low <= 1 <= high
+        low, high = np.percentile(draws @ values, [2.5, 97.5])
+        held["percentile"] += low <= 1 <= high
+    return {way: count / 3 for way, count in held.items()}
+
+
+@pytest.mark.parametrize("n", [5, 10, 40])
+def test_means_of_skewed_items_hold_the_truth_where_a_percentile_bootstrap_does_not(n):
+    held = _lognormal_coverage(n, 1.0)
+    assert held["ours"] >= 87 and held["ours"] > held["percentile"] + (2 if n == 40 else 8)
+
+
+def test_margins_of_five_questions_hold_the_truth():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        low, high = _scores(rng.normal(2.5, 1, 5)).interval()
+        held += low <= 2.5 <= high
+    assert held >= 0.93 * 300
+
+
+def test_paired_perplexities_hold_the_true_difference():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        tokens = np.ceil(rng.lognormal(3, 0.5, 20)).tolist()
+        level = 3 + 0.2 * rng.normal(size=20)
+        base = _scores(level * tokens, tokens, exponential=True)
+        edited = _scores((level + rng.normal(0.05, 0.05, 20)) * tokens, tokens, exponential=True)
+        low, high = edited.difference(base).ci95
+        # The level of a text does not depend on its length, so the mean per token is that of texts.
+        held += low <= math.exp(3.05) - math.exp(3) <= high
+    assert held >= 0.9 * 200
+
+
+def test_one_item_or_items_that_are_all_the_same_tell_of_no_interval_and_none_is_shown():
+    single = _scores([2.5])
+    same = _scores([0.25] * 8, exponential=True)
+    assert single.interval() is same.interval() is None
+    shown = summarize(single, "edited", _scores([2.0]))
+    assert format_value(shown) == "2.500 […, …]" and format_difference(shown) == "+0.500 […, …]"
+    assert shown.difference["p"] == 1 and json.loads(json.dumps(measurements_as_json([shown])))[0]["ci95"] is None
+    # A rate of one item has one: it is bounded.
+    assert _scores([1.0]).interval() == wilson(1, 1)
+    low, high = _scores([0.25] * 7 + [0.26]).interval()
+    assert 0 <= low < 0.25125 < high
+
+
+def test_an_interval_never_leaves_what_values_can_be():
+    shares = Scores("m", "s", "share of words", "base", tuple("abcd"), (9.0, 9.0, 10.0, 10.0), (10.0,) * 4)
+    assert shares.interval()[1] == 1
+    assert (
+        _scores([0.0, 0.0, 0.1, 5.0]).interval()[0] == 0
+        and _scores([0.0, 0.1, 5.0], exponential=True).interval()[0] == 1
+    )
+    assert _scores([-0.1, -0.2, -5.0]).interval()[1] == 0
+    # Margins may have either sign.
+    assert _scores([-1.0, 0.1, 1.0]).interval()[0] < -1
+
+
+def test_a_figure_that_few_long_texts_decide_says_so():
+    long = _scores([300.0, 2.0, 3.0, 1.0], [100, 1, 1, 1], exponential=True)
+    even = _scores([3.0, 2.0, 3.0, 1.0], [4, 3, 3, 2], exponential=True)
+    (said,) = dominated({"base": [long, even], "edited": [long]})
+    assert "1 of 4 hold half" in said
+    assert not dominated({"base": [even, _scores([1.0]), _scores([0.0, 0.0], [0, 0])]})

@@ -42,3 +42,69 @@ def paired_rate_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
 
     middle = (gained - lost) / n
     return crossing(-1.0, middle), crossing(1.0, middle)
+
+
+def items_in_effect(values: list[float], subjects: list[str]) -> float:
+    """How many independent items tell as much of the mean: two variances, each from its definition, and Student's t.
+
+    Source: Rao and Scott 1992; Korn and Graubard 1998.
+    """
+    n, mean = len(values), sum(values) / len(values)
+    names = sorted(set(subjects))
+    independent = sum((value - mean) ** 2 for value in values) / n / n
+    if independent == 0:
+        return len(names)
+    sums = []
+    for name in names:
+        sums.append(sum(value - mean for value, subject in zip(values, subjects, strict=True) if subject == name))
+    clustered = len(names) / (len(names) - 1) * sum(one**2 for one in sums) / n / n
+    return n / max(1.0, clustered / independent) * (1.959964 / student(len(names) - 1)) ** 2
+
+
+def student(freedom: int) -> float:
+    """The 97.5% point of Student's t, by adding up its density."""
+    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
+
+    def density(t: float) -> float:
+        return math.exp(log_scale - (freedom + 1) / 2 * math.log1p(t * t / freedom))
+
+    # Simpson's rule, one step after another, until 47.5% lie between 0 and t.
+    width, t, share = 1e-3, 0.0, 0.0
+    while share < 0.475:
+        share += width / 6 * (density(t) + 4 * density(t + width / 2) + density(t + width))
+        t += width
+    return t
+
+
+def ratio_interval(
+    totals: list[float], weights: list[float], subjects: list[str], draws: list[list[int]]
+) -> tuple[float, float]:
+    """95% interval of a ratio of sums: on each side the wider one of Student's t and the bootstrap-t (Hall 1988).
+
+    Args:
+        draws: For each draw, how often each subject is in it, in the order in which subjects appear.
+    """
+    names = list(dict.fromkeys(subjects))
+    sums = [
+        [sum(v for v, s in zip(column, subjects, strict=True) if s == name) for column in (totals, weights)]
+        for name in names
+    ]
+
+    def estimate(counts: list[int]) -> tuple[float, float]:
+        drawn = [pair for pair, count in zip(sums, counts, strict=True) for _ in range(count)]
+        total, weight = sum(pair[0] for pair in drawn), sum(pair[1] for pair in drawn)
+        squares = sum(((pair[0] - total / weight * pair[1]) / weight) ** 2 for pair in drawn)
+        return total / weight, math.sqrt(squares * len(names) / (len(names) - 1))
+
+    value, error = estimate([1] * len(names))
+    studentized = sorted((one - value) / of_it for one, of_it in map(estimate, draws) if of_it > 1e-6 * error)
+    low, high = (_quantile(studentized, share) for share in (0.025, 0.975))
+    t = student(len(names) - 1)
+    return value - max(t, high) * error, value + max(t, -low) * error
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])

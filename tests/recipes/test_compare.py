@@ -1,7 +1,8 @@
 """Runs side by side: what the table says beyond the figures it copies."""
 
 import numpy as np
-from excise.eval.statistics import Measurement, wilson
+from excise.eval.intervals import wilson
+from excise.eval.statistics import Measurement
 from excise.recipes.compare import Line
 
 

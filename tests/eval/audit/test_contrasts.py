@@ -1,12 +1,14 @@
 """Tests on accuracies under attack: held against closed forms, and against simulation where the truth is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from excise.eval.audit.compared import Compared
 from excise.eval.audit.contrasts import Contrast, Paired, holm, questions_to_tell, share_regained
-from excise.eval.audit.recovery import RecoveryCurve
+from excise.eval.audit.recovery import RecoveryCurve, question_draws
+from excise.eval.intervals import wilson
 
 
 def _one(hits):
@@ -89,3 +91,30 @@ def test_the_number_of_questions_falls_with_the_distance_from_the_limit_or_from_
 
     assert needed(0.0) < needed(0.05) and needed(0.15) < needed(0.11)
     assert needed(0.0) == 110  # 40 (1.645 x 0.1 / 0.1)^2 = 108.2
+
+
+def test_contrasts_and_times_of_clustered_questions_are_wider_and_hold_the_true_difference():
+    """Four questions a subject, all of them right or all wrong."""
+    rng, held = np.random.default_rng(2), {"by subject": 0, "by question": 0}
+    subjects = tuple(str(place // 4) for place in range(80))
+    for _ in range(200):
+        edited, floor = (np.repeat(rng.random(20) < rate, 4) for rate in (0.4, 0.1))
+        for way, clusters in (("by subject", subjects), ("by question", ())):
+            curves = [replace(_one(hits), clusters=clusters) for hits in (edited, floor)]
+            low, high = Paired(curves).contrast(1, -1).estimate().ci95
+            held[way] += low <= 0.3 <= high
+    assert held["by subject"] >= 0.93 * 200 and held["by question"] < 0.8 * 200
+
+
+def test_a_share_right_without_an_attack_has_the_interval_of_as_many_subjects_as_there_are():
+    hits = np.repeat([1.0] * 5 + [0.0] * 15, 4)
+    alone, clustered = _one(hits), replace(_one(hits), clusters=tuple(str(place // 4) for place in range(80)))
+    assert alone.interval(0) == wilson(20, 80) and clustered.interval(0)[1] > wilson(5, 20)[1]
+
+
+def test_draws_take_subjects_whole():
+    curve = replace(_one([1.0, 1.0, 0.0, 0.0]), clusters=("a", "a", "b", "b"))
+    weights = question_draws(curve, np.random.default_rng(0))
+    assert np.allclose(weights.sum(1), 1) and np.allclose(weights[:, 0], weights[:, 1])
+    alone = question_draws(_one([1.0, 1.0, 0.0, 0.0]), np.random.default_rng(0))
+    assert not np.allclose(alone[:, 0], alone[:, 1])

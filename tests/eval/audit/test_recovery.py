@@ -13,7 +13,7 @@ from excise.eval.audit.recovery import (
     time_to,
 )
 from excise.eval.audit.verdict import Compared, judge
-from excise.eval.statistics import wilson
+from excise.eval.intervals import wilson
 
 TOKENS = (0, 100, 200, 400, 800)
 SCALE = Scale(0.125, 1.0)

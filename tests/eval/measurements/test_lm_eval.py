@@ -10,7 +10,7 @@ from excise.artifacts.models.load import load_model
 from excise.editing.errors import RequestError
 from excise.eval.inference.likelihood import log_likelihoods
 from excise.eval.inference.questions import requests_of
-from excise.eval.measurements.lm_eval import _scores_of, find_tasks, scores
+from excise.eval.measurements.lm_eval import _drawn, _scores_of, find_tasks, scores
 from helpers import excise
 
 ITEMS = 100
@@ -64,6 +64,13 @@ def test_our_scorer_agrees_with_the_harness(task, model, monkeypatch):
     assert agreed == ITEMS
     # A model that never read of potions is right on some of these questions and not on all.
     assert 0.1 < accuracy.value() < 0.95
+
+
+def test_a_limit_draws_items_at_random_and_not_the_first(task):
+    file, _ = task
+    tasks = find_tasks([str(file)])
+    (places,) = _drawn(tasks, 20).values()
+    assert len(set(places)) == 20 and max(places) >= 80 and _drawn(tasks, 20) == _drawn(tasks, 20)
 
 
 def test_figures_come_item_by_item_with_a_base_beside_them(task):
