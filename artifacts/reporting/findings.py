@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+from ...eval.intervals import Interval
 from .results import Row, figure, format_value, read_measurements, table
 from .sections import Control, read_story
 
 CRITERIA = ("Innocence", "Seamlessness", "Specificity", "")
-NOT_ERASED = "This edit does not remove the knowledge: no measurable loss on multiple choice, group"
 
 
 def findings(results: dict[str, Any]) -> list[str]:
@@ -49,7 +49,12 @@ def declining(results: dict[str, Any]) -> str:
     if not rows:
         return ""
     if not changed:
-        return f"The edit did not measurably change how often the model declines ({_each(rows)})."
+        intervals = [interval for row in rows if (interval := _difference(row)) is not None]
+        most = max((abs(end) for interval in intervals for end in interval), default=1.0)
+        return (
+            f"No change in how often the model declines is shown ({_each(rows)}); the 95% intervals of the difference"
+            f" allow one of {figure(most)}."
+        )
     return f"**The edit changed how often the model declines** ({_each(changed)}); review its replies before any use."
 
 
@@ -90,18 +95,25 @@ def _moved(rows: list[Row], kind: str) -> Iterator[str]:
 
 
 def _not_erased(rows: list[Row]) -> Iterator[str]:
-    """Said first: nothing else matters where what was to go is still there."""
+    """Said first: nothing else matters where what was to go may still be there. That no loss is shown is no proof that
+    there is none, so the largest that the interval allows stands beside it."""
     questions = {row.split: row for row in rows if row.name == "multiple_choice" and row.split.startswith("forget")}
-    same = [
-        split[-1] for split, row in sorted(questions.items()) if row.edited and row.edited.difference and not _fell(row)
+    lost = [
+        f"{figure(max(0.0, -interval[0]))} on group {split[-1]} (n = {row.n})"
+        for split, row in sorted(questions.items())
+        if (interval := _difference(row)) is not None and interval[1] >= 0
     ]
-    if same:
-        yield f"{NOT_ERASED} {' and '.join(same)}."
+    if lost:
+        yield (
+            "This edit is not shown to remove the knowledge: multiple choice fell by at most"
+            f" {' and '.join(lost)}, by 95% intervals that hold no loss too."
+        )
 
 
-def _fell(row: Row) -> bool:
-    interval = row.edited and row.edited.difference and row.edited.difference["ci95"]
-    return bool(interval and interval[1] < 0)
+def _difference(row: Row) -> Interval | None:
+    """The interval of a row's difference from the base, where there is one."""
+    difference = row.edited and row.edited.difference
+    return difference["ci95"] if difference else None
 
 
 def _each(rows: list[Row]) -> str:
