@@ -4,16 +4,20 @@ Items of one subject tell less than as many items of different ones, so a rate o
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
+from typing import TypeVar
 
 import numpy as np
 
+LEVEL = 0.05
+"""Chance of any false difference among those that are tested together."""
 Z = 1.959964
 """The normal distribution's 97.5% point."""
 Interval = tuple[float, float]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,21 @@ class Difference:
     """None where the items tell nothing of how far it may be off."""
     p: float
     """Of the hypothesis that there is no difference; 1 where there is no interval."""
+
+
+def holm(p_values: Mapping[Key, float], level: float = LEVEL) -> list[Key]:
+    """The hypotheses that are refused when all are tested together (Holm 1979), in the order given.
+
+    Example:
+        >>> holm({"a": 0.01, "b": 0.04, "c": 0.2})
+        ['a']
+    """
+    refused: set[Key] = set()
+    for rank, name in enumerate(sorted(p_values, key=lambda key: p_values[key])):
+        if p_values[name] > level / (len(p_values) - rank):
+            break
+        refused.add(name)
+    return [name for name in p_values if name in refused]
 
 
 def wilson(successes: float, n: float) -> Interval:

@@ -113,7 +113,7 @@ def _layer_chart(measurements: Sequence[Measurement]) -> Markup | None:
 
 
 def _tone(row: Row) -> str:
-    """Colour a difference only where its interval leaves out 0 and one direction is better."""
+    """Colour a difference only where it is told from 0 and one direction is better."""
     if not row.moved or row.edited is None or row.edited.difference is None:
         return ""
     if row.better == "base":

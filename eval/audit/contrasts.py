@@ -13,10 +13,9 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from ..intervals import effective_size, widening
+from ..intervals import LEVEL, effective_size, widening
 from .recovery import RESAMPLES, SEED, Estimate, RecoveryCurve, question_draws
 
-LEVEL = 0.05
 Z = NormalDist().inv_cdf(1 - LEVEL / 2)
 ONE_SIDED = NormalDist().inv_cdf(1 - LEVEL)
 FURTHEST = 10.0
@@ -101,16 +100,6 @@ def share_regained(paired: Paired, value: float | None) -> Estimate:
         return inner
 
     return Estimate(value, (end(-1), end(1)))
-
-
-def holm(p_values: Mapping[str, float], level: float = LEVEL) -> list[str]:
-    """The hypotheses that are refused when all are tested together (Holm 1979), in the order given."""
-    refused: set[str] = set()
-    for rank, name in enumerate(sorted(p_values, key=lambda key: p_values[key])):
-        if p_values[name] > level / (len(p_values) - rank):
-            break
-        refused.add(name)
-    return [name for name in p_values if name in refused]
 
 
 def questions_to_tell(contrasts: Mapping[str, Contrast], n: int, limit: float) -> int:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..intervals import holm
 from .compared import Compared, furthest
-from .contrasts import holm, questions_to_tell
+from .contrasts import questions_to_tell
 from .controls import RECOVERED, check_controls
 from .reasons import Evidence, Relearning, reasons
 from .recovery import SHARES, Estimate, RecoveryCurve, Scale, common_share, speed_up, surely_reached, timed_share

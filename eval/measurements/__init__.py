@@ -35,7 +35,8 @@ class OnSplit:
     findings: Mapping[str, str] = field(default_factory=dict)
     """By kind of concept: the first words of a finding that every run states."""
     if_moved: Mapping[str, str] = field(default_factory=dict)
-    """By kind of concept: the first words of a finding that is stated where the difference from the base excludes 0."""
+    """By kind of concept: the first words of a finding that is stated where the difference from the base is
+    told from 0."""
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from excise.artifacts.reporting.card import write_card
 from excise.artifacts.reporting.findings import declining, findings, limits
 from excise.artifacts.reporting.pages import inline
-from excise.artifacts.reporting.report import write_report
-from excise.artifacts.reporting.results import measurements_as_json
+from excise.artifacts.reporting.report import _tone, write_report
+from excise.artifacts.reporting.results import measurements_as_json, summarize_all, table
 from excise.artifacts.reporting.sections import Control, Section, Story, Table, bars, heat_map, lines, read_story
-from excise.eval.statistics import Measurement
+from excise.eval.statistics import Measurement, Scores
 
 
 def _measured(name, split, subject, value, *, difference=None, better="lower"):
@@ -161,3 +162,40 @@ def test_marks_become_html_and_nothing_else_does():
 
 def _code(card):
     return re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+
+
+def _rows(differences, p=None):
+    """A table of measurements with these differences: value and half-width."""
+    measurements = []
+    for number, (value, half) in enumerate(differences):
+        moved = {"value": value, "ci95": [value - half, value + half]} | ({} if p is None else {"p": p[number]})
+        name = f"task_{number:02}"
+        measurements.append(Measurement(name, "acc", "edited", 0.5, "accuracy", "lower", 40, 0, (0.4, 0.6), moved))
+    return table(measurements)
+
+
+def test_of_many_differences_only_those_that_stand_when_all_are_tested_together_count():
+    """By themselves each of 20 intervals leaves out 0, at p = 0.04; the last one lies far from it."""
+    barely, clear = (0.1, 0.0954), (0.1, 0.04)
+    assert [row.moved for row in _rows([barely])] == [True]
+    assert [row.moved for row in _rows([barely] * 19 + [clear])] == [False] * 19 + [True]
+    assert [_tone(row) for row in _rows([barely] * 2 + [clear])] == ["", "", "worse"]
+    # Where the file has p, it decides; an interval that holds 0 refuses nothing.
+    assert [row.moved for row in _rows([clear, clear, (0.1, 0.2)], p=[1e-4, 0.03, 1e-4])] == [True, False, False]
+
+
+def test_without_any_effect_one_report_in_twenty_at_most_colours_anything():
+    rng, coloured, alone = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        scores = {"base": [], "edited": []}
+        for number in range(17):
+            for subject in scores:
+                totals = tuple((rng.random(40) < 0.5).astype(float))
+                one = Scores(
+                    f"task_{number}", "acc", "accuracy", "lower", tuple(map(str, range(40))), totals, (1.0,) * 40
+                )
+                scores[subject].append(one)
+        rows = table(summarize_all(scores))
+        coloured += any(map(_tone, rows))
+        alone += any(low > 0 or high < 0 for low, high in (row.edited.difference["ci95"] for row in rows))
+    assert coloured <= 0.08 * 200 and alone > 0.4 * 200

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from excise.eval.audit.compared import Compared
-from excise.eval.audit.contrasts import Contrast, Paired, holm, questions_to_tell, share_regained
+from excise.eval.audit.contrasts import Contrast, Paired, questions_to_tell, share_regained
 from excise.eval.audit.recovery import RecoveryCurve, question_draws
-from excise.eval.intervals import wilson
+from excise.eval.intervals import holm, wilson
 
 
 def _one(hits):
