@@ -46,6 +46,19 @@ def holm(p_values: Mapping[Key, float], level: float = LEVEL) -> list[Key]:
     return [name for name in p_values if name in refused]
 
 
+def at_most_by_chance(right: int, chances: Sequence[float]) -> float:
+    """Probability that independent guesses, each right with its own chance, get at most so many right; exact.
+
+    Example:
+        >>> at_most_by_chance(0, [0.5, 0.25])
+        0.375
+    """
+    shares = np.ones(1)
+    for chance in chances:
+        shares = np.convolve(shares, [1 - chance, chance])
+    return float(min(1.0, shares[: right + 1].sum()))
+
+
 def wilson(successes: float, n: float) -> Interval:
     """95% score interval of a proportion (Wilson 1927). Unlike a bootstrap, it has a width at 0 and 1 too.
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...editing.training.soft_targets import Streams
+from ...eval.clusters import clusters_of, drawn
 from ...eval.concept import Question
 from ...eval.inference.likelihood import Request, encode_request
-from ...eval.intervals import wilson
-from ..common.examples import spread
+from ...eval.intervals import at_most_by_chance, holm
 from ..common.tokens import encode
 from ..data.facts import Context, Fact
 from .contrast import ContrastSource, contrasted
@@ -88,20 +88,23 @@ def check_target(erasure: Erasure, sources: Sequence[ContrastSource], grid: Sequ
     for source in sources:
         streams = {split: _read(erasure, of_split, source) for split, of_split in items.items()}
         curve += [_point(erasure, source.name, value, items, streams) for value in grid]
-    chance = sum(1 / len(item.firsts) for item in items["forget"]) / len(items["forget"])
+    chances = [1 / len(item.firsts) for item in items["forget"]]
     counts = {split: len(of_split) for split, of_split in items.items()}
-    best, separates = _best(curve, chance, counts["forget"], strength)
-    return TargetCheck(tuple(curve), best, separates, chance, counts)
+    best, separates = _best(curve, chances, strength)
+    return TargetCheck(tuple(curve), best, separates, sum(chances) / len(chances), counts)
 
 
 def _items_by_split(erasure: Erasure) -> ItemsBySplit:
-    """Group-T questions of each split, evenly drawn, without those that cannot be scored."""
+    """Group-T questions of each split, drawn over subjects, without those that cannot be scored."""
     questions: dict[str, list[Question]] = {}
     for question in erasure.concept.questions:
         if question.group == "T":
             questions.setdefault(question.split, []).append(question)
     items = {
-        split: [_item(erasure, question) for question in spread(of_split, QUESTIONS, f"excise check {split}")]
+        split: [
+            _item(erasure, question)
+            for question in drawn(of_split, clusters_of(erasure.concept, of_split), QUESTIONS, f"check {split}")
+        ]
         for split, of_split in questions.items()
     }
     scored = {split: [item for item in of_split if item] for split, of_split in items.items()}
@@ -153,16 +156,17 @@ def _point(
     return Point(name, strength, accuracy, greedy / n, probability / n)
 
 
-def _best(curve: Sequence[Point], chance: float, n: int, strength: float | None = None) -> tuple[Point, bool]:
+def _best(curve: Sequence[Point], chances: Sequence[float], strength: float | None = None) -> tuple[Point, bool]:
     """The weakest strength, or the one that was asked for, that forgets and keeps; the widest gap where none does."""
     open_to = [point for point in curve if strength in (None, point.strength)]
-    for point in open_to:
+    forgetting = _forgetting(open_to, chances)
+    for place, point in enumerate(open_to):
         # At strength 0 the target is the frozen model itself.
         whole = next(one for one in curve if one.contrast == point.contrast and not one.strength).accuracy
         keeps = all(
             point.accuracy[split] >= value - NEIGHBOUR_LOSS for split, value in whole.items() if split != "forget"
         )
-        if keeps and _forgets(point, chance, n):
+        if keeps and place in forgetting:
             return point, True
     others = [split for split in curve[0].accuracy if split != "forget"]
     return (
@@ -171,9 +175,20 @@ def _best(curve: Sequence[Point], chance: float, n: int, strength: float | None 
     )
 
 
-def _forgets(point: Point, chance: float, n: int) -> bool:
-    """Surely no better than chance, as far as n questions can tell: what is at chance by luck is learned to lie above
-    it."""
-    right = round(point.accuracy["forget"] * n)
-    surely = right == 0 or wilson(right, n)[1] <= chance
-    return surely and point.greedy <= GREEDY and point.probability <= MARGIN * chance
+def _forgetting(points: Sequence[Point], chances: Sequence[float]) -> set[int]:
+    """Places of those that are surely below chance: what is at chance by luck is learned to lie above it.
+
+    Each is held against the exact distribution of guesses, and all that may be chosen are tested together. Strength 0
+    is none of them: there the target is the frozen model itself.
+    """
+    n, chance = len(chances), sum(chances) / len(chances)
+    surely = holm(
+        {
+            place: at_most_by_chance(round(point.accuracy["forget"] * n), chances)
+            for place, point in enumerate(points)
+            if point.strength
+        }
+    )
+    return {
+        place for place in surely if points[place].greedy <= GREEDY and points[place].probability <= MARGIN * chance
+    }

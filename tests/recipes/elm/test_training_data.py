@@ -1,6 +1,9 @@
 """Finding facts in a pack, asking them in many forms, and setting a novice against an expert."""
 
 import copy
+import itertools
+import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -11,6 +14,7 @@ from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.editing.errors import EditError, RequestError
 from excise.editing.training.edited_target import TargetEdit
+from excise.eval.intervals import at_most_by_chance
 from excise.recipes.common.examples import Example, example_batch, sequence_nll
 from excise.recipes.common.tokens import encode
 from excise.recipes.data.facts import Context, Fact, bare_question, fact_contexts, find_facts, question_contexts
@@ -140,19 +144,44 @@ def _curve(*right, n):
 
 
 def test_a_target_must_be_surely_below_chance_which_more_questions_tell_better():
-    """Chance is 0.25; 17 of 80 may well be chance, 12 of 80 and 170 of 800 hardly."""
-    best, separates = _best(_curve(60, 17, 12, 3, n=80), 0.25, 80)
+    """Chance is 0.25; 17 of 80 may well be chance, 11 of 80 and 160 of 800 hardly."""
+    best, separates = _best(_curve(60, 17, 11, 3, n=80), [0.25] * 80)
     assert separates and best.strength == 2.0
-    best, separates = _best(_curve(600, 170, 120, 30, n=800), 0.25, 800)
+    best, separates = _best(_curve(600, 160, 120, 30, n=800), [0.25] * 800)
     assert separates and best.strength == 1.0
-    # So few that no number would do; none right is as low as a target goes.
-    assert _best(_curve(8, 1, 0, n=8), 0.125, 8)[0].strength == 2.0
-    assert not _best(_curve(8, 1, 1, n=8), 0.125, 8)[1]
+    # So few that no number would do: none right of 8 happens to a third of those who guess.
+    assert not _best(_curve(8, 1, 0, n=8), [0.125] * 8)[1]
+    assert _best(_curve(40, 4, 0, n=40), [0.125] * 40)[0].strength == 2.0
+
+
+def test_where_more_strengths_are_tried_each_must_lie_further_below_chance():
+    """12 of 80 right is below a chance of 0.25 at p = 0.02."""
+    assert _best(_curve(60, 12, n=80), [0.25] * 80)[1]
+    assert not _best(_curve(60, *[12] * 11, n=80), [0.25] * 80)[1]
+    # The frozen model itself, at strength 0, is none that may be chosen.
+    assert not _best(_curve(0, 60, n=80), [0.25] * 80)[1]
+
+
+@pytest.mark.parametrize("n", [5, 20, 80])
+def test_targets_that_only_guess_pass_in_one_of_twenty_checks_at_most(n):
+    rng, passed = random.Random(n), 0
+    for _ in range(1000):
+        curve = _curve(n, *(sum(rng.random() < 0.125 for _ in range(n)) for _ in range(12)), n=n)
+        passed += _best(curve, [0.125] * n)[1]
+    assert passed <= 60
+
+
+def test_chances_of_few_right_answers_are_counted_exactly():
+    chances = [0.5, 0.25, 0.125]
+    for right in range(4):
+        ways = [hits for hits in itertools.product((0, 1), repeat=3) if sum(hits) <= right]
+        each = [math.prod(c if hit else 1 - c for hit, c in zip(hits, chances, strict=True)) for hits in ways]
+        assert at_most_by_chance(right, chances) == pytest.approx(sum(each))
 
 
 def test_a_strength_that_was_asked_for_is_the_one_that_is_judged(erasure):
-    assert _best(_curve(60, 17, 12, 3, n=80), 0.25, 80, 3.0)[0].strength == 3.0
-    assert not _best(_curve(60, 17, 12, 3, n=80), 0.25, 80, 1.0)[1]
+    assert _best(_curve(60, 17, 12, 3, n=80), [0.25] * 80, 3.0)[0].strength == 3.0
+    assert not _best(_curve(60, 17, 12, 3, n=80), [0.25] * 80, 1.0)[1]
     source = contrast_sources(erasure())[0]
     for strength, forgets in ((4.0, True), (0.25, False)):
         check = check_target(erasure().at(strength), [source], (0.0, 1.5))
