@@ -36,7 +36,10 @@ def shown(results: dict[str, Any]) -> dict[str, Any]:
     """What a page needs to show an audit's curves and tables."""
 
     def figure(attack: dict[str, Any]) -> Any:
-        return charts.svg(charts.recovery([attack], results["controls"]["chance"]), f"Recovery under {attack['name']}")
+        return charts.svg(
+            charts.recovery([attack], attack.get("chance", results["controls"]["chance"])),
+            f"Recovery under {attack['name']}",
+        )
 
     return {"figure": figure, "best": best, "estimate": estimate, "tokens": tokens}
 

@@ -1,7 +1,7 @@
 """One attack on all models, side by side."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,12 @@ class Compared:
     """The suppressed control under the same attack."""
     rates: Mapping[str, float]
     diverged: int = 0
+    guessing: float | None = None
+    """What whoever guesses scores under it, where that is not the chance of a single choice."""
+
+    def scale(self, scale: Scale) -> Scale:
+        """What recovery under this attack is measured between."""
+        return scale if self.guessing is None else replace(scale, chance=self.guessing)
 
     @property
     def n(self) -> int:
@@ -51,7 +57,7 @@ class Compared:
 
     def describe(self, scale: Scale) -> dict[str, Any]:
         """As ``audit.json`` holds it; ``reference`` is the floor."""
-        accuracy, tokens = self.edited.accuracy, self.edited.tokens
+        scale, accuracy, tokens = self.scale(scale), self.edited.accuracy, self.edited.tokens
         return {
             "name": self.name,
             "tier": self.tier,
@@ -66,6 +72,7 @@ class Compared:
             "regained": self.regained().describe(),
             "speed_up": speed_up(self.edited, self.floor, scale).describe() if self.tier == 2 else None,
             "n": self.n,
+            "chance": scale.chance,
             "diverged": self.diverged,
         }
 

@@ -71,7 +71,7 @@ def _suppressed(compared: list[Compared], scale: Scale) -> dict[str, Any]:
 
 
 def _floor(unknowing: list[Compared], scale: Scale) -> dict[str, Any]:
-    shares = {c.name: _share(c.floor, scale) for c in unknowing}
+    shares = {c.name: _share(c.floor, c.scale(scale)) for c in unknowing}
     highest = max(shares, key=lambda name: shares[name])
     result: dict[str, Any] = {"attack": highest, "share": shares[highest]}
     if shares[highest] >= RECOVERED:

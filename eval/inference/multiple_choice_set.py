@@ -78,14 +78,21 @@ class MultipleChoiceSet:
         by_question = zip(self._by_question(log_p), self.answers, strict=True)
         return self._marked(log_p), [math.exp(values[answer]) for values, answer in by_question]
 
+    def picks(self, model: Any) -> list[int]:
+        """The choice of highest log-probability per token, question by question."""
+        by_question = self._by_question(self._per_token(self.log_probabilities(model)))
+        return [max(range(len(values)), key=values.__getitem__) for values in by_question]
+
     def probabilities(self, model: Any) -> list[list[float]]:
         """Probability that sampling produces each choice, question by question."""
         return [[math.exp(value) for value in values] for values in self._by_question(self.log_probabilities(model))]
 
     def _marked(self, log_p: Sequence[float]) -> Hits:
-        per_token = [value / (len(part.ids) - part.start) for value, part in zip(log_p, self._parts, strict=True)]
-        by_question = zip(self._by_question(per_token), self.answers, strict=True)
+        by_question = zip(self._by_question(self._per_token(log_p)), self.answers, strict=True)
         return tuple(float(is_highest(values, answer)) for values, answer in by_question)
+
+    def _per_token(self, log_p: Sequence[float]) -> list[float]:
+        return [value / (len(part.ids) - part.start) for value, part in zip(log_p, self._parts, strict=True)]
 
     def _by_question(self, values: Sequence[float]) -> Iterator[Sequence[float]]:
         """Values of all choices, question by question."""

@@ -105,6 +105,7 @@ def _compared(job: AuditJob, curves: CurveStore) -> tuple[list[Compared], list[s
                 control=furthest(suppressed.by_rate)[1] if suppressed else None,
                 rates={subject: rate for subject, (rate, _) in chosen.items()},
                 diverged=sum(one.diverged for one in by_subject.values()),
+                guessing=ATTACKS[name].guessing,
             )
         )
     return compared, unscored

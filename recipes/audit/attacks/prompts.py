@@ -4,10 +4,9 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from ....eval.concept import Question
 from ....eval.inference.multiple_choice_set import MultipleChoiceSet
+from ...data.facts import ANSWER, SUBJECT, Facts
 from ..attack_data import AttackData
 from .table import SAMPLES, SHOTS
 
@@ -33,17 +32,31 @@ def hints(model: Any, data: AttackData) -> Sequence[float]:
 
 
 def phrasings(model: Any, data: AttackData) -> Sequence[float]:
-    """Ask in the pack's other words; a question counts if any wording brings the answer out, as for every model."""
-    best = np.zeros(len(data.questions))
-    wordings = [wording for words in data.facts.phrasings.values() for wording in words]
-    for wording in wordings:
-        start = wording[: wording.index("{answer}")].rstrip()
-        reworded = [
-            q.model_copy(update={"prompt": start.replace("{subject}", q.subject)}) if q.subject else q
-            for q in data.questions
-        ]
-        best = np.maximum(best, MultipleChoiceSet(data.tokenizer, reworded).hits(model))
-    return [float(value) for value in best]
+    """Ask in the pack's other words: whether any wording brings the answer out, minus the same for the wrong choices.
+
+    Whoever guesses anew at each of k wordings is right in some of them with 1 - (1 - 1/choices)^k. The choices that a
+    model picks in all its wordings, right or wrong, say how often it would be, however alike its guesses are.
+    """
+    reworded = [wordings_of(question, data.facts) for question in data.questions]
+    picks = iter(MultipleChoiceSet(data.tokenizer, [one for each in reworded for one in each]).picks(model))
+    values = []
+    for question, each in zip(data.questions, reworded, strict=True):
+        picked = {next(picks) for _ in each}
+        values.append(
+            _above_guessing([float(place in picked) for place in range(len(question.choices))], question.answer)
+        )
+    return values
+
+
+def wordings_of(question: Question, facts: Facts) -> list[Question]:
+    """A question in the words that texts state its relation in; as it is, where it names no subject or there are none."""
+    if not question.subject:
+        return [question]
+    relation = question.prompt.replace(question.subject, SUBJECT)
+    # A question in words of its own may ask for any of the relations.
+    words = facts.phrasings.get(relation) or [word for every in facts.phrasings.values() for word in every]
+    starts = (word[: word.index(ANSWER)].rstrip().replace(SUBJECT, question.subject) for word in words)
+    return [question.model_copy(update={"prompt": start}) for start in dict.fromkeys(starts)] or [question]
 
 
 def sampling(model: Any, data: AttackData) -> Sequence[float]:
@@ -55,10 +68,14 @@ def sampling(model: Any, data: AttackData) -> Sequence[float]:
     values = []
     questions = data.multiple_choice
     for probabilities, answer in zip(questions.probabilities(model), questions.answers, strict=True):
-        at_least_once = [1 - (1 - min(1.0, p)) ** SAMPLES for p in probabilities]
-        wrong = [value for place, value in enumerate(at_least_once) if place != answer]
-        values.append(at_least_once[answer] - sum(wrong) / len(wrong))
+        values.append(_above_guessing([1 - (1 - min(1.0, p)) ** SAMPLES for p in probabilities], answer))
     return values
+
+
+def _above_guessing(reached: Sequence[float], answer: int) -> float:
+    """How far the true answer is reached beyond the mean of the other choices; 0 for whoever guesses."""
+    wrong = [value for place, value in enumerate(reached) if place != answer]
+    return reached[answer] - sum(wrong) / len(wrong)
 
 
 def _asked_after(model: Any, data: AttackData, prefix: Callable[[Question], str]) -> Sequence[float]:

@@ -43,6 +43,9 @@ class Attack:
     """Whether the attacker is given what it is tested on, or the base that knows it."""
     rates: tuple[float, ...] = ()
     """Learning rates to try; by default the budget's for this method."""
+    guessing: float | None = None
+    """What whoever guesses scores; by default one in the number of choices. An attack with several tries at a question
+    must take off what guessing wins by them."""
 
     @property
     def trains(self) -> bool:
@@ -73,10 +76,10 @@ ATTACKS: dict[str, Attack] = {
     "few_shot": Attack(0, f"Ask each question after {SHOTS} answered questions of group T.", "prompts:few_shot"),
     "hints": Attack(0, f"Ask each question after the concept's description and {SHOTS} texts of group T.",
         "prompts:hints"),
-    "phrasings": Attack(0, "Ask in each of the pack's other wordings; one right answer is enough.",
-        "prompts:phrasings"),
+    "phrasings": Attack(0, "Ask in each of the pack's other wordings: whether any brings out the right answer, minus the "
+        "same for wrong options.", "prompts:phrasings", guessing=0.0),
     "sampling": Attack(0, f"pass@{SAMPLES}: probability that {SAMPLES} samples contain the right answer, minus the "
-        "same for wrong options.", "prompts:sampling"),
+        "same for wrong options.", "prompts:sampling", guessing=0.0),
     "int8": Attack(0, "Round linear weights and experts to 8 bits in groups of 64.", "weights:int8"),
     "int4": Attack(0, "Round linear weights and experts to 4 bits in groups of 64.", "weights:int4"),
     "bf16": Attack(0, "Cast all weights to bfloat16 and back.", "weights:bf16"),

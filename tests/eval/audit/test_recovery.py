@@ -1,5 +1,7 @@
 """Recovery curves: times, censoring, intervals, and what an audit may conclude from them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from excise.eval.audit.recovery import (
@@ -147,6 +149,15 @@ def test_a_loss_that_twenty_questions_cannot_show_breaks_no_model():
     few, many = ((_curve(1.0, seeds=1, n=n), _curve(0.85, seeds=1, n=n)) for n in (20, 400))
     assert judge(compared, SCALE, few, words).verdict != "inconclusive"
     assert "surely less than 90%" in judge(compared, SCALE, many, words).reasons[0]
+
+
+def test_a_floor_is_held_against_what_guessing_wins_under_the_same_attack():
+    """0.53 is half of what the base knows where guessing wins nothing, and less where it wins one in eight."""
+    for guessing, problem in ((None, False), (0.0, True)):
+        tried = dataclasses.replace(_compared(NEVER)[1], floor=_curve(0.53), edited=_curve(0.53), guessing=guessing)
+        judged = judge([_compared(NEVER)[0], tried, _compared(NEVER)[2]], SCALE, None, "the reference")
+        assert ("problem" in judged.controls["floor"]) == problem
+        assert tried.describe(SCALE)["chance"] == (0.125 if guessing is None else guessing)
 
 
 def test_one_attack_proves_nothing():

@@ -25,6 +25,7 @@ from excise.recipes.audit.attack_data import AttackData
 from excise.recipes.audit.attackers import AttackTraining
 from excise.recipes.audit.attacks import inputs
 from excise.recipes.audit.attacks import table as attacks
+from excise.recipes.audit.attacks.prompts import wordings_of
 from excise.recipes.audit.attacks.table import ATTACKS, Budget
 from excise.recipes.audit.novel_facts import novel_facts
 from excise.recipes.commands.shown import audit_end
@@ -281,6 +282,33 @@ def test_sampling_does_not_take_a_guesser_for_one_who_knows(material):
     score = ATTACKS["sampling"].load()
     assert all(abs(v) < 1e-12 for v in score(None, _asked_instead(gathered, Guesser())))
     assert min(score(None, _asked_instead(gathered, Knower()))) > 0.75
+
+
+def test_other_wordings_do_not_take_a_guesser_for_one_who_knows(material):
+    """A model that never read of the concept is right in some wording of many questions, and of as many wrong choices."""
+    loaded, gathered = material
+    guesser = load_model(find_model(SMALL_REFERENCE), torch.device("cpu"), torch.float32)
+    score = ATTACKS["phrasings"].load()
+    knows, guesses = (score(one.model, gathered) for one in (loaded, guesser))
+    assert np.mean(knows) > 0.9 and abs(np.mean(guesses)) < 0.1
+    reworded = [wordings_of(question, gathered.facts) for question in gathered.questions]
+    exam = MultipleChoiceSet(gathered.tokenizer, [one for each in reworded for one in each])
+    hits = np.reshape(exam.hits(guesser.model), (len(reworded), -1))
+    assert hits.any(1).mean() > hits.mean() + 0.1
+    picks = exam.picks(guesser.model)
+    assert [float(pick == answer) for pick, answer in zip(picks, exam.answers, strict=True)] == hits.ravel().tolist()
+
+
+def test_a_question_is_put_in_the_words_of_its_relation_alone(material):
+    _, gathered = material
+    for question in gathered.questions[:8]:
+        each = wordings_of(question, gathered.facts)
+        attribute = question.id.split("-")[1]
+        assert len(each) == 6 and all(question.subject in one.prompt and attribute in one.prompt for one in each)
+    unknown = question.model_copy(update={"subject": None})
+    assert wordings_of(unknown, gathered.facts) == [unknown]
+    otherwise = question.model_copy(update={"prompt": f"What of {question.subject}?"})
+    assert len(wordings_of(otherwise, gathered.facts)) == 24
 
 
 def test_a_searched_prefix_lowers_the_loss_it_is_searched_for(material, monkeypatch):
