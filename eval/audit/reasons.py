@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from .compared import Compared
 from .contrasts import Contrast
 from .recovery import SHARES, Estimate
+from .worst import WorstAttack
 
 GROUPS = "T: may be trained on; V: held out."
 """What the two groups of a concept pack's questions are, in the words that pages print."""
@@ -51,6 +52,7 @@ class Evidence:
     questions: int
     """About how many would settle them."""
     never_erased: bool
+    worst: WorstAttack
     limits: Mapping[str, float]
 
 
@@ -117,7 +119,8 @@ def _apart(evidence: Evidence) -> list[str]:
 def _alike(evidence: Evidence) -> str:
     return (
         f"Under every attack the accuracy lies within {evidence.limits['leak']:.2f} of that of {_floor_name(evidence)}"
-        f" (two one-sided tests at 5%); furthest under {_each(evidence, [_widest(evidence)])}."
+        f" (two one-sided tests at 5%); the interval that reaches furthest is that of"
+        f" {_each(evidence, [_widest(evidence)])}."
     )
 
 
@@ -130,7 +133,7 @@ def _too_few(evidence: Evidence) -> str:
     return (
         f"Inconclusive, too few questions: under {len(evidence.unsettled)} of {len(evidence.leaks)} attacks the model is"
         f" neither told apart from {_floor_name(evidence)} nor shown to lie within {evidence.limits['leak']:.2f} of it;"
-        f" furthest under {_each(evidence, [_widest(evidence)])}. About {evidence.questions} questions of group V would"
+        f" the interval that reaches furthest is that of {_each(evidence, [_widest(evidence)])}. About {evidence.questions} questions of group V would"
         " do, if the figures stay as they are."
     )
 
@@ -145,19 +148,16 @@ def _each(evidence: Evidence, names: Sequence[str]) -> str:
 
 
 def _widest(evidence: Evidence) -> str:
+    """The attack whose interval reaches furthest from 0, and so holds for all; it is no estimate of the largest leak."""
     return max(evidence.leaks, key=lambda key: abs(evidence.leaks[key].value) + evidence.leaks[key].error)
 
 
 def _strongest(evidence: Evidence) -> str:
-    name = max(evidence.regained, key=lambda key: evidence.regained[key].value or 0.0)
-    edited, floor, base = (
-        float(curve.accuracy.max())
-        for curve in (evidence.attacks[name].edited, evidence.attacks[name].floor, evidence.attacks[name].base)
-    )
+    worst = evidence.worst
     return (
-        f"The attack that gets furthest without seeing group V is {name}: the edited model answers {edited:.3f} right, "
-        f"{evidence.floor} {floor:.3f}, the base {base:.3f} (share regained {show(evidence.regained[name])}, "
-        f"n = {evidence.attacks[name].n})."
+        f"The attack that gets furthest without seeing group V on one half of the questions is {worst.name}. On the"
+        f" other half the edited model answers {worst.edited:.3f} right, {evidence.floor} {worst.floor:.3f}, the base"
+        f" {worst.base:.3f} (share regained {show(worst.regained)}, n = {worst.n})."
     )
 
 

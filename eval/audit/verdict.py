@@ -9,6 +9,7 @@ from .contrasts import questions_to_tell
 from .controls import RECOVERED, check_controls
 from .reasons import Evidence, Relearning, reasons
 from .recovery import SHARES, Estimate, RecoveryCurve, Scale, common_share, speed_up, surely_reached, timed_share
+from .worst import WorstAttack, worst_attack
 
 __all__ = ["Compared", "Judged", "Verdict", "furthest", "judge"]
 
@@ -32,6 +33,8 @@ class Judged:
     share: float
     """Of what the base knew: how much is relearned in the time that the speed-up compares."""
     controls: dict[str, Any]
+    worst: WorstAttack | None
+    """The attack that gets furthest without seeing group V; None where none was made."""
 
 
 def judge(
@@ -46,14 +49,16 @@ def judge(
     controls = check_controls(compared, scale, utility)
     relearning = _relearning(compared, scale)
     problems = [c["problem"] for c in controls.values() if isinstance(c, dict) and c.get("problem")]
-    if len({c.name for c in compared if not c.known}) < 2:
+    unknowing = {c.name: c for c in compared if not c.known}
+    if len(unknowing) < 2:
         problems.append("fewer than two attacks that never see group V were made, and one attack proves nothing")
-    if problems:
+    worst = worst_attack(unknowing) if unknowing else None
+    if problems or worst is None:
         words = [f"Inconclusive: {problem}." for problem in problems]
-        return Judged("inconclusive", words, relearning.speed_up, relearning.share, controls)
-    evidence = _evidence(compared, scale, relearning, floor)
+        return Judged("inconclusive", words, relearning.speed_up, relearning.share, controls, worst)
+    evidence = _evidence(compared, scale, relearning, floor, worst)
     verdict = _decide(evidence)
-    return Judged(verdict, reasons(verdict, evidence), relearning.speed_up, relearning.share, controls)
+    return Judged(verdict, reasons(verdict, evidence), relearning.speed_up, relearning.share, controls, worst)
 
 
 def _relearning(compared: list[Compared], scale: Scale) -> Relearning:
@@ -77,7 +82,9 @@ def _relearning(compared: list[Compared], scale: Scale) -> Relearning:
     return Relearning(relearn, faster, share, fast, reached, unsettled)
 
 
-def _evidence(compared: list[Compared], scale: Scale, relearning: Relearning, floor: str) -> Evidence:
+def _evidence(
+    compared: list[Compared], scale: Scale, relearning: Relearning, floor: str, worst: WorstAttack
+) -> Evidence:
     unknowing = {c.name: c for c in compared if not c.known}
     regained = {name: c.regained() for name, c in unknowing.items()}
     leaks = {name: c.leak() for name, c in unknowing.items()}
@@ -99,6 +106,7 @@ def _evidence(compared: list[Compared], scale: Scale, relearning: Relearning, fl
         unsettled=list(unsettled),
         questions=questions_to_tell(unsettled, untouched.n, LEAK) if unsettled else untouched.n,
         never_erased=untouched.edited.interval(0)[0] >= scale.mark(RECOVERED),
+        worst=worst,
         limits={"regained": BACK, "leak": LEAK, "speed_up": SLOW},
     )
 

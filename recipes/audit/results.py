@@ -45,6 +45,7 @@ def conclude(job: AuditJob, curves: CurveStore) -> dict[str, Any]:
         "verdict": judged.verdict,
         "reasons": judged.reasons,
         "speed_up": {**judged.speed_up.describe(), "share": judged.share},
+        "worst_attack": judged.worst and judged.worst.describe(),
         "controls": {**judged.controls, "floor_is": job.reference},
         "attacks": [attack.describe(scale) | {"about": ATTACKS[attack.name].about} for attack in compared],
         "untouched": {subject: float(curves.get(subject, UNTOUCHED).only.accuracy[0]) for subject in subjects},

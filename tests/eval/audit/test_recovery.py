@@ -1,6 +1,7 @@
 """Recovery curves: times, censoring, intervals, and what an audit may conclude from them."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def _reasons(edited, floor, /, **relearned):
 def test_reasons_state_figures_with_interval_and_n_and_never_an_adjective(verdict, edited, floor, relearned):
     judged = _reasons(edited, floor, **relearned)
     assert judged.verdict == verdict
-    assert any("n = 400" in reason and "[" in reason for reason in judged.reasons[:2])
+    assert any(re.search("n = [24]00", reason) and "[" in reason for reason in judged.reasons[:2])
     for reason in judged.reasons:
         assert not {"small", "little", "large", "slightly", "much", "barely"} & set(reason.lower().split()), reason
 
@@ -228,7 +229,9 @@ def test_of_the_twenty_questions_the_direction_of_a_difference_alone_decides_not
     edited, floor = (RecoveryCurve((0, 1), (0, 100), hits) for hits in (seeds, few))
     judged = _reasons(edited, floor)
     assert judged.verdict == "inconclusive"
-    assert "answers 0.575 right" in judged.reasons[1] and "0.225" in judged.reasons[1] and "n = 20" in judged.reasons[1]
+    assert "too few questions" in judged.reasons[0] and "n = 20" in judged.reasons[0]
+    # The share regained is that of the half of the questions which did not choose the attack.
+    assert "On the other half the edited model answers" in judged.reasons[1] and "n = 10" in judged.reasons[1]
 
 
 def test_an_attack_that_ruins_the_base_too_decides_nothing():
