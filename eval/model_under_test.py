@@ -7,12 +7,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from .clusters import Item, clusters_of, drawn
 from .concept import Concept, Prompt, RetainText
 from .inference.encoding import encode
 from .inference.generation import Reply, generate, reply_log_probabilities
 from .inference.likelihood import Likelihood, Request, context_of, log_likelihoods
 from .inference.prompts import PLAIN_PROMPTS
+from .items import Item, clusters_of, drawn, held_out_texts
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ModelUnderTest:
             # The first token of a text serves as the prompt, and the rest as the reply.
             # No text is read further than the model can read.
             context = context_of(self.model)
-            encoded = [(row, encode(self.tokenizer, row.text)[:context]) for row in self.concept.retain]
+            encoded = [(row, encode(self.tokenizer, row.text)[:context]) for row in held_out_texts(self.concept)]
             readable = [(row, ids) for row, ids in encoded if len(ids) > 1]
             usable = drawn(readable, self.clusters([row for row, _ in readable]), most, "divergence")
             texts = [Reply("", tuple(ids[:1]), tuple(ids[1:]), row.text) for row, ids in usable]

@@ -27,9 +27,9 @@ from ..artifacts.reporting.results import (
 )
 from ..artifacts.upgrade import SCHEMA_VERSION
 from ..editing.errors import RequestError
-from ..eval.clusters import clusters_of
 from ..eval.concept import Concept
 from ..eval.inference.generation import Reply
+from ..eval.items import clusters_of
 from ..eval.measurements.fluency import reverse_perplexity
 from ..eval.measurements.lm_eval import Tasks, find_tasks
 from ..eval.measurements.lm_eval import scores as named_benchmarks

@@ -36,6 +36,7 @@ from ..eval.concept import Concept
 from ..eval.inference.likelihood import pad_right
 from ..eval.inference.multiple_choice_set import MultipleChoiceSet
 from ..eval.intervals import rate_interval
+from ..eval.items import unseen
 from .common.tokens import encode
 
 TEXTS = 64
@@ -118,11 +119,10 @@ class RelearningMonitor(TrainerCallback):
                 f"concept {self.concept.ref} has no forget questions of group V, so relearning cannot be measured; add "
                 "some"
             )
+        apart = unseen(others)
         rng = random.Random("excise monitor")
         self.exam = MultipleChoiceSet(tokenizer, rng.sample(forget_questions, k=min(questions, len(forget_questions))))
-        self.control = (
-            MultipleChoiceSet(tokenizer, rng.sample(others, k=min(questions, len(others)))) if others else None
-        )
+        self.control = MultipleChoiceSet(tokenizer, rng.sample(apart, k=min(questions, len(apart)))) if apart else None
         pools = [text.text for text in self.concept.forget], [text.text for text in self.concept.retain]
         # Neighbour and other topics in the same form, so that units that separate them separate topics, not forms.
         told = [

@@ -12,7 +12,7 @@ from ...eval.measurements import MEASUREMENTS, label_of
 from ..checkpoints.manifest import MANIFEST
 from .findings import declining, findings, limits
 from .pages import visible
-from .results import INTERVALS, format_difference, format_value, read_measurements, split_meanings, table
+from .results import INTERVALS, format_difference, format_value, measured_on, read_measurements, split_meanings, table
 from .sections import Story, read_story
 
 CARD = "README.md"
@@ -46,6 +46,7 @@ def write_card(folder: Path, results: dict[str, Any], changes: list[dict[str, An
         changes=changes,
         has_reference=any(row.reference for row in rows),
         split_meanings=split_meanings(rows),
+        measured_on=measured_on(concept),
         sections=[section for section in story.sections if "card" in section.where],
         controls=[
             (control.name, label_of(item.name), item.split, str(item.n), format_value(item))

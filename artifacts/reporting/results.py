@@ -20,7 +20,7 @@ INTERVALS = (
     "Brackets are 95% intervals, in which items on one subject count as belonging together: Wilson for shares, Tango for "
     "differences of shares on the same items, Student's t and the bootstrap-t for the rest; dots where the items tell of "
     "none. A difference is named as a finding, or coloured, if it is told from 0 when all rows are tested together (5%, "
-    "Holm 1979)."
+    "Holm's correction)."
 )
 SubjectName = Literal["base", "edited", "reference"]
 
@@ -143,6 +143,17 @@ def split_meanings(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """What the splits of a table hold, each explained once."""
     names = {row.split for row in rows}
     return [(name, about) for name, about in SPLITS.items() if name in names]
+
+
+def measured_on(concept: Mapping[str, Any]) -> str:
+    """What the figures of specificity are of, in a sentence; empty for files of earlier versions, which measured all."""
+    counts = concept.get("measured_on", {})
+    apart = [f"{one['n']} of {one['of']} {kind}" for kind, one in counts.items() if one["n"] < one["of"]]
+    whole = [f"all {one['of']} {kind}" for kind, one in counts.items() if one["n"] == one["of"]]
+    sentences = [f"What should stay is measured on what no training sees: {', '.join(apart)}." if apart else ""]
+    if whole:
+        sentences.append(f"The pack is too small to hold any out of these, which training may see: {', '.join(whole)}.")
+    return " ".join(filter(None, sentences))
 
 
 def layers_probed(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:

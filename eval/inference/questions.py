@@ -1,7 +1,7 @@
 """A pack's questions by split, and the requests that score their choices."""
 
-from ..clusters import clusters_of, drawn
 from ..concept import SPLITS, Concept, Question
+from ..items import clusters_of, drawn, unseen
 from .likelihood import Request
 
 
@@ -11,10 +11,15 @@ def split_of(question: Question) -> str:
 
 
 def questions_by_split(concept: Concept, most: int = 0) -> dict[str, list[Question]]:
-    """Questions by split, at most ``most`` per split, drawn at random over subjects; 0 takes all."""
+    """Questions by split, at most ``most`` per split, drawn at random over subjects; 0 takes all.
+
+    Of what should stay, those that no training sees.
+    """
     by_split: dict[str, list[Question]] = {name: [] for name in SPLITS}
     for question in concept.questions:
         by_split[split_of(question)].append(question)
+    for name in ("neighbour", "retain"):
+        by_split[name] = unseen(by_split[name])
     return {
         name: drawn(items, clusters_of(concept, items), most, f"questions {name}")
         for name, items in by_split.items()

@@ -73,8 +73,8 @@ KNOWLEDGE, BEHAVIOUR, TASK = "knowledge", "behaviour", "task"
 SPLITS: dict[str, str] = {
     "forget_T": "questions on facts to erase that an edit may be trained on (group T)",
     "forget_V": "questions on facts to erase that no edit is trained on (group V, held out)",
-    "neighbour": "questions on related topics that should stay",
-    "retain": "questions, or texts, on everything else",
+    "neighbour": "questions on related topics that should stay, of group V where there are any",
+    "retain": "questions of group V, or texts, on everything else",
     "intended": "questions where all cues agree, as in training",
     "flipped": "questions where the unintended cue misleads",
     "concept": "prompts about the concept",

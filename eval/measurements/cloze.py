@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 
-from ..clusters import clusters_of, drawn
 from ..concept import Concept, ForgetText
 from ..inference.likelihood import Likelihood, Request
 from ..inference.questions import questions_by_split, requests_of
+from ..items import clusters_of, drawn
 from ..model_under_test import EvalSettings, ModelUnderTest
 from ..statistics import Scores
 from . import MEASUREMENTS

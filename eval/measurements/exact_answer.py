@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from ..clusters import Item
 from ..concept import Question
 from ..inference.generation import Reply
 from ..inference.questions import questions_by_split
+from ..items import Item
 from ..model_under_test import ModelUnderTest
 from ..statistics import Better, Scores
 from ..words import has_words

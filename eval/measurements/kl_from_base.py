@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..clusters import Item
 from ..inference.generation import Reply, divergence, reply_log_probabilities
+from ..items import Item
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
 from . import MEASUREMENTS

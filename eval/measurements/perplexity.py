@@ -1,8 +1,8 @@
 """Perplexity on the texts that must stay known."""
 
-from ..clusters import clusters_of, drawn
 from ..concept import Concept, RetainText
 from ..inference.likelihood import Request
+from ..items import clusters_of, drawn, held_out_texts
 from ..model_under_test import EvalSettings, ModelUnderTest
 from ..statistics import Scores
 from . import MEASUREMENTS
@@ -14,8 +14,9 @@ def requests(concept: Concept, settings: EvalSettings) -> list[Request]:
 
 
 def texts(concept: Concept, settings: EvalSettings) -> list[RetainText]:
-    """Retain texts, at most as many as are asked for, drawn at random over subjects."""
-    return drawn(concept.retain, clusters_of(concept, concept.retain), settings.questions, "retain texts")
+    """Retain texts that no training sees, at most as many as are asked for, drawn at random over subjects."""
+    held_out = held_out_texts(concept)
+    return drawn(held_out, clusters_of(concept, held_out), settings.questions, "retain texts")
 
 
 def scores(subject: ModelUnderTest) -> list[Scores]:

@@ -20,8 +20,8 @@ from ...artifacts.reporting.results import RESULTS
 from ...artifacts.upgrade import read_json
 from ...editing.errors import RequestError, nearest
 from ...eval.audit.recovery import questions_needed
-from ...eval.clusters import clusters_of, drawn
 from ...eval.concept import Concept, Question
+from ...eval.items import clusters_of, drawn, unseen
 from ..common.run_folder import RunSettings, free_folder, refuse_taken
 from ..common.trainer import memory_for_whole_weights
 from ..data.facts import Facts, find_facts
@@ -171,8 +171,9 @@ def _questions(concept: Concept, settings: AuditSettings) -> tuple[Question, ...
 
 
 def other_questions(concept: Concept) -> list[Question]:
-    """Questions on everything else that show whether the model still works, drawn at random over subjects."""
-    others = [q for q in concept.questions if q.split != "forget"]
+    """Questions on everything else that show whether the model still works, and that no training sees; drawn at random over
+    subjects."""
+    others = unseen([q for q in concept.questions if q.split != "forget"])
     return drawn(others, clusters_of(concept, others), OTHER_QUESTIONS, "audit utility")
 
 

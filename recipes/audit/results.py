@@ -12,8 +12,8 @@ from ...artifacts.reporting import audit_page, report
 from ...artifacts.upgrade import SCHEMA_VERSION
 from ...eval.audit.recovery import RecoveryCurve, Scale
 from ...eval.audit.verdict import Compared, furthest, judge
-from ...eval.clusters import clusters_of
 from ...eval.intervals import rate_interval
+from ...eval.items import clusters_of
 from .attacks.table import ATTACKS
 from .command import command
 from .curve_store import UNTOUCHED, UTILITY, CurveStore

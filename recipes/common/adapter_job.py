@@ -15,6 +15,7 @@ from ...editing.edits.low_rank import Factors, LowRankUpdate
 from ...editing.errors import RequestError
 from ...editing.training.adapters import AdapterShape, adapter_modules
 from ...eval.concept import Concept
+from ...eval.items import for_training
 from . import measured_run
 from .deduplicate import without_overlap
 from .measured_run import Job, MeasuredSettings
@@ -115,7 +116,7 @@ def prepare(
             f"base_bits=4 trains on a GPU, the device is {run.device}: on CPUs bitsandbytes gives silently wrong"
             " gradients once a 4-bit model was evaluated; use base_bits=16"
         )
-    concept, warnings = without_overlap(run.concept)
+    concept, warnings = without_overlap(for_training(run.concept))
     layers = tuple(layer_selection(settings.layers, run.layers))
     shape = AdapterShape(settings.rank, settings.alpha, _modules(run, settings, layers))
     job = AdapterJob(run, settings, layers, shape, concept, warnings, whole)

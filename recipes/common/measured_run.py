@@ -24,9 +24,9 @@ from ...artifacts.reporting import card, report
 from ...artifacts.reporting.results import SubjectName, dominated, not_measured, samples, summarize_all, write_results
 from ...editing.architectures import Architecture, architecture_of, layer_count
 from ...editing.edits.base import Plan, WeightEdit
-from ...eval.clusters import clusters_of
 from ...eval.concept import Concept
 from ...eval.inference.generation import Reply
+from ...eval.items import clusters_of, measured_on
 from ...eval.measurements.fluency import novice_text, reverse_perplexity
 from ...eval.measurements.table import measure, workload
 from ...eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
@@ -340,6 +340,7 @@ def _about(
             "source": concept.about.source,
             "sha256": concept.sha256,
             "decline_phrases": list(concept.about.decline_phrases),
+            "measured_on": measured_on(concept),
         },
         **{key: value for key, value in about.items() if key != "edited"},
         **inspection,

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...editing.training.soft_targets import Streams
-from ...eval.clusters import clusters_of, drawn
 from ...eval.concept import Question
 from ...eval.inference.likelihood import Request, encode_request
 from ...eval.intervals import at_most_by_chance, holm
+from ...eval.items import clusters_of, drawn
 from ..common.tokens import encode
 from ..data.facts import Context, Fact
 from .contrast import ContrastSource, contrasted

@@ -20,6 +20,7 @@ from ...editing.hooks.unit_scores import by_head
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet
 from ...eval.inference.questions import questions_by_split
 from ...eval.intervals import rate_interval
+from ...eval.items import for_training
 from ..common import measured_run
 from ..common.measured_run import Finished, Inspection, Job, MeasuredSettings
 from ..common.run_folder import start_folder
@@ -141,7 +142,7 @@ def _warnings(pruning: dict[str, Any]) -> list[str]:
 
 def _learn(job: PruneJob, loaded: LoadedModel, events: Events) -> PrunedUnits:
     """Score all units, choose some, and compare pruning them with pruning others."""
-    settings, concept, tokenizer = job.settings, job.run.concept, loaded.tokenizer
+    settings, concept, tokenizer = job.settings, for_training(job.run.concept), loaded.tokenizer
     forget = forget_examples(concept, job.facts, tokenizer, settings.seed, TEXT_TOKENS)
     retain = retain_examples(concept, tokenizer, settings.seed, TEXT_TOKENS)
     scorer = UnitScorer(loaded, job.run.row, forget, retain, events)

@@ -1,0 +1,102 @@
+"""The items of a pack: which belong together, which no training sees, and drawing some of them at random.
+
+Questions on one subject, wordings of one question, windows of one text and texts about one subject are right or wrong
+together. A row's ``subject`` says what it is about; where it has none, the subject of another row that its text names is
+taken. Rows about which neither is known count as independent of all others, unless their text is the same.
+
+What should stay is measured on what no training sees. Methods that train retain questions of group T and retain texts;
+what they do there is learned, so it says nothing of how much of everything else stayed. Questions of group V are never
+trained on; of the texts a quarter is held out.
+"""
+
+import random
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from .concept import Concept, ForgetText, Prompt, Question, RetainText
+from .words import has_words
+
+Item = ForgetText | RetainText | Question | Prompt
+T = TypeVar("T")
+FEWEST_TEXTS = 40
+"""Retain texts below which none is held out: too few would be left to learn from."""
+HELD_OUT = 4
+"""One text in so many is held out."""
+
+
+def clusters_of(concept: Concept, rows: Sequence[Item]) -> tuple[str, ...]:
+    """The subject of each row, or its text where no subject is known."""
+    named = {question.subject for question in concept.questions} | {text.subject for text in concept.forget}
+    names = sorted((name for name in named if name), key=len, reverse=True)
+    return tuple(row.subject or _named(text_of(row), names) or text_of(row) for row in rows)
+
+
+def text_of(row: Item) -> str:
+    """What a model reads of a row."""
+    return row.text if isinstance(row, ForgetText | RetainText) else row.prompt
+
+
+def drawn(rows: Sequence[T], clusters: Sequence[Hashable], count: int, seed: str) -> list[T]:
+    """``count`` of the rows at random, in their order: each is as likely as any other, from as many subjects as can be.
+
+    Subjects stand one after another in a random order, and a systematic sample of that row of items is taken.
+    """
+    if not count or len(rows) <= count:
+        return list(rows)
+    rng = random.Random(f"excise draw {seed}")
+    by_cluster: dict[Hashable, list[int]] = {}
+    for place in rng.sample(range(len(rows)), k=len(rows)):
+        by_cluster.setdefault(clusters[place], []).append(place)
+    line = [place for members in by_cluster.values() for place in members]
+    step, start = len(line) / count, rng.random()
+    return [rows[place] for place in sorted(line[int((number + start) * step)] for number in range(count))]
+
+
+def unseen(questions: Sequence[Question]) -> list[Question]:
+    """Questions of group V; all of them, where none is of group V."""
+    held_out = [question for question in questions if question.group == "V"]
+    return held_out or list(questions)
+
+
+def held_out_texts(concept: Concept) -> tuple[RetainText, ...]:
+    """Retain texts that no training sees, with all others on their subjects; all texts, where the pack has few.
+
+    Texts on subjects of group-T questions come last: training sees their facts in these questions.
+    """
+    rows, clusters = concept.retain, clusters_of(concept, concept.retain)
+    if len(rows) < FEWEST_TEXTS or len(set(clusters)) < 2:
+        return rows
+    trained = {question.subject for question in concept.questions if question.group == "T" and question.subject}
+    subjects = sorted(set(clusters))
+    order = random.Random("excise held-out texts").sample(subjects, k=len(subjects))
+    chosen: set[str] = set()
+    count = 0
+    for subject in sorted(order, key=lambda name: name in trained):
+        if count >= len(rows) // HELD_OUT:
+            break
+        chosen.add(subject)
+        count += clusters.count(subject)
+    return tuple(row for row, subject in zip(rows, clusters, strict=True) if subject in chosen)
+
+
+def for_training(concept: Concept) -> Concept:
+    """The pack without the texts that are held out."""
+    held_out = {row.id for row in held_out_texts(concept)}
+    kept = tuple(row for row in concept.retain if row.id not in held_out)
+    return replace(concept, retain=kept) if kept else concept
+
+
+def measured_on(concept: Concept) -> dict[str, dict[str, int]]:
+    """How many items of what should stay are measured, and of how many, by kind; fewer are those that no training sees."""
+    counts = {}
+    for split in ("neighbour", "retain"):
+        questions = [question for question in concept.questions if question.split == split]
+        if questions:
+            counts[f"{split} questions"] = {"n": len(unseen(questions)), "of": len(questions)}
+    return {**counts, "retain texts": {"n": len(held_out_texts(concept)), "of": len(concept.retain)}}
+
+
+def _named(text: str, names: Sequence[str]) -> str | None:
+    """The first of the names that stands in a text as whole words."""
+    return next((name for name in names if name in text and has_words(text, name)), None)
