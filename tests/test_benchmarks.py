@@ -1,6 +1,7 @@
 """Benchmarks that check as well: they run, and what fails is named."""
 
 import json
+import re
 from pathlib import Path
 
 from helpers import run_file
@@ -33,3 +34,11 @@ def test_a_job_that_fails_is_named_and_the_next_one_runs(tmp_path):
     assert done.returncode == 1
     assert "failed: grad_diff: " in done.stdout and "grad_dif" in done.stdout
     assert "2 jobs: 1 passed, 1 failed" in done.stdout
+
+
+def test_intervals_hold_the_truth_on_simulated_items():
+    done = run_file(ROOT / "benchmarks" / "intervals.py", "--draws", "40", "--items", "80", "--correlations", "0.5")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "rate " in line]
+    now, before = (list(map(int, found)) for found in zip(*re.findall(r"(\d+) \((\d+)\)", line), strict=True))
+    assert len(now) == 6 and min(now) >= 82 and sum(before) / 6 < 88
