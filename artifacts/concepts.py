@@ -25,7 +25,7 @@ from ..eval.concept import (
     Row,
     TrainingRow,
 )
-from .checkpoints.manifest import sha256_of
+from .files.opened import sha256_of
 
 BUILTIN = Path(__file__).parent / "builtin" / "concepts"
 _FILES: dict[str, type[Row] | type[TrainingRow]] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..editing.errors import ExciseError, RequestError, one_line
-from .checkpoints.manifest import sha256_of
+from .files.opened import sha256_of
 
 GIT_ATTRIBUTES = ".gitattributes"
 """A file that the Hub puts into every repository."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifacts.checkpoints.manifest import package_versions, platform_of, read_manifest, sha256_of, verify_folder
+from ..artifacts.checkpoints.manifest import package_versions, platform_of, read_manifest, verify_folder
 from ..artifacts.checkpoints.read import open_checkpoint
 from ..artifacts.concepts import load_concept
 from ..artifacts.events import Events
+from ..artifacts.files.opened import sha256_of
 from ..artifacts.models.find import find_model
 from ..artifacts.reporting.results import RESULTS, read_measurements
 from ..artifacts.upgrade import read_json

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...editing.errors import RequestError, VerifyError
+from ..files.opened import sha256_of
+from ..files.written import sync
 from ..upgrade import SCHEMA_VERSION, read_json
-from .staging import sync
 
 if TYPE_CHECKING:
     # It imports torch, which lists and help do without.
@@ -34,12 +35,6 @@ def checkpoint_of(folder: Path) -> Path:
     inner = folder / "checkpoint"
     is_model = (folder / SUMS).exists() or (folder / "config.json").exists()
     return inner if inner.is_dir() and not is_model else folder
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_text(text: str) -> str:

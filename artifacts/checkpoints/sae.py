@@ -18,7 +18,7 @@ from torch import Tensor
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Place, Site
 from ...editing.errors import RequestError, nearest, one_line
-from .manifest import sha256_of
+from ..files.opened import sha256_of
 
 Read = Callable[[str, Sequence[int] | None, int], Tensor]
 """Reads a tensor by key: all of it, or only the given indices along an axis."""

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ...editing.errors import RequestError, VerifyError, one_line
+from ..files.written import sync
 from .manifest import SIGNATURE, SUMS, verify_folder
-from .staging import sync
 
 EXTRA = "signatures need the package model-signing; run: pip install 'excise[sign]'"
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...editing.errors import RequestError
+from ..files.written import sync
 
 
 def refuse_existing(out: Path) -> None:
@@ -63,28 +64,6 @@ def publish_folder(staging: Path, out: Path) -> None:
     os.rename(staging, out)
     # A rename is safe after a power cut only when the parent folder is on disk too.
     sync(out.parent)
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file completely or not at all; until then the old content, if any, stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        # Synced before the rename: otherwise a power cut could leave the new name with an empty file.
-        sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

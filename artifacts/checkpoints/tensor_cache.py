@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .manifest import sha256_of
+from ..files.opened import sha256_of
 
 BUDGET = 4 * 2**30
 """Bytes on disk; the least recently used tensors are deleted first."""

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 
 from ...editing.errors import CheckpointError, one_line
-from ..checkpoints.manifest import sha256_of
+from ..checkpoints.read import check_finite, open_checkpoint
 from ..checkpoints.staging import staged_folder
+from ..files.opened import OF_A_CHECKPOINT, sha256_of
 from .cache import cache_folder
+from .filled import check_filled
+from .gguf_header import read_gguf_header
 from .source import ModelSource
 
 
@@ -16,17 +19,21 @@ def from_gguf(path: Path) -> ModelSource:
     """Dequantize a GGUF file into a bfloat16 checkpoint in the cache, under the file's hash.
 
     Raises:
-        CheckpointError: The file is not GGUF, or transformers cannot convert it.
+        CheckpointError: The file is not GGUF or is damaged, or transformers cannot convert it, or leaves a weight out.
     """
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path.name} is not a GGUF file; fetch it again")
+    with OF_A_CHECKPOINT.about(path.name):
+        read_gguf_header(path)
     digest = sha256_of(path)
-    folder = cache_folder() / f"gguf-{digest[:16]}"
+    # Folders called gguf-… are older conversions, whose missing weights may be random.
+    folder = cache_folder() / f"gguf-whole-{digest[:16]}"
     if not folder.exists():
         # Whole or not at all: a conversion that was killed must not be taken for a model by the next run.
         with staged_folder(folder) as staging:
             _dequantize(path, staging)
+            try:
+                check_finite(open_checkpoint(staging))
+            except CheckpointError as error:
+                raise CheckpointError(f"{path.name}: {error}") from error
     return ModelSource("gguf", path.name, folder, sha256=digest)
 
 
@@ -37,11 +44,15 @@ def _dequantize(path: Path, folder: Path) -> None:
     parent = path.resolve().parent
     try:
         tokenizer = AutoTokenizer.from_pretrained(parent, **place)
-        model: Any = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32, **place)
-    except (ValueError, OSError, KeyError, RuntimeError, NotImplementedError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            parent, dtype=torch.float32, output_loading_info=True, **place
+        )
+    except Exception as error:  # the libraries behind it raise dozens of kinds
         raise CheckpointError(
             f"{path.name} cannot be converted: {one_line(error)}; give another file or a safetensors folder"
         ) from error
+    model, info = loaded
+    check_filled(path.name, info, "fetch the file again, or give another one")
     # The weights are ordinary tensors now, but transformers refuses to save while these attributes exist.
     model.hf_quantizer = None
     model.is_quantized = False

@@ -9,6 +9,7 @@ import torch
 from ...editing.errors import CheckpointError, RequestError, one_line
 from ...editing.numerics.cpu_attention import attend_by_products
 from ..checkpoints.read import open_checkpoint
+from .filled import check_filled
 from .memory import check_memory, release_memory
 from .source import ModelInMemory, ModelSource
 
@@ -72,13 +73,7 @@ def load_weights(source: ModelSource, device: torch.device, dtype: torch.dtype, 
             f"{source.name} cannot be loaded: {one_line(error)}; fetch the checkpoint again"
         ) from error
     model, info = loaded
-    # transformers only warns about these and goes on with random weights.
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in info.get(problem, ())):
-            raise CheckpointError(
-                f"{source.name} has {len(names)} {problem.replace('_', ' ')}, the first is {names[0]}; "
-                "transformers would use random weights there; fetch the checkpoint again"
-            )
+    check_filled(source.name, info, "fetch the checkpoint again")
     if device.type == "cpu" and dtype == torch.bfloat16:
         attend_by_products(model)
     return model.eval()

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..checkpoints.manifest import FOLDER, amend_folder
-from ..checkpoints.staging import write_whole
+from ..files.written import write_whole
 from . import charts
 from .card import CARD
 from .findings import UNTESTED

@@ -11,7 +11,7 @@ from ...editing.errors import RequestError
 from ...eval.measurements import label_of
 from ...eval.statistics import Measurement
 from ..checkpoints.manifest import read_manifest, verify_folder
-from ..checkpoints.staging import write_whole
+from ..files.written import write_whole
 from ..upgrade import read_json
 from . import charts
 from .audit_page import AUDIT, HEADLINES, shown

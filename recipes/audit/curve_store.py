@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...artifacts.checkpoints.staging import write_whole
 from ...artifacts.checkpoints.tensor_cache import TensorCache
+from ...artifacts.files.written import write_whole
 from ...eval.audit.recovery import RecoveryCurve
 
 CONTROLS = ("base", "suppressed", "reference")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...artifacts.checkpoints.staging import write_whole
+from ...artifacts.files.written import write_whole
 from ...artifacts.reporting import audit_page, report
 from ...artifacts.upgrade import SCHEMA_VERSION
 from ...eval.audit.recovery import RecoveryCurve, Scale

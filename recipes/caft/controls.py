@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...artifacts.checkpoints.staging import write_whole
 from ...artifacts.events import Events
+from ...artifacts.files.written import write_whole
 from ...artifacts.models.load import LoadedModel
 from ...artifacts.models.memory import release_memory
 from ...artifacts.reporting.results import measurements_as_json

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ...artifacts.checkpoints.manifest import sha256_of
 from ...artifacts.concepts import read_training
+from ...artifacts.files.opened import sha256_of
 from ...editing.errors import ConceptError, RequestError, one_line
 from ...eval.concept import TrainingRow
 from ..common.examples import Example

@@ -9,7 +9,8 @@ import sys
 import pytest
 from excise.artifacts.checkpoints.edits import load_edit, save_edit
 from excise.artifacts.checkpoints.manifest import SUMS, verify_folder
-from excise.artifacts.checkpoints.staging import staged_folder, write_whole
+from excise.artifacts.checkpoints.staging import staged_folder
+from excise.artifacts.files.written import write_whole
 from excise.editing.errors import RequestError, VerifyError
 from helpers import excise, in_fresh_process, random_edit
 

@@ -1,0 +1,92 @@
+"""Opening a file that somebody else may have written or touched: a regular file, of bounded size, told in one line."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ...editing.errors import CheckpointError, ExciseError, RequestError, one_line
+
+MAX_TEXT = 1 << 30
+"""Bytes of the largest file of JSON lines."""
+MAX_JSON = 1 << 26
+"""Bytes of the largest file that holds one JSON value."""
+MAX_YAML = 1 << 20
+"""Bytes of the largest YAML file."""
+
+
+class Unreadable(ValueError):
+    """What is wrong with a file, without its name; who reads the file tells its name and what to do."""
+
+
+@dataclass(frozen=True)
+class Telling:
+    """How a fault of a file reaches the user: as which error, and what to do next."""
+
+    error: type[ExciseError]
+    advice: str
+
+    @contextmanager
+    def about(self, name: str | Path) -> Iterator[None]:
+        """Raise every fault that reading meets as the error, in one line with the file's name.
+
+        Raises:
+            ExciseError: Of the kind ``error``.
+        """
+        try:
+            yield
+        except (Unreadable, OSError) as error:
+            reason = str(error) if isinstance(error, Unreadable) else error.strerror or one_line(error)
+            raise self.error(f"{name} cannot be read ({one_line(ValueError(reason))}); {self.advice}") from error
+
+
+OF_A_CHECKPOINT = Telling(CheckpointError, "fetch it again")
+OF_A_REQUEST = Telling(RequestError, "correct it or give another file")
+
+
+@contextmanager
+def regular_file(path: Path, most: int | None = None) -> Iterator[BinaryIO]:
+    """Open a file for reading.
+
+    Raises:
+        Unreadable: It is a pipe, a device or a folder, or larger than ``most`` bytes.
+        OSError: It does not exist, or the system refuses it.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for somebody to write into it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise Unreadable("it is a pipe, a device or a folder, not a file")
+        if most is not None and about.st_size > most:
+            raise Unreadable(f"it has {about.st_size} bytes, at most {most} are read")
+        yield file
+
+
+def read_text(path: Path, most: int = MAX_TEXT) -> str:
+    """A whole text file in UTF-8.
+
+    Raises:
+        Unreadable: It is no regular file, too large, or not UTF-8.
+        OSError: It does not exist, or the system refuses it.
+    """
+    with regular_file(path, most) as file:
+        data = file.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise Unreadable(f"line {line} is not UTF-8, at byte {error.start}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with (
+        Telling(CheckpointError, "remove it or put the file in its place").about(path.name),
+        regular_file(path) as file,
+    ):
+        return hashlib.file_digest(file, "sha256").hexdigest()

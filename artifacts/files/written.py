@@ -1,0 +1,113 @@
+"""Files that a program may be killed while it writes: whole or not at all, and sealed against changes."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .opened import Unreadable, regular_file
+from .parsed import read_object
+
+SEAL = "seal.json"
+"""In a folder: the SHA-256 of each file that was sealed."""
+_CHECKSUM = "sha256_of_content"
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file completely or not at all; until then the old content, if any, stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        # Synced before the rename: otherwise a power cut could leave the new name with an empty file.
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object with its own checksum, completely or not at all."""
+    write_whole(path, sealed(content))
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """A JSON object as text, with its own checksum."""
+    # As it will be read: JSON makes texts of keys that are numbers.
+    plain = json.loads(json.dumps(content))
+    return json.dumps({**plain, _CHECKSUM: _digest(plain)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What ``write_sealed`` wrote.
+
+    Raises:
+        Unreadable: The file is damaged, or was changed since.
+        OSError: It does not exist, or the system refuses it.
+    """
+    return unsealed(read_object(path))
+
+
+def unsealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a sealed object.
+
+    Raises:
+        Unreadable: It was changed, or never sealed.
+    """
+    rest = {key: value for key, value in content.items() if key != _CHECKSUM}
+    if content.get(_CHECKSUM) != _digest(rest):
+        raise Unreadable("it was changed since it was written, or another version wrote it")
+    return rest
+
+
+def seal_files(folder: Path, base: Path | None = None, names: tuple[str, ...] = ("",)) -> None:
+    """Write into a folder the checksums of files.
+
+    Args:
+        base: What the names are relative to; the folder itself by default.
+        names: Files, and folders with all their files; those that do not exist are left out.
+    """
+    base = base or folder
+    files = sorted(path for name in names for path in _files(base / name) if path.name != SEAL)
+    write_sealed(folder / SEAL, {"files": {path.relative_to(base).as_posix(): _sha256(path) for path in files}})
+
+
+def check_files(folder: Path, base: Path | None = None) -> tuple[list[str], list[str]]:
+    """Names of sealed files that are gone, and of those that were changed.
+
+    Raises:
+        Unreadable: The seal itself is damaged, or there is none.
+    """
+    base = base or folder
+    try:
+        sums = read_sealed(folder / SEAL)["files"]
+    except FileNotFoundError as error:
+        raise Unreadable(f"it has no {SEAL}: another version wrote it, or it was removed") from error
+    present = {name: digest for name, digest in sums.items() if (base / name).is_file()}
+    return sorted(sums.keys() - present.keys()), [
+        name for name, digest in present.items() if _sha256(base / name) != digest
+    ]
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path] if path.is_file() else []
+
+
+def _sha256(path: Path) -> str:
+    with regular_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

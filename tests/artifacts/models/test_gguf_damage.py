@@ -1,0 +1,53 @@
+"""GGUF files that are not whole: none becomes a model, and none is left in the cache."""
+
+import re
+
+import pytest
+from excise.artifacts.checkpoints.read import open_checkpoint
+from excise.artifacts.models.cache import cache_folder
+from excise.artifacts.models.find import find_model
+from excise.editing.errors import CheckpointError
+from small_gguf import SHAPES, write_gguf
+
+
+def _converted():
+    return {path.name for path in cache_folder().glob("*gguf*")}
+
+
+def test_a_whole_file_becomes_a_model_with_every_tensor(tmp_path):
+    source = find_model(str(write_gguf(tmp_path / "whole.gguf")))
+    assert len(open_checkpoint(source.folder).tensors) == len(SHAPES)
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        ({"without": ["blk.0.ffn_up.weight"]}, "1 missing keys, the first is model.layers.0.mlp.up_proj.weight;"),
+        ({"without": ["blk.0.attn_q.weight", "blk.0.ffn_up.weight"]}, "2 missing keys, .*mlp.up_proj.*self_attn.q"),
+        ({"without": list(SHAPES)}, "its 0 tensors do not have"),
+        ({"not_finite": "blk.0.ffn_up.weight"}, "not_whole.gguf.*up_proj.weight holds NaN or infinite"),
+        # A model of that many layers would be built before any of them was missed.
+        ({"layers": 10**9}, "states llama.block_count = 1000000000"),
+    ],
+)
+def test_a_file_that_lacks_what_it_needs_is_refused_and_leaves_nothing_behind(tmp_path, damage, told):
+    before = _converted()
+    with pytest.raises(CheckpointError, match=told) as caught:
+        find_model(str(write_gguf(tmp_path / "not_whole.gguf", **damage)))
+    assert "\n" not in str(caught.value) and _converted() == before
+
+
+def test_lengths_and_counts_beyond_the_file_are_refused(tmp_path):
+    whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
+    place = whole.index(b"llama.block_count") - 8
+    for name, damaged in {
+        "text": whole[:place] + (1 << 60).to_bytes(8, "little") + whole[place + 8 :],
+        "entries": whole[:16] + (1 << 60).to_bytes(8, "little") + whole[24:],
+        "cut": whole[: len(whole) // 2],
+        "version": whole[:4] + (9).to_bytes(4, "little") + whole[8:],
+    }.items():
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=re.escape(path.name)) as caught:
+            find_model(str(path))
+        assert "\n" not in str(caught.value)
