@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts.checkpoints.edits import load_edit, save_edit
-from ..artifacts.checkpoints.export import Export, check_disk, check_editable, export_edit, required_bytes
+from ..artifacts.checkpoints.export import Export, check_disk, check_editable, check_shapes, export_edit, required_bytes
 from ..artifacts.checkpoints.manifest import FOLDER, write_manifest
 from ..artifacts.checkpoints.read import Checkpoint, open_checkpoint
 from ..artifacts.checkpoints.staging import refuse_existing, staged_folder
@@ -40,6 +40,7 @@ def prepare(edit: Path | WeightEdit, base: str, out: Path) -> PreparedApply:
     checkpoint = open_checkpoint(source.folder)
     plan = edit.plan(checkpoint.config, list(checkpoint.tensors))
     check_editable(checkpoint, plan)
+    check_shapes(checkpoint, plan)
     check_disk(out, required_bytes(checkpoint, plan))
     return PreparedApply(edit, source, checkpoint, plan, out)
 

@@ -6,20 +6,26 @@ Example:
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ...editing.edits.base import WeightEdit
 from ...editing.edits.dense import Delta, DenseUpdate
 from ...editing.edits.low_rank import Factors, LowRankUpdate
-from ...editing.edits.pruned_units import PrunedUnits
-from ...editing.edits.subspace_removal import Edit
-from ...editing.errors import RequestError
+from ...editing.edits.pruned_units import PrunedUnits, Semantics
+from ...editing.edits.subspace_removal import Edit, Embeddings, Variant
+from ...editing.errors import EditError, RequestError
+from ..files.forms import Form, validated
+from ..files.opened import Telling, Unreadable
+from ..files.parsed import read_object
+from ..files.tensors import check_finite_tensors, load_safetensors
 from .manifest import FOLDER, checkpoint_of
 
 SCHEMA_VERSION = 1
@@ -28,10 +34,18 @@ LEFT, RIGHT = ".left", ".right"
 
 
 def save_edit(edit: WeightEdit, folder: Path) -> None:
-    """Write an edit into a folder."""
+    """Write an edit into a folder.
+
+    Raises:
+        EditError: A value of it is NaN or infinite.
+    """
     from safetensors.torch import save_file
 
     tensors, description = METHODS[edit.method].pack(edit)
+    try:
+        check_finite_tensors(tensors)
+    except Unreadable as error:
+        raise EditError(f"the edit was not stored: its {error}; learn it again with smaller steps") from error
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS, {"format": "pt"})
     content = {"schema_version": SCHEMA_VERSION, "method": edit.method, **description, "provenance": edit.provenance}
@@ -44,35 +58,64 @@ def load_edit(folder: Path) -> WeightEdit:
     Raises:
         RequestError: The folder holds no edit, or the edit is damaged or of another version.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     places = (folder, folder / FOLDER, checkpoint_of(folder) / FOLDER)
     folder = next((place for place in places if (place / DESCRIPTION).is_file()), folder)
-    description = folder / DESCRIPTION
-    if not description.is_file():
+    if not (folder / DESCRIPTION).is_file():
         raise RequestError(
             f"{folder} holds no {DESCRIPTION}; give a run's folder, its checkpoint or checkpoint/{FOLDER}"
         )
-    try:
-        content = json.loads(description.read_text(encoding="utf-8"))
-        if content["schema_version"] != SCHEMA_VERSION or content["method"] not in METHODS:
-            raise RequestError(
-                f"{description} is a {content['method']} edit of version {content['schema_version']}; "
-                f"this excise applies edits of version {SCHEMA_VERSION}: {', '.join(METHODS)}"
-            )
-        return METHODS[content["method"]].unpack(load_file(folder / TENSORS), content)
-    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-        raise RequestError(f"the edit in {folder} is damaged ({error}); fetch it again") from error
+    damaged = Telling(RequestError, "fetch it again")
+    with damaged.about(f"the edit in {folder}: {DESCRIPTION}"):
+        content = read_object(folder / DESCRIPTION)
+        about = validated(_Kind, content)
+        if about.schema_version == SCHEMA_VERSION and about.method in METHODS:
+            validated(METHODS[about.method].form, content)
+    if about.schema_version != SCHEMA_VERSION or about.method not in METHODS:
+        raise RequestError(
+            f"{folder / DESCRIPTION} is a {about.method} edit of version {about.schema_version}; "
+            f"this excise applies edits of version {SCHEMA_VERSION}: {', '.join(METHODS)}"
+        )
+    with damaged.about(f"the edit in {folder}: {TENSORS}"):
+        tensors = load_safetensors(folder / TENSORS)
+        check_finite_tensors(tensors)
+        return METHODS[about.method].unpack(tensors, content)
 
 
 Description = dict[str, Any]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Kind(Form):
+    schema_version: int
+    method: str
+
+
+class _Subspace(Form):
+    model_type: str
+    layer_strengths: list[float]
+    embeddings: Embeddings
+    variant: Variant
+    provenance: dict[str, Any]
+
+
+class _Update(Form):
+    model_type: str
+    width: Count
+    layers: Count
+    provenance: dict[str, Any]
+
+
+class _Pruned(_Update):
+    semantics: Semantics
+    head_width: Count
 
 
 @dataclass(frozen=True)
 class Method:
     """How one kind of edit is stored."""
 
+    form: type[Form]
+    """What the description must hold."""
     pack: Callable[[Any], tuple[dict[str, Tensor], Description]]
     unpack: Callable[[dict[str, Tensor], Description], WeightEdit]
 
@@ -93,7 +136,7 @@ def _pack_subspace(edit: Edit) -> tuple[dict[str, Tensor], Description]:
 
 def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
     return Edit(
-        tensors["basis"].float(),
+        _matrix(tensors, "basis"),
         content["model_type"],
         tuple(content["layer_strengths"]),
         content["embeddings"],
@@ -104,6 +147,15 @@ def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
     )
 
 
+def _matrix(tensors: dict[str, Tensor], name: str, dimensions: int = 2) -> Tensor:
+    if name not in tensors:
+        raise Unreadable(f"it has no tensor {name}")
+    if tensors[name].dim() != dimensions or not tensors[name].is_floating_point():
+        kind = f"{tensors[name].dtype} of shape {list(tensors[name].shape)}"
+        raise Unreadable(f"tensor {name} is {kind}, not floating-point numbers in {dimensions} dimensions")
+    return tensors[name].float()
+
+
 def _pack_factors(edit: LowRankUpdate) -> tuple[dict[str, Tensor], Description]:
     tensors = {name + LEFT: factors.left for name, factors in edit.factors.items()}
     tensors |= {name + RIGHT: factors.right for name, factors in edit.factors.items()}
@@ -112,9 +164,12 @@ def _pack_factors(edit: LowRankUpdate) -> tuple[dict[str, Tensor], Description]:
 
 def _unpack_factors(tensors: dict[str, Tensor], content: Description) -> LowRankUpdate:
     names = sorted(name.removesuffix(LEFT) for name in tensors if name.endswith(LEFT))
-    factors = {name: Factors(tensors[name + LEFT].float(), tensors[name + RIGHT].float()) for name in names}
+    factors = {name: Factors(_matrix(tensors, name + LEFT), _matrix(tensors, name + RIGHT)) for name in names}
     if len(tensors) != 2 * len(factors):
-        raise ValueError(f"{TENSORS} holds {len(tensors)} tensors, not a left and a right factor each")
+        raise Unreadable(f"it holds {len(tensors)} tensors, not a left and a right factor each")
+    for name, pair in factors.items():
+        if pair.left.shape[1] != len(pair.right):
+            raise Unreadable(f"the factors of {name} are {list(pair.left.shape)} and {list(pair.right.shape)}")
     return LowRankUpdate(factors, content["model_type"], content["width"], content["layers"], content["provenance"])
 
 
@@ -124,13 +179,13 @@ def _pack_deltas(edit: DenseUpdate) -> tuple[dict[str, Tensor], Description]:
 
 
 def _unpack_deltas(tensors: dict[str, Tensor], content: Description) -> DenseUpdate:
-    deltas = {name: Delta(tensor.float()) for name, tensor in tensors.items()}
+    deltas = {name: Delta(_matrix(tensors, name)) for name in tensors}
     return DenseUpdate(deltas, content["model_type"], content["width"], content["layers"], content["provenance"])
 
 
 def _pack_pruned(edit: PrunedUnits) -> tuple[dict[str, Tensor], Description]:
-    tensors = {f"neurons.{layer}": torch.tensor(units) for layer, units in edit.neurons.items()}
-    tensors |= {f"heads.{layer}": torch.tensor(units) for layer, units in edit.heads.items()}
+    tensors = {f"neurons.{layer}": torch.tensor(units, dtype=torch.int64) for layer, units in edit.neurons.items()}
+    tensors |= {f"heads.{layer}": torch.tensor(units, dtype=torch.int64) for layer, units in edit.heads.items()}
     tensors |= {f"means.{layer}": means for layer, means in edit.means.items()}
     return tensors, {
         "model_type": edit.model_type,
@@ -142,12 +197,25 @@ def _pack_pruned(edit: PrunedUnits) -> tuple[dict[str, Tensor], Description]:
 
 
 def _unpack_pruned(tensors: dict[str, Tensor], content: Description) -> PrunedUnits:
-    def by_layer(kind: str) -> dict[int, Tensor]:
-        return {int(name.split(".")[1]): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}.")}
-
-    neurons, heads = (
-        {layer: tuple(t.tolist()) for layer, t in by_layer(kind).items()} for kind in ("neurons", "heads")
-    )
+    neurons: dict[int, tuple[int, ...]] = {}
+    heads: dict[int, tuple[int, ...]] = {}
+    means: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        kind, _, layer = name.partition(".")
+        if kind not in ("neurons", "heads", "means") or not re.fullmatch("[0-9]{1,5}", layer):
+            raise Unreadable(f"tensor {name} is not neurons.N, heads.N or means.N")
+        if kind == "means":
+            means[int(layer)] = _matrix(tensors, name, 1)
+        # An empty list was stored as floating-point numbers once.
+        elif tensor.dim() != 1 or (len(tensor) and tensor.dtype != torch.int64) or bool((tensor < 0).any()):
+            raise Unreadable(f"tensor {name} is no list of unit numbers from 0")
+        else:
+            (neurons if kind == "neurons" else heads)[int(layer)] = tuple(tensor.tolist())
+    for layer, values in means.items():
+        if len(values) != len(neurons.get(layer, ())):
+            raise Unreadable(f"layer {layer} has {len(neurons.get(layer, ()))} neurons and {len(values)} means")
+    if content["semantics"] == "mean" and set(means) != set(neurons):
+        raise Unreadable("semantics=mean needs a mean for every neuron")
     return PrunedUnits(
         neurons,
         heads,
@@ -156,14 +224,14 @@ def _unpack_pruned(tensors: dict[str, Tensor], content: Description) -> PrunedUn
         content["width"],
         content["layers"],
         content["head_width"],
-        by_layer("means"),
+        means,
         content["provenance"],
     )
 
 
 METHODS: dict[str, Method] = {
-    "orthogonalize": Method(_pack_subspace, _unpack_subspace),
-    "low_rank": Method(_pack_factors, _unpack_factors),
-    "dense": Method(_pack_deltas, _unpack_deltas),
-    "prune": Method(_pack_pruned, _unpack_pruned),
+    "orthogonalize": Method(_Subspace, _pack_subspace, _unpack_subspace),
+    "low_rank": Method(_Update, _pack_factors, _unpack_factors),
+    "dense": Method(_Update, _pack_deltas, _unpack_deltas),
+    "prune": Method(_Pruned, _pack_pruned, _unpack_pruned),
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...editing.architectures import architecture_of
-from ...editing.edits.base import Plan, Shrinking, WeightEdit, check_changes, merge_changes
+from ...editing.edits.base import Plan, Shaped, Shrinking, WeightEdit, check_changes, merge_changes
 from ...editing.edits.changes import Change
 from ...editing.errors import CheckpointError, EditError, ExciseError
 from ..events import Stage
@@ -82,6 +82,17 @@ def check_editable(checkpoint: Checkpoint, plan: Plan) -> None:
                 f"{name} is stored as {dtype}, which cannot be edited; edit a checkpoint in {', '.join(EDITABLE)}, "
                 "then quantize"
             )
+
+
+def check_shapes(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Check that a learned edit has the shapes of the tensors that it changes.
+
+    Raises:
+        RequestError: It was learned on another model.
+    """
+    for tensor in plan.tensors:
+        if isinstance(tensor, Shaped):
+            tensor.check_shape(checkpoint.tensors[tensor.name].shape)
 
 
 def export_edit(edit: WeightEdit, checkpoint: Checkpoint, folder: Path, stage: Stage | None = None) -> Export:

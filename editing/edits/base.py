@@ -55,6 +55,13 @@ class Shrinking(Protocol):
         ...
 
 
+@runtime_checkable
+class Shaped(Protocol):
+    """A tensor edit that fits some shapes only, which can be checked before a weight is read."""
+
+    def check_shape(self, shape: Sequence[int]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """What an edit will do to one checkpoint, decided from the config and tensor names alone."""

@@ -1,5 +1,6 @@
 """Records of what an edit did to each tensor, summed block by block while the edit runs."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -76,13 +77,22 @@ class Meter:
         return finished, edited.copy_(finished)
 
     def compare(self, block: Tensor, rounded: Tensor) -> None:
-        """Add the difference between a block and its edited values to the sums; overwrites ``rounded``."""
+        """Add the difference between a block and its edited values to the sums; overwrites ``rounded``.
+
+        Raises:
+            EditError: An edited value is NaN or infinite.
+        """
         rounded.sub_(block)
         self.difference += _dot(rounded)
         if rounded.numel():
             # One pass over the block; abs().max() would need another buffer.
-            low, high = torch.aminmax(rounded)
-            self.largest = max(self.largest, -float(low), float(high))
+            low, high = (float(end) for end in torch.aminmax(rounded))
+            # Either end is NaN where any value is.
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise EditError(
+                    f"the edit would make weights of {self.name} NaN or infinite; lower its strength, or learn it again"
+                )
+            self.largest = max(self.largest, -low, high)
 
     def change(
         self, form: str, strength: float, *, written: float | None = None, residual: float | None = None

@@ -25,6 +25,10 @@ class Delta:
     def height(self) -> int:
         return len(self.values)
 
+    @property
+    def width(self) -> int:
+        return self.values.shape[1]
+
     def add_to(self, block: Tensor, rows: slice, room: Tensor | None) -> Tensor:
         return torch.add(block, self.values[rows], out=room)
 

@@ -27,6 +27,9 @@ class Addend(Protocol):
     @property
     def height(self) -> int: ...
 
+    @property
+    def width(self) -> int: ...
+
     def add_to(self, block: Tensor, rows: slice, room: Tensor | None) -> Tensor:
         """Add these rows to a block of the matrix, in fp32; the result goes into ``room`` if it is not None."""
         ...
@@ -43,6 +46,10 @@ class Factors:
     @property
     def height(self) -> int:
         return len(self.left)
+
+    @property
+    def width(self) -> int:
+        return self.right.shape[1]
 
     def add_to(self, block: Tensor, rows: slice, room: Tensor | None) -> Tensor:
         # addmm adds the product without storing it beside the block.
@@ -114,25 +121,51 @@ class UpdatedTensor:
         self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
     ) -> "BlockwiseUpdate":
         """The update as a stream of blocks of rows."""
+        self._check_rows(rows)
+        return BlockwiseUpdate(self, rows, read, rows_per_block)
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Check that the update has a stored tensor's shape.
+
+        Raises:
+            RequestError: It has another one.
+        """
+        rows, columns = ((1, *shape) if len(shape) == 1 else shape)[-2:]
+        self._check_rows(rows)
+        self.check_columns(columns)
+
+    def _check_rows(self, rows: int) -> None:
         if rows != self.addend.height:
             raise RequestError(
                 f"{self.name} has {rows} rows, but the update has {self.addend.height}; apply it to the model it was "
                 "learned on"
             )
-        return BlockwiseUpdate(self, rows, read, rows_per_block)
+
+    def check_columns(self, columns: int) -> None:
+        """Check the width of a stored block.
+
+        Raises:
+            RequestError: The update has another width.
+        """
+        if columns != self.addend.width:
+            raise RequestError(
+                f"{self.name} has {columns} columns, but the update has {self.addend.width}; apply it to the model it "
+                "was learned on"
+            )
 
 
 class BlockwiseUpdate:
     """The sum, block by block; computed in fp32 for every stored dtype."""
 
     def __init__(self, tensor: UpdatedTensor, rows: int, read: RowReader, rows_per_block: int):
-        self.addend, self.read = tensor.addend, read
+        self.tensor, self.addend, self.read = tensor, tensor.addend, read
         self.ranges = block_ranges(rows, rows_per_block)
         self._meter = Meter(tensor.name)
 
     def __iter__(self) -> Iterator[Tensor]:
         for rows in self.ranges:
             stored = self.read(rows.start, rows.stop)
+            self.tensor.check_columns(stored.shape[-1])
             block = self._meter.widen(stored)
             edited = self.addend.add_to(block, rows, self._meter.room(stored))
             finished, rounded = self._meter.finish(edited, stored.dtype)

@@ -172,6 +172,14 @@ class ZeroedTensor:
             return block[:, _others(self.places(block.shape[-1]), 0, block.shape[-1])].contiguous()
         return block[_others(self.places(rows), first_row, len(block))]
 
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Check that a stored tensor has all the units.
+
+        Raises:
+            RequestError: A unit lies outside the tensor.
+        """
+        self.places(shape[max(self.axis, -len(shape))])
+
     def places(self, size: int) -> list[int]:
         """Indices of the units' rows or columns in an axis of this size.
 
@@ -180,10 +188,10 @@ class ZeroedTensor:
         """
         units = list(self.units)
         indices = [*units, *(unit + size // 2 for unit in units)] if self.fused else units
-        if indices and max(indices) >= size:
+        # A negative index would be read from the end, and remove a unit that nobody named.
+        if wrong := [unit for unit in indices if not 0 <= unit < size]:
             raise RequestError(
-                f"{self.name} has {size} units, the edit names unit {max(indices)}; apply it to the model it was "
-                "learned on"
+                f"{self.name} has {size} units, the edit names unit {wrong[-1]}; apply it to the model it was learned on"
             )
         return indices
 
@@ -243,6 +251,7 @@ class WholeBias:
         block = self._meter.widen(stored)
         weight = self.other(self.tensor.weight).float()
         # A weight next to its bias: [d, units] for nn.Linear, [units, d] for Conv1D.
+        self._check_units(weight.shape[1] if len(weight) == stored.shape[-1] else len(weight))
         columns = (
             weight[:, list(self.tensor.units)] if len(weight) == stored.shape[-1] else weight[list(self.tensor.units)].T
         )
@@ -250,6 +259,14 @@ class WholeBias:
         finished, rounded = self._meter.finish(edited, stored.dtype)
         self._meter.compare(block, rounded)
         yield finished
+
+    def _check_units(self, count: int) -> None:
+        units, means = self.tensor.units, len(self.tensor.means)
+        if len(units) != means or not all(0 <= unit < count for unit in units):
+            raise RequestError(
+                f"{self.tensor.weight} has {count} units, the edit names {len(units)} of them and {means} means; apply "
+                "it to the model it was learned on"
+            )
 
     def change(self) -> Change:
         """Record of the addition; valid after the block."""
