@@ -148,7 +148,7 @@ def run(
     if resume:
         if chosen.out is not None and (chosen.out / "checkpoint" / RESULTS).is_file():
             return Run.read(chosen.out)
-        chosen = resumed(chosen)
+        chosen = resumed(chosen, recipe)
     with quiet_libraries():
         finished = module.run(module.prepare(chosen, resume=resume), events_for(progress))
     # As it stands on disk: a run that is read again later is equal to this one.
@@ -267,7 +267,7 @@ def audit(
         }
         chosen = settings_of_call(audit_recipe.AuditSettings, values)
         if resume:
-            chosen = resumed(chosen)
+            chosen = resumed(chosen, "audit")
         with quiet_libraries():
             prepared = audit_recipe.prepare(chosen, resume=resume)
             return Audit(prepared.out, audit_recipe.run(prepared, events_for(progress)))

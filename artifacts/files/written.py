@@ -11,7 +11,7 @@ from .opened import Unreadable, regular_file
 from .parsed import read_object
 
 SEAL = "seal.json"
-"""In a folder: the SHA-256 of each file that was sealed."""
+"""Checksums of the files of a folder, in the folder itself."""
 _CHECKSUM = "sha256_of_content"
 
 
@@ -71,37 +71,28 @@ def unsealed(content: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def seal_files(folder: Path, base: Path | None = None, names: tuple[str, ...] = ("",)) -> None:
-    """Write into a folder the checksums of files.
-
-    Args:
-        base: What the names are relative to; the folder itself by default.
-        names: Files, and folders with all their files; those that do not exist are left out.
-    """
-    base = base or folder
-    files = sorted(path for name in names for path in _files(base / name) if path.name != SEAL)
-    write_sealed(folder / SEAL, {"files": {path.relative_to(base).as_posix(): _sha256(path) for path in files}})
+def seal_files(seal: Path, files: Mapping[str, Path]) -> None:
+    """Write the checksums of files, by the names under which ``check_sealed`` will look for them."""
+    write_sealed(seal, {"files": {name: _sha256(path) for name, path in sorted(files.items())}})
 
 
-def check_files(folder: Path, base: Path | None = None) -> tuple[list[str], list[str]]:
-    """Names of sealed files that are gone, and of those that were changed.
+def files_in(folder: Path, prefix: str = "") -> dict[str, Path]:
+    """Every file of a folder by its relative name, seals left out."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    return {f"{prefix}{path.relative_to(folder).as_posix()}": path for path in files}
+
+
+def check_sealed(seal: Path, base: Path) -> tuple[list[str], list[str]]:
+    """Names of sealed files that are gone from ``base``, and of those that were changed.
 
     Raises:
-        Unreadable: The seal itself is damaged, or there is none.
+        Unreadable: The seal is damaged.
+        OSError: There is no seal.
     """
-    base = base or folder
-    try:
-        sums = read_sealed(folder / SEAL)["files"]
-    except FileNotFoundError as error:
-        raise Unreadable(f"it has no {SEAL}: another version wrote it, or it was removed") from error
+    sums = read_sealed(seal)["files"]
     present = {name: digest for name, digest in sums.items() if (base / name).is_file()}
-    return sorted(sums.keys() - present.keys()), [
-        name for name, digest in present.items() if _sha256(base / name) != digest
-    ]
-
-
-def _files(path: Path) -> list[Path]:
-    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path] if path.is_file() else []
+    changed = [name for name, digest in present.items() if _sha256(base / name) != digest]
+    return sorted(sums.keys() - present.keys()), changed
 
 
 def _sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from ...artifacts.upgrade import SCHEMA_VERSION
 from ...eval.concept import Question
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet
 from ..common.run_folder import start_folder
+from ..common.run_inputs import checksums
 from .attack_data import AttackData
 from .attackers import AttackTraining
 from .attacks.table import ATTACKS
@@ -39,7 +40,9 @@ class AuditRun:
 
     def __init__(self, job: AuditJob, events: Events):
         self.job, self.events = job, events
-        self.work: Path = start_folder(job.out, job.settings)
+        models = {f"the {name} model": source for name, source in job.sources.items()}
+        inputs = checksums(job.settings, models, job.concept)
+        self.work: Path = start_folder(job.out, "audit", job.settings, inputs)
         self.curves = CurveStore(self.work / CURVES, _earlier_curves(job))
         events.path = job.out / "events.jsonl"
 

@@ -1,6 +1,5 @@
 """Trainings from the same seed and data that differ in what is ablated, and what is seen of each."""
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,12 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...artifacts.events import Events
-from ...artifacts.files.written import write_whole
+from ...artifacts.files.opened import Telling
+from ...artifacts.files.written import read_sealed, write_sealed
 from ...artifacts.models.load import LoadedModel
 from ...artifacts.models.memory import release_memory
 from ...artifacts.reporting.results import measurements_as_json
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Subspace
+from ...editing.errors import RequestError
 from ...editing.hooks.concept_ablation import concept_ablated
 from ...editing.modules import causal_model
 from ...eval.concept import ContrastPair
@@ -123,7 +124,7 @@ class DriftMonitor:
         model.train(training)
         # Whole or not at all: a kill in the middle of a line would spoil the resumed run.
         earlier = [one for one in self.seen() if one["step"] < step]
-        write_whole(self.path, json.dumps([*earlier, record]))
+        write_sealed(self.path, {"records": [*earlier, record]})
 
     def _found_again(self, now: Readings) -> dict[str, float]:
         """Share of the directions that the same source finds in the model as it is now which lies in the ablated
@@ -141,7 +142,10 @@ class DriftMonitor:
 
     def seen(self) -> list[dict[str, Any]]:
         """What was seen at each step; of steps that a resumed run took again, the last."""
-        records: list[dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
+        if not self.path.exists():
+            return []
+        with Telling(RequestError, "remove the run's folder and start it again").about(self.path):
+            records: list[dict[str, Any]] = read_sealed(self.path)["records"]
         return records
 
 

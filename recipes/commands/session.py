@@ -80,7 +80,7 @@ def carry_out(
         if settings.out is not None and (settings.out / "checkpoint").exists():
             sys.stdout.write(f"{settings.out} is complete already; `excise verify {settings.out}` checks it\n")
             raise SystemExit(0)
-        settings = resumed(settings)
+        settings = resumed(settings, command[-1] if command[1] == "run" else command[1])
     settings = settings.completed()
     out = settings.out or free_folder("audit" if command[1] == "audit" else command[-1])
     # The folder is set here, so that an interrupt can name it.

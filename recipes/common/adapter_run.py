@@ -1,6 +1,5 @@
 """A whole run that trains an adapter: measure the base, train, merge, measure and publish the checkpoint."""
 
-import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from ...artifacts.checkpoints.directions import FILE as DIRECTIONS
 from ...artifacts.checkpoints.manifest import FOLDER
 from ...artifacts.events import Events
+from ...artifacts.files.written import read_sealed, write_sealed
 from ...artifacts.models.load import LoadedModel, load_model
 from ...editing.edits.base import WeightEdit
 from ...editing.edits.dense import DenseUpdate, learned_deltas, weights_trained
@@ -28,12 +28,12 @@ from ...eval.model_under_test import ModelUnderTest
 from . import measured_run
 from .adapter_job import AdapterJob, schedule_of
 from .measured_run import Finished, Inspection, Measured
-from .run_folder import start_folder
 from .tokens import Row
 from .trainer import Terms, fit
 
 ADAPTER = "adapter"
-PREDICTIONS = "logits.pt"
+REPORT = "learned.json"
+PREDICTIONS, PREDICTIONS_IN_FULL = "logits.pt", "logits-in-full-precision.pt"
 MERGED_KL = 0.05
 """Nats by which the merged checkpoint may differ from base and adapter: rounding to its stored type, no more."""
 
@@ -79,11 +79,13 @@ def run(job: AdapterJob, how: str, make_training: MakeTraining, events: Events) 
         how: What was done, as it stands in titles: "erased with ELM".
         make_training: Called once the base is measured; not called where a resumed run has trained already.
     """
-    work = start_folder(job.run.out, job.settings)
+    work = measured_run.start(job.run)
     events.path = job.run.out / "events.jsonl"
     base, edit = _study_base(job, make_training, work, events)
-    report = json.loads((work / "learned.json").read_text(encoding="utf-8"))
-    trained = torch.load(work / PREDICTIONS, weights_only=True)
+    report = read_sealed(work / REPORT)
+    # Of a base in 4 bits the predictions in full precision are what the merge must agree with.
+    full = work / PREDICTIONS_IN_FULL
+    trained = torch.load(full if full.exists() else work / PREDICTIONS, weights_only=True)
 
     def inspect(loaded: LoadedModel, subject: ModelUnderTest) -> Inspection:
         return Inspection(about={"merged_kl": _checked_divergence(trained, loaded.model)})
@@ -109,7 +111,8 @@ def _study_base(
         del loaded
         with events.stage("load the base in 4 bits"):
             loaded = load_model(job.run.source, job.run.device, job.run.dtype, bits=4)
-    edit = measured_run.learned_edit(work / "edit", lambda: _learn(job, loaded, make_training, work, events))
+    beside = (REPORT, PREDICTIONS, DIRECTIONS, *(() if job.whole else (ADAPTER,)))
+    edit = measured_run.learned_edit(work, lambda: _learn(job, loaded, make_training, work, events), beside)
     del loaded
     if job.settings.base_bits == 4:
         _predict_in_full_precision(job, work, events)
@@ -157,10 +160,11 @@ def _predict_in_full_precision(job: AdapterJob, work: Path, events: Events) -> N
 def store_predictions(model: Any, rows: Sequence[Row] | None, work: Path) -> None:
     """Keep what a model with its adapter predicts after some rows, or after those that are kept already, for the
     comparison with the merged checkpoint."""
+    stored = PREDICTIONS if rows is not None else PREDICTIONS_IN_FULL
     kept = (
         [list(row) for row in rows] if rows is not None else torch.load(work / PREDICTIONS, weights_only=True)["rows"]
     )
-    torch.save({"rows": kept, "log_p": _log_p(model, kept)}, work / PREDICTIONS)
+    torch.save({"rows": kept, "log_p": _log_p(model, kept)}, work / stored)
 
 
 def _write_trained(job: AdapterJob, model: Any, training: Training, work: Path) -> None:
@@ -171,7 +175,7 @@ def _write_trained(job: AdapterJob, model: Any, training: Training, work: Path) 
         model.peft_config["default"].base_model_name_or_path = job.run.source.name
         # By default peft would look for the base on the Hub, to see whether its vocabulary was changed.
         model.save_pretrained(work / ADAPTER, save_embedding_layers=False)
-    (work / "learned.json").write_text(json.dumps(training.report(model)), encoding="utf-8")
+    write_sealed(work / REPORT, training.report(model))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from ...artifacts.checkpoints.read import DTYPES, Checkpoint, open_checkpoint
 from ...artifacts.checkpoints.staging import staged_folder
 from ...artifacts.concepts import load_concept
 from ...artifacts.events import Events
+from ...artifacts.files.opened import Telling
+from ...artifacts.files.written import SEAL, check_sealed, files_in, seal_files
 from ...artifacts.models.find import find_model
 from ...artifacts.models.load import LoadedModel, choose_device, choose_dtype, load_model
 from ...artifacts.models.memory import check_memory
@@ -24,6 +26,7 @@ from ...artifacts.reporting import card, report
 from ...artifacts.reporting.results import SubjectName, dominated, not_measured, samples, summarize_all, write_results
 from ...editing.architectures import Architecture, architecture_of, layer_count
 from ...editing.edits.base import Plan, WeightEdit
+from ...editing.errors import RequestError
 from ...eval.concept import Concept
 from ...eval.inference.generation import Reply
 from ...eval.items import clusters_of, measured_on
@@ -31,11 +34,14 @@ from ...eval.measurements.fluency import novice_text, reverse_perplexity
 from ...eval.measurements.table import measure, workload
 from ...eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
 from ...eval.statistics import Scores
-from .run_folder import RunSettings, free_folder, refuse_taken
+from .run_folder import RunSettings, free_folder, refuse_taken, start_folder
+from .run_inputs import checksums
 from .story import tell
 
 SAMPLES = 40
 EDITED = "the edited checkpoint"
+LEARNED = "edit"
+"""In the working folder: the edit, once it is learned."""
 
 
 class MeasuredSettings(RunSettings):
@@ -246,17 +252,57 @@ def publish(
     return Finished(out, results)
 
 
-def learned_edit(folder: Path, learn: Callable[[], WeightEdit]) -> WeightEdit:
-    """The edit that an interrupted run left in a folder; or a newly learned one, stored there."""
-    if (folder / "edit.json").exists():
+def start(job: Job) -> Path:
+    """The run's working folder, with the request and the checksums of its inputs inside.
+
+    Raises:
+        RequestError: An unfinished run there was begun otherwise, or what it left was changed.
+    """
+    models = {"the base": job.source, "the reference": job.reference}
+    work = start_folder(job.out, job.recipe, job.settings, checksums(job.settings, models, job.concept))
+    if (work / LEARNED).exists():
+        # Said now, not after the base was measured.
+        _check_untouched(work)
+    return work
+
+
+def learned_edit(work: Path, learn: Callable[[], WeightEdit], beside: Sequence[str] = ()) -> WeightEdit:
+    """The edit that an interrupted run left in its working folder; or a newly learned one, stored there.
+
+    Args:
+        beside: Files and folders of the working folder that ``learn`` writes, and a resumed run reads.
+
+    Raises:
+        RequestError: What the interrupted run left is no longer what it wrote.
+    """
+    folder = work / LEARNED
+    if folder.exists():
+        _check_untouched(work)
         return load_edit(folder)
     edit = learn()
     # Renamed when it is whole: a resumed run must not take half an edit for one that was learned.
-    partial = folder.with_name("edit.partial")
+    partial = work / "edit.partial"
     shutil.rmtree(partial, ignore_errors=True)
     save_edit(edit, partial)
+    files = files_in(partial, f"{LEARNED}/")
+    for name in beside:
+        files |= files_in(work / name, f"{name}/") if (work / name).is_dir() else {}
+        files |= {name: work / name} if (work / name).is_file() else {}
+    seal_files(partial / SEAL, files)
     partial.rename(folder)
     return edit
+
+
+def _check_untouched(work: Path) -> None:
+    out, seal = work.parent, work / LEARNED / SEAL
+    with Telling(RequestError, f"the run cannot go on; remove {out} and start it again").about(seal):
+        gone, changed = check_sealed(seal, work)
+    if gone or changed:
+        name, what = (gone[0], "is gone") if gone else (changed[0], "was changed")
+        raise RequestError(
+            f"{work / name} {what} since the run wrote it, so what was learned is lost; remove {out} and start the run"
+            " again"
+        )
 
 
 def _measure_edited(

@@ -1,15 +1,24 @@
 """Settings that every run has, and the folder that it writes: where it goes, and what an unfinished run holds."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
+from pydantic import Field, ValidationError
+
 from ...artifacts.checkpoints.staging import refuse_existing
+from ...artifacts.files.opened import Telling
+from ...artifacts.files.written import read_sealed, write_sealed
 from ...editing.errors import RequestError
 from .settings import Settings
 
 T = TypeVar("T", bound="RunSettings")
 WORK = ".work"
+STARTED = "settings.json"
+"""In the working folder: recipe, settings and checksums of the inputs that the run was begun with."""
+SCHEMA_VERSION = 2
+PLACES = ("model", "concept", "reference", "base", "out")
+"""Settings that name where models, the pack and the run are: they may move, and checksums tell whether they changed."""
 
 
 class RunSettings(Settings):
@@ -21,7 +30,7 @@ class RunSettings(Settings):
     """Concept pack to use: builtin:NAME or a folder."""
     out: Path | None = None
     """Folder to write the run to. Default: runs/RECIPE-N, with the first free N."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=2**31 - 1)
     """Seed of every random choice. The same seed gives the same checkpoint on the same machine."""
     device: str = "auto"
     """Where to compute: cpu, cuda or cuda:N. auto takes the GPU if there is one."""
@@ -62,31 +71,80 @@ def refuse_taken(out: Path) -> None:
     refuse_existing(out)
 
 
-def start_folder(out: Path, settings: RunSettings) -> Path:
-    """Make a run's folder, with its settings inside, and return its working folder."""
+def start_folder(out: Path, recipe: str, settings: RunSettings, inputs: Mapping[str, str]) -> Path:
+    """Make a run's folder and return its working folder; go on with an unfinished run of the same request there.
+
+    Args:
+        inputs: Checksums of what the run reads, by what a message may call it, such as "the base".
+
+    Raises:
+        RequestError: The unfinished run there is of another recipe, has other settings, or read other inputs.
+    """
     work = out / WORK
     work.mkdir(parents=True, exist_ok=True)
-    (work / "settings.json").write_text(settings.model_dump_json(), encoding="utf-8")
+    request = {"recipe": recipe, "settings": settings.model_dump(mode="json"), "inputs": {**inputs}}
+    if (work / STARTED).exists():
+        _check_same(out, _started(out), request)
+    else:
+        write_sealed(work / STARTED, {"schema_version": SCHEMA_VERSION, **request})
     return work
 
 
-def resumed(settings: T) -> T:
+def resumed(settings: T, recipe: str) -> T:
     """The settings of the unfinished run in ``settings.out``; those that were set now must agree with them.
 
     Raises:
-        RequestError: There is no unfinished run there, or it has other settings.
+        RequestError: There is no unfinished run of the recipe there, it has other settings, or its record is damaged.
     """
     if settings.out is None:
         raise RequestError("--resume needs the folder of the run to go on with; give --out")
-    path = settings.out / WORK / "settings.json"
-    if not path.exists():
+    if not (settings.out / WORK).is_dir():
         raise RequestError(f"{settings.out} holds no unfinished run; leave out --resume to start one")
-    stored = type(settings).model_validate(json.loads(path.read_text(encoding="utf-8")))
+    started = _started(settings.out)
+    _check_recipe(settings.out, started, recipe)
+    try:
+        stored = type(settings).model_validate(started["settings"])
+    except ValidationError as error:
+        raise RequestError(
+            f"the run in {settings.out} was begun by another version of excise, with other settings; remove the folder"
+            " and start the run again"
+        ) from error
     # Only what was set now is compared; what was left out is taken from the stored settings.
-    different = [key for key in settings.model_fields_set - {"out"} if getattr(settings, key) != getattr(stored, key)]
+    set_now = settings.model_fields_set
+    different = [key for key in set_now - {*PLACES} if getattr(settings, key) != getattr(stored, key)]
     if different:
         raise RequestError(
-            f"the run in {settings.out} was started with other values of {', '.join(different)}; "
+            f"the run in {settings.out} was started with other values of {', '.join(sorted(different))}; "
             "leave them out, or start a new run"
         )
-    return stored.model_copy(update={"out": settings.out})
+    return stored.model_copy(update={key: getattr(settings, key) for key in PLACES if key in set_now})
+
+
+def _started(out: Path) -> dict[str, Any]:
+    again = Telling(RequestError, f"the run cannot go on; remove {out} and start it again")
+    with again.about(f"{out / WORK / STARTED}"):
+        started = read_sealed(out / WORK / STARTED)
+    if started.get("schema_version") != SCHEMA_VERSION:
+        raise RequestError(f"the run in {out} was begun by another version of excise; remove {out} and start it again")
+    return started
+
+
+def _check_recipe(out: Path, started: dict[str, Any], recipe: str) -> None:
+    if started["recipe"] != recipe:
+        raise RequestError(
+            f"the unfinished run in {out} is of {started['recipe']}, not of {recipe}; go on with {started['recipe']},"
+            " or give another --out"
+        )
+
+
+def _check_same(out: Path, started: dict[str, Any], request: dict[str, Any]) -> None:
+    _check_recipe(out, started, request["recipe"])
+    for part, what in (("settings", "settings"), ("inputs", "inputs")):
+        before, now = started[part], request[part]
+        keys = (before.keys() | now.keys()) - {*(PLACES if part == "settings" else ())}
+        different = sorted(key for key in keys if before.get(key) != now.get(key))
+        if different:
+            raise RequestError(
+                f"the run in {out} was begun with other {what}: {', '.join(different)} changed since; put them back, or"
+                " start a new run with another --out"
+            )

@@ -1,6 +1,5 @@
 """The one trainer: every gradient step of every recipe is taken here."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,9 +15,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from ...artifacts.checkpoints.read import Checkpoint
 from ...artifacts.events import Stage
+from ...artifacts.files.opened import Telling, Unreadable
+from ...artifacts.files.written import SEAL, check_sealed, files_in, seal_files
 from ...artifacts.models.load import bfloat16_is_fast
 from ...artifacts.models.memory import free_memory
-from ...editing.errors import ExciseError
+from ...editing.errors import ExciseError, RequestError
 from ...editing.training.dropout import without_dropout
 
 Terms = dict[str, Tensor]
@@ -32,7 +33,7 @@ COUNTS = "counts"
 SHARES = "shares"
 """Key that the trainer adds: what each term counts in its step."""
 LAST_GOOD = "last-good"
-STATE = "trainer_state.json"
+CHECKPOINT = "checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,12 @@ class _StepCallback(TrainerCallback):
         if self.after_step:
             self.after_step(state.global_step)
 
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The library has written everything else by now, so a state without a seal is half of one.
+        folder = Path(args.output_dir) / f"{CHECKPOINT}{state.global_step}"
+        # Names include the folder's, because a state under another number is no state.
+        seal_files(folder / SEAL, files_in(folder, f"{folder.name}/"))
+
 
 class _Trainer(Trainer):
     """The library's trainer with a recipe's own loss."""
@@ -156,6 +163,7 @@ def fit(
 
     Raises:
         ExciseError: A term of the loss is not finite, or no gradient reached what is to be trained.
+        RequestError: A stored state was changed since it was written.
     """
     optimizer = _grouped(groups, schedule) if groups else None
     trainer = _Trainer(
@@ -172,7 +180,12 @@ def fit(
     # It prints every log to stdout, where results go.
     trainer.pop_callback(PrinterCallback)
     with without_dropout(model):
-        trainer.train(resume_from_checkpoint=_last_complete(folder))
+        trainer.train(resume_from_checkpoint=_last_complete(folder, schedule.steps))
+    if trainer.state.global_step != schedule.steps:
+        raise ExciseError(
+            f"training ended at step {trainer.state.global_step} of {schedule.steps}, so nothing is published; start "
+            "the run again"
+        )
 
 
 def add_shares(parts: Sequence[Any]) -> None:
@@ -255,14 +268,34 @@ def _warm_from_the_first_step(optimizer: torch.optim.Optimizer | None, schedule:
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (schedule.warmup_steps + 1)))
 
 
-def _last_complete(folder: Path) -> str | None:
-    """The newest whole checkpoint; those that a kill left half-written are removed."""
+def _last_complete(folder: Path, steps: int) -> str | None:
+    """The newest whole checkpoint; those that a kill left half-written or half-removed are deleted.
+
+    Raises:
+        RequestError: A checkpoint was changed since it was written, or is of a longer training.
+    """
     whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        try:
-            # The trainer writes its state after everything else.
-            step = int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
-            whole.append((step, str(checkpoint)))
-        except (OSError, ValueError, KeyError):
+    for checkpoint in folder.glob(f"{CHECKPOINT}*"):
+        step = _step_of(checkpoint)
+        if step is None:
             shutil.rmtree(checkpoint)
+        elif step > steps:
+            raise RequestError(f"{checkpoint} is the state of step {step} of {steps}; {_AGAIN}")
+        else:
+            whole.append((step, str(checkpoint)))
     return max(whole)[1] if whole else None
+
+
+_AGAIN = "it is no state of this training, so remove the run's folder and start the run again"
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """The step that a checkpoint was written after; None if it is not whole."""
+    if not (checkpoint / SEAL).exists():
+        return None
+    with Telling(RequestError, _AGAIN).about(checkpoint):
+        gone, changed = check_sealed(checkpoint / SEAL, checkpoint.parent)
+        if changed:
+            raise Unreadable(f"{changed[0]} was changed since it was written")
+    # Old checkpoints are removed file by file.
+    return None if gone else int(checkpoint.name.removeprefix(CHECKPOINT))

@@ -26,7 +26,6 @@ from ...eval.statistics import Scores
 from ..common import measured_run
 from ..common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs, why_none_passed
 from ..common.measured_run import Finished, Inspection, Job, Measured
-from ..common.run_folder import start_folder
 from .story import story
 
 __all__ = ["OrthogonalizeSettings", "describe", "prepare", "run", "story"]
@@ -103,9 +102,9 @@ def describe(job: OrthogonalizeJob) -> dict[str, Any]:
 def run(job: OrthogonalizeJob, events: Events) -> Finished:
     """Do the whole run. The run's folder gets ``checkpoint/``, ``report.html`` and ``events.jsonl``."""
     checked, settings = job.run, job.settings
-    work = start_folder(checked.out, settings)
+    work = measured_run.start(checked)
     events.path = checked.out / "events.jsonl"
-    base = _study_base(job, work / "edit", events)
+    base = _study_base(job, work, events)
 
     def inspect(loaded: LoadedModel, subject: ModelUnderTest) -> Inspection:
         after = measure_writes(loaded.model, checked.row, base.edit.basis, _leak_inputs(job, loaded))
@@ -130,12 +129,12 @@ def run(job: OrthogonalizeJob, events: Events) -> Finished:
     return finished
 
 
-def _study_base(job: OrthogonalizeJob, folder: Path, events: Events) -> StudiedBase:
+def _study_base(job: OrthogonalizeJob, work: Path, events: Events) -> StudiedBase:
     """Measure the base, learn candidates, choose one; the edit is kept for a resumed run."""
     checked = job.run
     loaded = measured_run.load(checked, checked.source, "base", events)
     measured = measured_run.measure_base(checked, loaded, events)
-    edit = measured_run.learned_edit(folder, lambda: _learn(job, loaded, events))
+    edit = measured_run.learned_edit(work, lambda: _learn(job, loaded, events))
     assert isinstance(edit, Edit), "the run itself saved it"
     measured.scores.append(_induce(job, loaded, edit, events, "induce on base"))
     writes = measure_writes(loaded.model, checked.row, edit.basis, _leak_inputs(job, loaded))

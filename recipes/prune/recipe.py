@@ -23,7 +23,6 @@ from ...eval.intervals import rate_interval
 from ...eval.items import for_training
 from ..common import measured_run
 from ..common.measured_run import Finished, Inspection, Job, MeasuredSettings
-from ..common.run_folder import start_folder
 from ..data.facts import Facts, find_facts
 from ..data.unlearning_sets import forget_examples, retain_examples
 from .scoring import UnitScorer
@@ -108,11 +107,11 @@ def describe(job: PruneJob) -> dict[str, Any]:
 def run(job: PruneJob, events: Events) -> Finished:
     """Do the whole run: score, choose, prune, compare with controls, measure, publish."""
     out, settings = job.run.out, job.settings
-    work = start_folder(out, settings)
+    work = measured_run.start(job.run)
     events.path = out / "events.jsonl"
     loaded = measured_run.load(job.run, job.run.source, "base", events)
     measured = measured_run.measure_base(job.run, loaded, events)
-    edit = measured_run.learned_edit(work / "edit", lambda: _learn(job, loaded, events))
+    edit = measured_run.learned_edit(work, lambda: _learn(job, loaded, events))
     assert isinstance(edit, PrunedUnits)
     del loaded
     neurons, heads = (sum(map(len, units.values())) for units in (edit.neurons, edit.heads))

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from excise.editing.architectures import ARCHITECTURES
-from excise.editing.errors import ExciseError
+from excise.editing.errors import ExciseError, RequestError
 from excise.editing.training.adapters import AdapterShape, adapter_modules, attach
 from excise.editing.training.soft_targets import keep_top
 from excise.recipes.common.examples import FORWARD, split_by_length
@@ -216,6 +216,29 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_not_gone_on_with(tmp_path
         (half / name).unlink()
     resumed, stage = _train(tmp_path / "killed", steps=6, save_every=2)
     assert torch.equal(_weights(whole), _weights(resumed)) and stage.step == 6
+
+
+@pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.pt", "adapter_model.safetensors", "seal.json"])
+def test_a_state_that_was_changed_since_is_refused_and_no_step_is_skipped(tmp_path, file):
+    _train(tmp_path, steps=4, save_every=2)
+    path = tmp_path / "checkpoint-4" / file
+    data = path.read_bytes()
+    # More steps than were taken, as far as the file says such things.
+    changed = data.replace(b'"global_step": 4', b'"global_step": 6').replace(b"checkpoint-4/", b"checkpoint-6/")
+    path.write_bytes(changed if changed != data else data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(RequestError, match=r"checkpoint-4 cannot be read .*start the run again") as caught:
+        _train(tmp_path, steps=6, save_every=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_state_of_a_longer_training_or_under_another_number_is_not_gone_on_with(tmp_path):
+    whole, _ = _train(tmp_path / "whole", steps=6, save_every=2)
+    _train(tmp_path / "longer", steps=4, save_every=2)
+    with pytest.raises(RequestError, match="is the state of step 4 of 3"):
+        _train(tmp_path / "longer", steps=3, save_every=2)
+    (tmp_path / "longer" / "checkpoint-4").rename(tmp_path / "longer" / "checkpoint-6")
+    resumed, stage = _train(tmp_path / "longer", steps=6, save_every=2)
+    assert stage.step == 6 and torch.equal(_weights(resumed), _weights(whole))
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_its_term(tmp_path):
