@@ -5,19 +5,24 @@ reuses their curves from there. The edited model is always attacked anew.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from ...artifacts.checkpoints.tensor_cache import TensorCache
-from ...artifacts.files.written import write_whole
-from ...eval.audit.recovery import RecoveryCurve
+from ...artifacts.files.forms import Form, validated
+from ...artifacts.files.opened import Telling, Unreadable
+from ...artifacts.files.parsed import parsed_object
+from ...artifacts.files.written import read_sealed, sealed, unsealed, write_sealed
+from ...editing.errors import RequestError
+from ...eval.audit.recovery import Curves, RecoveryCurve
 
 CONTROLS = ("base", "suppressed", "reference")
 """Subjects that the edited model is compared with."""
@@ -26,6 +31,19 @@ UNTOUCHED, UTILITY = "untouched", "utility"
 PACKAGE = Path(__file__).parents[2]
 COMPUTES = ("editing", "eval", "recipes", "artifacts/models")
 """Folders whose code decides what an attack measures."""
+
+
+class _Curve(Form):
+    rate: float
+    steps: list[int]
+    tokens: list[int]
+    hits: list[list[list[Annotated[float, Field(ge=-1.001, le=1.001)] | None]]]
+    """None where a question could not be asked. Below 0 are differences of two shares; rounding may leave the range."""
+
+
+class _Curves(Form):
+    diverged: Annotated[int, Field(ge=0)]
+    by_rate: list[_Curve]
 
 
 @dataclass(frozen=True)
@@ -48,19 +66,39 @@ class AttackCurves:
     def describe(self) -> dict[str, Any]:
         """As JSON."""
         curves = [
-            {"rate": rate, "steps": curve.steps, "tokens": curve.tokens, "hits": curve.hits.tolist()}
+            {"rate": rate, "steps": curve.steps, "tokens": curve.tokens, "hits": _without_nan(curve.hits)}
             for rate, curve in self.by_rate.items()
         ]
         return {"diverged": self.diverged, "by_rate": curves}
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> "AttackCurves":
-        """From what ``describe`` gave."""
-        curves = {
-            one["rate"]: RecoveryCurve(tuple(one["steps"]), tuple(one["tokens"]), np.asarray(one["hits"], dtype=float))
-            for one in content["by_rate"]
-        }
-        return cls(curves, content["diverged"])
+        """From what ``describe`` gave.
+
+        Raises:
+            Unreadable: A field is missing or of another form, or hits are not a share for each seed, step and question.
+        """
+        form = validated(_Curves, content)
+        if not form.by_rate:
+            raise Unreadable("by_rate holds no curve")
+        curves = {}
+        for one in form.by_rate:
+            shape = {(len(seed), *{len(step) for step in seed}) for seed in one.hits}
+            if (
+                len(one.tokens) != len(one.steps)
+                or len(shape) != 1
+                or len(*shape) != 2
+                or min(shape)[0] != len(one.steps)
+            ):
+                raise Unreadable(f"hits at rate {one.rate} are not one for each seed, step and question")
+            curves[one.rate] = RecoveryCurve(tuple(one.steps), tuple(one.tokens), np.asarray(one.hits, dtype=float))
+        return cls(curves, form.diverged)
+
+
+def _without_nan(hits: Curves) -> list[Any]:
+    """As nested lists; JSON has no NaN."""
+    plain: list[Any] = np.where(np.isnan(hits), None, hits.astype(object)).tolist()
+    return plain
 
 
 class CurveStore:
@@ -77,35 +115,58 @@ class CurveStore:
 
     def put(self, subject: str, name: str, curves: AttackCurves, beside: Sequence[str] = ()) -> None:
         """Write one; ``beside`` are the attacks it was made together with, on whose rounding it depends."""
-        content = json.dumps(curves.describe())
+        content = curves.describe()
         if self.earlier and subject in CONTROLS:
             # The cache stores tensors, so the text goes in as bytes.
-            encoded = torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
+            encoded = torch.frombuffer(bytearray(sealed(content).encode()), dtype=torch.uint8)
             self.earlier.put({"json": encoded}, subject, name, tuple(beside))
-        write_whole(self._path(subject, name), content)
+        write_sealed(self._path(subject, name), content)
 
     def reuse(self, subject: str, name: str, beside: Sequence[str] = ()) -> None:
         """Take one over from an earlier audit, if that stored it."""
         if self.earlier is None or self.has(subject, name):
             return
         if stored := self.earlier.get(subject, name, tuple(beside)):
-            content = json.loads(bytes(stored["json"].tolist()))
-            write_whole(self._path(subject, name), json.dumps({**content, "reused": True}))
+            try:
+                content = unsealed(parsed_object(bytes(stored["json"].tolist()).decode()))
+                AttackCurves.of(content)
+            except (ValueError, KeyError, TypeError):
+                # A cache may lose anything; the attack is made again.
+                return
+            write_sealed(self._path(subject, name), {**content, "reused": True})
 
     def get(self, subject: str, name: str) -> AttackCurves:
-        """One of those that are there."""
-        return AttackCurves.of(json.loads(self._path(subject, name).read_text(encoding="utf-8")))
+        """One of those that are there.
+
+        Raises:
+            RequestError: It was changed since it was written, or counts other questions than the subject's other curves.
+        """
+        curves = self._read(subject, name)
+        if name not in (UNTOUCHED, UTILITY) and self.has(subject, UNTOUCHED):
+            expected = self._read(subject, UNTOUCHED).only.hits.shape[-1]
+            if any(curve.hits.shape[-1] != expected for curve in curves.by_rate.values()):
+                with self._told(subject, name):
+                    raise Unreadable(f"it does not count the {expected} questions that the model was asked before")
+        return curves
+
+    def _read(self, subject: str, name: str) -> AttackCurves:
+        with self._told(subject, name):
+            return AttackCurves.of(read_sealed(self._path(subject, name)))
+
+    def _told(self, subject: str, name: str) -> AbstractContextManager[None]:
+        path = self._path(subject, name)
+        return Telling(RequestError, "remove this file, and --resume measures it again").about(path)
 
     def reused(self) -> list[str]:
         """Subjects of which any curve is an earlier audit's."""
-        return [subject for subject in CONTROLS if any(map(_is_reused, self.folder.glob(f"{subject}-*.json")))]
+        return [subject for subject in CONTROLS if any(map(self._is_reused, self.folder.glob(f"{subject}-*.json")))]
+
+    def _is_reused(self, path: Path) -> bool:
+        with self._told(*path.stem.split("-", 1)):
+            return "reused" in read_sealed(path)
 
     def _path(self, subject: str, name: str) -> Path:
         return self.folder / f"{subject}-{name}.json"
-
-
-def _is_reused(path: Path) -> bool:
-    return "reused" in json.loads(path.read_text(encoding="utf-8"))
 
 
 @cache

@@ -5,7 +5,9 @@ import shutil
 import numpy as np
 import pytest
 from excise.artifacts.checkpoints.tensor_cache import TensorCache
-from excise.recipes.audit.curve_store import COMPUTES, PACKAGE, AttackCurves, CurveStore, code_digest
+from excise.artifacts.files.written import write_sealed
+from excise.editing.errors import RequestError
+from excise.recipes.audit.curve_store import COMPUTES, PACKAGE, UNTOUCHED, AttackCurves, CurveStore, code_digest
 
 
 @pytest.fixture
@@ -76,3 +78,65 @@ def test_curves_of_attacks_that_trained_beside_others_are_other_curves(tmp_path)
     assert not alone.has("base", "rtt")
     alone.reuse("base", "rtt", ("rtt", "few_8"))
     assert alone.has("base", "rtt")
+
+
+def _written(folder):
+    store = CurveStore(folder)
+    store.put("edited", UNTOUCHED, AttackCurves.of_one_point([1.0, 0.0, 1.0]))
+    store.put("edited", "int4", AttackCurves.of_one_point([1.0, 0.0, 0.0]))
+    return store, folder / "edited-int4.json"
+
+
+def test_curves_come_back_as_they_were_put(tmp_path):
+    store, _ = _written(tmp_path)
+    assert store.get("edited", "int4").only.hits.tolist() == [[[1.0, 0.0, 0.0]]]
+    # What could not be asked has no value, and a difference of shares can be below 0.
+    store.put("edited", "probe", AttackCurves.of_one_point([1.0, float("nan"), -0.5]))
+    assert np.array_equal(store.get("edited", "probe").only.hits, [[[1.0, np.nan, -0.5]]], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda text: text.replace("[1.0, 0.0, 0.0]", "[1.0, 0.0]"), "was changed since it was written"),
+        (lambda text: text[: len(text) // 2], "not JSON"),
+        (lambda text: "[]", "it holds a list, not a JSON object"),
+    ],
+)
+def test_curves_that_were_changed_since_decide_nothing(tmp_path, change, told):
+    store, path = _written(tmp_path)
+    path.write_text(change(path.read_text()))
+    with pytest.raises(RequestError, match=f"edited-int4.json cannot be read .*{told}.*remove this file") as caught:
+        store.get("edited", "int4")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "hits, told",
+    [
+        ([[[1.0, 0.0]]], "does not count the 3 questions"),
+        ([[[1.0, 0.0, 2.0]]], "by_rate.0.hits.0.0.2: input should be less than or equal to 1"),
+        ([[[1.0, 0.0, True]]], "by_rate.0.hits.0.0.2: input should be a valid number"),
+        ([[[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]], "not one for each seed, step and question"),
+        ([[[1.0, 0.0, 0.0]], [[1.0, 0.0]]], "not one for each seed, step and question"),
+        ([], "not one for each seed, step and question"),
+    ],
+)
+def test_curves_of_another_length_are_refused_whoever_sealed_them(tmp_path, hits, told):
+    store, path = _written(tmp_path)
+    curve = {"rate": 0.0, "steps": [0], "tokens": [0], "hits": hits}
+    write_sealed(path, {"diverged": 0, "by_rate": [curve]})
+    with pytest.raises(RequestError, match=told):
+        store.get("edited", "int4")
+
+
+def test_a_damaged_entry_of_the_cache_is_measured_again(tmp_path):
+    cache = tmp_path / "cache"
+    _store(tmp_path / "first", cache, "x").put("base", "int4", AttackCurves.of_one_point([1.0]))
+    (entry,) = cache.glob("*.safetensors")
+    data = entry.read_bytes()
+    entry.write_bytes(data.replace(b"[[[1.0]]]", b"[[[0.0]]]"))
+    assert data != entry.read_bytes()
+    store = _store(tmp_path / "second", cache, "x")
+    store.reuse("base", "int4")
+    assert not store.has("base", "int4")
