@@ -386,7 +386,8 @@ def layer_selection(layers: str, count: int) -> list[int]:
     """
     if layers == "all":
         return list(range(count))
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?", layers)
+    # Few digits: a range of 10^12 layers would fill the memory before it was found to be too long.
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,9})?)(?:-([0-9]{1,6}(?:\.[0-9]{1,9})?))?", layers)
     if match:
         first, last = match[1], match[2] or match[1]
         # Fractions name boundaries between layers, so the last one is exclusive; a range of numbers includes its last

@@ -207,7 +207,7 @@ def evaluate(
         None if base is None else _reference(base, f"base, {IN_MEMORY}"),
         device=device,
         dtype=dtype,
-        settings=EvalSettings(**settings),
+        settings=settings_of_call(evaluate_recipe.EvaluateSettings, {"concept": "", **settings}).measuring(),
         judges=judges,
         benchmarks=benchmarks,
     )

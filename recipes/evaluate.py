@@ -50,7 +50,7 @@ class EvaluateSettings(Settings):
     """Model that the others were made from, measured on the same items; each value is then compared with it."""
     questions: int = Field(0, ge=0)
     """Measure at most this many questions and retain texts of each split, drawn at random; 0 takes all."""
-    max_new_tokens: int = Field(24, ge=1)
+    max_new_tokens: int = Field(24, ge=1, le=4096)
     """Generate at most this many tokens for each greedy reply."""
     kl_prompts: int = Field(64, ge=1)
     """Measure the divergence from the base on this many neutral prompts and retain texts."""

@@ -134,6 +134,8 @@ def _of_yaml(text: str) -> tuple[Any, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise Unreadable(f"line {mark.line + 1 if mark else 1} is not YAML: {error.problem}") from error
+    except Unreadable:
+        raise
     except (yaml.YAMLError, ValueError) as error:
         raise Unreadable(f"not YAML: {one_line(error)}") from error
     _check(value, halves=False)

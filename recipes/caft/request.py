@@ -9,7 +9,7 @@ from pydantic import Field
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Place, Site, Subspace
 from ...editing.hooks.concept_ablation import Mode, Value
-from ..common.adapter_job import AdapterJob, AdapterSettings
+from ..common.adapter_job import MOST_ROWS, AdapterJob, AdapterSettings
 from ..data.datasets import TuningData
 from .sae_latent_scores import Score
 
@@ -31,7 +31,7 @@ class CaftSettings(AdapterSettings):
     sae: Path | None = None
     """Folder of a sparse autoencoder (sae_lens, dictionary_learning, sparsify, Gemma Scope or Llama Scope), for
     directions=sae."""
-    latents: tuple[int, ...] = ()
+    latents: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Latents of it to ablate, where the autoencoder itself says; where none are named, the first ``components`` by
     ``score``."""
     score: Score = "contrast"
@@ -45,7 +45,7 @@ class CaftSettings(AdapterSettings):
     """Where in those layers: input, output, attention or mlp (paper: output)."""
     components: int = Field(2, ge=1)
     """Directions a place to look at, where the source gives several (paper: 20, of which people picked)."""
-    pick: tuple[int, ...] = ()
+    pick: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Which of those to ablate, by index; all where none are named."""
     mode: Mode = "both"
     """both also takes the directions out of the gradient (paper); activations and gradients do one of the two."""
@@ -58,9 +58,9 @@ class CaftSettings(AdapterSettings):
     """Also train without ablation, with as many random directions, and, where some were picked, with as many of the
     highest score; all
     from the same seed, measured on the same items."""
-    steps: int = Field(250, ge=1)
+    steps: int = Field(250, ge=1, le=MOST_ROWS)
     """Optimizer steps of the fine-tuning."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, le=MOST_ROWS)
     """Sequences a step (paper: 16)."""
     tune: Literal["lora", "full"] = "lora"
     """Train an adapter, or the whole weights of the chosen modules (paper: LoRA)."""

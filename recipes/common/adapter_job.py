@@ -21,6 +21,9 @@ from .deduplicate import without_overlap
 from .measured_run import Job, MeasuredSettings
 from .trainer import WHOLE_BYTES, Schedule, memory_for_whole_weights
 
+MOST_ROWS = 20_000_000
+"""Rows that a training may read, steps times batch size: their order is drawn before it begins."""
+
 
 class AdapterSettings(MeasuredSettings):
     """Settings of every recipe that trains an adapter."""
@@ -31,13 +34,13 @@ class AdapterSettings(MeasuredSettings):
     """Layers to adapt: all, a number, a range such as 4-7, or fractions of the depth such as 0.125-0.25."""
     modules: Literal["all", "attention", "mlp"] = "all"
     """Which linear modules of these layers get an adapter."""
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=16384)
     """LoRA rank r. A higher rank can learn more and takes more memory."""
     alpha: float = Field(16.0, gt=0)
     """LoRA alpha: updates are multiplied by alpha / rank. Higher values make each step larger."""
-    steps: int = Field(400, ge=1)
+    steps: int = Field(400, ge=1, le=MOST_ROWS)
     """Number of optimizer steps."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, le=MOST_ROWS)
     """Groups a step. A group is one sequence to forget and one of each kind to retain."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Number of parts that a step is computed in. More parts take less memory; the gradient is that of the whole
@@ -111,6 +114,10 @@ def prepare(
     parts, rows = settings.gradient_accumulation_steps, settings.batch_size
     if rows % parts:
         raise RequestError(f"gradient_accumulation_steps={parts} does not divide batch_size={rows}; choose a divisor")
+    if settings.steps * rows > MOST_ROWS:
+        raise RequestError(
+            f"steps={settings.steps} times batch_size={rows} are more than {MOST_ROWS} rows to read; lower one of them"
+        )
     if settings.base_bits == 4 and run.device.type != "cuda":
         raise RequestError(
             f"base_bits=4 trains on a GPU, the device is {run.device}: on CPUs bitsandbytes gives silently wrong"

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from ...artifacts.events import Events
@@ -37,21 +38,21 @@ class DirectionSettings(MeasuredSettings):
 
     direction_source: Literal["difference_in_means"] = "difference_in_means"
     """How directions are learned from the contrast pairs (section 2.3)."""
-    train_pairs: int = 128
+    train_pairs: int = Field(128, ge=1)
     """Most contrast pairs that directions are learned from (appendix A: 128)."""
-    validation_pairs: int = 32
+    validation_pairs: int = Field(32, ge=1)
     """Contrast pairs, and forget questions of a knowledge pack, that candidate directions are scored on (appendix A:
     32)."""
-    positions: int = 0
+    positions: int = Field(0, ge=0)
     """Token positions at the end of prompts to try. 0 takes the chat template's closing tokens, or 3 of a plain
     text."""
-    point: int | None = None
+    point: int | None = Field(None, ge=0)
     """Take the direction at the input of this layer instead of choosing one by its scores."""
-    position: int | None = None
+    position: int | None = Field(None, le=-1)
     """With point: the token position, counted from the end of the prompt; -1 is the last."""
-    max_depth: float = 0.8
+    max_depth: float = Field(0.8, gt=0, le=1)
     """Reject candidates at or beyond this fraction of the model's depth, 0 to 1 (appendix C: 0.8)."""
-    max_kl: float = 0.1
+    max_kl: float = Field(0.1, ge=0)
     """Reject candidates whose ablation moves neutral text further: KL in nats a token (appendix C: 0.1, on one
     token)."""
     min_induce: float = 0.0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from ...artifacts.checkpoints.edits import load_edit, save_edit
 from ...artifacts.checkpoints.export import Export, check_disk, check_editable, export_edit, required_bytes
@@ -47,11 +48,11 @@ LEARNED = "edit"
 class MeasuredSettings(RunSettings):
     """Settings of every recipe that measures what its edit did."""
 
-    max_new_tokens: int = 24
+    max_new_tokens: int = Field(24, ge=1, le=4096)
     """Longest reply to measure, in tokens (greedy decoding). More take longer."""
-    kl_prompts: int = 64
+    kl_prompts: int = Field(64, ge=1)
     """Number of neutral prompts, and of retain texts, on which the KL divergence from the base is measured."""
-    questions: int = 0
+    questions: int = Field(0, ge=0)
     """Most questions, and most retain texts, to measure in each split, drawn at random; 0 takes all. Fewer widen the
     intervals."""
     reference: str | None = None

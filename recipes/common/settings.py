@@ -1,24 +1,59 @@
 """Settings of a recipe from a YAML file and ``key=value`` flags, with every mistake found at once."""
 
+import re
 import types
 import typing
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
+from ...artifacts.files.opened import Unreadable
+from ...artifacts.files.parsed import DECIMAL, parse_yaml, read_settings_lines
 from ...artifacts.upgrade import RENAMED_SETTINGS
-from ...editing.errors import RequestError, nearest
+from ...editing.errors import RequestError, nearest, one_line
 
 T = TypeVar("T", bound=BaseModel)
+
+
+LARGEST = 2**31 - 1
+"""The largest whole number that a setting may have; most settings have a bound of their own."""
 
 
 class Settings(BaseModel):
     """Base of all recipe settings: unknown keys are errors, a docstring under a field is its help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Numbers are decimal: pydantic would take ``0-3`` for -3, ``1_0`` for 10 and ``yes`` for 1."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, str) and "\0" in one:
+                raise ValueError("the text holds a zero byte")
+            if kinds & {int, float} and bool not in kinds:
+                _check_number(one, kinds)
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types, and the words, that an annotation allows somewhere."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _kinds(parts[0])
+    return set().union(*map(_kinds, parts)) if parts else {annotation}
+
+
+def _check_number(value: Any, kinds: set[Any]) -> None:
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    if isinstance(value, str) and value not in kinds and str not in kinds and not DECIMAL.fullmatch(value):
+        raise ValueError("write a decimal number, such as 12, 0.5 or 1e-3")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"at most {LARGEST} is allowed")
 
 
 def load_settings(kind: type[T], file: Path | None, assignments: list[str], flags: dict[str, Any] | None = None) -> T:
@@ -62,7 +97,9 @@ def _validated(kind: type[T], values: dict[str, Any], places: dict[str, str], pr
     try:
         made = kind.model_validate(values)
     except ValidationError as error:
-        problems += [_explain(detail, kind, places) for detail in error.errors()]
+        # One line a setting: where several types are allowed, each says why it does not fit.
+        first = {detail["loc"][:1]: detail for detail in reversed(error.errors())}
+        problems += [_explain(detail, kind, places) for detail in reversed(first.values())]
     if problems:
         raise RequestError(_all_of(list(dict.fromkeys(problems))))
     return made
@@ -85,10 +122,13 @@ def _from_assignments(assignments: list[str], problems: list[str]) -> Assignment
     parsed: Assignments = []
     for text in assignments:
         key, separator, value = text.partition("=")
-        if separator and key:
-            parsed.append((key, _parse(value, problems, text), f"--set {text}"))
-        else:
-            problems.append(f"--set {text}: is not key=value")
+        if not separator or not key:
+            problems.append(f"--set {text:.200}: is not key=value")
+            continue
+        try:
+            parsed.append((key, parse_yaml(value), f"--set {text}"))
+        except Unreadable as error:
+            problems.append(f"--set {text:.200}: the value cannot be read: {error}")
     return parsed
 
 
@@ -97,8 +137,9 @@ def _from_flags(flags: dict[str, Any]) -> Assignments:
 
 
 def _explain(detail: Any, kind: type[BaseModel], places: dict[str, str]) -> str:
-    key = str(detail["loc"][0])
-    place = places.get(key, key)
+    # A rule about several settings has no place of its own.
+    key = str(detail["loc"][0]) if detail["loc"] else "settings"
+    place = f"{places.get(key, key):.200}"
     if detail["type"] == "missing":
         return f"{key} is missing; give --{key.replace('_', '-')}, or write it into the --config file"
     if detail["type"] == "extra_forbidden":
@@ -124,43 +165,25 @@ def settings_help(kind: type[BaseModel]) -> list[tuple[str, str, str]]:
 
 def _read_yaml(file: Path) -> list[tuple[str, Any, int]]:
     try:
-        text = file.read_text(encoding="utf-8")
-        # Composed as well as loaded, because only nodes know the lines they come from.
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file} cannot be read ({error}); give a YAML file") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{file.name}:{mark.line + 1}" if mark else file.name
-        raise RequestError(
-            f"{place}: is not YAML ({getattr(error, 'problem', error)}); give lines of 'key: value'"
-        ) from error
-    if node is None:
-        return []
-    if not isinstance(node, yaml.MappingNode):
-        raise RequestError(f"{file.name}:1: holds no settings; give lines of 'key: value'")
-    return [(key.value, content[key.value], key.start_mark.line + 1) for key, _ in node.value]
-
-
-def _parse(value: str, problems: list[str], text: str) -> Any:
-    try:
-        # YAML 1.1 reads 1e-3 as text; pydantic makes it a number.
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        problems.append(f"--set {text}: the value is not YAML")
-        return None
+        return read_settings_lines(file)
+    except OSError as error:
+        raise RequestError(f"{file} cannot be read ({one_line(error)}); give a YAML file") from error
+    except Unreadable as error:
+        # A fault in a line is told as "line N …"; editors jump to FILE:N.
+        line = re.match(r"line ([0-9]+) (.*)", str(error))
+        place, reason = (f"{file.name}:{line[1]}", line[2]) if line else (file.name, str(error))
+        raise RequestError(f"{place}: {reason}; give lines of 'key: value'") from error
 
 
 def _reason(detail: Any, kind: type[BaseModel]) -> str:
-    name = str(detail["loc"][0])
+    name = str(detail["loc"][0]) if detail["loc"] else ""
     message = str(detail["msg"]).removeprefix("Value error, ")
     annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
     if allowed := _allowed(annotation):
-        return f"got {detail['input']!r}{nearest(str(detail['input']), allowed)}; allowed: {', '.join(allowed)}"
+        return f"got {detail['input']!r:.80}{nearest(str(detail['input']), allowed)}; allowed: {', '.join(allowed)}"
     if isinstance(annotation, types.UnionType):
-        return f"got {detail['input']!r}; {message}"
-    return f"got {detail['input']!r}; {message[0].lower()}{message[1:]}"
+        return f"got {detail['input']!r:.80}; {message}"
+    return f"got {detail['input']!r:.80}; {message[0].lower()}{message[1:]}"
 
 
 def _allowed(annotation: Any) -> list[str]:

@@ -98,8 +98,8 @@ class ElmSettings(AdapterSettings):
     @classmethod
     def _fill_in_preset(cls, values: Any) -> Any:
         # Before the values are checked, so that settings which were given win over the preset's.
-        if isinstance(values, dict) and values.get("preset") in PRESETS:
-            return {**PRESETS[values["preset"]], **values}
+        if isinstance(values, dict) and str(values.get("preset")) in PRESETS:
+            return {**PRESETS[str(values["preset"])], **values}
         return values
 
 

@@ -9,7 +9,7 @@ from ...editing.architectures import layer_selection
 from ...editing.directions.subspaces import Place
 from ...editing.errors import RequestError
 from ..common import adapter_job
-from ..common.adapter_job import AdapterJob, AdapterSettings
+from ..common.adapter_job import MOST_ROWS, AdapterJob, AdapterSettings
 
 RECIPE = "lorra"
 
@@ -38,9 +38,9 @@ class LorraSettings(AdapterSettings):
     none)."""
     modules: Literal["all", "attention", "mlp"] = "attention"
     """Which linear modules of these layers get an adapter (authors' code: q_proj and v_proj)."""
-    steps: int = Field(70, ge=1)
+    steps: int = Field(70, ge=1, le=MOST_ROWS)
     """Number of optimizer steps (authors' logs: 70)."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, le=MOST_ROWS)
     """Moved prompts a step, plus as many prompts and as many texts that stay (authors' code: 16)."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW (authors' code: 3e-4, constant)."""

@@ -53,7 +53,7 @@ class OrthogonalizeSettings(DirectionSettings):
     use_rejected_direction: bool = False
     """Go on when every candidate direction fails the filters, with the one that moves neutral text least. Expect little
     effect, or damage."""
-    leak_tolerance: float = 0.05
+    leak_tolerance: float = Field(0.05, ge=0)
     """Largest share of the direction that a sublayer may still write after the edit; more stops the run."""
 
 
