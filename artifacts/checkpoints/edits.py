@@ -164,12 +164,14 @@ def _pack_factors(edit: LowRankUpdate) -> tuple[dict[str, Tensor], Description]:
 
 def _unpack_factors(tensors: dict[str, Tensor], content: Description) -> LowRankUpdate:
     names = sorted(name.removesuffix(LEFT) for name in tensors if name.endswith(LEFT))
-    factors = {name: Factors(_matrix(tensors, name + LEFT), _matrix(tensors, name + RIGHT)) for name in names}
-    if len(tensors) != 2 * len(factors):
+    if len(tensors) != 2 * len(names):
         raise Unreadable(f"it holds {len(tensors)} tensors, not a left and a right factor each")
-    for name, pair in factors.items():
-        if pair.left.shape[1] != len(pair.right):
-            raise Unreadable(f"the factors of {name} are {list(pair.left.shape)} and {list(pair.right.shape)}")
+    factors = {}
+    for name in names:
+        left, right = _matrix(tensors, name + LEFT), _matrix(tensors, name + RIGHT)
+        if left.shape[1] != len(right):
+            raise Unreadable(f"the factors of {name} are {list(left.shape)} and {list(right.shape)}")
+        factors[name] = Factors(left, right)
     return LowRankUpdate(factors, content["model_type"], content["width"], content["layers"], content["provenance"])
 
 

@@ -143,6 +143,14 @@ def test_tensors_that_are_cut_of_another_name_or_kind_are_refused(tmp_path, name
         assert "\n" not in str(caught.value)
 
 
+def test_factors_that_do_not_multiply_are_refused(tmp_path):
+    save_edit(_low_rank(), tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    save_file({**tensors, f"{WEIGHT}.right": torch.ones(3, 48)}, tmp_path / TENSORS)
+    with pytest.raises(RequestError, match=r"the factors of .* are \[32, 2\] and \[3, 48\]"):
+        load_edit(tmp_path)
+
+
 def test_an_edit_without_its_tensors_or_with_half_a_description_is_one_line(tmp_path):
     save_edit(_low_rank(), tmp_path / "no tensors")
     (tmp_path / "no tensors" / TENSORS).unlink()

@@ -153,7 +153,7 @@ def test_directions_of_another_model_are_refused(tmp_path, classes, wanted, mess
 
 def test_another_file_is_no_directions(tmp_path):
     (tmp_path / FILE).write_bytes(b"nothing of the kind")
-    with pytest.raises(RequestError, match="holds no directions"):
+    with pytest.raises(RequestError, match="not a whole safetensors file"):
         load_directions(tmp_path / FILE)
 
 
