@@ -4,24 +4,23 @@
 differs from the model's is an error; matrices are never transposed to make them fit.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Place, Site
-from ...editing.errors import RequestError, nearest, one_line
-from ..files.opened import sha256_of
+from ...editing.errors import RequestError, nearest
+from ..files.opened import Telling, Unreadable, sha256_of
+from ..files.parsed import read_object
+from ..files.tensors import check_finite_tensors
+from .sae_files import Read, open_tensors
 
-Read = Callable[[str, Sequence[int] | None, int], Tensor]
-"""Reads a tensor by key: all of it, or only the given indices along an axis."""
 _SUBLAYERS: dict[str | None, Site] = {
     None: "output",
     "mlp": "mlp",
@@ -56,25 +55,36 @@ class Format:
 
 def _hook(name: str, where: str) -> Place:
     """``blocks.12.hook_resid_post`` and the like."""
-    match = re.search(r"(\d+)\.(?:hook_)?(resid_pre|resid_post|mlp_out|attn_out)", name)
+    match = re.search(r"(?<![0-9])([0-9]{1,4})\.(?:hook_)?(resid_pre|resid_post|mlp_out|attn_out)", name)
     if not match:
         raise RequestError(f"{where} names the hook {name!r}; allowed are blocks.N.hook_ with {', '.join(_SITES)}")
     return Place(int(match[1]), _SITES[match[2]])
 
 
+def _part(about: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object in the configuration; empty where there is none."""
+    part = about.get(key) or {}
+    if not isinstance(part, dict):
+        raise RequestError(f"{key} in the autoencoder's configuration is {part!r:.40}, not an object; fetch it again")
+    return part
+
+
 def _sae_lens(folder: Path, about: dict[str, Any]) -> Place:
-    return _hook(str(about.get("hook_name") or about.get("metadata", {}).get("hook_name")), "cfg.json")
+    return _hook(str(about.get("hook_name") or _part(about, "metadata").get("hook_name")), "cfg.json")
 
 
 def _dictionary_learning(folder: Path, about: dict[str, Any]) -> Place:
-    trainer = about.get("trainer", about)
+    trainer = _part(about, "trainer") or about
     submodule = str(trainer.get("submodule_name") or "resid_post")
     named = next((key for key in _SITES if key in submodule), "resid_post")
-    return Place(int(trainer["layer"]), _SITES[named])
+    layer = trainer.get("layer")
+    if not isinstance(layer, int) or isinstance(layer, bool):
+        raise RequestError(f"config.json of the autoencoder names the layer {layer!r:.40}; a whole number is needed")
+    return Place(layer, _SITES[named])
 
 
 def _sparsify(folder: Path, about: dict[str, Any]) -> Place:
-    match = re.fullmatch(r"(?:model\.)?(?:layers|h)\.(\d+)(?:\.(mlp|self_attn|attn|attention))?", folder.name)
+    match = re.fullmatch(r"(?:model\.)?(?:layers|h)\.([0-9]{1,4})(?:\.(mlp|self_attn|attn|attention))?", folder.name)
     if not match:
         raise RequestError(
             f"the folder name {folder.name} is no hook point of sparsify; keep the original name, such as layers.12.mlp"
@@ -83,7 +93,7 @@ def _sparsify(folder: Path, about: dict[str, Any]) -> Place:
 
 
 def _gemma_scope(folder: Path, about: dict[str, Any]) -> Place:
-    match = re.search(r"layer_(\d+)", str(folder))
+    match = re.search(r"layer_([0-9]{1,4})(?![0-9])", str(folder))
     if not match:
         raise RequestError(
             f"the path {folder} has no layer_N, and Gemma Scope files do not name their layer; keep the original "
@@ -173,9 +183,22 @@ def load_latents(
             f"the autoencoder belongs to the {place}, the model has layers 0 to {layers - 1}; give an autoencoder of "
             "this model"
         )
-    keys, read = _reader(path)
+    with Telling(RequestError, "fetch the autoencoder again").about(f"{path.name} of the autoencoder"):
+        return _latents_of(path, form, about, place, latents, width, name)
+
+
+def _latents_of(
+    path: Path,
+    form: Format,
+    about: dict[str, Any],
+    place: Place,
+    latents: Sequence[int] | None,
+    width: int,
+    name: str,
+) -> SparseLatents:
+    keys, shape, read = open_tensors(path)
     key, axis = _known(keys, form.decoder, path, "decoder")
-    count, d = _shape(path, key, axis)
+    count, d = _size(path, key, shape(key), axis)
     if d != width:
         raise RequestError(
             f"{path.name} holds {key} for {count} latents of width {d}, the model has width {width}; "
@@ -192,16 +215,24 @@ def load_latents(
     bias_key = next((k for k in form.decoder_bias if k in keys), None)
     encoder_key, encoder_axis = _known(keys, form.encoder, path, "encoder")
     bias = next((k for k in form.bias if k in keys), None)
+    expected = {encoder_key: (count, d) if encoder_axis == 0 else (d, count), bias: (count,), bias_key: (d,)}
+    for tensor, wanted in expected.items():
+        if tensor is not None and tuple(shape(tensor)) != wanted:
+            raise Unreadable(f"{tensor} has the shape {list(shape(tensor))}, the decoder's is {list(wanted)}")
+    parts = {
+        "decoder": _latent_rows(read(key, latents, axis), axis),
+        "decoder bias": read(bias_key, None, 0) if bias_key else torch.zeros(width),
+        "encoder": _latent_rows(read(encoder_key, latents, encoder_axis), encoder_axis).T.contiguous(),
+        "bias": read(bias, latents, 0) if bias else torch.zeros(len(numbers)),
+    }
+    check_finite_tensors(parts)
     return SparseLatents(
         place,
         tuple(numbers),
-        _latent_rows(read(key, latents, axis), axis),
-        read(bias_key, None, 0) if bias_key else torch.zeros(width),
-        _latent_rows(read(encoder_key, latents, encoder_axis), encoder_axis).T.contiguous(),
-        read(bias, latents, 0) if bias else torch.zeros(len(numbers)),
+        *parts.values(),
         # A setting of sae_lens; autoencoders of other libraries follow one rule each.
         bool(about.get("apply_b_dec_to_input", form.centred)),
-        _threshold(keys, read, numbers),
+        _threshold(keys, read, numbers, count),
         _not_alone(about, keys),
         provenance={"format": name, "file": path.name, "sha256": sha256_of(path)},
     )
@@ -209,7 +240,7 @@ def load_latents(
 
 def _not_alone(about: Mapping[str, Any], keys: set[str]) -> str:
     """Why encoder rows alone do not give the latents' values; empty if they do."""
-    about = {**about, **about.get("trainer", {})}
+    about = {**about, **_part({**about}, "trainer")}
     kind = str(about.get("architecture") or about.get("dict_class") or "").lower()
     if keys & {"r_mag", "b_gate", "gate_bias"}:
         return "is gated"
@@ -229,10 +260,13 @@ def _fitting(folder: Path) -> list[str]:
     return [name for name, form in FORMATS.items() if (folder / form.weights).is_file()]
 
 
-def _threshold(keys: set[str], read: Read, latents: Sequence[int]) -> Tensor | None:
+def _threshold(keys: set[str], read: Read, latents: Sequence[int], count: int) -> Tensor | None:
     if "threshold" not in keys:
         return None
     threshold = read("threshold", None, 0).float()
+    check_finite_tensors({"threshold": threshold})
+    if threshold.numel() != 1 and threshold.shape != (count,):
+        raise Unreadable(f"threshold has the shape {list(threshold.shape)}, there are {count} latents")
     # BatchTopK stores one threshold for all latents.
     return threshold.expand(len(latents)).clone() if threshold.numel() == 1 else threshold[list(latents)]
 
@@ -249,13 +283,8 @@ def _format_of(folder: Path) -> str:
 
 
 def _read_about(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return content
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"{path.name} of the autoencoder cannot be read ({error}); it names the layer, so fetch it again"
-        ) from error
+    with Telling(RequestError, "it names the layer, so fetch it again").about(f"{path.name} of the autoencoder"):
+        return read_object(path)
 
 
 def _known(keys: set[str], wanted: Mapping[str, int], path: Path, what: str) -> tuple[str, int]:
@@ -268,63 +297,13 @@ def _known(keys: set[str], wanted: Mapping[str, int], path: Path, what: str) -> 
     return matches[0]
 
 
-def _shape(path: Path, key: str, axis: int) -> tuple[int, int]:
+def _size(path: Path, key: str, shape: Sequence[int], axis: int) -> tuple[int, int]:
     """Number of latents and width of the decoder, by the format's declared axes."""
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            shape = file.get_slice(key).get_shape()
-    else:
-        shape = list(_loaded(path)[key].shape)
     if len(shape) != 2:
         raise RequestError(
             f"{key} of {path.name} has the shape {list(shape)}; a decoder is a matrix, so give another autoencoder"
         )
     return int(shape[axis]), int(shape[1 - axis])
-
-
-def _reader(path: Path) -> tuple[set[str], Read]:
-    if path.suffix != ".safetensors":
-        loaded = _loaded(path)
-
-        def pick(key: str, indices: Sequence[int] | None, axis: int) -> Tensor:
-            whole = torch.as_tensor(loaded[key])
-            return whole.float() if indices is None else whole.index_select(axis, torch.tensor(list(indices))).float()
-
-        return set(loaded), pick
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        keys = set(file.keys())
-
-    def cut(key: str, indices: Sequence[int] | None, axis: int) -> Tensor:
-        with safe_open(path, "pt") as file:
-            if indices is None:
-                whole: Tensor = file.get_tensor(key)
-                return whole.float()
-            part = file.get_slice(key)
-            if len(part.get_shape()) == 1:
-                return torch.cat([part[i : i + 1] for i in indices]).float()
-            return torch.cat([part[i : i + 1] if axis == 0 else part[:, i : i + 1] for i in indices], axis).float()
-
-    return keys, cut
-
-
-def _loaded(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".npz":
-        # A pickle inside an archive of arrays could run code.
-        archive = np.load(path, allow_pickle=False)
-        assert isinstance(archive, Mapping)
-        return archive
-    try:
-        content: Mapping[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:
-        raise RequestError(
-            f"{path.name} is not a plain file of tensors ({one_line(error, 120)}), and could run code; it was not "
-            "loaded"
-        ) from error
-    return content
 
 
 def _latent_rows(part: Tensor, axis: int) -> Tensor:

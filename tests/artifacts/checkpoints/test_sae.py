@@ -181,3 +181,73 @@ def test_all_latents_hold_those_that_are_picked(parts, tmp_path):
     torch.testing.assert_close(picked.written(x), some.written(x))
     with pytest.raises(RequestError, match="no latent with index 40"):
         every.pick([40])
+
+
+def _weights(name, folder):
+    return folder / FORMATS[name].weights
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_file_that_is_cut_or_empty_is_one_line(name, parts, tmp_path):
+    path = _weights(name, folder := _write(name, parts, tmp_path))
+    data = path.read_bytes()
+    for length in (0, 4, 100, len(data) // 2, len(data) - 3):
+        path.write_bytes(data[:length])
+        with pytest.raises(RequestError, match=path.name) as caught:
+            load_latents(folder, PICKED, D, 8)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize(
+    "part, value, told",
+    [
+        ("decoder", torch.full((N, D), float("nan")), "holds NaN or infinite"),
+        ("b_enc", torch.full((N,), float("inf")), "holds NaN or infinite"),
+        ("encoder", torch.ones(N, D + 1), "has the shape"),
+        ("b_enc", torch.ones(N - 1), "has the shape"),
+        ("b_dec", torch.ones(D, 1), "has the shape"),
+    ],
+)
+def test_tensors_that_do_not_fit_or_are_not_finite_are_refused(name, part, value, told, parts, tmp_path):
+    folder = _write(name, {**parts, part: value}, tmp_path)
+    with pytest.raises(RequestError, match=told) as caught:
+        load_latents(folder, PICKED, D, 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_threshold_of_another_length_is_refused(parts, tmp_path):
+    folder = _write("gemma_scope", {**parts, "threshold": torch.rand(N - 1)}, tmp_path)
+    with pytest.raises(RequestError, match=r"threshold has the shape \[39\], there are 40 latents"):
+        load_latents(folder, PICKED, D, 8)
+
+
+def test_an_archive_without_arrays_and_a_pickle_of_a_list_are_refused(parts, tmp_path):
+    folder = _write("gemma_scope", parts, tmp_path)
+    np.savez(folder / "params.npz")
+    with pytest.raises(RequestError, match=r"params\.npz has no decoder"):
+        load_latents(folder, PICKED, D, 8)
+    folder = _write("dictionary_learning", parts, tmp_path)
+    torch.save([parts["decoder"]], folder / "ae.pt")
+    with pytest.raises(RequestError, match="holds a list, not tensors by name"):
+        load_latents(folder, PICKED, D, 8)
+
+
+@pytest.mark.parametrize(
+    "name, about, told",
+    [
+        ("sae_lens", "[]", "holds a list, not a JSON object"),
+        ("sae_lens", '{"metadata": 3}', "metadata in the autoencoder's configuration is 3"),
+        ("sae_lens", '{"hook_name": "blocks.999999999.hook_resid_post"}', "names the hook"),
+        ("dictionary_learning", '{"trainer": [5]}', r"trainer in the autoencoder's configuration is \[5\]"),
+        ("dictionary_learning", '{"trainer": {"layer": "five"}}', "names the layer 'five'"),
+        ("dictionary_learning", "{}", "names the layer None"),
+        ("llama_scope", "[" * 3000, "nested deeper than 100 levels"),
+    ],
+)
+def test_a_configuration_of_another_form_is_refused(name, about, told, parts, tmp_path):
+    folder = _write(name, parts, tmp_path)
+    (folder / FORMATS[name].about).write_text(about)
+    with pytest.raises(RequestError, match=told) as caught:
+        load_latents(folder, PICKED, D, 8)
+    assert "\n" not in str(caught.value)
