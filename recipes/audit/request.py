@@ -218,6 +218,7 @@ def _check_concept(concept: Concept, questions: Sequence[Question], facts: Facts
             f"no facts of both groups, T and V, were recognized in concept {concept.ref}; its forget texts must contain"
             " subjects and answers of group-T questions, and texts on group V in the same wording"
         )
+    check_held_out(concept, questions)
     subjects = {q.subject for q in questions if q.subject}
     leaking = [
         text.id for text in concept.forget if text.group == "T" and any(subject in text.text for subject in subjects)
@@ -227,6 +228,35 @@ def _check_concept(concept: Concept, questions: Sequence[Question], facts: Facts
             f"{len(leaking)} texts of group T of concept {concept.ref} name subjects of group V (the first is"
             f" {leaking[0]}), so attackers would train on what is tested; move these texts to group V"
         )
+
+
+def check_held_out(concept: Concept, held_out: Sequence[Question]) -> None:
+    """Check that attackers cannot train on what is asked, and that every question has one right answer.
+
+    Raises:
+        RequestError: A question of group V, or its answer, stands in group T; or two choices differ in case and spaces
+            alone.
+    """
+    asked_in_t = {_plain(q.prompt): q.id for q in concept.questions if q.split == "forget" and q.group == "T"}
+    both = [(q.id, asked_in_t[_plain(q.prompt)]) for q in held_out if _plain(q.prompt) in asked_in_t]
+    told_in_t = "\n".join(_plain(text.text) for text in concept.forget if text.group == "T")
+    both += [(q.id, "a text") for q in held_out if _plain(f"{q.prompt} {q.choices[q.answer]}") in told_in_t]
+    if both:
+        raise RequestError(
+            f"{len(both)} questions of group V of concept {concept.ref} stand in group T as well (the first is"
+            f" {both[0][0]}, as {both[0][1]}), so attackers would train on what is tested; remove them from one group"
+        )
+    alike = [q.id for q in held_out if len({_plain(choice) for choice in q.choices}) < len(q.choices)]
+    if alike:
+        raise RequestError(
+            f"{len(alike)} questions of group V of concept {concept.ref} have choices that differ in case and spaces"
+            f" alone (the first is {alike[0]}), so that no answer is right; correct their choices"
+        )
+
+
+def _plain(text: str) -> str:
+    """A text without differences of case and spaces."""
+    return " ".join(text.casefold().split())
 
 
 def _check_same_tensors(source: ModelSource, checkpoint: Checkpoint, base: ModelSource, of_base: Checkpoint) -> None:
