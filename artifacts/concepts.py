@@ -5,15 +5,13 @@ Example:
     >>> len(concept.questions)
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from ..editing.errors import ConceptError, RequestError, nearest
+from ..editing.errors import ConceptError, RequestError, nearest, one_line
 from ..eval.concept import (
     Concept,
     ContrastPair,
@@ -25,7 +23,8 @@ from ..eval.concept import (
     Row,
     TrainingRow,
 )
-from .files.opened import sha256_of
+from .files.opened import Unreadable, located, sha256_of
+from .files.parsed import parse_json, read_lines, read_yaml
 
 BUILTIN = Path(__file__).parent / "builtin" / "concepts"
 _FILES: dict[str, type[Row] | type[TrainingRow]] = {
@@ -143,15 +142,15 @@ def read_training(path: Path) -> tuple[TrainingRow, ...]:
 
 def _description(path: Path, problems: list[str]) -> Description | None:
     try:
-        return Description.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Description.model_validate(read_yaml(path))
     except FileNotFoundError:
         problems.append("concept.yaml: is missing; every pack needs it")
-    except yaml.YAMLError as error:
-        problems.append(f"concept.yaml: is not YAML: {str(error).splitlines()[0]}")
     except ValidationError as error:
         problems += [f"concept.yaml: {_explain(detail)}" for detail in error.errors()]
-    except (UnicodeDecodeError, OSError) as error:
-        problems.append(f"concept.yaml: cannot be read: {error}")
+    except Unreadable as error:
+        problems.append(located("concept.yaml", error))
+    except OSError as error:
+        problems.append(f"concept.yaml: cannot be read: {one_line(error)}")
     return None
 
 
@@ -159,22 +158,18 @@ def _rows(path: Path, kind: type[Row] | type[TrainingRow], problems: list[str]) 
     seen: dict[str, int] = {}
     groups: dict[str, tuple[str, int]] = {}
     try:
-        # split("\n") and not splitlines(), which also cuts at characters that JSON allows inside a text, such as
-        # U+2028.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (UnicodeDecodeError, OSError) as error:
-        problems.append(f"{path.name}: cannot be read: {error}")
+        lines = list(read_lines(path))
+    except (Unreadable, OSError) as error:
+        problems.append(f"{path.name}: cannot be read: {one_line(error)}")
         return
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
-            row = kind.model_validate(json.loads(line))
+            row = kind.model_validate(parse_json(line))
         except ValidationError as error:
             problems += [f"{path.name}:{number}: {_explain(detail)}" for detail in error.errors()]
             continue
         except ValueError as error:
-            problems.append(f"{path.name}:{number}: not a JSON object: {error}")
+            problems.append(f"{path.name}:{number}: not a JSON object: {one_line(error)}")
             continue
         if row.id and row.id in seen:
             problems.append(f"{path.name}:{number}: id {row.id!r} is used in line {seen[row.id]} already")

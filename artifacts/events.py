@@ -1,11 +1,17 @@
 """What a run is doing, as one JSON object a line, and as progress that someone may be watching."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+
+from ..editing.errors import RequestError
+from .files.forms import Form, validated
+from .files.opened import Telling, Unreadable
+from .files.parsed import parsed_object, read_lines
 
 
 class Watcher(Protocol):
@@ -14,6 +20,31 @@ class Watcher(Protocol):
     def start(self, stage: str, total: int | None) -> None: ...
     def advance(self, steps: int, metrics: dict[str, Any]) -> None: ...
     def stop(self) -> None: ...
+
+
+class _Line(Form):
+    stage: str
+    step: int
+    metrics: dict[str, Any]
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a file, without lines that a kill cut or that hold something else.
+
+    Raises:
+        RequestError: It is no text file.
+    """
+    events = []
+    with Telling(RequestError, "remove it; only times and progress are lost").about(path):
+        lines = list(read_lines(path))
+    for _, line in lines:
+        try:
+            event = parsed_object(line)
+            validated(_Line, event)
+        except Unreadable:
+            continue
+        events.append(event)
+    return events
 
 
 class Stage:
@@ -41,8 +72,13 @@ class Events:
             return
         line = {"time": round(time.time(), 3), "stage": stage, "step": step, "metrics": metrics}
         # Opened and closed for each line, so that a killed run keeps all lines that it wrote.
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.path.open("ab+") as file:
+            if file.tell():
+                # A kill may have cut the last line; the next one must not be joined to it.
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(line).encode() + b"\n")
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..editing.errors import ExciseError
 from ..eval.measurements import label_of, leads
 from .reporting.audit_page import AUDIT
 from .reporting.results import RESULTS, format_value, read_measurements
@@ -78,7 +79,7 @@ def _read(folder: Path, place: Path) -> Run | None:
             try:
                 content = read_json(inner / file)
                 audit = read_json(inner / AUDIT) if (inner / AUDIT).is_file() else None
-            except (OSError, ValueError):
+            except ExciseError:
                 return Run(name, place, kind, "not readable", {})  # type: ignore[arg-type]
             return Run(name, place, kind, "finished", content, audit)  # type: ignore[arg-type]
     if (place / ".work").is_dir():

@@ -1,9 +1,18 @@
 """What earlier versions wrote, read with today's names: ``eval.json``, ``audit.json`` and manifests."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from ..editing.errors import RequestError
+from .files.forms import Form, validated
+from .files.opened import Telling
+from .files.parsed import read_object
+
+Count = Annotated[int, Field(ge=0)]
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 SCHEMA_VERSION = 2
 """Of ``eval.json``, ``audit.json`` and the manifest. Version 1 was written until 0.1."""
@@ -35,14 +44,84 @@ _VALUES = {
 _WHERE_VALUES_MEAN_THAT = ("subject", "verdict", "floor_is", "recalled", "name", "ref")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+class _Difference(Form):
+    value: float
+    ci95: Interval
+
+
+class _Measured(Form):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    split: str
+    subject: Literal["base", "edited", "reference"]
+    value: float
+    unit: str
+    better: str
+    n: Count
+    skipped: Count = 0
+    ci95: Interval
+    difference: _Difference | None = None
+
+
+class ModelRecord(Form):
+    name: str
+
+
+class ConceptRecord(Form):
+    ref: str
+    sha256: dict[str, str] = Field(default_factory=dict)
+
+
+class RunRecord(Form):
+    recipe: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class Results(Form):
+    """``eval.json``; what a reader needs beyond this it must look for itself."""
+
+    measurements: list[_Measured]
+    base: ModelRecord | None = None
+    reference: ModelRecord | None = None
+    concept: ConceptRecord | None = None
+    run: RunRecord | None = None
+    warnings: list[str] = Field(default_factory=list)
+
+
+class _Audit(Form):
+    verdict: str
+    reasons: list[str] = Field(default_factory=list)
+
+
+class _File(Form):
+    size: Count
+    sha256: str
+
+
+class _Manifest(Form):
+    files: dict[str, _File]
+    base: dict[str, Any]
+    tensors_changed: list[dict[str, Any]] = Field(default_factory=list)
+
+
+FORMS: dict[str, type[Form]] = {"eval.json": Results, "audit.json": _Audit, "manifest.json": _Manifest}
+"""By the file's name."""
+
+
+def read_json(path: Path, form: type[Form] | None = None) -> dict[str, Any]:
     """The content of an ``eval.json``, ``audit.json`` or manifest, with today's names.
 
+    Args:
+        form: What it must hold at least; by default what ``FORMS`` says of the file's name.
+
     Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not JSON.
+        RequestError: It cannot be read, or is not of that form.
     """
-    return upgraded(json.loads(path.read_text(encoding="utf-8")))
+    place = f"{path.parent.name}/{path.name}"
+    with Telling(RequestError, "excise did not write it so; fetch it or make it again").about(place):
+        content = upgraded(read_object(path))
+        validated(form or FORMS[path.name], content)
+    return content
 
 
 def upgraded(content: dict[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..artifacts.checkpoints.manifest import check_unchanged
 from ..artifacts.checkpoints.staging import staged_folder
+from ..artifacts.events import read_events
 from ..artifacts.reporting import charts
 from ..artifacts.reporting.results import RESULTS, format_value, read_measurements
-from ..artifacts.upgrade import read_json
+from ..artifacts.upgrade import ConceptRecord, ModelRecord, Results, RunRecord, read_json
 from ..editing.errors import RequestError
 from ..eval.measurements import columns
 from ..eval.statistics import Measurement
+
+
+class _Compared(Results):
+    """What a table of runs needs of each."""
+
+    base: ModelRecord
+    concept: ConceptRecord
+    run: RunRecord
+
 
 COLUMNS: dict[str, tuple[str, str]] = columns()
 """What the table shows, where runs have it: rows of the table of measurements that have a heading."""
@@ -114,7 +125,8 @@ def pareto(lines: list[Line]) -> list[Line]:
 def _read(run: Path) -> tuple[dict[str, Any], float | None]:
     for place in (run / "checkpoint", run):
         if (place / RESULTS).is_file():
-            return read_json(place / RESULTS), _seconds(run / "events.jsonl")
+            check_unchanged(place, [RESULTS])
+            return read_json(place / RESULTS, _Compared), _seconds(run / "events.jsonl")
     raise RequestError(f"{run} holds no finished run; give folders that `excise run` wrote")
 
 
@@ -122,12 +134,12 @@ def _seconds(events: Path) -> float | None:
     """Time of the stages that learned the edit: neither loading nor measuring."""
     if not events.is_file():
         return None
-    ended = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
-    return sum(
-        event["metrics"]["seconds"]
-        for event in ended
-        if "seconds" in event["metrics"] and not event["stage"].startswith(("load", "measure", "export", "induce"))
-    )
+    learning = [
+        event["metrics"].get("seconds")
+        for event in read_events(events)
+        if not event["stage"].startswith(("load", "measure", "export", "induce"))
+    ]
+    return sum(seconds for seconds in learning if isinstance(seconds, int | float) and seconds >= 0)
 
 
 def _subjects(content: dict[str, Any]) -> list[Line]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..artifacts.checkpoints.directions import FILE, load_directions, save_directions
 from ..artifacts.checkpoints.manifest import FOLDER
+from ..artifacts.checkpoints.read import open_checkpoint
 from ..artifacts.checkpoints.sae import is_autoencoder, load_latents
 from ..artifacts.checkpoints.staging import refuse_existing, staged_folder
 from ..artifacts.concepts import load_concept, read_training
@@ -111,7 +112,7 @@ def inspect(
     if out:
         refuse_existing(out)
     source = find_model(model)
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = open_checkpoint(source.folder).config
     width, layers = residual_width(config), layer_count(config)
     sparse = load_latents(where, latents or None, width, layers) if is_autoencoder(where) else None
     subspaces = () if sparse else load_directions(_file(where), width=width, layers=layers)

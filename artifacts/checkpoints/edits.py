@@ -26,7 +26,7 @@ from ..files.forms import Form, validated
 from ..files.opened import Telling, Unreadable
 from ..files.parsed import read_object
 from ..files.tensors import check_finite_tensors, load_safetensors
-from .manifest import FOLDER, checkpoint_of
+from .manifest import FOLDER, check_unchanged, checkpoint_of
 
 SCHEMA_VERSION = 1
 DESCRIPTION, TENSORS = "edit.json", "edit.safetensors"
@@ -57,6 +57,7 @@ def load_edit(folder: Path) -> WeightEdit:
 
     Raises:
         RequestError: The folder holds no edit, or the edit is damaged or of another version.
+        VerifyError: The edit of a published checkpoint is no longer what was published.
     """
     places = (folder, folder / FOLDER, checkpoint_of(folder) / FOLDER)
     folder = next((place for place in places if (place / DESCRIPTION).is_file()), folder)
@@ -64,6 +65,9 @@ def load_edit(folder: Path) -> WeightEdit:
         raise RequestError(
             f"{folder} holds no {DESCRIPTION}; give a run's folder, its checkpoint or checkpoint/{FOLDER}"
         )
+    # An edit beside a published checkpoint is covered by its checksums.
+    if folder.name == FOLDER:
+        check_unchanged(folder.parent, [f"{FOLDER}/{DESCRIPTION}", f"{FOLDER}/{TENSORS}"])
     damaged = Telling(RequestError, "fetch it again")
     with damaged.about(f"the edit in {folder}: {DESCRIPTION}"):
         content = read_object(folder / DESCRIPTION)

@@ -4,6 +4,7 @@ Declared tensors are edited block by block. All other bytes are copied unchanged
 metadata. Reading, hashing and writing overlap, so the disk limits the speed.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -21,7 +22,9 @@ from ...editing.edits.base import Plan, Shaped, Shrinking, WeightEdit, check_cha
 from ...editing.edits.changes import Change
 from ...editing.errors import CheckpointError, EditError, ExciseError
 from ..events import Stage
-from .read import DTYPES, EDITABLE, INDEX, Checkpoint, Shard, StoredTensor, as_tensor, mapped, read_tensor
+from ..files.opened import OF_A_CHECKPOINT
+from ..files.parsed import parsed_object, read_object
+from .read import DTYPES, EDITABLE, INDEX, ITEM_SIZES, Checkpoint, Shard, StoredTensor, as_tensor, mapped, read_tensor
 from .streams import Block, Hasher, Output, one_torch_thread
 
 BLOCK = 2 << 20
@@ -161,7 +164,8 @@ def copy_side_files(base: Path, folder: Path, config_changes: dict[str, Any]) ->
         path = folder / name
         if not path.exists():
             continue
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with OF_A_CHECKPOINT.about(name):
+            content = read_object(path)
         changes = config_changes if name == "config.json" else {}
         # Older versions of transformers stored the local folder that a model was loaded from, which is private.
         published = {key: value for key, value in content.items() if not key.endswith("name_or_path")} | changes
@@ -294,7 +298,7 @@ def _header(shard: Shard, declared: Shapes, extra: tuple[str, StoredTensor] | No
     """The new shard's header; the old one, byte for byte, unless a tensor is added or changes its shape."""
     if not extra and all(declared.get(tensor.name, tensor.shape) == tensor.shape for tensor in shard.tensors):
         return shard.header
-    header, end = json.loads(shard.header[8:]), 0
+    header, end = parsed_object(shard.header[8:].decode("utf-8")), 0
     for tensor in shard.tensors:
         shape = declared.get(tensor.name, tensor.shape)
         start, end = end, end + _bytes(tensor, shape)
@@ -312,7 +316,7 @@ def _bytes(tensor: StoredTensor, shape: Sequence[int]) -> int:
     """Bytes that a tensor takes in another shape."""
     if shape == tensor.shape:
         return tensor.size
-    return math.prod(shape) * DTYPES[tensor.dtype].itemsize
+    return math.prod(shape) * ITEM_SIZES[tensor.dtype]
 
 
 def _write_index(checkpoint: Checkpoint, folder: Path, plan: Plan, embedding: str, shapes: Shapes) -> None:
@@ -322,7 +326,7 @@ def _write_index(checkpoint: Checkpoint, folder: Path, plan: Plan, embedding: st
         shutil.copyfile(checkpoint.folder / INDEX, folder / INDEX)
         return
     assert checkpoint.index is not None
-    index = json.loads(json.dumps(checkpoint.index))
+    index = copy.deepcopy(checkpoint.index)
     if plan.untied:
         index["weight_map"][plan.untied] = index["weight_map"][embedding]
         grown += tensors[embedding].size

@@ -6,14 +6,14 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...editing.errors import RequestError, VerifyError
-from ..files.opened import sha256_of
+from ..files.opened import Telling, read_text, sha256_of
 from ..files.written import sync
 from ..upgrade import SCHEMA_VERSION, read_json
 
@@ -141,6 +141,25 @@ def verify_folder(folder: Path) -> int:
     return len(actual) + 1
 
 
+def check_unchanged(folder: Path, names: Iterable[str]) -> None:
+    """Check some small files of a published folder against its checksums; a folder without any is taken as it is.
+
+    Raises:
+        VerifyError: A file was changed, removed or added since; the message names it.
+    """
+    if not (folder / SUMS).is_file():
+        return
+    with Telling(VerifyError, "fetch it again").about(f"{folder.name}/{SUMS}"):
+        listed = {line[66:]: line[:64] for line in read_text(folder / SUMS).splitlines()}
+    for name in names:
+        actual = sha256_of(folder / name) if (folder / name).is_file() else None
+        if actual != listed.get(name):
+            raise VerifyError(
+                f"{folder.name} is not as it was published: {name} was changed, added or removed; `excise verify` lists"
+                " everything, and the run or a fetch makes it again"
+            )
+
+
 def amend_folder(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     """Add or replace small files of a published folder, checksums included.
 
@@ -159,7 +178,7 @@ def amend_folder(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     # Links, not copies: the weights may be larger than the free space.
     shutil.copytree(folder, staging, copy_function=os.link)
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(folder / MANIFEST)
     if (staging / SIGNATURE).exists():
         (staging / SIGNATURE).unlink()
         log.warning("%s was signed; its files have changed, so the signature was removed; sign it again", folder.name)
@@ -186,7 +205,11 @@ def _write_anew(path: Path, content: str | bytes) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, or None where there is none."""
+    """The manifest of a folder, or None where there is none.
+
+    Raises:
+        RequestError: It is not of the form that excise writes.
+    """
     path = folder / MANIFEST
     return read_json(path) if path.is_file() else None
 

@@ -1,22 +1,32 @@
 """Safetensors checkpoints on disk: reading headers, and checking that the files are complete and safe."""
 
-import json
+import math
 import mmap
+import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ...editing.architectures import architecture_of, spelled
-from ...editing.errors import CheckpointError
+from ...editing.errors import CheckpointError, one_line
+from ..files.forms import Form, validated
+from ..files.opened import OF_A_CHECKPOINT, Unreadable, regular_file
+from ..files.parsed import parsed_object, read_object
+from ..files.tensors import open_safetensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+READ_BY_OTHERS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files that transformers reads, some of them without a word where they are damaged."""
+OPENED = (".json", ".txt", ".model", ".jinja", ".safetensors")
+"""Endings of the files that other libraries open in a model's folder."""
 FINITE_BLOCK = 1 << 26
 """Bytes checked at a time; a multiple of every element size."""
 MAX_HEADER = 100_000_000
@@ -34,6 +44,17 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+ITEM_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8,
+}  # fmt: skip
+"""Bytes of an element of each type that may be stored; types without a row in ``DTYPES`` are copied, never edited."""
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+WIDTHS = (
+    "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "vocab_size", "word_embed_proj_dim",
+    "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "num_local_experts", "num_experts",
+    "moe_intermediate_size",
+)  # fmt: skip
+"""Config keys that a model's parts are built by; none can be larger than the largest dimension of its tensors."""
 EDITABLE = ("F64", "F32", "F16", "BF16")
 
 
@@ -104,6 +125,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint(folder, config, shards, index)
     if index is not None:
         _check_index(folder, index, shards)
+    _check_files(folder)
+    _check_sizes(checkpoint)
     return checkpoint
 
 
@@ -114,13 +137,11 @@ def open_tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
     Raises:
         CheckpointError: The checkpoint is damaged or lacks the tensor.
     """
-    from safetensors import safe_open
-
     checkpoint = open_checkpoint(folder)
     row = architecture_of(checkpoint.config)
     places = {tensor.name: shard.path for shard in checkpoint.shards for tensor in shard.tensors}
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(safe_open(path, "pt")) for path in set(places.values())}
+    with OF_A_CHECKPOINT.about(folder.name), ExitStack() as stack:
+        files = {path: stack.enter_context(open_safetensors(path)) for path in set(places.values())}
 
         def read(name: str) -> Tensor:
             stored = spelled(row, name, places)
@@ -138,8 +159,8 @@ def read_header(path: Path) -> Shard:
     Raises:
         CheckpointError: The header is damaged, or the file is shorter or longer than the header says.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with OF_A_CHECKPOINT.about(path.name), regular_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER, size - 8):
@@ -149,12 +170,12 @@ def read_header(path: Path) -> Shard:
         header = file.read(length)
     try:
         # JSON allows a key twice and Python keeps the last, but another reader may keep the first and load other
-        # weights.
-        entries = json.loads(header, object_pairs_hook=_no_duplicates)
+        # weights; read strictly, a key occurs once.
+        entries = parsed_object(header.decode("utf-8"))
         entries.pop("__metadata__", None)
         unsorted = [_entry(path, name, entry, 8 + length) for name, entry in entries.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path.name} has a damaged header ({error}); fetch it again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} has a damaged header ({one_line(error)}); fetch it again") from error
     # Tensors without elements start where the next one does, so the size decides their order.
     tensors = tuple(sorted(unsorted, key=lambda tensor: (tensor.start, tensor.size)))
     position = 8 + length
@@ -190,11 +211,8 @@ def check_finite(checkpoint: Checkpoint, advance: Callable[[int], None] = lambda
     for shard in checkpoint.shards:
         with shard.path.open("rb") as file:
             for tensor in shard.tensors:
-                dtype = DTYPES[tensor.dtype]
                 # torch cannot test 8-bit floats; the 8-bit formats that checkpoints use have no infinity.
-                for start in (
-                    range(0, tensor.size, FINITE_BLOCK) if dtype.is_floating_point and dtype.itemsize > 1 else ()
-                ):
+                for start in range(0, tensor.size, FINITE_BLOCK) if tensor.dtype in EDITABLE else ():
                     size = min(FINITE_BLOCK, tensor.size - start)
                     values = as_tensor(mapped(file.fileno(), tensor.start + start, size), tensor.dtype)
                     # The sum takes one pass and is not finite if a value is not. It can also overflow, so the exact
@@ -230,17 +248,24 @@ def mapped(descriptor: int, start: int, size: int) -> memoryview:
     return memoryview(pages)[before:]
 
 
-def _entry(path: Path, name: str, entry: dict[str, Any], base: int) -> StoredTensor:
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(length) for length in entry["shape"])
-    tensor = StoredTensor(name, entry["dtype"], shape, path, base + begin, end - begin)
-    if tensor.dtype in DTYPES:
-        count = 1
-        for length in shape:
-            count *= length
-        expected = count * DTYPES[tensor.dtype].itemsize
-        if min(shape, default=0) < 0 or begin < 0 or tensor.size != expected:
-            raise ValueError(f"{name} has {tensor.size} bytes, its shape {list(shape)} needs {expected}")
+class _Entry(Form):
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    data_offsets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+
+
+def _entry(path: Path, name: str, content: Any, base: int) -> StoredTensor:
+    try:
+        entry = validated(_Entry, content)
+    except Unreadable as error:
+        raise Unreadable(f"{name}: {error}") from error
+    if entry.dtype not in ITEM_SIZES:
+        raise Unreadable(f"{name} is of the unknown type {entry.dtype!r:.40}; known: {', '.join(ITEM_SIZES)}")
+    begin, end = entry.data_offsets
+    tensor = StoredTensor(name, entry.dtype, tuple(entry.shape), path, base + begin, end - begin)
+    expected = math.prod(entry.shape) * ITEM_SIZES[entry.dtype]
+    if tensor.size != expected:
+        raise Unreadable(f"{name} has {tensor.size} bytes, its shape {entry.shape} needs {expected}")
     return tensor
 
 
@@ -291,21 +316,36 @@ def _no_weights(folder: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}; give a model folder in the transformers format"
-        ) from error
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path.name} cannot be read as JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object; fetch it again")
-    return content
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} has no {path.name}; give a model folder in the transformers format")
+    with OF_A_CHECKPOINT.about(path.name):
+        return read_object(path)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(keys) != len(set(keys)):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
+def _check_files(folder: Path) -> None:
+    """Everything that other libraries will open is a file, and what they read as JSON is JSON."""
+    for path in sorted(folder.iterdir()):
+        with OF_A_CHECKPOINT.about(path.name):
+            if path.suffix in OPENED and not path.is_file():
+                raise Unreadable("it is a pipe, a device, a folder or a broken link, not a file")
+            if path.name in READ_BY_OTHERS:
+                read_object(path)
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """A model is built by these sizes before any weight is looked at, so a wrong one costs hours and all memory."""
+    tensors = checkpoint.tensors.values()
+    # Some slack, because packed weights are stored narrower than they are.
+    largest = 8 * max((length for tensor in tensors for length in tensor.shape), default=0)
+    for config in (checkpoint.config, checkpoint.config.get("text_config")):
+        for key, value in config.items() if isinstance(config, dict) else ():
+            most = len(checkpoint.tensors) if key in LAYERS else largest if key in WIDTHS else None
+            if most is None or value is None:
+                continue
+            # Some architectures state a width for each layer.
+            for one in value if isinstance(value, list) else [value]:
+                if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one <= most:
+                    raise CheckpointError(
+                        f"config.json of {checkpoint.folder.name} states {key} = {one!r:.40}, which its"
+                        f" {len(checkpoint.tensors)} tensors do not have; fetch it again"
+                    )

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files.opened import sha256_of
+from ..files.opened import Unreadable, sha256_of
+from ..files.tensors import load_safetensors
 
 BUDGET = 4 * 2**30
 """Bytes on disk; the least recently used tensors are deleted first."""
@@ -31,10 +32,10 @@ class TensorCache:
         """The tensors of a key, or None if there are none or they cannot be read."""
         path = self._path(parts)
         try:
-            tensors: dict[str, Tensor] = load_file(path)
+            tensors = load_safetensors(path)
             # The time of last use, by which old entries are deleted.
             os.utime(path)
-        except (OSError, SafetensorError):
+        except (OSError, Unreadable):
             return None
         return tensors
 

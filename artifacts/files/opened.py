@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,12 @@ MAX_YAML = 1 << 20
 
 class Unreadable(ValueError):
     """What is wrong with a file, without its name; who reads the file tells its name and what to do."""
+
+
+def located(name: str, error: Unreadable) -> str:
+    """A fault with its place, as editors jump to it: ``NAME:LINE: …`` where it has a line."""
+    line = re.match(r"line ([0-9]+) (.*)", str(error))
+    return f"{name}:{line[1]}: {line[2]}" if line else f"{name}: {error}"
 
 
 @dataclass(frozen=True)

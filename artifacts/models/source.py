@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from ..files.opened import MAX_JSON, Unreadable, read_text
+from ..files.parsed import parse_yaml
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 
@@ -56,12 +57,15 @@ class ModelInMemory:
 def license_of(folder: Path) -> str | None:
     """The licence that the model's card names, or None."""
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    try:
+        text = read_text(card, MAX_JSON) if card.exists() else ""
+    except (OSError, Unreadable):
+        return None
     if not text.startswith("---"):
         return None
     try:
-        content = yaml.safe_load(text.split("---")[1])
-    except yaml.YAMLError:
+        content = parse_yaml(text.split("---")[1])
+    except Unreadable:
         return None
     name = content.get("license") if isinstance(content, dict) else None
     return name if isinstance(name, str) else None

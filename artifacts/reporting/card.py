@@ -1,6 +1,5 @@
 """The eval card: the README of a published checkpoint, whose every number comes from ``eval.json``."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ...eval.measurements import MEASUREMENTS, label_of
 from ..checkpoints.manifest import MANIFEST
+from ..files.opened import OF_A_CHECKPOINT
+from ..files.parsed import read_object
 from .findings import declining, findings, limits
 from .pages import visible
 from .results import INTERVALS, format_difference, format_value, measured_on, read_measurements, split_meanings, table
@@ -159,7 +160,8 @@ def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     file = folder / "tokenizer_config.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
+    with OF_A_CHECKPOINT.about(file.name):
+        return file.is_file() and bool(read_object(file).get("chat_template"))
 
 
 def _short(name: str) -> str:

@@ -8,16 +8,17 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field
 
-from ...artifacts.checkpoints.manifest import checkpoint_of, verify_folder
+from ...artifacts.checkpoints.manifest import check_unchanged, checkpoint_of, verify_folder
 from ...artifacts.checkpoints.read import Checkpoint, open_checkpoint
 from ...artifacts.concepts import load_concept
+from ...artifacts.files.forms import Form
 from ...artifacts.models.find import find_model
 from ...artifacts.models.load import choose_device, choose_dtype, load_tokenizer
 from ...artifacts.models.memory import check_memory
 from ...artifacts.models.source import ModelSource, builtin_models
 from ...artifacts.reporting.outcomes import published_reference
 from ...artifacts.reporting.results import RESULTS
-from ...artifacts.upgrade import read_json
+from ...artifacts.upgrade import ConceptRecord, ModelRecord, read_json
 from ...editing.errors import RequestError, nearest
 from ...eval.audit.recovery import questions_needed
 from ...eval.concept import Concept, Question
@@ -67,7 +68,8 @@ class AuditSettings(RunSettings):
             if "base" not in unset:
                 raise RequestError(f"{self.model} has no record of a run that names its concept; give --concept")
             return self
-        results = read_json(record)
+        check_unchanged(record.parents[1], [RESULTS])
+        results = read_json(record, _Record)
         concept, reference = str(results["concept"]["ref"]), results.get("reference")
         recorded = {
             "concept": concept if concept.startswith("builtin:") else None,
@@ -80,6 +82,13 @@ class AuditSettings(RunSettings):
                 name = concept if key == "concept" else results["base"]["name"]
                 raise RequestError(f"the {key} of {self.model} was the local folder {name}; give its path with --{key}")
         return self.model_copy(update={key: recorded[key] for key in unset})
+
+
+class _Record(Form):
+    """What an audit needs of a run's record."""
+
+    base: ModelRecord
+    concept: ConceptRecord
 
 
 @dataclass(frozen=True)

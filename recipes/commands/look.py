@@ -73,13 +73,19 @@ def chat(
 
 def card(folder: Folder) -> None:
     """Show a checkpoint's card in the terminal."""
-    from ...artifacts.checkpoints.manifest import checkpoint_of
+    from ...artifacts.checkpoints.manifest import check_unchanged, checkpoint_of
+    from ...artifacts.files.opened import OF_A_CHECKPOINT, read_text
     from ...artifacts.reporting.card import CARD, body
+    from ...artifacts.reporting.results import RESULTS
 
     path = checkpoint_of(folder) / CARD
     if not path.is_file():
         raise RequestError(f"{folder} has no card ({CARD}); `excise eval {folder} --concept PACK` measures it")
-    text = body(path.read_text(encoding="utf-8"))
+    # The card's numbers are those of eval.json; a card that was written over may hold any.
+    measured = [RESULTS] if (path.parent / RESULTS).exists() else []
+    check_unchanged(path.parent, [CARD, *measured])
+    with OF_A_CHECKPOINT.about(path):
+        text = body(read_text(path))
     if not sys.stdout.isatty():
         return say(text)
     from rich.console import Console

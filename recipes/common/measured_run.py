@@ -13,7 +13,7 @@ from pydantic import Field
 from ...artifacts.checkpoints.edits import load_edit, save_edit
 from ...artifacts.checkpoints.export import Export, check_disk, check_editable, export_edit, required_bytes
 from ...artifacts.checkpoints.manifest import FOLDER, write_manifest
-from ...artifacts.checkpoints.read import DTYPES, Checkpoint, open_checkpoint
+from ...artifacts.checkpoints.read import ITEM_SIZES, Checkpoint, open_checkpoint
 from ...artifacts.checkpoints.staging import staged_folder
 from ...artifacts.concepts import load_concept
 from ...artifacts.events import Events
@@ -146,7 +146,7 @@ def check_plan(job: Job, plan: Plan) -> None:
 def describe(job: Job, plan: Plan, **more: Any) -> dict[str, Any]:
     """What a run would touch and take."""
     sizes = job.checkpoint.tensors
-    elements = sum(tensor.size // DTYPES[tensor.dtype].itemsize for tensor in sizes.values())
+    elements = sum(tensor.size // ITEM_SIZES[tensor.dtype] for tensor in sizes.values())
     return {
         "recipe": job.recipe,
         "out": str(job.out),

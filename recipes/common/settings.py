@@ -1,6 +1,5 @@
 """Settings of a recipe from a YAML file and ``key=value`` flags, with every mistake found at once."""
 
-import re
 import types
 import typing
 from collections.abc import Collection
@@ -9,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from ...artifacts.files.opened import Unreadable
+from ...artifacts.files.opened import Unreadable, located
 from ...artifacts.files.parsed import DECIMAL, parse_yaml, read_settings_lines
 from ...artifacts.upgrade import RENAMED_SETTINGS
 from ...editing.errors import RequestError, nearest, one_line
@@ -169,10 +168,7 @@ def _read_yaml(file: Path) -> list[tuple[str, Any, int]]:
     except OSError as error:
         raise RequestError(f"{file} cannot be read ({one_line(error)}); give a YAML file") from error
     except Unreadable as error:
-        # A fault in a line is told as "line N …"; editors jump to FILE:N.
-        line = re.match(r"line ([0-9]+) (.*)", str(error))
-        place, reason = (f"{file.name}:{line[1]}", line[2]) if line else (file.name, str(error))
-        raise RequestError(f"{place}: {reason}; give lines of 'key: value'") from error
+        raise RequestError(f"{located(file.name, error)}; give lines of 'key: value'") from error
 
 
 def _reason(detail: Any, kind: type[BaseModel]) -> str:

@@ -1,8 +1,6 @@
 """Pages that start an audit and show its curves while it runs."""
 
-import contextlib
 import html
-import json
 import subprocess
 import sys
 import tempfile
@@ -10,9 +8,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ...artifacts.events import read_events
 from ...artifacts.reporting.audit_page import HEADLINES
 from ...artifacts.reporting.charts import SERIES
 from ...artifacts.runs import Run
+from ...artifacts.upgrade import read_json
 from .frame import Audit, Workbench, base_of, frame, known, say
 
 EVERY = 1.0
@@ -132,7 +132,7 @@ def watch_page(bench: Workbench, name: str) -> None:
 def _verdict(place: Any, name: str, folder: Path) -> None:
     from nicegui import ui
 
-    results = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+    results = read_json(folder / "audit.json")
     with place:
         with ui.element("h2").classes("text-xl font-bold"):
             ui.label(HEADLINES[results["verdict"]])
@@ -163,13 +163,7 @@ def recovery(events: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[flo
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # the last line may be half written
-            events.append(json.loads(line))
-    return events
+    return read_events(path) if path.is_file() else []
 
 
 def _chart() -> dict[str, Any]:

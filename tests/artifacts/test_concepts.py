@@ -81,7 +81,7 @@ def test_missing_and_empty_files_are_named(pack):
     (pack / "concept.yaml").write_text("name: [unclosed")
     with pytest.raises(ConceptError) as caught:
         load_concept(str(pack))
-    for part in ("forget.jsonl: is missing", "retain.jsonl: holds no line", "concept.yaml: is not YAML"):
+    for part in ("forget.jsonl: is missing", "retain.jsonl: holds no line", "concept.yaml:1: is not YAML"):
         assert part in str(caught.value)
 
 
