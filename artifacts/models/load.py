@@ -9,6 +9,7 @@ import torch
 from ...editing.errors import CheckpointError, RequestError, one_line
 from ...editing.numerics.cpu_attention import attend_by_products
 from ..checkpoints.read import open_checkpoint
+from .chat_template import check_chat_template
 from .filled import check_filled
 from .memory import check_memory, release_memory
 from .source import ModelInMemory, ModelSource
@@ -95,7 +96,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, with left padding; the end token pads if there is no pad token.
 
     Raises:
-        CheckpointError: The folder has no usable tokenizer.
+        CheckpointError: The folder has no usable tokenizer, or a chat template that loops or fails.
     """
     from transformers import AutoTokenizer
 
@@ -105,6 +106,7 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise CheckpointError(
             f"{source.name} has no usable tokenizer: {one_line(error)}; add its tokenizer files"
         ) from error
+    check_chat_template(tokenizer, source.name)
     # Replies are generated, and new tokens must come directly after the prompt's last one.
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

@@ -24,9 +24,10 @@ def _readers(source):
         function = call.func
         if isinstance(function, ast.Name) and function.id in NAMES:
             yield function.id
-        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
-            if (function.value.id, function.attr) in READERS or function.attr in NAMES:
-                yield f"{function.value.id}.{function.attr}"
+        if not isinstance(function, ast.Attribute) or not isinstance(function.value, ast.Name):
+            continue
+        if (function.value.id, function.attr) in READERS or function.attr in NAMES:
+            yield f"{function.value.id}.{function.attr}"
 
 
 def test_no_module_but_the_door_reads_json_yaml_or_tensors():
