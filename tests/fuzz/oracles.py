@@ -18,7 +18,7 @@ from excise.eval.concept import Question
 from excise.eval.inference.generation import Reply, divergence, generate, reply_log_probabilities
 from excise.eval.inference.likelihood import Request, log_likelihoods
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
-from excise.eval.statistics import tango, wilson
+from excise.eval.intervals import tango, wilson
 from helpers import PICO, make_pico
 from oracle import intervals, language, targets, weights
 from transformers import GenerationConfig
