@@ -25,6 +25,8 @@ class EvalSettings:
     """Neutral prompts, and retain texts, along which the divergence from the base is measured; drawn like questions."""
     questions: int = 0
     """Questions and retain texts a split, at most, drawn at random over subjects; 0 takes all."""
+    as_shipped: bool = False
+    """Decode replies as the model's generation_config says; otherwise greedily."""
 
 
 class ModelUnderTest:
@@ -71,12 +73,16 @@ class ModelUnderTest:
         if split not in self._replies:
             texts = [prompt.prompt for prompt in self.prompts(split)]
             tokens = self.settings.max_new_tokens
-            self._replies[split] = generate(self.model, self.tokenizer, texts, tokens, self.advance) if texts else []
+            self._replies[split] = self._generated(texts, tokens) if texts else []
         return self._replies[split]
 
     def completions(self, prompts: Sequence[str], tokens: int) -> list[Reply]:
         """Greedy continuations of plain texts, without a chat template."""
-        return generate(self.model, self.tokenizer, prompts, tokens, self.advance, chat=False)
+        return self._generated(prompts, tokens, chat=False)
+
+    def _generated(self, texts: Sequence[str], tokens: int, *, chat: bool = True) -> list[Reply]:
+        shipped = self.settings.as_shipped
+        return generate(self.model, self.tokenizer, texts, tokens, self.advance, chat=chat, as_shipped=shipped)
 
     def baseline(self) -> "Baseline":
         """This model's replies to neutral prompts and its distributions along them, for others to be compared with."""

@@ -19,6 +19,7 @@ from ..artifacts.models.source import ModelInMemory, ModelSource
 from ..artifacts.reporting.outcomes import SHOWN_SAMPLES, Evaluation
 from ..artifacts.reporting.results import (
     SubjectName,
+    decoding,
     dominated,
     measurements_as_json,
     not_measured,
@@ -28,7 +29,7 @@ from ..artifacts.reporting.results import (
 from ..artifacts.upgrade import SCHEMA_VERSION
 from ..editing.errors import RequestError
 from ..eval.concept import Concept
-from ..eval.inference.generation import Reply
+from ..eval.inference.generation import Reply, set_aside
 from ..eval.items import clusters_of
 from ..eval.measurements.fluency import reverse_perplexity
 from ..eval.measurements.lm_eval import Tasks, find_tasks
@@ -54,6 +55,8 @@ class EvaluateSettings(Settings):
     """Generate at most this many tokens for each greedy reply."""
     kl_prompts: int = Field(64, ge=1)
     """Measure the divergence from the base on this many neutral prompts and retain texts."""
+    as_shipped: bool = False
+    """Decode replies as each model's generation_config says, with its penalties, beams and draws; otherwise greedily."""
     judge: tuple[str, ...] = ()
     """Further models that read the replies on a knowledge concept; may be repeated."""
     lm_eval: tuple[str, ...] = ()
@@ -66,7 +69,7 @@ class EvaluateSettings(Settings):
 
     def measuring(self) -> EvalSettings:
         """How much is measured."""
-        return EvalSettings(self.max_new_tokens, self.kl_prompts, self.questions)
+        return EvalSettings(self.max_new_tokens, self.kl_prompts, self.questions, self.as_shipped)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class MeasuredModel:
     scores: list[Scores]
     replies: list[Reply]
     """To the prompts on the concept."""
+    set_aside: dict[str, Any]
+    """What its generation_config asks for and its replies were measured without."""
     baseline: Baseline | None = None
     """Of the base: what other models are compared with."""
 
@@ -172,7 +177,8 @@ def _measure(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, eve
         if job.tasks:
             with events.stage(f"let {source.name} do {', '.join(job.tasks.names)}"):
                 scores += named_benchmarks(loaded.model, loaded.tokenizer, job.tasks, job.settings.questions)
-    return MeasuredModel(scores, replies, own_baseline)
+        aside = {} if job.settings.as_shipped else set_aside(loaded.model)
+    return MeasuredModel(scores, replies, aside, own_baseline)
 
 
 def _let_judges_read(measured: Sequence[MeasuredModel], job: EvaluateJob, events: Events) -> None:
@@ -195,12 +201,14 @@ def _results(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, mea
     """What ``eval.json`` would hold of one model."""
     scores: dict[SubjectName, Sequence[Scores]] = {"base": base.scores} if base else {}
     scores["edited"] = measured.scores
+    aside = decoding(measured.set_aside, remedy=" --as-shipped measures with it.")
     return {
         "schema_version": SCHEMA_VERSION,
         "base": job.base.describe() if job.base else None,
         "edited": source.describe(),
         "concept": {"ref": job.concept.ref, "name": job.concept.about.name, "sha256": job.concept.sha256},
         "measurements": measurements_as_json(summarize_all(scores)),
-        "warnings": [*not_measured(scores), *dominated(scores)],
+        "decoding": {"as_shipped": job.settings.as_shipped, "set_aside": measured.set_aside},
+        "warnings": [*not_measured(scores), *dominated(scores), *([aside] if aside else [])],
         "samples": samples({"concept": base.replies}, {"concept": measured.replies}, SHOWN_SAMPLES) if base else [],
     }

@@ -13,7 +13,16 @@ from ..files.opened import OF_A_CHECKPOINT
 from ..files.parsed import read_object
 from .findings import declining, findings, limits
 from .pages import visible
-from .results import INTERVALS, format_difference, format_value, measured_on, read_measurements, split_meanings, table
+from .results import (
+    INTERVALS,
+    decoding,
+    format_difference,
+    format_value,
+    measured_on,
+    read_measurements,
+    split_meanings,
+    table,
+)
 from .sections import Story, read_story
 
 CARD = "README.md"
@@ -60,6 +69,7 @@ def write_card(folder: Path, results: dict[str, Any], changes: list[dict[str, An
         difference=lambda measurement: _unbroken(format_difference(measurement)),
         unbroken=_unbroken,
         intervals=INTERVALS,
+        decoding=decoding(results.get("decoding", {}).get("set_aside", {}), of="The base's"),
         cell=_cell,
         plain=_plain,
     )

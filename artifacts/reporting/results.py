@@ -81,6 +81,17 @@ def not_measured(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[str]:
     ]
 
 
+def decoding(set_aside: Mapping[str, Any], *, of: str = "The model's", remedy: str = "") -> str:
+    """A sentence on what replies were measured without; empty if there was nothing to set aside."""
+    if not set_aside:
+        return ""
+    asked = ", ".join(f"{key}={value}" for key, value in set_aside.items())
+    return (
+        f"{of} generation_config also asks for {asked}. Replies were measured without it: greedily, as the weights alone"
+        f" decide.{remedy}"
+    )
+
+
 FEW = 10
 """A figure is said to be decided by few of its items if fewer than one in so many hold half of all its tokens."""
 

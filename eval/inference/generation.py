@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def generate(
     *,
     chat: bool = True,
     sample_seed: int | None = None,
+    as_shipped: bool = False,
 ) -> list[Reply]:
     """Continue each prompt by at most ``tokens`` tokens; replies are in the order of the prompts.
 
@@ -66,6 +68,7 @@ def generate(
         advance: Called with the number of prompts of each finished batch, for progress.
         chat: Put prompts into the chat template, if the tokenizer has one.
         sample_seed: None decodes greedily; a number samples from the model's distribution with this seed.
+        as_shipped: Decode as the model's generation_config says instead, draws with a fixed seed.
 
     Example:
         >>> generate(model, tokenizer, ["Why is the sky blue?"], 40)[0].text
@@ -75,18 +78,21 @@ def generate(
     encoded = [encode_prompt(tokenizer, prompt, chat=chat)[-(context - tokens) :] for prompt in prompts]
     ends = end_tokens(model, tokenizer)
     replies: list[Reply | None] = [None] * len(prompts)
+    decode = (
+        partial(_as_shipped, causal_model(model), tokenizer)
+        if as_shipped
+        else partial(_continue, causal_model(model), sample_seed)
+    )
     # Replies are counted at the length that they may reach.
     for batch in token_batches([len(ids) + tokens for ids in encoded], max(batch_budget(model), 4096)):
-        for index, ids in zip(
-            batch, _continue(causal_model(model), [encoded[i] for i in batch], tokens, ends, sample_seed), strict=True
-        ):
+        for index, ids in zip(batch, decode([encoded[i] for i in batch], tokens, ends), strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             replies[index] = Reply(prompts[index], tuple(encoded[index]), tuple(ids), text.strip())
         advance(len(batch))
     return [reply for reply in replies if reply is not None]
 
 
-def _continue(model: Any, rows: Sequence[list[int]], tokens: int, ends: set[int], seed: int | None) -> list[list[int]]:
+def _continue(model: Any, seed: int | None, rows: Sequence[list[int]], tokens: int, ends: set[int]) -> list[list[int]]:
     # Padded on the left, because new tokens must come directly after the prompt's last one.
     padded = pad_left(rows, model.device)
     # transformers samples from torch's global generator, so it is seeded in a fork that puts the old state back.
@@ -97,6 +103,38 @@ def _continue(model: Any, rows: Sequence[list[int]], tokens: int, ends: set[int]
     continued = output[:, padded["input_ids"].shape[1] :].tolist()
     # transformers fills rows that ended early up to the longest one; that padding is no part of the reply.
     return [_until_end(ids, ends) for ids in continued]
+
+
+def _as_shipped(model: Any, tokenizer: Any, rows: Sequence[list[int]], tokens: int, ends: set[int]) -> list[list[int]]:
+    """Continue as the generation_config says: penalties, beams, draws, strings that end a reply, and the rest."""
+    padded = pad_left(rows, model.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        output = model.generate(
+            **padded,
+            max_new_tokens=tokens,
+            tokenizer=tokenizer,
+            eos_token_id=sorted(ends) or None,
+            # What shapes the result, and not the replies.
+            pad_token_id=0,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
+        )
+    return [_until_end(ids, ends) for ids in output[:, padded["input_ids"].shape[1] :].tolist()]
+
+
+NEVER_SET_ASIDE = {
+    "transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
+    "cache_implementation", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
+    "output_hidden_states", "num_return_sequences", "max_length", "max_new_tokens",
+}  # fmt: skip
+"""Keys of a generation_config that change no token of a reply, or that every measurement sets itself."""
+
+
+def set_aside(model: Any) -> dict[str, Any]:
+    """What the model's generation_config asks for beyond plain decoding; replies are measured without it."""
+    asked = causal_model(model).generation_config.to_diff_dict()
+    return {key: value for key, value in sorted(asked.items()) if key not in NEVER_SET_ASIDE and value is not None}
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from ...editing.architectures import Architecture, architecture_of, layer_count
 from ...editing.edits.base import Plan, WeightEdit
 from ...editing.errors import RequestError
 from ...eval.concept import Concept
-from ...eval.inference.generation import Reply
+from ...eval.inference.generation import Reply, set_aside
 from ...eval.items import clusters_of, measured_on
 from ...eval.measurements.fluency import novice_text, reverse_perplexity
 from ...eval.measurements.table import measure, workload
@@ -95,6 +95,8 @@ class Measured:
     replies: dict[str, list[Reply]]
     baseline: Baseline | None = None
     """Of the base: what others are compared with."""
+    set_aside: dict[str, Any] = field(default_factory=dict)
+    """Of the base: what its generation_config asks for, which replies were measured without."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def measure_base(job: Job, loaded: LoadedModel, events: Events) -> Measured:
             ids, novices = novice_text(subject)
             if novices:
                 scores.append(reverse_perplexity(loaded.model, loaded.tokenizer, ids, novices, "novice"))
-    return Measured(scores, replies, subject.baseline())
+    return Measured(scores, replies, subject.baseline(), set_aside(loaded.model))
 
 
 def publish(
@@ -233,6 +235,7 @@ def publish(
         changes = [asdict(change) for change in export.changes]
         save_edit(edit, staging / FOLDER)
         content = _about(job, edit, export, about, inspection.about, samples(base.replies, edited.replies, SAMPLES))
+        content["decoding"] = {"as_shipped": False, "set_aside": base.set_aside}
         named: dict[SubjectName, Sequence[Scores]] = {
             name: scores[name] for name in ("base", "edited", "reference") if name in scores
         }

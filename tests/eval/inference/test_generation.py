@@ -11,6 +11,7 @@ from excise.eval.inference.generation import (
     generate,
     plain_decoding,
     reply_log_probabilities,
+    set_aside,
 )
 from helpers import PICO, make_pico
 from oracle.language import greedy, log_probabilities
@@ -141,3 +142,21 @@ def test_without_a_padding_token_batches_are_what_single_prompts_are():
     prompts = ["7 8 9", "4", "60 61 62 63 64 65"]
     together = generate(model, _Words(), prompts, 5)
     assert [reply.ids for reply in together] == [generate(model, _Words(), [p], 5)[0].ids for p in prompts]
+
+
+def test_what_a_generation_config_asks_for_is_named_and_can_be_decoded_with(loaded):
+    model = copy.deepcopy(loaded.model)
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    assert set_aside(model) == {}
+    plain = generate(model, loaded.tokenizer, PROMPTS, 6)
+    assert [one.ids for one in generate(model, loaded.tokenizer, PROMPTS, 6, as_shipped=True)] == [o.ids for o in plain]
+    model.generation_config = GenerationConfig(
+        eos_token_id=2, suppress_tokens=[plain[0].ids[0]], return_dict_in_generate=True
+    )
+    assert set_aside(model) == {"suppress_tokens": [plain[0].ids[0]]}
+    assert [one.ids for one in generate(model, loaded.tokenizer, PROMPTS, 6)] == [one.ids for one in plain]
+    shipped = generate(model, loaded.tokenizer, PROMPTS, 6, as_shipped=True)
+    assert plain[0].ids[0] not in {token for reply in shipped for token in reply.ids}
+    model.generation_config = GenerationConfig(eos_token_id=2, do_sample=True, temperature=5.0)
+    twice = [[one.ids for one in generate(model, loaded.tokenizer, PROMPTS, 6, as_shipped=True)] for _ in range(2)]
+    assert twice[0] == twice[1] != [one.ids for one in plain]
