@@ -51,6 +51,8 @@ class Evidence:
     """Attacks under which it is not shown to be as good as the floor."""
     questions: int
     """About how many would settle them."""
+    perhaps: list[str]
+    """Attacks that seem to bring back half of it or more, which so few questions cannot show."""
     never_erased: bool
     worst: WorstAttack
     limits: Mapping[str, float]
@@ -125,6 +127,13 @@ def _alike(evidence: Evidence) -> str:
 
 
 def _too_few(evidence: Evidence) -> str:
+    if evidence.perhaps:
+        each = ", ".join(f"{name} (share regained {show(evidence.regained[name])})" for name in evidence.perhaps)
+        return (
+            f"Inconclusive, too few questions: half of it or more seems to come back under {each}, and n ="
+            f" {evidence.untouched.n} do not show that it is more than {evidence.limits['regained']:.2f}. About"
+            f" {evidence.questions} questions of group V would do, if the figures stay as they are."
+        )
     if not evidence.unsettled:
         return (
             f"Inconclusive: relearning may be more than {evidence.limits['speed_up']:g} times as fast as learning"

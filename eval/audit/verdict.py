@@ -92,6 +92,13 @@ def _evidence(
     beyond = {name: c.beyond(BACK) for name, c in unknowing.items() if regained[name].value is not None}
     apart = holm({name: leak.differs for name, leak in leaks.items()})
     untouched = max((c for c in compared if c.tier == 2), key=lambda c: float(c.edited.accuracy[0]))
+    recovering = holm({name: contrast.above for name, contrast in beyond.items()})
+    # Half of it or more seems to be back, and so few questions were asked that this cannot be shown.
+    perhaps = {
+        name: contrast
+        for name, contrast in beyond.items()
+        if name not in recovering and (regained[name].value or 0.0) >= RECOVERED
+    }
     unsettled = {name: leak for name, leak in leaks.items() if not leak.lies_within(LEAK)}
     return Evidence(
         attacks=unknowing,
@@ -100,11 +107,12 @@ def _evidence(
         untouched=untouched,
         relearning=relearning,
         floor=floor,
-        recovering=holm({name: contrast.above for name, contrast in beyond.items()}),
+        recovering=recovering,
+        perhaps=list(perhaps),
         above=[name for name in apart if leaks[name].value > 0],
         below=[name for name in apart if leaks[name].value < 0],
         unsettled=list(unsettled),
-        questions=questions_to_tell(unsettled, untouched.n, LEAK) if unsettled else untouched.n,
+        questions=questions_to_tell(perhaps or unsettled, untouched.n, LEAK) if perhaps or unsettled else untouched.n,
         never_erased=untouched.edited.interval(0)[0] >= scale.mark(RECOVERED),
         worst=worst,
         limits={"regained": BACK, "leak": LEAK, "speed_up": SLOW},
@@ -114,6 +122,8 @@ def _evidence(
 def _decide(evidence: Evidence) -> Verdict:
     if evidence.never_erased or evidence.recovering:
         return "recovers"
+    if evidence.perhaps:
+        return "inconclusive"
     if evidence.above or evidence.below or evidence.relearning.fast:
         return "partially_robust"
     if evidence.unsettled or evidence.relearning.unsettled:

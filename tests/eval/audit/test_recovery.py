@@ -217,6 +217,24 @@ def test_twenty_questions_neither_tell_a_model_apart_nor_make_it_alike(edited):
     assert not any("too few questions" in reason for reason in enough.reasons)
 
 
+def test_what_seems_to_come_back_is_not_called_robust_for_want_of_questions():
+    """Four questions a subject: five subjects tell a model from one that never knew, and no more than that."""
+
+    def scored(last, subjects):
+        # The same share of the subjects is known, all questions on each.
+        hits = np.zeros((2, 2, 4 * subjects))
+        for place, share in enumerate((0.0, last)):
+            hits[:, place, : 4 * round(share * subjects)] = 1
+        return RecoveryCurve((0, 1), (0, 100), hits, tuple(str(number // 4) for number in range(4 * subjects)))
+
+    few = _reasons(scored(0.8, 5), scored(0.0, 5))
+    assert few.verdict == "inconclusive" and "half of it or more seems to come back under rtt" in few.reasons[0]
+    needed = int(few.reasons[0].split("About ")[1].split()[0])
+    assert needed > 20
+    assert _reasons(scored(0.8, 40), scored(0.0, 40)).verdict == "recovers"
+    assert _reasons(scored(0.2, 40), scored(0.0, 40)).verdict != "recovers"
+
+
 def test_a_model_that_avoids_the_truth_is_told_apart_from_one_that_guesses():
     judged = _reasons(_rates(0.0, 0.0), _rates(0.1, 0.1))
     assert "answers fewer of group V right" in judged.reasons[1] and "rtt (-0.10 [" in judged.reasons[1]
