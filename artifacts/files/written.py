@@ -7,12 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .forms import Form, validated
 from .opened import Unreadable, regular_file
 from .parsed import read_object
 
 SEAL = "seal.json"
 """Checksums of the files of a folder, in the folder itself."""
-_CHECKSUM = "sha256_of_content"
+CHECKSUM = "sha256_of_content"
+"""Key of a sealed object's own checksum."""
+
+
+class _Seal(Form):
+    files: dict[str, str]
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -46,7 +52,7 @@ def sealed(content: Mapping[str, Any]) -> str:
     """A JSON object as text, with its own checksum."""
     # As it will be read: JSON makes texts of keys that are numbers.
     plain = json.loads(json.dumps(content))
-    return json.dumps({**plain, _CHECKSUM: _digest(plain)})
+    return json.dumps({**plain, CHECKSUM: _digest(plain)})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -65,8 +71,8 @@ def unsealed(content: dict[str, Any]) -> dict[str, Any]:
     Raises:
         Unreadable: It was changed, or never sealed.
     """
-    rest = {key: value for key, value in content.items() if key != _CHECKSUM}
-    if content.get(_CHECKSUM) != _digest(rest):
+    rest = {key: value for key, value in content.items() if key != CHECKSUM}
+    if content.get(CHECKSUM) != _digest(rest):
         raise Unreadable("it was changed since it was written, or another version wrote it")
     return rest
 
@@ -89,7 +95,7 @@ def check_sealed(seal: Path, base: Path) -> tuple[list[str], list[str]]:
         Unreadable: The seal is damaged.
         OSError: There is no seal.
     """
-    sums = read_sealed(seal)["files"]
+    sums = validated(_Seal, read_sealed(seal)).files
     present = {name: digest for name, digest in sums.items() if (base / name).is_file()}
     changed = [name for name, digest in present.items() if _sha256(base / name) != digest]
     return sorted(sums.keys() - present.keys()), changed

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import Field, ValidationError
 
 from ...artifacts.checkpoints.staging import refuse_existing
+from ...artifacts.files.forms import Form, validated
 from ...artifacts.files.opened import Telling
 from ...artifacts.files.written import read_sealed, write_sealed
 from ...editing.errors import RequestError
@@ -120,10 +121,18 @@ def resumed(settings: T, recipe: str) -> T:
     return stored.model_copy(update={key: getattr(settings, key) for key in PLACES if key in set_now})
 
 
+class _Started(Form):
+    schema_version: int
+    recipe: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+
 def _started(out: Path) -> dict[str, Any]:
     again = Telling(RequestError, f"the run cannot go on; remove {out} and start it again")
     with again.about(f"{out / WORK / STARTED}"):
         started = read_sealed(out / WORK / STARTED)
+        validated(_Started, started)
     if started.get("schema_version") != SCHEMA_VERSION:
         raise RequestError(f"the run in {out} was begun by another version of excise; remove {out} and start it again")
     return started

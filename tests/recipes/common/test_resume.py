@@ -135,3 +135,5 @@ def test_settings_that_no_longer_exist_are_refused(place):
     content = read_sealed(path)
     write_sealed(path, {**content, "settings": {**content["settings"], "left_over": 1}})
     _refused(place, "was begun by another version of excise")
+    write_sealed(path, {key: value for key, value in content.items() if key != "recipe"})
+    _refused(place, "recipe: field required")
