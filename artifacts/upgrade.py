@@ -90,6 +90,9 @@ class Results(Form):
 
 class _Audit(Form):
     verdict: str
+    models: dict[str, ModelRecord] = Field(default_factory=dict)
+    concept: dict[str, Any] | None = None
+    run: RunRecord | None = None
     reasons: list[str] = Field(default_factory=list)
 
 

@@ -76,11 +76,11 @@ def _line(run: Run) -> dict[str, str]:
         "name": run.name,
         "kind": run.kind if run.state == "finished" else run.state,
         "link": f"/{where}/{quote(run.name)}",
-        "recipe": "audit" if run.kind == "audit" else about.get("run", {}).get("recipe", ""),
-        "model": (about.get("models", {}).get("edited") or about.get("base") or {}).get("name", ""),
-        "concept": about.get("concept", {}).get("name", ""),
+        "recipe": "audit" if run.kind == "audit" else (about.get("run") or {}).get("recipe", ""),
+        "model": ((about.get("models") or {}).get("edited") or about.get("base") or {}).get("name", ""),
+        "concept": (about.get("concept") or {}).get("name", ""),
         "main": run.main_change if run.state == "finished" else run.state,
-        "audit": HEADLINES[run.audit["verdict"]] if run.audit else "",
+        "audit": HEADLINES.get(run.audit["verdict"], run.audit["verdict"]) if run.audit else "",
     }
 
 

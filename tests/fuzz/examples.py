@@ -36,6 +36,7 @@ from excise.recipes.common.trainer import _last_complete
 from excise.recipes.compare import table_of
 from excise.recipes.data.datasets import find_data
 from excise.recipes.elm.request import ElmSettings
+from excise.recipes.ui.pages import _line
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -162,7 +163,7 @@ def _runs(folder: Path) -> None:
 
 def _list_and_compare(folder: Path) -> None:
     # A list shows what it can, whatever single runs hold; a comparison refuses.
-    _ = [(run.state, run.main_change) for run in find_runs(folder)]
+    _ = [_line(run) for run in find_runs(folder)]
     read_events(folder / "one" / "events.jsonl")
     table_of([folder / "one"])
 
