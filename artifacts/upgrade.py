@@ -58,7 +58,7 @@ class _Measured(Form):
     unit: str
     better: str
     n: Count
-    skipped: Count = 0
+    skipped: Count
     ci95: Interval
     difference: _Difference | None = None
 

@@ -17,11 +17,15 @@ from ..eval.measurements import columns
 from ..eval.statistics import Measurement
 
 
+class _Pack(ConceptRecord):
+    sha256: dict[str, str]
+
+
 class _Compared(Results):
     """What a table of runs needs of each."""
 
     base: ModelRecord
-    concept: ConceptRecord
+    concept: _Pack
     run: RunRecord
 
 

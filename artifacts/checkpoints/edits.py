@@ -217,9 +217,9 @@ def _unpack_pruned(tensors: dict[str, Tensor], content: Description) -> PrunedUn
             raise Unreadable(f"tensor {name} is no list of unit numbers from 0")
         else:
             (neurons if kind == "neurons" else heads)[int(layer)] = tuple(tensor.tolist())
-    for layer, values in means.items():
-        if len(values) != len(neurons.get(layer, ())):
-            raise Unreadable(f"layer {layer} has {len(neurons.get(layer, ()))} neurons and {len(values)} means")
+    for number, values in means.items():
+        if len(values) != len(neurons.get(number, ())):
+            raise Unreadable(f"layer {number} has {len(neurons.get(number, ()))} neurons and {len(values)} means")
     if content["semantics"] == "mean" and set(means) != set(neurons):
         raise Unreadable("semantics=mean needs a mean for every neuron")
     return PrunedUnits(

@@ -219,17 +219,18 @@ def _latents_of(
     for tensor, wanted in expected.items():
         if tensor is not None and tuple(shape(tensor)) != wanted:
             raise Unreadable(f"{tensor} has the shape {list(shape(tensor))}, the decoder's is {list(wanted)}")
-    parts = {
-        "decoder": _latent_rows(read(key, latents, axis), axis),
-        "decoder bias": read(bias_key, None, 0) if bias_key else torch.zeros(width),
-        "encoder": _latent_rows(read(encoder_key, latents, encoder_axis), encoder_axis).T.contiguous(),
-        "bias": read(bias, latents, 0) if bias else torch.zeros(len(numbers)),
-    }
-    check_finite_tensors(parts)
+    decoder = _latent_rows(read(key, latents, axis), axis)
+    offset = read(bias_key, None, 0) if bias_key else torch.zeros(width)
+    encoder = _latent_rows(read(encoder_key, latents, encoder_axis), encoder_axis).T.contiguous()
+    biases = read(bias, latents, 0) if bias else torch.zeros(len(numbers))
+    check_finite_tensors({"decoder": decoder, "decoder bias": offset, "encoder": encoder, "encoder bias": biases})
     return SparseLatents(
         place,
         tuple(numbers),
-        *parts.values(),
+        decoder,
+        offset,
+        encoder,
+        biases,
         # A setting of sae_lens; autoencoders of other libraries follow one rule each.
         bool(about.get("apply_b_dec_to_input", form.centred)),
         _threshold(keys, read, numbers, count),

@@ -7,8 +7,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from ...editing.errors import CheckpointError, ExciseError, RequestError, one_line
 
@@ -56,7 +56,7 @@ OF_A_REQUEST = Telling(RequestError, "correct it or give another file")
 
 
 @contextmanager
-def regular_file(path: Path, most: int | None = None) -> Iterator[BinaryIO]:
+def regular_file(path: Path, most: int | None = None) -> Iterator[BufferedReader]:
     """Open a file for reading.
 
     Raises:
@@ -65,7 +65,7 @@ def regular_file(path: Path, most: int | None = None) -> Iterator[BinaryIO]:
     """
     # Without O_NONBLOCK, opening a pipe waits for somebody to write into it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
+    with open(descriptor, "rb") as file:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             raise Unreadable("it is a pipe, a device or a folder, not a file")

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -145,7 +145,8 @@ def _of_yaml(text: str) -> tuple[Any, Any]:
 class _Loader(yaml.SafeLoader):
     """The core schema of YAML 1.2, without aliases, which can make a small file a huge value."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    # An own table: the class above would share its resolvers.
+    yaml_implicit_resolvers = {}  # noqa: RUF012  the library's attribute
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -174,8 +175,8 @@ _core("null", "~|null|Null|NULL", "~nN")
 _core("null", "", "")
 _core("int", "[-+]?[0-9]+", "-+0123456789")
 _core("float", DECIMAL.pattern, "-+.0123456789")
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _integer(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _decimal(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: _integer(str(node.value)))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: _decimal(str(node.value)))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -97,8 +97,10 @@ class AttackCurves:
 
 def _without_nan(hits: Curves) -> list[Any]:
     """As nested lists; JSON has no NaN."""
-    plain: list[Any] = np.where(np.isnan(hits), None, hits.astype(object)).tolist()
-    return plain
+    plain = hits.astype(object)
+    plain[np.isnan(hits)] = None
+    nested: list[Any] = plain.tolist()
+    return nested
 
 
 class CurveStore:
