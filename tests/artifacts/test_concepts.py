@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -94,3 +95,28 @@ def test_a_recipe_names_the_file_it_needs(pack):
 def test_an_unknown_concept_suggests_the_nearest():
     with pytest.raises(RequestError, match="did you mean 'declining'"):
         load_concept("builtin:declinin")
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ('{"id": "a", "id": "b"}', "the key 'id' occurs twice"),
+        ('{"id": NaN}', "NaN is not a finite number"),
+        ("[" * 5000, "nested deeper than 100 levels"),
+        ('{"id": "\\ud800"}', "half of a character pair"),
+        ("[]", "valid dictionary"),
+    ],
+)
+def test_a_line_that_readers_would_disagree_about_is_listed(pack, line, told):
+    with (pack / "contrast.jsonl").open("a") as file:
+        file.write(f"\n{line}\n")
+    with pytest.raises(ConceptError, match=rf"1 bad lines; .*\n.*contrast\.jsonl:258: .*{told}"):
+        load_concept(str(pack))
+
+
+@pytest.mark.parametrize("name", ["questions.jsonl", "concept.yaml", "contrast.jsonl", "notes.jsonl"])
+def test_a_pipe_in_a_pack_is_refused_and_not_waited_for(pack, name):
+    (pack / name).unlink(missing_ok=True)
+    os.mkfifo(pack / name)
+    with pytest.raises(RequestError, match=rf"{name}.*a pipe, a device or a folder"):
+        load_concept(str(pack))
