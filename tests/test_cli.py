@@ -8,6 +8,7 @@ import time
 import pytest
 from excise import __version__
 from excise.artifacts.checkpoints.edits import load_edit, save_edit
+from excise.artifacts.checkpoints.manifest import amend_folder
 from excise.artifacts.checkpoints.read import open_checkpoint
 from excise.artifacts.models.find import find_model
 from excise.artifacts.progress import PlainLines
@@ -197,7 +198,10 @@ def test_one_folder_of_a_run_is_taken_wherever_a_model_is(tmp_path):
     assert excise("verify", run).returncode == 0
     assert "tensors differ" in excise("diff", "builtin:testbed", run, "--no-spectrum").stdout
     assert recorded_base(run) == "builtin:testbed"
-    save_edit(edit, run / "checkpoint" / "excise")
+    save_edit(edit, tmp_path / "edit")
+    amend_folder(
+        run / "checkpoint", {f"excise/{path.name}": path.read_bytes() for path in (tmp_path / "edit").iterdir()}
+    )
     for folder in (run, run / "checkpoint", run / "checkpoint" / "excise"):
         assert load_edit(folder).method == edit.method
 
@@ -240,7 +244,7 @@ def test_chat_answers_each_line_of_stdin_with_base_and_edited(tmp_path):
 
 
 def test_the_base_of_a_local_model_has_to_be_given(tmp_path):
-    manifest = {"schema_version": 2, "base": {"kind": "local", "name": "mine", "revision": None}}
+    manifest = {"schema_version": 2, "files": {}, "base": {"kind": "local", "name": "mine", "revision": None}}
     (tmp_path / "excise").mkdir()
     (tmp_path / "excise" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RequestError, match="was the local model mine; give its folder with --base"):
