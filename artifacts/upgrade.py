@@ -46,7 +46,7 @@ _WHERE_VALUES_MEAN_THAT = ("subject", "verdict", "floor_is", "recalled", "name",
 
 class _Difference(Form):
     value: float
-    ci95: Interval
+    ci95: Interval | None
 
 
 class _Measured(Form):
@@ -59,7 +59,7 @@ class _Measured(Form):
     better: str
     n: Count
     skipped: Count
-    ci95: Interval
+    ci95: Interval | None
     difference: _Difference | None = None
 
 

@@ -333,12 +333,18 @@ def spelled(row: Architecture, name: str, names: Collection[str]) -> str | None:
 def residual_width(config: dict[str, Any]) -> int:
     """d_model, from ``config.json``."""
     # GPT-2's config.json has names of its own; the common ones exist only as attributes of the loaded configuration.
-    return int(config["n_embd"] if config["model_type"] == "gpt2" else config["hidden_size"])
+    return _size(config, "n_embd" if config["model_type"] == "gpt2" else "hidden_size")
 
 
 def layer_count(config: dict[str, Any]) -> int:
     """Number of decoder layers, from ``config.json``."""
-    return int(config["n_layer"] if config["model_type"] == "gpt2" else config["num_hidden_layers"])
+    return _size(config, "n_layer" if config["model_type"] == "gpt2" else "num_hidden_layers")
+
+
+def _size(config: dict[str, Any], key: str) -> int:
+    if not isinstance(config.get(key), int):
+        raise RequestError(f"config.json has no {key}, or it is no whole number; fetch the checkpoint again")
+    return int(config[key])
 
 
 def classify(row: Architecture, names: list[str]) -> list[Site]:

@@ -98,6 +98,7 @@ class _Subspace(Form):
     model_type: str
     layer_strengths: list[float]
     embeddings: Embeddings
+    embedding_strength: float = 1.0
     variant: Variant
     provenance: dict[str, Any]
 
@@ -142,7 +143,7 @@ def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
     return Edit(
         _matrix(tensors, "basis"),
         content["model_type"],
-        tuple(content["layer_strengths"]),
+        tuple(map(float, content["layer_strengths"])),
         content["embeddings"],
         # Edits that do not say took everything out of the embeddings.
         float(content.get("embedding_strength", 1.0)),

@@ -277,7 +277,8 @@ def _indexed_files(folder: Path, index: dict[str, Any]) -> list[Path]:
     for name in files:
         if Path(name).is_absolute() or Path(name).name != name:
             raise CheckpointError(f"{INDEX} names {name!r}, outside the model's folder; do not use this checkpoint")
-    missing = [name for name in files if not (folder / name).exists()]
+    present = {path.name for path in folder.iterdir()}
+    missing = [name for name in files if name not in present]
     if missing:
         raise CheckpointError(
             f"{len(missing)} of {len(files)} shards are missing, the first is {missing[0]}; fetch it again"
