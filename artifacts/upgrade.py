@@ -74,7 +74,7 @@ class ConceptRecord(Form):
 
 class RunRecord(Form):
     recipe: str
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any]
 
 
 class Results(Form):

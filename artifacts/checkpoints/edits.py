@@ -98,7 +98,7 @@ class _Subspace(Form):
     model_type: str
     layer_strengths: list[float]
     embeddings: Embeddings
-    embedding_strength: float = 1.0
+    embedding_strength: float | None = None
     variant: Variant
     provenance: dict[str, Any]
 
@@ -133,7 +133,7 @@ def _pack_subspace(edit: Edit) -> tuple[dict[str, Tensor], Description]:
         "rank": k,
         "layer_strengths": list(edit.layer_strengths),
         "embeddings": edit.embeddings,
-        "embedding_strength": edit.strength_at(None),
+        "embedding_strength": edit.embedding_strength,
         "variant": edit.variant,
     }
     return {"basis": edit.basis}, description
@@ -146,7 +146,7 @@ def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
         tuple(map(float, content["layer_strengths"])),
         content["embeddings"],
         # Edits that do not say took everything out of the embeddings.
-        float(content.get("embedding_strength", 1.0)),
+        content.get("embedding_strength", 1.0),
         content["variant"],
         content["provenance"],
     )

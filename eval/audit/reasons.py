@@ -142,8 +142,8 @@ def _too_few(evidence: Evidence) -> str:
     return (
         f"Inconclusive, too few questions: under {len(evidence.unsettled)} of {len(evidence.leaks)} attacks the model is"
         f" neither told apart from {_floor_name(evidence)} nor shown to lie within {evidence.limits['leak']:.2f} of it;"
-        f" the interval that reaches furthest is that of {_each(evidence, [_widest(evidence)])}. About {evidence.questions} questions of group V would"
-        " do, if the figures stay as they are."
+        f" the interval that reaches furthest is that of {_each(evidence, [_widest(evidence)])}. About"
+        f" {evidence.questions} questions of group V would do, if the figures stay as they are."
     )
 
 

@@ -161,3 +161,12 @@ def test_an_edit_without_its_tensors_or_with_half_a_description_is_one_line(tmp_
         with pytest.raises(ExciseError, match="fetch it again") as caught:
             load_edit(tmp_path / folder)
         assert "\n" not in str(caught.value)
+
+
+def test_an_edit_that_names_no_strength_for_embeddings_took_everything_out_of_them(tmp_path):
+    save_edit(random_edit(make_pico("llama").config.to_dict(), layer_strengths=(0.0, 1.0)), tmp_path)
+    assert load_edit(tmp_path).strength_at(None) == 0.0
+    content = json.loads((tmp_path / "edit.json").read_text())
+    del content["embedding_strength"]
+    (tmp_path / "edit.json").write_text(json.dumps(content))
+    assert load_edit(tmp_path).strength_at(None) == 1.0
