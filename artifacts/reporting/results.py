@@ -17,10 +17,10 @@ from .sections import Story, measurement_from
 
 RESULTS = f"{FOLDER}/eval.json"
 INTERVALS = (
-    "Brackets are 95% intervals, in which items on one subject count as belonging together: Wilson for shares, Tango for "
-    "differences of shares on the same items, Student's t and the bootstrap-t for the rest; dots where the items tell of "
-    "none. A difference is named as a finding, or coloured, if it is told from 0 when all rows are tested together (5%, "
-    "Holm's correction)."
+    "Brackets are 95% intervals, in which items on one subject count as belonging together: Wilson for shares, Tango"
+    " for differences of shares on the same items, Student's t and the bootstrap-t for the rest; […, …] where items are"
+    " too few, or all alike, for an interval. A difference is named as a finding, or coloured, if it is told from 0 when"
+    " all rows are tested together (5%, Holm's correction)."
 )
 SubjectName = Literal["base", "edited", "reference"]
 
