@@ -157,7 +157,7 @@ def run(
 
 def evaluate(
     models: AnyModel | Sequence[AnyModel] | Mapping[str, AnyModel],
-    concept: AnyConcept,
+    concept: AnyConcept | None = None,
     base: AnyModel | None = None,
     *,
     judges: Sequence[str] = (),
@@ -174,8 +174,9 @@ def evaluate(
     Args:
         models: One model or several: each a reference, the folder of a run, a ``Run``, or ``(model, tokenizer)`` in
             memory. A mapping names them.
-        concept: The concept pack.
-        base: The model that they were made from; differences from it are then reported.
+        concept: The concept pack; that of the runs by default.
+        base: The model that they were made from; differences from it are then reported. That of the runs by default,
+            where the concept is theirs too.
         judges: Further models that read the replies on a knowledge concept, beside the base.
         benchmarks: Tasks of the lm-evaluation-harness, by name or YAML file (extra: lm-eval).
         device: Where models on disk are loaded: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -203,11 +204,11 @@ def evaluate(
             raise RequestError(f"no setting {key!r}{nearest(key, allowed)}; settings: {', '.join(allowed)}")
     job = evaluate_recipe.prepare(
         [_reference(model, name) for name, model in _named(models)],
-        concept if isinstance(concept, Concept) else str(concept),
+        concept if concept is None or isinstance(concept, Concept) else str(concept),
         None if base is None else _reference(base, f"base, {IN_MEMORY}"),
         device=device,
         dtype=dtype,
-        settings=settings_of_call(evaluate_recipe.EvaluateSettings, {"concept": "", **settings}).measuring(),
+        settings=settings_of_call(evaluate_recipe.EvaluateSettings, settings).measuring(),
         judges=judges,
         benchmarks=benchmarks,
     )

@@ -37,6 +37,7 @@ from ..eval.measurements.lm_eval import scores as named_benchmarks
 from ..eval.measurements.table import measure, workload
 from ..eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
 from ..eval.statistics import Scores
+from .common.run_record import inputs_of
 from .common.settings import Settings
 
 AnyModel = ModelSource | ModelInMemory
@@ -45,10 +46,11 @@ AnyModel = ModelSource | ModelInMemory
 class EvaluateSettings(Settings):
     """What ``excise eval`` measures, beside the models themselves."""
 
-    concept: str
-    """Concept pack to measure with: builtin:NAME or a folder."""
+    concept: str | None = None
+    """Concept pack to measure with: builtin:NAME or a folder. A run names its own."""
     base: str | None = None
-    """Model that the others were made from, measured on the same items; each value is then compared with it."""
+    """Model that the others were made from, measured on the same items; each value is then compared with it. A run whose
+    concept is taken names its own."""
     questions: int = Field(0, ge=0)
     """Measure at most this many questions and retain texts of each split, drawn at random; 0 takes all."""
     max_new_tokens: int = Field(24, ge=1, le=4096)
@@ -102,7 +104,7 @@ class MeasuredModel:
 
 def prepare(
     models: Sequence[str | ModelInMemory],
-    concept: str | Concept,
+    concept: str | Concept | None,
     base: str | ModelInMemory | None = None,
     *,
     device: str = "auto",
@@ -115,12 +117,16 @@ def prepare(
 
     Args:
         models: One or more, each by reference or in memory.
+        concept: None takes concept, and base where there is none, from the records of the runs that made the models.
         judges: Further models that read the replies on a knowledge concept, beside the base.
         benchmarks: Tasks of the lm-evaluation-harness, by name or YAML file.
 
     Raises:
         RequestError: Anything that could not work.
     """
+    if concept is None:
+        concept, recorded = _recorded(models)
+        base = recorded if base is None else base
     pack = load_concept(concept) if isinstance(concept, str) else concept
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
@@ -148,6 +154,23 @@ def run(job: EvaluateJob, events: Events) -> Evaluation:
     measured = [_measure(job, model, base, events) for model in job.models]
     _let_judges_read([*([base] if base else []), *measured], job, events)
     return Evaluation(tuple(_results(job, source, base, one) for source, one in zip(job.models, measured, strict=True)))
+
+
+def _recorded(models: Sequence[str | ModelInMemory]) -> tuple[str, str | None]:
+    """Concept and base of the runs that made the models.
+
+    Raises:
+        RequestError: No run made one of them, or runs were about different concepts.
+    """
+    runs = [run for model in models if isinstance(model, str) and (run := inputs_of(model))]
+    if not runs:
+        raise RequestError(
+            f"concept is missing, and no run that names one made {models[0]}; give --concept builtin:NAME or a folder"
+        )
+    concepts, bases = {run.known("concept"): None for run in runs}, {run.base: None for run in runs}
+    if len(concepts) > 1:
+        raise RequestError(f"the models were made for different concepts, {', '.join(concepts)}; give --concept")
+    return next(iter(concepts)), next(iter(bases)) if len(bases) == 1 else None
 
 
 def _find(model: str | ModelInMemory) -> AnyModel:

@@ -8,22 +8,19 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field
 
-from ...artifacts.checkpoints.manifest import check_unchanged, checkpoint_of, verify_folder
+from ...artifacts.checkpoints.manifest import verify_folder
 from ...artifacts.checkpoints.read import Checkpoint, open_checkpoint
 from ...artifacts.concepts import load_concept
-from ...artifacts.files.forms import Form
 from ...artifacts.models.find import find_model
 from ...artifacts.models.load import choose_device, choose_dtype, load_tokenizer
 from ...artifacts.models.memory import check_memory
 from ...artifacts.models.source import ModelSource, builtin_models
-from ...artifacts.reporting.outcomes import published_reference
-from ...artifacts.reporting.results import RESULTS
-from ...artifacts.upgrade import ConceptRecord, ModelRecord, read_json
 from ...editing.errors import RequestError, nearest
 from ...eval.audit.recovery import questions_needed
 from ...eval.concept import Concept, Question
 from ...eval.items import clusters_of, drawn, unseen
 from ..common.run_folder import RunSettings, free_folder, refuse_taken
+from ..common.run_record import inputs_of
 from ..common.trainer import memory_for_whole_weights
 from ..data.facts import Facts, find_facts
 from .attacks.table import ATTACKS, BUDGETS, Budget
@@ -63,32 +60,13 @@ class AuditSettings(RunSettings):
         unset = {"concept", "base", "reference"} - self.model_fields_set
         if unset <= {"reference"}:
             return self
-        record = checkpoint_of(find_model(self.model).folder) / RESULTS
-        if not record.is_file():
+        run = inputs_of(self.model)
+        if run is None:
             if "base" not in unset:
                 raise RequestError(f"{self.model} has no record of a run that names its concept; give --concept")
             return self
-        check_unchanged(record.parents[1], [RESULTS])
-        results = read_json(record, _Record)
-        concept, reference = str(results["concept"]["ref"]), results.get("reference")
-        recorded = {
-            "concept": concept if concept.startswith("builtin:") else None,
-            "base": published_reference(results["base"]),
-            "reference": published_reference(reference) if reference else None,
-        }
-        for key in sorted(unset - {"reference"}):
-            if recorded[key] is None:
-                # Places on the machine where it was made are not recorded.
-                name = concept if key == "concept" else results["base"]["name"]
-                raise RequestError(f"the {key} of {self.model} was the local folder {name}; give its path with --{key}")
-        return self.model_copy(update={key: recorded[key] for key in unset})
-
-
-class _Record(Form):
-    """What an audit needs of a run's record."""
-
-    base: ModelRecord
-    concept: ConceptRecord
+        recorded = {key: run.reference if key == "reference" else run.known(key) for key in sorted(unset)}
+        return self.model_copy(update=recorded)
 
 
 @dataclass(frozen=True)

@@ -195,3 +195,14 @@ def test_variants_run_and_leave_no_direction_behind(variant, tmp_path):
     assert max(leak["share"] for leak in results["leaks"]) < 0.05
     assert "lm_head.weight" in open_checkpoint(tmp_path / "run" / "checkpoint").tensors
     shutil.rmtree(tmp_path / "run")
+
+
+def test_eval_takes_concept_and_base_from_the_run(finished):
+    done = excise(
+        "eval", finished[0], "--questions", "20", *with_settings("kl_prompts=4", "max_new_tokens=8"), "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    again = json.loads(done.stdout)
+    assert again["concept"]["ref"] == "builtin:declining" and again["base"]["name"] == "builtin:testbed"
+    nameless = excise("eval", SMALL_TESTBED)
+    assert nameless.returncode == 2 and "give --concept builtin:NAME or a folder" in nameless.stderr

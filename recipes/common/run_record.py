@@ -1,0 +1,62 @@
+"""What a run was about, from the record beside the model that it made."""
+
+from dataclasses import dataclass
+
+from ...artifacts.checkpoints.manifest import check_unchanged, checkpoint_of
+from ...artifacts.files.forms import Form
+from ...artifacts.models.find import find_model
+from ...artifacts.reporting.outcomes import published_reference
+from ...artifacts.reporting.results import RESULTS
+from ...artifacts.upgrade import ConceptRecord, ModelRecord, read_json
+from ...editing.errors import RequestError
+
+
+class _Record(Form):
+    base: ModelRecord
+    concept: ConceptRecord
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """References to a run's inputs; None where a name would be a place on the machine where the run was made."""
+
+    model: str
+    concept: str | None
+    base: str | None
+    reference: str | None
+    names: dict[str, str]
+    """What the record calls concept and base."""
+
+    def known(self, key: str) -> str:
+        """The concept or the base.
+
+        Raises:
+            RequestError: It was a local folder, which is not recorded.
+        """
+        value: str | None = getattr(self, key)
+        if value is None:
+            raise RequestError(
+                f"the {key} of {self.model} was the local folder {self.names[key]}; give its path with --{key}"
+            )
+        return value
+
+
+def inputs_of(model: str) -> RunInputs | None:
+    """The inputs of the run that made a model; None where nothing says that a run made it.
+
+    Raises:
+        RequestError: The record is damaged, or was changed since.
+    """
+    record = checkpoint_of(find_model(model).folder) / RESULTS
+    if not record.is_file():
+        return None
+    check_unchanged(record.parents[1], [RESULTS])
+    results = read_json(record, _Record)
+    concept, reference = str(results["concept"]["ref"]), results.get("reference")
+    return RunInputs(
+        model,
+        concept if concept.startswith("builtin:") else None,
+        published_reference(results["base"]),
+        published_reference(reference) if reference else None,
+        {"concept": concept, "base": str(results["base"]["name"])},
+    )
