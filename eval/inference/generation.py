@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ...editing.errors import RequestError
 from ...editing.modules import causal_model
 from .encoding import encode
 from .likelihood import batch_budget, context_of, pad_left, padded_logits, token_batches
@@ -70,12 +71,20 @@ def generate(
         sample_seed: None decodes greedily; a number samples from the model's distribution with this seed.
         as_shipped: Decode as the model's generation_config says instead, draws with a fixed seed.
 
+    Raises:
+        RequestError: A prompt holds no token.
+
     Example:
         >>> generate(model, tokenizer, ["Why is the sky blue?"], 40)[0].text
     """
     context = context_of(model)
     tokens = min(tokens, context - 1)
     encoded = [encode_prompt(tokenizer, prompt, chat=chat)[-(context - tokens) :] for prompt in prompts]
+    if not all(encoded):
+        raise RequestError(
+            f"prompt {encoded.index([]) + 1} of {len(prompts)} holds no token and the tokenizer adds none, so there is"
+            " nothing to continue; write at least a word"
+        )
     ends = end_tokens(model, tokenizer)
     replies: list[Reply | None] = [None] * len(prompts)
     decode = (

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from excise.editing.errors import RequestError
 from excise.eval.inference.generation import (
     encode_prompt,
     end_tokens,
@@ -160,3 +161,16 @@ def test_what_a_generation_config_asks_for_is_named_and_can_be_decoded_with(load
     model.generation_config = GenerationConfig(eos_token_id=2, do_sample=True, temperature=5.0)
     twice = [[one.ids for one in generate(model, loaded.tokenizer, PROMPTS, 6, as_shipped=True)] for _ in range(2)]
     assert twice[0] == twice[1] != [one.ids for one in plain]
+
+
+def test_a_prompt_without_a_token_is_refused_and_named(loaded):
+    with pytest.raises(RequestError, match="prompt 2 of 3 holds no token"):
+        generate(loaded.model, loaded.tokenizer, ["5 9", "", "7"], 3)
+    begins = SimpleNamespace(model=loaded.model, tokenizer=_Begins())
+    assert len(generate(begins.model, begins.tokenizer, [""], 3)) == 1
+
+
+class _Begins(_Words):
+    def __call__(self, text, add_special_tokens=True):
+        words = [int(word) if word.isdigit() else 3 for word in text.split()]
+        return {"input_ids": [1] * add_special_tokens + words}
