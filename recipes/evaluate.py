@@ -165,7 +165,8 @@ def _recorded(models: Sequence[str | ModelInMemory]) -> tuple[str, str | None]:
     runs = [run for model in models if isinstance(model, str) and (run := inputs_of(model))]
     if not runs:
         raise RequestError(
-            f"concept is missing, and no run that names one made {models[0]}; give --concept builtin:NAME or a folder"
+            "concept is missing; give --concept builtin:NAME or a folder, because no record of a run beside"
+            f" {getattr(models[0], 'name', models[0])} names one"
         )
     concepts, bases = {run.known("concept"): None for run in runs}, {run.base: None for run in runs}
     if len(concepts) > 1:
