@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from ..editing.errors import RequestError
 from .files.forms import Form, validated
-from .files.opened import Telling
+from .files.opened import Telling, Unreadable
 from .files.parsed import read_object
 
 Count = Annotated[int, Field(ge=0)]
@@ -122,7 +122,11 @@ def read_json(path: Path, form: type[Form] | None = None) -> dict[str, Any]:
     """
     place = f"{path.parent.name}/{path.name}"
     with Telling(RequestError, "excise did not write it so; fetch it or make it again").about(place):
-        content = upgraded(read_object(path))
+        content = read_object(path)
+        version = content.get("schema_version", SCHEMA_VERSION)
+        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+            raise Unreadable(f"its schema_version is {version!r}; this excise reads 1 to {SCHEMA_VERSION}")
+        content = upgraded(content)
         validated(form or FORMS[path.name], content)
     return content
 

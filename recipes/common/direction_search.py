@@ -29,6 +29,7 @@ from ...eval.inference.candidates import (
 )
 from ...eval.inference.generation import encode_prompt
 from ...eval.inference.likelihood import pad_left
+from ...eval.items import clusters_of, drawn
 from .measured_run import MeasuredSettings
 from .tokens import end_positions
 
@@ -184,7 +185,8 @@ class DirectionSearch:
         questions = [q for q in concept.questions if q.split == "forget" and q.group == "T"]
         if not questions:
             raise RequestError(f"concept {concept.ref} has no forget questions of group T to choose a direction by")
-        return KnowledgeProbe(model, tokenizer, validation, questions[: self.settings.validation_pairs])
+        few = drawn(questions, clusters_of(concept, questions), self.settings.validation_pairs, f"{self.settings.seed}")
+        return KnowledgeProbe(model, tokenizer, validation, few)
 
     def _streams(
         self, rows: Sequence[Sequence[int]], points: tuple[int, ...], last: int, advance: Callable[[int], None]

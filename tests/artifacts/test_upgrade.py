@@ -1,6 +1,10 @@
 """What version 1 wrote is read with today's names."""
 
-from excise.artifacts.upgrade import RENAMED_SETTINGS, SCHEMA_VERSION, upgraded
+import json
+
+import pytest
+from excise.artifacts.upgrade import RENAMED_SETTINGS, SCHEMA_VERSION, read_json, upgraded
+from excise.editing.errors import RequestError
 
 OLD = {
     "schema_version": 1,
@@ -51,3 +55,13 @@ def test_content_of_today_is_left_alone():
 
 def test_no_name_is_both_old_and_new():
     assert not set(RENAMED_SETTINGS) & set(RENAMED_SETTINGS.values())
+
+
+@pytest.mark.parametrize("version", [3, "2", None, True, 0])
+def test_a_record_of_an_unknown_version_is_refused(version, tmp_path):
+    path = tmp_path / "audit.json"
+    path.write_text(json.dumps({"schema_version": SCHEMA_VERSION, "verdict": "recovers"}))
+    assert read_json(path)["verdict"] == "recovers"
+    path.write_text(json.dumps({"schema_version": version, "verdict": "recovers"}))
+    with pytest.raises(RequestError, match="this excise reads 1 to 2"):
+        read_json(path)
