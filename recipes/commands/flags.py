@@ -29,6 +29,8 @@ Folder = Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint th
 def say(text: str) -> None:
     """Print a result on stdout."""
     sys.stdout.write(text + "\n")
+    # Into a pipe, the address of a page that goes on running would else stand in a buffer until it ends.
+    sys.stdout.flush()
 
 
 def say_json(content: Any) -> None:

@@ -1,6 +1,7 @@
 """The local page in a real browser: it does what it says, and answers nobody but whoever started it."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -43,7 +44,9 @@ def served(tmp_path_factory, elsewhere):
         f"<p>mine</p>{hostile}<script>window.ran=1; fetch('http://127.0.0.1:{port}/')</script>"
     )
     command = [sys.executable, "-m", "excise.cli", "ui", str(runs), "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # The address must come through a pipe while the page runs, with Python's own buffering.
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered)
     address = process.stdout.readline().split()[-1]
     yield runs, address, process
     if process.poll() is None:
