@@ -107,7 +107,7 @@ def decode(
             chosen = torch.tensor(first(batch), device=model.device)
         else:
             last = torch.stack([of_row[-1] for of_row in states])
-            chosen = draw(predicted(teacher, last, how.edit, width), chances[batch, 0])
+            chosen = draw(predicted(teacher.head(last), how.edit, width), chances[batch, 0])
         continuations.update(zip(batch, lockstep.go_on(teacher, chosen, chances[batch], how), strict=True))
         teacher.advance(len(batch))
     return [continuations[index] for index in range(len(starts))]
@@ -167,11 +167,13 @@ class _Lockstep:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], -1)
             self.positions = self.positions[:, -1:] + 1
             hidden = self._forward(chosen.repeat_interleave(width)[:, None])
-            left = keep_top(predicted(teacher, hidden[:, -1], how.learned, width), stored)
+            # The head is the dearest part of a step: what is left behind and what is drawn read it once.
+            logits = teacher.head(hidden[:, -1])
+            left = keep_top(predicted(logits, how.learned, width), stored)
             top[:, turn], top_log_p[:, turn], rest[:, turn] = left.ids, left.log_p, left.rest
             if chance is None or all(done):
                 break
-            chosen = draw(predicted(teacher, hidden[:, -1], how.edit, width), chance)
+            chosen = draw(predicted(logits, how.edit, width), chance)
         return [
             Continuation(tuple(ids), SoftTargets(top[place], top_log_p[place], rest[place])[: len(ids)])
             for place, ids in enumerate(drawn)
@@ -193,14 +195,11 @@ class _Lockstep:
         return hidden
 
 
-def predicted(
-    teacher: Teacher, hidden: Float[Tensor, "rows d"], edit: TargetEdit | None, width: int
-) -> Float[Tensor, "contexts v"]:
-    """Log-probabilities of each context's next token, from the final hidden states of its ``width`` rows, the bare one
-    first."""
+def predicted(logits: Float[Tensor, "rows v"], edit: TargetEdit | None, width: int) -> Float[Tensor, "contexts v"]:
+    """Log-probabilities of each context's next token, from the logits of its ``width`` rows, the bare one first."""
     if edit is None:
-        return wide(teacher.head(hidden[::width])).log_softmax(-1)
-    log_p = (wide(teacher.head(hidden)) / edit.temperature).log_softmax(-1)
+        return wide(logits[::width]).log_softmax(-1)
+    log_p = (wide(logits) / edit.temperature).log_softmax(-1)
     bare, expert, novice = log_p.unflatten(0, (-1, width)).unbind(1)
     return edit.log_p(bare, expert, novice)
 
