@@ -4,7 +4,7 @@ Items of one subject tell less than as many items of different ones, so a rate o
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -98,17 +98,20 @@ def tango(gained: float, lost: float, n: float) -> Interval:
         variance = max(0.0, n * (2 * rate + delta * (1 - delta)))
         return (gained - lost - n * delta) ** 2 > Z * Z * variance
 
-    def limit(outer: float) -> float:
-        inner = difference
-        if not is_outside(outer):
-            return outer
-        # Halved until floats are exhausted; the score is monotonic on each side of the difference.
-        for _ in range(60):
-            middle = (outer + inner) / 2
-            outer, inner = (middle, inner) if is_outside(middle) else (outer, middle)
-        return inner
+    # The score is monotonic on each side of the difference.
+    low, high = (boundary(is_outside, difference, end) for end in (-1.0, 1.0))
+    return -1.0 if low is None else low, 1.0 if high is None else high
 
-    return limit(-1.0), limit(1.0)
+
+def boundary(is_outside: Callable[[float], bool], inner: float, outer: float) -> float | None:
+    """Where a test begins to refuse on the way from a value that it keeps; None where it keeps the outer one too."""
+    if not is_outside(outer):
+        return None
+    # Halved until floats are exhausted.
+    for _ in range(60):
+        middle = (inner + outer) / 2
+        inner, outer = (inner, middle) if is_outside(middle) else (middle, outer)
+    return inner
 
 
 def rate_interval(values: Sequence[float], clusters: Sequence[Hashable] = ()) -> Interval:

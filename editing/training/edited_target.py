@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .soft_targets import mixed
+from .soft_targets import cut_to, mixed
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,4 @@ class TargetEdit:
         """Log-probabilities of the edited distribution; without ``strengths`` each position has the full one."""
         strength = self.strength if strengths is None else strengths.to(bare)
         log_p = mixed(bare, expert, novice, strength, one_sided=self.one_sided)
-        if not self.top_k:
-            return log_p
-        least = log_p.topk(min(self.top_k, log_p.shape[-1]), -1).values[:, -1:]
-        # Tokens that tie with the last one stay too.
-        return log_p.masked_fill(log_p < least, -torch.inf).log_softmax(-1)
+        return cut_to(log_p, self.top_k) if self.top_k else log_p

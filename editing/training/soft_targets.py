@@ -55,10 +55,7 @@ class SoftTargets:
 
     def largest(self, count: int) -> "SoftTargets":
         """Only the ``count`` likeliest tokens of each position, normalized; all others get probability 0."""
-        # Tokens that tie with the last one stay too.
-        least = self.log_p.topk(min(count, self.log_p.shape[-1]), -1).values[:, -1:]
-        cut = self.log_p.masked_fill(self.log_p < least, -torch.inf).log_softmax(-1)
-        return SoftTargets(self.ids, cut, torch.full_like(self.rest, -torch.inf))
+        return SoftTargets(self.ids, cut_to(self.log_p, count), torch.full_like(self.rest, -torch.inf))
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class Streams:
 
     def disagreement(self) -> Float[Tensor, " n"]:
         """Total variation distance between expert and novice, 0 to 1."""
-        return (self.expert.exp() - self.novice.exp()).abs().sum(-1) / 2
+        return total_variation(self.expert, self.novice)
 
     def left_over(self) -> Float[Tensor, " n"]:
         """Probability that the frozen model gives to all tokens that are not stored, 0 to 1."""
@@ -116,6 +113,17 @@ def mixed(
         log_p = bare + factor * difference
     # What nothing predicts, such as the rest beside a whole vocabulary, is -inf in all three, and -inf - -inf is NaN.
     return torch.where(bare.isneginf(), bare, log_p).log_softmax(-1)
+
+
+def cut_to(log_p: Float[Tensor, "n v"], count: int) -> Float[Tensor, "n v"]:
+    """The ``count`` likeliest entries of each row, normalized, and all that tie with the last of them; -inf elsewhere."""
+    least = log_p.topk(min(count, log_p.shape[-1]), -1).values[:, -1:]
+    return log_p.masked_fill(log_p < least, -torch.inf).log_softmax(-1)
+
+
+def total_variation(one: Float[Tensor, "n v"], other: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
+    """Total variation distance of distributions given as log-probabilities, 0 to 1."""
+    return (one.exp() - other.exp()).abs().sum(-1) / 2
 
 
 def certain(tokens: Int[Tensor, " n"], count: int, vocabulary: int) -> SoftTargets:

@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from ..intervals import LEVEL, effective_size, widening
+from ..intervals import LEVEL, boundary, effective_size, widening
 from .recovery import RESAMPLES, SEED, Estimate, RecoveryCurve, question_draws
 
 Z = NormalDist().inv_cdf(1 - LEVEL / 2)
@@ -90,16 +90,8 @@ def share_regained(paired: Paired, value: float | None) -> Estimate:
         contrast = paired.contrast(1, -(1 - share), -share)
         return abs(contrast.value) > Z * contrast.error
 
-    def end(direction: int) -> float | None:
-        inner, outer = value, value + direction * FURTHEST
-        if not is_refused(outer):
-            return None
-        for _ in range(40):
-            middle = (inner + outer) / 2
-            inner, outer = (inner, middle) if is_refused(middle) else (middle, outer)
-        return inner
-
-    return Estimate(value, (end(-1), end(1)))
+    low, high = (boundary(is_refused, value, value + direction * FURTHEST) for direction in (-1, 1))
+    return Estimate(value, (low, high))
 
 
 def questions_to_tell(contrasts: Mapping[str, Contrast], n: int, limit: float) -> int:

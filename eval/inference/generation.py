@@ -90,7 +90,7 @@ def generate(
     decode = (
         partial(_as_shipped, causal_model(model), tokenizer)
         if as_shipped
-        else partial(_continue, causal_model(model), sample_seed)
+        else partial(_greedy_or_drawn, causal_model(model), sample_seed)
     )
     # Replies are counted at the length that they may reach.
     for batch in token_batches([len(ids) + tokens for ids in encoded], max(batch_budget(model), 4096)):
@@ -101,35 +101,32 @@ def generate(
     return [reply for reply in replies if reply is not None]
 
 
-def _continue(model: Any, seed: int | None, rows: Sequence[list[int]], tokens: int, ends: set[int]) -> list[list[int]]:
-    # Padded on the left, because new tokens must come directly after the prompt's last one.
-    padded = pad_left(rows, model.device)
-    # transformers samples from torch's global generator, so it is seeded in a fork that puts the old state back.
-    with torch.random.fork_rng(enabled=seed is not None), plain_decoding(model, ends):
-        if seed is not None:
-            torch.manual_seed(seed)
-        output = model.generate(**padded, max_new_tokens=tokens, do_sample=seed is not None)
-    continued = output[:, padded["input_ids"].shape[1] :].tolist()
-    # transformers fills rows that ended early up to the longest one; that padding is no part of the reply.
-    return [_until_end(ids, ends) for ids in continued]
+def _greedy_or_drawn(
+    model: Any, seed: int | None, rows: Sequence[list[int]], tokens: int, ends: set[int]
+) -> list[list[int]]:
+    with plain_decoding(model, ends):
+        return _continue(model, rows, ends, seed, max_new_tokens=tokens, do_sample=seed is not None)
 
 
 def _as_shipped(model: Any, tokenizer: Any, rows: Sequence[list[int]], tokens: int, ends: set[int]) -> list[list[int]]:
     """Continue as the generation_config says: penalties, beams, draws, strings that end a reply, and the rest."""
+    # What shapes the result, and not the replies.
+    result = {"pad_token_id": 0, "num_return_sequences": 1, "return_dict_in_generate": False}
+    ended = {"tokenizer": tokenizer, "eos_token_id": sorted(ends) or None}
+    return _continue(model, rows, ends, 0, max_new_tokens=tokens, **ended, **result)
+
+
+def _continue(model: Any, rows: Sequence[list[int]], ends: set[int], seed: int | None, **how: Any) -> list[list[int]]:
+    # Padded on the left, because new tokens must come directly after the prompt's last one.
     padded = pad_left(rows, model.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        output = model.generate(
-            **padded,
-            max_new_tokens=tokens,
-            tokenizer=tokenizer,
-            eos_token_id=sorted(ends) or None,
-            # What shapes the result, and not the replies.
-            pad_token_id=0,
-            num_return_sequences=1,
-            return_dict_in_generate=False,
-        )
-    return [_until_end(ids, ends) for ids in output[:, padded["input_ids"].shape[1] :].tolist()]
+    # transformers samples from torch's global generator, so it is seeded in a fork that puts the old state back.
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        output = model.generate(**padded, **how)
+    continued = output[:, padded["input_ids"].shape[1] :].tolist()
+    # transformers fills rows that ended early up to the longest one; that padding is no part of the reply.
+    return [_until_end(ids, ends) for ids in continued]
 
 
 NEVER_SET_ASIDE = {

@@ -21,6 +21,7 @@ from ...editing.training.soft_targets import (
     keep_streams,
     keep_top,
     positions_at_once,
+    total_variation,
     wide,
 )
 from ..common.prefix_cache import final_hidden_states
@@ -99,13 +100,8 @@ class Teacher:
 
         Several experts or novices count as their mean distribution.
         """
-        # Items with the same novices stand together, so that their mixture is formed once.
-        order = sorted(range(len(items)), key=lambda i: (items[i].novices, items[i].count))
         store = _Store([item.count for item in items])
-        for places, log_p in self._predictions(items, order, temperature):
-            bare = torch.cat([log_p.mean(((items[i].ids, False),), span) for i, span in places])
-            expert = torch.cat([log_p.mean(items[i].expert, span) for i, span in places])
-            novice = torch.cat([log_p.mean(items[i].novice, span) for i, span in places])
+        for places, bare, expert, novice in self._contrasts(items, temperature):
             streams = keep_streams(bare, expert, novice, stored_tokens)
             store.put(places, (streams.ids, streams.bare, streams.expert, streams.novice))
         return [Streams(*tensors) for tensors in store.by_item()]
@@ -113,18 +109,13 @@ class Teacher:
     def targets(self, items: Sequence[Item], edit: TargetEdit, stored_tokens: int) -> list["Targets"]:
         """The edited distribution at each item's positions: exact over the whole vocabulary, its likeliest tokens
         stored."""
-        order = sorted(range(len(items)), key=lambda i: (items[i].novices, items[i].count))
         store = _Store([item.count for item in items])
         strengths = [edit.strengths(item.count, self.model.device) for item in items]
-        for places, log_p in self._predictions(items, order, edit.temperature):
-            bare = torch.cat([log_p.mean(((items[i].ids, False),), span) for i, span in places])
-            expert = torch.cat([log_p.mean(items[i].expert, span) for i, span in places])
-            novice = torch.cat([log_p.mean(items[i].novice, span) for i, span in places])
+        for places, bare, expert, novice in self._contrasts(items, edit.temperature):
             # Spans count from the end, where a slice's end of 0 would be its beginning.
             along = torch.cat([strengths[i][start : end or None] for i, (start, end) in places])
             target = keep_top(edit.log_p(bare, expert, novice, along), stored_tokens)
-            disagreement = (expert.exp() - novice.exp()).abs().sum(-1) / 2
-            store.put(places, (target.ids, target.log_p, target.rest, disagreement))
+            store.put(places, (target.ids, target.log_p, target.rest, total_variation(expert, novice)))
         return [Targets(SoftTargets(*parts), disagreement) for *parts, disagreement in store.by_item()]
 
     def top(self, rows: Sequence[Row], firsts: Sequence[int], stored_tokens: int) -> list[SoftTargets]:
@@ -161,6 +152,18 @@ class Teacher:
     def forget(self) -> None:
         """Free what was remembered."""
         self._hidden.clear()
+
+    def _contrasts(
+        self, items: Sequence[Item], temperature: float
+    ) -> Iterator[tuple[list[Place], Tensor, Tensor, Tensor]]:
+        """Some positions of some items, and what bare, expert and novice predict there [positions, v]."""
+        # Items with the same novices stand together, so that their mixture is formed once.
+        order = sorted(range(len(items)), key=lambda i: (items[i].novices, items[i].count))
+        for places, log_p in self._predictions(items, order, temperature):
+            bare = torch.cat([log_p.mean(((items[i].ids, False),), span) for i, span in places])
+            expert = torch.cat([log_p.mean(items[i].expert, span) for i, span in places])
+            novice = torch.cat([log_p.mean(items[i].novice, span) for i, span in places])
+            yield places, bare, expert, novice
 
     def _predictions(
         self, items: Sequence[Item], order: Iterable[int], temperature: float
