@@ -88,7 +88,7 @@ def for_training(concept: Concept) -> Concept:
 
 
 def measured_on(concept: Concept) -> dict[str, dict[str, int]]:
-    """How many items of what should stay are measured, and of how many, by kind; fewer are those that no training sees."""
+    """How many items of what should stay are measured, and of how many, by kind; others may be trained on."""
     counts = {}
     for split in ("neighbour", "retain"):
         questions = [question for question in concept.questions if question.split == split]

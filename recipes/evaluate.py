@@ -58,7 +58,8 @@ class EvaluateSettings(Settings):
     kl_prompts: int = Field(64, ge=1)
     """Measure the divergence from the base on this many neutral prompts and retain texts."""
     as_shipped: bool = False
-    """Decode replies as each model's generation_config says, with its penalties, beams and draws; otherwise greedily."""
+    """Decode replies as each model's generation_config says, with its penalties, beams and draws; otherwise
+    greedily."""
     judge: tuple[str, ...] = ()
     """Further models that read the replies on a knowledge concept; may be repeated."""
     lm_eval: tuple[str, ...] = ()

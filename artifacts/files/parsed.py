@@ -1,4 +1,4 @@
-"""JSON and YAML, read strictly: bounded depth, no key twice, finite decimal numbers, and nothing that has to be guessed.
+"""JSON and YAML, read strictly: bounded depth, no key twice, finite decimal numbers, and nothing to be guessed.
 
 Python's own readers keep the last of two equal keys, read NaN, recurse as deep as a file asks for, and take ``1:30`` in
 YAML for the number 90.

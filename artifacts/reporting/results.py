@@ -87,8 +87,8 @@ def decoding(set_aside: Mapping[str, Any], *, of: str = "The model's", remedy: s
         return ""
     asked = ", ".join(f"{key}={value}" for key, value in set_aside.items())
     return (
-        f"{of} generation_config also asks for {asked}. Replies were measured without it: greedily, as the weights alone"
-        f" decide.{remedy}"
+        f"{of} generation_config also asks for {asked}. Replies were measured without it: greedily, as the weights"
+        f" alone decide.{remedy}"
     )
 
 
@@ -99,8 +99,8 @@ FEW = 10
 def dominated(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[str]:
     """A sentence for everything that few long items decide: intervals of it are too narrow, whatever their method."""
     sentences = [
-        f"Few items decide {label_of(item.name)} ({item.split}): {item.holding_half} of {len(item.ids)} hold half of what"
-        " is counted, and its interval may be too narrow."
+        f"Few items decide {label_of(item.name)} ({item.split}): {item.holding_half} of {len(item.ids)} hold half of"
+        " what is counted, and its interval may be too narrow."
         for items in scores.values()
         for item in items
         if len(item.ids) > 2 and not item.is_empty and item.holding_half <= max(1, len(item.ids) // FEW)
@@ -157,7 +157,7 @@ def split_meanings(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def measured_on(concept: Mapping[str, Any]) -> str:
-    """What the figures of specificity are of, in a sentence; empty for files of earlier versions, which measured all."""
+    """What the figures of specificity are of, in a sentence; empty for earlier files, which measured all."""
     counts = concept.get("measured_on", {})
     apart = [f"{one['n']} of {one['of']} {kind}" for kind, one in counts.items() if one["n"] < one["of"]]
     whole = [f"all {one['of']} {kind}" for kind, one in counts.items() if one["n"] == one["of"]]

@@ -191,7 +191,8 @@ class ZeroedTensor:
         # A negative index would be read from the end, and remove a unit that nobody named.
         if wrong := [unit for unit in indices if not 0 <= unit < size]:
             raise RequestError(
-                f"{self.name} has {size} units, the edit names unit {wrong[-1]}; apply it to the model it was learned on"
+                f"{self.name} has {size} units, the edit names unit {wrong[-1]};"
+                " apply it to the model it was learned on"
             )
         return indices
 

@@ -110,7 +110,7 @@ def questions_to_tell(contrasts: Mapping[str, Contrast], n: int, limit: float) -
 
 
 def _bootstrap(curves: Sequence[RecoveryCurve]) -> NDArray[np.float64]:
-    """Best accuracies in draws of questions, the same for all models, and of seeds, each model's own [draws, models]."""
+    """Best accuracies in draws of questions, the same for all, and of seeds, each model's own [draws, models]."""
     rng = np.random.default_rng(SEED)
     drawn = question_draws(curves[0], rng)
     best = np.empty((RESAMPLES, len(curves)))

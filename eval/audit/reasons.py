@@ -157,7 +157,7 @@ def _each(evidence: Evidence, names: Sequence[str]) -> str:
 
 
 def _widest(evidence: Evidence) -> str:
-    """The attack whose interval reaches furthest from 0, and so holds for all; it is no estimate of the largest leak."""
+    """The attack whose interval reaches furthest from 0, and so holds for all; no estimate of the largest leak."""
     return max(evidence.leaks, key=lambda key: abs(evidence.leaks[key].value) + evidence.leaks[key].error)
 
 

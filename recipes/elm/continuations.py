@@ -1,4 +1,4 @@
-"""What is read behind a context to forget: a continuation drawn from the edited target, and what is learned along it."""
+"""What stands behind a context to forget: a continuation drawn from the edited target, and what is learned there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

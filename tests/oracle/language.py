@@ -1,4 +1,4 @@
-"""Likelihoods and replies, computed a second time from the definition: float64, one item and one token at a time, no batch.
+"""Likelihoods and replies, computed a second time from the definition: float64, one item and token at a time.
 
 Nothing here imports excise: a test that holds excise against it finds what a shared shortcut would hide.
 """

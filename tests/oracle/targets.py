@@ -1,4 +1,4 @@
-"""Targets of training and losses, computed a second time from the papers' formulas: one position and one token at a time.
+"""Targets and losses, computed a second time from the papers' formulas: one position and one token at a time.
 
 Nothing here imports excise: a test that holds excise against it finds what a shared shortcut would hide.
 """

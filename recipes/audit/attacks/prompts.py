@@ -49,7 +49,7 @@ def phrasings(model: Any, data: AttackData) -> Sequence[float]:
 
 
 def wordings_of(question: Question, facts: Facts) -> list[Question]:
-    """A question in the words that texts state its relation in; as it is, where it names no subject or there are none."""
+    """A question in the words in which texts state its relation; as it is, where there are none or no subject."""
     if not question.subject:
         return [question]
     relation = question.prompt.replace(question.subject, SUBJECT)
