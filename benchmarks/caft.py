@@ -20,7 +20,8 @@ from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
-from excise.editing.architectures import Architecture, architecture_of, layer_count
+from excise.editing.architectures import architecture_of, layer_count
+from excise.editing.wiring.row import Architecture
 from excise.editing.directions.subspaces import Place, Subspace, principal_components
 from excise.editing.hooks.concept_ablation import concept_ablated
 from excise.editing.hooks.residual_stream import run_decoder

@@ -8,69 +8,18 @@ Source of each row: the model's modeling file in transformers 5.23, and keys of 
 """
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from .errors import RequestError, UnsupportedArchitecture
+from .wiring.row import Architecture, Kind, Writer
 
-Kind = Literal["embedding", "position", "attention", "mlp"]
-
-
-@dataclass(frozen=True)
-class Writer:
-    """One family of tensors that write to the residual stream."""
-
-    pattern: str
-    """Tensor name, with ``{layer}`` and ``{expert}`` in place of numbers."""
-    axis: int
-    """Axis of d_model, counted from the last: -1 for rows of tokens, Conv1D and biases, -2 for nn.Linear."""
-    kind: Kind
-    gain: str | None = None
-    """Name of the norm weight that multiplies this write before it reaches the stream."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How one model type is wired, on disk and in memory."""
-
-    writers: tuple[Writer, ...]
-    readers: tuple[str, ...]
-    """Tensors that do not write to the stream: they read it, gate it, or normalize a write (gains)."""
-    embedding: str
-    """Name of the token embedding tensor."""
-    layers: str
-    """Module path of the decoder layers in the causal language model."""
-    sublayers: tuple[str, ...]
-    """Modules of a layer whose output is added to the stream, in order."""
-    attention_units: str = "self_attn.o_proj"
-    """Module of a layer whose input holds the attention heads' outputs."""
-    mlp_units: str | None = "mlp.down_proj"
-    """Module of a layer whose input holds the MLP neurons; None if experts are fused in one tensor."""
-    mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """Modules of a layer that compute the MLP neurons; ``gate_up_proj`` holds two matrices, one after the other."""
-    unembedding: str = "lm_head.weight"
-    gain_offset: float = 0.0
-    """Added to the stored norm weight to get the gain (1 for Gemma)."""
-    optional_prefix: str = ""
-    """Prefix that checkpoints on disk may leave out."""
-    refused: tuple[tuple[str, Any, str], ...] = ()
-    """``(config key, value, reason)`` of variants in which editing weights cannot remove a direction."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A tensor of a checkpoint that writes to the stream."""
-
-    name: str
-    writer: Writer
-    layer: int | None
-    """Decoder layer; None for embeddings."""
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 
 
 def _linear(pattern: str, kind: Kind, gain: str | None = None) -> tuple[Writer, Writer]:
     # A bias adds the same vector to every write, so the direction would stay in the stream if only the weight lost it.
-    return Writer(pattern + ".weight", -2, kind, gain), Writer(pattern + ".bias", -1, kind, gain)
+    gains = (gain,) if gain else ()
+    return Writer(pattern + ".weight", -2, kind, gains), Writer(pattern + ".bias", -1, kind, gains)
 
 
 def _conv1d(pattern: str, kind: Kind) -> tuple[Writer, Writer]:
@@ -202,7 +151,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_units="mlp.c_proj",
         mlp_inputs=("mlp.c_fc",),
         # GPT-2 as published has no prefix; saved again by transformers, it has one.
-        optional_prefix="transformer.",
+        spellings=(("transformer.", ""),),
     ),
     "gpt_neox": Architecture(
         writers=(
@@ -286,7 +235,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_units="self_attn.out_proj",
         mlp_units="fc2",
         mlp_inputs=("fc1",),
-        optional_prefix="model.",
+        spellings=(("model.", ""),),
         refused=(
             (
                 # OPT-350m is such a model.
@@ -307,81 +256,57 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
             or the weights are stored quantized.
     """
     model_type = config.get("model_type")
+    _refuse_quantized(config)
     row = ARCHITECTURES.get(str(model_type))
     if row is None:
-        raise UnsupportedArchitecture(
-            f"model_type {model_type!r} has no row; rows: {', '.join(sorted(ARCHITECTURES))}; "
-            "add one in editing/architectures.py"
-        )
+        # Imported here: trying out a small copy needs transformers, and most models have a row.
+        from .wiring.derived import derived_row
+
+        return derived_row(config)
     for key, value, reason in row.refused:
         if config.get(key) == value:
             raise UnsupportedArchitecture(f"{model_type} with {key}={value} cannot be edited: {reason}")
+    return row
+
+
+def _refuse_quantized(config: dict[str, Any]) -> None:
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedArchitecture(
             f"the checkpoint stores quantized weights ({method}); edit the full-precision checkpoint, then quantize"
         )
-    return row
-
-
-def spelled(row: Architecture, name: str, names: Collection[str]) -> str | None:
-    """A tensor's name as ``names`` spells it, or None: checkpoints on disk may leave out a prefix that memory has."""
-    prefix = row.optional_prefix
-    return next((form for form in (name, name.removeprefix(prefix), prefix + name) if form in names), None)
 
 
 def residual_width(config: dict[str, Any]) -> int:
     """d_model, from ``config.json``."""
-    # GPT-2's config.json has names of its own; the common ones exist only as attributes of the loaded configuration.
-    return _size(config, "n_embd" if config["model_type"] == "gpt2" else "hidden_size")
+    return _size(config, ("hidden_size", "n_embd", "d_model"))
 
 
 def layer_count(config: dict[str, Any]) -> int:
     """Number of decoder layers, from ``config.json``."""
-    return _size(config, "n_layer" if config["model_type"] == "gpt2" else "num_hidden_layers")
+    return _size(config, ("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
 
 
-def _size(config: dict[str, Any], key: str) -> int:
-    if not isinstance(config.get(key), int):
-        raise RequestError(f"config.json has no {key}, or it is no whole number; fetch the checkpoint again")
-    return int(config[key])
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a ``config.json`` that describes the language model, in which models of several kinds nest it."""
+    return next((config[key] for key in _TEXT_PARTS if isinstance(config.get(key), dict)), config)
 
 
-def classify(row: Architecture, names: list[str]) -> list[Site]:
-    """Find the tensors that write to the stream among all tensors of a checkpoint or state dict, in the order of names.
-
-    Raises:
-        UnsupportedArchitecture: A tensor matches neither a writer nor a reader of the row, or none is a writer.
-    """
-    writers = [(_regex(row, writer.pattern), writer) for writer in row.writers]
-    readers = [_regex(row, pattern) for pattern in row.readers]
-    sites: list[Site] = []
-    unknown: list[str] = []
-    for name in names:
-        for regex, writer in writers:
-            if match := regex.fullmatch(name):
-                layer = match.groupdict().get("layer")
-                sites.append(Site(name, writer, None if layer is None else int(layer)))
-                break
-        else:
-            if not any(regex.fullmatch(name) for regex in readers):
-                unknown.append(name)
-    if unknown:
-        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        raise UnsupportedArchitecture(
-            f"{len(unknown)} tensors are not in the architecture's row and might write to the residual stream: "
-            f"{shown}; add them in editing/architectures.py"
-        )
-    if not sites:
-        raise UnsupportedArchitecture(
-            "the checkpoint holds no tensor that writes to the residual stream; give a whole model, not a part of one"
-        )
-    return sites
+def _size(config: dict[str, Any], keys: tuple[str, ...]) -> int:
+    part = text_config(config)
+    value = next((part[key] for key in keys if key in part), None)
+    if value is None and (part is not config or str(config.get("model_type")) not in ARCHITECTURES):
+        # A nested part leaves out what is the default of its class, and some types compute their depth.
+        value = next((value for key in keys if (value := _default(config, key)) is not None), None)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"config.json has no {keys[0]}, or it is no whole number; fetch the checkpoint again")
+    return value
 
 
-def gain_name(site: Site) -> str | None:
-    """Name of the norm weight between a tensor and the stream, or None."""
-    return None if site.writer.gain is None else site.writer.gain.format(layer=site.layer)
+def _default(config: dict[str, Any], key: str) -> Any:
+    from .wiring.small_copy import full_config
+
+    return getattr(full_config(config).get_text_config(decoder=True), key, None)
 
 
 def layer_selection(layers: str, count: int) -> list[int]:
@@ -408,12 +333,3 @@ def layer_selection(layers: str, count: int) -> list[int]:
         f"layers={layers!r} selects nothing in a model of {count} layers; "
         f"give 'all', a number, a range such as 0-{count - 1}, or fractions of depth such as 0.25-0.75"
     )
-
-
-def _regex(row: Architecture, pattern: str) -> re.Pattern[str]:
-    text = re.escape(pattern)
-    if row.optional_prefix and pattern.startswith(row.optional_prefix):
-        prefix = re.escape(row.optional_prefix)
-        text = f"(?:{prefix})?" + text.removeprefix(prefix)
-    # re.escape escapes the braces too, so the placeholders are replaced in their escaped form.
-    return re.compile(text.replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"\d+"))

@@ -27,7 +27,8 @@ from transformers import TrainerCallback
 from ..artifacts.checkpoints.edits import load_edit
 from ..artifacts.concepts import load_concept
 from ..artifacts.reporting import charts
-from ..editing.architectures import Architecture, architecture_of
+from ..editing.architectures import architecture_of
+from ..editing.wiring.row import Architecture
 from ..editing.edits.pruned_units import PrunedUnits, ZeroedTensor
 from ..editing.errors import RequestError
 from ..editing.hooks.unit_scores import UnitMoments, mean_difference, rank_correlation, unit_inputs

@@ -21,6 +21,7 @@ from ...editing.architectures import architecture_of
 from ...editing.edits.base import Plan, Shaped, Shrinking, WeightEdit, check_changes, merge_changes
 from ...editing.edits.changes import Change
 from ...editing.errors import CheckpointError, EditError, ExciseError
+from ...editing.wiring.row import spelled
 from ..events import Stage
 from ..files.opened import OF_A_CHECKPOINT
 from ..files.parsed import parsed_object, read_object
@@ -337,6 +338,11 @@ def _write_index(checkpoint: Checkpoint, folder: Path, plan: Plan, embedding: st
 
 
 def _embedding(checkpoint: Checkpoint) -> str:
-    """Name of the token embedding in this checkpoint, which may leave out the architecture's optional prefix."""
+    """Name of the token embedding as this checkpoint spells it."""
     row = architecture_of(checkpoint.config)
-    return row.embedding if row.embedding in checkpoint.tensors else row.embedding.removeprefix(row.optional_prefix)
+    name = spelled(row, row.embedding, checkpoint.tensors)
+    if name is None:
+        raise CheckpointError(
+            f"{checkpoint.folder.name} has no tensor {row.embedding}; give a whole model, not a part of one"
+        )
+    return name

@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...editing.architectures import architecture_of, spelled
+from ...editing.architectures import architecture_of
+from ...editing.wiring.row import spelled
 from ...editing.errors import CheckpointError, one_line
 from ..files.forms import Form, validated
 from ..files.opened import OF_A_CHECKPOINT, Unreadable, regular_file

@@ -8,6 +8,7 @@ import torch
 
 from ...editing.errors import CheckpointError, RequestError, one_line
 from ...editing.numerics.cpu_attention import attend_by_products
+from ...editing.wiring.small_copy import model_class
 from ..checkpoints.read import open_checkpoint
 from .chat_template import check_chat_template
 from .filled import check_filled
@@ -54,13 +55,12 @@ def load_weights(source: ModelSource, device: torch.device, dtype: torch.dtype, 
         CheckpointError: The weights and the configuration do not fit together.
         ExciseError: The device has too little memory.
     """
-    from transformers import AutoModelForCausalLM
-
     # The model before it may be gone but not freed, and memory may have room for one only.
     release_memory()
-    check_memory(open_checkpoint(source.folder), device, dtype)
+    checkpoint = open_checkpoint(source.folder)
+    check_memory(checkpoint, device, dtype)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class(checkpoint.config).from_pretrained(
             source.folder,
             dtype=dtype,
             use_safetensors=True,

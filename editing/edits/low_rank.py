@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..architectures import architecture_of, spelled
+from ..architectures import architecture_of
+from ..wiring.row import spelled
 from ..errors import RequestError
 from .base import Plan, RowReader, TensorReader
 from .changes import WHOLE, Change, Meter, block_ranges

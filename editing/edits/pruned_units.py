@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..architectures import Architecture, Site, architecture_of, classify, spelled
+from ..architectures import architecture_of
+from ..wiring.row import Architecture, Site, classify, spelled
 from ..errors import RequestError, UnsupportedArchitecture
 from .base import Plan, RowReader, TensorReader
 from .changes import WHOLE, Change, Meter, block_ranges

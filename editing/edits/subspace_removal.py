@@ -1,6 +1,6 @@
 """Orthogonalization as data: which subspace is removed from which tensors of a checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..architectures import Architecture, Site, architecture_of, classify, gain_name, layer_count, residual_width
-from ..errors import RequestError
+from ..architectures import architecture_of, layer_count, residual_width
+from ..wiring.row import Architecture, Site, classify, gain_names, respelled, spelled
+from ..errors import RequestError, UnsupportedArchitecture
 from .base import Plan, RowReader, TensorReader
 from .changes import WHOLE
 from .projection import BlockwiseEdit, make_projection
@@ -67,10 +68,10 @@ class Edit:
         row = architecture_of(config)
         check_learned_on(config, self.model_type, self.basis.shape[0], len(self.layer_strengths))
         tensors = []
-        for site in classify(row, list(names)):
+        for site in classify(row, names, layer_count(config)):
             strength = self.strength_at(site.layer)
             if strength != 0.0:
-                tensors.append(OrthogonalizedTensor(site.name, self, row, site, strength))
+                tensors.append(OrthogonalizedTensor(site.name, self, row, site, strength, _gains(row, site, names)))
         if not tensors:
             raise RequestError(
                 "the edit touches no tensor: the strength of every layer and of the embeddings is 0; raise the strength"
@@ -83,7 +84,9 @@ class Edit:
         tied = ties_embeddings(config)
         untie = self.embeddings == "untie" and tied
         # Some checkpoints store the head although it is tied; then nothing is added, and only the config changes.
-        untied = row.unembedding if untie and row.unembedding not in names else None
+        untied = None
+        if untie and spelled(row, row.unembedding, names) is None:
+            untied = _new_name(row, names)
         return Plan(tuple(tensors), untied, tied, untie)
 
 
@@ -96,20 +99,49 @@ class OrthogonalizedTensor:
     row: Architecture
     site: Site
     strength: float
+    gains: tuple[str, ...] = ()
+    """Norm weights between the tensor and the stream, as the checkpoint spells them."""
 
     def stream(
         self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
     ) -> BlockwiseEdit:
         """The edit of one matrix (a bias is a matrix of one row) as a stream of blocks."""
-        edit, gain, name = self.edit, None, gain_name(self.site)
-        if name is not None:
+        edit, gain = self.edit, None
+        for name in self.gains:
             # As the model does: Gemma widens the stored weight before it adds 1.
-            gain = other(name).float() + self.row.gain_offset
+            factor = other(name).float() + self.row.gain_offset
+            gain = factor if gain is None else gain * factor
         # Norms are preserved for each input neuron or token; a bias belongs to neither.
         preserving = edit.variant == "norm_preserving" and not self.name.endswith("bias")
         projection = make_projection(edit.basis, self.strength, gain, norm_preserving=preserving)
         seen = edit.basis if gain is None else gain[:, None] * edit.basis
         return BlockwiseEdit(self.name, rows, self.site.writer.axis, read, projection, seen, gain, rows_per_block)
+
+
+def _gains(row: Architecture, site: Site, names: Collection[str]) -> tuple[str, ...]:
+    gains = []
+    for gain in gain_names(site):
+        stored = spelled(row, gain, names)
+        if stored is None:
+            raise UnsupportedArchitecture(
+                f"the checkpoint has no tensor {gain}, which scales what {site.name} writes; give a whole model"
+            )
+        gains.append(stored)
+    return tuple(gains)
+
+
+def _new_name(row: Architecture, names: Collection[str]) -> str:
+    """Name of an unembedding that is added, spelled as the checkpoint spells its embedding."""
+    if row.embedding in names:
+        return row.unembedding
+    stored = spelled(row, row.embedding, names)
+    for one, other in row.spellings:
+        if stored == respelled(row.embedding, one, other) and (name := respelled(row.unembedding, one, other)):
+            return name
+    # Where the embedding's own prefix says nothing of the head, the head has a pair of its own.
+    named = (respelled(row.unembedding, one, other) for one, other in row.spellings if one and one in row.unembedding)
+    whole = (respelled(row.unembedding, one, other) for one, other in row.spellings if not one)
+    return next((name for name in (*named, *whole) if name), row.unembedding)
 
 
 def check_learned_on(config: dict[str, Any], model_type: str, width: int, layers: int) -> None:
@@ -128,4 +160,7 @@ def check_learned_on(config: dict[str, Any], model_type: str, width: int, layers
 
 def ties_embeddings(config: dict[str, Any]) -> bool:
     """Whether the unembedding is the embedding. Some configs do not say; then the default of their class holds."""
+    row = architecture_of(config)
+    if row.tied is not None:
+        return row.tied
     return bool(config.get("tie_word_embeddings", config["model_type"] in ("gpt2", "opt", "gemma2", "gemma3_text")))

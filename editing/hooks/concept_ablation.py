@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..architectures import Architecture
+from ..wiring.row import Architecture
 from ..directions.sae_latents import SparseLatents
 from ..directions.subspaces import Place, Subspace
 from ..errors import EditError, RequestError

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..architectures import Architecture
+from ..wiring.row import Architecture
 from ..errors import EditError
 from .residual_stream import run_decoder, written
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..architectures import Architecture
+from ..wiring.row import Architecture
 from ..errors import EditError
 
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..architectures import Architecture
+from ..wiring.row import Architecture
 from .residual_stream import RowsAndPositions, decoder_layers
 
 EPSILON = 1e-5

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import Architecture
+from ..wiring.row import Architecture
 from ..edits.low_rank import Factors
 from ..errors import EditError, RequestError
 from ..modules import is_conv1d, is_linear

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import Architecture
+from ..wiring.row import Architecture
 from ..hooks.residual_stream import decoder_layers, first
 from ..modules import is_conv1d
 

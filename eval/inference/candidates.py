@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...editing.architectures import Architecture
+from ...editing.wiring.row import Architecture
 from ...editing.directions.difference_in_means import Directions, unit
 from ...editing.errors import ExciseError, RequestError
 from ...editing.hooks.residual_stream import ablated, added

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...artifacts.models.load import LoadedModel
-from ...editing.architectures import Architecture
+from ...editing.wiring.row import Architecture
 from ...editing.directions.subspaces import (
     Place,
     Subspace,

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...artifacts.models.load import LoadedModel
-from ...editing.architectures import Architecture
+from ...editing.wiring.row import Architecture
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.hooks.concept_ablation import changed_at
 from ...editing.modules import causal_model

@@ -13,7 +13,8 @@ from torch import Tensor
 from ...artifacts.events import Events
 from ...artifacts.models.load import LoadedModel
 from ...artifacts.reporting.pages import render
-from ...editing.architectures import Architecture, architecture_of, layer_count
+from ...editing.architectures import architecture_of, layer_count
+from ...editing.wiring.row import Architecture
 from ...editing.directions.difference_in_means import DIRECTION_SOURCES, Directions, stacked
 from ...editing.errors import RequestError
 from ...editing.hooks.residual_stream import residual_stream

@@ -25,7 +25,8 @@ from ...artifacts.models.memory import check_memory
 from ...artifacts.models.source import ModelSource
 from ...artifacts.reporting import card, report
 from ...artifacts.reporting.results import SubjectName, dominated, not_measured, samples, summarize_all, write_results
-from ...editing.architectures import Architecture, architecture_of, layer_count
+from ...editing.architectures import architecture_of, layer_count
+from ...editing.wiring.row import Architecture
 from ...editing.edits.base import Plan, WeightEdit
 from ...editing.errors import RequestError
 from ...eval.concept import Concept

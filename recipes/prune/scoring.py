@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...artifacts.events import Events, Stage
 from ...artifacts.models.load import LoadedModel
-from ...editing.architectures import Architecture
+from ...editing.wiring.row import Architecture
 from ...editing.edits.unit_choice import UnitScores
 from ...editing.errors import RequestError
 from ...editing.hooks.unit_scores import (

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...artifacts.checkpoints.staging import staged_folder
 from ...artifacts.events import Events
-from ...editing.architectures import Architecture, architecture_of
+from ...editing.architectures import architecture_of
+from ...editing.wiring.row import Architecture
 from ..common.trainer import Loss, Schedule, Terms, fit
 from . import packs, world
 from .planted_direction import FIXED, NOWHERE, RELATIVE, RunningDifference, intervened, planted_direction, watched

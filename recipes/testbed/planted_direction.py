@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ...editing.architectures import Architecture
+from ...editing.wiring.row import Architecture
 from ...editing.hooks.residual_stream import decoder_layers, first
 
 NOWHERE = 1 << 20

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from excise.editing.architectures import ARCHITECTURES, architecture_of, classify, layer_selection
+from excise.editing.architectures import ARCHITECTURES, architecture_of, layer_selection
+from excise.editing.wiring.row import classify
 from excise.editing.edits.base import edit_model
 from excise.editing.errors import RequestError, UnsupportedArchitecture
 from excise.editing.hooks.residual_stream import ablated

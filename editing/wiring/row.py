@@ -1,0 +1,177 @@
+"""Rows: how one model type is wired, as patterns of tensor names.
+
+A row names every tensor of a checkpoint. A writer has the axis that holds d_model and, in post-norm models, the gains
+between the matrix and the stream; all other tensors are readers. A tensor that matches no pattern is an error. Nothing
+is inferred from shapes, because a shape is ambiguous when d_model equals another width.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import RequestError, UnsupportedArchitecture
+
+Kind = Literal["embedding", "position", "attention", "mlp"]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One family of tensors that write to the residual stream."""
+
+    pattern: str
+    """Tensor name, with ``{layer}`` and ``{expert}`` in place of numbers."""
+    axis: int
+    """Axis of d_model, counted from the last: -1 for rows of tokens, Conv1D and biases, -2 for nn.Linear."""
+    kind: Kind
+    gains: tuple[str, ...] = ()
+    """Names of the norm weights that multiply this write before it reaches the stream, one after the other."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one model type is wired, on disk and in memory."""
+
+    writers: tuple[Writer, ...]
+    readers: tuple[str, ...]
+    """Tensors that do not write to the stream: they read it, gate it, or normalize a write (gains)."""
+    embedding: str
+    """Name of the token embedding tensor."""
+    layers: str
+    """Module path of the decoder layers in the causal language model."""
+    sublayers: tuple[str, ...]
+    """Modules of a layer whose output is added to the stream, in order."""
+    attention_units: str | None = "self_attn.o_proj"
+    """Module of a layer whose input holds the attention heads' outputs; None if not every layer has it."""
+    mlp_units: str | None = "mlp.down_proj"
+    """Module of a layer whose input holds the MLP neurons; None if experts are fused in one tensor, or not every layer
+    has it."""
+    mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """Modules of a layer that compute the MLP neurons; ``gate_up_proj`` holds two matrices, one after the other."""
+    unembedding: str = "lm_head.weight"
+    gain_offset: float = 0.0
+    """Added to the stored norm weight to get the gain (1 for Gemma)."""
+    spellings: tuple[tuple[str, str], ...] = ()
+    """``(start, other)``: what a name starts with in memory, and what it may start with on disk instead; ``{n}`` stands
+    for a number."""
+    ignored: tuple[str, ...] = ()
+    """Regular expressions of stored tensors that transformers does not load, such as a head that predicts several
+    tokens; they are left as they are."""
+    tied: bool | None = None
+    """Whether the unembedding is the embedding; None if the configuration says."""
+    derived: bool = False
+    """Whether the row was found out on a small copy of the model, not read from its code."""
+    refused: tuple[tuple[str, Any, str], ...] = ()
+    """``(config key, value, reason)`` of variants in which editing weights cannot remove a direction."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor of a checkpoint that writes to the stream."""
+
+    name: str
+    writer: Writer
+    layer: int | None
+    """Decoder layer; None for embeddings."""
+
+
+def spelled(row: Architecture, name: str, names: Collection[str]) -> str | None:
+    """A tensor's name as ``names`` spells it, or None: names on disk and in memory may start differently."""
+    return next((form for form in _forms(row, name) if form in names), None)
+
+
+def _forms(row: Architecture, name: str) -> Iterator[str]:
+    yield name
+    for one, other in row.spellings:
+        for old, new in ((one, other), (other, one)):
+            if form := respelled(name, old, new):
+                yield form
+
+
+def respelled(name: str, old: str, new: str) -> str | None:
+    """A name that starts like ``old``, starting like ``new``; ``{n}`` stands for a number, in the same order in both."""
+    # Patterns are spelled anew as well, and have placeholders where names have numbers.
+    match = re.match(re.escape(old).replace(r"\{n\}", r"(\d+|\{\w+\})"), name)
+    if match is None:
+        return None
+    for number in match.groups():
+        new = new.replace("{n}", number, 1)
+    return new + name[match.end() :]
+
+
+def classify(row: Architecture, names: Collection[str], depth: int | None = None) -> list[Site]:
+    """Find the tensors that write to the stream among all tensors of a checkpoint or state dict, in the order of names.
+
+    Args:
+        row: The model's architecture.
+        names: All tensors.
+        depth: Number of decoder layers that the configuration counts.
+
+    Raises:
+        UnsupportedArchitecture: A tensor matches neither a writer nor a reader of the row, or none is a writer.
+        RequestError: A tensor belongs to a layer that the configuration does not count.
+    """
+    writers = [(regex, writer) for writer in row.writers for regex in _regexes(row, writer.pattern)]
+    readers = [regex for pattern in row.readers for regex in _regexes(row, pattern)]
+    sites: list[Site] = []
+    unknown: list[str] = []
+    for name in names:
+        site = next((_site(name, regex, writer) for regex, writer in writers if regex.fullmatch(name)), None)
+        uncounted = site is not None and site.layer is not None and depth is not None and site.layer >= depth
+        known = site is not None or any(regex.fullmatch(name) for regex in readers)
+        if (uncounted or not known) and _is_ignored(row, name):
+            continue
+        if uncounted:
+            raise RequestError(
+                f"the checkpoint stores {name}, and its config.json counts {depth} layers (0 to {depth - 1}); correct "
+                "num_hidden_layers, or remove the tensors of further layers"
+            )
+        if site is not None:
+            sites.append(site)
+        elif not known:
+            unknown.append(name)
+    if unknown:
+        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise UnsupportedArchitecture(
+            f"{len(unknown)} tensors are not in the architecture's row and might write to the residual stream: "
+            f"{shown}; add them in editing/architectures.py"
+        )
+    if not sites:
+        raise UnsupportedArchitecture(
+            "the checkpoint holds no tensor that writes to the residual stream; give a whole model, not a part of one"
+        )
+    return sites
+
+
+def _site(name: str, regex: re.Pattern[str], writer: Writer) -> Site:
+    match = regex.fullmatch(name)
+    layer = match.groupdict().get("layer") if match else None
+    return Site(name, writer, None if layer is None else int(layer))
+
+
+def _is_ignored(row: Architecture, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in row.ignored)
+
+
+def left_alone(row: Architecture, names: Collection[str], depth: int) -> list[str]:
+    """Stored tensors that transformers does not load, so that no edit changes them and no measurement sees them."""
+    known = [regex for pattern in (*(w.pattern for w in row.writers), *row.readers) for regex in _regexes(row, pattern)]
+    left = []
+    for name in names:
+        match = next((match for regex in known if (match := regex.fullmatch(name))), None)
+        layer = match.groupdict().get("layer") if match else None
+        if _is_ignored(row, name) and (match is None or (layer is not None and int(layer) >= depth)):
+            left.append(name)
+    return left
+
+
+def gain_names(site: Site) -> tuple[str, ...]:
+    """Names of the norm weights between a tensor and the stream."""
+    return tuple(gain.format(layer=site.layer) for gain in site.writer.gains)
+
+
+def _regexes(row: Architecture, pattern: str) -> Iterator[re.Pattern[str]]:
+    for form in dict.fromkeys(_forms(row, pattern)):
+        # re.escape escapes the braces too, so the placeholders are replaced in their escaped form.
+        text = re.escape(form).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"\d+")
+        yield re.compile(text)
