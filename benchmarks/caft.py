@@ -21,12 +21,12 @@ from excise.artifacts.events import Events
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.editing.architectures import architecture_of, layer_count
-from excise.editing.wiring.row import Architecture
 from excise.editing.directions.subspaces import Place, Subspace, principal_components
 from excise.editing.hooks.concept_ablation import concept_ablated
 from excise.editing.hooks.residual_stream import run_decoder
 from excise.editing.numerics.moments import Moments
 from excise.editing.training.adapters import AdapterShape, adapter_modules, attach, detach
+from excise.editing.wiring.row import Architecture
 from excise.eval.inference.likelihood import pad_right
 from excise.recipes.caft.direction_sources import BATCH, activations
 from excise.recipes.common.examples import completion_loss, example_batch

@@ -256,8 +256,12 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
             or the weights are stored quantized.
     """
     model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedArchitecture(
+            f"config.json names no model_type (got {model_type!r:.40}); fetch the checkpoint again"
+        )
     _refuse_quantized(config)
-    row = ARCHITECTURES.get(str(model_type))
+    row = ARCHITECTURES.get(model_type)
     if row is None:
         # Imported here: trying out a small copy needs transformers, and most models have a row.
         from .wiring.derived import derived_row

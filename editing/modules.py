@@ -13,22 +13,45 @@ Head = Callable[[Tensor], Tensor]
 def final_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Hidden states [batch, positions, d] that the unembedding reads; inputs must be right-padded."""
     # No position_ids: positions counted from the left are right as long as the padding is on the right.
-    decoder: Any = causal_model(model).base_model
+    inner = causal_model(model)
+    decoder: Any = inner.base_model
+    # A wrapper without a body of its own is its own base_model; its decoder stands inside a whole causal model.
+    while decoder.get_output_embeddings() is not None:
+        decoder = decoder.language_model if hasattr(decoder, "language_model") else decoder.model
     hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
     return hidden
 
 
 def unembedding(model: nn.Module) -> Head:
-    """The function from final hidden states to logits, with the model's softcap if it has one."""
-    inner = causal_model(model)
+    """The function from final hidden states to logits, with the scales and the softcap that the model has."""
+    inner, config = causal_model(model), language_config(model)
     head: Any = inner.get_output_embeddings()
-    cap = getattr(inner.config, "final_logit_softcapping", None)
+    cap, factor = getattr(config, "final_logit_softcapping", None), _logit_factor(config)
 
     def logits(hidden: Tensor) -> Tensor:
         values: Tensor = head(hidden.to(head.weight.dtype))
+        if factor != 1.0:
+            values = values * factor
         return values if cap is None else torch.tanh(values / cap) * cap
 
     return logits
+
+
+def _logit_factor(config: Any) -> float:
+    """What logits are multiplied by: Cohere and Falcon-H1 multiply, Granite and MiniCPM divide."""
+    factor = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        factor *= float(getattr(config, name, None) or 1.0)
+    factor /= float(getattr(config, "logits_scaling", None) or 1.0)
+    if getattr(config, "dim_model_base", None):
+        factor *= config.dim_model_base / config.hidden_size
+    return factor
+
+
+def language_config(model: Any) -> Any:
+    """The configuration of the language model itself, which models of several kinds nest."""
+    config: Any = causal_model(model).config
+    return config.get_text_config(decoder=True)
 
 
 def causal_model(model: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from ..artifacts.checkpoints.edits import load_edit, save_edit
 from ..artifacts.checkpoints.export import Export, check_disk, check_editable, check_shapes, export_edit, required_bytes
 from ..artifacts.checkpoints.manifest import FOLDER, write_manifest
+from ..artifacts.checkpoints.proof import check_proved
 from ..artifacts.checkpoints.read import Checkpoint, open_checkpoint
 from ..artifacts.checkpoints.staging import refuse_existing, staged_folder
 from ..artifacts.events import Events
@@ -38,6 +39,7 @@ def prepare(edit: Path | WeightEdit, base: str, out: Path) -> PreparedApply:
     edit = load_edit(edit) if isinstance(edit, Path) else edit
     source = find_model(base)
     checkpoint = open_checkpoint(source.folder)
+    check_proved(checkpoint.config)
     plan = edit.plan(checkpoint.config, list(checkpoint.tensors))
     check_editable(checkpoint, plan)
     check_shapes(checkpoint, plan)

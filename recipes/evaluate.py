@@ -28,6 +28,7 @@ from ..artifacts.reporting.results import (
 )
 from ..artifacts.upgrade import SCHEMA_VERSION
 from ..editing.errors import RequestError
+from ..editing.modules import language_config
 from ..eval.concept import Concept
 from ..eval.inference.generation import Reply, set_aside
 from ..eval.items import clusters_of
@@ -191,7 +192,10 @@ def _measure(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, eve
             loaded = stack.enter_context(opened(source, job.device, job.dtype))
         with events.stage(f"measure {source.name}", workload(job.concept, job.settings)) as stage:
             subject = ModelUnderTest(loaded.model, loaded.tokenizer, job.concept, job.settings, baseline, stage.advance)
-            if baseline is not None and baseline.log_probabilities[0].shape[-1] != loaded.model.config.vocab_size:
+            if (
+                baseline is not None
+                and baseline.log_probabilities[0].shape[-1] != language_config(loaded.model).vocab_size
+            ):
                 raise RequestError(
                     f"{source.name} has another vocabulary than its base; give the base that it was made from"
                 )

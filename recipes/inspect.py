@@ -24,6 +24,7 @@ from ..editing.directions.sae_latents import SparseLatents
 from ..editing.directions.subspaces import Subspace
 from ..editing.errors import RequestError, nearest
 from ..editing.hooks.concept_ablation import concept_ablated
+from ..editing.modules import language_config
 from ..eval.concept import Concept, TrainingRow
 from .caft.direction_sources import BATCH, activations
 from .caft.sae_latent_scores import SCORES, by_attribution, by_contrast, ranked
@@ -210,7 +211,7 @@ def look(
 
 def _windows(loaded: LoadedModel, texts: Sequence[str]) -> list[Row]:
     """Texts in pieces that the model can read."""
-    window = min(WINDOW, getattr(loaded.model.config, "max_position_embeddings", WINDOW))
+    window = min(WINDOW, getattr(language_config(loaded.model), "max_position_embeddings", WINDOW))
     whole = (encode(loaded.tokenizer, text, True) for text in texts)
     return [ids for text in whole for ids in pieces(text, window) if len(ids) > 1]
 

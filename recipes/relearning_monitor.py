@@ -28,11 +28,11 @@ from ..artifacts.checkpoints.edits import load_edit
 from ..artifacts.concepts import load_concept
 from ..artifacts.reporting import charts
 from ..editing.architectures import architecture_of
-from ..editing.wiring.row import Architecture
-from ..editing.edits.pruned_units import PrunedUnits, ZeroedTensor
+from ..editing.edits.pruned_units import PrunedUnits, ZeroedTensor, no_units
 from ..editing.errors import RequestError
 from ..editing.hooks.unit_scores import UnitMoments, mean_difference, rank_correlation, unit_inputs
-from ..editing.modules import causal_model, final_hidden
+from ..editing.modules import causal_model, final_hidden, language_config
+from ..editing.wiring.row import Architecture
 from ..eval.concept import Concept
 from ..eval.inference.likelihood import pad_right
 from ..eval.inference.multiple_choice_set import MultipleChoiceSet
@@ -166,9 +166,7 @@ class RelearningMonitor(TrainerCallback):
         inner = causal_model(model)
         row = architecture_of(inner.config.to_dict())
         if row.mlp_units is None:
-            raise RequestError(
-                "the experts of this model are fused into one tensor, so neurons cannot be measured; use a dense model"
-            )
+            raise RequestError(f"the model has no neurons to measure: {no_units('neurons')}; use a dense model")
         with _undisturbed(model), torch.no_grad():
             hits, answered = self.exam.hits_and_probabilities(inner)
             # A logarithm of 0 would make the mean infinite.
@@ -245,8 +243,8 @@ class RelearningMonitor(TrainerCallback):
         layers = len(model.get_submodule(row.layers))
         moments = [UnitMoments(layers) for _ in kinds]
         followed = self._followed()
-        sums = {unit: torch.zeros(int(model.config.vocab_size), dtype=torch.float64) for unit in followed}
-        counts = torch.zeros(int(model.config.vocab_size), dtype=torch.float64)
+        sums = {unit: torch.zeros(int(language_config(model).vocab_size), dtype=torch.float64) for unit in followed}
+        counts = torch.zeros(int(language_config(model).vocab_size), dtype=torch.float64)
         for kind, rows in enumerate(kinds):
             for start in range(0, len(rows), 32):
                 inputs = pad_right(rows[start : start + 32], model.device)

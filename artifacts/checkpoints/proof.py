@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...editing.architectures import architecture_of, layer_count, residual_width
 from ...editing.edits.subspace_removal import Edit, Embeddings
-from ...editing.errors import EditError, UnsupportedArchitecture, one_line
+from ...editing.errors import EditError, ExciseError, UnsupportedArchitecture, one_line
+from ...editing.training.adapters import parts_of
 from ...editing.wiring.proof import ENOUGH, Residual, components, random_direction
 from ...editing.wiring.row import Architecture
 from ...editing.wiring.small_copy import inputs_of, model_class, small_copy
@@ -26,7 +27,8 @@ class Proof:
     """Whether a model type can be edited, and what was found out about it."""
 
     model_type: str
-    row: Literal["table", "derived"]
+    row: Literal["table", "derived"] | None
+    """Where the row comes from; None if there is none."""
     proved: bool
     residual: float | None
     """Largest share of a direction's component that is left in the stream after an edit on disk."""
@@ -43,6 +45,13 @@ class Proof:
     parameters: int
     """Of the small copy."""
     seconds: float
+
+    @classmethod
+    def refused(cls, model_type: str, reason: str) -> "Proof":
+        """The record of a type that has no row and of which none can be derived."""
+        import transformers
+
+        return cls(model_type, None, False, None, None, (), (), (), reason, transformers.__version__, 0, 0.0)
 
     def to_json(self) -> dict[str, Any]:
         """The record."""
@@ -71,7 +80,7 @@ def prove(config: dict[str, Any]) -> Proof:
         for choice in choices:
             try:
                 residuals.append(_residual(model, base, Path(place) / choice, choice))
-            except (EditError, UnsupportedArchitecture) as error:
+            except ExciseError as error:
                 reason = one_line(error, 200)
     worst = max(residuals, key=lambda residual: residual.worst, default=None)
     if worst is not None and worst.worst > ENOUGH and reason is None:
@@ -111,7 +120,7 @@ def check_proved(config: dict[str, Any]) -> Proof | None:
 
 def adapted(row: Architecture) -> tuple[str, ...]:
     """Parts of a layer whose linear modules can carry adapters."""
-    return tuple(dict.fromkeys(name.split(".")[0] for name in row.sublayers))
+    return tuple(sorted(parts_of(row, "attention") | parts_of(row, "mlp")))
 
 
 def _tied(model: Any) -> bool:
@@ -148,11 +157,11 @@ def _check_others_kept(base: Checkpoint, edited: Checkpoint, changed: set[str]) 
     if set(edited.tensors) - set(base.tensors) - changed or set(base.tensors) - set(edited.tensors):
         raise EditError("the edited copy has other tensors than the copy")
     for name, stored in base.tensors.items():
-        if name not in changed and not torch.equal(_bits(read_tensor(stored)), _bits(read_tensor(edited.tensors[name]))):
+        if name not in changed and not torch.equal(
+            _bits(read_tensor(stored)), _bits(read_tensor(edited.tensors[name]))
+        ):
             raise EditError(f"{name} was changed, and was not to be")
 
 
 def _bits(value: Tensor) -> Tensor:
-    return value.contiguous().view(torch.uint8)
-
-
+    return value.contiguous().reshape(-1).view(torch.uint8)

@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ...editing.architectures import architecture_of
-from ...editing.wiring.row import spelled
 from ...editing.errors import CheckpointError, one_line
+from ...editing.wiring.row import spelled
 from ..files.forms import Form, validated
 from ..files.opened import OF_A_CHECKPOINT, Unreadable, regular_file
 from ..files.parsed import parsed_object, read_object

@@ -20,6 +20,38 @@ WANTED = [
 ]
 
 
+_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+
+
+def config_from_hub(ref: str) -> Path:
+    """The ``config.json`` of a Hub model, and nothing else of it.
+
+    Raises:
+        RequestError: It is no Hub id, or the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    match = _ID.fullmatch(ref)
+    if not match:
+        raise RequestError(f"{ref} is no model folder and no Hub id; give a folder, a config.json, or org/name")
+    try:
+        return Path(hf_hub_download(match["id"], "config.json", revision=match["revision"]))
+    except LocalEntryNotFoundError as error:
+        raise RequestError(
+            f"{ref} is no local folder, the Hub cannot be reached, and the Hub's cache does not hold its config.json; "
+            "check the name, go online, or give a model folder or a config.json"
+        ) from error
+    except EntryNotFoundError as error:
+        raise RequestError(f"{ref} has no config.json on the Hub; give a model in the transformers format") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise RequestError(
+            f"the Hub refused {ref} ({status}); check the name and revision, and log in with `hf auth login` if the "
+            "model is private or gated"
+        ) from error
+
+
 def from_hub(repo_id: str, revision: str | None) -> ModelSource:
     """Download a model at a revision (default: the main branch) and pin it to the commit.
 

@@ -5,9 +5,9 @@ python docs/examples/architecture.py
 
 import torch
 from excise.editing.architectures import ARCHITECTURES
-from excise.editing.wiring.row import Architecture, Writer, classify
 from excise.editing.edits.base import edit_model
 from excise.editing.edits.subspace_removal import Edit
+from excise.editing.wiring.row import Architecture, Writer, classify
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..architectures import architecture_of
-from ..wiring.row import spelled
 from ..errors import RequestError
+from ..wiring.row import spelled
 from .base import Plan, RowReader, TensorReader
 from .changes import WHOLE, Change, Meter, block_ranges
 from .subspace_removal import check_learned_on, ties_embeddings

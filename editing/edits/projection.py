@@ -58,6 +58,7 @@ def make_projection(
     gain: Float[Tensor, " d"] | None = None,
     *,
     norm_preserving: bool = False,
+    centred: bool = False,
 ) -> Projection:
     """Choose the form of the edit for one writer.
 
@@ -71,18 +72,26 @@ def make_projection(
         strength: 1 removes the subspace; values between 0 and 1 remove that share of it.
         gain: The norm's gain (offset included), or None.
         norm_preserving: Scale each column back to the norm it had.
+        centred: The norm takes the mean off first, as LayerNorm does; the orthogonal form is used then, on ``D R``
+            without the mean of each column.
 
     Source:
         Arditi et al. 2024 (weight orthogonalization). The forms for a gain are this package's derivation.
     """
     if gain is None:
         return Projection(basis, basis, strength, "orthogonal", norm_preserving)
-    folded = gain[:, None] * basis
-    if gain.abs().min() >= NEGLIGIBLE_GAIN * gain.abs().median():
+    folded = seen_through(basis, gain, centred)
+    if not centred and gain.abs().min() >= NEGLIGIBLE_GAIN * gain.abs().median():
         return Projection(basis / gain[:, None], folded, strength, "conjugate", norm_preserving)
     # The columns of D R are not orthonormal, which the orthogonal form needs.
     folded = torch.linalg.qr(folded.double()).Q.float()
     return Projection(folded, folded, strength, "folded", norm_preserving)
+
+
+def seen_through(basis: Float[Tensor, "d k"], gain: Float[Tensor, " d"], centred: bool) -> Float[Tensor, "d k"]:
+    """The directions that a norm turns into ``basis``: ``D R``, without each column's mean if the norm takes it off."""
+    folded = gain[:, None] * basis
+    return folded - folded.mean(dim=0) if centred else folded
 
 
 def column_sums(projection: Projection, block: Float[Tensor, "rows n"], rows: slice) -> ColumnSums:

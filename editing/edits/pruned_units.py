@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..architectures import architecture_of
-from ..wiring.row import Architecture, Site, classify, spelled
 from ..errors import RequestError, UnsupportedArchitecture
+from ..wiring.row import Architecture, Site, classify, spelled
 from .base import Plan, RowReader, TensorReader
 from .changes import WHOLE, Change, Meter, block_ranges
 from .subspace_removal import check_learned_on, ties_embeddings
@@ -58,11 +58,15 @@ class PrunedUnits:
         row = architecture_of(config)
         if row.mlp_units is None and self.neurons:
             raise UnsupportedArchitecture(
-                f"the experts of {self.model_type} are fused into one tensor, so neurons cannot be pruned; "
+                f"{self.model_type} has no neurons to prune: {no_units('neurons')}; "
                 "set share=0 and prune heads with heads_share"
             )
+        if row.attention_units is None and self.heads:
+            raise UnsupportedArchitecture(
+                f"{self.model_type} has no heads to prune: {no_units('heads')}; set heads_share=0"
+            )
         changes = self._narrower(config) if self.semantics == "remove" else {}
-        tensors = [tensor for site in classify(row, list(names)) for tensor in self._written(site, row, names)]
+        tensors = [tensor for site in classify(row, names, self.layers) for tensor in self._written(site, row, names)]
         if self.semantics in ("all", "remove"):
             tensors += self._read(row, names)
         if not tensors:
@@ -298,3 +302,10 @@ def keep_pruned(model: nn.Module, edit: PrunedUnits, config: dict[str, Any]) -> 
             # The default binds this tensor's mask; a closure would see the last one of the loop.
             handles.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
     return handles
+
+
+def no_units(kind: str) -> str:
+    """Why a model has no units of a kind that can be pruned one by one."""
+    if kind == "neurons":
+        return "its experts are fused into one tensor, or its layers keep neurons in different modules"
+    return "not every layer has attention of the same kind"

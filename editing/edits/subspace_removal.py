@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..architectures import architecture_of, layer_count, residual_width
-from ..wiring.row import Architecture, Site, classify, gain_names, respelled, spelled
 from ..errors import RequestError, UnsupportedArchitecture
+from ..wiring.row import Architecture, Site, classify, gain_names, respelled, spelled
 from .base import Plan, RowReader, TensorReader
 from .changes import WHOLE
-from .projection import BlockwiseEdit, make_projection
+from .projection import BlockwiseEdit, make_projection, seen_through
 
 Variant = Literal["plain", "norm_preserving", "projected"]
 Embeddings = Literal["edit", "skip", "untie"]
@@ -113,8 +113,9 @@ class OrthogonalizedTensor:
             gain = factor if gain is None else gain * factor
         # Norms are preserved for each input neuron or token; a bias belongs to neither.
         preserving = edit.variant == "norm_preserving" and not self.name.endswith("bias")
-        projection = make_projection(edit.basis, self.strength, gain, norm_preserving=preserving)
-        seen = edit.basis if gain is None else gain[:, None] * edit.basis
+        centred = self.site.writer.centred
+        projection = make_projection(edit.basis, self.strength, gain, norm_preserving=preserving, centred=centred)
+        seen = edit.basis if gain is None else seen_through(edit.basis, gain, centred)
         return BlockwiseEdit(self.name, rows, self.site.writer.axis, read, projection, seen, gain, rows_per_block)
 
 

@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..wiring.row import Architecture
 from ..directions.sae_latents import SparseLatents
 from ..directions.subspaces import Place, Subspace
 from ..errors import EditError, RequestError
 from ..modules import causal_model
-from .residual_stream import RowsAndPositions, change_input, change_output, decoder_layers
+from ..wiring.row import Architecture
+from .residual_stream import RowsAndPositions, change_input, change_output, decoder_layers, sublayers_of
 
 Mode = Literal["both", "activations", "gradients"]
 Value = Literal["zero", "mean"]
@@ -203,5 +203,5 @@ def module_at(model: nn.Module, row: Architecture, place: Place) -> nn.Module:
             "use directions that were learned on this model"
         )
     layer = layers[place.layer]
-    names = {"attention": row.sublayers[0], "mlp": row.sublayers[-1]}
-    return layer.get_submodule(names[place.site]) if place.site in names else layer
+    modules = [module for _, module in sublayers_of(layer, row)]
+    return {"attention": modules[0], "mlp": modules[-1]}.get(place.site, layer)

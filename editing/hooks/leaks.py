@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..wiring.row import Architecture
 from ..errors import EditError
+from ..wiring.row import Architecture
 from .residual_stream import run_decoder, written
 
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..wiring.row import Architecture
 from ..errors import EditError
+from ..wiring.row import Architecture
 
 
 class _DeepEnough(Exception):
@@ -26,6 +26,21 @@ def decoder_layers(model: nn.Module, row: Architecture) -> nn.ModuleList:
     layers = model.get_submodule(row.layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def sublayers_of(layer: nn.Module, row: Architecture) -> list[tuple[str, nn.Module]]:
+    """The modules of one layer whose output is added to the stream, by name; layers of several kinds have others.
+
+    Raises:
+        EditError: The layer has none of them.
+    """
+    modules = []
+    for name in row.sublayers:
+        with suppress(AttributeError):
+            modules.append((name, layer.get_submodule(name)))
+    if not modules:
+        raise EditError(f"a layer of {row.layers} has none of the modules {', '.join(row.sublayers)}")
+    return modules
 
 
 def read_streams(
@@ -119,8 +134,8 @@ def ablated(model: nn.Module, row: Architecture, basis: Float[Tensor, "d k"], st
         # What the embeddings write is the first layer's input.
         hooks.callback(change_input(layers[0], project).remove)
         for layer in layers:
-            for name in row.sublayers:
-                hooks.callback(change_output(layer.get_submodule(name), project).remove)
+            for _, module in sublayers_of(layer, row):
+                hooks.callback(change_output(module, project).remove)
         yield
 
 
@@ -179,11 +194,9 @@ def written(model: nn.Module, row: Architecture, see: Callable[[int | None, str,
             .remove
         )
         for index, layer in enumerate(layers):
-            for name in row.sublayers:
+            for name, module in sublayers_of(layer, row):
                 hooks.callback(
-                    layer.get_submodule(name)
-                    .register_forward_hook(lambda _, __, output, i=index, n=name: see(i, n, first(output)))
-                    .remove
+                    module.register_forward_hook(lambda _, __, output, i=index, n=name: see(i, n, first(output))).remove
                 )
         yield
 

@@ -13,15 +13,16 @@ Source: LoRA (Hu et al. 2021), through ``peft``.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..wiring.row import Architecture
 from ..edits.low_rank import Factors
 from ..errors import EditError, RequestError
 from ..modules import is_conv1d, is_linear
+from ..wiring.row import Architecture
 
 
 @dataclass(frozen=True)
@@ -38,38 +39,56 @@ class AdapterShape:
 def adapter_modules(model: nn.Module, row: Architecture, layers: Sequence[int], part: str = "all") -> tuple[str, ...]:
     """Names of the linear modules in the given decoder layers.
 
-    If experts are fused into one tensor, ``all`` means attention, because an adapter on modules cannot reach them.
+    Experts that are fused into one tensor are no modules, so no adapter is put on them; nor on routers, whose output is
+    a choice, nor on what the adapter library refuses.
 
     Args:
         model: A causal language model.
         row: Its architecture.
         layers: Decoder layers, counted from 0.
-        part: ``all``, or ``attention`` or ``mlp`` for one sublayer.
+        part: ``all``, or ``attention`` or ``mlp`` for one kind of sublayer; what mixes tokens in another way, such as a
+            state-space layer, counts as attention.
 
     Raises:
         RequestError: There is no linear module to adapt.
     """
-    if row.mlp_units is None and part != "attention":
-        if part == "mlp":
-            raise RequestError(
-                "the experts of this model are fused into one tensor, which cannot carry an adapter; use "
-                "modules=attention"
-            )
-        part = "attention"
-    wanted = {"all": row.sublayers, "attention": row.sublayers[:1], "mlp": row.sublayers[1:]}[part]
+    wanted = None if part == "all" else parts_of(row, part)
     names = []
     for layer in layers:
         prefix = f"{row.layers}.{layer}."
         for name, module in model.get_submodule(prefix[:-1]).named_modules():
-            inside = part == "all" or any(name == sub or name.startswith(f"{sub}.") for sub in wanted)
-            if inside and is_linear(module):
+            inside = wanted is None or name.split(".")[0] in wanted
+            if inside and is_linear(module) and _adaptable(model, name):
                 names.append(prefix + name)
+    if not names and row.mlp_units is None and part == "mlp":
+        raise RequestError(
+            "the experts of this model are fused into one tensor, which cannot carry an adapter; use modules=attention"
+        )
     if not names:
         raise RequestError(
             f"the {part} part of layers {list(layers)} has no linear module to adapt; choose other layers or "
             "modules=all"
         )
     return tuple(names)
+
+
+def parts_of(row: Architecture, part: str) -> set[str]:
+    """Modules of a layer that hold one kind of sublayer, by name."""
+    start = f"{row.layers}.{{layer}}."
+    patterns = [writer.pattern for writer in row.writers if writer.kind == part and writer.pattern.startswith(start)]
+    inputs = row.mlp_inputs if part == "mlp" else ()
+    return {pattern.removeprefix(start).split(".")[0] for pattern in patterns} | {name.split(".")[0] for name in inputs}
+
+
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+_STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
+
+def _adaptable(model: nn.Module, name: str) -> bool:
+    last = name.rpartition(".")[2]
+    config: Any = model.config
+    # peft refuses the output matrix of state-space layers in these types, because fused kernels pass it by.
+    return last not in _ROUTERS and not (last == "out_proj" and config.model_type in _STATE_SPACE)
 
 
 def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
@@ -98,7 +117,8 @@ def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
         # peft has to be told that Conv1D stores its weight as [in, out].
         fan_in_fan_out=is_conv1d(model.get_submodule(shape.modules[0])),
     )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    with _targets_as_given():
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     carrying = {name.split(".lora_")[0] for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     # peft replaces some module names by others, such as those of fused experts.
     unexpected = carrying ^ {f"base_model.model.{name}" for name in shape.modules}
@@ -111,6 +131,37 @@ def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+@contextmanager
+def _targets_as_given() -> Iterator[None]:
+    """Keep peft from renaming targets: it takes ``down_proj`` of a dense layer for what fused experts were once called."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    renaming = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = renaming
+
+
+def loads_in_peft(model_type: str, modules: Sequence[str]) -> bool:
+    """Whether peft puts a saved adapter back on the modules that it was trained on.
+
+    In some models of experts it takes the names of dense modules for those of fused experts.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=list(modules))
+    try:
+        convert_peft_config_for_transformers(
+            config, SimpleNamespace(config=SimpleNamespace(model_type=model_type)), None
+        )
+    except ValueError:
+        return False
+    return set(config.target_modules or ()) == set(modules)
 
 
 def detach(adapted: Any) -> nn.Module:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..wiring.row import Architecture
+from ..architectures import residual_width
 from ..hooks.residual_stream import decoder_layers, first
 from ..modules import is_conv1d
+from ..wiring.row import Architecture
 
 
 class ParallelAdapters:
@@ -153,7 +154,7 @@ def latent_attackers(
     attackers = ParallelAdapters(len(seeds))
     config: Any = model.config
     device = next(model.parameters()).device
-    values = attackers.new_parameters((int(config.hidden_size),), seeds, 1e-3, device)
+    values = attackers.new_parameters((residual_width(config.to_dict()),), seeds, 1e-3, device)
 
     def add(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = first(output)

@@ -7,13 +7,13 @@ Example:
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UnsupportedArchitecture
+from ..errors import UnsupportedArchitecture, one_line
 from ..modules import is_linear
 from .roles import Bench, Kind, Role, bench_of, kinds, run, writers
 from .row import Architecture, Writer, respelled
@@ -41,6 +41,13 @@ def derived_row(config: dict[str, Any]) -> Architecture:
     return _derived(json.dumps(_steady(config), sort_keys=True, default=str))
 
 
+def residual_width_of(model: Any) -> int:
+    """Width of what the first layer reads: not always that of the embedding, which some models project."""
+    config = model.config.get_text_config(decoder=True)
+    value = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
+    return int(value or model.get_input_embeddings().weight.shape[1])
+
+
 def _steady(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration that a model's wiring depends on."""
     return {
@@ -53,10 +60,20 @@ def _steady(config: dict[str, Any]) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _derived(text: str) -> Architecture:
     config = json.loads(text)
+    if config.get("is_encoder_decoder"):
+        raise UnsupportedArchitecture(
+            f"{config['model_type']} has an encoder and a decoder, each with a stream of its own; give a decoder-only model"
+        )
     model = small_copy(config)
-    width = model.get_input_embeddings().weight.shape[1]
-    bench = bench_of(model, inputs_of(model), width)
-    roles = writers(bench)
+    try:
+        bench = bench_of(model, inputs_of(model), residual_width_of(model))
+        roles = writers(bench)
+    except (TypeError, RuntimeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        # The code of another model, run on text alone, can fail anywhere.
+        raise UnsupportedArchitecture(
+            f"{config['model_type']}: a small copy of it does not run on text alone ({one_line(error, 120)}); add a row in "
+            "editing/architectures.py"
+        ) from error
     if not any(role.sublayer for role in roles):
         raise UnsupportedArchitecture(
             f"{config['model_type']}: no tensor of its layers writes to the residual stream in a way that an edit of "
@@ -75,9 +92,9 @@ def _row(bench: Bench, roles: Sequence[Role], kinds: dict[str, Kind]) -> Archite
             *((form.name, form.axis_of(role.axis)) for form in forms.of(role.name)),
         ):
             # A name that several layers share is one writer; two that contradict each other are found by the proof.
-            found.setdefault(_pattern(name, path, forms.spellings), Writer("", axis, kind, gains))
+            found.setdefault(_pattern(name, path, forms.spellings), Writer("", axis, kind, gains, role.centred))
     _check_everywhere(bench, roles)
-    patterns = {pattern: Writer(pattern, w.axis, w.kind, w.gains) for pattern, w in found.items()}
+    patterns = {pattern: replace(w, pattern=pattern) for pattern, w in found.items()}
     named = [name for name, _ in bench.model.named_parameters()] + [name for name, _ in bench.model.named_buffers()]
     readers = {_pattern(name, path, forms.spellings) for name in (*named, *forms.names)} - set(patterns)
     head = _name_of(bench.model, bench.model.get_output_embeddings())
@@ -88,7 +105,7 @@ def _row(bench: Bench, roles: Sequence[Role], kinds: dict[str, Kind]) -> Archite
     return Architecture(
         writers=tuple(patterns.values()),
         readers=tuple(sorted(readers | {f"{head}.weight"})),
-        embedding=next(name for name, parameter in bench.model.named_parameters() if parameter is words),
+        embedding=_name_of(bench.model, bench.model.get_input_embeddings()) + ".weight",
         layers=path,
         sublayers=_sublayers(bench, roles),
         attention_units=attention,

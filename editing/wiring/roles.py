@@ -6,8 +6,8 @@ tensor writes there as it is; if it lies along it where a norm reads, the tensor
 differs, it is a reader.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ class Role:
     gains: tuple[str, ...]
     """Modules between the tensor and the stream that multiply by a gain, nearest first."""
     gain_offset: float
+    centred: bool
+    """Whether the first of them takes the mean off, as LayerNorm does."""
     sublayer: str | None
     """Module of the layer whose output is added to the stream; None outside of layers."""
 
@@ -135,7 +137,9 @@ def _role(bench: Bench, name: str, parameter: Tensor, axis: int, direction: Tens
             after = run(bench, layer)
         changes = [after[point] - bench.streams[point] for point in points]
         # Where it arrives first: what the layers after that do to it is shown by the proof.
-        moved = [change for point, change in zip(points, changes, strict=True) if _differs(change, bench.streams[point])]
+        moved = [
+            change for point, change in zip(points, changes, strict=True) if _differs(change, bench.streams[point])
+        ]
         if not moved:
             return None
         if _along(moved[0], direction):
@@ -146,29 +150,62 @@ def _role(bench: Bench, name: str, parameter: Tensor, axis: int, direction: Tens
 def _behind_gains(
     bench: Bench, name: str, parameter: Tensor, axis: int, direction: Tensor, near: Sequence[str]
 ) -> Role | None:
+    """The role of a tensor that writes behind norms: each reads the direction, and all of its way leads through it."""
     owner, layer = name.rpartition(".")[0], _layer_of(bench, name)
-    reached: list[str] = []
+    moved = lambda: _moved(parameter, axis, direction)  # noqa: E731
+    first = _next_gain(bench, owner, layer, moved, direction, near)
+    if first is None:
+        return None
+    gains = [first]
+    # Some writes pass a second norm.
+    while len(gains) < 3 and not _reaches(
+        bench, owner, layer, lambda: _pushed(bench.gains[gains[-1]], direction), direction
+    ):
+        after = [gain for gain in near if gain not in gains]
+        following = _next_gain(
+            bench, owner, layer, lambda: _pushed(bench.gains[gains[-1]], direction), direction, after
+        )
+        if following is None:
+            break
+        gains.append(following)
+    return _described(bench, name, owner, layer, axis, tuple(gains), direction)
+
+
+Change = Callable[[], AbstractContextManager[None]]
+
+
+def _next_gain(
+    bench: Bench, owner: str, layer: int | None, change: Change, direction: Tensor, near: Sequence[str]
+) -> str | None:
+    """The norm that reads the direction itself, and without which nothing of a change arrives in the stream."""
+    before: dict[str, Tensor] = {}
+    after: dict[str, Tensor] = {}
+    with _repeating(bench, owner), _watched(bench, near, before):
+        run(bench, layer)
+    with _repeating(bench, owner), change(), _watched(bench, near, after):
+        run(bench, layer)
     for gain in near:
-        before: dict[str, Tensor] = {}
-        after: dict[str, Tensor] = {}
-        with _repeating(bench, owner), _watched(bench, [gain], before):
-            run(bench, layer)
-        with _repeating(bench, owner), _moved(parameter, axis, direction), _watched(bench, [gain], after):
-            run(bench, layer)
         if gain not in before or gain not in after:
             continue
-        change = after[gain] - before[gain]
-        # The direction itself reaches the norm: this is the axis of what is written, and this norm reads it first.
-        if not _differs(change, before[gain]) or not _along(change, direction):
+        moved = after[gain] - before[gain]
+        if not _differs(moved, before[gain]) or not _along(moved, direction):
             continue
-        with _repeating(bench, owner, gain), _moved(parameter, axis, direction):
+        with _repeating(bench, owner, gain), change():
             stream = run(bench, layer)
         points = range(len(bench.streams)) if layer is None else [layer + 1]
         if not any(_differs(stream[point] - bench.streams[point], bench.streams[point]) for point in points):
-            reached.append(gain)
-    if not reached:
-        return None
-    return _described(bench, name, owner, layer, axis, tuple(reached), direction)
+            return gain
+    return None
+
+
+def _reaches(bench: Bench, owner: str, layer: int | None, change: Change, direction: Tensor) -> bool:
+    """Whether a change arrives in the stream along the direction."""
+    with _repeating(bench, owner), change():
+        stream = run(bench, layer)
+    points = range(len(bench.streams)) if layer is None else [layer + 1]
+    changes = [stream[point] - bench.streams[point] for point in points]
+    moved = [one for point, one in zip(points, changes, strict=True) if _differs(one, bench.streams[point])]
+    return bool(moved) and _along(moved[0], direction)
 
 
 def _described(
@@ -177,12 +214,12 @@ def _described(
     source = gains[-1] if gains else owner
     # A norm without a gain divides by one number, which leaves a direction where it is.
     gains = tuple(gain for gain in gains if list(bench.gains[gain].parameters(recurse=False)))
-    offset = _offset(bench, gains[0]) if gains else 0.0
+    offset, centred = _norm(bench, gains[0]) if gains else (0.0, False)
     if layer is None:
         words = bench.model.get_input_embeddings()
         is_words = any(parameter is words.weight for parameter in [bench.model.get_parameter(name)])
-        return Role(name, axis, "embedding" if is_words else "position", gains, offset, None)
-    return Role(name, axis, "mlp", gains, offset, _sublayer(bench, source, layer, direction))
+        return Role(name, axis, "embedding" if is_words else "position", gains, offset, centred, None)
+    return Role(name, axis, "mlp", gains, offset, centred, _sublayer(bench, source, layer, direction))
 
 
 def kinds(bench: Bench, roles: Sequence[Role]) -> dict[str, Kind]:
@@ -218,7 +255,8 @@ def _sublayer(bench: Bench, source: str, layer: int, direction: Tensor) -> str:
         with _repeating(bench, prefix + name), _pushed(module, direction):
             try:
                 change = run(bench, layer)[layer + 1] - bench.streams[layer + 1]
-            except Exception:  # a module whose output is no stream cannot be pushed
+            except (TypeError, RuntimeError, AttributeError, KeyError):
+                # A module whose output is no stream cannot be pushed.
                 continue
         if _differs(change, bench.streams[layer + 1]) and _along(change, direction):
             return name
@@ -226,28 +264,30 @@ def _sublayer(bench: Bench, source: str, layer: int, direction: Tensor) -> str:
 
 
 @torch.no_grad()
-def _offset(bench: Bench, gain: str) -> float:
-    """What is added to a stored gain before it multiplies: 0, or 1 as in Gemma."""
+def _norm(bench: Bench, gain: str) -> tuple[float, bool]:
+    """What is added to a stored gain before it multiplies (0, or 1 as in Gemma), and whether the mean is taken off."""
     module: Any = bench.gains[gain]
     weight = next(parameter for parameter in module.parameters(recurse=False) if parameter.shape == (bench.width,))
-    kept, biases = weight.clone(), [p for n, p in module.named_parameters(recurse=False) if "bias" in n]
-    stored = [bias.clone() for bias in biases]
+    biases = [bias for name, bias in module.named_parameters(recurse=False) if "bias" in name]
+    kept = [parameter.clone() for parameter in (weight, *biases)]
     hidden = torch.randn(1, 3, bench.width, generator=torch.Generator().manual_seed(1))
     try:
         for bias in biases:
             bias.zero_()
-        results = [module(hidden) for _ in [weight.zero_()]] + [module(hidden) for _ in [weight.fill_(1.0)]]
-    except Exception as error:  # a norm that wants more than the hidden states
+        weight.zero_()
+        nothing = module(hidden)
+        weight.fill_(1.0)
+        one, shifted = module(hidden), module(hidden + 1.0)
+    except (TypeError, RuntimeError) as error:  # a norm that wants more than the hidden states
         raise UnsupportedArchitecture(
             f"{gain} stands between weights and the residual stream and cannot be read by itself; add a row in "
             "editing/architectures.py"
         ) from error
     finally:
-        weight.copy_(kept)
-        for bias, value in zip(biases, stored, strict=True):
-            bias.copy_(value)
-    nothing, one = results
-    return float((nothing.abs().sum() / (one - nothing).abs().sum().clamp_min(1e-12)).round())
+        for parameter, value in zip((weight, *biases), kept, strict=True):
+            parameter.copy_(value)
+    offset = float((nothing.abs().sum() / (one - nothing).abs().sum().clamp_min(1e-12)).round())
+    return offset, bool(torch.dist(one, shifted) < ALONG * one.norm())
 
 
 def _decoder_layers(model: Any, inputs: dict[str, Tensor], width: int) -> tuple[str, nn.ModuleList]:

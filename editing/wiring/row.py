@@ -26,6 +26,8 @@ class Writer:
     kind: Kind
     gains: tuple[str, ...] = ()
     """Names of the norm weights that multiply this write before it reaches the stream, one after the other."""
+    centred: bool = False
+    """Whether the norm takes the mean off first, as LayerNorm does."""
 
 
 @dataclass(frozen=True)
@@ -111,23 +113,19 @@ def classify(row: Architecture, names: Collection[str], depth: int | None = None
         UnsupportedArchitecture: A tensor matches neither a writer nor a reader of the row, or none is a writer.
         RequestError: A tensor belongs to a layer that the configuration does not count.
     """
-    writers = [(regex, writer) for writer in row.writers for regex in _regexes(row, writer.pattern)]
-    readers = [regex for pattern in row.readers for regex in _regexes(row, pattern)]
     sites: list[Site] = []
     unknown: list[str] = []
-    for name in names:
-        site = next((_site(name, regex, writer) for regex, writer in writers if regex.fullmatch(name)), None)
-        uncounted = site is not None and site.layer is not None and depth is not None and site.layer >= depth
-        known = site is not None or any(regex.fullmatch(name) for regex in readers)
+    for name, (layer, writer, known) in _places(row, names).items():
+        uncounted = writer is not None and layer is not None and depth is not None and layer >= depth
         if (uncounted or not known) and _is_ignored(row, name):
             continue
         if uncounted:
             raise RequestError(
-                f"the checkpoint stores {name}, and its config.json counts {depth} layers (0 to {depth - 1}); correct "
-                "num_hidden_layers, or remove the tensors of further layers"
+                f"the checkpoint stores {name}, and its config.json counts {depth} layers (0 to {(depth or 1) - 1}); "
+                "correct num_hidden_layers, or remove the tensors of further layers"
             )
-        if site is not None:
-            sites.append(site)
+        if writer is not None:
+            sites.append(Site(name, writer, layer))
         elif not known:
             unknown.append(name)
     if unknown:
@@ -143,10 +141,24 @@ def classify(row: Architecture, names: Collection[str], depth: int | None = None
     return sites
 
 
-def _site(name: str, regex: re.Pattern[str], writer: Writer) -> Site:
-    match = regex.fullmatch(name)
-    layer = match.groupdict().get("layer") if match else None
-    return Site(name, writer, None if layer is None else int(layer))
+def _places(row: Architecture, names: Collection[str]) -> dict[str, tuple[int | None, Writer | None, bool]]:
+    """Of each tensor: its layer, the writer that it is, and whether the row names it at all."""
+    patterns = [(writer.pattern, writer) for writer in row.writers] + [(pattern, None) for pattern in row.readers]
+    regexes = [(regex, writer) for pattern, writer in patterns for regex in _regexes(row, pattern)]
+    # Names that differ in numbers alone match alike, and a large checkpoint has tens of thousands of them.
+    found: dict[str, tuple[re.Pattern[str], Writer | None] | None] = {}
+    places: dict[str, tuple[int | None, Writer | None, bool]] = {}
+    for name in names:
+        shape = re.sub(r"(?<=\.)\d+(?=\.)", "0", name)
+        if shape not in found:
+            found[shape] = next(((regex, writer) for regex, writer in regexes if regex.fullmatch(name)), None)
+        if (match := found[shape]) is None:
+            places[name] = (None, None, False)
+            continue
+        groups = match[0].fullmatch(name)
+        number = groups.groupdict().get("layer") if groups else None
+        places[name] = (None if number is None else int(number), match[1], True)
+    return places
 
 
 def _is_ignored(row: Architecture, name: str) -> bool:
@@ -155,14 +167,11 @@ def _is_ignored(row: Architecture, name: str) -> bool:
 
 def left_alone(row: Architecture, names: Collection[str], depth: int) -> list[str]:
     """Stored tensors that transformers does not load, so that no edit changes them and no measurement sees them."""
-    known = [regex for pattern in (*(w.pattern for w in row.writers), *row.readers) for regex in _regexes(row, pattern)]
-    left = []
-    for name in names:
-        match = next((match for regex in known if (match := regex.fullmatch(name))), None)
-        layer = match.groupdict().get("layer") if match else None
-        if _is_ignored(row, name) and (match is None or (layer is not None and int(layer) >= depth)):
-            left.append(name)
-    return left
+    return [
+        name
+        for name, (layer, _, known) in _places(row, names).items()
+        if _is_ignored(row, name) and (not known or (layer is not None and layer >= depth))
+    ]
 
 
 def gain_names(site: Site) -> tuple[str, ...]:

@@ -42,6 +42,16 @@ _KEPT = (
     "short_conv_kernel_size", "tile_size", "attention_chunk_size", "sliding_window_size", "downsample_ratio",
     "model_parallel_size", "audio_merge_size", "codebook_size",
 )  # fmt: skip
+_MOST = {
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"), LENGTH),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), CHUNK),
+    **dict.fromkeys(_EXPERT_COUNTS, EXPERTS),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
+    "moe_layer_end_index": LAYERS - 1,
+    # Layers that predict further tokens, or read others' keys, stand beside what is tried here.
+    **dict.fromkeys(("num_kv_shared_layers", "num_nextn_predict_layers", "num_mtp_modules"), 0),
+}
+"""The largest number that a small copy has of these."""
 _SIZES = ("_size", "_dim", "_rank", "_width", "_channels", "_inner")
 _MORE_SIZES = (
     *_WIDTHS, "head_dim", "n_inner", "rotary_dim", "d_inner", "d_kv", "d_ff", "kv_channels", "mamba_d_head",
@@ -96,7 +106,6 @@ def model_class(config: dict[str, Any]) -> Any:
             return getattr(transformers, name)
     kind = str(config.get("model_type"))
     from transformers import CONFIG_MAPPING
-
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -115,8 +124,8 @@ def model_class(config: dict[str, Any]) -> Any:
 
 def small_config(config: dict[str, Any]) -> Any:
     """The configuration of a small copy, as an object of transformers."""
+    full = full_config(config)
     try:
-        full = full_config(config)
         return type(full).from_dict(_shrunk(full.to_dict(), full))
     except Exception as error:  # validators of each configuration class raise kinds of their own
         raise UnsupportedArchitecture(
@@ -126,11 +135,21 @@ def small_config(config: dict[str, Any]) -> Any:
 
 
 def full_config(config: dict[str, Any]) -> Any:
-    """A model's configuration as transformers completes it."""
+    """A model's configuration as transformers completes it.
+
+    Raises:
+        UnsupportedArchitecture: transformers does not know the type, or takes no such configuration for it.
+    """
     from transformers import AutoConfig
 
     given = {key: _decoded(value) for key, value in config.items() if key not in (*_LEFT_OUT, "model_type")}
-    return AutoConfig.for_model(config["model_type"], **given)
+    try:
+        return AutoConfig.for_model(config["model_type"], **given)
+    except Exception as error:  # validators of each configuration class raise kinds of their own
+        raise UnsupportedArchitecture(
+            f"config.json is no configuration of a {config.get('model_type')!r:.40} ({one_line(error, 150)}); fetch the "
+            "checkpoint again, or install a newer transformers"
+        ) from error
 
 
 def _decoded(value: Any) -> Any:
@@ -196,7 +215,7 @@ def _factor(text: Any) -> tuple[int, int]:
     return factor, width // factor
 
 
-def _rotary(values: dict[str, Any]) -> Iterator[Any]:
+def _rotary(values: dict[Any, Any]) -> Iterator[Any]:
     for key, value in values.items():
         if key in ("partial_rotary_factor", "rotary_pct"):
             yield value
@@ -210,20 +229,27 @@ def _value(values: dict[str, Any], keys: Sequence[str]) -> int:
 
 def _shrink_text(values: dict[str, Any], factor: int, length: int) -> None:
     chosen, old = _layers(values, length), dict(values)
-    for key, value in list(values.items()):
+    for key, value in old.items():
         if isinstance(value, dict):
-            if value and all(str(name).isdigit() for name in value):
-                value = {chosen.index(int(name)): part for name, part in value.items() if int(name) in chosen}
-                values[key] = value
-            _shrink_nested(value, factor)
-        elif isinstance(value, bool) or value is None:
-            continue
-        elif isinstance(value, int):
-            values[key] = _number(key, value, factor, len(chosen), length)
+            values[key] = _shrunk_nested(_of_layers(value, chosen), factor)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            values[key] = _number(key, value, factor, len(chosen))
         elif isinstance(value, list):
             values[key] = _listed(key, value, chosen, length, factor)
         elif isinstance(value, str) and len(value) == length and key.endswith("pattern"):
             values[key] = "".join(value[index] for index in chosen)
+    _keep_products(values, old, factor)
+
+
+def _of_layers(values: dict[Any, Any], chosen: list[int]) -> dict[Any, Any]:
+    """Options by layer number, for the chosen layers."""
+    if not values or not all(str(name).isdigit() for name in values):
+        return values
+    return {chosen.index(int(name)): part for name, part in values.items() if int(name) in chosen}
+
+
+def _keep_products(values: dict[str, Any], old: dict[str, Any], factor: int) -> None:
+    """Sizes that are products of others, and counts that others bound."""
     if isinstance(old.get("expand"), int) and old.get("intermediate_size") == old["expand"] * old["hidden_size"]:
         # In state-space models it is no width of neurons but that of the mixer.
         values["intermediate_size"] = values["expand"] * values["hidden_size"]
@@ -237,14 +263,17 @@ def _shrink_text(values: dict[str, Any], factor: int, length: int) -> None:
         values |= {"n_group": 1, "topk_group": 1}
 
 
-def _shrink_nested(values: dict[str, Any], factor: int) -> None:
+def _shrunk_nested(values: dict[Any, Any], factor: int) -> dict[Any, Any]:
+    shrunk = {}
     for key, value in values.items():
+        shrunk[key] = value
         if isinstance(value, dict):
-            _shrink_nested(value, factor)
+            shrunk[key] = _shrunk_nested(value, factor)
         elif isinstance(value, int) and not isinstance(value, bool):
-            values[key] = _number(str(key), value, factor, LAYERS, 0)
+            shrunk[key] = _number(str(key), value, factor, LAYERS)
         elif key == "mrope_section" and isinstance(value, list):
-            values[key] = _sections(value, factor)
+            shrunk[key] = _sections(value, factor)
+    return shrunk
 
 
 def _sections(values: list[int], factor: int) -> list[int]:
@@ -255,34 +284,24 @@ def _sections(values: list[int], factor: int) -> list[int]:
     return parts
 
 
-def _number(key: str, value: int, factor: int, layers: int, length: int) -> int:
+def _number(key: str, value: int, factor: int, layers: int) -> int:
+    """What becomes of a number, by what its key means; counts and options stay."""
+    most = _MOST.get(key)
     if key in _COUNTS_OF_LAYERS:
         return layers
-    if key == "vocab_size" or key.startswith("vocab_size"):
+    if most is not None:
+        return min(value, most)
+    if key.startswith("vocab_size"):
         return VOCABULARY
-    if key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"):
-        return LENGTH
-    if key in ("chunk_size", "mamba_chunk_size"):
-        return min(value, CHUNK)
-    if key in _EXPERT_COUNTS:
-        return min(value, EXPERTS)
-    if key in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"):
+    if key.endswith(("_period", "_interval")):
+        return min(value, 2)
+    if key.endswith("_offset"):
         return min(value, 1)
-    if key == "moe_layer_end_index":
-        return min(value, layers - 1)
-    if key in ("num_kv_shared_layers", "num_nextn_predict_layers", "num_mtp_modules"):
-        return 0
-    if key.endswith(("_period", "_interval")) and value > 2:
-        return 2
-    if key.endswith("_offset") and value > 1:
-        return 1
     if key in _KEPT or value < factor:
         return value
     if "intermediate_size" in key or key in ("ffn_dim", "ffn_hidden_size"):
         return min(max(1, value // factor), INNER)
-    if key in _MORE_SIZES or key.endswith(_SIZES):
-        return max(1, value // factor)
-    return value
+    return max(1, value // factor) if key in _MORE_SIZES or key.endswith(_SIZES) else value
 
 
 def _listed(key: str, values: list[Any], chosen: list[int], length: int, factor: int) -> list[Any]:
@@ -302,7 +321,9 @@ def _names_layers(key: str, values: list[Any], length: int) -> bool:
 def _layers(values: dict[str, Any], length: int) -> list[int]:
     """A few layers that are of every kind that the configuration lists, in order."""
     marks = [set(v) for k, v in values.items() if isinstance(v, list) and v and _names_layers(k, v, length)]
-    lists = [v for k, v in values.items() if isinstance(v, list) and len(v) == length and not _names_layers(k, v, length)]
+    lists = [
+        v for k, v in values.items() if isinstance(v, list) and len(v) == length and not _names_layers(k, v, length)
+    ]
     patterns = [v for k, v in values.items() if isinstance(v, str) and len(v) == length and k.endswith("pattern")]
     seen: dict[str, int] = {}
     for index in range(length):
@@ -336,7 +357,7 @@ def _shrink_tower(values: dict[str, Any], old_width: int, width: int) -> None:
         elif isinstance(value, int) and key in _DEPTHS:
             values[key] = min(value, LAYERS)
         elif isinstance(value, int):
-            values[key] = _number(key, value, factor, LAYERS, length)
+            values[key] = _number(key, value, factor, LAYERS)
         elif isinstance(value, list) and len(value) == length and length:
             values[key] = value[:LAYERS]
         elif isinstance(value, list) and key.endswith(("_indexes", "_indices", "_layers")):

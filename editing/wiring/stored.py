@@ -51,7 +51,7 @@ def stored_forms(model: Any) -> StoredForms:
 
     state = {name: value.detach() for name, value in model.state_dict().items()}
     stored: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
-    pieces: dict[tuple[float, ...], list[tuple[str, bool]]] = defaultdict(list)
+    pieces: dict[tuple[Any, ...], list[tuple[str, bool]]] = defaultdict(list)
     for name, value in state.items():
         for piece, transposed in _pieces(value):
             pieces[_key(piece)].append((name, transposed))
@@ -90,7 +90,7 @@ def _first_matrix(value: Tensor) -> Tensor:
     return value[0] if value.dim() == 3 else value
 
 
-def _key(value: Tensor) -> tuple[float, ...]:
+def _key(value: Tensor) -> tuple[Any, ...]:
     """The first numbers of a tensor, which in a random model occur once."""
     flat = value.reshape(-1)[:6].tolist() if value.numel() else []
     return (*value.shape, *flat)

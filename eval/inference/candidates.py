@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...editing.wiring.row import Architecture
 from ...editing.directions.difference_in_means import Directions, unit
 from ...editing.errors import ExciseError, RequestError
 from ...editing.hooks.residual_stream import ablated, added
+from ...editing.wiring.row import Architecture
 from ..concept import ContrastPair, Question
 from .generation import Reply, divergence, encode_prompt, generate, reply_log_probabilities
 from .likelihood import Likelihood, Request, log_likelihoods, padded_logits

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...editing.modules import language_config
 from .encoding import encode
 
 VOCABULARY_BUDGET = 256 << 20
@@ -77,7 +78,7 @@ def encode_request(tokenizer: Any, request: Request) -> Scored:
 
 def context_of(model: Any) -> int:
     """Most tokens that a model reads at once; without a limit, more than any text has."""
-    return int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+    return int(getattr(language_config(model), "max_position_embeddings", 0) or 1 << 30)
 
 
 def windows(scored: Scored, context: int) -> list[Scored]:
@@ -174,7 +175,7 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 def batch_budget(model: Any) -> int:
     """Tokens per batch: limited by the size of the logits, and on a CPU by the size of its caches."""
-    by_logits = VOCABULARY_BUDGET // (4 * int(model.config.vocab_size))
+    by_logits = VOCABULARY_BUDGET // (4 * int(language_config(model).vocab_size))
     return max(64, min(by_logits, 16384 if model.device.type == "cuda" else 2048))
 
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...editing.architectures import architecture_of
+from ...editing.architectures import architecture_of, layer_count, residual_width
 from ...editing.hooks.residual_stream import residual_stream
 from ..concept import Question
 from ..inference.encoding import encode
@@ -71,7 +71,7 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
 
 
 def _points(subject: ModelUnderTest) -> list[int]:
-    layers = int(subject.model.config.num_hidden_layers)
+    layers = layer_count(subject.model.config.to_dict())
     count = min(POINTS, layers + 1)
     return sorted({round(place * layers / (count - 1)) for place in range(count)})
 
@@ -85,7 +85,7 @@ def question_ends(
     most = context_of(subject.model)
     rows = [encode(subject.tokenizer, question.prompt)[-most:] for question in questions]
     row = architecture_of(subject.model.config.to_dict())
-    states = torch.empty(len(points), len(rows), int(subject.model.config.hidden_size))
+    states = torch.empty(len(points), len(rows), residual_width(subject.model.config.to_dict()))
     for batch in token_batches([len(ids) for ids in rows], 4 * batch_budget(subject.model)):
         # Padded on the left, so that the last position is every question's last token.
         inputs = pad_left([rows[i] for i in batch], subject.model.device)

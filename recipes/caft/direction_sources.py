@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...artifacts.models.load import LoadedModel
-from ...editing.wiring.row import Architecture
 from ...editing.directions.subspaces import (
     Place,
     Subspace,
@@ -24,6 +23,7 @@ from ...editing.hooks.concept_ablation import changed_at
 from ...editing.hooks.residual_stream import run_decoder
 from ...editing.modules import causal_model
 from ...editing.numerics.moments import Moments
+from ...editing.wiring.row import Architecture
 from ...eval.concept import ContrastPair
 from ...eval.inference.likelihood import pad_right
 from ..common.examples import Example

@@ -20,6 +20,7 @@ from ...editing.architectures import layer_selection, residual_width
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Place, Subspace, random_directions
 from ...editing.errors import ConceptError, RequestError
+from ...editing.modules import language_config
 from ..common import adapter_job, adapter_run
 from ..common.adapter_run import Training
 from ..common.examples import Example, completion_loss, cycled, example_batch
@@ -146,7 +147,7 @@ def run(prepared: CaftJob, events: Events) -> Finished:
 
 def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path) -> Training:
     settings = prepared.settings
-    limit = min(int(getattr(loaded.model.config, "max_position_embeddings", 1024)), 1024)
+    limit = min(int(getattr(language_config(loaded.model), "max_position_embeddings", 1024)), 1024)
     learn = encoded(prepared.data.rows, loaded.tokenizer, limit)
     if not learn.examples:
         raise ConceptError(f"no row of {prepared.data.name} fits into {limit} tokens; give shorter ones")

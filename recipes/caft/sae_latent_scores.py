@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...artifacts.models.load import LoadedModel
-from ...editing.wiring.row import Architecture
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.hooks.concept_ablation import changed_at
 from ...editing.modules import causal_model
+from ...editing.wiring.row import Architecture
 from ...eval.concept import ContrastPair
 from ..common.examples import Example, example_batch, sequence_nll
 from ..common.tokens import encode

@@ -1,4 +1,4 @@
-"""Commands that look at models and at what excise has: list, chat, card, report, inspect, diff and ui."""
+"""Commands that look at models and at what excise has: list, architecture, chat, card, report, inspect, diff and ui."""
 
 import sys
 from pathlib import Path
@@ -36,6 +36,28 @@ def list_(
     from ...artifacts.reporting.terminal import listed, terminal_width
 
     say(listed(header, lines, terminal_width()))
+
+
+def architecture(
+    model: Annotated[str, typer.Argument(help=f"{ANY_MODEL}, or a config.json; weights are not needed.")],
+    as_json: Json = False,
+) -> None:
+    """Show whether a model type can be edited, proved on a small copy of it.
+
+    Exit code 0 if it can be edited, 2 if not.
+    """
+    from .. import architecture as recipe
+
+    settle()
+    proof = recipe.run(model)
+    if as_json:
+        say_json(proof.to_json())
+    else:
+        from ...artifacts.reporting.terminal import terminal_width
+
+        say(recipe.text(proof, terminal_width()))
+    if not proof.proved:
+        raise SystemExit(2)
 
 
 def chat(

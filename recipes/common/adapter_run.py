@@ -15,6 +15,7 @@ from torch import Tensor
 from ...artifacts.checkpoints.directions import FILE as DIRECTIONS
 from ...artifacts.checkpoints.manifest import FOLDER
 from ...artifacts.events import Events
+from ...artifacts.files.parsed import read_object
 from ...artifacts.files.written import read_sealed, write_sealed
 from ...artifacts.models.load import LoadedModel, load_model
 from ...editing.edits.base import WeightEdit
@@ -22,7 +23,7 @@ from ...editing.edits.dense import DenseUpdate, learned_deltas, weights_trained
 from ...editing.edits.low_rank import LowRankUpdate
 from ...editing.errors import EditError
 from ...editing.modules import causal_model
-from ...editing.training.adapters import attach, detach, learned_factors
+from ...editing.training.adapters import attach, detach, learned_factors, loads_in_peft
 from ...eval.inference.likelihood import pad_right
 from ...eval.model_under_test import ModelUnderTest
 from . import measured_run
@@ -230,9 +231,16 @@ def _checked_divergence(trained: dict[str, Any], model: Any) -> float:
     return divergence
 
 
+def _loads_in_peft(work: Path, folder: Path) -> bool:
+    modules = read_object(work / ADAPTER / "adapter_config.json").get("target_modules")
+    model_type = read_object(folder / "config.json").get("model_type")
+    # In some models of experts peft would put it elsewhere; the checkpoint itself holds the update in any case.
+    return isinstance(modules, list) and loads_in_peft(str(model_type), modules)
+
+
 def _add_files(work: Path, folder: Path) -> None:
-    """The adapter and directions, where there are any."""
-    if (work / ADAPTER).exists():
+    """The adapter, if peft can load it, and directions, where there are any."""
+    if (work / ADAPTER).exists() and _loads_in_peft(work, folder):
         target = folder / ADAPTER
         target.mkdir()
         for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -14,10 +14,10 @@ from ...artifacts.events import Events
 from ...artifacts.models.load import LoadedModel
 from ...artifacts.reporting.pages import render
 from ...editing.architectures import architecture_of, layer_count
-from ...editing.wiring.row import Architecture
 from ...editing.directions.difference_in_means import DIRECTION_SOURCES, Directions, stacked
 from ...editing.errors import RequestError
 from ...editing.hooks.residual_stream import residual_stream
+from ...editing.wiring.row import Architecture
 from ...eval.concept import Concept, ContrastPair
 from ...eval.inference.candidates import (
     BehaviourProbe,

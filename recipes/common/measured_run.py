@@ -13,6 +13,7 @@ from pydantic import Field
 from ...artifacts.checkpoints.edits import load_edit, save_edit
 from ...artifacts.checkpoints.export import Export, check_disk, check_editable, export_edit, required_bytes
 from ...artifacts.checkpoints.manifest import FOLDER, write_manifest
+from ...artifacts.checkpoints.proof import Proof, check_proved
 from ...artifacts.checkpoints.read import ITEM_SIZES, Checkpoint, open_checkpoint
 from ...artifacts.checkpoints.staging import staged_folder
 from ...artifacts.concepts import load_concept
@@ -26,9 +27,9 @@ from ...artifacts.models.source import ModelSource
 from ...artifacts.reporting import card, report
 from ...artifacts.reporting.results import SubjectName, dominated, not_measured, samples, summarize_all, write_results
 from ...editing.architectures import architecture_of, layer_count
-from ...editing.wiring.row import Architecture
 from ...editing.edits.base import Plan, WeightEdit
 from ...editing.errors import RequestError
+from ...editing.wiring.row import Architecture
 from ...eval.concept import Concept
 from ...eval.inference.generation import Reply, set_aside
 from ...eval.items import clusters_of, measured_on
@@ -78,6 +79,8 @@ class Job:
     dtype: torch.dtype
     reference: ModelSource | None
     out: Path
+    proof: Proof | None = None
+    """Of a row that was derived: that an edit by it leaves nothing of a direction."""
 
     @property
     def layers(self) -> int:
@@ -134,10 +137,10 @@ def check(recipe: str, settings: MeasuredSettings, needed: Sequence[str], *, res
     dtype = choose_dtype(settings.dtype, device)
     source = find_model(settings.model)
     checkpoint = open_checkpoint(source.folder)
-    row = architecture_of(checkpoint.config)
+    row, proof = architecture_of(checkpoint.config), check_proved(checkpoint.config)
     check_memory(checkpoint, device, dtype)
     reference = find_model(settings.reference) if settings.reference else _builtin_reference(settings, concept)
-    return Job(recipe, settings, source, checkpoint, concept, row, device, dtype, reference, out)
+    return Job(recipe, settings, source, checkpoint, concept, row, device, dtype, reference, out, proof)
 
 
 def check_plan(job: Job, plan: Plan) -> None:
@@ -155,6 +158,7 @@ def describe(job: Job, plan: Plan, **more: Any) -> dict[str, Any]:
         "out": str(job.out),
         "base": job.source.describe(),
         "concept": job.concept.ref,
+        **derived_row(job.proof),
         "tensors_to_change": len(plan.declared),
         "tensors": len(sizes),
         "tensor_added": plan.untied,
@@ -167,6 +171,14 @@ def describe(job: Job, plan: Plan, **more: Any) -> dict[str, Any]:
         **more,
         "first_tensors": list(plan.declared[:3]),
     }
+
+
+def derived_row(proof: Proof | None) -> dict[str, Any]:
+    """What is recorded of a row that was derived."""
+    if proof is None:
+        return {}
+    kept = {key: getattr(proof, key) for key in ("model_type", "row", "residual", "place", "transformers")}
+    return {"architecture": {**kept, "proof": "derived, proved on a small copy"}}
 
 
 def load(job: Job, source: ModelSource, name: str, events: Events) -> LoadedModel:
@@ -372,6 +384,7 @@ def _about(
     published_settings = settings.published("model", "concept", "out", "device", "dtype", "reference")
     return {
         "base": {**job.source.describe(), "computed_in": job.dtype_name},
+        **derived_row(job.proof),
         "edited": {
             "method": job.recipe,
             "edit": edit.method,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...editing.errors import RequestError
+from ...editing.modules import language_config
 from ...eval.inference import encoding
 
 Row = tuple[int, ...]
@@ -40,7 +41,7 @@ def encode(tokenizer: Any, text: str, special: bool) -> Row:
 
 def text_limit(model: Any) -> int:
     """Tokens of a text that are read at once."""
-    return min(int(getattr(model.config, "max_position_embeddings", 1024)), 1024) // 2
+    return min(int(getattr(language_config(model), "max_position_embeddings", 1024)), 1024) // 2
 
 
 def pieces(ids: Row, limit: int) -> list[Row]:

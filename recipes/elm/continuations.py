@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...editing.modules import language_config
 from ...editing.training.soft_targets import SoftTargets, certain, join
 from ..common.tokens import Row, encode
 from ..data.facts import Context
@@ -109,7 +110,7 @@ def _behind(erasure: Erasure, ids: Row, sentence: Row, continuation: Continuatio
     """What is learned behind a context: predictions along the continuation, or the tokens themselves."""
     said = sentence + continuation.ids
     stored, device = continuation.predicted.ids.shape[-1], continuation.predicted.ids.device
-    vocabulary = int(erasure.model.config.vocab_size)
+    vocabulary = int(language_config(erasure.model).vocab_size)
     if erasure.settings.fluency_target == "sampled":
         # The first token has no place of its own: the context's last position is taught to erase.
         targets = certain(torch.tensor(said[1:], dtype=torch.long, device=device), stored, vocabulary)
@@ -134,7 +135,7 @@ class _FirstTokens:
     def __call__(self, indices: Sequence[int]) -> list[int]:
         erasure = self.erasure
         last = [replace(self.items[index], count=1) for index in indices]
-        vocabulary = int(erasure.model.config.vocab_size)
+        vocabulary = int(language_config(erasure.model).vocab_size)
         targets = [target.soft for target in erasure.teacher.targets(last, erasure.drawn, vocabulary)]
         places = draw(torch.cat([target.log_p for target in targets]), self.chances[list(indices)])
         return [int(target.ids[0, place]) for target, place in zip(targets, places.tolist(), strict=True)]

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import StaticCache
 
-from ...editing.modules import causal_model
+from ...editing.architectures import layer_count
+from ...editing.modules import causal_model, language_config
 from ...editing.numerics.cpu_attention import products_everywhere
 from ...editing.training.edited_target import TargetEdit
 from ...editing.training.soft_targets import SoftTargets, keep_top, wide
@@ -115,10 +116,12 @@ def decode(
 
 def cached_bytes(model: Any) -> int:
     """Bytes of keys and values that one token leaves behind."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
+    config = language_config(model)
+    many = getattr(config, "num_attention_heads", None)
+    # State-space models have no heads of attention; a token leaves no more than a stream behind.
+    heads = getattr(config, "num_key_value_heads", None) or many or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // (many or 1)
+    return int(2 * layer_count(model.config.to_dict()) * heads * width * model.dtype.itemsize)
 
 
 class _Lockstep:
@@ -153,7 +156,7 @@ class _Lockstep:
         drawn: list[list[int]] = [[] for _ in range(contexts)]
         done = [False] * contexts
         # Tensors held one by one between temporaries many times their size would pin the memory around them.
-        stored = min(how.stored_tokens, int(self.model.config.vocab_size))
+        stored = min(how.stored_tokens, int(language_config(self.model).vocab_size))
         top = torch.empty(contexts, tokens, stored, dtype=torch.long, device=device)
         dtype = torch.promote_types(self.model.dtype, torch.float32)
         top_log_p = torch.empty(top.shape, device=device, dtype=dtype)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ...editing.modules import language_config
 from ...editing.training.soft_targets import Streams
 from ...eval.concept import Question
 from ...eval.inference.likelihood import Request, encode_request
@@ -135,7 +136,7 @@ def _read(erasure: Erasure, items: Sequence[_CheckItem], source: ContrastSource)
         # Without a contrast the target is the frozen model itself, at any strength.
         tokenized.append(replace(item, count=1) if item else Item(ids, 1, (ids,), (ids,)))
     # The whole vocabulary is stored, so that a token's place is its id, by which ``_point`` finds the choices.
-    return erasure.teacher.streams(tokenized, int(erasure.model.config.vocab_size))
+    return erasure.teacher.streams(tokenized, int(language_config(erasure.model).vocab_size))
 
 
 def _point(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...artifacts.checkpoints.tensor_cache import TensorCache
-from ...editing.modules import Head, unembedding
+from ...editing.modules import Head, language_config, unembedding
 from ...editing.training.edited_target import TargetEdit
 from ...editing.training.soft_targets import (
     SoftTargets,
@@ -199,7 +199,7 @@ class Teacher:
 
         It is larger than all that a few positions bring, so that they would mostly wait for it to be read.
         """
-        most = positions_at_once(int(self.model.config.vocab_size), self.model.device)
+        most = positions_at_once(int(language_config(self.model).vocab_size), self.model.device)
         portion, seen, positions = list[Place](), set[tuple[Reading, Span]](), 0
         for index in order:
             readings, count = items[index].readings, items[index].count

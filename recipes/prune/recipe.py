@@ -17,6 +17,7 @@ from ...editing.edits.pruned_units import PrunedUnits, Semantics
 from ...editing.edits.unit_choice import Units, UnitScores, combine, in_both, matched_units, top_units
 from ...editing.errors import RequestError
 from ...editing.hooks.unit_scores import by_head
+from ...editing.modules import language_config
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet
 from ...eval.inference.questions import questions_by_split
 from ...eval.intervals import rate_interval
@@ -146,20 +147,28 @@ def _learn(job: PruneJob, loaded: LoadedModel, events: Events) -> PrunedUnits:
     retain = retain_examples(concept, tokenizer, settings.seed, TEXT_TOKENS)
     scorer = UnitScorer(loaded, job.run.row, forget, retain, events)
     neurons, head_columns = scorer.scores(settings.score, settings.examples)
-    combined = combine(neurons, settings.retain_weight)
-    chosen = top_units(combined, settings.share, alike=settings.semantics == "remove")
-    width = _head_width(job, loaded)
-    parts = (head_columns.forget, head_columns.retain, head_columns.size, head_columns.mean)
-    heads = UnitScores(*(by_head(part, width) for part in parts))
-    chosen_heads = top_units(combine(heads, settings.retain_weight), settings.heads_share)
-    edit = _edit(job, chosen, chosen_heads, neurons.mean, width)
+    combined, chosen = None, Units()
+    if neurons is not None:
+        combined = combine(neurons, settings.retain_weight)
+        chosen = top_units(combined, settings.share, alike=settings.semantics == "remove")
+    mean = None if neurons is None else neurons.mean
+    width, chosen_heads = 1, Units()
+    if head_columns is not None:
+        width = _head_width(job, loaded)
+        parts = (head_columns.forget, head_columns.retain, head_columns.size, head_columns.mean)
+        heads = UnitScores(*(by_head(part, width) for part in parts))
+        chosen_heads = top_units(combine(heads, settings.retain_weight), settings.heads_share)
+    edit = _edit(job, chosen, chosen_heads, mean, width)
     alternatives, shared = {"chosen": edit}, 0
-    if settings.controls and chosen:
+    if settings.controls and chosen and neurons is not None:
         others = _controls(settings, chosen, neurons)
         shared = in_both(chosen, others["random"])
-        alternatives |= {name: _edit(job, units, {}, neurons.mean, width) for name, units in others.items()}
+        alternatives |= {name: _edit(job, units, {}, mean, width) for name, units in others.items()}
     with events.stage("compare with controls", len(alternatives)) as stage:
         compared = {name: _accuracies(job, loaded, one, stage) for name, one in alternatives.items()}
+    validation = None
+    if settings.validate_units and neurons is not None and combined is not None:
+        validation = scorer.validate(neurons, combined, settings.validate_units)
     pruning = {
         "score": settings.score,
         "share": settings.share,
@@ -168,7 +177,7 @@ def _learn(job: PruneJob, loaded: LoadedModel, events: Events) -> PrunedUnits:
         "by_layer": [len(chosen.get(layer, ())) for layer in range(job.run.layers)],
         "controls": compared,
         "random_shares": shared,
-        "validation": scorer.validate(neurons, combined, settings.validate_units) if settings.validate_units else None,
+        "validation": validation,
     }
     provenance = {
         "source": RECIPE,
@@ -213,7 +222,7 @@ def _accuracies(job: PruneJob, loaded: LoadedModel, edit: PrunedUnits, stage: St
 
 def _head_width(job: PruneJob, loaded: LoadedModel) -> int:
     """Columns of one attention head."""
-    config = loaded.model.config
+    config = language_config(loaded.model)
     # In some models a head is not as wide as the stream divided by the number of heads.
     if width := getattr(config, "head_dim", None):
         return int(width)

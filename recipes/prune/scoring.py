@@ -1,5 +1,6 @@
 """Scoring the units of one model: how much each matters to what is to be forgotten and to what is to be retained."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ...artifacts.events import Events, Stage
 from ...artifacts.models.load import LoadedModel
-from ...editing.wiring.row import Architecture
+from ...editing.edits.pruned_units import no_units
 from ...editing.edits.unit_choice import UnitScores
 from ...editing.errors import RequestError
 from ...editing.hooks.unit_scores import (
@@ -22,6 +23,7 @@ from ...editing.hooks.unit_scores import (
     selectivity,
     unit_inputs,
 )
+from ...editing.wiring.row import Architecture
 from ..common.examples import Example, example_batch, scored_nats
 
 BATCH = 32
@@ -55,18 +57,19 @@ class UnitScorer:
     retain: list[Example]
     events: Events
 
-    def scores(self, score: str, most: int) -> tuple[UnitScores, UnitScores]:
-        """Scores of neurons and of the columns of heads.
+    def scores(self, score: str, most: int) -> tuple[UnitScores | None, UnitScores | None]:
+        """Scores of neurons and of the columns of heads; None where not every layer has them in the same module.
 
         Args:
             most: Sequences of each kind to read, at most, evenly spread.
 
         Raises:
-            RequestError: The model's experts are one tensor, which has no neurons.
+            RequestError: The model has neither.
         """
-        if self.row.mlp_units is None:
+        kinds = (self.row.mlp_units, self.row.attention_units)
+        if kinds == (None, None):
             raise RequestError(
-                f"the experts of {self.row.layers} are fused into one tensor, which has no neurons to score"
+                f"the model has no units to prune: {no_units('neurons')}, and {no_units('heads')}; use another recipe"
             )
         seen = {}
         for name, examples in (("forget", self.forget), ("retain", self.retain)):
@@ -74,7 +77,8 @@ class UnitScorer:
             with self.events.stage(f"score units on what to {name}", len(chosen)) as stage:
                 seen[name] = self._read(chosen, stage)
         neurons, heads = (
-            _scores_of(score, forget, retain) for forget, retain in zip(seen["forget"], seen["retain"], strict=True)
+            None if module is None else _scores_of(score, forget, retain)
+            for module, forget, retain in zip(kinds, seen["forget"], seen["retain"], strict=True)
         )
         return neurons, heads
 
@@ -103,16 +107,15 @@ class UnitScorer:
         model, row = self.loaded.model, self.row
         layers = len(model.get_submodule(row.layers))
         neurons, heads = (_Seen(UnitMoments(layers), UnitAttribution(layers)) for _ in range(2))
-        assert row.mlp_units is not None
         with gradients_reach_units(model):
             for start in range(0, len(examples), BATCH):
                 part = examples[start : start + BATCH]
                 batch = {key: value.to(self.loaded.device) for key, value in example_batch(part).items()}
                 mask = batch["attention_mask"].bool()
-                with (
-                    unit_inputs(model, row.mlp_units, row, partial(neurons.see, mask)),
-                    unit_inputs(model, row.attention_units, row, partial(heads.see, mask)),
-                ):
+                with ExitStack() as hooks:
+                    for module, kind in ((row.mlp_units, neurons), (row.attention_units, heads)):
+                        if module is not None:
+                            hooks.enter_context(unit_inputs(model, module, row, partial(kind.see, mask)))
                     nats = scored_nats(model, batch)
                 _log_odds_against(nats).sum().backward()
                 for seen in (neurons, heads):

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ...editing.hooks.residual_stream import decoder_layers, first, sublayers_of
 from ...editing.wiring.row import Architecture
-from ...editing.hooks.residual_stream import decoder_layers, first
 
 NOWHERE = 1 << 20
 """A first ablated layer beyond all layers: nothing is ablated."""
@@ -112,6 +112,6 @@ def intervened(
             .remove
         )
         for index, layer in enumerate(layers):
-            for name in row.sublayers:
-                hooks.callback(layer.get_submodule(name).register_forward_hook(sublayer(index)).remove)
+            for _, module in sublayers_of(layer, row):
+                hooks.callback(module.register_forward_hook(sublayer(index)).remove)
         yield

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from excise.editing.architectures import architecture_of
-from excise.editing.wiring.row import classify
 from excise.editing.edits.base import edit_model
 from excise.editing.edits.subspace_removal import Edit
 from excise.editing.errors import RequestError
+from excise.editing.wiring.row import classify
 from helpers import make_pico, random_edit
 
 PLAIN = ("gpt2", "llama", "mixtral", "opt")

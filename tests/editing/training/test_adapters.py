@@ -16,6 +16,7 @@ from excise.editing.training.adapters import (
     attach,
     detach,
     learned_factors,
+    loads_in_peft,
     switched_off,
 )
 from helpers import PICO, in_fresh_process, make_pico
@@ -77,11 +78,14 @@ def test_only_the_modules_asked_for_are_adapted():
         adapter_modules(make_pico("gpt_oss"), ARCHITECTURES["gpt_oss"], range(2), "mlp")
 
 
-def test_an_adapter_that_lands_elsewhere_is_an_error():
-    # The library takes these names for those of fused experts in other layers.
+def test_an_adapter_on_a_dense_layer_among_experts_lands_there():
+    # The library takes these names for those of fused experts in other layers, unless it is kept from it.
     dense = tuple(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))
-    with pytest.raises(EditError, match="other modules than requested"):
-        attach(make_pico("qwen3_moe"), AdapterShape(2, 2.0, dense), seed=0)
+    adapted = attach(make_pico("qwen3_moe"), AdapterShape(2, 2.0, dense), seed=0)
+    assert learned_factors(adapted, AdapterShape(2, 2.0, dense)).keys() == {f"{name}.weight" for name in dense}
+    # Whoever loads the adapter with the library gets it elsewhere, so it is not published beside the checkpoint.
+    assert not loads_in_peft("qwen3_moe", dense)
+    assert loads_in_peft("llama", dense)
 
 
 PEFT = """
