@@ -1,12 +1,16 @@
 """Values of measurements with 95% intervals, and their differences from the base on the same items."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..editing.errors import ExciseError
-from .intervals import Difference, Interval, paired_rate_difference, rate_interval
-from .ratios import ratio_difference, ratio_interval
+from .intervals import Difference, Interval, numbered, paired_rate_difference, rate_interval
+from .ratios import FEWEST_SUBJECTS, ratio_difference, ratio_interval
 
 Better = Literal["higher", "lower", "base"]
 
@@ -46,13 +50,34 @@ class Scores:
         return sum(self.weights) == 0
 
     @property
+    def subjects(self) -> int:
+        """How many subjects something was counted of; items where none are known, or one alone."""
+        return int(np.count_nonzero(self._by_subject(self.weights)))
+
+    @property
+    def has_too_few(self) -> bool:
+        """Whether subjects are too few for an interval. A rate has one at any number: it is bounded."""
+        return not self._is_rate and self.subjects < FEWEST_SUBJECTS
+
+    @property
     def holding_half(self) -> int:
-        """Items that hold half of all weight, the heaviest first: few of them decide an average per token."""
-        heaviest, left, count = sorted(self.weights, reverse=True), sum(self.weights) / 2, 0
-        while left > 0:
-            left -= heaviest[count]
-            count += 1
-        return count
+        """Subjects that hold half of all weight, or of all that was summed up, whichever are fewer.
+
+        Where few do, another sample could hold much more or less of it, and no interval knows. Of lognormal values they
+        are 16% of the subjects at sigma 1, and 7% at sigma 1.5.
+        """
+        columns = [self.weights]
+        if not self._is_rate and (min(self.totals) >= 0 or max(self.totals) <= 0) and any(self.totals):
+            columns.append(tuple(map(abs, self.totals)))
+        counts = []
+        for column in columns:
+            largest = np.sort(self._by_subject(column))[::-1]
+            counts.append(1 + int(np.searchsorted(largest.cumsum(), largest.sum() / 2)))
+        return min(counts)
+
+    def _by_subject(self, column: Sequence[float]) -> NDArray[np.float64]:
+        known = self.clusters if len(set(self.clusters)) > 1 else range(len(self.ids))
+        return np.asarray(np.bincount(numbered(known), weights=np.asarray(column, dtype=float)), dtype=np.float64)
 
     def value(self) -> float:
         """Weighted average over items, in ``unit``."""
@@ -60,7 +85,7 @@ class Scores:
         return math.exp(average) if self.exponential else average
 
     def interval(self) -> Interval | None:
-        """95% interval over items, or over subjects where they are known; None where the items tell of none."""
+        """95% interval over items, or over subjects where they are known; None where these are too few or all alike."""
         if self._is_rate:
             return rate_interval(self.totals, self.clusters)
         interval = ratio_interval(self.totals, self.weights, self.clusters, exponential=self.exponential)
@@ -102,7 +127,7 @@ class Measurement:
     n: int
     skipped: int
     ci95: Interval | None
-    """None where the items tell of none: a single text, or texts that all gave the same."""
+    """None where the items tell of none: fewer than five subjects, or texts that all gave the same."""
     difference: dict[str, Any] | None = None
     """This value minus the base's, on the same items: ``{"value", "ci95", "p"}``; files of earlier versions have no
     p."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ...eval.inference.generation import Reply
 from ...eval.intervals import Z, holm
 from ...eval.measurements import BY_LAYER, MEASUREMENTS, SPLITS, OnSplit, label_of, place_of
+from ...eval.ratios import FEWEST_SUBJECTS
 from ...eval.statistics import Measurement, Scores, summarize
 from ..checkpoints.manifest import FOLDER
 from ..upgrade import SCHEMA_VERSION
@@ -18,8 +19,8 @@ from .sections import Story, measurement_from
 RESULTS = f"{FOLDER}/eval.json"
 INTERVALS = (
     "Brackets are 95% intervals, in which items on one subject count as belonging together: Wilson for shares, Tango"
-    " for differences of shares on the same items, Student's t and the bootstrap-t for the rest; […, …] where items are"
-    " too few, or all alike, for an interval. A difference is named as a finding, or coloured, if it is told from 0 when"
+    " for differences of shares on the same items, Student's t and the bootstrap-t for the rest; […, …] where fewer than"
+    f" {FEWEST_SUBJECTS} subjects, or items that are all alike, allow no interval. A difference is named as a finding, or coloured, if it is told from 0 when"
     " all rows are tested together (5%, Holm's correction)."
 )
 SubjectName = Literal["base", "edited", "reference"]
@@ -93,19 +94,29 @@ def decoding(set_aside: Mapping[str, Any], *, of: str = "The model's", remedy: s
 
 
 FEW = 10
-"""A figure is said to be decided by few of its items if fewer than one in so many hold half of all its tokens."""
+"""A figure is said to be decided by few of its subjects if fewer than one in so many hold half of it."""
 
 
 def dominated(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[str]:
-    """A sentence for everything that few long items decide: intervals of it are too narrow, whatever their method."""
+    """A sentence for everything that few subjects decide, so that its interval is too narrow whatever the method, and for
+    everything of which they are too few for an interval."""
     sentences = [
-        f"Few items decide {label_of(item.name)} ({item.split}): {item.holding_half} of {len(item.ids)} hold half of"
-        " what is counted, and its interval may be too narrow."
-        for items in scores.values()
-        for item in items
-        if len(item.ids) > 2 and not item.is_empty and item.holding_half <= max(1, len(item.ids) // FEW)
+        sentence for items in scores.values() for item in items if not item.is_empty if (sentence := _few(item))
     ]
     return list(dict.fromkeys(sentences))
+
+
+def _few(item: Scores) -> str:
+    name = f"{label_of(item.name)} ({item.split})"
+    kind = "items" if item.subjects == len(item.ids) else "subjects"
+    if item.has_too_few:
+        return f"Too few {kind} for an interval of {name}: {item.subjects} of at least {FEWEST_SUBJECTS}."
+    if item.subjects > 2 and item.holding_half <= max(1, item.subjects // FEW):
+        return (
+            f"Few {kind} decide {name}: {item.holding_half} of {item.subjects} hold half of what is counted, and its"
+            " interval may be too narrow."
+        )
+    return ""
 
 
 def table(measurements: Sequence[Measurement]) -> list[Row]:

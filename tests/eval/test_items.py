@@ -95,8 +95,34 @@ def test_intervals_of_ratios_are_those_of_a_loop_over_the_same_draws():
     draws = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=2000).tolist()
     expected = oracle.ratio_interval(totals, weights, subjects, draws)
     assert ratio_interval(totals, weights, subjects) == pytest.approx(expected, rel=2e-3)
-    exponential = ratio_interval(totals, weights, subjects, exponential=True)
-    assert exponential == pytest.approx(tuple(map(math.exp, expected)), rel=2e-3)
+    # In reverse the large values are negative, and none has a logarithm.
+    low, high = ratio_interval([-total for total in totals], weights, subjects)
+    assert -low < expected[1] and -high == pytest.approx(expected[0], rel=2e-3)
+    changed = (rng.exponential(3, size=40).tolist(), rng.integers(1, 9, size=40).astype(float).tolist())
+    wanted = oracle.perplexity_difference((totals, weights), changed, subjects, draws)
+    found = ratio_difference((totals, weights), changed, subjects, exponential=True).ci95
+    assert found == pytest.approx(wanted, rel=2e-3)
+
+
+def test_means_hold_the_truth_where_one_subject_has_most_of_the_items():
+    """The linearized error of such a mean is too small; the jackknife's is not."""
+    rng, held = np.random.default_rng(5), Counter()
+    sizes = (20, 3, 3, 2, 2)
+    subjects = [str(place) for place, size in enumerate(sizes) for _ in range(size)]
+    for _ in range(400):
+        values = np.repeat(rng.normal(size=5), sizes) + 0.5 * rng.normal(size=len(subjects))
+        low, high = ratio_interval(values, np.ones(len(subjects)), subjects)
+        held["jackknife"] += low <= 0 <= high
+        residuals = np.bincount(np.repeat(range(5), sizes), weights=values - values.mean())
+        error = math.sqrt(5 / 4 * (residuals**2).sum()) / len(subjects)
+        held["linearized"] += abs(values.mean()) <= student(4) * error
+    assert held["jackknife"] >= 0.93 * 400 and held["linearized"] < 0.86 * 400
+
+
+def test_subjects_with_nothing_counted_do_not_add_to_their_number():
+    totals, weights = [1.0, 2.0, 4.0, 3.0, 7.0, 5.0], [1.0, 2.0, 2.0, 1.0, 3.0, 4.0]
+    assert ratio_interval([*totals, 0.0, 0.0], [*weights, 0.0, 0.0]) == ratio_interval(totals, weights)
+    assert ratio_interval([*totals[:4], 0.0, 0.0], [*weights[:4], 0.0, 0.0]) is None
 
 
 def test_a_draw_takes_every_item_alike_and_as_many_subjects_as_can_be():
