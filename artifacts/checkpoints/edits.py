@@ -99,6 +99,8 @@ class _Subspace(Form):
     layer_strengths: list[float]
     embeddings: Embeddings
     embedding_strength: float | None = None
+    width: Count | None = None
+    rank: Count | None = None
     variant: Variant
     provenance: dict[str, Any]
 
@@ -140,8 +142,12 @@ def _pack_subspace(edit: Edit) -> tuple[dict[str, Tensor], Description]:
 
 
 def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
+    basis = _matrix(tensors, "basis")
+    said = [content.get(key, size) for key, size in zip(("width", "rank"), basis.shape, strict=True)]
+    if said != list(basis.shape):
+        raise Unreadable(f"tensor basis is {list(basis.shape)}, but {DESCRIPTION} says width {said[0]}, rank {said[1]}")
     return Edit(
-        _matrix(tensors, "basis"),
+        basis,
         content["model_type"],
         tuple(map(float, content["layer_strengths"])),
         content["embeddings"],

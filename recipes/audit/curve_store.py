@@ -34,9 +34,9 @@ COMPUTES = ("editing", "eval", "recipes", "artifacts/models")
 
 
 class _Curve(Form):
-    rate: float
-    steps: list[int]
-    tokens: list[int]
+    rate: Annotated[float, Field(ge=0)]
+    steps: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[int, Field(ge=0)]]
     hits: list[list[list[Annotated[float, Field(ge=-1.001, le=1.001)] | None]]]
     """None where a question could not be asked. Below 0 are differences of two shares; rounding may leave the range."""
 

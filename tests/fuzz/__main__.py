@@ -1,8 +1,8 @@
 """Hold what computes against its definition, and damage files to see that every reader refuses or accepts them.
 
-    python -m tests.fuzz --minutes 10 [--seed 0] [--only NAME ...]
+    python -m tests.fuzz --minutes 10 [--seed 0] [--only NAME ...] [--accepted]
 
-Half of the time goes to each, unless names are given.
+Half of the time goes to each, unless names are given. A damaged file that is accepted needs a reason in ``accepted.py``.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> int:
     from .compare import compare
     from .examples import EXAMPLES
     from .oracles import ORACLES
-    from .runner import fuzz, report
+    from .runner import accepted, fuzz, report
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=[*ORACLES, *EXAMPLES], action="append", default=[])
+    parser.add_argument("--accepted", action="store_true", help="list what was accepted, and why")
     options = parser.parse_args()
     oracles = [name for name in options.only if name in ORACLES]
     readers = [name for name in options.only if name in EXAMPLES]
@@ -41,7 +42,7 @@ def main() -> int:
         failed += compare(seconds, options.seed, oracles)
     if readers or not oracles:
         outcome = fuzz(seconds, options.seed, readers)
-        print("\n".join(report(outcome)))
+        print("\n".join([*(accepted(outcome) if options.accepted else ()), *report(outcome)]))
         failed += len(outcome.unexpected)
     return int(failed > 0)
 

@@ -4,7 +4,7 @@ import json
 import random
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from excise.artifacts.files.written import CHECKSUM, sealed
 
@@ -16,8 +16,14 @@ VALUES = [
 RAW = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 3000, '{"a":' * 300, '"\\ud800"', "0x10", "", "\x00"]
 """Text in place of a value."""
 HOLE = "@@hole@@"
-Mutation = tuple[str, Callable[[bytes], bytes]]
-"""What is done, as text, and the function that does it."""
+
+
+class Mutation(NamedTuple):
+    """One way to damage a file."""
+
+    kind: str
+    about: str
+    change: Callable[[bytes], bytes]
 
 
 def of_bytes(draw: random.Random, data: bytes) -> Mutation:
@@ -35,7 +41,7 @@ def of_bytes(draw: random.Random, data: bytes) -> Mutation:
         "repeat": lambda d: d[:place] + d[place : place + size] * 3 + d[place + size :],
         "zero": lambda d: d[:place] + bytes(len(d[place : place + 8])) + d[place + 8 :],
     }
-    return f"{kind} at {place} ({some.hex()}, {size})", changes[kind]
+    return Mutation(kind, f"{kind} at {place} ({some.hex()}, {size})", changes[kind])
 
 
 def of_json(draw: random.Random, data: bytes) -> Mutation:
@@ -45,7 +51,7 @@ def of_json(draw: random.Random, data: bytes) -> Mutation:
     several = len(numbers) > 1 and all(_is_json(lines[number]) for number in numbers[:2])
     number = draw.choice(numbers) if several else -1
     content = json.loads(lines[number] if several else data)
-    about, text = _changed(draw, content)
+    kind, about, text = _changed(draw, content)
 
     def change(before: bytes) -> bytes:
         if not several:
@@ -54,15 +60,17 @@ def of_json(draw: random.Random, data: bytes) -> Mutation:
         rest[number : number + 1] = [text]
         return "\n".join(rest).encode("utf-8", "surrogatepass")
 
-    return f"line {number + 1}: {about}" if several else about, change
+    return Mutation(kind, f"line {number + 1}: {about}" if several else about, change)
 
 
 def of_safetensors(draw: random.Random, data: bytes) -> Mutation:
     """Replace a value in the header; the data stay."""
     length = int.from_bytes(data[:8], "little")
-    about, text = _changed(draw, json.loads(data[8 : 8 + length]))
+    kind, about, text = _changed(draw, json.loads(data[8 : 8 + length]))
     header = text.encode("utf-8", "surrogatepass")
-    return f"header {about}", lambda before: len(header).to_bytes(8, "little") + header + before[8 + length :]
+    return Mutation(
+        kind, f"header {about}", lambda before: len(header).to_bytes(8, "little") + header + before[8 + length :]
+    )
 
 
 def of_sealed(draw: random.Random, data: bytes) -> Mutation:
@@ -70,12 +78,12 @@ def of_sealed(draw: random.Random, data: bytes) -> Mutation:
     content = json.loads(data)
     if not isinstance(content, dict):
         return of_json(draw, data)
-    about, text = _changed(draw, {key: value for key, value in content.items() if key != CHECKSUM})
+    kind, about, text = _changed(draw, {key: value for key, value in content.items() if key != CHECKSUM})
     try:
         resealed = sealed(json.loads(text)).encode()
     except (ValueError, TypeError, AttributeError, RecursionError):
         resealed = text.encode("utf-8", "surrogatepass")
-    return f"sealed again, {about}", lambda _: resealed
+    return Mutation(kind, f"sealed again, {about}", lambda _: resealed)
 
 
 def of_words(draw: random.Random, data: bytes) -> Mutation:
@@ -87,7 +95,7 @@ def of_words(draw: random.Random, data: bytes) -> Mutation:
         [*RAW, *(json.dumps(value) for value in VALUES), "1:30", "yes", "&a b", "*a", "!!set {a}", "- a"]
     )
     start, end = place.span()
-    return f"{place[0]!r} becomes {value[:40]!r}", lambda d: d[:start] + value.encode() + d[end:]
+    return Mutation("word", f"{place[0]!r} becomes {value[:40]!r}", lambda d: d[:start] + value.encode() + d[end:])
 
 
 def _is_json(text: str) -> bool:
@@ -98,29 +106,34 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _changed(draw: random.Random, content: Any) -> tuple[str, str]:
-    """What was done, and the text with one place changed."""
+def _changed(draw: random.Random, content: Any) -> tuple[str, str, str]:
+    """The kind of change, what was done, and the text with one place changed."""
     places = list(_places(content))
     owner, key = draw.choice(places) if places else (None, None)
     kind = draw.choice(["value", "value", "value", "raw", "remove", "double", "rename", "whole"])
     if owner is None or kind == "whole":
         value = draw.choice(VALUES)
-        return f"the whole becomes {value!r:.40}", json.dumps(value)
+        return "whole", f"the whole becomes {value!r:.40}", json.dumps(value)
     if kind == "remove":
         del owner[key]
     elif kind == "rename" and isinstance(owner, dict):
         owner[draw.choice(["x", "", "0", "é"])] = owner.pop(key)
     elif kind == "value":
         owner[key] = value = draw.choice(VALUES)
-        return f"{key!r} becomes {value!r:.40}", json.dumps(content)
+        return "value", f"{key!r} becomes {value!r:.40}", json.dumps(content)
     else:
         before = owner[key]
         owner[key] = HOLE
         raw = draw.choice(RAW)
-        if kind == "double" and isinstance(owner, dict):
+        doubled = kind == "double" and isinstance(owner, dict)
+        if doubled:
             raw = f"{json.dumps(before)}, {json.dumps(key)}: {json.dumps(before)}"
-        return f"{key!r} becomes {raw[:40]!r}", json.dumps(content).replace(f'"{HOLE}"', raw)
-    return f"{kind} {key!r}", json.dumps(content)
+        return (
+            ("double" if doubled else "raw"),
+            f"{key!r} becomes {raw[:40]!r}",
+            json.dumps(content).replace(f'"{HOLE}"', raw),
+        )
+    return kind, f"{kind} {key!r}", json.dumps(content)
 
 
 def _places(content: Any) -> Any:

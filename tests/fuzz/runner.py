@@ -13,6 +13,7 @@ from pathlib import Path
 
 from excise.editing.errors import ExciseError
 
+from .accepted import reason_of
 from .examples import EXAMPLES, Example
 from .mutations import Mutation
 
@@ -31,6 +32,8 @@ class Outcome:
 
     refused: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Accepted cases of a single damage, by reader/file and kind."""
     unexpected: dict[str, list[str]] = field(default_factory=dict)
     """Reproductions by reader and kind of fault."""
 
@@ -67,15 +70,24 @@ def _one(name: str, draw: random.Random, place: Path, case: str, outcome: Outcom
         except (ValueError, RecursionError):
             # What a first mutation left is no JSON that a second could change.
             break
-        changed = mutations[-1][1](changed)
+        changed = mutations[-1].change(changed)
     fault = _read(example, place, name, file, changed)
+    if changed == data:
+        # A flip to the same byte damages nothing.
+        return
+    if fault == "accepted" and len(mutations) == 1:
+        outcome.kinds[f"{name}/{file}", mutations[0].kind] += 1
+    if fault == "accepted" and (without := [m for m in mutations if not reason_of(f"{name}/{file}", m.kind)]):
+        fault, mutations = f"accepted without a reason: {without[0].kind}", without
     if fault in ("refused", "accepted"):
         getattr(outcome, fault)[name] += 1
         return
-    kept = _shrunk(example, place, name, file, data, mutations, fault)
+    kept = mutations
+    if not fault.startswith("accepted"):
+        kept = _shrunk(example, place, name, file, data, mutations, fault)
     reproductions = outcome.unexpected.setdefault(f"{name}/{file}: {fault}", [])
     if len(reproductions) < MOST_OF_A_KIND:
-        reproductions.append(f"{case}: {'; then '.join(about for about, _ in kept)}")
+        reproductions.append(f"{case}: {'; then '.join(mutation.about for mutation in kept)}")
 
 
 def _shrunk(
@@ -83,7 +95,7 @@ def _shrunk(
 ) -> list[Mutation]:
     """The fewest of the mutations that give the same fault."""
     for mutation in mutations if len(mutations) > 1 else ():
-        if _read(example, place, name, file, mutation[1](data)) == fault:
+        if _read(example, place, name, file, mutation.change(data)) == fault:
             return [mutation]
     return mutations
 
@@ -132,6 +144,12 @@ class _limited:
     def __exit__(self, *_: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self.before)
+
+
+def accepted(outcome: Outcome) -> Iterator[str]:
+    """Lines of text: what was accepted after a single damage, by reader, file and kind, with counts and the reason."""
+    for (place, kind), count in sorted(outcome.kinds.items()):
+        yield f"{place:44} {kind:8}{count:7}  {reason_of(place, kind) or 'NO REASON'}"
 
 
 def report(outcome: Outcome) -> Iterator[str]:

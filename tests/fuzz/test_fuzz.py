@@ -1,13 +1,15 @@
 """A small seed of the fuzzer, and proof that it would see what it looks for."""
 
 import time
+from fnmatch import fnmatchcase
 
 import pytest
 from excise.editing.errors import RequestError
 from fuzz import runner
+from fuzz.accepted import ACCEPTED, BYTES, OF_VALUES
 from fuzz.examples import EXAMPLES, Example
 from fuzz.mutations import of_bytes, of_json
-from fuzz.runner import fuzz, report
+from fuzz.runner import accepted, fuzz, report
 
 
 def test_damaged_files_are_refused_or_accepted_and_nothing_else():
@@ -48,3 +50,19 @@ def test_a_message_of_two_lines_would_be_seen(monkeypatch):
 
     monkeypatch.setitem(EXAMPLES, "broken", _reader(read))
     assert [*fuzz(20, 0, ["broken"], most=3).unexpected] == ["broken/a.json: two lines"]
+
+
+def test_a_damage_that_is_accepted_without_a_reason_would_be_seen(monkeypatch):
+    monkeypatch.setitem(EXAMPLES, "broken", _reader(lambda folder: None))
+    outcome = fuzz(20, 0, ["broken"], most=20)
+    assert outcome.unexpected and all("broken/a.json: accepted without a reason" in kind for kind in outcome.unexpected)
+    assert any("NO REASON" in line for line in accepted(outcome))
+    reasons = {(*BYTES, *OF_VALUES): "nothing is read"}
+    monkeypatch.setitem(ACCEPTED, "broken/*", reasons)
+    outcome = fuzz(20, 0, ["broken"], most=20)
+    assert not outcome.unexpected and all(line.endswith("nothing is read") for line in accepted(outcome))
+
+
+def test_every_reason_belongs_to_a_reader_and_a_file_that_are_damaged():
+    places = [f"{name}/{file}" for name, example in EXAMPLES.items() for file in example.files]
+    assert [pattern for pattern in ACCEPTED if not any(fnmatchcase(place, pattern) for place in places)] == []

@@ -170,3 +170,16 @@ def test_an_edit_that_names_no_strength_for_embeddings_took_everything_out_of_th
     del content["embedding_strength"]
     (tmp_path / "edit.json").write_text(json.dumps(content))
     assert load_edit(tmp_path).strength_at(None) == 1.0
+
+
+@pytest.mark.parametrize(("key", "value"), [("width", 33), ("rank", 2), ("rank", -1), ("width", "x")])
+def test_a_description_that_belies_the_directions_is_refused(tmp_path, key, value):
+    save_edit(_edits()["orthogonalize"], tmp_path)
+    content = json.loads((tmp_path / DESCRIPTION).read_text())
+    (tmp_path / DESCRIPTION).write_text(json.dumps({**content, key: value}))
+    with pytest.raises(RequestError, match=key):
+        load_edit(tmp_path)
+    # Edits of earlier versions may lack it.
+    del content[key]
+    (tmp_path / DESCRIPTION).write_text(json.dumps(content))
+    load_edit(tmp_path)

@@ -130,6 +130,15 @@ def test_curves_of_another_length_are_refused_whoever_sealed_them(tmp_path, hits
         store.get("edited", "int4")
 
 
+@pytest.mark.parametrize(("key", "value"), [("rate", -1.0), ("steps", [-1]), ("tokens", [-1])])
+def test_curves_along_negative_steps_tokens_or_rates_are_refused(tmp_path, key, value):
+    store, path = _written(tmp_path)
+    curve = {"rate": 0.0, "steps": [0], "tokens": [0], "hits": [[[1.0, 0.0, 0.0]]], key: value}
+    write_sealed(path, {"diverged": 0, "by_rate": [curve]})
+    with pytest.raises(RequestError, match=rf"by_rate.0.{key}.*greater than or equal to 0"):
+        store.get("edited", "int4")
+
+
 def test_a_damaged_entry_of_the_cache_is_measured_again(tmp_path):
     cache = tmp_path / "cache"
     _store(tmp_path / "first", cache, "x").put("base", "int4", AttackCurves.of_one_point([1.0]))
