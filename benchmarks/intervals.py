@@ -1,6 +1,6 @@
 """How often intervals hold the truth, on simulated items whose truth is known.
 
-    python benchmarks/intervals.py [--draws 500] [--items 5,20,80,200,800] [--correlations 0,0.2,0.5]
+    python benchmarks/intervals.py [--draws 1000] [--items 5,20,80,200,800] [--correlations 0,0.2,0.5]
 
 Items stand four to a subject; at correlation 0 they are independent, and no subject is given. A rate is 0.125, a loss
 0.1; margins are normal, divergences lognormal (sigma 1), and texts of a perplexity have lognormal lengths. Beside the
@@ -90,7 +90,7 @@ def held(items: Simulated, draws: Array) -> dict[str, tuple[bool | None, bool]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print how often intervals hold the truth, by figure, number of items and correlation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=500)
+    parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--items", default="5,20,80,200,800")
     parser.add_argument("--correlations", default="0,0.2,0.5")
     options = parser.parse_args(arguments)

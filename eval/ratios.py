@@ -1,12 +1,13 @@
 """95% intervals of means, of ratios of sums, and of their differences on the same items; drawn subject by subject.
 
-By simulation (``benchmarks/intervals.py``) they hold the truth in 92% of samples or more, from 5 subjects on, where values
-are skewed no more than lognormal ones of sigma 1. No method without a model of the tail promises that for heavier ones,
-where most samples miss the few texts that decide; ``Scores.holding_half`` tells when few do.
+By simulation (``benchmarks/intervals.py``) they hold the truth in 92% of samples or more from 5 subjects on, where values
+are skewed no more than lognormal ones of sigma 1. For heavier tails no method promises that without a model of the tail:
+most small samples miss the few texts that decide. ``Scores.holding_half`` tells where few do.
 """
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,11 +100,10 @@ class _Sums:
         """Student's t and the bootstrap-t (Hall 1988): on each side the wider one, which covers skewed values too.
 
         Few samples of positive, skewed values hold one of the large ones, so the upper end goes by the bootstrap-t of the
-        logarithm too (Zhou and Gao 2000, The American Statistician 54:100), as much wider as Student's t is.
+        logarithm too (Tibshirani 1988, Biometrika 75:433), as much wider as Student's t is than the normal distribution.
         """
         n, t = len(self.sums), student(self.freedom)
-        draws = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-        values, errors = self._of(draws.astype(float))
+        values, errors = self._of(_draws(n))
         # A draw of nothing but equal items has no error of its own, and one of weight 0 no value.
         usable = np.isfinite(values) & (errors > 1e-6 * self.linearized)
         values, errors = values[usable], errors[usable]
@@ -122,6 +122,12 @@ class _Sums:
             squares = (draws @ products).reshape(-1, columns, columns)
             variance = np.einsum("di,dij,dj->d", gradient, squares, gradient) * n / max(1, n - 1)
         return values, np.sqrt(np.maximum(np.nan_to_num(variance), 0.0))
+
+
+@lru_cache(maxsize=1)
+def _draws(n: int) -> Array:
+    """How often each of n subjects is in each draw [draws, n]; base, edited and their difference have the same n."""
+    return np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)
 
 
 def _power(exponent: float) -> float:

@@ -5,12 +5,18 @@ A case is made from its seed alone. It returns the worst difference, as a share 
 
 import math
 import random
+import re
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from excise.artifacts.checkpoints.export import export_edit
+from excise.artifacts.checkpoints.read import open_checkpoint
 from excise.editing.edits.fake_quantization import GROUP, round_to_nearest
+from excise.editing.edits.low_rank import Factors, LowRankUpdate
 from excise.editing.edits.projection import make_projection, orthogonalize
 from excise.editing.training.edited_target import TargetEdit
 from excise.editing.training.soft_targets import keep_top, soft_divergence
@@ -20,7 +26,7 @@ from excise.eval.inference.likelihood import Request, log_likelihoods
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
 from excise.eval.intervals import tango, wilson
 from helpers import PICO, make_pico
-from oracle import intervals, language, targets, weights
+from oracle import intervals, language, shards, targets, weights
 from transformers import GenerationConfig
 
 MODELS = tuple(sorted(PICO))
@@ -246,6 +252,36 @@ def roundings(rng: random.Random, size: int) -> float:
     return float((far / step.clamp_min(1e-30)).max()) / 1e-4
 
 
+def exported_shards(rng: random.Random, size: int) -> float:
+    """A low-rank update on disk: W + left right rounded once where it is declared, and the base's bytes elsewhere."""
+    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    name, dtype = rng.choice(("llama", "qwen3", "gpt2", "opt")), rng.choice((torch.float32, torch.bfloat16))
+    with tempfile.TemporaryDirectory(prefix="excise-oracle-") as place:
+        base, edited = Path(place) / "base", Path(place) / "edited"
+        edited.mkdir()
+        model = make_pico(name, dtype)
+        model.save_pretrained(base, max_shard_size=rng.choice(("40KB", "1GB")))
+        matrices = {
+            key: shape
+            for key, (_, shape, _) in shards.stored(base).items()
+            if re.search(r"\.[01]\.", key) and len(shape) == 2
+        }
+        rank = rng.randint(1, min(4, size))
+        factors = {
+            key: tuple(0.1 * torch.randn(*shape, generator=generator) for shape in ((rows, rank), (rank, columns)))
+            for key, (rows, columns) in rng.sample(sorted(matrices.items()), rng.randint(1, 3))
+        }
+        config = model.config
+        update = LowRankUpdate(
+            {key: Factors(*pair) for key, pair in factors.items()},
+            config.model_type,
+            config.hidden_size,
+            config.num_hidden_layers,
+        )
+        export_edit(update, open_checkpoint(base), edited)
+        return shards.worst_of_update(base, edited, factors) / 1.001
+
+
 def paired_rates(rng: random.Random, size: int) -> float:
     """Tango's limits against a search for them."""
     n = rng.randint(1, 8 * size)
@@ -275,6 +311,7 @@ ORACLES: dict[str, Callable[[random.Random, int], float]] = {
     "soft_losses": soft_losses,
     "projections": projections,
     "roundings": roundings,
+    "exported_shards": exported_shards,
     "paired_rates": paired_rates,
     "single_rates": single_rates,
 }
