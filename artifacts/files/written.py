@@ -5,7 +5,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from .forms import Form, validated
 from .opened import Unreadable, regular_file
@@ -18,7 +20,8 @@ CHECKSUM = "sha256_of_content"
 
 
 class _Seal(Form):
-    files: dict[str, str]
+    files: Annotated[dict[str, str], Field(min_length=1)]
+    """A seal of no file would call anything whole."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

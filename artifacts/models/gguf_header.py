@@ -1,7 +1,8 @@
 """The metadata of a GGUF file, walked once with every length held against the file's, before a library believes it."""
 
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -9,6 +10,8 @@ from typing import BinaryIO
 from ..files.opened import Unreadable, regular_file
 
 VERSIONS = (2, 3)
+ALIGNMENT = 32
+"""Tensors begin at multiples of so many bytes, unless the metadata say otherwise."""
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 """Formats of the numbers, by the type's number in the file."""
 TEXT, LIST = 8, 9
@@ -28,11 +31,22 @@ class Header:
     """Of each tensor."""
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """A tensor as the list names it."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+    """From where the data begin."""
+
+
 def read_gguf_header(path: Path) -> Header:
     """Walk through metadata and tensor list.
 
     Raises:
-        Unreadable: The file is no GGUF file, cut short, or states sizes that its tensors do not have.
+        Unreadable: The file is no GGUF file, cut short, longer than its tensors, or states sizes that these do not have.
         OSError: It does not exist, or the system refuses it.
     """
     with regular_file(path) as file:
@@ -44,9 +58,11 @@ def read_gguf_header(path: Path) -> Header:
             raise Unreadable(f"it is of GGUF version {version}, versions {VERSIONS[0]} and {VERSIONS[1]} are read")
         tensors, entries = walk.number("Q"), walk.number("Q")
         integers = dict(walk.entries(entries))
-        shapes = dict(walk.tensors(tensors))
-    header = Header(integers, shapes)
+        listed = list(walk.tensors(tensors))
+        start, size = file.tell(), path.stat().st_size
+    header = Header(integers, {tensor.name: tensor.shape for tensor in listed})
     _check_sizes(header)
+    _check_places(listed, start, size, integers.get("general.alignment", ALIGNMENT))
     return header
 
 
@@ -63,13 +79,13 @@ class _Walk:
             if (value := self._value(kind)) is not None:
                 yield key, value
 
-    def tensors(self, count: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def tensors(self, count: int) -> Iterator[_Listed]:
         for _ in range(count):
             name, dimensions = self._text(), self.number("I")
             if dimensions > 4:
                 raise Unreadable(f"tensor {name[:60]!r} has {dimensions} dimensions, at most 4 are allowed")
-            yield name, tuple(self.number("Q") for _ in range(dimensions))
-            self._take(struct.calcsize("<IQ"))
+            shape = tuple(self.number("Q") for _ in range(dimensions))
+            yield _Listed(name, shape, self.number("I"), self.number("Q"))
 
     def _value(self, kind: int, depth: int = 0) -> int | None:
         """A whole number; None for everything else, which is walked over."""
@@ -106,6 +122,26 @@ class _Walk:
             return self.file.read(count)
         self.file.seek(count, 1)
         return b""
+
+
+def _check_places(listed: Sequence[_Listed], start: int, size: int, alignment: int) -> None:
+    """One tensor follows the other to the end of the file: where bytes are missing or added, all after them are others."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if alignment < 1:
+        raise Unreadable(f"it states general.alignment = {alignment}")
+    end = start + -start % alignment
+    for tensor in sorted(listed, key=lambda one: one.offset):
+        if start + -start % alignment + tensor.offset != end + -end % alignment:
+            raise Unreadable(f"tensor {tensor.name[:60]!r} does not begin where the one before it ends")
+        try:
+            values, room = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
+        except ValueError:
+            # The library that converts it says which types it knows.
+            return
+        end += -end % alignment + math.prod(tensor.shape) // values * room
+    if not end <= size <= end + -end % alignment:
+        raise Unreadable(f"its tensors end at byte {end}, but it has {size} bytes")
 
 
 def _check_sizes(header: Header) -> None:

@@ -7,6 +7,10 @@ from fnmatch import fnmatchcase
 
 BYTES = ("cut", "flip", "insert", "remove", "repeat", "zero")
 OF_VALUES = ("value", "raw", "remove", "rename", "double", "whole")
+TEXT = ("cut", "flip", "insert", "remove", "repeat")
+"""A text with a byte of 0 is refused."""
+FIELDS = ("value", "raw", "remove", "rename")
+"""A key that stands twice is refused, and so is a value of another type in place of the whole."""
 TENSOR_BYTES = "what a tensor holds has no checksum of its own; any finite number is a valid one"
 TENSOR_HEADER = "the library ignores what a header says beside dtype, shape and place of a tensor, or twice alike"
 
@@ -22,30 +26,30 @@ ACCEPTED: dict[str, dict[tuple[str, ...], str]] = {
             "raw",
             "double",
         ): "ids, texts and choices are free text, and some fields optional",
-        BYTES: "a letter of a text is another text, and a line less is a smaller pack",
+        TEXT: "a letter of a text is another text, and a line less is a smaller pack",
     },
     "settings/config.yaml": {
         ("word", *BYTES): "another valid value of a setting, or a setting less, which then has its default",
     },
     "checkpoint/config.json": {
-        (*OF_VALUES, *BYTES): "an edit needs the sizes and the model type; what else is wrong is refused on loading",
+        (*FIELDS, *TEXT): "an edit needs the sizes and the model type; what else is wrong is refused on loading",
     },
     "checkpoint/generation_config.json": {
-        (*OF_VALUES, *BYTES): "an edit does not need it; the reader of a model checks it on loading",
+        (*FIELDS, *TEXT): "an edit does not need it; the reader of a model checks it on loading",
     },
     "checkpoint/model.safetensors.index.json": {
-        ("value", "raw", "remove", "rename", "double"): "its metadata is not used: tensors are found by its weight_map",
-        BYTES: "a letter of its metadata, or a blank, changes no place of a tensor",
+        FIELDS: "its metadata is not used: tensors are found by its weight_map",
+        TEXT: "a letter of its metadata, or a blank, changes no place of a tensor",
     },
     "checkpoint/*.safetensors": {
         ("flip", "zero"): TENSOR_BYTES,
-        (*OF_VALUES, *BYTES): TENSOR_HEADER,
+        (*FIELDS, "double"): TENSOR_HEADER,
     },
     "checkpoint/README.md": {
         ("word", *BYTES): "only its license is read; without a readable one there is none, and the card says so",
     },
     "model/*.json": {
-        (*OF_VALUES, *BYTES): "the library takes it, or a field is one that this model does not use",
+        (*FIELDS, *TEXT): "the library takes it, or a field is one that this model does not use",
     },
     "tokenizer/*": {
         (
@@ -64,23 +68,22 @@ ACCEPTED: dict[str, dict[tuple[str, ...], str]] = {
         (*OF_VALUES, *BYTES): "a list of runs shows what it can, and names a run that it cannot read",
     },
     "runs/one/checkpoint/excise/eval.json": {
-        (*OF_VALUES, *BYTES): "names, units and settings are free text, and an interval or a difference may be missing",
+        (*FIELDS, *TEXT): "names, units and settings are free text, and an interval or a difference may be missing",
     },
     "started/run/.work/settings.json": {
-        OF_VALUES: "sealed again: another valid setting; one less has its default, as in records of earlier versions",
-        BYTES: "a blank of the text: the checksum is of the content",
+        FIELDS: "sealed again: another valid setting; one less has its default, as in records of earlier versions",
+        TEXT: "a blank of the text: the checksum is of the content",
     },
     "curves/base-int4.json": {
-        OF_VALUES: "sealed again: another valid curve; None is a question that could not be asked",
-        BYTES: "a blank of the text: the checksum is of the content",
+        FIELDS: "sealed again: another valid curve; None is a question that could not be asked",
+        TEXT: "a blank of the text: the checksum is of the content",
     },
     "trainer/checkpoint-50/seal.json": {
-        OF_VALUES: "sealed again: a file that it names is missing, so the state is not whole and training starts before it",
-        BYTES: "a blank of the text: the checksum is of the content",
+        FIELDS: "sealed again: a file that it names is missing, so the state is not whole and training starts before it",
+        TEXT: "a blank of the text: the checksum is of the content",
     },
     "state/state.json": {
-        BYTES: "a blank of the text: the checksum is of the content",
-        OF_VALUES: "written again with the same content",
+        TEXT: "a blank of the text: the checksum is of the content",
     },
     "edit_*/edit.json": {
         (
@@ -90,41 +93,41 @@ ACCEPTED: dict[str, dict[tuple[str, ...], str]] = {
             "raw",
             "double",
         ): "an optional field less, another finite strength, or provenance, which only people read",
-        BYTES: "a blank, or a letter of provenance",
+        TEXT: "a blank, or a letter of provenance",
     },
     "edit_*/edit.safetensors": {
         ("flip", "zero"): TENSOR_BYTES,
-        (*OF_VALUES, *BYTES): TENSOR_HEADER,
+        (*FIELDS, "double"): TENSOR_HEADER,
     },
     "directions/directions.safetensors": {
         ("flip", "zero"): TENSOR_BYTES,
-        (*OF_VALUES, *BYTES): TENSOR_HEADER,
+        (*FIELDS, "double"): TENSOR_HEADER,
     },
     "sae_*/*.json": {
-        (*OF_VALUES, *BYTES): "one field says where the autoencoder reads, and the others are not used",
+        (*FIELDS, "whole", *TEXT): "one field says where the autoencoder reads, and the others are not used",
     },
     "sae_*/*.safetensors": {
         ("flip", "zero"): TENSOR_BYTES,
-        (*OF_VALUES, *BYTES): "an optional tensor less, or what the library ignores in a header",
+        (*FIELDS, "double"): "an optional tensor less, or what the library ignores in a header",
     },
     "sae_*/*.npz": {
-        BYTES: "dates and flags of the archive; its own checksum covers the numbers",
+        ("flip", "zero", "repeat"): "dates and flags of the archive; its own checksum covers the numbers",
     },
     "sae_*/ae.pt": {
-        BYTES: "dates and flags of the archive, or a number, whose checksum torch does not compare",
+        (
+            "flip",
+            "zero",
+            "remove",
+            "insert",
+            "repeat",
+        ): "dates and flags of the archive, or a number, whose checksum torch does not compare",
     },
     "tuning_data/train.jsonl": {
-        ("value", "raw", "remove", "double"): "prompts and replies are free text",
-        BYTES: "a letter of a text is another text, and a line less is a smaller data set",
+        FIELDS: "prompts and replies are free text",
+        TEXT: "a letter of a text is another text, and a line less is a smaller data set",
     },
-    "published/*": {
-        (*OF_VALUES, *BYTES): "the same content: a blank that no checksum covers",
-    },
-    "gguf/model.gguf": {
-        BYTES: "only the header is read here; the reader of the whole model refuses data of another length",
-    },
-    "gguf_model/model.gguf": {
-        BYTES: "a number of a tensor, or a letter of a text in the header",
+    "gguf*/model.gguf": {
+        ("flip", "zero"): "a number of a tensor, or a letter of a text in the header",
     },
 }
 

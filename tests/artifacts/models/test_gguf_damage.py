@@ -51,3 +51,24 @@ def test_lengths_and_counts_beyond_the_file_are_refused(tmp_path):
         with pytest.raises(CheckpointError, match=re.escape(path.name)) as caught:
             find_model(str(path))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("added", [4, 32, -4, -32])
+def test_bytes_added_or_missing_among_the_tensors_are_refused_because_all_after_them_are_others(tmp_path, added):
+    whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
+    place = len(whole) - 4096
+    path = tmp_path / "shifted.gguf"
+    path.write_bytes(whole[:place] + bytes(max(0, added)) + whole[place + max(0, -added) :])
+    with pytest.raises(CheckpointError, match=f"its tensors end at byte {len(whole)}, but it has {len(whole) + added}"):
+        find_model(str(path))
+
+
+def test_a_tensor_that_begins_elsewhere_than_the_one_before_it_ends_is_refused(tmp_path):
+    whole = bytearray(write_gguf(tmp_path / "whole.gguf").read_bytes())
+    # The offset stands behind the name, the number of dimensions, these and the type.
+    place = whole.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8 + 4
+    whole[place : place + 8] = (int.from_bytes(whole[place : place + 8], "little") + 32).to_bytes(8, "little")
+    path = tmp_path / "elsewhere.gguf"
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match="does not begin where the one before it ends"):
+        find_model(str(path))
