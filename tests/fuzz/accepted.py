@@ -71,15 +71,21 @@ ACCEPTED: dict[str, dict[tuple[str, ...], str]] = {
         (*FIELDS, *TEXT): "names, units and settings are free text, and an interval or a difference may be missing",
     },
     "started/run/.work/settings.json": {
-        FIELDS: "sealed again: another valid setting; one less has its default, as in records of earlier versions",
+        (
+            *FIELDS,
+            "double",
+        ): "sealed again: another valid setting; one less has its default, as in records of earlier versions",
         TEXT: "a blank of the text: the checksum is of the content",
     },
     "curves/base-int4.json": {
-        FIELDS: "sealed again: another valid curve; None is a question that could not be asked",
+        (*FIELDS, "double"): "sealed again: another valid curve; None is a question that could not be asked",
         TEXT: "a blank of the text: the checksum is of the content",
     },
     "trainer/checkpoint-50/seal.json": {
-        FIELDS: "sealed again: a file that it names is missing, so the state is not whole and training starts before it",
+        (
+            *FIELDS,
+            "double",
+        ): "sealed again: a file that it names is missing, so the state is not whole and training starts before it",
         TEXT: "a blank of the text: the checksum is of the content",
     },
     "state/state.json": {
