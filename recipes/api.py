@@ -275,14 +275,19 @@ def audit(
 
 
 def apply(
-    edit: WeightEdit | AppliedEdit | Run | str | Path, base: str | Path, out: str | Path, *, progress: bool = True
+    edit: WeightEdit | AppliedEdit | Run | str | Path,
+    base: str | Path | None,
+    out: str | Path,
+    *,
+    progress: bool = True,
 ) -> AppliedCheckpoint:
-    """Apply an edit to a checkpoint of any size; the weights are streamed, the model is never loaded.
+    """Apply an edit or a PEFT adapter to a checkpoint of any size; the weights are streamed, the model is never loaded.
 
     Args:
         edit: An edit, what ``orthogonalize`` returned, a run, or a folder with ``edit.json`` (or of a run or
-            checkpoint).
-        base: The checkpoint to edit, which must be of the kind that the edit was learned on.
+            checkpoint), or the folder or Hub id of a PEFT adapter.
+        base: The checkpoint to edit, which must be of the kind that the edit was learned on; None takes the base that
+            an adapter names.
         out: Folder to write.
         progress: Show progress, where the error stream is a terminal.
 
@@ -304,7 +309,7 @@ def apply(
         edit_or_folder = _edit_folder(
             edit_or_folder.folder if isinstance(edit_or_folder, Run) else Path(edit_or_folder)
         )
-    export = apply_recipe.run(apply_recipe.prepare(edit_or_folder, str(base), Path(out)), events_for(progress))
+    export = apply_recipe.run(apply_recipe.prepare(edit_or_folder, _text(base), Path(out)), events_for(progress))
     return AppliedCheckpoint(Path(out), tuple(export.changes), export.bytes_written)
 
 

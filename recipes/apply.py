@@ -1,4 +1,4 @@
-"""Apply a saved edit to a checkpoint of any size, without loading the model."""
+"""Apply a saved edit or a PEFT adapter to a checkpoint of any size, without loading the model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,11 @@ from ..artifacts.checkpoints.proof import check_proved
 from ..artifacts.checkpoints.read import Checkpoint, open_checkpoint
 from ..artifacts.checkpoints.staging import refuse_existing, staged_folder
 from ..artifacts.events import Events
-from ..artifacts.models.find import find_model
+from ..artifacts.models.adapter import PreparedMerge, merge
+from ..artifacts.models.find import find_adapter, find_model, prepare_adapter
 from ..artifacts.models.source import ModelSource
 from ..editing.edits.base import Plan, WeightEdit
+from ..editing.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,28 @@ class PreparedApply:
     checkpoint: Checkpoint
     plan: Plan
     out: Path
+    merge: PreparedMerge | None = None
+    """The adapter that the edit is; None for other edits."""
 
 
-def prepare(edit: Path | WeightEdit, base: str, out: Path) -> PreparedApply:
+def prepare(edit: Path | WeightEdit, base: str | None, out: Path) -> PreparedApply:
     """Check that the edit fits the base and the result fits the disk, before any weight is read.
 
     Args:
-        edit: The edit, or the folder with its ``edit.json`` and ``edit.safetensors``.
-        base: Reference of the checkpoint to edit.
+        edit: The edit, the folder with its ``edit.json`` and ``edit.safetensors``, or a PEFT adapter's folder or Hub id.
+        base: Reference of the checkpoint to edit; None takes the one that an adapter names.
         out: Folder to write.
+
+    Raises:
+        RequestError: The edit does not fit the base, there is none, or ``out`` exists.
     """
     refuse_existing(out)
+    if isinstance(edit, Path) and (adapter := find_adapter(str(edit))):
+        merging = prepare_adapter(adapter, base)
+        check_disk(out, required_bytes(merging.checkpoint, merging.plan))
+        return PreparedApply(merging.edit, merging.base, merging.checkpoint, merging.plan, out, merging)
+    if base is None:
+        raise RequestError("base is missing; give --base: a model's folder, a Hub id or a .gguf file")
     edit = load_edit(edit) if isinstance(edit, Path) else edit
     source = find_model(base)
     checkpoint = open_checkpoint(source.folder)
@@ -51,7 +64,11 @@ def run(prepared: PreparedApply, events: Events) -> Export:
     """Stream the edited checkpoint into ``prepared.out``."""
     with staged_folder(prepared.out) as staging:
         with events.stage("apply", prepared.checkpoint.size) as stage:
-            export = export_edit(prepared.edit, prepared.checkpoint, staging, stage)
+            export = (
+                merge(prepared.merge, staging, stage)
+                if prepared.merge
+                else export_edit(prepared.edit, prepared.checkpoint, staging, stage)
+            )
         save_edit(prepared.edit, staging / FOLDER)
         (staging / "README.md").write_text(_card(prepared, export), encoding="utf-8")
         write_manifest(
@@ -61,7 +78,7 @@ def run(prepared: PreparedApply, events: Events) -> Export:
             changes=export.changes,
             untied=export.untied,
             known=export.output_sha256,
-            run={"recipe": "apply"},
+            run={"recipe": "apply", **({"adapter": prepared.merge.describe()} if prepared.merge else {})},
         )
     return export
 
@@ -71,6 +88,7 @@ def describe(prepared: PreparedApply) -> dict[str, Any]:
     sizes = prepared.checkpoint.tensors
     return {
         "base": prepared.source.describe(),
+        **({"adapter": prepared.merge.describe()} if prepared.merge else {}),
         "tensors": len(prepared.plan.declared),
         "bytes_edited": sum(sizes[name].size for name in prepared.plan.declared),
         "bytes_written": prepared.checkpoint.size,
@@ -102,10 +120,17 @@ def _card(prepared: PreparedApply, export: Export) -> str:
     residual = (
         f"at most {worst[0]:.1e} of the written component along the direction is left in any of them. " if worst else ""
     )
+    what = "A saved edit"
+    if prepared.merge:
+        about = prepared.merge.describe()
+        revision = f" at `{about['revision']}`" if about["revision"] else ""
+        what = f"The PEFT adapter `{about['name']}`{revision}"
+        if about["own_tokenizer"]:
+            residual = "The tokenizer is the adapter's. "
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [excise, model-editing]\n---\n"
         f"# {prepared.source.name}, edited\n\n"
-        "**This checkpoint was not measured.** A saved edit was applied to its base; what it does here is unknown "
+        f"**This checkpoint was not measured.** {what} was applied to its base; what it does here is unknown "
         "until\n"
         "`excise eval` is run on it.\n\n"
         f"{changed} of {len(export.changes)} declared tensors changed{'; ' + residual if residual else '. '}"

@@ -38,14 +38,20 @@ def prepare(model: str, base: str | None, *, alone: bool = False, device: str = 
     Raises:
         RequestError: Anything that could not work, before a weight is read.
     """
-    source = find_model(model)
-    before = None if alone else base or recorded_base(source.folder)
-    sources = {"base": find_model(before), "edited": source} if before else {"model": source}
+    source = find_model(model, base)
+    sources = {"model": source} if alone else _with_base(source, base)
     chosen = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen)
     for one in sources.values():
         check_memory(open_checkpoint(one.folder), chosen, chosen_dtype)
     return ChatJob(sources, chosen, chosen_dtype)
+
+
+def _with_base(source: ModelSource, base: str | None) -> dict[str, ModelSource]:
+    if source.base is not None:
+        return {"base": source.base, "edited": source}
+    before = base or recorded_base(source.folder)
+    return {"base": find_model(before), "edited": source} if before else {"model": source}
 
 
 def recorded_base(folder: Path) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..artifacts.checkpoints.read import Checkpoint, open_checkpoint, read_tensor
 from ..artifacts.checkpoints.staging import staged_folder
-from ..artifacts.models.find import find_model
+from ..artifacts.models.find import find_adapter, find_model
 from ..artifacts.reporting import charts
 from ..editing.errors import RequestError
 
@@ -66,7 +66,9 @@ def difference(a: str, b: str, *, spectrum: bool = True, advance: Callable[[int]
     Raises:
         RequestError: The models share no tensor, or a tensor has different shapes.
     """
-    sources = [find_model(ref) for ref in (a, b)]
+    # A model that an adapter is compared with is the adapter's base, unless it is an adapter as well.
+    base = None if find_adapter(a) else a
+    sources = [find_model(a), find_model(b, base)]
     before, after = (open_checkpoint(source.folder) for source in sources)
     shared = [name for name in before.tensors if name in after.tensors]
     if not shared:

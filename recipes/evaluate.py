@@ -132,7 +132,9 @@ def prepare(
     pack = load_concept(concept) if isinstance(concept, str) else concept
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
-    sources = tuple(_find(model) for model in models)
+    # The base of an adapter, where it is one.
+    adapted = base if isinstance(base, str) else None
+    sources = tuple(_find(model, adapted) for model in models)
     before = None if base is None else _find(base)
     readers = tuple(find_model(judge) for judge in judges)
     if readers and not _has_knowledge_prompts(pack):
@@ -176,8 +178,8 @@ def _recorded(models: Sequence[str | ModelInMemory]) -> tuple[str, str | None]:
     return next(iter(concepts)), next(iter(bases)) if len(bases) == 1 else None
 
 
-def _find(model: str | ModelInMemory) -> AnyModel:
-    return find_model(model) if isinstance(model, str) else model
+def _find(model: str | ModelInMemory, base: str | None = None) -> AnyModel:
+    return find_model(model, base) if isinstance(model, str) else model
 
 
 def _has_knowledge_prompts(concept: Concept) -> bool:

@@ -12,6 +12,7 @@ from ..artifacts.concepts import load_concept
 from ..artifacts.events import Events
 from ..artifacts.files.opened import sha256_of
 from ..artifacts.models.find import find_model
+from ..artifacts.reporting.outcomes import published_reference
 from ..artifacts.reporting.results import RESULTS, read_measurements
 from ..artifacts.upgrade import read_json
 from ..editing.errors import RequestError
@@ -167,6 +168,7 @@ def _edited(results: dict[str, Any]) -> dict[tuple[str, str], Measurement]:
 
 
 def _reference(base: dict[str, Any]) -> str:
-    if base["kind"] in ("local", "gguf"):
+    reference = published_reference(base)
+    if reference is None:
         raise RequestError(f"its base was the local model {base['name']}; give its folder with --model PATH")
-    return f"{base['name']}@{base['revision']}" if base["revision"] else str(base["name"])
+    return reference

@@ -26,6 +26,7 @@ from ..files.forms import Form, validated
 from ..files.opened import Telling, Unreadable
 from ..files.parsed import read_object
 from ..files.tensors import check_finite_tensors, load_safetensors
+from .adapter_store import pack_adapter, unpack_adapter
 from .manifest import FOLDER, check_unchanged, checkpoint_of
 
 SCHEMA_VERSION = 1
@@ -110,6 +111,11 @@ class _Update(Form):
     width: Count
     layers: Count
     provenance: dict[str, Any]
+
+
+class _Adapter(_Update):
+    unties: bool
+    updates: dict[str, list[str]]
 
 
 class _Pruned(_Update):
@@ -246,5 +252,6 @@ METHODS: dict[str, Method] = {
     "orthogonalize": Method(_Subspace, _pack_subspace, _unpack_subspace),
     "low_rank": Method(_Update, _pack_factors, _unpack_factors),
     "dense": Method(_Update, _pack_deltas, _unpack_deltas),
+    "adapter": Method(_Adapter, pack_adapter, unpack_adapter),
     "prune": Method(_Pruned, _pack_pruned, _unpack_pruned),
 }

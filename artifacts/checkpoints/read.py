@@ -21,6 +21,7 @@ from ..files.forms import Form, validated
 from ..files.opened import OF_A_CHECKPOINT, Unreadable, regular_file
 from ..files.parsed import parsed_object, read_object
 from ..files.tensors import open_safetensors
+from .adapter_config import check_not_adapter
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -113,6 +114,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder} is not a folder; give a model folder, a .gguf file, a Hub id or builtin:testbed"
         )
+    check_not_adapter(folder)
     config = _read_json(folder / "config.json")
     index_path, single = folder / INDEX, folder / SINGLE
     if index_path.exists():

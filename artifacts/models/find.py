@@ -1,10 +1,15 @@
-"""Models by reference: built in, on the Hub, in a folder or in a GGUF file. Each becomes a safetensors folder."""
+"""Models by reference: built in, on the Hub, in a folder, in a GGUF file, or as an adapter of one of these.
+
+Each becomes a safetensors folder.
+"""
 
 import re
 from pathlib import Path
 
 from ...editing.errors import CheckpointError, RequestError, nearest
+from ..checkpoints.adapter_config import is_adapter
 from ..checkpoints.manifest import checkpoint_of
+from .adapter import PreparedMerge, merged, prepare_merge
 from .gguf import from_gguf
 from .hub import from_hub
 from .source import BUILTIN, ModelSource, builtin_models
@@ -12,10 +17,14 @@ from .source import BUILTIN, ModelSource, builtin_models
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 
 
-def find_model(ref: str) -> ModelSource:
+def find_model(ref: str, base: str | None = None) -> ModelSource:
     """Resolve a reference to a local folder. A Hub model is downloaded once, and a GGUF file converted once.
 
-    A run's folder stands for the checkpoint in it.
+    A run's folder stands for the checkpoint in it. A PEFT adapter is merged into its base once.
+
+    Args:
+        ref: The model.
+        base: The base of an adapter; by default the one that the adapter names. Other models have no use for it.
 
     Raises:
         RequestError: There is no such model, or the Hub cannot be reached.
@@ -24,6 +33,34 @@ def find_model(ref: str) -> ModelSource:
     Example:
         >>> find_model("org/name@main").folder
     """
+    source = _located(ref)
+    return merged(source, base, _located) if is_adapter(source.folder) else source
+
+
+def find_adapter(ref: str) -> ModelSource | None:
+    """The folder of a PEFT adapter, which is not merged; None where the reference is of a whole model or of nothing.
+
+    Raises:
+        RequestError: The Hub cannot be reached.
+    """
+    local = Path(ref).exists() or ref.startswith((".", "/")) or "/" not in ref or not _HUB_ID.fullmatch(ref)
+    if local and not is_adapter(Path(ref)):
+        return None
+    source = _located(ref)
+    return source if is_adapter(source.folder) else None
+
+
+def prepare_adapter(source: ModelSource, base: str | None) -> PreparedMerge:
+    """An adapter and its base, checked to fit together before a weight of the base is read.
+
+    Raises:
+        RequestError: There is no such base, or the adapter does not fit it.
+        CheckpointError: The adapter or the base is damaged.
+    """
+    return prepare_merge(source, base, _located)
+
+
+def _located(ref: str) -> ModelSource:
     path = Path(ref)
     if ref.startswith("builtin:"):
         name = ref.removeprefix("builtin:")

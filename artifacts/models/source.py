@@ -14,14 +14,18 @@ BUILTIN = Path(__file__).parents[1] / "builtin"
 class ModelSource:
     """A model in a local folder; its weights were not read yet."""
 
-    kind: Literal["builtin", "hub", "local", "gguf"]
+    kind: Literal["builtin", "hub", "local", "gguf", "adapter"]
     name: str
     """How it can be named in public: ``builtin:NAME``, a Hub id, or the last part of a local path."""
     folder: Path
     revision: str | None = None
     """40-hex commit of a Hub model."""
     sha256: str | None = None
-    """SHA-256 of the GGUF file that a model was converted from."""
+    """SHA-256 of the GGUF file that a model was converted from; of an adapter and its base, for a merged one."""
+    adapter: dict[str, Any] | None = None
+    """What may be published about the adapter that was merged, its base included."""
+    base: "ModelSource | None" = None
+    """The base that an adapter was merged into."""
 
     @property
     def address(self) -> str:
@@ -30,6 +34,9 @@ class ModelSource:
 
     def describe(self) -> dict[str, Any]:
         """The source as JSON for publication: without local paths."""
+        if self.adapter is not None:
+            record = {"kind": self.kind, "name": self.name, "revision": self.revision, "gguf_sha256": None}
+            return {**record, "license": self.adapter["license"], "adapter": self.adapter}
         return {
             "kind": self.kind,
             "name": self.name,

@@ -333,7 +333,11 @@ def _most(attack: dict[str, Any], subject: str) -> float:
 
 def published_reference(model: dict[str, Any]) -> str | None:
     """How a command names a model that a record describes; None for a local one, whose place no record has."""
-    if model["kind"] not in ("builtin", "hub"):
+    # An adapter's reference leads to the same model only where it is merged into the same base.
+    adapter = model.get("adapter")
+    if adapter and (adapter["base"]["name"] != adapter["trained_on"] or not published_reference(adapter["base"])):
+        return None
+    if model["kind"] not in ("builtin", "hub") and not (adapter and model["revision"]):
         return None
     return f"{model['name']}@{model['revision']}" if model["revision"] else str(model["name"])
 

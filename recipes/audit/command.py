@@ -37,7 +37,7 @@ def command(job: AuditJob, *, public: bool = False) -> str:
 
 def _pasted(source: ModelSource, typed: str) -> str:
     """A model as the user may name it again: a path relative to where the command ran; others at their commit."""
-    local = source.kind in ("local", "gguf") and Path(typed).exists()
+    local = source.kind in ("local", "gguf", "adapter") and Path(typed).exists()
     return (_relative(typed) if local else None) or source.address
 
 

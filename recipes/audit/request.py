@@ -8,10 +8,12 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field
 
+from ...artifacts.checkpoints.adapter_config import AdapterConfig
 from ...artifacts.checkpoints.manifest import verify_folder
 from ...artifacts.checkpoints.read import Checkpoint, open_checkpoint
 from ...artifacts.concepts import load_concept
-from ...artifacts.models.find import find_model
+from ...artifacts.models.adapter import recorded_base
+from ...artifacts.models.find import find_adapter, find_model
 from ...artifacts.models.load import choose_device, choose_dtype, load_tokenizer
 from ...artifacts.models.memory import check_memory
 from ...artifacts.models.source import ModelSource, builtin_models
@@ -60,6 +62,9 @@ class AuditSettings(RunSettings):
         unset = {"concept", "base", "reference"} - self.model_fields_set
         if unset <= {"reference"}:
             return self
+        if "base" in unset and (adapter := find_adapter(self.model)):
+            base = recorded_base(adapter, AdapterConfig(adapter.folder, adapter.name))
+            return self.model_copy(update={"base": base}).completed()
         run = inputs_of(self.model)
         if run is None:
             if "base" not in unset:
@@ -165,7 +170,7 @@ def other_questions(concept: Concept) -> list[Question]:
 
 
 def _sources(settings: AuditSettings) -> dict[str, ModelSource]:
-    sources = {"base": find_model(settings.base), "edited": find_model(settings.model)}
+    sources = {"base": find_model(settings.base), "edited": find_model(settings.model, settings.base)}
     if reference := settings.reference or _builtin_reference(settings):
         sources["reference"] = find_model(reference)
     if sources["base"].folder == sources["edited"].folder:

@@ -62,13 +62,18 @@ def run(
 
 
 def apply(
-    edit: Annotated[Path, typer.Argument(help="A run's folder, its checkpoint, or a folder with edit.json.")],
-    base: Annotated[str, typer.Option(help=f"Model to edit: {ANY_MODEL}.")],
+    edit: Annotated[
+        Path,
+        typer.Argument(
+            help="A run's folder, its checkpoint, a folder with edit.json, or a PEFT adapter (folder or Hub id)."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    base: Annotated[str | None, typer.Option(help=f"Model to edit: {ANY_MODEL}. An adapter names its own.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be edited; read no weights.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Apply a saved edit to a model of any size.
+    """Apply a saved edit or a PEFT adapter to a model of any size.
 
     The model is read and written piece by piece and never loaded whole.
     """
@@ -86,4 +91,5 @@ def apply(
     left = "" if worst is None else f"; at most {worst:.1e} of the component is left"
     say(f"{summary['tensors_changed']} of {summary['tensors_declared']} declared tensors changed{left}")
     say(f"{out} is complete ({export.bytes_written / 1e9:.2f} GB)\n")
-    say(next_steps([f"excise eval {out} --concept PACK --base {base}", f"excise chat {out}", f"excise verify {out}"]))
+    before = base or prepared.source.address
+    say(next_steps([f"excise eval {out} --concept PACK --base {before}", f"excise chat {out}", f"excise verify {out}"]))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-ANY_MODEL = "builtin:NAME, a Hub id[@revision], a model's folder, a run's folder or a .gguf file"
+ANY_MODEL = "builtin:NAME, a Hub id[@revision], the folder of a model, a run or a PEFT adapter, or a .gguf file"
 
 Text = Annotated[str | None, typer.Option()]
 Whole = Annotated[int | None, typer.Option()]

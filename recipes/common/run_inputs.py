@@ -32,8 +32,8 @@ def checksums(settings: RunSettings, models: Mapping[str, ModelSource | None], c
 
 
 def _of_model(source: ModelSource) -> str:
-    # A commit and a converted file's hash name the content already; weights are read for nothing.
-    return source.revision or source.sha256 or _of_folder(source.folder, ["*.safetensors", *SIDE_FILES])
+    # A converted or merged file's hash and a commit name the content already; weights are read for nothing.
+    return source.sha256 or source.revision or _of_folder(source.folder, ["*.safetensors", *SIDE_FILES])
 
 
 def _of_folder(folder: Path, patterns: list[str]) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...artifacts.checkpoints.manifest import check_unchanged, checkpoint_of
 from ...artifacts.files.forms import Form
-from ...artifacts.models.find import find_model
+from ...artifacts.models.find import find_adapter, find_model
 from ...artifacts.reporting.outcomes import published_reference
 from ...artifacts.reporting.results import RESULTS
 from ...artifacts.upgrade import ConceptRecord, ModelRecord, read_json
@@ -47,6 +47,8 @@ def inputs_of(model: str) -> RunInputs | None:
     Raises:
         RequestError: The record is damaged, or was changed since.
     """
+    if find_adapter(model):
+        return None
     record = checkpoint_of(find_model(model).folder) / RESULTS
     if not record.is_file():
         return None
