@@ -117,22 +117,25 @@ def worst_residual(export: Export) -> tuple[float, str] | None:
 
 def _card(prepared: PreparedApply, export: Export) -> str:
     changed, worst = sum(change.changed for change in export.changes), worst_residual(export)
-    residual = (
-        f"at most {worst[0]:.1e} of the written component along the direction is left in any of them. " if worst else ""
+    left = (
+        f"; at most {worst[0]:.1e} of the written component along the direction is left in any of them" if worst else ""
     )
+    more = ""
     what = "A saved edit"
     if prepared.merge:
         about = prepared.merge.describe()
         revision = f" at `{about['revision']}`" if about["revision"] else ""
         what = f"The PEFT adapter `{about['name']}`{revision}"
         if about["own_tokenizer"]:
-            residual = "The tokenizer is the adapter's. "
+            more += "The tokenizer is the adapter's. "
+    if prepared.source.dequantized_from:
+        more += f"The base was dequantized from {prepared.source.dequantized_from} into bfloat16. "
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [excise, model-editing]\n---\n"
         f"# {prepared.source.name}, edited\n\n"
         f"**This checkpoint was not measured.** {what} was applied to its base; what it does here is unknown "
         "until\n"
         "`excise eval` is run on it.\n\n"
-        f"{changed} of {len(export.changes)} declared tensors changed{'; ' + residual if residual else '. '}"
+        f"{changed} of {len(export.changes)} declared tensors changed{left}. {more}"
         "The edit is in `excise/`, the change of every tensor in `excise/manifest.json`.\n"
     )

@@ -8,9 +8,9 @@ import torch
 from ..artifacts.checkpoints.manifest import checkpoint_of, read_manifest
 from ..artifacts.checkpoints.read import open_checkpoint
 from ..artifacts.events import Events
+from ..artifacts.models.dequantized import check_loadable
 from ..artifacts.models.find import find_model
 from ..artifacts.models.load import LoadedModel, choose_device, choose_dtype, load_model
-from ..artifacts.models.memory import check_memory
 from ..artifacts.models.source import ModelSource
 from ..artifacts.reporting.outcomes import published_reference
 from ..editing.errors import RequestError
@@ -43,7 +43,7 @@ def prepare(model: str, base: str | None, *, alone: bool = False, device: str = 
     chosen = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen)
     for one in sources.values():
-        check_memory(open_checkpoint(one.folder), chosen, chosen_dtype)
+        check_loadable(open_checkpoint(one.folder), chosen, chosen_dtype)
     return ChatJob(sources, chosen, chosen_dtype)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..artifacts.checkpoints.read import Checkpoint, open_checkpoint, read_tensor
 from ..artifacts.checkpoints.staging import staged_folder
+from ..artifacts.models.dequantized import check_full_precision
 from ..artifacts.models.find import find_adapter, find_model
 from ..artifacts.reporting import charts
 from ..editing.errors import RequestError
@@ -70,6 +71,8 @@ def difference(a: str, b: str, *, spectrum: bool = True, advance: Callable[[int]
     base = None if find_adapter(a) else a
     sources = [find_model(a), find_model(b, base)]
     before, after = (open_checkpoint(source.folder) for source in sources)
+    for source, checkpoint in zip(sources, (before, after), strict=True):
+        check_full_precision(checkpoint, source.name)
     shared = [name for name in before.tensors if name in after.tensors]
     if not shared:
         raise RequestError(

@@ -11,10 +11,10 @@ from pydantic import Field
 from ..artifacts.checkpoints.read import open_checkpoint
 from ..artifacts.concepts import load_concept
 from ..artifacts.events import Events
+from ..artifacts.models.dequantized import check_loadable
 from ..artifacts.models.find import find_model
 from ..artifacts.models.in_memory import opened
 from ..artifacts.models.load import choose_device, choose_dtype
-from ..artifacts.models.memory import check_memory
 from ..artifacts.models.source import ModelInMemory, ModelSource
 from ..artifacts.reporting.outcomes import SHOWN_SAMPLES, Evaluation
 from ..artifacts.reporting.results import (
@@ -143,7 +143,7 @@ def prepare(
         )
     for source in (*sources, *readers, *([before] if before else [])):
         if isinstance(source, ModelSource):
-            check_memory(open_checkpoint(source.folder), chosen_device, chosen_dtype)
+            check_loadable(open_checkpoint(source.folder), chosen_device, chosen_dtype)
     tasks = find_tasks(benchmarks) if benchmarks else None
     return EvaluateJob(sources, before, pack, readers, tasks, settings or EvalSettings(), chosen_device, chosen_dtype)
 

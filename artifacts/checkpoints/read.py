@@ -45,11 +45,17 @@ DTYPES: dict[str, torch.dtype] = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    # PyTorch has had it since 2.7 only; as bytes, it is the exponent plus 127.
+    "F8_E8M0": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
-ITEM_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8,
-}  # fmt: skip
-"""Bytes of an element of each type that may be stored; types without a row in ``DTYPES`` are copied, never edited."""
+"""Types that may be stored; those outside of ``EDITABLE`` are copied, never edited."""
+ITEM_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = (
     "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "vocab_size", "word_embed_proj_dim",

@@ -156,7 +156,7 @@ def merged(source: ModelSource, base: str | None, find: Find) -> ModelSource:
     manifest = read_manifest(folder)
     assert manifest is not None, "the cache writes one"
     record = {**prepared.describe(), "base": manifest["base"], "license": license_of(prepared.base.folder)}
-    return ModelSource("adapter", source.name, folder, source.revision, digest, record, prepared.base)
+    return ModelSource("adapter", source.name, folder, source.revision, digest, adapter=record, base=prepared.base)
 
 
 def brings_tokenizer(folder: Path) -> bool:

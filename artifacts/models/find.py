@@ -10,6 +10,7 @@ from ...editing.errors import CheckpointError, RequestError, nearest
 from ..checkpoints.adapter_config import is_adapter
 from ..checkpoints.manifest import checkpoint_of
 from .adapter import PreparedMerge, merged, prepare_merge
+from .dequantized import in_full_precision
 from .gguf import from_gguf
 from .hub import from_hub
 from .source import BUILTIN, ModelSource, builtin_models
@@ -20,7 +21,8 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?"
 def find_model(ref: str, base: str | None = None) -> ModelSource:
     """Resolve a reference to a local folder. A Hub model is downloaded once, and a GGUF file converted once.
 
-    A run's folder stands for the checkpoint in it. A PEFT adapter is merged into its base once.
+    A run's folder stands for the checkpoint in it. Weights in fp8, MXFP4 or a format of compressed-tensors are
+    dequantized once. A PEFT adapter is merged into its base once.
 
     Args:
         ref: The model.
@@ -34,7 +36,7 @@ def find_model(ref: str, base: str | None = None) -> ModelSource:
         >>> find_model("org/name@main").folder
     """
     source = _located(ref)
-    return merged(source, base, _located) if is_adapter(source.folder) else source
+    return merged(source, base, _whole) if is_adapter(source.folder) else in_full_precision(source)
 
 
 def find_adapter(ref: str) -> ModelSource | None:
@@ -57,7 +59,12 @@ def prepare_adapter(source: ModelSource, base: str | None) -> PreparedMerge:
         RequestError: There is no such base, or the adapter does not fit it.
         CheckpointError: The adapter or the base is damaged.
     """
-    return prepare_merge(source, base, _located)
+    return prepare_merge(source, base, _whole)
+
+
+def _whole(ref: str) -> ModelSource:
+    """A model that is no adapter, as a base must be."""
+    return in_full_precision(_located(ref))
 
 
 def _located(ref: str) -> ModelSource:

@@ -11,8 +11,9 @@ from ...editing.numerics.cpu_attention import attend_by_products
 from ...editing.wiring.small_copy import model_class
 from ..checkpoints.read import open_checkpoint
 from .chat_template import check_chat_template
+from .dequantized import check_loadable
 from .filled import check_filled
-from .memory import check_memory, release_memory
+from .memory import release_memory
 from .source import ModelInMemory, ModelSource
 
 
@@ -58,7 +59,7 @@ def load_weights(source: ModelSource, device: torch.device, dtype: torch.dtype, 
     # The model before it may be gone but not freed, and memory may have room for one only.
     release_memory()
     checkpoint = open_checkpoint(source.folder)
-    check_memory(checkpoint, device, dtype)
+    check_loadable(checkpoint, device, dtype)
     try:
         loaded: Any = model_class(checkpoint.config).from_pretrained(
             source.folder,

@@ -24,6 +24,8 @@ class ModelSource:
     """SHA-256 of the GGUF file that a model was converted from; of an adapter and its base, for a merged one."""
     adapter: dict[str, Any] | None = None
     """What may be published about the adapter that was merged, its base included."""
+    dequantized_from: str | None = None
+    """Format of the quantized weights that the folder's bfloat16 weights were computed from."""
     base: "ModelSource | None" = None
     """The base that an adapter was merged into."""
 
@@ -43,6 +45,7 @@ class ModelSource:
             "revision": self.revision,
             "gguf_sha256": self.sha256,
             "license": "apache-2.0" if self.kind == "builtin" else license_of(self.folder),
+            **({"dequantized_from": self.dequantized_from} if self.dequantized_from else {}),
         }
 
 

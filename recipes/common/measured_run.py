@@ -20,9 +20,9 @@ from ...artifacts.concepts import load_concept
 from ...artifacts.events import Events
 from ...artifacts.files.opened import Telling
 from ...artifacts.files.written import SEAL, check_sealed, files_in, seal_files
+from ...artifacts.models.dequantized import check_loadable
 from ...artifacts.models.find import find_model
 from ...artifacts.models.load import LoadedModel, choose_device, choose_dtype, load_model
-from ...artifacts.models.memory import check_memory
 from ...artifacts.models.source import ModelSource
 from ...artifacts.reporting import card, report
 from ...artifacts.reporting.results import SubjectName, dominated, not_measured, samples, summarize_all, write_results
@@ -138,7 +138,7 @@ def check(recipe: str, settings: MeasuredSettings, needed: Sequence[str], *, res
     source = find_model(settings.model)
     checkpoint = open_checkpoint(source.folder)
     row, proof = architecture_of(checkpoint.config), check_proved(checkpoint.config)
-    check_memory(checkpoint, device, dtype)
+    check_loadable(checkpoint, device, dtype)
     reference = find_model(settings.reference) if settings.reference else _builtin_reference(settings, concept)
     return Job(recipe, settings, source, checkpoint, concept, row, device, dtype, reference, out, proof)
 
