@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..editing.errors import ExciseError, RequestError, VerifyError
+from .checkpoints.adapter_config import CONFIG, WHOLE_WEIGHTS
 from .checkpoints.manifest import (
     FOLDER,
     MANIFEST,
@@ -64,6 +65,11 @@ def pull(ref: str, out: Path) -> Pulled:
         # Names are checked before anything is fetched, because a bad one could be written outside the folder.
         for name in listed:
             _check_name(name, ref, made_by_excise)
+        if CONFIG in listed and not any(fnmatch.fnmatchcase(name, kind) for name in listed for kind in WHOLE_WEIGHTS):
+            raise RequestError(
+                f"{ref} is a PEFT adapter, not a whole model; every command takes it by its id, and"
+                f" `excise apply {ref} --out DIR` merges it into its base"
+            )
         wanted = {name: digest for name, digest in listed.items() if made_by_excise or _is_wanted(name)}
         target = staging / commit
         # A killed pull of another commit leaves a folder that this pull cannot use.

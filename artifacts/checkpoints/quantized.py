@@ -6,13 +6,16 @@ is arithmetic on stored tensors; nothing is loaded by the library that wrote the
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ...editing.errors import CheckpointError
 from ...editing.numerics.stored_formats import block_size, by_blocks, powers_of_two, unpack_e2m1, unpack_integers
+from ..files.forms import Form, validated
+from ..files.opened import OF_A_CHECKPOINT
 from .read import Checkpoint, StoredTensor, read_tensor
 
 FLOATS = ("F8_E4M3", "F8_E5M2")
@@ -120,6 +123,13 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+def method_of(about: Mapping[str, Any]) -> str:
+    """The name of a quantization method; older bitsandbytes checkpoints do not state it."""
+    old = about.get("load_in_4bit") or about.get("load_in_8bit")
+    method = about.get("quant_method") or ("bitsandbytes" if old else "unknown")
+    return method if isinstance(method, str) else "unknown"
+
+
 def read_quantized(checkpoint: Checkpoint, name: str) -> Quantized | None:
     """How a checkpoint's weights are made up; None for full precision, and for formats that are not read here.
 
@@ -128,10 +138,12 @@ def read_quantized(checkpoint: Checkpoint, name: str) -> Quantized | None:
             does not fit.
     """
     about = quantization_of(checkpoint.config)
-    if about is None or about.get("quant_method") not in FORMATS:
+    if about is None or method_of(about) not in FORMATS:
         return None
-    method = str(about["quant_method"])
-    weights, dropped = FORMATS[method](checkpoint, about, name)
+    method = method_of(about)
+    with OF_A_CHECKPOINT.about(f"{name}/config.json: quantization_config"):
+        form = validated(_Stored, about)
+    weights, dropped = FORMATS[method](checkpoint, form, name)
     others = [t for t in checkpoint.tensors.values() if t.name not in dropped and t.dtype not in ("F32", "F16", "BF16")]
     others = [tensor for tensor in others if tensor.dtype.startswith("F8") or tensor.dtype in ("U8", "I8")]
     if others:
@@ -182,11 +194,39 @@ def _product(lengths: tuple[int, ...]) -> int:
 Found = tuple[dict[str, Weight], set[str]]
 
 
-def _fp8(checkpoint: Checkpoint, about: Mapping[str, Any], name: str) -> Found:
+Size = Annotated[int, Field(ge=1)]
+Pair = Annotated[list[Size], Field(min_length=2, max_length=2)]
+
+
+class _Weights(Form):
+    num_bits: Size | None = None
+    block_structure: Pair | None = None
+
+
+class _Group(Form):
+    weights: _Weights | None = None
+    format: str | None = None
+
+
+class _Sparsity(Form):
+    format: str | None = "dense"
+
+
+class _Stored(Form):
+    """What is read of a quantization_config."""
+
+    weight_block_size: Pair | None = None
+    format: str | None = None
+    config_groups: dict[str, _Group] | None = None
+    sparsity_config: _Sparsity | None = None
+    transform_config: dict[str, Any] | None = None
+
+
+def _fp8(checkpoint: Checkpoint, about: _Stored, name: str) -> Found:
     """``quant_method: fp8``: X in fp8, and X_scale_inv, by blocks or for the whole tensor."""
     tensors = checkpoint.tensors
-    size = about.get("weight_block_size")
-    given = (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None
+    size = about.weight_block_size
+    given = (size[0], size[1]) if size else None
     weights = {}
     dropped = {key for key in tensors if key.endswith((*OF_ACTIVATIONS, "_scale_inv"))}
     for tensor in tensors.values():
@@ -198,7 +238,7 @@ def _fp8(checkpoint: Checkpoint, about: Mapping[str, Any], name: str) -> Found:
     return weights, dropped
 
 
-def _mxfp4(checkpoint: Checkpoint, about: Mapping[str, Any], name: str) -> Found:
+def _mxfp4(checkpoint: Checkpoint, about: _Stored, name: str) -> Found:
     """gpt-oss: X_blocks [E, out, in / 32, 16] holds two values a byte, X_scales [E, out, in / 32] exponents."""
     tensors, weights, dropped = checkpoint.tensors, {}, set()
     for tensor in tensors.values():
@@ -217,23 +257,14 @@ def _mxfp4(checkpoint: Checkpoint, about: Mapping[str, Any], name: str) -> Found
     return weights, dropped
 
 
-def _compressed(checkpoint: Checkpoint, about: Mapping[str, Any], name: str) -> Found:
+def _compressed(checkpoint: Checkpoint, about: _Stored, name: str) -> Found:
     """compressed-tensors: X.weight or X.weight_packed, with weight_scale, weight_zero_point and weight_g_idx."""
-    form = str(about.get("format"))
-    groups = [group.get("weights") for group in (about.get("config_groups") or {}).values() if isinstance(group, dict)]
-    formats = {form, *(group.get("format") for group in (about.get("config_groups") or {}).values())} - {None}
-    sparse = (about.get("sparsity_config") or {}).get("format", "dense")
-    unread = sorted(str(one) for one in formats if one not in (*BY_ELEMENT, PACKED))
-    if unread or sparse != "dense" or about.get("transform_config"):
-        what = unread[0] if unread else f"the sparse format {sparse}" if sparse != "dense" else "transform_config"
-        raise CheckpointError(
-            f"{name} is stored by compressed-tensors as {what}, which is not read; formats: {', '.join(BY_ELEMENT)},"
-            f" {PACKED}; give the full-precision model"
-        )
-    bits = {group["num_bits"] for group in groups if isinstance(group, dict) and isinstance(group.get("num_bits"), int)}
+    _check_format(about, name)
+    groups = [group.weights for group in (about.config_groups or {}).values() if group.weights]
+    bits = {group.num_bits for group in groups if group.num_bits}
     tensors, weights = checkpoint.tensors, {}
     dropped = {key for key in tensors if key.endswith(OF_ACTIVATIONS)}
-    blocks = {tuple(group["block_structure"]) for group in groups if group and group.get("block_structure")}
+    blocks = {(group.block_structure[0], group.block_structure[1]) for group in groups if group.block_structure}
     given = next(iter(blocks)) if len(blocks) == 1 else None
     for key in [key for key in tensors if key.endswith(".weight_scale")]:
         module = key.removesuffix(".weight_scale")
@@ -254,6 +285,21 @@ def _compressed(checkpoint: Checkpoint, about: Mapping[str, Any], name: str) -> 
         weights[weight] = _weight(weight, tuple(shape), parts, given, name, width)
         dropped |= {values.name, key, *helpers.values(), f"{module}.weight_shape"}
     return weights, dropped & tensors.keys()
+
+
+def _check_format(about: _Stored, name: str) -> None:
+    formats = {about.format, *(group.format for group in (about.config_groups or {}).values())} - {None}
+    sparse = about.sparsity_config.format if about.sparsity_config else None
+    unread = sorted(str(one) for one in formats if one not in (*BY_ELEMENT, PACKED))
+    if sparse not in (None, "dense"):
+        unread.append(f"the sparse format {sparse}")
+    if about.transform_config:
+        unread.append("transform_config")
+    if unread or not formats:
+        raise CheckpointError(
+            f"{name} is stored by compressed-tensors as {unread[0] if unread else 'no format'}, which is not read;"
+            f" formats: {', '.join(BY_ELEMENT)}, {PACKED}; give the full-precision model"
+        )
 
 
 FORMATS = {"fp8": _fp8, "mxfp4": _mxfp4, "compressed-tensors": _compressed}

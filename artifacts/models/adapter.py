@@ -155,7 +155,7 @@ def merged(source: ModelSource, base: str | None, find: Find) -> ModelSource:
             )
     manifest = read_manifest(folder)
     assert manifest is not None, "the cache writes one"
-    record = {**prepared.describe(), "base": manifest["base"], "license": license_of(prepared.base.folder)}
+    record = {**prepared.describe(), "base": manifest["base"], "license": _license(prepared)}
     return ModelSource("adapter", source.name, folder, source.revision, digest, adapter=record, base=prepared.base)
 
 
@@ -178,6 +178,11 @@ def _digest(prepared: PreparedMerge) -> str:
     }
     parts = ["merge 1", prepared.adapter.sha256, own, base]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _license(prepared: PreparedMerge) -> str | None:
+    named: str | None = prepared.base.describe()["license"]
+    return named or license_of(prepared.source.folder)
 
 
 def _say_other_base(adapter: Adapter, found: ModelSource, base: str) -> None:

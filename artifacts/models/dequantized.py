@@ -13,7 +13,7 @@ import torch
 from ...editing.errors import CheckpointError, RequestError, one_line
 from ..checkpoints.dequantize import bytes_needed, write_dequantized
 from ..checkpoints.export import check_disk
-from ..checkpoints.quantized import FORMATS, quantization_of, read_quantized
+from ..checkpoints.quantized import FORMATS, method_of, quantization_of, read_quantized
 from ..checkpoints.read import Checkpoint, open_checkpoint
 from ..checkpoints.staging import staged_folder
 from ..files.opened import Unreadable, sha256_of
@@ -23,7 +23,7 @@ from .memory import check_memory
 from .source import ModelSource
 
 PACKAGES = {
-    "awq": "gptqmodel", "gptq": "gptqmodel optimum", "bitsandbytes": "bitsandbytes", "hqq": "hqq",
+    "awq": "gptqmodel", "gptq": "gptqmodel optimum", "bitsandbytes": "'excise[bitsandbytes]'", "hqq": "hqq",
     "quanto": "optimum-quanto", "torchao": "torchao", "aqlm": "aqlm", "eetq": "kernels", "higgs": "kernels",
     "vptq": "vptq", "spqr": "spqr_quant", "auto-round": "auto-round", "quark": "amd-quark",
 }  # fmt: skip
@@ -43,7 +43,7 @@ def in_full_precision(source: ModelSource) -> ModelSource:
     except (OSError, Unreadable):
         # Whoever opens the folder tells what is wrong.
         return source
-    if about is None or about.get("quant_method") not in FORMATS:
+    if about is None or method_of(about) not in FORMATS:
         return source
     checkpoint = open_checkpoint(source.folder)
     quantized = read_quantized(checkpoint, source.name)
@@ -80,7 +80,7 @@ def check_loadable(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
 
 
 def _check_library(about: Mapping[str, Any], name: str, device: torch.device) -> None:
-    method = _method(about)
+    method = method_of(about)
     install = f"pip install {PACKAGES[method]}" if method in PACKAGES else "install the library of that method"
     try:
         from transformers.quantizers.auto import AutoHfQuantizer
@@ -99,12 +99,6 @@ def _check_library(about: Mapping[str, Any], name: str, device: torch.device) ->
         ) from error
 
 
-def _method(about: Mapping[str, Any]) -> str:
-    """The name of a quantization method; older bitsandbytes checkpoints do not state it."""
-    old = about.get("load_in_4bit") or about.get("load_in_8bit")
-    return str(about.get("quant_method") or ("bitsandbytes" if old else "unknown"))
-
-
 def check_full_precision(checkpoint: Checkpoint, name: str) -> None:
     """Check that a checkpoint's tensors are the weights themselves, for whoever reads them without loading the model.
 
@@ -114,7 +108,7 @@ def check_full_precision(checkpoint: Checkpoint, name: str) -> None:
     about = quantization_of(checkpoint.config)
     if about is not None:
         raise CheckpointError(
-            f"{name} stores quantized weights ({_method(about)}), whose tensors cannot be compared; read are"
+            f"{name} stores quantized weights ({method_of(about)}), whose tensors cannot be compared or edited; read are"
             f" {', '.join(FORMATS)} and GGUF; dequantize it with its library, save_pretrained, and give that"
         )
 

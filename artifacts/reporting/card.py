@@ -109,7 +109,7 @@ def _metadata(results: dict[str, Any], story: Story) -> str:
 
 def _origin(base: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if base["kind"] == "hub":
+    if base["kind"] == "hub" or (base["kind"] == "adapter" and base["revision"]):
         content |= {"base_model": base["name"], "base_model_relation": "finetune"}
     return content | ({"license": base["license"]} if base.get("license") else {})
 

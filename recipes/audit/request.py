@@ -13,7 +13,7 @@ from ...artifacts.checkpoints.manifest import verify_folder
 from ...artifacts.checkpoints.read import Checkpoint, open_checkpoint
 from ...artifacts.concepts import load_concept
 from ...artifacts.models.adapter import recorded_base
-from ...artifacts.models.dequantized import check_loadable
+from ...artifacts.models.dequantized import check_full_precision, check_loadable
 from ...artifacts.models.find import find_adapter, find_model
 from ...artifacts.models.load import choose_device, choose_dtype, load_tokenizer
 from ...artifacts.models.source import ModelSource, builtin_models
@@ -126,6 +126,8 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
     sources = _sources(settings)
     checkpoints = {name: open_checkpoint(source.folder) for name, source in sources.items()}
     for name, source in sources.items():
+        # Attacks train weights and compare them with the base's, tensor by tensor.
+        check_full_precision(checkpoints[name], source.name)
         check_loadable(checkpoints[name], device, dtype)
         # Attacks that undo the edit read the base's tensors under the names and shapes of the edited model.
         if name != "base":

@@ -1,5 +1,6 @@
 """What a recipe that trains an adapter is asked for, and the request once it was checked."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -122,6 +123,10 @@ def prepare(
         raise RequestError(
             f"base_bits=4 trains on a GPU, the device is {run.device}: on CPUs bitsandbytes gives silently wrong"
             " gradients once a 4-bit model was evaluated; use base_bits=16"
+        )
+    if settings.base_bits == 4 and importlib.util.find_spec("bitsandbytes") is None:
+        raise RequestError(
+            "base_bits=4 needs the package bitsandbytes; run: pip install 'excise[bitsandbytes]', or use base_bits=16"
         )
     concept, warnings = without_overlap(for_training(run.concept))
     layers = tuple(layer_selection(settings.layers, run.layers))

@@ -38,8 +38,16 @@ from excise.recipes.data.datasets import find_data
 from excise.recipes.elm.request import ElmSettings
 from excise.recipes.ui.pages import _line
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from .adapters import TENSORS as QUANTIZED
+from .adapters import (
+    adapter_edit_example,
+    dequantize,
+    make_adapter,
+    make_quantized,
+    read_and_merge,
+    small_model,
+)
 from .mutations import Mutation, of_bytes, of_json, of_safetensors, of_sealed, of_words
 
 SMALL = Path(__file__).parents[1] / "small_world" / "testbed"
@@ -63,15 +71,6 @@ class Example:
     """Takes seconds, so it comes up more rarely."""
 
 
-def _model(folder: Path) -> None:
-    config = AutoConfig.for_model(
-        "llama", vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="60KB")
-
-
 def _open(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     check_finite(checkpoint)
@@ -85,7 +84,7 @@ def _load_model(folder: Path) -> None:
 
 
 def _card(folder: Path) -> None:
-    _model(folder)
+    small_model(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a, b]\n---\n# A model\n")
 
 
@@ -95,12 +94,14 @@ def _edit(kind: str) -> Example:
         "orthogonalize": Edit(torch.eye(32, 1), "llama", (1.0, 1.0)),
         "low_rank": LowRankUpdate({WEIGHT: Factors(values[:, :2].clone(), values[:2].clone())}, "llama", 32, 2),
         "dense": DenseUpdate({WEIGHT: Delta(values)}, "llama", 32, 2),
+        "adapter": adapter_edit_example(),
         "prune": PrunedUnits({0: (1, 2)}, {}, "mean", "llama", 32, 2, 8, {0: torch.ones(2)}),
     }
 
     def read(folder: Path) -> None:
         edit = load_edit(folder)
         names = [WEIGHT, "model.embed_tokens.weight", "model.layers.0.mlp.down_proj.bias"]
+        names += list(getattr(edit, "updates", ()))
         edit.plan({"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2}, names)
 
     files = {DESCRIPTION: ANY_JSON, TENSORS: ANY_TENSORS}
@@ -223,6 +224,17 @@ EXAMPLES: dict[str, Example] = {
             **{f"{n}.jsonl": ANY_JSON for n in ("questions", "retain", "train", "prompts")},
         },
     ),
+    "peft": Example(
+        make_adapter,
+        read_and_merge,
+        {"adapter/adapter_config.json": ANY_JSON, "adapter/adapter_model.safetensors": ANY_TENSORS},
+    ),
+    **{
+        f"stored_{method}": Example(
+            make_quantized(method), dequantize, {"config.json": ANY_JSON, "model.safetensors": ANY_TENSORS}
+        )
+        for method in QUANTIZED
+    },
     "settings": Example(
         _settings, lambda f: load_settings(CaftSettings, f / "config.yaml", []), {"config.yaml": (of_words, of_bytes)}
     ),
@@ -237,7 +249,9 @@ EXAMPLES: dict[str, Example] = {
             "README.md": (of_words, of_bytes),
         },
     ),
-    "model": Example(_model, _load_model, {"config.json": ANY_JSON, "generation_config.json": ANY_JSON}, slow=True),
+    "model": Example(
+        small_model, _load_model, {"config.json": ANY_JSON, "generation_config.json": ANY_JSON}, slow=True
+    ),
     "tokenizer": Example(
         _copy(SMALL),
         lambda folder: load_tokenizer(ModelSource("local", "model", folder)),
@@ -273,7 +287,7 @@ EXAMPLES: dict[str, Example] = {
         lambda folder: _unsealed(folder / "state.json"),
         {"state.json": ANY_JSON},
     ),
-    **{f"edit_{kind}": _edit(kind) for kind in ("orthogonalize", "low_rank", "dense", "prune")},
+    **{f"edit_{kind}": _edit(kind) for kind in ("orthogonalize", "low_rank", "dense", "adapter", "prune")},
     "directions": Example(
         _directions,
         lambda folder: load_directions(folder / "directions.safetensors", width=8, layers=2),

@@ -12,6 +12,7 @@ from excise.artifacts.reporting.findings import limits
 from excise.editing.edits.base import edit_model
 from excise.editing.errors import RequestError
 from excise.recipes import chat, diff, evaluate
+from excise.recipes.audit import request as audit
 from helpers import SMALL_TESTBED, excise, random_edit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -103,9 +104,9 @@ LIBRARIES = {
     ),
     "bitsandbytes": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-        r"\(bitsandbytes\).*pip install (-U )?bitsandbytes",
+        r"\(bitsandbytes\).*pip install 'excise\[bitsandbytes\]'",
     ),
-    "older bitsandbytes": ({"load_in_8bit": True}, r"\(bitsandbytes\).*pip install bitsandbytes"),
+    "older bitsandbytes": ({"load_in_8bit": True}, r"\(bitsandbytes\).*pip install 'excise\[bitsandbytes\]'"),
     "unknown": (
         {"quant_method": "unheard-of", "bits": 4},
         r"\(unheard-of\), which cannot be loaded here: .*or give the",
@@ -125,7 +126,11 @@ def test_a_model_whose_library_is_missing_names_it_before_anything_is_loaded(met
         with pytest.raises(RequestError, match=message) as refused:
             prepare()
         assert "\n" not in str(refused.value)
-    with pytest.raises(RequestError, match="whose tensors cannot be compared; read are fp8, mxfp4, compressed-tensors"):
+    with pytest.raises(RequestError, match=r"cannot be compared or edited; .* dequantize it with its library"):
+        audit.prepare(audit.AuditSettings(model=folder, concept="builtin:potions", base=SMALL_TESTBED))
+    with pytest.raises(
+        RequestError, match="whose tensors cannot be compared or edited; read are fp8, mxfp4, compressed-tensors"
+    ):
         diff.difference(SMALL_TESTBED, folder)
 
 
