@@ -10,7 +10,7 @@ import torch
 from ...editing.errors import CheckpointError
 from ..files.opened import OF_A_CHECKPOINT
 from ..files.parsed import parsed_object, read_object
-from .export import BLOCK, copy_side_files
+from .export import BLOCK, FiniteCheck, copy_side_files
 from .quantized import Quantized, Weight
 from .read import INDEX, Checkpoint, Shard, StoredTensor, mapped
 from .streams import Block, Output, one_torch_thread
@@ -79,12 +79,16 @@ def _shard(shard: Shard, entries: list[StoredTensor | Weight], name: str) -> Ite
 
 
 def _weight(weight: Weight, name: str) -> Iterator[Block]:
-    for block in weight.blocks():
-        if not bool(torch.isfinite(block).all()):
-            raise CheckpointError(
-                f"{name}: {weight.name} is NaN or infinite once its scale is applied; fetch the checkpoint again"
-            )
-        yield block.contiguous().view(torch.uint8).numpy().reshape(-1).data
+    finite = FiniteCheck()
+    for rows in weight.blocks():
+        data = rows.contiguous().view(torch.uint8).numpy().reshape(-1).data
+        for start in range(0, len(data), BLOCK):
+            block = data[start : start + BLOCK]
+            if not finite(block, "BF16"):
+                raise CheckpointError(
+                    f"{name}: {weight.name} is NaN or infinite once its scale is applied; fetch the checkpoint again"
+                )
+            yield block
 
 
 def _size(entry: StoredTensor | Weight) -> int:

@@ -13,7 +13,14 @@ from pydantic import Field
 from torch import Tensor
 
 from ...editing.errors import CheckpointError
-from ...editing.numerics.stored_formats import block_size, by_blocks, powers_of_two, unpack_e2m1, unpack_integers
+from ...editing.numerics.stored_formats import (
+    block_size,
+    by_blocks,
+    powers_of_two,
+    unpack_e2m1,
+    unpack_floats,
+    unpack_integers,
+)
 from ..files.forms import Form, validated
 from ..files.opened import OF_A_CHECKPOINT
 from .read import Checkpoint, StoredTensor, read_tensor
@@ -64,8 +71,10 @@ class Weight:
     def _rows(self, matrix: int, first: int, last: int, scales: Tensor) -> Tensor:
         columns = self.shape[-1]
         stored = _slice(self.parts["values"], matrix, first, last)
-        packed = self.parts["values"].dtype == "I32"
-        values = unpack_integers(stored, self.bits, columns) if packed else stored.float()
+        if self.parts["values"].dtype == "I32":
+            values = unpack_integers(stored, self.bits, columns)
+        else:
+            values = unpack_floats(stored) if self.parts["values"].dtype in FLOATS else stored.float()
         grid = slice(first // self.block[0], -(-last // self.block[0]))
         if "zero_point" in self.parts:
             values = values - self._wide(self._zero_points()[grid], values)
@@ -97,8 +106,8 @@ class Weight:
         for expert in range(self.shape[0]):
             codes = _slice(self.parts["values"], expert, 0, self.shape[2])
             exponents = _slice(scales, expert, 0, self.shape[2])
-            values = unpack_e2m1(codes) * powers_of_two(exponents)[..., None]
-            yield values.flatten(-2).mT.contiguous().bfloat16()
+            values = unpack_e2m1(codes).mul_(powers_of_two(exponents)[..., None])
+            yield values.flatten(-2).bfloat16().mT.contiguous()
 
 
 @dataclass(frozen=True)

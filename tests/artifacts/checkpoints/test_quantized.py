@@ -8,7 +8,7 @@ from excise.artifacts.checkpoints.quantized import read_quantized
 from excise.artifacts.checkpoints.read import check_finite, open_checkpoint
 from excise.artifacts.models.find import find_model
 from excise.editing.errors import CheckpointError
-from excise.editing.numerics.stored_formats import E2M1, block_size, powers_of_two, unpack_e2m1
+from excise.editing.numerics.stored_formats import E2M1, block_size, powers_of_two, unpack_e2m1, unpack_floats
 from helpers import make_pico
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -280,6 +280,9 @@ def test_what_compressed_tensors_packed_is_what_it_unpacks_itself(bits, asymmetr
 def test_every_4_bit_code_and_every_exponent():
     pairs = torch.arange(256, dtype=torch.uint8)
     assert unpack_e2m1(pairs[:, None]).tolist() == [[E2M1[code % 16], E2M1[code // 16]] for code in range(256)]
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        codes = pairs.view(dtype)
+        assert torch.equal(unpack_floats(codes).nan_to_num(7), codes.float().nan_to_num(7))
     scales = powers_of_two(torch.arange(256, dtype=torch.uint8))
     assert scales[:255].tolist() == [2.0 ** (code - 127) for code in range(255)] and bool(scales[255].isnan())
 
