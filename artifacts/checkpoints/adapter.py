@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...editing.architectures import Architecture, architecture_of, layer_count, residual_width, spelled
+from ...editing.architectures import architecture_of, layer_count, residual_width
 from ...editing.edits.adapter_merge import (
     AdapterMerge,
     ExpertSums,
@@ -27,7 +27,8 @@ from ...editing.edits.adapter_merge import (
 from ...editing.edits.base import WeightEdit
 from ...editing.edits.low_rank import Factors, LowRankUpdate
 from ...editing.edits.subspace_removal import ties_embeddings
-from ...editing.errors import CheckpointError, RequestError
+from ...editing.errors import CheckpointError, RequestError, UnsupportedArchitecture
+from ...editing.wiring.row import Architecture, spelled
 from ..files.opened import OF_A_CHECKPOINT, Unreadable, sha256_of
 from ..files.tensors import check_finite_tensors, load_safetensors
 from .adapter_config import CONFIG, MERGE_WITH_PEFT, WEIGHTS, AdapterConfig
@@ -289,9 +290,20 @@ _UNTIE_FIRST = (
 
 
 def stores_inputs_first(row: Architecture) -> bool:
-    """Whether the linear modules of an architecture are GPT-2's Conv1D, whose weights are [in, out]."""
-    writers = (writer for writer in row.writers if writer.kind in ("attention", "mlp"))
-    return any(writer.axis == -1 and writer.pattern.endswith(".weight") for writer in writers)
+    """Whether the linear modules of an architecture are GPT-2's Conv1D, whose weights are [in, out].
+
+    Raises:
+        UnsupportedArchitecture: Some are and some are not, so that a square matrix would not tell how it lies.
+    """
+    writers = [
+        writer for writer in row.writers if writer.kind in ("attention", "mlp") and "expert" not in writer.pattern
+    ]
+    axes = {writer.axis for writer in writers if writer.pattern.endswith(".weight")}
+    if len(axes) > 1:
+        raise UnsupportedArchitecture(
+            f"the base stores some linear weights as [in, out] and some as [out, in]; {MERGE_WITH_PEFT}"
+        )
+    return axes == {-1}
 
 
 def _tied(

@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ..architectures import architecture_of, spelled
+from ..architectures import architecture_of
 from ..errors import RequestError
+from ..wiring.row import spelled
 from .base import Plan, RowReader, TensorReader
 from .changes import WHOLE
 from .low_rank import Addend, BlockwiseUpdate, Factors, UpdatedTensor
-from .subspace_removal import check_learned_on, ties_embeddings
+from .subspace_removal import check_learned_on, new_unembedding, ties_embeddings
 
 
 @runtime_checkable
@@ -203,7 +204,7 @@ class AdapterMerge:
             raise RequestError("the adapter changes no tensor; train it first")
         unties = self.unties and ties_embeddings(config)
         # A checkpoint may store the unembedding although it is tied; then nothing is added.
-        untied = row.unembedding if unties and row.unembedding not in present else None
+        untied = new_unembedding(row, names) if unties and spelled(row, row.unembedding, present) is None else None
         return Plan(tensors, untied, ties_embeddings(config), unties)
 
 

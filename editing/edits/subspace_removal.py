@@ -86,7 +86,7 @@ class Edit:
         # Some checkpoints store the head although it is tied; then nothing is added, and only the config changes.
         untied = None
         if untie and spelled(row, row.unembedding, names) is None:
-            untied = _new_name(row, names)
+            untied = new_unembedding(row, names)
         return Plan(tuple(tensors), untied, tied, untie)
 
 
@@ -131,7 +131,7 @@ def _gains(row: Architecture, site: Site, names: Collection[str]) -> tuple[str, 
     return tuple(gains)
 
 
-def _new_name(row: Architecture, names: Collection[str]) -> str:
+def new_unembedding(row: Architecture, names: Collection[str]) -> str:
     """Name of an unembedding that is added, spelled as the checkpoint spells its embedding."""
     if row.embedding in names:
         return row.unembedding
