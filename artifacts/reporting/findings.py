@@ -39,7 +39,11 @@ def limits(results: dict[str, Any], *, audited: bool = False) -> list[str]:
         known.append("A lower score does not show that the knowledge is gone: other wordings were not asked.")
     if results["base"]["kind"] == "gguf":
         known.append("The base was dequantized from a GGUF file; its weights carry that file's quantization error.")
-    if form := results["base"].get("dequantized_from"):
+    base = results["base"]
+    if adapter := base.get("adapter"):
+        base = adapter["base"]
+        known.append(f"The base is the adapter {adapter['name']}, merged into {base['name']}.")
+    if form := base.get("dequantized_from"):
         known.append(f"The base was dequantized from {form}; its weights carry that format's quantization error.")
     return known
 

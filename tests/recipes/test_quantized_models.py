@@ -92,6 +92,9 @@ def test_a_card_tells_what_its_base_was_dequantized_from():
     results = {"base": {"kind": "hub", "dequantized_from": "mxfp4"}, "concept": {"kind": "behaviour"}, "run": {}}
     results["edited"] = {}
     assert any("dequantized from mxfp4" in line for line in limits(results))
+    merged = {"kind": "adapter", "adapter": {"name": "a/lora", "base": {"name": "a/b", "dequantized_from": "fp8"}}}
+    lines = limits({**results, "base": merged})
+    assert "The base is the adapter a/lora, merged into a/b." in lines and any("from fp8" in line for line in lines)
     del results["base"]["dequantized_from"]
     assert not any("dequantized" in line for line in limits(results))
 
