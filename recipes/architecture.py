@@ -1,6 +1,7 @@
 """Whether a model type can be edited: its row, proved on a small copy. A ``config.json`` is enough."""
 
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ def run(ref: str) -> Proof:
         return Proof.refused(str(config["model_type"]), str(error))
 
 
+def record(proof: Proof) -> dict[str, Any]:
+    """The record as JSON."""
+    content = {**asdict(proof), "prune": proof.units, "lora": proof.adaptable}
+    return {key: value for key, value in content.items() if key not in ("units", "adaptable")}
+
+
 def text(proof: Proof, width: int | None) -> str:
     """The record in words, for a terminal."""
     rows = [("why not", proof.reason or "")]
@@ -73,8 +80,8 @@ def text(proof: Proof, width: int | None) -> str:
         )
     if proof.writers:
         rows += [("writers" if index == 0 else "", pattern) for index, pattern in enumerate(proof.writers)]
-        rows.append(("prune", ", ".join(proof.prune) or "nothing: no units stand in the same module of every layer"))
-        rows.append(("LoRA", ", ".join(proof.lora) or "nothing"))
+        rows.append(("prune", ", ".join(proof.units) or "nothing: no units stand in the same module of every layer"))
+        rows.append(("LoRA", ", ".join(proof.adaptable) or "nothing"))
     lines = [f"{proof.model_type} {'can' if proof.proved else 'cannot'} be edited"]
     for name, said in rows:
         if said:

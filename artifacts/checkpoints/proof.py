@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,9 +35,9 @@ class Proof:
     place: str | None
     """Where most is left."""
     writers: tuple[str, ...]
-    prune: tuple[str, ...]
-    """What can be pruned: ``neurons``, ``heads``."""
-    lora: tuple[str, ...]
+    units: tuple[str, ...]
+    """Units that stand in the same module of every layer: ``neurons``, ``heads``."""
+    adaptable: tuple[str, ...]
     """Modules of a layer that adapters can be put on."""
     reason: str | None
     """Why it cannot be edited."""
@@ -52,10 +52,6 @@ class Proof:
         import transformers
 
         return cls(model_type, None, False, None, None, (), (), (), reason, transformers.__version__, 0, 0.0)
-
-    def to_json(self) -> dict[str, Any]:
-        """The record."""
-        return {**asdict(self), "writers": list(self.writers), "prune": list(self.prune), "lora": list(self.lora)}
 
 
 def prove(config: dict[str, Any]) -> Proof:

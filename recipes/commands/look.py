@@ -42,16 +42,16 @@ def architecture(
     model: Annotated[str, typer.Argument(help=f"{ANY_MODEL}, or a config.json; weights are not needed.")],
     as_json: Json = False,
 ) -> None:
-    """Show whether a model type can be edited, proved on a small copy of it.
+    """Show whether a model type can be edited, with the proof.
 
-    Exit code 0 if it can be edited, 2 if not.
+    The proof is made on a small copy of the model. Exit code 0 if it can be edited, 2 if not.
     """
     from .. import architecture as recipe
 
     settle()
     proof = recipe.run(model)
     if as_json:
-        say_json(proof.to_json())
+        say_json(recipe.record(proof))
     else:
         from ...artifacts.reporting.terminal import terminal_width
 
