@@ -341,11 +341,10 @@ def _layers(values: dict[str, Any], length: int) -> list[int]:
 
 def _shrink_tower(values: dict[str, Any], old_width: int, width: int) -> None:
     """A tower for images or sound: two layers, two heads."""
-    tower_width = _value(values, _WIDTHS)
-    heads = _value(values, _HEADS)
-    factor = max(1, tower_width // (heads * 4)) if tower_width and heads else 16
-    while factor > 1 and tower_width % factor:
-        factor -= 1
+    tower_width, heads = _value(values, _WIDTHS), _value(values, _HEADS)
+    head = tower_width // heads if tower_width and heads else 64
+    # Heads stay as many as they are, and four numbers wide or a little more.
+    factor = next((one for one in range(max(1, head // 4), 0, -1) if head % one == 0), 1)
     length = _value(values, _DEPTHS)
     for key, value in list(values.items()):
         if isinstance(value, dict):
