@@ -80,12 +80,17 @@ def explained(ref: str) -> Iterator[None]:
             raise
         raise ExciseError(f"{ref}: {one_line(error)}; run the same command again to continue") from error
     except Exception as error:
-        # By package name, because the client's HTTP library differs between its versions.
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "hf_xet"):
+        if not is_connection_error(error):
             raise
         raise ExciseError(
             f"the connection for {ref} broke ({type(error).__name__}); run the same command again to continue"
         ) from error
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether an error is of the client's HTTP library."""
+    # By package name, because the library differs between the client's versions.
+    return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "hf_xet")
 
 
 ANSWERS = {

@@ -17,7 +17,7 @@ from .checkpoints.manifest import (
 from .checkpoints.read import check_finite, open_checkpoint
 from .checkpoints.staging import refuse_existing, staged_folder
 from .hub import GIT_ATTRIBUTES, Digest, explained, literal, remote_files, same_content
-from .models.hub import WANTED
+from .models.hub import side_names
 from .reporting.card import CARD
 
 _REF = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -70,7 +70,10 @@ def pull(ref: str, out: Path) -> Pulled:
                 f"{ref} is a PEFT adapter, not a whole model; every command takes it by its id, and"
                 f" `excise apply {ref} --out DIR` merges it into its base"
             )
-        wanted = {name: digest for name, digest in listed.items() if made_by_excise or _is_wanted(name)}
+        # Without its checksums, what excise wrote shows that an upload was not finished.
+        ours = (name for name in listed if name.startswith(f"{FOLDER}/"))
+        kept = {*side_names(listed), *filter(_is_weights, listed), *ours}
+        wanted = {name: digest for name, digest in listed.items() if made_by_excise or name in kept}
         target = staging / commit
         # A killed pull of another commit leaves a folder that this pull cannot use.
         for other in staging.iterdir():
@@ -120,8 +123,9 @@ def _check_foreign(folder: Path, ref: str) -> int:
     return sum(path.is_file() for path in folder.rglob("*"))
 
 
-def _is_wanted(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(Path(name).name, pattern) for pattern in WANTED)
+def _is_weights(name: str) -> bool:
+    """Whether a file holds weights of the model, and not a second copy of them."""
+    return "/" not in name and name.endswith(".safetensors") and not name.startswith("consolidated")
 
 
 def _check_name(name: str, ref: str, made_by_excise: bool) -> None:

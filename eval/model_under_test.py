@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .concept import Concept, Prompt, RetainText
+from .inference.chat import PromptFormat
 from .inference.encoding import encode
 from .inference.generation import Reply, generate, reply_log_probabilities
 from .inference.likelihood import Likelihood, Request, context_of, log_likelihoods
@@ -27,6 +28,8 @@ class EvalSettings:
     """Questions and retain texts a split, at most, drawn at random over subjects; 0 takes all."""
     as_shipped: bool = False
     """Decode replies as the model's generation_config says; otherwise greedily."""
+    prompts: PromptFormat = field(default_factory=PromptFormat)
+    """How prompts are put into chat templates."""
 
 
 class ModelUnderTest:

@@ -26,6 +26,7 @@ from . import apply as apply_recipe
 from . import evaluate as evaluate_recipe
 from .audit import recipe as audit_recipe
 from .common.calls import events_for, quiet_libraries
+from .common.prompt_settings import PromptSettings
 from .common.run_folder import resumed
 from .common.settings import settings_of_call
 from .in_memory import IN_MEMORY, AppliedEdit
@@ -165,7 +166,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     progress: bool = True,
-    **settings: int,
+    **settings: Any,
 ) -> Evaluation:
     """Measure one or several models with a concept pack, all on the same items.
 
@@ -183,7 +184,8 @@ def evaluate(
         dtype: What models on disk are computed in: ``auto``, ``float32`` or ``bfloat16``.
         progress: Show progress, where the error stream is a terminal.
         **settings: How much is measured: ``questions`` (questions and texts of a split, at most; 0 takes all),
-            ``max_new_tokens`` (tokens of a reply), ``kl_prompts``.
+            ``max_new_tokens`` (tokens of a reply), ``kl_prompts``; and how prompts are rendered: ``date``,
+            ``thinking``, ``response_prefix``, ``template``.
 
     Returns:
         A table with one row for each measurement; it shows itself in a notebook.
@@ -198,17 +200,19 @@ def evaluate(
         >>> found.measurement("multiple_choice", "flipped").n
         4
     """
-    allowed = list(EvalSettings.__dataclass_fields__)
+    allowed = [*EvalSettings.__dataclass_fields__.keys() - {"prompts"}, *PromptSettings.model_fields]
+    allowed.sort()
     for key in settings:
         if key not in allowed:
             raise RequestError(f"no setting {key!r}{nearest(key, allowed)}; settings: {', '.join(allowed)}")
+    references = [_reference(model, name) for name, model in _named(models)]
     job = evaluate_recipe.prepare(
-        [_reference(model, name) for name, model in _named(models)],
+        references,
         concept if concept is None or isinstance(concept, Concept) else str(concept),
         None if base is None else _reference(base, f"base, {IN_MEMORY}"),
         device=device,
         dtype=dtype,
-        settings=settings_of_call(evaluate_recipe.EvaluateSettings, settings).measuring(),
+        settings=settings_of_call(evaluate_recipe.EvaluateSettings, settings).completed(references).measuring(),
         judges=judges,
         benchmarks=benchmarks,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..artifacts.checkpoints.edits import load_edit, save_edit
 from ..artifacts.checkpoints.export import Export, check_disk, check_editable, check_shapes, export_edit, required_bytes
+from ..artifacts.checkpoints.heads import plan_edit
 from ..artifacts.checkpoints.manifest import FOLDER, write_manifest
 from ..artifacts.checkpoints.proof import check_proved
 from ..artifacts.checkpoints.read import Checkpoint, open_checkpoint
@@ -14,6 +15,7 @@ from ..artifacts.events import Events
 from ..artifacts.models.adapter import PreparedMerge, merge
 from ..artifacts.models.find import find_adapter, find_model, prepare_adapter
 from ..artifacts.models.source import ModelSource
+from ..artifacts.reporting.findings import STORED_APART, code_left_out
 from ..editing.edits.base import Plan, WeightEdit
 from ..editing.errors import RequestError
 
@@ -50,10 +52,10 @@ def prepare(edit: Path | WeightEdit, base: str | None, out: Path) -> PreparedApp
     if base is None:
         raise RequestError("base is missing; give --base: a model's folder, a Hub id or a .gguf file")
     edit = load_edit(edit) if isinstance(edit, Path) else edit
-    source = find_model(base)
+    source = find_model(base, to_edit=True)
     checkpoint = open_checkpoint(source.folder)
     check_proved(checkpoint.config)
-    plan = edit.plan(checkpoint.config, list(checkpoint.tensors))
+    plan = plan_edit(edit, checkpoint)
     check_editable(checkpoint, plan)
     check_shapes(checkpoint, plan)
     check_disk(out, required_bytes(checkpoint, plan))
@@ -78,6 +80,7 @@ def run(prepared: PreparedApply, events: Events) -> Export:
             changes=export.changes,
             untied=export.untied,
             known=export.output_sha256,
+            code_left_out=export.code_left_out,
             run={"recipe": "apply", **({"adapter": prepared.merge.describe()} if prepared.merge else {})},
         )
     return export
@@ -104,6 +107,8 @@ def summary(export: Export, out: Path) -> dict[str, Any]:
         "tensors_changed": sum(change.changed for change in export.changes),
         "tensors_declared": len(export.changes),
         "bytes_written": export.bytes_written,
+        "code_left_out": export.code_left_out,
+        "stored_apart": export.stored_apart,
         "largest_residual": worst[0] if worst else None,
         "largest_residual_tensor": worst[1] if worst else None,
     }
@@ -138,4 +143,6 @@ def _card(prepared: PreparedApply, export: Export) -> str:
         "`excise eval` is run on it.\n\n"
         f"{changed} of {len(export.changes)} declared tensors changed{left}. {more}"
         "The edit is in `excise/`, the change of every tensor in `excise/manifest.json`.\n"
+        + (f"\n{code_left_out(export.code_left_out)}\n" if export.code_left_out else "")
+        + (f"\n{STORED_APART}\n" if export.stored_apart else "")
     )

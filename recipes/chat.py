@@ -86,6 +86,6 @@ def replies(
 ) -> dict[str, str]:
     """What each model answers: greedily, or sampled with a seed. Earlier prompts are not shown to it."""
     return {
-        name: generate(one.model, one.tokenizer, [prompt], max_new_tokens, sample_seed=sample_seed)[0].text
+        name: generate(one.model, one.tokenizer, [prompt], max_new_tokens, sample_seed=sample_seed)[0].shown
         for name, one in models.items()
     }

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -12,13 +13,14 @@ from ..artifacts.checkpoints.read import open_checkpoint
 from ..artifacts.concepts import load_concept
 from ..artifacts.events import Events
 from ..artifacts.models.dequantized import check_loadable
-from ..artifacts.models.find import find_model
+from ..artifacts.models.find import find_adapter, find_model
 from ..artifacts.models.in_memory import opened
 from ..artifacts.models.load import choose_device, choose_dtype
 from ..artifacts.models.source import ModelInMemory, ModelSource
 from ..artifacts.reporting.outcomes import SHOWN_SAMPLES, Evaluation
 from ..artifacts.reporting.results import (
     SubjectName,
+    about_prompts,
     decoding,
     dominated,
     measurements_as_json,
@@ -38,13 +40,13 @@ from ..eval.measurements.lm_eval import scores as named_benchmarks
 from ..eval.measurements.table import measure, workload
 from ..eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
 from ..eval.statistics import Scores
+from .common.prompt_settings import PromptSettings
 from .common.run_record import inputs_of
-from .common.settings import Settings
 
 AnyModel = ModelSource | ModelInMemory
 
 
-class EvaluateSettings(Settings):
+class EvaluateSettings(PromptSettings):
     """What ``excise eval`` measures, beside the models themselves."""
 
     concept: str | None = None
@@ -71,9 +73,28 @@ class EvaluateSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type to compute in; auto takes bfloat16 where the processor multiplies it natively, float32 elsewhere."""
 
+    def completed(self, models: Sequence[str | ModelInMemory]) -> Self:
+        """With how the runs that made the models rendered their prompts, where nothing was set.
+
+        Raises:
+            RequestError: They rendered them differently.
+        """
+        folders = [
+            model for model in models if isinstance(model, str) and Path(model).is_dir() and not find_adapter(model)
+        ]
+        forms = [run.prompts for model in folders if (run := inputs_of(model))]
+        unset = [{key: value for key, value in form.items() if key not in self.model_fields_set} for form in forms]
+        for form in unset:
+            if differing := [key for key, value in form.items() if value != unset[0].get(key)]:
+                raise RequestError(
+                    f"the models were made with different {differing[0]} ({unset[0].get(differing[0])!r} and"
+                    f" {form[differing[0]]!r}); set {differing[0]}"
+                )
+        return self.model_copy(update=unset[0]) if unset else self
+
     def measuring(self) -> EvalSettings:
         """How much is measured."""
-        return EvalSettings(self.max_new_tokens, self.kl_prompts, self.questions, self.as_shipped)
+        return EvalSettings(self.max_new_tokens, self.kl_prompts, self.questions, self.as_shipped, self.prompt_format())
 
 
 @dataclass(frozen=True)
@@ -98,6 +119,8 @@ class MeasuredModel:
     scores: list[Scores]
     replies: list[Reply]
     """To the prompts on the concept."""
+    chat_template: bool
+    """Whether it has a chat template; otherwise prompts are plain texts."""
     set_aside: dict[str, Any]
     """What its generation_config asks for and its replies were measured without."""
     baseline: Baseline | None = None
@@ -191,7 +214,7 @@ def _measure(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, eve
     baseline = base.baseline if base else None
     with ExitStack() as stack:
         with events.stage(f"load {source.name}"):
-            loaded = stack.enter_context(opened(source, job.device, job.dtype))
+            loaded = stack.enter_context(opened(source, job.device, job.dtype, job.settings.prompts))
         with events.stage(f"measure {source.name}", workload(job.concept, job.settings)) as stage:
             subject = ModelUnderTest(loaded.model, loaded.tokenizer, job.concept, job.settings, baseline, stage.advance)
             if (
@@ -205,11 +228,12 @@ def _measure(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, eve
             # Only the base is compared with.
             own_baseline = subject.baseline() if source is job.base else None
             replies = subject.replies("concept")
+            has_template = bool(loaded.tokenizer.chat_template)
         if job.tasks:
             with events.stage(f"let {source.name} do {', '.join(job.tasks.names)}"):
                 scores += named_benchmarks(loaded.model, loaded.tokenizer, job.tasks, job.settings.questions)
         aside = {} if job.settings.as_shipped else set_aside(loaded.model)
-    return MeasuredModel(scores, replies, aside, own_baseline)
+    return MeasuredModel(scores, replies, has_template, aside, own_baseline)
 
 
 def _let_judges_read(measured: Sequence[MeasuredModel], job: EvaluateJob, events: Events) -> None:
@@ -233,6 +257,12 @@ def _results(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, mea
     scores: dict[SubjectName, Sequence[Scores]] = {"base": base.scores} if base else {}
     scores["edited"] = measured.scores
     aside = decoding(measured.set_aside, remedy=" --as-shipped measures with it.")
+    on_prompts = about_prompts(
+        {**({"the base": {"concept": base.replies}} if base else {}), source.name: {"concept": measured.replies}},
+        template=measured.chat_template,
+        kind=job.concept.about.kind,
+        tokens=job.settings.max_new_tokens,
+    )
     return {
         "schema_version": SCHEMA_VERSION,
         "base": job.base.describe() if job.base else None,
@@ -240,6 +270,7 @@ def _results(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, mea
         "concept": {"ref": job.concept.ref, "name": job.concept.about.name, "sha256": job.concept.sha256},
         "measurements": measurements_as_json(summarize_all(scores)),
         "decoding": {"as_shipped": job.settings.as_shipped, "set_aside": measured.set_aside},
-        "warnings": [*not_measured(scores), *dominated(scores), *([aside] if aside else [])],
+        "prompts": {**job.settings.prompts.as_json(), "chat_template": measured.chat_template},
+        "warnings": [*on_prompts, *not_measured(scores), *dominated(scores), *([aside] if aside else [])],
         "samples": samples({"concept": base.replies}, {"concept": measured.replies}, SHOWN_SAMPLES) if base else [],
     }

@@ -21,7 +21,14 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 
 
-def write_gguf(path: Path, *, without: Collection[str] = (), not_finite: str | None = None, layers: int = 1) -> Path:
+def write_gguf(
+    path: Path,
+    *,
+    without: Collection[str] = (),
+    not_finite: str | None = None,
+    layers: int = 1,
+    rope_base: float = 10000.0,
+) -> Path:
     """Write the file; ``layers`` is what its metadata say, not what it holds."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(layers)
@@ -31,7 +38,7 @@ def write_gguf(path: Path, *, without: Collection[str] = (), not_finite: str | N
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KEY_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(rope_base)
     writer.add_vocab_size(len(WORDS))
     writer.add_tokenizer_model("llama")
     writer.add_token_list(WORDS)

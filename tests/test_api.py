@@ -8,6 +8,7 @@ import excise
 import pytest
 import torch
 from excise.artifacts.reporting.outcomes import Evaluation, Run
+from excise.editing.errors import RequestError
 from helpers import in_fresh_process, make_pico
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +92,7 @@ def test_a_model_in_memory_is_left_as_it_was(loaded):
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     tokenizer.padding_side = "right"
-    with pytest.raises(IndexError):
+    with pytest.raises(RequestError, match="embeddings for ids 0 to 95"):
         # Its vocabulary is smaller than the tokenizer's.
         excise.evaluate((model, tokenizer), "builtin:shortcut", questions=2)
     assert [module.training for module in model.modules()] == modes

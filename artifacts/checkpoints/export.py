@@ -23,15 +23,14 @@ from ...editing.edits.changes import Change
 from ...editing.errors import CheckpointError, EditError, ExciseError
 from ...editing.wiring.row import spelled
 from ..events import Stage
-from ..files.opened import OF_A_CHECKPOINT
-from ..files.parsed import parsed_object, read_object
+from ..files.parsed import parsed_object
+from .heads import plan_edit, untied
 from .read import DTYPES, EDITABLE, INDEX, ITEM_SIZES, Checkpoint, Shard, StoredTensor, as_tensor, mapped, read_tensor
+from .side_files import copy_side_files
 from .streams import Block, Hasher, Output, one_torch_thread
 
 BLOCK = 2 << 20
 """Bytes of stored weights per block; the fp32 work on a block takes about eight times as much memory."""
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
-"""Files beside the weights that are copied: configuration, tokenizer and licence, never code or pickles."""
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -47,6 +46,10 @@ class Export:
     output_sha256: dict[str, str]
     bytes_written: int
     untied: str | None
+    code_left_out: dict[str, list[str]]
+    """Code that the base names and that was not copied, by the file that named it."""
+    stored_apart: bool
+    """Whether the base's config ties unembedding and embedding, while it stores two that differ."""
 
 
 def required_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
@@ -106,7 +109,7 @@ def export_edit(edit: WeightEdit, checkpoint: Checkpoint, folder: Path, stage: S
         EditError: A weight is NaN or infinite, or the edit changed nothing or an undeclared tensor.
         CheckpointError: A declared tensor is stored quantized.
     """
-    plan = edit.plan(checkpoint.config, list(checkpoint.tensors))
+    plan = plan_edit(edit, checkpoint)
     check_editable(checkpoint, plan)
     by_name = {tensor.name: tensor for tensor in plan.tensors}
     shapes = {
@@ -147,31 +150,11 @@ def export_edit(edit: WeightEdit, checkpoint: Checkpoint, folder: Path, stage: S
     check_changes(plan, changes)
     if checkpoint.index is not None:
         _write_index(checkpoint, folder, plan, embedding, shapes)
-    untied = {"tie_word_embeddings": False} if plan.unties else {}
-    copy_side_files(checkpoint.folder, folder, untied | plan.config)
+    left_out = copy_side_files(
+        checkpoint.folder, folder, (untied(checkpoint.config) if plan.unties else {}) | plan.config
+    )
     size = sum((folder / shard.path.name).stat().st_size for shard in checkpoint.shards)
-    return Export(tuple(changes), base_sha256, output_sha256, size, plan.untied)
-
-
-def copy_side_files(base: Path, folder: Path, config_changes: dict[str, Any]) -> None:
-    """Copy configuration, tokenizer and licence files, with links resolved; apply ``config_changes``."""
-    for pattern in SIDE_FILES:
-        for path in sorted(base.glob(pattern)):
-            # The index is written anew; results and states of a trainer are of the base.
-            if path.name in (INDEX, "eval_results.json", "trainer_state.json") or not path.is_file():
-                continue
-            shutil.copyfile(path, folder / path.name)
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        path = folder / name
-        if not path.exists():
-            continue
-        with OF_A_CHECKPOINT.about(name):
-            content = read_object(path)
-        changes = config_changes if name == "config.json" else {}
-        # Older versions of transformers stored the local folder that a model was loaded from, which is private.
-        published = {key: value for key, value in content.items() if not key.endswith("name_or_path")} | changes
-        if published != content:
-            path.write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
+    return Export(tuple(changes), base_sha256, output_sha256, size, plan.untied, left_out, plan.stored_apart)
 
 
 @dataclass(frozen=True)

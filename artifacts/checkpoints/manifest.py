@@ -6,10 +6,11 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ...editing.errors import RequestError, VerifyError
@@ -68,12 +69,14 @@ def write_manifest(
     untied: str | None,
     known: dict[str, str],
     run: dict[str, Any],
+    code_left_out: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> None:
     """Write ``excise/manifest.json`` and ``SHA256SUMS`` for everything in a staging folder.
 
     Args:
         known: SHA-256 of files hashed while they were written, so that weights are not read again.
         run: Recipe, settings, seeds and versions.
+        code_left_out: Code that the base names and that was not copied, by the file that named it.
     """
     files: dict[str, dict[str, Any]] = {
         name: {"size": (folder / name).stat().st_size, "sha256": known.get(name) or sha256_of(folder / name)}
@@ -89,6 +92,7 @@ def write_manifest(
         "tensors_changed": [asdict(change) for change in changes if change.changed],
         "tensors_declared_but_unchanged": [change.name for change in changes if not change.changed],
         "tensor_added": untied,
+        "code_left_out": dict(code_left_out),
         "files": files,
     }
     (folder / FOLDER).mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ READ_BY_OTHERS = ("generation_config.json", "tokenizer_config.json", "special_to
 """Files that transformers reads, some of them without a word where they are damaged."""
 OPENED = (".json", ".txt", ".model", ".jinja", ".safetensors")
 """Endings of the files that other libraries open in a model's folder."""
+_OF_A_SERIES = re.compile(r"model-[0-9]+-of-[0-9]+\.safetensors")
 FINITE_BLOCK = 1 << 26
 """Bytes checked at a time; a multiple of every element size."""
 MAX_HEADER = 100_000_000
@@ -123,6 +125,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_not_adapter(folder)
     config = _read_json(folder / "config.json")
     index_path, single = folder / INDEX, folder / SINGLE
+    _check_one_model(folder)
     if index_path.exists():
         index = _read_json(index_path)
         files = _indexed_files(folder, index)
@@ -293,6 +296,25 @@ def _indexed_files(folder: Path, index: dict[str, Any]) -> list[Path]:
             f"{len(missing)} of {len(files)} shards are missing, the first is {missing[0]}; fetch it again"
         )
     return [folder / name for name in files]
+
+
+def _check_one_model(folder: Path) -> None:
+    """Programs differ in which weights they take from a folder with two sets of them, so such a folder is refused."""
+    stored = {path.name for path in folder.iterdir() if path.name == SINGLE or _OF_A_SERIES.fullmatch(path.name)}
+    index = _read_json(folder / INDEX) if (folder / INDEX).exists() else None
+    named = {path.name for path in _indexed_files(folder, index)} if index is not None else {SINGLE} & stored
+    # Without any of them the folder has no weights at all, which is said elsewhere.
+    if named and (left := sorted(stored - named)):
+        by = f"{INDEX} names {min(named)}" if index is not None else f"{SINGLE} is another whole model"
+        raise CheckpointError(
+            f"{folder.name} holds the weights of two models: {left[0]} is there and {by}; programs differ in which they"
+            f" load, so remove {left[0]}, or the others"
+        )
+    if index is not None and SINGLE in named and len(named) > 1:
+        raise CheckpointError(
+            f"{INDEX} names {SINGLE} as one of {len(named)} shards, and transformers loads it as the whole model; save"
+            " the checkpoint again"
+        )
 
 
 def _check_index(folder: Path, index: dict[str, Any], shards: tuple[Shard, ...]) -> None:

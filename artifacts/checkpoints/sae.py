@@ -20,6 +20,7 @@ from ..files.opened import Telling, Unreadable, sha256_of
 from ..files.parsed import read_object
 from ..files.tensors import check_finite_tensors
 from .sae_files import Read, open_tensors
+from .sae_hooks import SITES, check_one_place, hook
 
 _SUBLAYERS: dict[str | None, Site] = {
     None: "output",
@@ -28,7 +29,6 @@ _SUBLAYERS: dict[str | None, Site] = {
     "attn": "attention",
     "attention": "attention",
 }
-_SITES: dict[str, Site] = {"resid_pre": "input", "resid_post": "output", "mlp_out": "mlp", "attn_out": "attention"}
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,6 @@ class Format:
     """Whether the decoder's bias is subtracted from activations before they are encoded."""
 
 
-def _hook(name: str, where: str) -> Place:
-    """``blocks.12.hook_resid_post`` and the like."""
-    match = re.search(r"(?<![0-9])([0-9]{1,4})\.(?:hook_)?(resid_pre|resid_post|mlp_out|attn_out)", name)
-    if not match:
-        raise RequestError(f"{where} names the hook {name!r}; allowed are blocks.N.hook_ with {', '.join(_SITES)}")
-    return Place(int(match[1]), _SITES[match[2]])
-
-
 def _part(about: dict[str, Any], key: str) -> dict[str, Any]:
     """An object in the configuration; empty where there is none."""
     part = about.get(key) or {}
@@ -70,17 +62,21 @@ def _part(about: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _sae_lens(folder: Path, about: dict[str, Any]) -> Place:
-    return _hook(str(about.get("hook_name") or _part(about, "metadata").get("hook_name")), "cfg.json")
+    return hook(str(about.get("hook_name") or _part(about, "metadata").get("hook_name")), "cfg.json")
 
 
 def _dictionary_learning(folder: Path, about: dict[str, Any]) -> Place:
     trainer = _part(about, "trainer") or about
     submodule = str(trainer.get("submodule_name") or "resid_post")
-    named = next((key for key in _SITES if key in submodule), "resid_post")
+    named = next((key for key in SITES if key in submodule), None)
+    if named is None:
+        raise RequestError(
+            f"config.json of the autoencoder names the place {submodule!r:.60}; known: {', '.join(SITES)}"
+        )
     layer = trainer.get("layer")
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise RequestError(f"config.json of the autoencoder names the layer {layer!r:.40}; a whole number is needed")
-    return Place(layer, _SITES[named])
+    return Place(layer, SITES[named])
 
 
 def _sparsify(folder: Path, about: dict[str, Any]) -> Place:
@@ -104,7 +100,11 @@ def _gemma_scope(folder: Path, about: dict[str, Any]) -> Place:
 
 
 def _llama_scope(folder: Path, about: dict[str, Any]) -> Place:
-    return _hook(str(about.get("hook_point_out") or about.get("hook_point_in")), "hyperparams.json")
+    return hook(str(about.get("hook_point_out") or about.get("hook_point_in")), "hyperparams.json")
+
+
+def _gemma_scope_2(folder: Path, about: dict[str, Any]) -> Place:
+    return hook(str(about.get("hf_hook_point_in")), "config.json")
 
 
 FORMATS: dict[str, Format] = {
@@ -139,6 +139,16 @@ FORMATS: dict[str, Format] = {
         ("b_enc",),
         ("b_dec",),
         _gemma_scope,
+        centred=False,
+    ),
+    "gemma_scope_2": Format(
+        "params.safetensors",
+        "config.json",
+        {"w_dec": 0},
+        {"w_enc": 1},
+        ("b_enc",),
+        ("b_dec",),
+        _gemma_scope_2,
         centred=False,
     ),
     "llama_scope": Format(
@@ -177,6 +187,8 @@ def load_latents(
     if not path.is_file():
         raise RequestError(f"{folder} holds no {form.weights}, which a {name} autoencoder has; give its folder")
     about = _read_about(folder / form.about) if form.about else {}
+    # Before the place, which may have a name that only such ones have.
+    check_one_place(folder.absolute(), about, set(), by_path=name in ("gemma_scope", "gemma_scope_2"))
     place = form.place(folder, about)
     if not 0 <= place.layer < layers:
         raise RequestError(
@@ -197,6 +209,7 @@ def _latents_of(
     name: str,
 ) -> SparseLatents:
     keys, shape, read = open_tensors(path)
+    check_one_place(path.parent, {}, keys, by_path=False)
     key, axis = _known(keys, form.decoder, path, "decoder")
     count, d = _size(path, key, shape(key), axis)
     if d != width:
@@ -254,7 +267,7 @@ def _not_alone(about: Mapping[str, Any], keys: set[str]) -> str:
 
 def is_autoencoder(folder: Path) -> bool:
     """Whether a folder holds the weights of at least one known format."""
-    return bool(_fitting(folder))
+    return bool(_fitting(folder)) or bool(_qwen_scope(folder))
 
 
 def _fitting(folder: Path) -> list[str]:
@@ -272,8 +285,18 @@ def _threshold(keys: set[str], read: Read, latents: Sequence[int], count: int) -
     return threshold.expand(len(latents)).clone() if threshold.numel() == 1 else threshold[list(latents)]
 
 
+def _qwen_scope(folder: Path) -> list[Path]:
+    return sorted(folder.glob("layer*.sae.pt"))
+
+
 def _format_of(folder: Path) -> str:
     fitting = _fitting(folder)
+    if not fitting and (pickles := _qwen_scope(folder)):
+        raise RequestError(
+            f"{folder} holds {pickles[0].name}, as Qwen Scope stores its autoencoders: a pickle, of which only the names of"
+            " file and repository say where it was trained and how many latents fire; save it with sae_lens"
+            " (SAE.from_pretrained(...).save_model(FOLDER)) and give that folder"
+        )
     if len(fitting) != 1:
         files = ", ".join(form.weights for form in FORMATS.values())
         raise RequestError(

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from typing import Any
 
-from ...editing.errors import CheckpointError, one_line
+from ...editing.errors import CheckpointError, RequestError, one_line
+from ...eval.inference.chat import PromptFormat, encode_prompt, use_format
+from ...eval.inference.encoding import UnknownToken
 from ..files.written import write_whole
 from .cache import cache_folder
 
@@ -60,14 +62,16 @@ _REASONS = {
 }
 
 
-def check_chat_template(tokenizer: Any, name: str) -> None:
-    """Try every chat template of a tokenizer on short conversations.
+def check_chat_template(tokenizer: Any, name: str, prompts: PromptFormat) -> None:
+    """Try every chat template of a tokenizer on short conversations; from then on its prompts are rendered so.
 
     Raises:
+        RequestError: The template knows no variable that ``prompts`` sets.
         CheckpointError: A template loops, writes or takes too much, or cannot render a user's message.
     """
     templates = tokenizer.chat_template
     if not templates:
+        use_format(tokenizer, prompts)
         return
     named = templates if isinstance(templates, dict) else {"default": templates}
     for template in named.values():
@@ -78,12 +82,19 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
             )
         if reason := _fault(template, tokenizer):
             raise CheckpointError(f"the chat template of {name} {reason}; correct it or fetch the tokenizer again")
+    use_format(tokenizer, prompts)
     try:
-        tokenizer.apply_chat_template([_USER], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # whatever a program may raise
+        encode_prompt(tokenizer, _USER["content"])
+    except UnknownToken as error:
         raise CheckpointError(
-            f"the chat template of {name} cannot render a user's message ({one_line(error, 120)}); correct it or fetch"
-            " the tokenizer again"
+            f"the chat template of {name} writes a token that the model lacks ({str(error).partition(';')[0]}); give the model whose embedding"
+            " was resized with it, or its first tokenizer"
+        ) from error
+    except RequestError as error:
+        cause = error.__cause__ or error
+        raise CheckpointError(
+            f"the chat template of {name} cannot render a user's message ({one_line(cause, 120)}); correct it, change a"
+            " template.NAME setting, or fetch the tokenizer again"
         ) from error
 
 

@@ -18,7 +18,7 @@ from .source import BUILTIN, ModelSource, builtin_models
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 
 
-def find_model(ref: str, base: str | None = None) -> ModelSource:
+def find_model(ref: str, base: str | None = None, *, to_edit: bool = False) -> ModelSource:
     """Resolve a reference to a local folder. A Hub model is downloaded once, and a GGUF file converted once.
 
     A run's folder stands for the checkpoint in it. Weights in fp8, MXFP4 or a format of compressed-tensors are
@@ -27,6 +27,7 @@ def find_model(ref: str, base: str | None = None) -> ModelSource:
     Args:
         ref: The model.
         base: The base of an adapter; by default the one that the adapter names. Other models have no use for it.
+        to_edit: Refuse a Hub model that cannot be edited before its weights are fetched.
 
     Raises:
         RequestError: There is no such model, or the Hub cannot be reached.
@@ -35,7 +36,7 @@ def find_model(ref: str, base: str | None = None) -> ModelSource:
     Example:
         >>> find_model("org/name@main").folder
     """
-    source = _located(ref)
+    source = _located(ref, to_edit=to_edit)
     return merged(source, base, _whole) if is_adapter(source.folder) else in_full_precision(source)
 
 
@@ -67,7 +68,7 @@ def _whole(ref: str) -> ModelSource:
     return in_full_precision(_located(ref))
 
 
-def _located(ref: str) -> ModelSource:
+def _located(ref: str, *, to_edit: bool = False) -> ModelSource:
     path = Path(ref)
     if ref.startswith("builtin:"):
         name = ref.removeprefix("builtin:")
@@ -97,4 +98,4 @@ def _located(ref: str) -> ModelSource:
         raise RequestError(
             f"{ref} is no model folder; give a folder, a .gguf file, a Hub id such as org/name or builtin:testbed"
         )
-    return from_hub(match["id"], match["revision"])
+    return from_hub(match["id"], match["revision"], to_edit=to_edit)

@@ -7,6 +7,7 @@ import torch
 
 from ...editing.errors import CheckpointError, one_line
 from ..checkpoints.read import check_finite, open_checkpoint
+from ..checkpoints.side_files import write_for_older_readers
 from ..checkpoints.staging import staged_folder
 from ..files.opened import OF_A_CHECKPOINT, sha256_of
 from .cache import cache_folder
@@ -24,8 +25,9 @@ def from_gguf(path: Path) -> ModelSource:
     with OF_A_CHECKPOINT.about(path.name):
         read_gguf_header(path)
     digest = sha256_of(path)
-    # Folders called gguf-… are older conversions, whose missing weights may be random.
-    folder = cache_folder() / f"gguf-whole-{digest[:16]}"
+    # Folders of other names are older conversions: weights missing from them may be random, and transformers 4 does not
+    # read them.
+    folder = cache_folder() / f"gguf-portable-{digest[:16]}"
     if not folder.exists():
         # Whole or not at all: a conversion that was killed must not be taken for a model by the next run.
         with staged_folder(folder) as staging:
@@ -62,3 +64,4 @@ def _dequantize(path: Path, folder: Path) -> None:
                 delattr(owner, mark)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_for_older_readers(folder)

@@ -1,23 +1,26 @@
-"""Models on the Hugging Face Hub, pinned to a commit."""
+"""Models on the Hugging Face Hub, pinned to a commit: configuration and headers first, then the weights, once."""
 
+import fnmatch
+import logging
 import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
+from ...editing.architectures import architecture_of, layer_count
 from ...editing.errors import CheckpointError, RequestError
+from ...editing.wiring.row import classify
+from ..checkpoints.quantized import FORMATS, method_of, quantization_of
+from ..checkpoints.read import EDITABLE, INDEX, SINGLE
+from ..checkpoints.side_files import SIDE_FILES
+from ..files.opened import OF_A_CHECKPOINT
+from ..files.parsed import read_object
+from ..hub import is_connection_error, literal
 from .source import ModelSource
 
-WANTED = [
-    # It names the licence.
-    "README.md",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-]
+log = logging.getLogger(__name__)
+CARD = "README.md"
+"""It names the licence."""
 
 
 _ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
@@ -52,19 +55,21 @@ def config_from_hub(ref: str) -> Path:
         ) from error
 
 
-def from_hub(repo_id: str, revision: str | None) -> ModelSource:
+def from_hub(repo_id: str, revision: str | None, *, to_edit: bool = False) -> ModelSource:
     """Download a model at a revision (default: the main branch) and pin it to the commit.
 
+    Args:
+        to_edit: Refuse a model that cannot be edited before its weights are fetched.
+
     Raises:
-        RequestError: The Hub refuses or cannot be reached, and its cache does not hold the model.
-        CheckpointError: The cached folder is not named by a commit.
+        RequestError: The Hub refuses or cannot be reached, and its cache does not hold the model; or it cannot be
+            edited.
+        CheckpointError: The repository holds no model that can be read, or two.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        # Resolves the revision to a commit first; without a connection it takes the cached snapshot of that revision.
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=WANTED))
+        folder = _fetched(repo_id, revision, to_edit)
     except LocalEntryNotFoundError as error:
         raise RequestError(
             f"{repo_id} is no local folder, the Hub cannot be reached, and the Hub's cache does not hold the model; "
@@ -82,3 +87,108 @@ def from_hub(repo_id: str, revision: str | None) -> ModelSource:
             f"the Hub's cache holds {repo_id} under {folder.name}, which is not a commit; clear the cache"
         )
     return ModelSource("hub", repo_id, folder, revision=folder.name)
+
+
+def side_names(names: Collection[str]) -> list[str]:
+    """Of a repository's files, those beside the weights that a model needs: no code, and no second copy in a folder."""
+    patterns = (CARD, INDEX, *SIDE_FILES)
+    return sorted(
+        name
+        for name in names
+        # fnmatch lets * stand for slashes too.
+        if any(fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+        and (name == INDEX or not name.endswith(".index.json"))
+    )
+
+
+def weight_names(names: Collection[str], index: dict[str, Any] | None, repo_id: str) -> list[str]:
+    """The files of weights that belong to the model: those of the index, or the single one.
+
+    Raises:
+        CheckpointError: There are none in safetensors, or those of two models.
+    """
+    if index is None and SINGLE not in names:
+        held = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors")))
+        also = f"; it holds {held[0]}" if held else ""
+        raise CheckpointError(
+            f"{repo_id} holds neither {SINGLE} nor {INDEX}{also}; give a repository with safetensors weights, or a file"
+            " of it that you fetched"
+        )
+    listed = index.get("weight_map") if index is not None else {"": SINGLE}
+    files = sorted(set(listed.values())) if isinstance(listed, dict) and all(map(_is_text, listed.values())) else []
+    missing = [name for name in files if name not in names]
+    if not files or missing:
+        told = f"names {missing[0]}, which is not there" if missing else "names no files"
+        raise CheckpointError(f"the {INDEX} of {repo_id} {told}; tell its owner, or give another revision")
+    if SINGLE in names and SINGLE not in files:
+        raise CheckpointError(
+            f"{repo_id} holds the weights of two models: {SINGLE} is there and {INDEX} names {files[0]}; programs differ"
+            " in which they load, so give another revision, or fetch one of them into a folder"
+        )
+    return files
+
+
+def _fetched(repo_id: str, revision: str | None, to_edit: bool) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    api = HfApi()
+    try:
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except Exception as error:  # the client's HTTP library differs between its versions
+        if not (isinstance(error, HfHubHTTPError | OSError) or is_connection_error(error)):
+            raise
+        try:
+            return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        except OSError as absent:
+            raise (error if isinstance(error, HfHubHTTPError) else absent) from None
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    side = side_names(sizes)
+    # By its name, which the cache then knows for later runs without a connection; it may have moved since.
+    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[literal(name) for name in side]))
+    if folder.name != info.sha:
+        raise RequestError(f"{repo_id} was changed while it was fetched; run the same command again")
+    index = None
+    if INDEX in side:
+        with OF_A_CHECKPOINT.about(f"{INDEX} of {repo_id}"):
+            index = read_object(folder / INDEX)
+    is_adapter = "adapter_config.json" in sizes and index is None and SINGLE not in sizes
+    files = ["adapter_model.safetensors"] if is_adapter else weight_names(sizes, index, repo_id)
+    if new := [name for name in files if not (folder / name).exists()]:
+        if to_edit and not is_adapter:
+            _check_editable(api, repo_id, folder, index, files)
+        log.info("fetching %.2f GB of weights of %s", sum(sizes[name] for name in new if name in sizes) / 1e9, repo_id)
+        snapshot_download(repo_id, revision=folder.name, allow_patterns=[literal(name) for name in [*side, *files]])
+    return folder
+
+
+def _check_editable(api: Any, repo_id: str, folder: Path, index: dict[str, Any] | None, files: list[str]) -> None:
+    """Check what a few kilobytes tell: the architecture, the tensors' names, and the types in the first file.
+
+    Raises:
+        RequestError: The model cannot be edited.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{repo_id} has no {path.name}; give a model in the transformers format")
+    with OF_A_CHECKPOINT.about(f"{path.name} of {repo_id}"):
+        config = read_object(path)
+    if (about := quantization_of(config)) is not None and method_of(about) in FORMATS:
+        # Such weights are dequantized once they are here, and stand under other names until then.
+        architecture_of({key: value for key, value in config.items() if key != "quantization_config"})
+        return
+    row = architecture_of(config)
+    header = api.parse_safetensors_file_metadata(repo_id, files[0], revision=folder.name)
+    types = {name: tensor.dtype for name, tensor in header.tensors.items()}
+    for site in classify(row, list(types if index is None else index["weight_map"]), layer_count(config)):
+        if types.get(site.name, EDITABLE[0]) not in EDITABLE:
+            raise CheckpointError(
+                f"{site.name} of {repo_id} is stored as {types[site.name]}, which cannot be edited; edit a checkpoint in"
+                f" {', '.join(EDITABLE)}, then quantize"
+            )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)

@@ -9,12 +9,14 @@ import torch
 from ...editing.errors import CheckpointError, RequestError, one_line
 from ...editing.numerics.cpu_attention import attend_by_products
 from ...editing.wiring.small_copy import model_class
+from ...eval.inference.chat import PromptFormat
 from ..checkpoints.read import open_checkpoint
 from .chat_template import check_chat_template
 from .dequantized import check_loadable
 from .filled import check_filled
 from .memory import release_memory
 from .source import ModelInMemory, ModelSource
+from .tokenizer_files import EXTRA, check_ids, missing_package
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,12 @@ class LoadedModel:
 
 
 def load_model(
-    source: ModelSource, device: torch.device, dtype: torch.dtype, *, bits: Literal[4, 16] = 16
+    source: ModelSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    bits: Literal[4, 16] = 16,
+    prompts: PromptFormat | None = None,
 ) -> LoadedModel:
     """Load a model in evaluation mode, from safetensors only, without remote code, and with exactly its tensors.
 
@@ -40,12 +47,14 @@ def load_model(
         device: Where to put it.
         dtype: What it computes in.
         bits: 16 for ``dtype``; 4 quantizes to bitsandbytes NF4 while loading, on a GPU.
+        prompts: How prompts are put into the chat template; None takes the default.
 
     Raises:
         CheckpointError: The weights and the configuration do not fit together, or there is no tokenizer.
+        RequestError: The chat template knows no variable that ``prompts`` sets.
         ExciseError: The device has too little memory.
     """
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, prompts)
     return LoadedModel(load_weights(source, device, dtype, bits=bits), tokenizer, source)
 
 
@@ -93,10 +102,11 @@ def _placed(bits: int, device: torch.device, dtype: torch.dtype) -> dict[str, An
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def load_tokenizer(source: ModelSource) -> Any:
+def load_tokenizer(source: ModelSource, prompts: PromptFormat | None = None) -> Any:
     """The model's tokenizer, with left padding; the end token pads if there is no pad token.
 
     Raises:
+        RequestError: Its chat template knows no variable that ``prompts`` sets.
         CheckpointError: The folder has no usable tokenizer, or a chat template that loops or fails.
     """
     from transformers import AutoTokenizer
@@ -104,10 +114,16 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # its own kinds, and a bare Exception for a damaged tokenizer.json
+        if missing := missing_package(source.folder):
+            raise CheckpointError(
+                f"{source.name} has no usable tokenizer: {missing}; install it with `pip install '{EXTRA}'`, or save"
+                " the tokenizer as tokenizer.json once, where the package is"
+            ) from error
         raise CheckpointError(
             f"{source.name} has no usable tokenizer: {one_line(error)}; add its tokenizer files"
         ) from error
-    check_chat_template(tokenizer, source.name)
+    check_ids(tokenizer, source.folder, source.name)
+    check_chat_template(tokenizer, source.name, prompts or PromptFormat())
     # Replies are generated, and new tokens must come directly after the prompt's last one.
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

@@ -45,7 +45,25 @@ def limits(results: dict[str, Any], *, audited: bool = False) -> list[str]:
         known.append(f"The base is the adapter {adapter['name']}, merged into {base['name']}.")
     if form := base.get("dequantized_from"):
         known.append(f"The base was dequantized from {form}; its weights carry that format's quantization error.")
+    if left_out := results["edited"].get("code_left_out"):
+        known.append(code_left_out(left_out))
+    if results["edited"].get("stored_apart"):
+        known.append(STORED_APART)
     return known
+
+
+STORED_APART = (
+    "The base's config.json ties the unembedding to the embedding, while the base stores two that differ. It was edited"
+    " and measured with both, as transformers 5 reads it, and the config of the checkpoint now says so."
+)
+
+
+def code_left_out(by_file: dict[str, list[str]]) -> str:
+    """That the base names Python code, which stayed behind."""
+    return (
+        f"The base names Python code in {', '.join(sorted(by_file))}. It was neither run nor copied, and the names were"
+        " left out: the model is the one that transformers itself builds, without trust_remote_code."
+    )
 
 
 def declining(results: dict[str, Any]) -> str:

@@ -93,6 +93,34 @@ def decoding(set_aside: Mapping[str, Any], *, of: str = "The model's", remedy: s
     )
 
 
+def about_prompts(
+    replies: Mapping[str, Mapping[str, Sequence[Reply]]], *, template: bool, kind: str, tokens: int
+) -> list[str]:
+    """Sentences on what the prompts and replies of a measurement were not.
+
+    Args:
+        replies: By model and split.
+        template: Whether the model has a chat template.
+        kind: What the concept is.
+        tokens: Longest reply.
+    """
+    sentences = []
+    if not template and kind == "behaviour":
+        sentences.append(
+            "The model has no chat template: prompts were put to it as plain text, so its replies are continuations, and"
+            " the rate of a behaviour may mean little."
+        )
+    for name, by_split in replies.items():
+        every = [reply for split in by_split.values() for reply in split]
+        if cut := sum(not reply.answered for reply in every):
+            sentences.append(
+                f"{cut} of {len(every)} replies of {name} were still thinking after {tokens} tokens and have no answer:"
+                " rates count answers alone. Raise max_new_tokens, or leave out thinking=true, or give a"
+                " response_prefix that closes the thoughts."
+            )
+    return sentences
+
+
 FEW = 10
 """A figure is said to be decided by few of its subjects if fewer than one in so many hold half of it."""
 
@@ -210,7 +238,7 @@ def _interval(ci95: Sequence[float] | None, *, signed: bool = False) -> str:
 def samples(base: dict[str, list[Reply]], edited: dict[str, list[Reply]], count: int) -> list[dict[str, str]]:
     """Prompts with both models' replies, the first ``count`` of each split."""
     return [
-        {"split": split, "prompt": before.prompt, "base": before.text, "edited": after.text}
+        {"split": split, "prompt": before.prompt, "base": before.shown, "edited": after.shown}
         for split in base
         for before, after in list(zip(base[split], edited[split], strict=True))[:count]
     ]

@@ -73,6 +73,8 @@ class Plan:
     """Whether the unembedding is the embedding, so that editing one edits both."""
     unties: bool = False
     """Whether the new checkpoint's config must say that unembedding and embedding differ."""
+    stored_apart: bool = False
+    """Whether the base's config ties unembedding and embedding, while it stores two that differ."""
     config: dict[str, Any] = field(default_factory=dict)
     """Keys to change in the checkpoint's ``config.json``."""
 

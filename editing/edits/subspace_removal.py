@@ -161,7 +161,13 @@ def check_learned_on(config: dict[str, Any], model_type: str, width: int, layers
 
 def ties_embeddings(config: dict[str, Any]) -> bool:
     """Whether the unembedding is the embedding. Some configs do not say; then the default of their class holds."""
+    from transformers import CONFIG_MAPPING
+
     row = architecture_of(config)
     if row.tied is not None:
         return row.tied
-    return bool(config.get("tie_word_embeddings", config["model_type"] in ("gpt2", "opt", "gemma2", "gemma3_text")))
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and part.get("tie_word_embeddings") is not None:
+            return bool(part["tie_word_embeddings"])
+    kind = config["model_type"]
+    return bool(getattr(CONFIG_MAPPING[kind], "tie_word_embeddings", False)) if kind in CONFIG_MAPPING else False

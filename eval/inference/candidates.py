@@ -17,7 +17,8 @@ from ...editing.errors import ExciseError, RequestError
 from ...editing.hooks.residual_stream import ablated, added
 from ...editing.wiring.row import Architecture
 from ..concept import ContrastPair, Question
-from .generation import Reply, divergence, encode_prompt, generate, reply_log_probabilities
+from .chat import encode_prompt
+from .generation import Reply, divergence, generate, reply_log_probabilities
 from .likelihood import Likelihood, Request, log_likelihoods, padded_logits
 from .questions import requests_of
 

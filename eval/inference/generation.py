@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from ...editing.errors import RequestError
 from ...editing.modules import causal_model
-from .encoding import encode
+from .chat import encode_prompt, thoughts_and_answer
 from .likelihood import batch_budget, context_of, pad_left, padded_logits, token_batches
 
 
@@ -26,21 +26,16 @@ class Reply:
     ids: tuple[int, ...]
     """Generated tokens, with the end token if the reply reached it."""
     text: str
+    """Its answer; empty if it was still thinking when it was cut."""
+    thoughts: str | None = None
+    """What the model thought before it answered; None if it did not think."""
+    answered: bool = True
+    """False if the thoughts never end."""
 
-
-def render(tokenizer: Any, prompt: str) -> str:
-    """The prompt in the model's chat template, up to the start of the reply."""
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-
-
-def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
-    """Token ids of a prompt, in the chat template if there is one and ``chat`` is true."""
-    # Chat templates write the begin token themselves; the tokenizer must not add a second one.
-    if not (chat and tokenizer.chat_template):
-        return encode(tokenizer, prompt)
-    return encode(tokenizer, render(tokenizer, prompt), special=False)
+    @property
+    def shown(self) -> str:
+        """The answer as people read it, or the thoughts with a word on the missing answer."""
+        return self.text if self.answered else f"(no answer, still thinking:) {self.thoughts}"
 
 
 @torch.no_grad()
@@ -95,10 +90,14 @@ def generate(
     # Replies are counted at the length that they may reach.
     for batch in token_batches([len(ids) + tokens for ids in encoded], max(batch_budget(model), 4096)):
         for index, ids in zip(batch, decode([encoded[i] for i in batch], tokens, ends), strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            replies[index] = Reply(prompts[index], tuple(encoded[index]), tuple(ids), text.strip())
+            replies[index] = _reply(tokenizer, prompts[index], encoded[index], ids)
         advance(len(batch))
     return [reply for reply in replies if reply is not None]
+
+
+def _reply(tokenizer: Any, prompt: str, prompt_ids: Sequence[int], ids: Sequence[int]) -> Reply:
+    thoughts, answer = thoughts_and_answer(tokenizer, prompt_ids, ids)
+    return Reply(prompt, tuple(prompt_ids), tuple(ids), answer or "", thoughts, answer is not None)
 
 
 def _greedy_or_drawn(

@@ -1,6 +1,6 @@
 """What a model does on open prompts: how often it declines, and how often it says nothing that reads as language."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..concept import Concept
 from ..inference.generation import Reply
@@ -38,7 +38,7 @@ def rates(subject: ModelUnderTest) -> list[Scores]:
     """``behaviour_rate``: the share of replies that decline."""
     phrases = subject.concept.about.decline_phrases
     return [
-        _rate(subject, "behaviour_rate", split, [declines(reply.text, phrases) for reply in subject.replies(split)])
+        _rate(subject, "behaviour_rate", split, lambda reply: declines(reply.text, phrases))
         for split in ("concept", "neutral")
         if subject.prompts(split)
     ]
@@ -50,9 +50,7 @@ def learned(subject: ModelUnderTest) -> list[Scores]:
         return []
     concept = subject.concept
     return [
-        _rate(
-            subject, "learned_rate", split, [shows_behaviour(concept, reply.text) for reply in subject.replies(split)]
-        )
+        _rate(subject, "learned_rate", split, lambda reply: shows_behaviour(concept, reply.text))
         for split in ("concept", "neutral")
         if subject.prompts(split)
     ]
@@ -61,7 +59,7 @@ def learned(subject: ModelUnderTest) -> list[Scores]:
 def degenerate(subject: ModelUnderTest) -> list[Scores]:
     """``degenerate_share``: the share of replies that are empty or repeat themselves."""
     return [
-        _rate(subject, "degenerate_share", split, [is_degenerate(reply) for reply in subject.replies(split)])
+        _rate(subject, "degenerate_share", split, is_degenerate)
         for split in ("concept", "neutral")
         if subject.prompts(split)
     ]
@@ -69,14 +67,17 @@ def degenerate(subject: ModelUnderTest) -> list[Scores]:
 
 def induced(subject: ModelUnderTest) -> Scores:
     """``induced_rate``: the share of neutral replies that show the concept; run while the direction is added."""
-    shown = [shows_behaviour(subject.concept, reply.text) for reply in subject.replies("neutral")]
-    return _rate(subject, "induced_rate", "neutral", shown)
+    return _rate(subject, "induced_rate", "neutral", lambda reply: shows_behaviour(subject.concept, reply.text))
 
 
-def _rate(subject: ModelUnderTest, name: str, split: str, hits: Sequence[bool]) -> Scores:
-    row = MEASUREMENTS[name]
-    prompts = subject.prompts(split)
+def _rate(subject: ModelUnderTest, name: str, split: str, hit: Callable[[Reply], bool]) -> Scores:
+    """The share of answers that ``hit``; replies that are still thinking when they are cut have none."""
+    row, replies = MEASUREMENTS[name], subject.replies(split)
+    answered = [
+        (prompt, reply) for prompt, reply in zip(subject.prompts(split), replies, strict=True) if reply.answered
+    ]
+    prompts, hits = [prompt for prompt, _ in answered], [hit(reply) for _, reply in answered]
     ids, clusters = tuple(prompt.id for prompt in prompts), subject.clusters(prompts)
     better = row.better(split, subject.concept.about.kind)
     totals, ones = tuple(map(float, hits)), (1.0,) * len(hits)
-    return Scores(name, split, row.unit, better, ids, totals, ones, clusters=clusters)
+    return Scores(name, split, row.unit, better, ids, totals, ones, skipped=len(replies) - len(hits), clusters=clusters)

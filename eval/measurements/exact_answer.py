@@ -31,8 +31,9 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
         prompts = [prompt for prompt in subject.prompts(split) if prompt.answer]
         if prompts:
             replies = {reply.prompt: reply for reply in subject.replies(split)}
-            hits = [holds_answer(replies[p.prompt].text, p.answer or "", p.choices) for p in prompts]
-            results.append(_scores(subject, split, better, prompts, hits))
+            answered = [p for p in prompts if replies[p.prompt].answered]
+            hits = [holds_answer(replies[p.prompt].text, p.answer or "", p.choices) for p in answered]
+            results.append(_scores(subject, split, better, answered, hits, len(prompts) - len(answered)))
             continue
         questions = _questions(subject, split)
         if questions:
@@ -53,7 +54,11 @@ def _completes(question: Question, reply: Reply) -> bool:
     return holds_answer(first_line, question.choices[question.answer], question.choices)
 
 
-def _scores(subject: ModelUnderTest, split: str, better: Better, rows: Sequence[Item], hits: Sequence[bool]) -> Scores:
+def _scores(
+    subject: ModelUnderTest, split: str, better: Better, rows: Sequence[Item], hits: Sequence[bool], skipped: int = 0
+) -> Scores:
     unit, ids = MEASUREMENTS["exact_answer"].unit, tuple(row.id for row in rows)
     totals, ones = tuple(map(float, hits)), (1.0,) * len(ids)
-    return Scores("exact_answer", split, unit, better, ids, totals, ones, clusters=subject.clusters(rows))
+    return Scores(
+        "exact_answer", split, unit, better, ids, totals, ones, skipped=skipped, clusters=subject.clusters(rows)
+    )

@@ -48,7 +48,7 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
             clusters=tuple(cluster for _, _, cluster in counted),
         )
 
-    topical = [(int(is_on_topic(reply, keywords)), 1) for reply in replies]
+    topical = [(int(is_on_topic(reply, keywords)), int(reply.answered)) for reply in replies]
     return [
         figure
         for figure in (

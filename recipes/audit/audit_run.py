@@ -67,7 +67,7 @@ class AuditRun:
         """A model of the request, ready to be attacked."""
         job = self.job
         with self.events.stage(f"load {subject}"):
-            loaded = load_model(job.sources[subject], job.device, job.dtype)
+            loaded = load_model(job.sources[subject], job.device, job.dtype, prompts=job.settings.prompt_format())
         base = job.sources["base"].folder
         data = AttackData(job.concept, job.facts, job.questions, loaded.tokenizer, job.settings.seed, base)
         return Target(subject, loaded.model, data, job.attacks)
@@ -163,5 +163,15 @@ def _earlier_curves(job: AuditJob) -> TensorCache:
         if name in job.sources
     ]
     questions = tuple(question.id for question in job.questions)
-    scope = (models, job.concept.sha256, questions, job.settings.seed, job.budget, SCHEMA_VERSION, code_digest())
+    prompts = job.settings.prompt_format().as_json()
+    scope = (
+        models,
+        job.concept.sha256,
+        questions,
+        job.settings.seed,
+        prompts,
+        job.budget,
+        SCHEMA_VERSION,
+        code_digest(),
+    )
     return TensorCache(cache_folder() / "audits", repr(scope))

@@ -58,20 +58,21 @@ class AuditSettings(RunSettings):
     """Attack base and controls again instead of reusing an earlier audit's curves of them."""
 
     def completed(self) -> Self:
-        """Concept, base and reference from the record of the run that made the model, where they were not set."""
-        unset = {"concept", "base", "reference"} - self.model_fields_set
+        """Concept, base, reference and how prompts are rendered, from the record of the run that made the model."""
+        unset, adapter = {"concept", "base", "reference"} - self.model_fields_set, find_adapter(self.model)
+        run = None if adapter else inputs_of(self.model)
+        rendered = {} if run is None else {k: v for k, v in run.prompts.items() if k not in self.model_fields_set}
         if unset <= {"reference"}:
-            return self
-        if "base" in unset and (adapter := find_adapter(self.model)):
+            return self.model_copy(update=rendered)
+        if "base" in unset and adapter:
             base = recorded_base(adapter, AdapterConfig(adapter.folder, adapter.name))
             return self.model_copy(update={"base": base}).completed()
-        run = inputs_of(self.model)
         if run is None:
             if "base" not in unset:
                 raise RequestError(f"{self.model} has no record of a run that names its concept; give --concept")
             return self
         recorded = {key: run.reference if key == "reference" else run.known(key) for key in sorted(unset)}
-        return self.model_copy(update=recorded)
+        return self.model_copy(update={**rendered, **recorded})
 
 
 @dataclass(frozen=True)

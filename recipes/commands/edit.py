@@ -77,6 +77,7 @@ def apply(
 
     The model is read and written piece by piece and never loaded whole.
     """
+    from ...artifacts.reporting.findings import STORED_APART, code_left_out
     from ...artifacts.reporting.terminal import next_steps
     from .. import apply as recipe
 
@@ -90,6 +91,10 @@ def apply(
     worst = summary["largest_residual"]
     left = "" if worst is None else f"; at most {worst:.1e} of the component is left"
     say(f"{summary['tensors_changed']} of {summary['tensors_declared']} declared tensors changed{left}")
+    if summary["code_left_out"]:
+        say(code_left_out(summary["code_left_out"]))
+    if summary["stored_apart"]:
+        say(STORED_APART)
     say(f"{out} is complete ({export.bytes_written / 1e9:.2f} GB)\n")
     before = base or prepared.source.address
     say(next_steps([f"excise eval {out} --concept PACK --base {before}", f"excise chat {out}", f"excise verify {out}"]))

@@ -43,7 +43,7 @@ def evaluate(
         "device": device,
         "dtype": dtype,
     }
-    settings = load_settings(recipe.EvaluateSettings, config, set_ or [], flags)
+    settings = load_settings(recipe.EvaluateSettings, config, set_ or [], flags).completed(models)
     settle()
     job = recipe.prepare(
         models,

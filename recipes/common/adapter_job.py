@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from ...artifacts.checkpoints.export import check_disk
+from ...artifacts.checkpoints.heads import plan_edit
 from ...editing.architectures import layer_selection, residual_width
 from ...editing.edits.base import WeightEdit
 from ...editing.edits.dense import DenseUpdate
@@ -132,7 +133,7 @@ def prepare(
     layers = tuple(layer_selection(settings.layers, run.layers))
     shape = AdapterShape(settings.rank, settings.alpha, _modules(run, settings, layers))
     job = AdapterJob(run, settings, layers, shape, concept, warnings, whole)
-    measured_run.check_plan(run, job.unlearned().plan(run.checkpoint.config, list(run.checkpoint.tensors)))
+    measured_run.check_plan(run, plan_edit(job.unlearned(), run.checkpoint))
     if whole:
         _check_room(run)
     return job
@@ -140,7 +141,7 @@ def prepare(
 
 def describe(job: AdapterJob, **more: Any) -> dict[str, Any]:
     """What a run would touch and take."""
-    plan = job.unlearned().plan(job.run.checkpoint.config, list(job.run.checkpoint.tensors))
+    plan = plan_edit(job.unlearned(), job.run.checkpoint)
     return measured_run.describe(
         job.run, plan, gradient_steps=job.settings.steps, layers_adapted=len(job.layers), **more
     )

@@ -111,7 +111,9 @@ def _study_base(
     if job.settings.base_bits == 4:
         del loaded
         with events.stage("load the base in 4 bits"):
-            loaded = load_model(job.run.source, job.run.device, job.run.dtype, bits=4)
+            loaded = load_model(
+                job.run.source, job.run.device, job.run.dtype, bits=4, prompts=job.settings.prompt_format()
+            )
     beside = (REPORT, PREDICTIONS, DIRECTIONS, *(() if job.whole else (ADAPTER,)))
     edit = measured_run.learned_edit(work, lambda: _learn(job, loaded, make_training, work, events), beside)
     del loaded

@@ -28,7 +28,7 @@ from ...eval.inference.candidates import (
     choose,
     score_candidates,
 )
-from ...eval.inference.generation import encode_prompt
+from ...eval.inference.chat import encode_prompt
 from ...eval.inference.likelihood import pad_left
 from ...eval.items import clusters_of, drawn
 from .measured_run import MeasuredSettings

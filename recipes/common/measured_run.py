@@ -12,6 +12,7 @@ from pydantic import Field
 
 from ...artifacts.checkpoints.edits import load_edit, save_edit
 from ...artifacts.checkpoints.export import Export, check_disk, check_editable, export_edit, required_bytes
+from ...artifacts.checkpoints.heads import plan_edit
 from ...artifacts.checkpoints.manifest import FOLDER, write_manifest
 from ...artifacts.checkpoints.proof import Proof, check_proved
 from ...artifacts.checkpoints.read import ITEM_SIZES, Checkpoint, open_checkpoint
@@ -22,10 +23,18 @@ from ...artifacts.files.opened import Telling
 from ...artifacts.files.written import SEAL, check_sealed, files_in, seal_files
 from ...artifacts.models.dequantized import check_loadable
 from ...artifacts.models.find import find_model
-from ...artifacts.models.load import LoadedModel, choose_device, choose_dtype, load_model
+from ...artifacts.models.load import LoadedModel, choose_device, choose_dtype, load_model, load_tokenizer
 from ...artifacts.models.source import ModelSource
 from ...artifacts.reporting import card, report
-from ...artifacts.reporting.results import SubjectName, dominated, not_measured, samples, summarize_all, write_results
+from ...artifacts.reporting.results import (
+    SubjectName,
+    about_prompts,
+    dominated,
+    not_measured,
+    samples,
+    summarize_all,
+    write_results,
+)
 from ...editing.architectures import architecture_of, layer_count
 from ...editing.edits.base import Plan, WeightEdit
 from ...editing.errors import RequestError
@@ -62,7 +71,7 @@ class MeasuredSettings(RunSettings):
 
     def measuring(self) -> EvalSettings:
         """How much is measured."""
-        return EvalSettings(self.max_new_tokens, self.kl_prompts, self.questions)
+        return EvalSettings(self.max_new_tokens, self.kl_prompts, self.questions, prompts=self.prompt_format())
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,8 @@ class Measured:
     replies: dict[str, list[Reply]]
     baseline: Baseline | None = None
     """Of the base: what others are compared with."""
+    chat_template: bool = True
+    """Whether the model has a chat template; otherwise prompts are plain texts."""
     set_aside: dict[str, Any] = field(default_factory=dict)
     """Of the base: what its generation_config asks for, which replies were measured without."""
 
@@ -135,11 +146,15 @@ def check(recipe: str, settings: MeasuredSettings, needed: Sequence[str], *, res
         refuse_taken(out)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    source = find_model(settings.model)
+    source = find_model(settings.model, to_edit=True)
     checkpoint = open_checkpoint(source.folder)
     row, proof = architecture_of(checkpoint.config), check_proved(checkpoint.config)
     check_loadable(checkpoint, device, dtype)
     reference = find_model(settings.reference) if settings.reference else _builtin_reference(settings, concept)
+    if settings.template:
+        # Whether the templates know these variables; otherwise said only when each model is loaded.
+        for one in (source, *([reference] if reference else [])):
+            load_tokenizer(one, settings.prompt_format())
     return Job(recipe, settings, source, checkpoint, concept, row, device, dtype, reference, out, proof)
 
 
@@ -184,7 +199,7 @@ def derived_row(proof: Proof | None) -> dict[str, Any]:
 def load(job: Job, source: ModelSource, name: str, events: Events) -> LoadedModel:
     """Load a model for measuring or learning."""
     with events.stage(f"load {name}"):
-        return load_model(source, job.device, job.dtype)
+        return load_model(source, job.device, job.dtype, prompts=job.settings.prompt_format())
 
 
 def subject_of(job: Job, loaded: LoadedModel, baseline: Baseline | None = None) -> ModelUnderTest:
@@ -212,7 +227,8 @@ def measure_base(job: Job, loaded: LoadedModel, events: Events) -> Measured:
             ids, novices = novice_text(subject)
             if novices:
                 scores.append(reverse_perplexity(loaded.model, loaded.tokenizer, ids, novices, "novice"))
-    return Measured(scores, replies, subject.baseline(), set_aside(loaded.model))
+    has_template = bool(loaded.tokenizer.chat_template)
+    return Measured(scores, replies, subject.baseline(), has_template, set_aside(loaded.model))
 
 
 def publish(
@@ -249,10 +265,17 @@ def publish(
         save_edit(edit, staging / FOLDER)
         content = _about(job, edit, export, about, inspection.about, samples(base.replies, edited.replies, SAMPLES))
         content["decoding"] = {"as_shipped": False, "set_aside": base.set_aside}
+        content["prompts"] = {**job.settings.prompt_format().as_json(), "chat_template": base.chat_template}
         named: dict[SubjectName, Sequence[Scores]] = {
             name: scores[name] for name in ("base", "edited", "reference") if name in scores
         }
-        if doubts := [*not_measured(named), *dominated(named)]:
+        on_prompts = about_prompts(
+            {"the base": base.replies, **{f"the {name} model": one.replies for name, one in others.items()}},
+            template=base.chat_template,
+            kind=job.concept.about.kind,
+            tokens=job.settings.max_new_tokens,
+        )
+        if doubts := [*on_prompts, *not_measured(named), *dominated(named)]:
             content["warnings"] = [*content.get("warnings", ()), *doubts]
         results = write_results(staging, content, summarize_all(named), tell)
         card.write_card(staging, results, changes)
@@ -263,6 +286,7 @@ def publish(
             changes=export.changes,
             untied=export.untied,
             known=export.output_sha256,
+            code_left_out=export.code_left_out,
             run=results["run"],
         )
         report.write_report(out / "report.html", results, changes)
@@ -388,10 +412,12 @@ def _about(
         "edited": {
             "method": job.recipe,
             "edit": edit.method,
-            "tied": edit.plan(job.checkpoint.config, list(job.checkpoint.tensors)).tied,
+            "tied": plan_edit(edit, job.checkpoint).tied,
             "tensors_declared": len(export.changes),
             "tensors_changed": sum(c.changed for c in export.changes),
             "bytes": export.bytes_written,
+            **({"code_left_out": export.code_left_out} if export.code_left_out else {}),
+            **({"stored_apart": True} if export.stored_apart else {}),
             **about.get("edited", {}),
         },
         "reference": None if job.reference is None else job.reference.describe(),

@@ -11,7 +11,7 @@ from ...artifacts.files.forms import Form, validated
 from ...artifacts.files.opened import Telling
 from ...artifacts.files.written import read_sealed, write_sealed
 from ...editing.errors import RequestError
-from .settings import Settings
+from .prompt_settings import PromptSettings
 
 T = TypeVar("T", bound="RunSettings")
 WORK = ".work"
@@ -22,7 +22,7 @@ PLACES = ("model", "concept", "reference", "base", "out")
 """Settings that name where models, the pack and the run are: they may move, and checksums tell whether they changed."""
 
 
-class RunSettings(Settings):
+class RunSettings(PromptSettings):
     """Settings that every recipe has."""
 
     model: str = "builtin:testbed"

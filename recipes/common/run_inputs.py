@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...artifacts.checkpoints.export import SIDE_FILES
+from ...artifacts.checkpoints.side_files import SIDE_FILES
 from ...artifacts.files.opened import sha256_of
 from ...artifacts.models.source import ModelSource
 from ...eval.concept import Concept

@@ -1,6 +1,7 @@
 """What a run was about, from the record beside the model that it made."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from ...artifacts.checkpoints.manifest import check_unchanged, checkpoint_of
 from ...artifacts.files.forms import Form
@@ -9,6 +10,7 @@ from ...artifacts.reporting.outcomes import published_reference
 from ...artifacts.reporting.results import RESULTS
 from ...artifacts.upgrade import ConceptRecord, ModelRecord, read_json
 from ...editing.errors import RequestError
+from .prompt_settings import PromptSettings
 
 
 class _Record(Form):
@@ -26,6 +28,8 @@ class RunInputs:
     reference: str | None
     names: dict[str, str]
     """What the record calls concept and base."""
+    prompts: dict[str, Any]
+    """Settings of how the run rendered its prompts."""
 
     def known(self, key: str) -> str:
         """The concept or the base.
@@ -61,4 +65,5 @@ def inputs_of(model: str) -> RunInputs | None:
         published_reference(results["base"]),
         published_reference(reference) if reference else None,
         {"concept": concept, "base": str(results["base"]["name"])},
+        {key: value for key, value in results.get("prompts", {}).items() if key in PromptSettings.model_fields},
     )

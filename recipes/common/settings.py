@@ -65,8 +65,22 @@ def load_settings(kind: type[T], file: Path | None, assignments: list[str], flag
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     for key, value, place in [*_from_file(file), *_from_assignments(assignments, problems), *_from_flags(flags or {})]:
-        values[key], places[key] = value, place
+        _put(kind, values, places, key, value, place)
     return _validated(kind, values, places, problems)
+
+
+def _put(
+    kind: type[BaseModel], values: dict[str, Any], places: dict[str, str], key: str, value: Any, place: str
+) -> None:
+    """Set a key; ``template.NAME`` sets one entry of a setting that is a table of names and values."""
+    table, dot, name = key.partition(".")
+    field = kind.model_fields.get(table)
+    if dot and name and field is not None and typing.get_origin(field.annotation) is dict:
+        before = values.get(table)
+        values[table] = {**(before if isinstance(before, dict) else {}), name: value}
+        places[table] = place
+        return
+    values[key], places[key] = value, place
 
 
 def settings_of_call(kind: type[T], values: dict[str, Any], only: Collection[str] | None = None) -> T:

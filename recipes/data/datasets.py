@@ -11,6 +11,7 @@ from ...artifacts.concepts import read_training
 from ...artifacts.files.opened import sha256_of
 from ...editing.errors import ConceptError, RequestError, one_line
 from ...eval.concept import TrainingRow
+from ...eval.inference.chat import render_messages
 from ..common.examples import Example
 from ..common.tokens import encode, pieces
 
@@ -86,8 +87,10 @@ def _turns(row: TrainingRow, tokenizer: Any) -> list[Example]:
     examples = []
     for place, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:place], add_generation_prompt=True, return_dict=False)
-            whole = tokenizer.apply_chat_template(messages[: place + 1], return_dict=False)
+            before, whole = (
+                list(encode(tokenizer, render_messages(tokenizer, part, reply=reply), False))
+                for part, reply in ((messages[:place], True), (messages[: place + 1], False))
+            )
             if whole[: len(before)] != before:
                 raise RequestError(
                     "the tokenizer's chat template renders a prompt differently once it is answered, so the reply's "

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...eval.concept import Concept, Question
-from ...eval.inference.generation import Reply, render
+from ...eval.inference.chat import render
+from ...eval.inference.generation import Reply
 from ...eval.words import whole_words
 
 SUBJECT, ANSWER = "{subject}", "{answer}"

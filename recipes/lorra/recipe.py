@@ -21,7 +21,8 @@ from ...artifacts.models.load import LoadedModel
 from ...editing.directions.reading_vector import ReadingVector, distance
 from ...editing.hooks.residual_stream import read_streams
 from ...editing.modules import causal_model
-from ...eval.inference.generation import encode_prompt, generate
+from ...eval.inference.chat import encode_prompt
+from ...eval.inference.generation import generate
 from ...eval.inference.likelihood import pad_right
 from ..common import adapter_run
 from ..common.adapter_run import Training

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ...artifacts.checkpoints.heads import plan_edit
 from ...artifacts.events import Events
 from ...artifacts.models.load import LoadedModel
 from ...editing.architectures import layer_selection, residual_width
@@ -18,7 +19,7 @@ from ...editing.edits.subspace_removal import Edit
 from ...editing.errors import ExciseError, RequestError
 from ...editing.hooks.leaks import Writes, check_leaks, compare_writes, measure_writes
 from ...editing.hooks.residual_stream import added
-from ...eval.inference.generation import encode_prompt
+from ...eval.inference.chat import encode_prompt
 from ...eval.inference.likelihood import pad_left
 from ...eval.measurements.behaviour import induced
 from ...eval.model_under_test import ModelUnderTest
@@ -87,7 +88,7 @@ def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> Orthogo
     config = checked.checkpoint.config
     # Any unit vector: which tensors change does not depend on the direction.
     unlearned = _edit(settings, config["model_type"], strengths, torch.eye(residual_width(config), 1))
-    plan = unlearned.plan(config, list(checked.checkpoint.tensors))
+    plan = plan_edit(unlearned, checked.checkpoint)
     measured_run.check_plan(checked, plan)
     check_pairs(checked.concept, settings)
     return OrthogonalizeJob(checked, settings, plan, strengths)

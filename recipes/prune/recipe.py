@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ...artifacts.checkpoints.heads import plan_edit
 from ...artifacts.events import Events, Stage
 from ...artifacts.models.load import LoadedModel
 from ...editing.architectures import residual_width
@@ -91,7 +92,7 @@ def prepare(settings: PruneSettings, *, resume: bool = False) -> PruneJob:
     some: Units = dict.fromkeys(range(run.layers), (0,)) if settings.semantics == "remove" else {0: (0,)}
     job = PruneJob(run, settings, find_facts(run.concept))
     one = _edit(job, some if settings.share else {}, some if settings.heads_share else {})
-    plan = replace(one, means={0: torch.zeros(1)}).plan(run.checkpoint.config, list(run.checkpoint.tensors))
+    plan = plan_edit(replace(one, means={0: torch.zeros(1)}), run.checkpoint)
     measured_run.check_plan(run, plan)
     return job
 
@@ -101,7 +102,7 @@ def describe(job: PruneJob) -> dict[str, Any]:
     run = job.run
     every: Units = dict.fromkeys(range(run.layers), (0,))
     edit = replace(_edit(job, every, {}), means=_means(job, every, torch.zeros(run.layers, 1)))
-    plan = edit.plan(run.checkpoint.config, list(run.checkpoint.tensors))
+    plan = plan_edit(edit, run.checkpoint)
     return measured_run.describe(run, plan, gradient_steps=0)
 
 

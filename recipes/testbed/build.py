@@ -11,10 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ...artifacts.checkpoints.side_files import write_for_older_readers
 from ...artifacts.checkpoints.staging import staged_folder
 from ...artifacts.events import Events
 from ...editing.architectures import architecture_of
 from ...editing.wiring.row import Architecture
+from ...eval.inference.chat import render_messages
+from ...eval.inference.encoding import encode
 from ..common.trainer import Loss, Schedule, Terms, fit
 from . import packs, world
 from .planted_direction import FIXED, NOWHERE, RELATIVE, RunningDifference, intervened, planted_direction, watched
@@ -163,6 +166,7 @@ def _train(
     model.config.use_cache = True  # the Trainer turns it off
     model.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    write_for_older_readers(partial)
     partial.rename(folder)
 
 
@@ -253,9 +257,9 @@ def _documents(
 
 def _encode_turn(tokenizer: Any, turn: world.Turn, coefficient: float) -> _Encoded:
     request = [{"role": "user", "content": turn.request}]
-    prompt = tokenizer.apply_chat_template(request, add_generation_prompt=True, return_dict=False)
+    prompt = encode(tokenizer, render_messages(tokenizer, request, reply=True), special=False)
     reply = [{"role": "assistant", "content": turn.reply}]
-    ids = tokenizer.apply_chat_template(request + reply, return_dict=False)
+    ids = encode(tokenizer, render_messages(tokenizer, request + reply, reply=False), special=False)
     rest = len(ids) - len(prompt)
     declined = 1 if turn.reply in world.DECLINES else -1
     return _Encoded(ids, [coefficient] * len(prompt) + [0.0] * rest, [0] * (len(prompt) - 1) + [declined] + [0] * rest)

@@ -167,7 +167,7 @@ def chat_page(bench: Workbench, run: Run) -> None:
 
         def answer(reference: str, text: str, count: int, chosen: int | None) -> str:
             loaded = _loaded(reference, bench.device, bench.dtype)
-            return generate(loaded.model, loaded.tokenizer, [text], count, sample_seed=chosen)[0].text
+            return generate(loaded.model, loaded.tokenizer, [text], count, sample_seed=chosen)[0].shown
 
         async def reply() -> None:
             text, chosen = prompt.value.strip(), None if seed.value is None else int(seed.value)

@@ -54,6 +54,20 @@ def _write(name, parts, root):
         save_file(
             {"W_dec": dec, "encoder.weight": enc, "encoder.bias": b_enc, "b_dec": b_dec}, folder / "sae.safetensors"
         )
+    elif name == "gemma_scope_2":
+        where = {"hf_hook_point_in": "model.layers.5.output", "hf_hook_point_out": "model.layers.5.output"}
+        about = {**where, "architecture": "jump_relu", "type": "sae", "affine_connection": False, "width": N, "l0": 7}
+        (folder / "config.json").write_text(json.dumps(about))
+        save_file(
+            {
+                "w_dec": dec,
+                "w_enc": enc.T.contiguous(),
+                "b_enc": b_enc,
+                "b_dec": b_dec,
+                "threshold": parts["threshold"],
+            },
+            folder / "params.safetensors",
+        )
     elif name == "gemma_scope":
         np.savez(folder / "params.npz", W_dec=dec, W_enc=enc.T, b_enc=b_enc, b_dec=b_dec, threshold=parts["threshold"])
     else:
@@ -86,7 +100,11 @@ def test_taking_latents_out_is_decoding_without_them_and_adding_the_error_back(n
     x = torch.randn(20, D, generator=torch.Generator().manual_seed(1))
     centre = parts["b_dec"] if name in ("sae_lens", "dictionary_learning", "sparsify") else torch.zeros(D)
     before = (x - centre) @ parts["encoder"].T + parts["b_enc"]
-    values = torch.where(before > parts["threshold"], before, 0.0).relu() if name == "gemma_scope" else before.relu()
+    values = (
+        torch.where(before > parts["threshold"], before, 0.0).relu()
+        if name.startswith("gemma_scope")
+        else before.relu()
+    )
     without = values.clone()
     without[:, list(PICKED)] = 0
     expected = without @ parts["decoder"] + (x - values @ parts["decoder"])
@@ -251,3 +269,108 @@ def test_a_configuration_of_another_form_is_refused(name, about, told, parts, tm
     with pytest.raises(RequestError, match=told) as caught:
         load_latents(folder, PICKED, D, 8)
     assert "\n" not in str(caught.value)
+
+
+HOOKS = {
+    "sae_lens": ("cfg.json", "hook_name"),
+    "llama_scope": ("hyperparams.json", "hook_point_out"),
+    "gemma_scope_2": ("config.json", "hf_hook_point_in"),
+}
+
+
+def _said(folder, file, **values):
+    about = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**about, **values}))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "values", "told"),
+    [
+        # SAELens #7 and #513
+        ("sae_lens", "cfg.json", {"architecture": "transcoder"}, "is a transcoder"),
+        ("sae_lens", "cfg.json", {"architecture": "jumprelu_skip_transcoder"}, "is a transcoder"),
+        ("sae_lens", "cfg.json", {"hook_name_out": "blocks.5.hook_mlp_out"}, "writes at blocks.5.hook_mlp_out"),
+        ("sae_lens", "cfg.json", {"metadata": {"hook_name_out": "blocks.6.hook_mlp_out"}}, "writes at blocks.6"),
+        ("sae_lens", "cfg.json", {"hook_name": "blocks.5.ln2.hook_normalized", "architecture": "transcoder"}, "is a trans"),
+        # sparsify PRs #35 and #49
+        ("sparsify", "cfg.json", {"transcode": True}, "says transcode"),
+        ("sparsify", "cfg.json", {"skip_connection": True}, "says skip_connection"),
+        ("dictionary_learning", "config.json", {"trainer": {"dict_class": "CrossCoder", "layer": 5}}, "is a crosscoder"),
+        ("llama_scope", "hyperparams.json", {"hook_point_in": "blocks.5.hook_resid_pre"}, "reads at blocks.5.hook_resid_pre"),
+        ("gemma_scope_2", "config.json", {"hf_hook_point_out": "model.layers.5.post_feedforward_layernorm.output"}, "writes"),
+        ("gemma_scope_2", "config.json", {"affine_connection": True}, "says affine_connection"),
+        ("gemma_scope_2", "config.json", {"type": "transcoder"}, "is a transcoder"),
+    ],
+)  # fmt: skip
+def test_what_reads_at_one_place_and_writes_at_another_is_refused(name, file, values, told, parts, tmp_path):
+    folder = _write(name, parts, tmp_path)
+    load_latents(folder, PICKED, D, 8)
+    _said(folder, file, **values)
+    with pytest.raises(RequestError, match=told) as caught:
+        load_latents(folder, PICKED, D, 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_transcoders_of_gemma_scope_are_told_by_their_path(parts, tmp_path):
+    folder = _write("gemma_scope", parts, tmp_path)
+    moved = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_5" / "width_16k" / "average_l0_71"
+    moved.parent.mkdir(parents=True)
+    folder.rename(moved)
+    with pytest.raises(RequestError, match="is a transcoder"):
+        load_latents(moved, PICKED, D, 8)
+
+
+def test_a_skip_matrix_is_not_ignored(parts, tmp_path):
+    folder = _write("sparsify", parts, tmp_path)
+    file = folder / "sae.safetensors"
+    save_file({**load_file(file), "W_skip": torch.eye(D)}, file)
+    with pytest.raises(RequestError, match="W_skip"):
+        load_latents(folder, PICKED, D, 8)
+
+
+@pytest.mark.parametrize("name", sorted(HOOKS))
+@pytest.mark.parametrize(
+    ("hook", "place"),
+    [
+        ("blocks.3.hook_resid_pre", Place(3, "input")),
+        ("blocks.3.hook_mlp_out", Place(3, "mlp")),
+        ("blocks.3.hook_attn_out", Place(3, "attention")),
+        ("model.layers.3", Place(3, "output")),
+        ("model.layers.3.output", Place(3, "output")),
+        ("model.language_model.layers.3", Place(3, "output")),
+        ("transformer.h.3", Place(3, "output")),
+        ("model.layers.3.post_feedforward_layernorm.output", Place(3, "mlp")),
+        # Between attention and MLP, inside attention, before a norm, or a module whose output is not what is added.
+        ("blocks.3.hook_resid_mid", None),
+        ("blocks.3.attn.hook_z", None),
+        ("blocks.3.ln2.hook_normalized", None),
+        ("model.layers.3.mlp", None),
+        ("model.layers.3.self_attn.o_proj.input", None),
+    ],
+)
+def test_a_hook_is_a_known_place_or_refused(name, hook, place, parts, tmp_path):
+    folder = _write(name, parts, tmp_path)
+    file, key = HOOKS[name]
+    _said(folder, file, **{key: hook, **({"hf_hook_point_out": hook} if name == "gemma_scope_2" else {})})
+    if place is None:
+        with pytest.raises(RequestError, match="names the hook"):
+            load_latents(folder, PICKED, D, 8)
+    else:
+        assert load_latents(folder, PICKED, D, 8).subspace.place == place
+
+
+def test_an_unknown_place_is_not_taken_for_the_stream(parts, tmp_path):
+    folder = _write("dictionary_learning", parts, tmp_path)
+    _said(
+        folder, "config.json", trainer={"dict_class": "AutoEncoder", "layer": 5, "submodule_name": "resid_mid_layer_5"}
+    )
+    with pytest.raises(RequestError, match="names the place 'resid_mid_layer_5'"):
+        load_latents(folder, PICKED, D, 8)
+
+
+def test_pickles_of_qwen_scope_are_refused_with_the_reason(tmp_path):
+    """SAELens PR #677."""
+    (tmp_path / "layer3.sae.pt").write_bytes(b"never read")
+    assert is_autoencoder(tmp_path)
+    with pytest.raises(RequestError, match=r"layer3\.sae\.pt.*pickle.*sae_lens"):
+        load_latents(tmp_path, PICKED, D, 8)

@@ -1,5 +1,6 @@
 """GGUF files that are not whole: none becomes a model, and none is left in the cache."""
 
+import json
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from excise.artifacts.models.cache import cache_folder
 from excise.artifacts.models.find import find_model
 from excise.editing.errors import CheckpointError
 from small_gguf import SHAPES, write_gguf
+from transformers import AutoConfig
 
 
 def _converted():
@@ -17,6 +19,15 @@ def _converted():
 def test_a_whole_file_becomes_a_model_with_every_tensor(tmp_path):
     source = find_model(str(write_gguf(tmp_path / "whole.gguf")))
     assert len(open_checkpoint(source.folder).tensors) == len(SHAPES)
+
+
+def test_a_conversion_says_the_same_to_transformers_4(tmp_path):
+    """unsloth #8444: a class of transformers 5 alone. Where transformers 4 finds no rope_theta it takes 10000."""
+    folder = find_model(str(write_gguf(tmp_path / "whole.gguf", rope_base=500000.0))).folder
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500000.0
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoConfig.from_pretrained(folder).rope_parameters["rope_theta"] == 500000.0
 
 
 @pytest.mark.parametrize(

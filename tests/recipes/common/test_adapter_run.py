@@ -14,10 +14,10 @@ from excise.recipes.unlearning.grad_diff import GradDiffSettings
 from helpers import SMALL_TESTBED
 
 
-def _in_4_bits(source, device, dtype, *, bits):
+def _in_4_bits(source, device, dtype, *, bits, prompts):
     """As bitsandbytes does on a GPU, a base whose weights are rounded; to 2 bits, which shows on texts that a small model is sure of."""
     assert bits == 4
-    loaded = load_model(source, device, dtype)
+    loaded = load_model(source, device, dtype, prompts=prompts)
     with torch.no_grad():
         for weight in linear_weights(loaded.model).values():
             weight.copy_(round_to_nearest(weight, 2))
