@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from ...editing.modules import causal_model, unembedding
 from ..concept import Question
+from .caches import repeats_cache
 from .likelihood import (
     Scored,
     batch_budget,
@@ -70,7 +71,9 @@ class MultipleChoiceSet:
             model: The model, in evaluation mode.
             placeholders: Number of tokens to put in front of every row, whose embeddings a soft prompt replaces.
         """
-        return self._marked(self._behind(model, placeholders)) if placeholders else self._decided(model)
+        if placeholders or not repeats_cache(model):
+            return self._marked(self._behind(model, placeholders))
+        return self._decided(model)
 
     def hits_and_probabilities(self, model: Any) -> tuple[Hits, list[float]]:
         """Hits, and the probability of each true answer, from the same forwards."""
@@ -103,7 +106,12 @@ class MultipleChoiceSet:
 
     @torch.no_grad()
     def log_probabilities(self, model: Any) -> list[float]:
-        """Log-probability (nats) of every choice of every question, in order; each prompt is read only once."""
+        """Log-probability (nats) of every choice of every question, in order; each prompt is read only once.
+
+        Models whose cache cannot be repeated read it with every choice.
+        """
+        if not repeats_cache(model):
+            return self._behind(model, 0)
         log_p = self._too_long(model)
         for batch in self._batches(model, log_p):
             reading = _Reading(model, [self._layout[place] for place in batch], self._parts)

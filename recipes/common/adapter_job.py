@@ -16,6 +16,7 @@ from ...editing.edits.dense import DenseUpdate
 from ...editing.edits.low_rank import Factors, LowRankUpdate
 from ...editing.errors import RequestError
 from ...editing.training.adapters import AdapterShape, adapter_modules
+from ...editing.wiring.small_copy import full_config, model_class
 from ...eval.concept import Concept
 from ...eval.items import for_training
 from . import measured_run
@@ -178,9 +179,8 @@ def _check_room(run: Job) -> None:
 def _modules(run: Job, settings: AdapterSettings, layers: tuple[int, ...]) -> tuple[str, ...]:
     """Linear modules by name, from the model's skeleton: no weight is read."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(run.source.folder)
+    config = full_config(run.checkpoint.config)
     with init_empty_weights():
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = model_class(run.checkpoint.config)._from_config(config)
     return adapter_modules(skeleton, run.row, layers, settings.modules)

@@ -173,7 +173,7 @@ def describe(job: Job, plan: Plan, **more: Any) -> dict[str, Any]:
         "out": str(job.out),
         "base": job.source.describe(),
         "concept": job.concept.ref,
-        **derived_row(job.proof),
+        "row": _row_in_words(job.proof),
         "tensors_to_change": len(plan.declared),
         "tensors": len(sizes),
         "tensor_added": plan.untied,
@@ -194,6 +194,12 @@ def derived_row(proof: Proof | None) -> dict[str, Any]:
         return {}
     kept = {key: getattr(proof, key) for key in ("model_type", "row", "residual", "place", "transformers")}
     return {"architecture": {**kept, "proof": "derived, proved on a small copy"}}
+
+
+def _row_in_words(proof: Proof | None) -> str:
+    if proof is None:
+        return "in the table"
+    return f"derived, proved on a small copy ({proof.residual:.0e} of a direction is left)"
 
 
 def load(job: Job, source: ModelSource, name: str, events: Events) -> LoadedModel:

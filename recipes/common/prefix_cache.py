@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from ...editing.modules import causal_model
 from ...editing.numerics.cpu_attention import products_everywhere
+from ...eval.inference.caches import repeats_cache
 from ...eval.inference.likelihood import batch_budget, pad_right, token_batches
 from .tokens import Row
 
@@ -29,7 +30,8 @@ def final_hidden_states(model: Any, wanted: Mapping[Row, int]) -> Iterator[tuple
     """
     rows = list(wanted)
     decoder, device = causal_model(model).base_model, model.device
-    for shared, members in group_by_prefix(rows, list(wanted.values())):
+    groups = group_by_prefix(rows, list(wanted.values())) if repeats_cache(model) else [(0, [*range(len(rows))])]
+    for shared, members in groups:
         cache = _read_prefix(decoder, rows[members[0]][:shared], device) if shared else None
         lengths = [len(rows[index]) - shared for index in members]
         for batch in token_batches(lengths, 4 * batch_budget(model) if device.type == "cuda" else READ):

@@ -14,6 +14,7 @@ from ...editing.modules import causal_model, language_config
 from ...editing.numerics.cpu_attention import products_everywhere
 from ...editing.training.edited_target import TargetEdit
 from ...editing.training.soft_targets import SoftTargets, keep_top, wide
+from ...eval.inference.caches import takes_cache
 from ...eval.inference.generation import end_tokens
 from ...eval.inference.likelihood import pad_left
 from ..common.tokens import Row
@@ -135,8 +136,10 @@ class _Lockstep:
         self.model, self.rows, self.ends = model, rows, end_tokens(model, tokenizer)
         self.ids, self.mask = padded["input_ids"], padded["attention_mask"]
         self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
-        # A cache that grows is copied at every token.
-        self.cache = StaticCache(config=model.config, max_cache_len=self.ids.shape[1] + tokens)
+        # A cache that grows is copied at every token. Without one, all is read again at every token.
+        self.cache = None
+        if takes_cache(model):
+            self.cache = StaticCache(config=model.config, max_cache_len=self.ids.shape[1] + tokens)
 
     def read(self) -> list[Float[Tensor, "length d"]]:
         """Final hidden states of each row."""
@@ -184,17 +187,19 @@ class _Lockstep:
 
     @products_everywhere()
     def _forward(self, ids: Tensor) -> Float[Tensor, "rows length d"]:
-        hidden: Tensor = (
-            causal_model(self.model)
-            .base_model(
-                input_ids=ids,
-                attention_mask=self.mask,
-                position_ids=self.positions,
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-            .last_hidden_state
-        )
+        decoder = causal_model(self.model).base_model
+        if self.cache is None:
+            if ids is not self.ids:
+                self.ids = torch.cat([self.ids, ids], -1)
+            states: Tensor = decoder(input_ids=self.ids, attention_mask=self.mask, use_cache=False).last_hidden_state
+            return states[:, -ids.shape[1] :]
+        hidden: Tensor = decoder(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
         return hidden
 
 
