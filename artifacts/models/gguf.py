@@ -43,7 +43,8 @@ def _dequantize(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
-    parent = path.resolve().parent
+    # Not resolved: a link has a name of its own, and what it points to need not end in .gguf.
+    parent = path.absolute().parent
     try:
         tokenizer = AutoTokenizer.from_pretrained(parent, **place)
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -21,6 +21,14 @@ def test_a_whole_file_becomes_a_model_with_every_tensor(tmp_path):
     assert len(open_checkpoint(source.folder).tensors) == len(SHAPES)
 
 
+def test_a_link_of_another_name_is_followed(tmp_path):
+    """The Hub's cache holds files under their hash, and links to them under their name."""
+    write_gguf(tmp_path / "whole.gguf").rename(tmp_path / "5f3c")
+    link = tmp_path / "model.gguf"
+    link.symlink_to(tmp_path / "5f3c")
+    assert find_model(str(link)).name == "model.gguf"
+
+
 def test_a_conversion_says_the_same_to_transformers_4(tmp_path):
     """unsloth #8444: a class of transformers 5 alone. Where transformers 4 finds no rope_theta it takes 10000."""
     folder = find_model(str(write_gguf(tmp_path / "whole.gguf", rope_base=500000.0))).folder
