@@ -65,13 +65,18 @@ def one(name: str) -> dict[str, Any]:
         config = json.loads(transformers.AutoConfig.for_model(**options).to_json_string(use_diff=False))
         proof = prove(config)
     except ExciseError as error:
-        return {"type": name, "proved": False, "reason": str(error)}
+        return {"type": name, "proved": False, "reason": _short(str(error))}
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         # Some classes cannot make a default configuration of their own.
         return {"type": name, "proved": False, "reason": f"no default configuration: {type(error).__name__}: {error}"}
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     kept = {key: getattr(proof, key) for key in ("row", "proved", "residual", "place", "reason", "seconds")}
     return {"type": name, **kept, "units": list(proof.units), "parameters": proof.parameters, "megabytes": grown}
+
+
+def _short(reason: str) -> str:
+    """A reason in one line, without what is the same for all."""
+    return " ".join(reason.split()).removesuffix("; add a row in editing/architectures.py")
 
 
 def tried(name: str, timeout: float) -> dict[str, Any]:
@@ -93,7 +98,6 @@ def line(record: dict[str, Any]) -> str:
         cells = [record["row"], f"{record['residual']:.0e}", ", ".join(record["units"]) or "none"]
         return f"| {record['type']} | {' | '.join(cells)} | {record['seconds']:.1f} s, {record['megabytes']:.0f} MB |"
     reason = " ".join(str(record["reason"]).split()).replace("|", "/").replace("<", "")
-    reason = reason.removesuffix("; add a row in editing/architectures.py").removeprefix(f"{record['type']}: ")
     return f"| {record['type']} | refused | | | {reason[:160]} |"
 
 
@@ -141,7 +145,9 @@ def main() -> None:
         records.append(tried(name, arguments.timeout))
         print(line(records[-1]), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        # A line a type, so that a difference shows which one.
+        lines = ",\n".join(json.dumps(record) for record in records)
+        arguments.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     if arguments.page:
         arguments.page.write_text(page(records, time.monotonic() - start), encoding="utf-8")
     print(f"{sum(record['proved'] for record in records)} of {len(records)} can be edited")

@@ -14,6 +14,7 @@ from ..artifacts.models.find import find_model
 from ..artifacts.models.load import choose_device, choose_dtype
 from ..artifacts.models.load import load_model as load_found
 from ..artifacts.models.source import ModelInMemory
+from ..artifacts.quiet import quiet_libraries
 from ..artifacts.reporting.outcomes import Audit, Evaluation, Run
 from ..artifacts.reporting.results import RESULTS
 from ..editing.edits.base import WeightEdit
@@ -25,7 +26,7 @@ from . import RECIPES
 from . import apply as apply_recipe
 from . import evaluate as evaluate_recipe
 from .audit import recipe as audit_recipe
-from .common.calls import events_for, quiet_libraries
+from .common.calls import events_for
 from .common.prompt_settings import PromptSettings
 from .common.run_folder import resumed
 from .common.settings import settings_of_call

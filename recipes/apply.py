@@ -7,6 +7,7 @@ from typing import Any
 from ..artifacts.checkpoints.edits import load_edit, save_edit
 from ..artifacts.checkpoints.export import Export, check_disk, check_editable, check_shapes, export_edit, required_bytes
 from ..artifacts.checkpoints.heads import plan_edit
+from ..artifacts.checkpoints.left import in_words, parts_left
 from ..artifacts.checkpoints.manifest import FOLDER, write_manifest
 from ..artifacts.checkpoints.proof import check_proved
 from ..artifacts.checkpoints.read import Checkpoint, open_checkpoint
@@ -96,6 +97,7 @@ def describe(prepared: PreparedApply) -> dict[str, Any]:
         "bytes_edited": sum(sizes[name].size for name in prepared.plan.declared),
         "bytes_written": prepared.checkpoint.size,
         "tensor_added": prepared.plan.untied,
+        **({"left": said} if (said := in_words(_left(prepared))) else {}),
     }
 
 
@@ -120,6 +122,11 @@ def worst_residual(export: Export) -> tuple[float, str] | None:
     return max(residuals) if residuals else None
 
 
+def _left(prepared: PreparedApply) -> dict[str, Any]:
+    # An adapter says itself what it changes, in models of any type.
+    return {} if prepared.merge else parts_left(prepared.checkpoint)
+
+
 def _card(prepared: PreparedApply, export: Export) -> str:
     changed, worst = sum(change.changed for change in export.changes), worst_residual(export)
     left = (
@@ -135,6 +142,7 @@ def _card(prepared: PreparedApply, export: Export) -> str:
             more += "The tokenizer is the adapter's. "
     if prepared.source.dequantized_from:
         more += f"The base was dequantized from {prepared.source.dequantized_from} into bfloat16. "
+    more += "".join(f"{sentence} " for sentence in in_words(_left(prepared)))
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [excise, model-editing]\n---\n"
         f"# {prepared.source.name}, edited\n\n"

@@ -13,12 +13,13 @@ from ..artifacts.concepts import load_concept
 from ..artifacts.models.in_memory import ready_to_measure
 from ..artifacts.models.load import LoadedModel
 from ..artifacts.models.source import ModelInMemory
+from ..artifacts.quiet import quiet_libraries
 from ..editing.architectures import layer_count
 from ..editing.edits.base import WeightEdit, edit_model
 from ..editing.edits.changes import Change
 from ..editing.errors import RequestError
 from ..eval.concept import Concept
-from .common.calls import events_for, quiet_libraries
+from .common.calls import events_for
 from .common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs
 from .common.settings import settings_of_call
 from .orthogonalize.recipe import OrthogonalizeSettings, edit_along, layer_strengths

@@ -16,6 +16,7 @@ from ...editing.training.adapters import parts_of
 from ...editing.wiring.proof import ENOUGH, Residual, components, random_direction
 from ...editing.wiring.row import Architecture
 from ...editing.wiring.small_copy import inputs_of, model_class, small_copy
+from ..quiet import quiet_libraries
 from .export import export_edit
 from .read import Checkpoint, open_checkpoint, read_tensor
 
@@ -67,11 +68,12 @@ def prove(config: dict[str, Any]) -> Proof:
     import transformers
 
     start = time.monotonic()
-    row = architecture_of(config)
-    model = small_copy(config)
+    with quiet_libraries():
+        row = architecture_of(config)
+        model = small_copy(config)
     residuals, reason = [], None
     choices: tuple[Embeddings, ...] = ("edit", "untie") if _tied(model) else ("edit",)
-    with tempfile.TemporaryDirectory(prefix="excise-proof-") as place:
+    with quiet_libraries(), tempfile.TemporaryDirectory(prefix="excise-proof-") as place:
         base = _saved(model, Path(place) / "base")
         for choice in choices:
             try:

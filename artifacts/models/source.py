@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files.opened import MAX_JSON, Unreadable, read_text
-from ..files.parsed import parse_yaml
+from ..files.opened import MAX_JSON, OF_A_CHECKPOINT, Unreadable, read_text
+from ..files.parsed import parse_yaml, read_json
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 
@@ -79,6 +79,13 @@ def license_of(folder: Path) -> str | None:
         return None
     name = content.get("license") if isinstance(content, dict) else None
     return name if isinstance(name, str) else None
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """What was found out about every model type when this version was made, as ``benchmarks/architectures.py`` wrote it."""
+    with OF_A_CHECKPOINT.about(path.name):
+        records: list[dict[str, Any]] = read_json(path)
+    return records
 
 
 def builtin_models() -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...eval.intervals import Interval
+from ..checkpoints.left import in_words
 from .results import Row, figure, format_value, read_measurements, table
 from .sections import Control, read_story
 
@@ -49,7 +50,7 @@ def limits(results: dict[str, Any], *, audited: bool = False) -> list[str]:
         known.append(code_left_out(left_out))
     if results["edited"].get("stored_apart"):
         known.append(STORED_APART)
-    return known
+    return [*known, *in_words(results["edited"].get("parts_left", {}))]
 
 
 STORED_APART = (

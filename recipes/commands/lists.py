@@ -1,6 +1,7 @@
 """What ``excise list`` can list. Nothing here imports torch: a list takes no longer than a look."""
 
 from collections.abc import Callable
+from typing import Any
 
 from .. import RECIPES
 from .help import COMMAND_SETTINGS, settings_of
@@ -25,12 +26,16 @@ def attacks() -> Lines:
 
 
 def architectures() -> Lines:
-    from ...editing.architectures import ARCHITECTURES
+    from ...artifacts.models.source import BUILTIN, read_record
 
-    return [
-        (name, ", ".join(sorted({w.pattern.split(".")[-2] if "." in w.pattern else w.pattern for w in row.writers})))
-        for name, row in sorted(ARCHITECTURES.items())
-    ]
+    return [(record["type"], _of_architecture(record)) for record in read_record(BUILTIN / "architectures.json")]
+
+
+def _of_architecture(record: dict[str, Any]) -> str:
+    if not record["proved"]:
+        return f"refused: {record['reason']}"
+    units = ", ".join(record["units"]) or "no units"
+    return f"{record['row']}; {record['residual']:.0e} of a direction is left; prunes {units}"
 
 
 def concepts() -> Lines:

@@ -13,6 +13,7 @@ from pydantic import Field
 from ...artifacts.checkpoints.edits import load_edit, save_edit
 from ...artifacts.checkpoints.export import Export, check_disk, check_editable, export_edit, required_bytes
 from ...artifacts.checkpoints.heads import plan_edit
+from ...artifacts.checkpoints.left import parts_left
 from ...artifacts.checkpoints.manifest import FOLDER, write_manifest
 from ...artifacts.checkpoints.proof import Proof, check_proved
 from ...artifacts.checkpoints.read import ITEM_SIZES, Checkpoint, open_checkpoint
@@ -420,6 +421,7 @@ def _about(
             "edit": edit.method,
             "tied": plan_edit(edit, job.checkpoint).tied,
             "tensors_declared": len(export.changes),
+            **({"parts_left": left} if (left := parts_left(job.checkpoint)) else {}),
             "tensors_changed": sum(c.changed for c in export.changes),
             "bytes": export.bytes_written,
             **({"code_left_out": export.code_left_out} if export.code_left_out else {}),
