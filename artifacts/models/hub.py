@@ -10,6 +10,7 @@ from typing import Any
 from ...editing.architectures import architecture_of, layer_count
 from ...editing.errors import CheckpointError, RequestError
 from ...editing.wiring.row import classify
+from ..checkpoints.proof import check_proved
 from ..checkpoints.quantized import FORMATS, method_of, quantization_of
 from ..checkpoints.read import EDITABLE, INDEX, SINGLE
 from ..checkpoints.side_files import SIDE_FILES
@@ -177,8 +178,9 @@ def _check_editable(api: Any, repo_id: str, folder: Path, index: dict[str, Any] 
         config = read_object(path)
     if (about := quantization_of(config)) is not None and method_of(about) in FORMATS:
         # Such weights are dequantized once they are here, and stand under other names until then.
-        architecture_of({key: value for key, value in config.items() if key != "quantization_config"})
+        check_proved({key: value for key, value in config.items() if key != "quantization_config"})
         return
+    check_proved(config)
     row = architecture_of(config)
     header = api.parse_safetensors_file_metadata(repo_id, files[0], revision=folder.name)
     types = {name: tensor.dtype for name, tensor in header.tensors.items()}
