@@ -140,11 +140,8 @@ def _pattern(name: str, layers: str, spellings: Sequence[tuple[str, str]] = ()) 
     for start in starts:
         start = start.removesuffix(".")
         if match := re.match(re.escape(start) + r"\.\d+\.", name):
-            return f"{start}.{{layer}}." + _open(name[match.end() :])
-    return _open(name)
-
-
-def _open(name: str) -> str:
+            # Inside a layer experts alone are alike; other numbers tell apart what stands in a sequence.
+            return f"{start}.{{layer}}." + re.sub(r"(expert\w*\.)\d+(?=\.)", r"\1{expert}", name[match.end() :])
     return re.sub(r"(?<=\.)\d+(?=\.)", "{expert}", name)
 
 
