@@ -4,11 +4,9 @@ Example:
     >>> row = derived_row({"model_type": "smollm3", "hidden_size": 2048})
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +36,11 @@ def derived_row(config: dict[str, Any]) -> Architecture:
     Raises:
         UnsupportedArchitecture: No small copy can be built, or a tensor writes to the stream in some layers only.
     """
-    return _derived(json.dumps(_steady(config), sort_keys=True, default=str))
+    steady = _steady(config)
+    key = repr(sorted(steady.items(), key=repr))
+    if key not in _ROWS:
+        _ROWS[key] = _derived(steady)
+    return _ROWS[key]
 
 
 def residual_width_of(model: Any) -> int:
@@ -57,9 +59,11 @@ def _steady(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=64)
-def _derived(text: str) -> Architecture:
-    config = json.loads(text)
+_ROWS: dict[str, Architecture] = {}
+"""Rows that this process found out, by configuration."""
+
+
+def _derived(config: dict[str, Any]) -> Architecture:
     if config.get("is_encoder_decoder"):
         raise UnsupportedArchitecture(
             f"{config['model_type']} has an encoder and a decoder, each with a stream of its own; give a decoder-only model"

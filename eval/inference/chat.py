@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 from ...editing.errors import RequestError, nearest, one_line
@@ -50,7 +49,7 @@ class PromptFormat:
     """Let the model think before it answers, where its template has a switch for it."""
     response_prefix: str = ""
     """Text that every reply goes on from; empty closes thoughts that a template opens, unless ``thinking``."""
-    variables: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    variables: Mapping[str, Any] = field(default_factory=dict)
     """Further variables for the template."""
 
     def __post_init__(self) -> None:

@@ -131,7 +131,12 @@ def _autoencoder(name: str) -> Example:
             save_file(tensors, inner / form.weights)
         if form.about:
             hook = "blocks.5.hook_resid_post"
-            about = {"hook_name": hook, "hook_point_out": hook, "trainer": {"layer": 5, "dict_class": "AutoEncoder"}}
+            about = {
+                "hook_name": hook,
+                "hook_point_out": hook,
+                "hf_hook_point_in": "model.layers.5.output",
+                "trainer": {"layer": 5, "dict_class": "AutoEncoder"},
+            }
             (inner / form.about).write_text(json.dumps(about))
 
     weights = ANY_TENSORS if form.weights.endswith(".safetensors") else (of_bytes,)
