@@ -34,8 +34,26 @@ ACCEPTED: dict[str, dict[tuple[str, ...], str]] = {
     "checkpoint/config.json": {
         (*FIELDS, *TEXT): "an edit needs the sizes and the model type; what else is wrong is refused on loading",
     },
+    "stored_*/config.json": {
+        (
+            *FIELDS,
+            "whole",
+            *TEXT,
+        ): "dequantizing needs how the weights are stored; what else is wrong is refused on loading",
+    },
+    "stored_*/*.safetensors": {
+        ("flip", "zero"): TENSOR_BYTES,
+        (*FIELDS, "double"): TENSOR_HEADER,
+    },
+    "peft/*.json": {
+        (*FIELDS, *TEXT): "an option that says nothing of what is added to the weights, or another valid rank or scale",
+    },
+    "peft/*.safetensors": {
+        ("flip", "zero"): TENSOR_BYTES,
+        (*FIELDS, "double"): TENSOR_HEADER,
+    },
     "checkpoint/generation_config.json": {
-        (*FIELDS, *TEXT): "an edit does not need it; the reader of a model checks it on loading",
+        (*FIELDS, "whole", *TEXT): "an edit does not need it; the reader of a model checks it on loading",
     },
     "checkpoint/model.safetensors.index.json": {
         FIELDS: "its metadata is not used: tensors are found by its weight_map",
