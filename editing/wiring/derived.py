@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedArchitecture, one_line
 from ..modules import is_linear
-from .roles import Bench, Kind, Role, bench_of, kinds, run, writers
+from .bench import Bench, bench_of, run
+from .roles import Kind, Role, kinds, writers
 from .row import Architecture, Writer, respelled
 from .small_copy import inputs_of, small_copy
 from .stored import stored_forms

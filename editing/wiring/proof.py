@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .roles import bench_of
+from .bench import bench_of
 
 ENOUGH = 1e-5
 """Largest share of a component that may be left after an edit in float32."""
