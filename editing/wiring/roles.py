@@ -9,6 +9,7 @@ differs, it is a reader.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -91,18 +92,17 @@ def _behind_gains(
 ) -> Role | None:
     """The role of a tensor that writes behind norms: each reads the direction, and all of its way leads through it."""
     owner, layer = name.rpartition(".")[0], layer_of(bench, name)
-    moved = lambda: moved_along(parameter, axis, direction)  # noqa: E731
-    first = _next_gain(bench, owner, layer, moved, direction, near)
+    first = _next_gain(bench, owner, layer, partial(moved_along, parameter, axis, direction), direction, near)
     if first is None:
         return None
     gains = [first]
     # Some writes pass a second norm.
-    while len(gains) < 3 and not _reaches(
-        bench, owner, layer, lambda: pushed(bench.gains[gains[-1]], direction), direction
-    ):
+    while len(gains) < 3:
+        behind = partial(pushed, bench.gains[gains[-1]], direction)
         after = [gain for gain in near if gain not in gains]
-        following = _next_gain(bench, owner, layer, lambda: pushed(bench.gains[gains[-1]], direction), direction, after)
-        if following is None:
+        if _reaches(bench, owner, layer, behind, direction):
+            break
+        if (following := _next_gain(bench, owner, layer, behind, direction, after)) is None:
             break
         gains.append(following)
     return _described(bench, name, owner, layer, axis, tuple(gains), direction)
