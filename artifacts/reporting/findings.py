@@ -50,6 +50,11 @@ def limits(results: dict[str, Any], *, audited: bool = False) -> list[str]:
         known.append(code_left_out(left_out))
     if results["edited"].get("stored_apart"):
         known.append(STORED_APART)
+    if row := results.get("architecture"):
+        known.append(
+            f"excise has no row for {row['model_type']}. Which of its tensors write to the residual stream was found out and"
+            f" proved on a small copy with random weights, where an edit leaves {row['residual']:.0e} of a direction."
+        )
     return [*known, *in_words(results["edited"].get("parts_left", {}))]
 
 

@@ -205,6 +205,9 @@ def _row_in_words(proof: Proof | None) -> str:
 
 def load(job: Job, source: ModelSource, name: str, events: Events) -> LoadedModel:
     """Load a model for measuring or learning."""
+    if job.proof and name == "base":
+        with events.stage("row: derived, proved on a small copy"):
+            pass
     with events.stage(f"load {name}"):
         return load_model(source, job.device, job.dtype, prompts=job.settings.prompt_format())
 
