@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "layer_types": ["mamba", "attention"] * 4},
     "bamba, attention": {"model_type": "bamba", "num_hidden_layers": 8, "attn_layer_indices": [2, 5]},
     "lfm2, convolutions": {"model_type": "lfm2", "num_hidden_layers": 8, "full_attn_idxs": [2, 5]},
+    "lfm2_moe": {"model_type": "lfm2_moe", "num_hidden_layers": 8, "layer_types": ["conv", "full_attention"] * 4},
     "gpt_neox, one after the other": {"model_type": "gpt_neox", "use_parallel_residual": False},
     "falcon, biases": {"model_type": "falcon", "bias": True},
     "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},

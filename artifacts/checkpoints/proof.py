@@ -80,6 +80,9 @@ def prove(config: dict[str, Any]) -> Proof:
                 residuals.append(_residual(model, base, Path(place) / choice, choice))
             except ExciseError as error:
                 reason = one_line(error, 200)
+            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+                # transformers stores and loads a type in its own ways, and some do not come back as they were.
+                reason = f"a small copy of it cannot be stored and loaded again ({one_line(error, 120)})"
     worst = max(residuals, key=lambda residual: residual.worst, default=None)
     if worst is not None and worst.worst > ENOUGH and reason is None:
         reason = (

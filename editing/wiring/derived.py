@@ -73,18 +73,19 @@ def _derived(config: dict[str, Any]) -> Architecture:
     try:
         bench = bench_of(model, inputs_of(model), residual_width_of(model))
         roles = writers(bench)
-    except (TypeError, RuntimeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        row = _row(bench, roles, kinds(bench, roles)) if any(role.sublayer for role in roles) else None
+    except (TypeError, RuntimeError, ValueError, AttributeError, LookupError, StopIteration) as error:
         # The code of another model, run on text alone, can fail anywhere.
         raise UnsupportedArchitecture(
             f"{config['model_type']}: a small copy of it does not run on text alone ({one_line(error, 120)}); add a row in "
             "editing/architectures.py"
         ) from error
-    if not any(role.sublayer for role in roles):
+    if row is None:
         raise UnsupportedArchitecture(
             f"{config['model_type']}: no tensor of its layers writes to the residual stream in a way that an edit of "
             "weights can reach; its layers mix or norm the stream itself"
         )
-    return _row(bench, roles, kinds(bench, roles))
+    return row
 
 
 def _row(bench: Bench, roles: Sequence[Role], kinds: dict[str, Kind]) -> Architecture:

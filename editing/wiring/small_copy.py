@@ -188,6 +188,8 @@ def _shrunk(values: dict[str, Any], full: Any) -> dict[str, Any]:
         for key, value in list(values.items()):
             if isinstance(value, int) and not isinstance(value, bool) and value == old_width:
                 values[key] = width
+            elif isinstance(value, int) and key.startswith("vocab_size"):
+                values[key] = VOCABULARY
     _shrink_text(numbers, factor, old_length)
     # Some wrappers read it from themselves, and have it nowhere.
     values.setdefault("pad_token_id", None)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from excise.artifacts.checkpoints.export import export_edit
 from excise.artifacts.checkpoints.proof import check_proved, prove
 from excise.artifacts.checkpoints.read import open_checkpoint
+from excise.artifacts.models.source import BUILTIN, read_record
 from excise.editing.architectures import ARCHITECTURES, architecture_of, layer_count, residual_width
 from excise.editing.edits.pruned_units import PrunedUnits
 from excise.editing.edits.subspace_removal import Edit
@@ -195,3 +197,13 @@ def test_small_copies_have_every_kind_of_layer():
     small = small_copy.small_config(config)
     assert set(small.layer_types) == set(config["layer_types"])
     assert PICO.keys() == ARCHITECTURES.keys()
+
+
+def test_the_record_that_is_listed_proves_every_row_of_the_table():
+    """``benchmarks/architectures.py --json`` wrote it; the page of the documentation is made from the same figures."""
+    records = {record["type"]: record for record in read_record(BUILTIN / "architectures.json")}
+    assert records.keys() >= ARCHITECTURES.keys() | TYPES.keys()
+    assert all(records[name]["proved"] and records[name]["row"] == "table" for name in ARCHITECTURES)
+    assert all(records[name]["proved"] and records[name]["row"] == "derived" for name in TYPES)
+    page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
+    assert all(f"| {name} |" in page for name in records)
