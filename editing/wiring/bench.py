@@ -117,6 +117,7 @@ def _size(module: nn.Module) -> int:
 
 
 def layer_of(bench: Bench, name: str) -> int | None:
+    """The decoder layer that a module or parameter belongs to; None outside of layers."""
     prefix = f"{bench.layers_path}."
     return int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else None
 
@@ -150,10 +151,12 @@ def _detached(output: Any) -> Any:
 
 
 def differs(change: Tensor, stream: Tensor) -> bool:
+    """Whether a change of the stream is more than rounding."""
     return bool(change.abs().max() > NOTHING * stream.abs().mean().clamp_min(1e-6))
 
 
 def along(change: Tensor, direction: Tensor) -> bool:
+    """Whether a change lies along a direction at every token that it moves."""
     rows = change.reshape(-1, change.shape[-1]).double()
     along = rows @ direction.double()
     across = (rows - along[:, None] * direction.double()).norm(dim=1)
@@ -177,6 +180,7 @@ def repeating(bench: Bench, alive: str, *more: str, only: set[str] | None = None
 
 @contextmanager
 def moved_along(parameter: Tensor, axis: int, direction: Tensor) -> Iterator[None]:
+    """Add a multiple of a direction to a parameter along one axis, until the context ends."""
     generator = torch.Generator().manual_seed(11)
     kept = parameter.detach().clone()
     scale = float(kept.abs().mean()) * len(direction) ** 0.5
@@ -215,6 +219,8 @@ def watched(bench: Bench, names: Sequence[str], seen: dict[str, Tensor]) -> Iter
 
 @contextmanager
 def pushed(module: nn.Module, direction: Tensor) -> Iterator[None]:
+    """Add a direction to what a module returns."""
+
     def push(_: nn.Module, __: Any, out: Any) -> Any:
         moved = hidden_out(out) + direction
         return (moved, *out[1:]) if isinstance(out, tuple) else moved
@@ -228,6 +234,8 @@ def pushed(module: nn.Module, direction: Tensor) -> Iterator[None]:
 
 @contextmanager
 def added_to_input(layer: nn.Module, noise: Tensor) -> Iterator[None]:
+    """Add noise to what a layer reads."""
+
     def add(_: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
             return (args[0] + noise, *args[1:]), kwargs

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from ..errors import UnsupportedArchitecture, one_line
 from ..modules import is_linear
 from .bench import Bench, bench_of, run
-from .roles import Kind, Role, kinds, writers
-from .row import Architecture, Writer, respelled
+from .roles import Role, kinds, writers
+from .row import Architecture, Kind, Writer, respelled
 from .small_copy import inputs_of, small_copy
 from .stored import stored_forms
 
 _VOLATILE = (
-    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "attn_implementation",
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "attn_implementation",
     "_attn_implementation", "quantization_config", "auto_map",
 )  # fmt: skip
 
@@ -56,7 +56,7 @@ def _steady(config: dict[str, Any]) -> dict[str, Any]:
     return {
         str(key): _steady(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in _VOLATILE or (key == "architectures" and value)
+        if key not in _VOLATILE
     }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,7 @@ from .bench import (
     run,
     watched,
 )
-
-Kind = Literal["embedding", "position", "attention", "mlp"]
+from .row import Kind
 
 
 @dataclass(frozen=True)
@@ -69,22 +68,35 @@ def writers(bench: Bench, seed: int = 3) -> list[Role]:
     return roles
 
 
+Change = Callable[[], AbstractContextManager[None]]
+
+
 def _role(bench: Bench, name: str, parameter: Tensor, axis: int, direction: Tensor) -> Role | None:
     owner, layer = name.rpartition(".")[0], layer_of(bench, name)
-    points = range(len(bench.streams)) if layer is None else [layer + 1]
-    with repeating(bench, owner), moved_along(parameter, axis, direction):
-        inputs_of_gains: dict[str, Tensor] = {}
-        near = [gain for gain in bench.gains if gain != owner and layer_of(bench, gain) == layer]
-        with watched(bench, near, inputs_of_gains):
-            after = run(bench, layer)
-        changes = [after[point] - bench.streams[point] for point in points]
-        # Where it arrives first: what the layers after that do to it is shown by the proof.
-        moved = [change for point, change in zip(points, changes, strict=True) if differs(change, bench.streams[point])]
-        if not moved:
-            return None
-        if along(moved[0], direction):
-            return _described(bench, name, owner, layer, axis, (), direction)
+    arrived = _arrived(bench, layer, partial(moved_along, parameter, axis, direction), owner)
+    if arrived is None:
+        return None
+    if along(arrived, direction):
+        return _described(bench, name, owner, layer, axis, (), direction)
+    near = [gain for gain in bench.gains if gain != owner and layer_of(bench, gain) == layer]
     return _behind_gains(bench, name, parameter, axis, direction, near)
+
+
+def _arrived(bench: Bench, layer: int | None, change: Change, owner: str, *silent: str) -> Tensor | None:
+    """What a change moves in the stream where it arrives first; None if nothing arrives.
+
+    What the layers behind that do to it is shown by the proof.
+
+    Args:
+        layer: The layer that is changed; None outside of layers.
+        owner: The module that is changed; every other one with a matrix returns what it did before.
+        silent: Further modules that do.
+    """
+    with repeating(bench, owner, *silent), change():
+        after = run(bench, layer)
+    points = range(len(bench.streams)) if layer is None else [layer + 1]
+    moved = [(after[point] - bench.streams[point], bench.streams[point]) for point in points]
+    return next((one for one, stream in moved if differs(one, stream)), None)
 
 
 def _behind_gains(
@@ -100,15 +112,13 @@ def _behind_gains(
     while len(gains) < 3:
         behind = partial(pushed, bench.gains[gains[-1]], direction)
         after = [gain for gain in near if gain not in gains]
-        if _reaches(bench, owner, layer, behind, direction):
+        arrived = _arrived(bench, layer, behind, owner)
+        if arrived is not None and along(arrived, direction):
             break
         if (following := _next_gain(bench, owner, layer, behind, direction, after)) is None:
             break
         gains.append(following)
     return _described(bench, name, owner, layer, axis, tuple(gains), direction)
-
-
-Change = Callable[[], AbstractContextManager[None]]
 
 
 def _next_gain(
@@ -127,22 +137,9 @@ def _next_gain(
         moved = after[gain] - before[gain]
         if not differs(moved, before[gain]) or not along(moved, direction):
             continue
-        with repeating(bench, owner, gain), change():
-            stream = run(bench, layer)
-        points = range(len(bench.streams)) if layer is None else [layer + 1]
-        if not any(differs(stream[point] - bench.streams[point], bench.streams[point]) for point in points):
+        if _arrived(bench, layer, change, owner, gain) is None:
             return gain
     return None
-
-
-def _reaches(bench: Bench, owner: str, layer: int | None, change: Change, direction: Tensor) -> bool:
-    """Whether a change arrives in the stream along the direction."""
-    with repeating(bench, owner), change():
-        stream = run(bench, layer)
-    points = range(len(bench.streams)) if layer is None else [layer + 1]
-    changes = [stream[point] - bench.streams[point] for point in points]
-    moved = [one for point, one in zip(points, changes, strict=True) if differs(one, bench.streams[point])]
-    return bool(moved) and along(moved[0], direction)
 
 
 def _described(

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedArchitecture
-
 
 @dataclass(frozen=True)
 class StoredForm:
@@ -42,11 +40,7 @@ class StoredForms:
 
 @torch.no_grad()
 def stored_forms(model: Any) -> StoredForms:
-    """Names and layouts of a small copy's tensors in a checkpoint.
-
-    Raises:
-        UnsupportedArchitecture: A parameter cannot be found in what would be stored.
-    """
+    """Names and layouts of a small copy's tensors in a checkpoint."""
     from transformers.core_model_loading import revert_weight_conversion
 
     state = {name: value.detach() for name, value in model.state_dict().items()}
@@ -70,9 +64,6 @@ def stored_forms(model: Any) -> StoredForms:
             spelling = _spelling(parameter, name)
             if value.shape == state[parameter].shape and not transposed and spelling:
                 spellings[spelling] = None
-    lost = [name for name in state if name not in stored and name not in forms and state[name].dim() > 2]
-    if lost and not stored:
-        raise UnsupportedArchitecture(f"{lost[0]} is not found in what transformers would store")
     return StoredForms(tuple(stored), tuple(spellings), dict(forms))
 
 
