@@ -3,7 +3,6 @@
 Each becomes a safetensors folder.
 """
 
-import re
 from pathlib import Path
 
 from ...editing.errors import CheckpointError, RequestError, nearest
@@ -12,10 +11,8 @@ from ..checkpoints.manifest import checkpoint_of
 from .adapter import PreparedMerge, merged, prepare_merge
 from .dequantized import in_full_precision
 from .gguf import from_gguf
-from .hub import from_hub
+from .hub import HUB_ID, from_hub
 from .source import BUILTIN, ModelSource, builtin_models
-
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 
 
 def find_model(ref: str, base: str | None = None, *, to_edit: bool = False) -> ModelSource:
@@ -46,7 +43,7 @@ def find_adapter(ref: str) -> ModelSource | None:
     Raises:
         RequestError: The Hub cannot be reached.
     """
-    local = Path(ref).exists() or ref.startswith((".", "/")) or "/" not in ref or not _HUB_ID.fullmatch(ref)
+    local = Path(ref).exists() or ref.startswith((".", "/")) or "/" not in ref or not HUB_ID.fullmatch(ref)
     if local and not is_adapter(Path(ref)):
         return None
     source = _located(ref)
@@ -93,7 +90,7 @@ def _located(ref: str, *, to_edit: bool = False) -> ModelSource:
                 f"there is no file {ref}; give a .gguf file, a model folder, a Hub id or builtin:testbed"
             )
         return from_gguf(path)
-    match = _HUB_ID.fullmatch(ref)
+    match = HUB_ID.fullmatch(ref)
     if path.exists() or not match or ref.startswith((".", "/")):
         raise RequestError(
             f"{ref} is no model folder; give a folder, a .gguf file, a Hub id such as org/name or builtin:testbed"

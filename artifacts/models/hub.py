@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...editing.architectures import architecture_of, layer_count
 from ...editing.errors import CheckpointError, RequestError
@@ -19,12 +19,15 @@ from ..files.parsed import read_object
 from ..hub import is_connection_error, literal
 from .source import ModelSource
 
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
 log = logging.getLogger(__name__)
 CARD = "README.md"
 """It names the licence."""
 
 
-_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 
 
 def config_from_hub(ref: str) -> Path:
@@ -36,7 +39,7 @@ def config_from_hub(ref: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    match = _ID.fullmatch(ref)
+    match = HUB_ID.fullmatch(ref)
     if not match:
         raise RequestError(f"{ref} is no model folder and no Hub id; give a folder, a config.json, or org/name")
     try:
@@ -49,11 +52,15 @@ def config_from_hub(ref: str) -> Path:
     except EntryNotFoundError as error:
         raise RequestError(f"{ref} has no config.json on the Hub; give a model in the transformers format") from error
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        raise RequestError(
-            f"the Hub refused {ref} ({status}); check the name and revision, and log in with `hf auth login` if the "
-            "model is private or gated"
-        ) from error
+        raise _refused(ref, error) from error
+
+
+def _refused(ref: str, error: "HfHubHTTPError") -> RequestError:
+    status = error.response.status_code if error.response is not None else "no answer"
+    return RequestError(
+        f"the Hub refused {ref} ({status}); check the name and revision, and log in with `hf auth login` if the "
+        "model is private or gated"
+    )
 
 
 def from_hub(repo_id: str, revision: str | None, *, to_edit: bool = False) -> ModelSource:
@@ -77,11 +84,7 @@ def from_hub(repo_id: str, revision: str | None, *, to_edit: bool = False) -> Mo
             "check the name, go online, or give a model folder, a .gguf file or builtin:testbed"
         ) from error
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        raise RequestError(
-            f"the Hub refused {repo_id}{'@' + revision if revision else ''} ({status}); check the name and revision, "
-            "and log in with `hf auth login` if the model is private or gated"
-        ) from error
+        raise _refused(f"{repo_id}@{revision}" if revision else repo_id, error) from error
     # The client names snapshots by commit; another name would be published as a revision that nobody can fetch.
     if not re.fullmatch(r"[0-9a-f]{40}", folder.name):
         raise CheckpointError(
