@@ -1,6 +1,6 @@
 """Which model types of transformers can be edited: a row derived on a small copy of each, and proved on disk.
 
-python benchmarks/architectures.py [--only TYPE ...] [--timeout 120] [--json FILE] [--page docs/architectures.md]
+python benchmarks/architectures.py [--only TYPE ...] [--jobs 2] [--timeout 200] [--json FILE] [--page docs/architectures.md]
 
 Every type that writes text is tried with the default configuration of its class, in a process of its own, and some with
 other options. Types of the table are proved as well. No model is downloaded.
@@ -11,6 +11,8 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +68,20 @@ def one(name: str) -> dict[str, Any]:
         config = json.loads(transformers.AutoConfig.for_model(**options).to_json_string(use_diff=False))
         proof = prove(config)
     except ExciseError as error:
-        return {"type": name, "proved": False, "reason": _short(str(error))}
+        return {"type": name, "proved": False, "reason": _short(str(error).removeprefix(f"{options['model_type']}: "))}
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         # Some classes cannot make a default configuration of their own.
         return {"type": name, "proved": False, "reason": f"no default configuration: {type(error).__name__}: {error}"}
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    if not proof.proved:
+        return {"type": name, "proved": False, "reason": _short(str(proof.reason))}
+    grown = round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     kept = {key: getattr(proof, key) for key in ("row", "proved", "residual", "place", "reason", "seconds")}
     return {"type": name, **kept, "units": list(proof.units), "parameters": proof.parameters, "megabytes": grown}
 
 
 def _short(reason: str) -> str:
     """A reason in one line, without what is the same for all."""
-    return " ".join(reason.split()).removesuffix("; add a row in editing/architectures.py")
+    return " ".join(reason.split()).removesuffix("; add a row in editing/architectures.py")[:200]
 
 
 def tried(name: str, timeout: float) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def line(record: dict[str, Any]) -> str:
     return f"| {record['type']} | refused | | | {reason[:160]} |"
 
 
-def page(records: list[dict[str, Any]], seconds: float) -> str:
+def page(records: list[dict[str, Any]], seconds: float, jobs: int) -> str:
     """The page of the documentation."""
     import transformers
 
@@ -119,8 +123,8 @@ def page(records: list[dict[str, Any]], seconds: float) -> str:
         "Of a model for images and text, the language model is edited; the tower for images and what joins them are left as they\n"
         "are, so image tokens may still bring the direction in. Tensors that transformers does not load, such as those that\n"
         "predict several tokens, are left as they are too, and `excise apply` names them.\n\n"
-        f"`python benchmarks/architectures.py`, {len(records)} types and variants of transformers {transformers.__version__} in "
-        f"{seconds / 60:.0f} minutes on one busy core:\n"
+        f"`python benchmarks/architectures.py --jobs {jobs}`, {len(records)} types and variants of transformers {transformers.__version__} in "
+        f"{seconds / 60:.0f} minutes:\n"
         f"{len(proved)} can be edited ({len(derived)} of them by a derived row), {len(records) - len(proved)} are refused. Of the "
         f"direction at most {worst:.0e} is left. Each is tried with the\ndefault configuration of its class; released models "
         "of a type that is refused here for its defaults may have a configuration that works.\n\n"
@@ -133,7 +137,8 @@ def main() -> None:
     """Print a line a type as it is done, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*")
-    parser.add_argument("--timeout", type=float, default=120.0)
+    parser.add_argument("--jobs", type=int, default=1, help="types that are tried at the same time")
+    parser.add_argument("--timeout", type=float, default=200.0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -142,15 +147,16 @@ def main() -> None:
         print(json.dumps(one(arguments.one)))
         return
     start, records = time.monotonic(), []
-    for name in arguments.only or types():
-        records.append(tried(name, arguments.timeout))
-        print(line(records[-1]), flush=True)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for record in pool.map(partial(tried, timeout=arguments.timeout), arguments.only or types()):
+            records.append(record)
+            print(line(record), flush=True)
     if arguments.json:
         # A line a type, so that a difference shows which one.
         lines = ",\n".join(json.dumps(record) for record in records)
         arguments.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     if arguments.page:
-        arguments.page.write_text(page(records, time.monotonic() - start), encoding="utf-8")
+        arguments.page.write_text(page(records, time.monotonic() - start, arguments.jobs), encoding="utf-8")
     print(f"{sum(record['proved'] for record in records)} of {len(records)} can be edited")
 
 

@@ -274,8 +274,8 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
 
 
 def _refuse_quantized(config: dict[str, Any]) -> None:
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedArchitecture(
             f"the checkpoint stores quantized weights ({method}); edit the full-precision checkpoint, then quantize"
         )

@@ -49,6 +49,8 @@ def test_models_that_no_weight_edit_can_serve_are_refused():
         architecture_of({"model_type": "opt", "do_layer_norm_before": False})
     with pytest.raises(UnsupportedArchitecture, match="quantized"):
         architecture_of({"model_type": "llama", "quantization_config": {"quant_method": "mxfp4"}})
+    with pytest.raises(UnsupportedArchitecture, match=r"quantized weights \(unknown\)"):
+        architecture_of({"model_type": "llama", "quantization_config": "fp8"})
 
 
 def test_hooks_and_edited_weights_agree(architecture):
