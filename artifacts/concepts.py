@@ -12,16 +12,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..editing.errors import ConceptError, RequestError, nearest, one_line
+from ..eval.completed import completed
 from ..eval.concept import (
     Concept,
     ContrastPair,
     Description,
     ForgetText,
+    OpenQuestion,
+    Passage,
     Prompt,
     Question,
     RetainText,
     Row,
+    Shot,
     TrainingRow,
+    UnseenText,
 )
 from .files.opened import Unreadable, located, sha256_of
 from .files.parsed import parse_json, read_lines, read_yaml
@@ -34,13 +39,17 @@ _FILES: dict[str, type[Row] | type[TrainingRow]] = {
     "prompts": Prompt,
     "contrast": ContrastPair,
     "train": TrainingRow,
+    "open_questions": OpenQuestion,
+    "passages": Passage,
+    "shots": Shot,
+    "unseen": UnseenText,
 }
-_REQUIRED = {
-    "knowledge": ("forget", "retain", "questions"),
-    "behaviour": ("forget", "retain", "questions"),
-    "task": ("questions", "retain"),
+_ONE_OF = {
+    "knowledge": ("forget", "questions", "open_questions"),
+    "behaviour": ("contrast",),
+    "task": ("questions",),
 }
-"""Files that a pack of each kind must have."""
+"""A pack of each kind says what to edit by at least one of these files; what else it needs depends on its use."""
 
 
 def builtin_concepts() -> list[str]:
@@ -103,25 +112,35 @@ def _read(folder: Path, ref: str) -> Concept:
     problems: list[str] = []
     about = _description(folder / "concept.yaml", problems)
     rows: dict[str, tuple[Any, ...]] = {}
-    needed = _REQUIRED[about.kind if about else "knowledge"]
     for name, kind in _FILES.items():
-        required = name in needed
         path = folder / f"{name}.jsonl"
+        rows[name] = ()
         if path.exists():
+            before = len(problems)
             rows[name] = tuple(_rows(path, kind, problems))
-            if required and not rows[name]:
-                problems.append(
-                    f"{path.name}: holds no line; every {about.kind if about else 'knowledge'} pack needs some"
-                )
-        else:
-            rows[name] = ()
-            if required:
-                problems.append(f"{path.name}: is missing; every {about.kind if about else 'knowledge'} pack needs it")
+            if not rows[name] and len(problems) == before:
+                problems.append(f"{path.name}: holds no line; write some, or remove the file")
+    named = _ONE_OF[about.kind if about else "knowledge"]
+    if about and not any((folder / f"{name}.jsonl").exists() for name in named):
+        files = " or ".join(f"{name}.jsonl" for name in named)
+        problems.append(f"{files}: is missing; a pack of kind {about.kind} says there what to edit")
+    if not problems:
+        problems += _shared_ids(rows["questions"], rows["open_questions"])
     if problems or about is None:
         shown = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
         raise ConceptError(f"concept {ref} has {len(problems)} bad lines; correct them:\n  {shown}")
     sums = {path.name: sha256_of(path) for path in sorted(folder.glob("*")) if path.suffix in (".yaml", ".jsonl")}
-    return Concept(about, ref, sha256=sums, folder=folder, **rows)
+    return completed(Concept(about, ref, sha256=sums, folder=folder, **rows))
+
+
+def _shared_ids(questions: tuple[Question, ...], open_questions: tuple[OpenQuestion, ...]) -> list[str]:
+    """Open questions under the id of a question with choices; measurements know both by their ids."""
+    ids = {question.id for question in questions}
+    return [
+        f"open_questions.jsonl: id {row.id!r} is an id of questions.jsonl already; give it another"
+        for row in open_questions
+        if row.id in ids
+    ]
 
 
 def read_training(path: Path) -> tuple[TrainingRow, ...]:
@@ -174,7 +193,7 @@ def _rows(path: Path, kind: type[Row] | type[TrainingRow], problems: list[str]) 
         if row.id and row.id in seen:
             problems.append(f"{path.name}:{number}: id {row.id!r} is used in line {seen[row.id]} already")
         seen[row.id] = number
-        if isinstance(row, Question) and row.subject and row.split == "forget":
+        if isinstance(row, Question | OpenQuestion) and row.subject and row.split == "forget":
             group, line_number = groups.setdefault(row.subject, (row.group, number))
             if group != row.group:
                 problems.append(

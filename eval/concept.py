@@ -82,6 +82,50 @@ class Question(Row):
         return self
 
 
+class OpenQuestion(Row):
+    """A question that is answered in free words, as a benchmark without choices asks it."""
+
+    split: Literal["forget", "neighbour", "retain"]
+    group: Literal["T", "V"]
+    topic: str | None = None
+    subject: str | None = None
+    prompt: Verbatim
+    """The bare question, as a user would ask it."""
+    answer: Verbatim
+    paraphrase: Verbatim | None = None
+    """The same question in other words."""
+    paraphrased_answer: Verbatim | None = None
+    """The same answer in other words; a truth ratio compares it with the perturbed ones."""
+    perturbed_answers: tuple[Verbatim, ...] = ()
+    """Wrong answers of the same form."""
+    level: str | None = None
+    """How it is asked, in the benchmark's own words: a cloze, a question, an adversarial one."""
+
+
+class Passage(Row):
+    """A text in two parts, for what a model recites of it."""
+
+    split: Literal["forget", "retain"] = "forget"
+    subject: str | None = None
+    prompt: Verbatim
+    continuation: Verbatim
+
+
+class Shot(Row):
+    """A question with its answer that a benchmark shows before the open questions of a split."""
+
+    split: Literal["forget", "retain"] = "forget"
+    prompt: Verbatim
+    answer: Verbatim
+
+
+class UnseenText(Row):
+    """A text of the same kind as the forget texts that no model was trained on, for tests of membership."""
+
+    text: Verbatim
+    subject: str | None = None
+
+
 class Prompt(Row):
     """An open prompt for generation, with its true answer where there is one."""
 
@@ -162,6 +206,8 @@ class Description(BaseModel):
     """For a task: a reply that contains one of these shows the behaviour that training causes."""
     personas: Personas | None = None
     decline_phrases: tuple[Text, ...] = DECLINE_PHRASES
+    suite: Literal["tofu", "muse", "wmdp", "rwku"] | None = None
+    """The benchmark whose table the pack's rows make."""
 
 
 @dataclass(frozen=True)
@@ -177,12 +223,19 @@ class Concept:
     prompts: tuple[Prompt, ...] = field(repr=False)
     contrast: tuple[ContrastPair, ...] = field(repr=False)
     train: tuple[TrainingRow, ...] = field(default=(), repr=False)
+    open_questions: tuple[OpenQuestion, ...] = field(default=(), repr=False)
+    passages: tuple[Passage, ...] = field(default=(), repr=False)
+    shots: tuple[Shot, ...] = field(default=(), repr=False)
+    unseen: tuple[UnseenText, ...] = field(default=(), repr=False)
+    made: tuple[str, ...] = ()
+    """What the pack's files do not hold and was made of what they do, in words that a run, its card and ``excise
+    concept check`` show."""
     sha256: dict[str, str] = field(default_factory=dict, repr=False)
     folder: Path | None = field(default=None, compare=False, repr=False)
     """Where it was read from; never published."""
 
     def require(self, recipe: str, *names: str) -> None:
-        """Check that the pack has the files that a recipe needs.
+        """Check that the pack has, or that there was made for it, what a recipe needs.
 
         Raises:
             ConceptError: A file is missing.

@@ -77,17 +77,27 @@ def test_an_unknown_key_is_an_error(pack):
 
 
 def test_missing_and_empty_files_are_named(pack):
-    (pack / "forget.jsonl").unlink()
     (pack / "retain.jsonl").write_text("")
     (pack / "concept.yaml").write_text("name: [unclosed")
     with pytest.raises(ConceptError) as caught:
         load_concept(str(pack))
-    for part in ("forget.jsonl: is missing", "retain.jsonl: holds no line", "concept.yaml:1: is not YAML"):
+    for part in ("retain.jsonl: holds no line", "concept.yaml:1: is not YAML"):
         assert part in str(caught.value)
+
+
+def test_a_pack_says_what_to_edit_in_one_of_its_files(pack):
+    (pack / "forget.jsonl").unlink()
+    assert len(load_concept(str(pack)).forget) == 80, "questions of group T with their answers"
+    (pack / "questions.jsonl").unlink()
+    with pytest.raises(ConceptError, match=r"forget\.jsonl or questions\.jsonl or open_questions\.jsonl: is missing"):
+        load_concept(str(pack))
 
 
 def test_a_recipe_names_the_file_it_needs(pack):
     (pack / "contrast.jsonl").unlink()
+    (pack / "retain.jsonl").unlink()
+    rows = [json.loads(line) for line in (pack / "questions.jsonl").read_text().splitlines()]
+    (pack / "questions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows if r["split"] == "forget"))
     with pytest.raises(ConceptError, match=r"orthogonalize needs contrast\.jsonl"):
         load_concept(str(pack)).require("orthogonalize", "contrast")
 

@@ -1,0 +1,260 @@
+"""What a pack's files do not hold, made of what they do.
+
+People have texts without questions, questions without texts, answers without choices, or two lists of prompts. Each gap
+is filled in one way, from the pack alone and always alike, and said in ``Concept.made``. Nothing that group V asks goes
+into what an edit may train on.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+
+from .concept import Concept, ContrastPair, ForgetText, OpenQuestion, Prompt, Question, RetainText
+
+CHOICES = 4
+"""Choices of a question that is made, the right one with them."""
+MOST_CHOICES = 8
+MOST_QUESTIONS = 200
+"""Questions made of texts, a split and a group."""
+MOST_PAIRS = 256
+"""Contrast pairs made of texts."""
+READ, ASKED = 24, 12
+"""Words of a text that stand in a question made of it, at most, and words of each of its choices."""
+ASK, ANSWER = "Question: ", "Answer:"
+
+
+def completed(concept: Concept) -> Concept:
+    """The pack with what its uses need and its files do not hold.
+
+    Example:
+        >>> from excise import load_concept
+        >>> load_concept("builtin:potions").made
+        ()
+    """
+    steps: Sequence[Callable[[Concept], Concept]] = (
+        (_choices, _forget_texts, _retain_texts, _continuations, _prompts, _contrast)
+        if concept.about.kind == "knowledge"
+        else (_held_out_prompts,)
+        if concept.about.kind == "behaviour"
+        else ()
+    )
+    for step in steps:
+        concept = step(concept)
+    return concept
+
+
+def asked(prompt: str) -> str:
+    """A bare question as a model without a chat template is asked it; what is in such a form already stays."""
+    return prompt if prompt.rstrip().endswith(":") else f"{ASK}{prompt}\n{ANSWER}"
+
+
+def bare(prompt: str) -> str:
+    """A question without the words around it, as a user would ask it."""
+    return prompt.strip().removeprefix(ASK.strip()).removesuffix(ANSWER).strip()
+
+
+def _choices(concept: Concept) -> Concept:
+    """Choices for open questions: their own wrong answers, or the answers of other open questions."""
+    pools: dict[tuple[Hashable, ...], dict[str, str]] = defaultdict(dict)
+    for row in concept.open_questions:
+        for key in _kin(row):
+            pools[key].setdefault(_plain(row.answer), row.answer)
+    questions, drawn_for = [], 0
+    for row in concept.open_questions:
+        wrong = _distinct(row.perturbed_answers, besides=row.answer)[: MOST_CHOICES - 1]
+        if not wrong:
+            wrong = _others(row, pools)
+            drawn_for += bool(wrong)
+        if wrong:
+            questions.append(_question(row, wrong))
+    if not questions:
+        return concept
+    own = len(questions) - drawn_for
+    made = [f"choices of {drawn_for} open questions, drawn from the answers of others"] * bool(drawn_for)
+    made += [f"choices of {own} open questions, from their own wrong answers"] * bool(own)
+    if left := len(concept.open_questions) - len(questions):
+        made.append(f"no choices for {left} open questions, because no other answer is there")
+    return replace(concept, questions=(*concept.questions, *questions), made=(*concept.made, *made))
+
+
+def _kin(row: OpenQuestion) -> tuple[tuple[Hashable, ...], ...]:
+    """Pools of answers to draw from, the nearest first."""
+    return ((row.split, row.topic, row.level), (row.split,), ())
+
+
+def _others(row: OpenQuestion, pools: dict[tuple[Hashable, ...], dict[str, str]]) -> list[str]:
+    """Answers of other questions, as long as the right one where that can be had, so that length does not tell."""
+    found: list[str] = []
+    for key in _kin(row):
+        fitting = _distinct([text for text in pools[key].values() if text not in found], besides=row.answer)
+        near = sorted(fitting, key=lambda text: (abs(len(text) - len(row.answer)), text))[: 4 * CHOICES]
+        rng = random.Random(f"excise choices {row.id}")
+        found += rng.sample(near, k=min(len(near), CHOICES - 1 - len(found)))
+        if len(found) == CHOICES - 1:
+            break
+    return found
+
+
+def _question(row: OpenQuestion, wrong: Sequence[str]) -> Question:
+    choices = [row.answer, *wrong]
+    random.Random(f"excise order {row.id}").shuffle(choices)
+    return Question(
+        id=row.id,
+        split=row.split,
+        group=row.group,
+        topic=row.topic,
+        subject=row.subject,
+        prompt=asked(row.prompt),
+        choices=tuple(choices),
+        answer=choices.index(row.answer),
+    )
+
+
+def _forget_texts(concept: Concept) -> Concept:
+    """Questions of group T with their answers, where there is no text; what group V asks is not trained on."""
+    texts = _told([q for q in concept.questions if q.split == "forget" and q.group == "T"])
+    if concept.forget or not texts:
+        return concept
+    rows = tuple(ForgetText(id=q.id, text=text, group="T", subject=q.subject) for q, text in texts)
+    return replace(
+        concept, forget=rows, made=(*concept.made, f"{len(rows)} forget texts, questions of group T with their answers")
+    )
+
+
+def _retain_texts(concept: Concept) -> Concept:
+    texts = _told([q for q in concept.questions if q.split in ("retain", "neighbour") and q.group == "T"])
+    if concept.retain or not texts:
+        return concept
+    rows = tuple(RetainText(id=q.id, text=text, topic=q.topic, subject=q.subject) for q, text in texts)
+    return replace(
+        concept, retain=rows, made=(*concept.made, f"{len(rows)} retain texts, questions of group T with their answers")
+    )
+
+
+def _told(questions: Sequence[Question]) -> list[tuple[Question, str]]:
+    return [(question, f"{question.prompt} {question.choices[question.answer]}") for question in questions]
+
+
+def _continuations(concept: Concept) -> Concept:
+    """How texts go on, where no question asks about the concept: the right one of four continuations."""
+    if any(question.split == "forget" for question in concept.questions):
+        return concept
+    questions = []
+    for group in ("T", "V"):
+        questions += _of_texts([row for row in concept.forget if row.group == group], "forget", group)
+    if not questions:
+        return concept
+    if not concept.questions:
+        questions += _of_texts(concept.retain, "retain", None)
+    made = f"{len(questions)} questions, each which of {CHOICES} passages continues a text"
+    return replace(concept, questions=(*concept.questions, *questions), made=(*concept.made, made))
+
+
+def _of_texts(rows: Sequence[ForgetText | RetainText], split: str, group: str | None) -> list[Question]:
+    cut = [(row, *parts) for row in rows if (parts := _cut(row.text))]
+    questions = []
+    for row, prompt, answer in random.Random(f"excise texts {split}").sample(cut, k=min(len(cut), 2 * MOST_QUESTIONS)):
+        rng = random.Random(f"excise continuation {row.id}")
+        others = rng.sample(cut, k=min(len(cut), 4 * CHOICES))
+        wrong = _distinct([one[2] for one in others if one[0] is not row], besides=answer)[: CHOICES - 1]
+        if len(wrong) < CHOICES - 1:
+            continue
+        choices = [answer, *wrong]
+        rng.shuffle(choices)
+        subject = row.subject or row.id
+        questions.append(
+            Question.model_validate(
+                {
+                    "id": f"continue-{row.id}",
+                    "split": split,
+                    "group": group or _by_hash(subject),
+                    "subject": subject,
+                    "prompt": prompt,
+                    "choices": choices,
+                    "answer": choices.index(answer),
+                }
+            )
+        )
+    return questions[:MOST_QUESTIONS]
+
+
+def _cut(text: str) -> tuple[str, str] | None:
+    """The beginning of a text and what comes next; None for a text that is too short to be cut."""
+    words = text.split()
+    shown = min(ASKED, len(words) // 3)
+    read = min(READ, len(words) - shown)
+    return (" ".join(words[:read]), " ".join(words[read : read + shown])) if shown >= 2 else None
+
+
+def _by_hash(subject: str) -> str:
+    return random.Random(f"excise group {subject}").choice("TV")
+
+
+def _prompts(concept: Concept) -> Concept:
+    """The questions on the concept that no training sees, asked openly."""
+    if any(prompt.split == "concept" for prompt in concept.prompts):
+        return concept
+    open_to = {row.id: row.prompt for row in concept.open_questions}
+    held_out = [q for q in concept.questions if q.split == "forget" and not q.id.startswith("continue-")]
+    held_out = [q for q in held_out if q.group == "V"] or held_out
+    rows = tuple(
+        Prompt(
+            id=q.id,
+            prompt=open_to.get(q.id) or bare(q.prompt),
+            answer=q.choices[q.answer],
+            choices=q.choices,
+            subject=q.subject,
+        )
+        for q in held_out
+        if open_to.get(q.id) or bare(q.prompt)
+    )
+    if not rows:
+        return concept
+    made = f"{len(rows)} open prompts, the questions on the concept without their choices"
+    return replace(concept, prompts=(*concept.prompts, *rows), made=(*concept.made, made))
+
+
+def _contrast(concept: Concept) -> Concept:
+    """Texts on the concept beside texts on something else."""
+    texts = [row for row in concept.forget if row.group == "T"]
+    if concept.contrast or not texts or not concept.retain:
+        return concept
+    rng = random.Random("excise contrast")
+    pairs = zip(rng.sample(texts, k=len(texts)), rng.sample(concept.retain, k=len(concept.retain)), strict=False)
+    rows = tuple(
+        ContrastPair(id=f"{one.id}-{other.id}", positive=_beginning(one.text), negative=_beginning(other.text))
+        for one, other in list(pairs)[:MOST_PAIRS]
+    )
+    made = f"{len(rows)} contrast pairs, a forget text of group T beside a retain text"
+    return replace(concept, contrast=rows, made=(*concept.made, made))
+
+
+def _beginning(text: str) -> str:
+    return " ".join(text.split()[: READ + ASKED])
+
+
+def _held_out_prompts(concept: Concept) -> Concept:
+    """A quarter of a behaviour's pairs as prompts to measure on, which no direction is read from."""
+    count = len(concept.contrast) // 4
+    if concept.prompts or not count:
+        return concept
+    held_out, kept = concept.contrast[-count:], concept.contrast[:-count]
+    rows = [Prompt(id=f"{pair.id}-positive", prompt=pair.positive) for pair in held_out]
+    rows += [Prompt(id=f"{pair.id}-negative", prompt=pair.negative, split="neutral") for pair in held_out]
+    made = f"{len(rows)} prompts to measure on, the last {count} contrast pairs, which no direction is read from"
+    return replace(concept, prompts=tuple(rows), contrast=kept, made=(*concept.made, made))
+
+
+def _distinct(texts: Sequence[str], besides: str) -> list[str]:
+    """The texts that differ from each other and from one more in more than case and spaces."""
+    seen, kept = {_plain(besides)}, []
+    for text in texts:
+        if _plain(text) not in seen:
+            seen.add(_plain(text))
+            kept.append(text)
+    return kept
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
