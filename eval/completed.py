@@ -17,6 +17,8 @@ CHOICES = 4
 MOST_CHOICES = 8
 MOST_QUESTIONS = 200
 """Questions made of texts, a split and a group."""
+MOST_READ = 600
+"""Texts of a split and group that are compared with each other for such questions."""
 MOST_PAIRS = 256
 """Contrast pairs made of texts."""
 READ, ASKED = 24, 12
@@ -153,11 +155,11 @@ def _continuations(concept: Concept) -> Concept:
 
 def _of_texts(rows: Sequence[ForgetText | RetainText], split: str, group: str | None) -> list[Question]:
     cut = [(row, *parts) for row in rows if (parts := _cut(row.text))]
+    rng = random.Random(f"excise continuations {split}")
+    cut = rng.sample(cut, k=min(len(cut), MOST_READ))
     questions = []
-    for row, prompt, answer in random.Random(f"excise texts {split}").sample(cut, k=min(len(cut), 2 * MOST_QUESTIONS)):
-        rng = random.Random(f"excise continuation {row.id}")
-        others = rng.sample(cut, k=min(len(cut), 4 * CHOICES))
-        wrong = _distinct([one[2] for one in others if one[0] is not row], besides=answer)[: CHOICES - 1]
+    for row, prompt, answer in cut:
+        wrong = _likest(prompt, answer, [(one[1], one[2]) for one in cut if one[0] is not row])
         if len(wrong) < CHOICES - 1:
             continue
         choices = [answer, *wrong]
@@ -177,6 +179,17 @@ def _of_texts(rows: Sequence[ForgetText | RetainText], split: str, group: str | 
             )
         )
     return questions[:MOST_QUESTIONS]
+
+
+def _likest(prompt: str, answer: str, others: Sequence[tuple[str, str]]) -> list[str]:
+    """Continuations of the texts that share the most words, so that form and topic alone do not tell the right one."""
+    words = [set(part.casefold().split()) for part in (prompt, answer)]
+
+    def shared(other: tuple[str, str]) -> tuple[int, int]:
+        counts = (len(own & set(part.casefold().split())) for own, part in zip(words, other, strict=True))
+        return -abs(len(answer.split()) - len(other[1].split())), sum(counts)
+
+    return _distinct([text for _, text in sorted(others, key=shared, reverse=True)], besides=answer)[: CHOICES - 1]
 
 
 def _cut(text: str) -> tuple[str, str] | None:
