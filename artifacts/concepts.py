@@ -176,12 +176,7 @@ def _description(path: Path, problems: list[str]) -> Description | None:
 def _rows(path: Path, kind: type[Row] | type[TrainingRow], problems: list[str]) -> Iterator[Row | TrainingRow]:
     seen: dict[str, int] = {}
     groups: dict[str, tuple[str, int]] = {}
-    try:
-        lines = list(read_lines(path))
-    except (Unreadable, OSError) as error:
-        problems.append(f"{path.name}: cannot be read: {one_line(error)}")
-        return
-    for number, line in lines:
+    for number, line in _lines(path, problems):
         try:
             row = kind.model_validate(parse_json(line))
         except ValidationError as error:
@@ -201,6 +196,13 @@ def _rows(path: Path, kind: type[Row] | type[TrainingRow], problems: list[str]) 
                     f"{line_number}; use one group, or an attacker would train on what is measured"
                 )
         yield row
+
+
+def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
+    try:
+        yield from read_lines(path)
+    except (Unreadable, OSError) as error:
+        problems.append(f"{path.name}: cannot be read: {one_line(error)}")
 
 
 def _explain(detail: Any) -> str:

@@ -9,8 +9,11 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from .concept import Concept, ContrastPair, ForgetText, OpenQuestion, Prompt, Question, RetainText
+
+Text = TypeVar("Text", ForgetText, RetainText)
 
 CHOICES = 4
 """Choices of a question that is made, the right one with them."""
@@ -19,6 +22,12 @@ MOST_QUESTIONS = 200
 """Questions made of texts, a split and a group."""
 MOST_READ = 600
 """Texts of a split and group that are compared with each other for such questions."""
+MOST_WORDS = 1_500_000
+"""Words of a pack's forget texts, and of its retain texts, above which windows of them are drawn."""
+WINDOW = 300
+"""Words of a window."""
+LONGEST_WORD = 64
+"""Characters of a word, on average, that a window has room for; scripts without spaces are one long word."""
 MOST_PAIRS = 256
 """Contrast pairs made of texts."""
 READ, ASKED = 24, 12
@@ -35,7 +44,7 @@ def completed(concept: Concept) -> Concept:
         ()
     """
     steps: Sequence[Callable[[Concept], Concept]] = (
-        (_choices, _forget_texts, _retain_texts, _continuations, _prompts, _contrast)
+        (_windows, _choices, _forget_texts, _retain_texts, _continuations, _prompts, _contrast)
         if concept.about.kind == "knowledge"
         else (_held_out_prompts,)
         if concept.about.kind == "behaviour"
@@ -56,6 +65,39 @@ def bare(prompt: str) -> str:
     return prompt.strip().removeprefix(ASK.strip()).removesuffix(ANSWER).strip()
 
 
+def _windows(concept: Concept) -> Concept:
+    """Windows drawn from a corpus that is too large to be read whole, one after another from as many texts as can be."""
+    made = list(concept.made)
+    kept = {}
+    for name in ("forget", "retain"):
+        rows = getattr(concept, name)
+        words = sum(row.text.count(" ") + 1 for row in rows)
+        kept[name] = rows
+        if words > MOST_WORDS:
+            kept[name] = _drawn_windows(rows, name)
+            made.append(
+                f"{len(kept[name])} {name} texts, windows of at most {WINDOW} words drawn from {len(rows)} texts of "
+                f"{words} words"
+            )
+    return replace(concept, **kept, made=tuple(made))
+
+
+def _drawn_windows(rows: Sequence[Text], name: str) -> tuple[Text, ...]:
+    rng = random.Random(f"excise windows {name}")
+    drawn: list[Text] = []
+    words = 0
+    for row in rng.sample(rows, k=len(rows)) * (MOST_WORDS // WINDOW):
+        if words >= MOST_WORDS:
+            break
+        # Begins are drawn among characters, because splitting a whole book for each of its windows takes long.
+        begin = row.text.find(" ", rng.randrange(len(row.text))) + 1
+        window = row.text[begin : begin + WINDOW * LONGEST_WORD].split(" ", WINDOW)[:WINDOW]
+        words += len(window)
+        about = {"id": f"{row.id}-{len(drawn)}", "text": " ".join(window), "subject": row.subject or row.id}
+        drawn.append(row.model_copy(update=about))
+    return tuple(row for row in drawn if row.text.strip())
+
+
 def _choices(concept: Concept) -> Concept:
     """Choices for open questions: their own wrong answers, or the answers of other open questions."""
     pools: dict[tuple[Hashable, ...], dict[str, str]] = defaultdict(dict)
@@ -70,7 +112,7 @@ def _choices(concept: Concept) -> Concept:
             drawn_for += bool(wrong)
         if wrong:
             questions.append(_question(row, wrong))
-    if not questions:
+    if not concept.open_questions:
         return concept
     own = len(questions) - drawn_for
     made = [f"choices of {drawn_for} open questions, drawn from the answers of others"] * bool(drawn_for)
@@ -154,42 +196,50 @@ def _continuations(concept: Concept) -> Concept:
 
 
 def _of_texts(rows: Sequence[ForgetText | RetainText], split: str, group: str | None) -> list[Question]:
-    cut = [(row, *parts) for row in rows if (parts := _cut(row.text))]
     rng = random.Random(f"excise continuations {split}")
-    cut = rng.sample(cut, k=min(len(cut), MOST_READ))
+    parts = [_Cut(row, *cut) for row in rows if (cut := _cut(row.text))]
+    parts = rng.sample(parts, k=min(len(parts), MOST_READ))
     questions = []
-    for row, prompt, answer in cut:
-        wrong = _likest(prompt, answer, [(one[1], one[2]) for one in cut if one[0] is not row])
-        if len(wrong) < CHOICES - 1:
+    for part in parts:
+        wrong = _distinct([other.answer for other in _likest(part, parts)], besides=part.answer)[: CHOICES - 1]
+        if len(questions) == MOST_QUESTIONS or len(wrong) < CHOICES - 1:
             continue
-        choices = [answer, *wrong]
+        choices = [part.answer, *wrong]
         rng.shuffle(choices)
-        subject = row.subject or row.id
+        subject = part.row.subject or part.row.id
         questions.append(
             Question.model_validate(
                 {
-                    "id": f"continue-{row.id}",
+                    "id": f"continue-{part.row.id}",
                     "split": split,
                     "group": group or _by_hash(subject),
                     "subject": subject,
-                    "prompt": prompt,
+                    "prompt": part.prompt,
                     "choices": choices,
-                    "answer": choices.index(answer),
+                    "answer": choices.index(part.answer),
                 }
             )
         )
-    return questions[:MOST_QUESTIONS]
+    return questions
 
 
-def _likest(prompt: str, answer: str, others: Sequence[tuple[str, str]]) -> list[str]:
-    """Continuations of the texts that share the most words, so that form and topic alone do not tell the right one."""
-    words = [set(part.casefold().split()) for part in (prompt, answer)]
+class _Cut:
+    """A text in two parts, and the words of each."""
 
-    def shared(other: tuple[str, str]) -> tuple[int, int]:
-        counts = (len(own & set(part.casefold().split())) for own, part in zip(words, other, strict=True))
-        return -abs(len(answer.split()) - len(other[1].split())), sum(counts)
+    def __init__(self, row: ForgetText | RetainText, prompt: str, answer: str):
+        self.row, self.prompt, self.answer = row, prompt, answer
+        self.words = frozenset(prompt.casefold().split()), frozenset(answer.casefold().split())
+        self.length = len(answer.split())
 
-    return _distinct([text for _, text in sorted(others, key=shared, reverse=True)], besides=answer)[: CHOICES - 1]
+
+def _likest(part: _Cut, parts: Sequence[_Cut]) -> list[_Cut]:
+    """The other texts, those that share the most words first, so that form and topic do not tell which one goes on."""
+
+    def shared(other: _Cut) -> tuple[int, int]:
+        counts = (len(own & its) for own, its in zip(part.words, other.words, strict=True))
+        return -abs(part.length - other.length), sum(counts)
+
+    return sorted((other for other in parts if other is not part), key=shared, reverse=True)
 
 
 def _cut(text: str) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ...editing.errors import one_line
-from .opened import MAX_JSON, MAX_TEXT, MAX_YAML, Unreadable, read_text
+from .opened import MAX_JSON, MAX_TEXT, MAX_YAML, Unreadable, read_text, regular_file
 
 MAX_DEPTH = 100
 MAX_DIGITS = 40
@@ -80,10 +80,17 @@ def read_lines(path: Path, most: int = MAX_TEXT) -> Iterator[tuple[int, str]]:
         Unreadable: It is no regular file, too large, or not UTF-8.
         OSError: It does not exist, or the system refuses it.
     """
-    # split("\n") and not splitlines(), which also cuts at characters that JSON allows inside a text, such as U+2028.
-    for number, line in enumerate(read_text(path, most).split("\n"), start=1):
-        if line.strip():
-            yield number, line
+    # Bytes are cut at newlines alone, not at characters that JSON allows inside a text, such as U+2028.
+    with regular_file(path, most) as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n")
+            except UnicodeDecodeError as error:
+                raise Unreadable(
+                    f"line {number} is not UTF-8, at byte {file.tell() - len(raw) + error.start}"
+                ) from error
+            if line.strip():
+                yield number, line
 
 
 def parse_yaml(text: str) -> Any:

@@ -52,14 +52,15 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word for word in words_of(text) if word[0].isalnum() or word[0] == "_")
 
 
-def _shingles(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
-    return frozenset(words[start : start + 3] for start in range(max(1, len(words) - 2)))
+def _shingles(words: tuple[str, ...]) -> frozenset[int]:
+    # Hashes, because a corpus has millions of triples.
+    return frozenset(hash(words[start : start + 3]) for start in range(max(1, len(words) - 2)))
 
 
 def _nearest(
-    shingles: frozenset[tuple[str, ...]],
-    others: list[frozenset[tuple[str, ...]]],
-    holders: dict[tuple[str, ...], list[int]],
+    shingles: frozenset[int],
+    others: list[frozenset[int]],
+    holders: dict[int, list[int]],
 ) -> float:
     """Largest Jaccard similarity with any of the others."""
     shared: dict[int, int] = defaultdict(int)

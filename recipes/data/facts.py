@@ -7,6 +7,7 @@ Questions of group V are never read here; the subjects of group V come from the 
 
 import random
 import re
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ...eval.concept import Concept, Question
 from ...eval.inference.chat import render
 from ...eval.inference.generation import Reply
 from ...eval.words import whole_words
+from ..common.examples import spread
 
 SUBJECT, ANSWER = "{subject}", "{answer}"
 ENOUGH = 3
@@ -137,20 +139,54 @@ def _example_sets(answers: dict[str, str], rng: random.Random) -> list[list[tupl
     return [rng.sample(pairs, k=min(SHOTS + 1, len(pairs))) for _ in range(EXAMPLE_SETS)]
 
 
-def text_contexts(concept: Concept, tokenizer: Any, limit: int) -> list[Context]:
-    """Whole texts in pieces of at most ``limit`` tokens, for packs in which no facts are found."""
-    contexts = []
-    for text in concept.forget:
-        words, piece = text.text.split(" "), ""
-        for word in words:
-            longer = f"{piece} {word}" if piece else word
-            # Tokenized anew with every word, because the tokens of parts do not add up to those of the whole.
-            if piece and len(tokenizer(longer)["input_ids"]) > limit:
-                contexts.append(Context(piece))
-                longer = word
-            piece = longer
-        contexts.append(Context(piece))
-    return contexts
+def text_contexts(concept: Concept, tokenizer: Any, limit: int, most: int, seed: int) -> list[Context]:
+    """Pieces of at most ``limit`` tokens of at most ``most`` texts, for packs in which no facts are found."""
+    # Drawn before anything is tokenized: a corpus can be far larger than what is read of it.
+    texts = [row.text for row in spread(concept.forget, most, f"excise forget texts {seed}")]
+    return [Context(piece) for text in texts for piece in text_pieces(tokenizer, text, limit)]
+
+
+def text_pieces(tokenizer: Any, text: str, limit: int) -> list[str]:
+    """A text in pieces of at most ``limit`` tokens each, cut between words where a piece has some.
+
+    Example:
+        >>> text_pieces(tokenizer, "one two three four", 2)  # doctest: +SKIP
+        ['one two', 'three four']
+    """
+    count = len(tokenizer(text)["input_ids"])
+    if count <= limit or len(text) < 2:
+        return [text]
+    # The tokens of a piece are not those of the same words within the text: one more, at most, where it begins.
+    room = max(1, limit - len(tokenizer("")["input_ids"]) - 1)
+    pieces, start = [], 0
+    for end in [*_cuts(_token_ends(tokenizer, text, count), text, room), len(text)]:
+        piece = text[start:end].strip(" ")
+        start = end
+        if piece and len(tokenizer(piece)["input_ids"]) > limit and len(piece) > 1:
+            middle = piece.rfind(" ", 1, len(piece) // 2 + 1)
+            middle = middle if middle > 0 else len(piece) // 2
+            pieces += text_pieces(tokenizer, piece[:middle], limit) + text_pieces(tokenizer, piece[middle:], limit)
+        elif piece:
+            pieces.append(piece)
+    return pieces
+
+
+def _token_ends(tokenizer: Any, text: str, count: int) -> list[int]:
+    """Where the tokens of a text end in it; evenly spread where the tokenizer cannot tell."""
+    if not tokenizer.is_fast:
+        return [len(text) * (place + 1) // count for place in range(count)]
+    return [end for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+
+
+def _cuts(ends: Sequence[int], text: str, room: int) -> Iterator[int]:
+    """Places in a text between which ``room`` tokens stand at most, moved back to a space where there is one."""
+    first = start = 0
+    while len(ends) - first > room:
+        whole = ends[first + room - 1]
+        space = text.rfind(" ", start + 1, whole + 1)
+        start = space if space > start else max(whole, start + 1)
+        yield start
+        first = bisect_right(ends, start, lo=first)
 
 
 def question_contexts(questions: Iterable[Question], seed: int) -> Iterator[Context]:

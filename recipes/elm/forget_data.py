@@ -60,7 +60,7 @@ def forget_contexts(erasure: Erasure, source: ContrastSource) -> list[Context]:
         # A persona reads whole texts, as published, where texts alone are asked for.
         facts = Facts((), {})
     if not facts.facts:
-        texts = text_contexts(concept, tokenizer, erasure.text_limit)
+        texts = text_contexts(concept, tokenizer, erasure.text_limit, settings.max_contexts, seed)
         return spread(texts, settings.max_contexts, f"excise texts {seed}")
     contexts: list[Context] = []
     if settings.contexts in ("texts", "both"):
