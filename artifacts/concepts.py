@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..editing.errors import ConceptError, RequestError, nearest, one_line
-from ..eval.completed import completed
+from ..eval.completed import completed, windowed
 from ..eval.concept import (
     Concept,
     ContrastPair,
@@ -112,12 +112,17 @@ def _read(folder: Path, ref: str) -> Concept:
     problems: list[str] = []
     about = _description(folder / "concept.yaml", problems)
     rows: dict[str, tuple[Any, ...]] = {}
+    made: tuple[str, ...] = ()
     for name, kind in _FILES.items():
         path = folder / f"{name}.jsonl"
         rows[name] = ()
         if path.exists():
             before = len(problems)
             rows[name] = tuple(_rows(path, kind, problems))
+            if name in ("forget", "retain"):
+                # At once, so that no more than one corpus is in memory.
+                rows[name], drawn = windowed(rows[name], name)
+                made += drawn
             if not rows[name] and len(problems) == before:
                 problems.append(f"{path.name}: holds no line; write some, or remove the file")
     named = _ONE_OF[about.kind if about else "knowledge"]
@@ -130,7 +135,7 @@ def _read(folder: Path, ref: str) -> Concept:
         shown = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
         raise ConceptError(f"concept {ref} has {len(problems)} bad lines; correct them:\n  {shown}")
     sums = {path.name: sha256_of(path) for path in sorted(folder.glob("*")) if path.suffix in (".yaml", ".jsonl")}
-    return completed(Concept(about, ref, sha256=sums, folder=folder, **rows))
+    return completed(Concept(about, ref, made=made, sha256=sums, folder=folder, **rows))
 
 
 def _shared_ids(questions: tuple[Question, ...], open_questions: tuple[OpenQuestion, ...]) -> list[str]:

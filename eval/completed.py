@@ -44,7 +44,7 @@ def completed(concept: Concept) -> Concept:
         ()
     """
     steps: Sequence[Callable[[Concept], Concept]] = (
-        (_windows, _choices, _forget_texts, _retain_texts, _continuations, _prompts, _contrast)
+        (_choices, _forget_texts, _retain_texts, _continuations, _prompts, _contrast)
         if concept.about.kind == "knowledge"
         else (_held_out_prompts,)
         if concept.about.kind == "behaviour"
@@ -65,21 +65,16 @@ def bare(prompt: str) -> str:
     return prompt.strip().removeprefix(ASK.strip()).removesuffix(ANSWER).strip()
 
 
-def _windows(concept: Concept) -> Concept:
-    """Windows drawn from a corpus that is too large to be read whole, one after another from as many texts as can be."""
-    made = list(concept.made)
-    kept = {}
-    for name in ("forget", "retain"):
-        rows = getattr(concept, name)
-        words = sum(row.text.count(" ") + 1 for row in rows)
-        kept[name] = rows
-        if words > MOST_WORDS:
-            kept[name] = _drawn_windows(rows, name)
-            made.append(
-                f"{len(kept[name])} {name} texts, windows of at most {WINDOW} words drawn from {len(rows)} texts of "
-                f"{words} words"
-            )
-    return replace(concept, **kept, made=tuple(made))
+def windowed(rows: tuple[Text, ...], name: str) -> tuple[tuple[Text, ...], tuple[str, ...]]:
+    """Windows drawn from a corpus that is too large to be read whole, in turn from as many of its texts as can be, and a
+    sentence that says so; a smaller one as it is."""
+    words = sum(row.text.count(" ") + 1 for row in rows)
+    if words <= MOST_WORDS:
+        return rows, ()
+    windows = _drawn_windows(rows, name)
+    return windows, (
+        f"{len(windows)} {name} texts, windows of at most {WINDOW} words drawn from {len(rows)} texts of {words} words",
+    )
 
 
 def _drawn_windows(rows: Sequence[Text], name: str) -> tuple[Text, ...]:
@@ -184,7 +179,7 @@ def _continuations(concept: Concept) -> Concept:
     """How texts go on, where no question asks about the concept: the right one of four continuations."""
     if any(question.split == "forget" for question in concept.questions):
         return concept
-    questions = []
+    questions: list[Question] = []
     for group in ("T", "V"):
         questions += _of_texts([row for row in concept.forget if row.group == group], "forget", group)
     if not questions:
@@ -199,7 +194,7 @@ def _of_texts(rows: Sequence[ForgetText | RetainText], split: str, group: str | 
     rng = random.Random(f"excise continuations {split}")
     parts = [_Cut(row, *cut) for row in rows if (cut := _cut(row.text))]
     parts = rng.sample(parts, k=min(len(parts), MOST_READ))
-    questions = []
+    questions: list[Question] = []
     for part in parts:
         wrong = _distinct([other.answer for other in _likest(part, parts)], besides=part.answer)[: CHOICES - 1]
         if len(questions) == MOST_QUESTIONS or len(wrong) < CHOICES - 1:

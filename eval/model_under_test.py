@@ -4,16 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from .concept import Concept, Prompt, RetainText
 from .inference.chat import PromptFormat
 from .inference.encoding import encode
-from .inference.generation import Reply, generate, reply_log_probabilities
+from .inference.generation import Reply, generate
+from .inference.kept import Kept, kept
 from .inference.likelihood import Likelihood, Request, context_of, log_likelihoods
 from .inference.prompts import PLAIN_PROMPTS
 from .items import Item, clusters_of, drawn, held_out_texts
+
+TEXT_TOKENS = 256
+"""Tokens of a retain text along which the divergence from the base is measured, at most."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,17 @@ class ModelUnderTest:
             chosen = drawn(asked, self.clusters(prompts), most, "divergence")
             replies = [reply for _, reply in chosen]
             # The first token of a text serves as the prompt, and the rest as the reply.
-            # No text is read further than the model can read.
-            context = context_of(self.model)
+            # No text is read further than the model can read, nor further than its distributions are worth their memory.
+            context = min(context_of(self.model), TEXT_TOKENS)
             encoded = [(row, encode(self.tokenizer, row.text)[:context]) for row in held_out_texts(self.concept)]
             readable = [(row, ids) for row, ids in encoded if len(ids) > 1]
             usable = drawn(readable, self.clusters([row for row, _ in readable]), most, "divergence")
             texts = [Reply("", tuple(ids[:1]), tuple(ids[1:]), row.text) for row, ids in usable]
             self._baseline = Baseline(
                 replies,
-                reply_log_probabilities(self.model, replies),
+                kept(self.model, replies),
                 texts,
-                reply_log_probabilities(self.model, texts),
+                kept(self.model, texts),
                 tuple(prompt for prompt, _ in chosen),
                 tuple(row for row, _ in usable),
             )
@@ -118,9 +119,9 @@ class Baseline:
     """The base model's replies to neutral prompts, and its distributions along them and along retain texts."""
 
     replies: list[Reply]
-    log_probabilities: list[Float[Tensor, "tokens vocab"]] = field(repr=False)
+    distributions: list[Kept] = field(repr=False)
     texts: list[Reply]
-    text_log_probabilities: list[Float[Tensor, "tokens vocab"]] = field(repr=False)
+    text_distributions: list[Kept] = field(repr=False)
     prompts: tuple[Prompt, ...]
     rows: tuple[RetainText, ...]
     """Retain texts, one for each of ``texts``."""

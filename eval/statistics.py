@@ -35,6 +35,9 @@ class Scores:
     """Number of items left out, such as texts longer than the context."""
     clusters: tuple[str, ...] = ()
     """The subject of each item; without them items count as independent."""
+    as_one: float = 0.0
+    """Of a divergence: the mean probability that the base gives to the tokens that were counted as one. Above 0, the value
+    is a lower bound."""
 
     def __post_init__(self) -> None:
         broken = [key for key, total in zip(self.ids, self.totals, strict=True) if not math.isfinite(total)]

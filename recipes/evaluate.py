@@ -219,7 +219,7 @@ def _measure(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, eve
             subject = ModelUnderTest(loaded.model, loaded.tokenizer, job.concept, job.settings, baseline, stage.advance)
             if (
                 baseline is not None
-                and baseline.log_probabilities[0].shape[-1] != language_config(loaded.model).vocab_size
+                and baseline.distributions[0].vocabulary != language_config(loaded.model).vocab_size
             ):
                 raise RequestError(
                     f"{source.name} has another vocabulary than its base; give the base that it was made from"

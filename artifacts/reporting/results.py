@@ -127,7 +127,7 @@ FEW = 10
 
 def dominated(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[str]:
     """A sentence for everything that few subjects decide, so that its interval is too narrow whatever the method, and for
-    everything of which they are too few for an interval."""
+    everything of which they are too few for an interval or which is a lower bound."""
     sentences = [
         sentence for items in scores.values() for item in items if not item.is_empty if (sentence := _few(item))
     ]
@@ -136,6 +136,11 @@ def dominated(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[str]:
 
 def _few(item: Scores) -> str:
     name = f"{label_of(item.name)} ({item.split})"
+    if item.as_one:
+        return (
+            f"{name} is a lower bound: the vocabulary is too large for the memory, so the unlikeliest tokens count as one,"
+            f" to which the base gives a probability of {item.as_one:.1g} on average."
+        )
     kind = "items" if item.subjects == len(item.ids) else "subjects"
     if item.has_too_few:
         return f"Too few {kind} for an interval of {name}: {item.subjects} of at least {FEWEST_SUBJECTS}."

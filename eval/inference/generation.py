@@ -178,8 +178,15 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
 @torch.no_grad()
 def reply_log_probabilities(model: Any, replies: Sequence[Reply]) -> list[Float[Tensor, "tokens vocab"]]:
     """The model's log-probabilities of all tokens (nats) at each position of the replies, fp32 on the CPU."""
+    by_index = dict(batched_log_probabilities(model, replies))
+    return [by_index[index] for index in range(len(replies))]
+
+
+def batched_log_probabilities(
+    model: Any, replies: Sequence[Reply]
+) -> Iterator[tuple[int, Float[Tensor, "tokens vocab"]]]:
+    """The same, reply by reply with its place, in the order in which batches are read."""
     rows = [reply.prompt_ids + reply.ids for reply in replies]
-    results: list[Tensor | None] = [None] * len(rows)
     for batch in token_batches([len(row) for row in rows], batch_budget(model)):
         # The logits at a position are about the next token, so a reply's logits start one position before it.
         first = min(len(replies[index].prompt_ids) for index in batch) - 1
@@ -187,8 +194,7 @@ def reply_log_probabilities(model: Any, replies: Sequence[Reply]) -> list[Float[
         for place, index in enumerate(batch):
             start = len(replies[index].prompt_ids) - 1 - first
             reply_logits = logits[place, start : start + len(replies[index].ids)]
-            results[index] = reply_logits.float().log_softmax(-1).cpu()
-    return [result for result in results if result is not None]
+            yield index, reply_logits.float().log_softmax(-1).cpu()
 
 
 def divergence(base: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
 
-from ..inference.generation import Reply, divergence, reply_log_probabilities
+from ..inference.generation import Reply
+from ..inference.kept import Kept, divergences
 from ..items import Item
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
@@ -17,16 +18,15 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     if base is None:
         return []
     return [
-        _along(subject, "neutral", base.prompts, base.replies, base.log_probabilities),
-        _along(subject, "retain", base.rows, base.texts, base.text_log_probabilities),
+        _along(subject, "neutral", base.prompts, base.replies, base.distributions),
+        _along(subject, "retain", base.rows, base.texts, base.text_distributions),
     ]
 
 
 def _along(
-    subject: ModelUnderTest, split: str, rows: Sequence[Item], replies: Sequence[Reply], expected: Sequence[Tensor]
+    subject: ModelUnderTest, split: str, rows: Sequence[Item], replies: Sequence[Reply], expected: Sequence[Kept]
 ) -> Scores:
-    log_probabilities = reply_log_probabilities(subject.model, replies)
-    nats = [divergence(base, mine) for base, mine in zip(expected, log_probabilities, strict=True)]
+    nats = divergences(subject.model, replies, expected)
     row = MEASUREMENTS["kl_from_base"]
     totals, weights = tuple(float(item.sum()) for item in nats), tuple(float(len(item)) for item in nats)
     return Scores(
@@ -38,4 +38,5 @@ def _along(
         totals,
         weights,
         clusters=subject.clusters(rows),
+        as_one=float(torch.cat([item.rest for item in expected]).mean()) if expected else 0.0,
     )

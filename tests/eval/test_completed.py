@@ -5,7 +5,7 @@ import random
 
 import pytest
 from excise.artifacts.concepts import load_concept
-from excise.eval.completed import MOST_WORDS, WINDOW, bare, completed
+from excise.eval.completed import MOST_WORDS, WINDOW, bare, completed, windowed
 from excise.eval.concept import ContrastPair, ForgetText, OpenQuestion, RetainText
 
 POTIONS = load_concept("builtin:potions")
@@ -112,18 +112,17 @@ def test_windows_are_drawn_from_a_corpus_and_from_each_of_its_texts():
     rng = random.Random(0)
     text = " ".join(f"word{n}" for n in rng.sample(range(40_000), k=40_000))
     texts = tuple(RetainText(id=str(n), text=text, topic="t") for n in range(60))
-    pack = _pack(forget=POTIONS.forget, retain=texts, questions=POTIONS.questions)
-    counted = [len(row.text.split(" ")) for row in pack.retain]
+    rows, (said,) = windowed(texts, "retain")
+    counted = [len(row.text.split(" ")) for row in rows]
     assert max(counted) == WINDOW and counted.count(WINDOW) > 0.98 * len(counted)
     assert MOST_WORDS <= sum(counted) < MOST_WORDS + WINDOW
     whole = {row.id: row.text for row in texts}
-    assert {row.subject for row in pack.retain} == set(whole)
-    assert all(row.text in whole[row.subject] for row in pack.retain[:20])
-    assert len({row.id for row in pack.retain}) == len(pack.retain)
-    assert f"drawn from 60 texts of {60 * 40_000} words" in pack.made[0]
+    assert {row.subject for row in rows} == set(whole)
+    assert all(row.text in whole[row.subject] for row in rows[:20])
+    assert len({row.id for row in rows}) == len(rows)
+    assert f"drawn from 60 texts of {60 * 40_000} words" in said
     # One text less than the bound is read whole.
-    few = _pack(forget=POTIONS.forget, retain=texts[:37], questions=POTIONS.questions)
-    assert few.retain == texts[:37]
+    assert windowed(texts[:37], "retain") == (texts[:37], ())
 
 
 @pytest.mark.parametrize("seed", range(40))
