@@ -7,7 +7,7 @@ Example:
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -118,11 +118,13 @@ def _read(folder: Path, ref: str) -> Concept:
         rows[name] = ()
         if path.exists():
             before = len(problems)
-            rows[name] = tuple(_rows(path, kind, problems))
-            if name in ("forget", "retain"):
-                # At once, so that no more than one corpus is in memory.
-                rows[name], drawn = windowed(rows[name], name)
+            if kind in (ForgetText, RetainText):
+                rows[name], drawn = windowed(
+                    cast(Iterator[RetainText], _rows(path, kind, problems)), name, path.stat().st_size
+                )
                 made += drawn
+            else:
+                rows[name] = tuple(_rows(path, kind, problems))
             if not rows[name] and len(problems) == before:
                 problems.append(f"{path.name}: holds no line; write some, or remove the file")
     named = _ONE_OF[about.kind if about else "knowledge"]

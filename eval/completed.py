@@ -7,7 +7,7 @@ into what an edit may train on.
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -24,6 +24,8 @@ MOST_READ = 600
 """Texts of a split and group that are compared with each other for such questions."""
 MOST_WORDS = 1_500_000
 """Words of a pack's forget texts, and of its retain texts, above which windows of them are drawn."""
+MOST_BYTES = 32 * MOST_WORDS
+"""Bytes of a file above which windows are drawn as it is read; its texts are not held."""
 WINDOW = 300
 """Words of a window."""
 LONGEST_WORD = 64
@@ -65,32 +67,72 @@ def bare(prompt: str) -> str:
     return prompt.strip().removeprefix(ASK.strip()).removesuffix(ANSWER).strip()
 
 
-def windowed(rows: tuple[Text, ...], name: str) -> tuple[tuple[Text, ...], tuple[str, ...]]:
-    """Windows drawn from a corpus that is too large to be read whole, in turn from as many of its texts as can be, and a
-    sentence that says so; a smaller one as it is."""
-    words = sum(row.text.count(" ") + 1 for row in rows)
-    if words <= MOST_WORDS:
-        return rows, ()
-    windows = _drawn_windows(rows, name)
-    return windows, (
-        f"{len(windows)} {name} texts, windows of at most {WINDOW} words drawn from {len(rows)} texts of {words} words",
+def windowed(rows: Iterable[Text], name: str, size: int = 0) -> tuple[tuple[Text, ...], tuple[str, ...]]:
+    """Windows drawn from a corpus that is too large to be read whole, from as many of its texts as can be, and a sentence
+    that says so; a smaller one as it is.
+
+    Args:
+        rows: The texts, which are read once and not held.
+        name: The file, without its ending.
+        size: Bytes of the file.
+    """
+    rng = random.Random(f"excise windows {name}")
+    large = size > MOST_BYTES
+    kept: list[Text] = []
+    texts = words = held = 0
+    share = 1.0
+    for row in rows:
+        texts += 1
+        words += _length(row)
+        if rng.random() > share:
+            continue
+        own = _windows_of(row, size, rng) if large else [row]
+        kept += own
+        held += sum(map(_length, own))
+        if large and held > 4 * MOST_WORDS:
+            kept, held, share = rng.sample(kept, k=len(kept) // 2), held // 2, share / 2
+    if not large and words <= MOST_WORDS:
+        return tuple(kept), ()
+    if not large:
+        size = sum(len(row.text) for row in kept)
+        kept = [window for row in kept for window in _windows_of(row, size, rng)]
+    chosen = _up_to(MOST_WORDS, kept, rng)
+    return chosen, (
+        f"{len(chosen)} {name} texts, windows of at most {WINDOW} words drawn from {texts} texts of {words} words",
     )
 
 
-def _drawn_windows(rows: Sequence[Text], name: str) -> tuple[Text, ...]:
-    rng = random.Random(f"excise windows {name}")
-    drawn: list[Text] = []
-    words = 0
-    for row in rng.sample(rows, k=len(rows)) * (MOST_WORDS // WINDOW):
-        if words >= MOST_WORDS:
+def _length(row: ForgetText | RetainText) -> int:
+    return row.text.count(" ") + 1
+
+
+def _windows_of(row: Text, size: int, rng: random.Random) -> list[Text]:
+    """As many windows as a text's share of a corpus of ``size`` characters allows, at least one."""
+    if _length(row) <= WINDOW:
+        return [row]
+    # Some more than are needed: windows that begin alike fall away.
+    return [_window(row, rng) for _ in range(max(1, round(1.1 * MOST_WORDS * len(row.text) / size / WINDOW)))]
+
+
+def _window(row: Text, rng: random.Random) -> Text:
+    # Begins are drawn among characters, because splitting a whole book for each of its windows takes long.
+    begin = rng.randrange(max(1, len(row.text) - WINDOW))
+    begin = row.text.find(" ", begin) + 1 if begin else 0
+    window = row.text[begin : begin + WINDOW * LONGEST_WORD].split(" ", WINDOW)[:WINDOW]
+    about = {"id": f"{row.id}@{begin}", "text": " ".join(window), "subject": row.subject or row.id}
+    return row.model_copy(update=about)
+
+
+def _up_to(words: int, rows: Sequence[Text], rng: random.Random) -> tuple[Text, ...]:
+    """Rows in a random order, none twice and none blank, until so many words are reached."""
+    chosen: dict[str, Text] = {}
+    for row in rng.sample(rows, k=len(rows)):
+        if words <= 0:
             break
-        # Begins are drawn among characters, because splitting a whole book for each of its windows takes long.
-        begin = row.text.find(" ", rng.randrange(len(row.text))) + 1
-        window = row.text[begin : begin + WINDOW * LONGEST_WORD].split(" ", WINDOW)[:WINDOW]
-        words += len(window)
-        about = {"id": f"{row.id}-{len(drawn)}", "text": " ".join(window), "subject": row.subject or row.id}
-        drawn.append(row.model_copy(update=about))
-    return tuple(row for row in drawn if row.text.strip())
+        if row.text.strip() and row.id not in chosen:
+            chosen[row.id] = row
+            words -= _length(row)
+    return tuple(chosen.values())
 
 
 def _choices(concept: Concept) -> Concept:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections import Counter
 
 import pytest
 from excise.artifacts.concepts import load_concept
@@ -108,21 +109,29 @@ def test_the_last_quarter_of_two_lists_is_measured_on_and_not_read():
     assert {p.prompt for p in pack.prompts}.isdisjoint(text for p in pack.contrast for text in (p.positive, p.negative))
 
 
-def test_windows_are_drawn_from_a_corpus_and_from_each_of_its_texts():
-    rng = random.Random(0)
-    text = " ".join(f"word{n}" for n in rng.sample(range(40_000), k=40_000))
-    texts = tuple(RetainText(id=str(n), text=text, topic="t") for n in range(60))
-    rows, (said,) = windowed(texts, "retain")
+def _corpus(count, words):
+    text = " ".join(f"word{n}" for n in random.Random(0).sample(range(words), k=words))
+    return tuple(RetainText(id=str(n), text=text, topic="t") for n in range(count))
+
+
+@pytest.mark.parametrize(("count", "words"), [(60, 40_000), (3, 1_000_000), (9_000, 400), (20_000, 400), (60_000, 40)])
+def test_windows_are_drawn_from_a_corpus_and_from_its_texts_alike(count, words):
+    texts = _corpus(count, words)
+    rows, (said,) = windowed(iter(texts), "retain", sum(len(row.text) for row in texts))
     counted = [len(row.text.split(" ")) for row in rows]
-    assert max(counted) == WINDOW and counted.count(WINDOW) > 0.98 * len(counted)
-    assert MOST_WORDS <= sum(counted) < MOST_WORDS + WINDOW
-    whole = {row.id: row.text for row in texts}
-    assert {row.subject for row in rows} == set(whole)
-    assert all(row.text in whole[row.subject] for row in rows[:20])
+    assert max(counted) == min(WINDOW, words) and 0.85 * MOST_WORDS <= sum(counted) < MOST_WORDS + WINDOW
     assert len({row.id for row in rows}) == len(rows)
-    assert f"drawn from 60 texts of {60 * 40_000} words" in said
-    # One text less than the bound is read whole.
-    assert windowed(texts[:37], "retain") == (texts[:37], ())
+    by_text = Counter(row.subject or row.id for row in rows)
+    assert len(by_text) >= min(count, 0.5 * len(rows)), "from as many texts as can be"
+    assert all(row.text in texts[0].text for row in rows[:: len(rows) // 20])
+    if words > WINDOW:
+        assert max(by_text.values()) < 1.1 * MOST_WORDS / WINDOW / count + 2, "alike"
+    assert f"drawn from {count} texts of {count * words} words" in said
+
+
+def test_a_corpus_just_below_the_bound_is_read_whole():
+    texts = _corpus(37, 40_000)
+    assert windowed(texts, "retain", sum(len(row.text) for row in texts)) == (texts, ())
 
 
 @pytest.mark.parametrize("seed", range(40))
