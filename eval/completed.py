@@ -20,7 +20,7 @@ CHOICES = 4
 MOST_CHOICES = 8
 MOST_QUESTIONS = 200
 """Questions made of texts, a split and a group."""
-MOST_READ = 600
+MOST_READ = 300
 """Texts of a split and group that are compared with each other for such questions."""
 MOST_WORDS = 1_500_000
 """Words of a pack's forget texts, and of its retain texts, above which windows of them are drawn."""
@@ -265,18 +265,16 @@ class _Cut:
 
     def __init__(self, row: ForgetText | RetainText, prompt: str, answer: str):
         self.row, self.prompt, self.answer = row, prompt, answer
-        self.words = frozenset(prompt.casefold().split()), frozenset(answer.casefold().split())
+        parts = enumerate((prompt, answer))
+        self.words = frozenset((place, word) for place, part in parts for word in part.casefold().split())
         self.length = len(answer.split())
 
 
 def _likest(part: _Cut, parts: Sequence[_Cut]) -> list[_Cut]:
-    """The other texts, those that share the most words first, so that form and topic do not tell which one goes on."""
-
-    def shared(other: _Cut) -> tuple[int, int]:
-        counts = (len(own & its) for own, its in zip(part.words, other.words, strict=True))
-        return -abs(part.length - other.length), sum(counts)
-
-    return sorted((other for other in parts if other is not part), key=shared, reverse=True)
+    """Other texts, those that share the most words first, so that form and topic do not tell which one goes on."""
+    near = sorted(parts, key=lambda other: (abs(part.length - other.length), -len(part.words & other.words)))
+    # Some of the nearest may go on alike.
+    return [other for other in near[: 8 * CHOICES] if other is not part]
 
 
 def _cut(text: str) -> tuple[str, str] | None:

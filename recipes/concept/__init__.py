@@ -1,0 +1,1 @@
+"""Concept packs: making one, and asking what one can be used for."""

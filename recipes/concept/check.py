@@ -1,0 +1,192 @@
+"""What a pack can be used for, before any weight is read: each recipe, measurement and attack is asked itself."""
+
+import importlib
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from ...artifacts.concepts import load_concept
+from ...artifacts.files.parsed import read_object
+from ...artifacts.models.find import find_model
+from ...artifacts.models.load import load_tokenizer
+from ...artifacts.models.source import ModelSource
+from ...editing.errors import ExciseError, one_line
+from ...eval.concept import Concept, Prompt
+from ...eval.inference.encoding import encode
+from ...eval.measurements import MEASUREMENTS
+from ...eval.measurements.table import function_of
+from ...eval.model_under_test import EvalSettings
+from .. import RECIPES
+from ..audit import request as audit
+from ..audit.attacks.table import BUDGETS
+
+STANDS_IN, STANDS_IN_EDITED = "builtin:testbed", "builtin:testbed-reference"
+"""Models by which a pack is checked where none is named: checks read the pack and the configuration alone."""
+Answer = Literal["runs", "runs with less", "does not run"]
+FILES = (
+    "forget", "retain", "questions", "open_questions", "prompts", "contrast", "train", "passages", "shots", "unseen",
+)  # fmt: skip
+OF_A_RATE = 400_000
+"""Tokens of a text file that are counted, at most; more are estimated from these."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a recipe, measurement or audit answers to the question whether it can use the pack."""
+
+    kind: str
+    name: str
+    answer: Answer
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file of the pack holds, with what was made for it."""
+
+    name: str
+    rows: int
+    groups: dict[str, int]
+    median: float
+    longest: int
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A pack and its uses."""
+
+    name: str
+    kind: str
+    files: tuple[File, ...]
+    made: tuple[str, ...]
+    uses: tuple[Use, ...]
+    longer: int
+    """Texts that are longer than the model reads at once; 0 where no model is named."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return asdict(self)
+
+
+def check(pack: str, model: str | None = None) -> Checked:
+    """Ask everything that can use a pack whether it can use this one.
+
+    Args:
+        pack: ``builtin:NAME``, or the pack's folder.
+        model: A model to count tokens by and to check against; without one, words are counted.
+
+    Raises:
+        RequestError: There is no such pack or model.
+        ConceptError: The pack has bad lines; all of them are listed.
+
+    Example:
+        >>> [use.answer for use in check("builtin:potions").uses if use.name == "npo"]
+        ['runs']
+    """
+    concept = load_concept(pack)
+    source = find_model(model) if model else None
+    files, longer = _files(concept, source)
+    uses = [*_recipes(pack, concept, model), *_audit(pack, concept, model), *_measurements(concept)]
+    return Checked(concept.ref, concept.about.kind, files, concept.made, tuple(uses), longer)
+
+
+def _recipes(pack: str, concept: Concept, model: str | None) -> list[Use]:
+    """Each recipe's own checks, which it makes before it loads a model."""
+    uses = []
+    for name, recipe in RECIPES.items():
+        module = importlib.import_module(recipe.module)
+        with TemporaryDirectory(prefix="excise-check-") as folder:
+            settings = {"model": model or STANDS_IN, "concept": pack, "out": Path(folder) / "run"}
+            try:
+                job = module.prepare(getattr(module, recipe.settings)(**settings))
+                less = list(module.describe(job).get("gaps", ()))
+                uses.append(_use("recipe", name, less))
+            except ExciseError as error:
+                uses.append(Use("recipe", name, "does not run", one_line(error)))
+    return uses
+
+
+def _audit(pack: str, concept: Concept, model: str | None) -> list[Use]:
+    """Every attack of the longest budget; what cannot be tested is what the audit itself lists as a gap."""
+    attacks = BUDGETS["long"].attacks
+    with TemporaryDirectory(prefix="excise-check-") as folder:
+        settings = audit.AuditSettings(
+            # Whether a model was edited says nothing of the pack, and some other model must stand in its place.
+            model=STANDS_IN_EDITED, base=STANDS_IN, concept=pack, budget="long", out=Path(folder) / "audit",
+        )  # fmt: skip
+        try:
+            job = audit.prepare(settings)
+        except ExciseError as error:
+            return [Use("audit", "audit", "does not run", one_line(error))]
+    left_out = [name for name in attacks if name not in job.attacks]
+    less = list(job.gaps)
+    if left_out:
+        less.insert(0, f"without {', '.join(left_out)}")
+    return [_use("audit", "audit", less)]
+
+
+def _measurements(concept: Concept) -> list[Use]:
+    """Which rows of the table find something to measure."""
+    settings, uses = EvalSettings(), []
+    for name, row in MEASUREMENTS.items():
+        if row.requests:
+            count = len(function_of(row.requests)(concept, settings))
+            why = "" if count else "the pack holds nothing that it reads"
+            uses.append(Use("measurement", name, "runs" if count else "does not run", why))
+    return uses
+
+
+def _use(kind: str, name: str, less: Sequence[str]) -> Use:
+    return Use(kind, name, "runs with less" if less else "runs", "; ".join(less))
+
+
+def _files(concept: Concept, source: ModelSource | None) -> tuple[tuple[File, ...], int]:
+    tokenizer = load_tokenizer(source) if source else None
+    context = _context(source) if source else math.inf
+    files, longer = [], 0
+    for name in FILES:
+        rows = getattr(concept, name)
+        if not rows:
+            continue
+        texts = [_text(row) for row in rows]
+        lengths = _lengths(texts, tokenizer)
+        longer += sum(length > context for length in lengths)
+        groups: dict[str, int] = {}
+        for row in rows:
+            label = " ".join(part for part in (getattr(row, "split", ""), getattr(row, "group", "")) if part)
+            if label:
+                groups[label] = groups.get(label, 0) + 1
+        total = round(sum(lengths) * len(texts) / max(1, len(lengths)))
+        unit = "tokens" if tokenizer else "words"
+        files.append(File(name, len(rows), groups, statistics.median(lengths), max(lengths), total, unit))
+    return tuple(files), longer
+
+
+def _lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:
+    lengths, read = [], 0
+    for text in texts:
+        lengths.append(len(encode(tokenizer, text)) if tokenizer else len(text.split()))
+        read += lengths[-1]
+        if read > OF_A_RATE:
+            break
+    return lengths
+
+
+def _text(row: Any) -> str:
+    """What a model reads of a row."""
+    if isinstance(row, Prompt):
+        return row.prompt
+    parts = [getattr(row, name, None) for name in ("prompt", "positive", "negative", "text", "answer", "completion")]
+    messages = " ".join(message.content for message in getattr(row, "messages", ()))
+    return " ".join([part for part in parts if isinstance(part, str)] + [messages]).strip()
+
+
+def _context(source: ModelSource) -> float:
+    config = read_object(source.folder / "config.json")
+    return float(config.get("text_config", config).get("max_position_embeddings") or math.inf)
