@@ -6,8 +6,7 @@ into what an edit may train on.
 """
 
 import random
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -21,7 +20,8 @@ MOST_CHOICES = 8
 MOST_QUESTIONS = 200
 """Questions made of texts, a split and a group."""
 MOST_READ = 300
-"""Texts of a split and group that are compared with each other for such questions."""
+"""Texts of a split and group that are compared with each other for such questions, and questions whose answers others
+are set beside."""
 MOST_WORDS = 1_500_000
 """Words of a pack's forget texts, and of its retain texts, above which windows of them are drawn."""
 MOST_BYTES = 32 * MOST_WORDS
@@ -136,16 +136,15 @@ def _up_to(words: int, rows: Sequence[Text], rng: random.Random) -> tuple[Text, 
 
 
 def _choices(concept: Concept) -> Concept:
-    """Choices for open questions: their own wrong answers, or the answers of other open questions."""
-    pools: dict[tuple[Hashable, ...], dict[str, str]] = defaultdict(dict)
-    for row in concept.open_questions:
-        for key in _kin(row):
-            pools[key].setdefault(_plain(row.answer), row.answer)
+    """Choices for open questions: their own wrong answers, or the answers of those that ask most alike."""
+    rng = random.Random("excise choices")
+    rows = concept.open_questions
+    pool = [(row, _words(row)) for row in rng.sample(rows, k=min(len(rows), MOST_READ))]
     questions, drawn_for = [], 0
-    for row in concept.open_questions:
+    for row in rows:
         wrong = _distinct(row.perturbed_answers, besides=row.answer)[: MOST_CHOICES - 1]
         if not wrong:
-            wrong = _others(row, pools)
+            wrong = _others(row, pool)
             drawn_for += bool(wrong)
         if wrong:
             questions.append(_question(row, wrong))
@@ -159,22 +158,20 @@ def _choices(concept: Concept) -> Concept:
     return replace(concept, questions=(*concept.questions, *questions), made=(*concept.made, *made))
 
 
-def _kin(row: OpenQuestion) -> tuple[tuple[Hashable, ...], ...]:
-    """Pools of answers to draw from, the nearest first."""
-    return ((row.split, row.topic, row.level), (row.split,), ())
+def _words(row: OpenQuestion) -> frozenset[str]:
+    return frozenset(row.prompt.casefold().split())
 
 
-def _others(row: OpenQuestion, pools: dict[tuple[Hashable, ...], dict[str, str]]) -> list[str]:
-    """Answers of other questions, as long as the right one where that can be had, so that length does not tell."""
-    found: list[str] = []
-    for key in _kin(row):
-        fitting = _distinct([text for text in pools[key].values() if text not in found], besides=row.answer)
-        near = sorted(fitting, key=lambda text: (abs(len(text) - len(row.answer)), text))[: 4 * CHOICES]
-        rng = random.Random(f"excise choices {row.id}")
-        found += rng.sample(near, k=min(len(near), CHOICES - 1 - len(found)))
-        if len(found) == CHOICES - 1:
-            break
-    return found
+def _others(row: OpenQuestion, pool: Sequence[tuple[OpenQuestion, frozenset[str]]]) -> list[str]:
+    """Answers of the questions that ask most alike, as long as the right one where that can be had, so that neither form
+    nor length tells."""
+    words, rng = _words(row), random.Random(f"excise choices {row.id}")
+    near = sorted(
+        (-len(words & its), abs(len(other.answer) - len(row.answer)) // 16, rng.random(), other.answer)
+        for other, its in pool
+        if other.id != row.id
+    )
+    return _distinct([answer for *_, answer in near], besides=row.answer)[: CHOICES - 1]
 
 
 def _question(row: OpenQuestion, wrong: Sequence[str]) -> Question:

@@ -14,6 +14,7 @@ from ...artifacts.files.parsed import read_object
 from ...artifacts.models.find import find_model
 from ...artifacts.models.load import load_tokenizer
 from ...artifacts.models.source import ModelSource
+from ...artifacts.reporting.terminal import aligned, bullets
 from ...editing.errors import ExciseError, one_line
 from ...eval.concept import Concept, Prompt
 from ...eval.inference.encoding import encode
@@ -92,11 +93,11 @@ def check(pack: str, model: str | None = None) -> Checked:
     concept = load_concept(pack)
     source = find_model(model) if model else None
     files, longer = _files(concept, source)
-    uses = [*_recipes(pack, concept, model), *_audit(pack, concept, model), *_measurements(concept)]
+    uses = [*_recipes(pack, model), *_audit(pack), *_measurements(concept)]
     return Checked(concept.ref, concept.about.kind, files, concept.made, tuple(uses), longer)
 
 
-def _recipes(pack: str, concept: Concept, model: str | None) -> list[Use]:
+def _recipes(pack: str, model: str | None) -> list[Use]:
     """Each recipe's own checks, which it makes before it loads a model."""
     uses = []
     for name, recipe in RECIPES.items():
@@ -112,14 +113,15 @@ def _recipes(pack: str, concept: Concept, model: str | None) -> list[Use]:
     return uses
 
 
-def _audit(pack: str, concept: Concept, model: str | None) -> list[Use]:
+def _audit(pack: str) -> list[Use]:
     """Every attack of the longest budget; what cannot be tested is what the audit itself lists as a gap."""
     attacks = BUDGETS["long"].attacks
     with TemporaryDirectory(prefix="excise-check-") as folder:
-        settings = audit.AuditSettings(
-            # Whether a model was edited says nothing of the pack, and some other model must stand in its place.
-            model=STANDS_IN_EDITED, base=STANDS_IN, concept=pack, budget="long", out=Path(folder) / "audit",
-        )  # fmt: skip
+        # Whether a model was edited says nothing of the pack, and some other model must stand in its place.
+        models = {"model": STANDS_IN_EDITED, "base": STANDS_IN}
+        settings = audit.AuditSettings.model_validate(
+            {**models, "concept": pack, "budget": "long", "out": Path(folder) / "audit"}
+        )
         try:
             job = audit.prepare(settings)
         except ExciseError as error:
@@ -190,3 +192,25 @@ def _text(row: Any) -> str:
 def _context(source: ModelSource) -> float:
     config = read_object(source.folder / "config.json")
     return float(config.get("text_config", config).get("max_position_embeddings") or math.inf)
+
+
+def text(checked: Checked, width: int | None) -> str:
+    """What a pack holds and what it can be used for, for a terminal."""
+    unit = checked.files[0].unit
+    rows = [
+        [file.name, f"{file.rows:,}", f"{file.median:g}", f"{file.longest:,}", f"{file.total:,}", _groups(file.groups)]
+        for file in checked.files
+    ]
+    parts = [f"{checked.name}: {checked.kind}\n"]
+    parts.append(aligned(["file", "rows", f"{unit}, median", "longest", "all", "of them"], rows, width) + "\n")
+    if checked.longer:
+        parts.append(f"{checked.longer} texts are longer than the model reads at once; recipes read them in pieces.\n")
+    if checked.made:
+        parts.append("What it does not hold was made:\n" + bullets(checked.made, width) + "\n")
+    uses = [[f"{use.kind} {use.name}" if use.kind != "audit" else "audit", use.answer, use.why] for use in checked.uses]
+    parts.append(aligned(["use", "", "what is lost, or what to add"], uses, width))
+    return "\n".join(parts)
+
+
+def _groups(groups: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in groups.items())
