@@ -28,9 +28,10 @@ def write_gguf(
     not_finite: str | None = None,
     layers: int = 1,
     rope_base: float = 10000.0,
+    kind: str = "llama",
 ) -> Path:
     """Write the file; ``layers`` is what its metadata say, not what it holds."""
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, kind)
     writer.add_block_count(layers)
     writer.add_context_length(64)
     writer.add_embedding_length(WIDTH)

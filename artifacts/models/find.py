@@ -24,7 +24,7 @@ def find_model(ref: str, base: str | None = None, *, to_edit: bool = False) -> M
     Args:
         ref: The model.
         base: The base of an adapter; by default the one that the adapter names. Other models have no use for it.
-        to_edit: Refuse a Hub model that cannot be edited before its weights are fetched.
+        to_edit: Refuse a model that cannot be edited before its weights are fetched from the Hub, or converted.
 
     Raises:
         RequestError: There is no such model, or the Hub cannot be reached.
@@ -89,7 +89,7 @@ def _located(ref: str, *, to_edit: bool = False) -> ModelSource:
             raise RequestError(
                 f"there is no file {ref}; give a .gguf file, a model folder, a Hub id or builtin:testbed"
             )
-        return from_gguf(path)
+        return from_gguf(path, to_edit=to_edit)
     match = HUB_ID.fullmatch(ref)
     if path.exists() or not match or ref.startswith((".", "/")):
         raise RequestError(

@@ -6,20 +6,27 @@ from typing import Any
 import torch
 
 from ...editing.errors import CheckpointError, one_line
+from ..checkpoints.proof import check_proved
 from ..checkpoints.read import check_finite, open_checkpoint
 from ..checkpoints.side_files import write_for_older_readers
 from ..checkpoints.staging import staged_folder
 from ..files.opened import OF_A_CHECKPOINT, sha256_of
+from ..files.parsed import parsed_object
 from .cache import cache_folder
 from .filled import check_filled
 from .gguf_header import read_gguf_header
 from .source import ModelSource
 
 
-def from_gguf(path: Path) -> ModelSource:
+def from_gguf(path: Path, *, to_edit: bool = False) -> ModelSource:
     """Dequantize a GGUF file into a bfloat16 checkpoint in the cache, under the file's hash.
 
+    Args:
+        path: The file.
+        to_edit: Refuse a type that cannot be edited before its weights are converted.
+
     Raises:
+        UnsupportedArchitecture: An edit of the weights cannot take a direction out of this type.
         CheckpointError: The file is not GGUF or is damaged, or transformers cannot convert it, or leaves a weight out.
     """
     with OF_A_CHECKPOINT.about(path.name):
@@ -30,6 +37,8 @@ def from_gguf(path: Path) -> ModelSource:
     folder = cache_folder() / f"gguf-portable-{digest[:16]}"
     if not folder.exists():
         # Whole or not at all: a conversion that was killed must not be taken for a model by the next run.
+        if to_edit:
+            check_proved(_config(path))
         with staged_folder(folder) as staging:
             _dequantize(path, staging)
             try:
@@ -39,21 +48,39 @@ def from_gguf(path: Path) -> ModelSource:
     return ModelSource("gguf", path.name, folder, sha256=digest)
 
 
+def _config(path: Path) -> dict[str, Any]:
+    """The configuration that the file's header describes, as its config.json would hold it."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path.absolute().parent, **_place(path))
+    except Exception as error:  # the libraries behind it raise dozens of kinds
+        raise _unconverted(path, error) from error
+    return parsed_object(config.to_json_string(use_diff=False))
+
+
+def _place(path: Path) -> dict[str, Any]:
+    # Not resolved where it is used: a link has a name of its own, and what it points to need not end in .gguf.
+    return {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+
+
+def _unconverted(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} cannot be converted: {one_line(error)}; give another file or a safetensors folder"
+    )
+
+
 def _dequantize(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
-    # Not resolved: a link has a name of its own, and what it points to need not end in .gguf.
-    parent = path.absolute().parent
+    parent, place = path.absolute().parent, _place(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(parent, **place)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             parent, dtype=torch.float32, output_loading_info=True, **place
         )
     except Exception as error:  # the libraries behind it raise dozens of kinds
-        raise CheckpointError(
-            f"{path.name} cannot be converted: {one_line(error)}; give another file or a safetensors folder"
-        ) from error
+        raise _unconverted(path, error) from error
     model, info = loaded
     check_filled(path.name, info, "fetch the file again, or give another one")
     # The weights are ordinary tensors now, but transformers refuses to save while these attributes exist.

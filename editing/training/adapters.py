@@ -72,6 +72,20 @@ def adapter_modules(model: nn.Module, row: Architecture, layers: Sequence[int], 
     return tuple(names)
 
 
+def without_adapter(model: nn.Module, row: Architecture, layers: Sequence[int]) -> tuple[int, float]:
+    """In how many of the layers experts are fused into one tensor, which carries no adapter, and the share of the layers'
+    weights that they hold."""
+    fused = whole = 0
+    of_layers = set()
+    for layer in layers:
+        for _, parameter in model.get_submodule(f"{row.layers}.{layer}").named_parameters():
+            whole += parameter.numel()
+            if parameter.ndim == 3:
+                fused += parameter.numel()
+                of_layers.add(layer)
+    return len(of_layers), fused / whole if whole else 0.0
+
+
 def parts_of(row: Architecture, part: str) -> set[str]:
     """Modules of a layer that hold one kind of sublayer, by name."""
     start = f"{row.layers}.{{layer}}."

@@ -7,7 +7,7 @@ import pytest
 from excise.artifacts.checkpoints.read import open_checkpoint
 from excise.artifacts.models.cache import cache_folder
 from excise.artifacts.models.find import find_model
-from excise.editing.errors import CheckpointError
+from excise.editing.errors import CheckpointError, UnsupportedArchitecture
 from small_gguf import SHAPES, write_gguf
 from transformers import AutoConfig
 
@@ -54,6 +54,16 @@ def test_a_file_that_lacks_what_it_needs_is_refused_and_leaves_nothing_behind(tm
     with pytest.raises(CheckpointError, match=told) as caught:
         find_model(str(write_gguf(tmp_path / "not_whole.gguf", **damage)))
     assert "\n" not in str(caught.value) and _converted() == before
+
+
+def test_a_type_that_cannot_be_edited_is_refused_before_its_weights_are_converted(tmp_path):
+    file = write_gguf(tmp_path / "t5.gguf", kind="t5")
+    before = _converted()
+    with pytest.raises(UnsupportedArchitecture, match="t5 has an encoder and a decoder") as caught:
+        find_model(str(file), to_edit=True)
+    assert "\n" not in str(caught.value) and _converted() == before
+    # A file of the same tensors of a type that can be edited is converted.
+    assert find_model(str(write_gguf(tmp_path / "llama.gguf")), to_edit=True).folder.is_dir()
 
 
 def test_lengths_and_counts_beyond_the_file_are_refused(tmp_path):
