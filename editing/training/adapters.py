@@ -78,11 +78,13 @@ def without_adapter(model: nn.Module, row: Architecture, layers: Sequence[int]) 
     fused = whole = 0
     of_layers = set()
     for layer in layers:
-        for _, parameter in model.get_submodule(f"{row.layers}.{layer}").named_parameters():
-            whole += parameter.numel()
-            if parameter.ndim == 3:
-                fused += parameter.numel()
-                of_layers.add(layer)
+        for module in model.get_submodule(f"{row.layers}.{layer}").modules():
+            for parameter in module.parameters(recurse=False):
+                whole += parameter.numel()
+                # The kernels of short convolutions have three dimensions too.
+                if parameter.ndim == 3 and not isinstance(module, nn.Conv1d):
+                    fused += parameter.numel()
+                    of_layers.add(layer)
     return len(of_layers), fused / whole if whole else 0.0
 
 

@@ -18,6 +18,7 @@ from excise.editing.training.adapters import (
     learned_factors,
     loads_in_peft,
     switched_off,
+    without_adapter,
 )
 from helpers import PICO, in_fresh_process, make_pico
 
@@ -149,3 +150,13 @@ def test_a_damaged_edit_is_one_line(tmp_path):
 def test_every_architecture_has_modules_to_adapt():
     for name in PICO:
         assert adapter_modules(make_pico(name), ARCHITECTURES[name], [0])
+
+
+def test_fused_experts_carry_no_adapter_and_their_share_is_told():
+    fused = make_pico("gpt_oss", torch.float32)
+    layer = fused.model.layers[0]
+    held = sum(parameter.numel() for parameter in layer.parameters())
+    in_experts = layer.mlp.experts.gate_up_proj.numel() + layer.mlp.experts.down_proj.numel()
+    layers, share = without_adapter(fused, ARCHITECTURES["gpt_oss"], [0])
+    assert layers == 1 and share == pytest.approx(in_experts / held)
+    assert without_adapter(make_pico("llama", torch.float32), ARCHITECTURES["llama"], range(2)) == (0, 0.0)
