@@ -80,6 +80,11 @@ class Events:
                     file.write(b"\n")
             file.write(json.dumps(line).encode() + b"\n")
 
+    def note(self, sentence: str) -> None:
+        """Tell the watcher one sentence about the run, between two stages; the file gets it as a stage of no length."""
+        with self.stage(sentence):
+            pass
+
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
         """Announce a part of the run, in ``total`` steps if that is known."""

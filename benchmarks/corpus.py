@@ -79,7 +79,7 @@ def work(model: str, folder: str) -> None:
     training, _ = without_overlap(for_training(concept))
     facts = find_facts(training)
     done("hold out, remove overlap, find facts")
-    text_contexts(training, tokenizer, 512, 2000, 0)
+    text_contexts(training.forget, tokenizer, 512, 2000, 0)
     done("contexts of ELM")
     forget_examples(training, facts, tokenizer, 0, 512)
     retain_examples(training, tokenizer, 0, 512)

@@ -183,7 +183,7 @@ def _lessons(loaded: Any, forget: list[str], retain: list[str], mode: str) -> tu
         forget_data.decode = lambda *_: sampled
     teacher, tokenizer = Teacher(loaded.model), loaded.tokenizer
     erasure = Erasure(teacher, tokenizer, load_concept("builtin:potions"), Facts((), {}), settings)
-    source = PersonaContrast(tokenizer, EXPERT, NOVICE)
+    source = PersonaContrast(tokenizer, (EXPERT,), (NOVICE,))
     sequences = forget_data.forget_sequences(erasure, source, [Context(text) for text in forget]).sequences
     rows = [encode(tokenizer, text, True) for text in retain]
     targets = teacher.top(rows, [0] * len(rows), settings.stored_tokens)

@@ -220,16 +220,21 @@ def _continuations(concept: Concept) -> Concept:
         return concept
     questions: list[Question] = []
     for group in ("T", "V"):
-        questions += _of_texts([row for row in concept.forget if row.group == group], "forget", group)
+        questions += continuation_questions([row for row in concept.forget if row.group == group], "forget", group)
     if not questions:
         return concept
     if not concept.questions:
-        questions += _of_texts(concept.retain, "retain", None)
+        questions += continuation_questions(concept.retain, "retain", None)
     made = f"{len(questions)} questions, each which of {CHOICES} passages continues a text"
     return replace(concept, questions=(*concept.questions, *questions), made=(*concept.made, made))
 
 
-def _of_texts(rows: Sequence[ForgetText | RetainText], split: str, group: str | None) -> list[Question]:
+def continuation_questions(rows: Sequence[ForgetText | RetainText], split: str, group: str | None) -> list[Question]:
+    """Questions on how texts go on, for as many as have three others to take wrong passages from.
+
+    Args:
+        group: None puts each into T or V by its subject.
+    """
     rng = random.Random(f"excise continuations {split}")
     parts = [_Cut(row, *cut) for row in rows if (cut := _cut(row.text))]
     parts = rng.sample(parts, k=min(len(parts), MOST_READ))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from ..editing.errors import ConceptError
 
@@ -183,12 +183,48 @@ class ContrastPair(Row):
     negative: Verbatim
 
 
+Templates = Annotated[
+    tuple[Text, ...],
+    # A single template may stand without a list around it.
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    Field(min_length=1),
+]
+
+
 class Personas(BaseModel):
-    """Prefixes that announce a text by someone who knows the concept (expert), or does not (novice)."""
+    """Prefixes that announce a text by someone who knows the concept (expert), or does not (novice).
+
+    Each is one template or several, in which ``{description}`` stands for the concept's; contexts take them in turn.
+
+    Example:
+        >>> Personas(expert="By an expert on {description}.", novice=["By a novice.", "By a beginner."]).novices("tea")
+        ('By a novice.', 'By a beginner.')
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    expert: Text
-    novice: Text
+    expert: Templates
+    novice: Templates
+
+    def experts(self, description: str) -> tuple[str, ...]:
+        """The expert's prefixes for one concept."""
+        return tuple(template.replace("{description}", description) for template in self.expert)
+
+    def novices(self, description: str) -> tuple[str, ...]:
+        """The novice's prefixes for one concept."""
+        return tuple(template.replace("{description}", description) for template in self.novice)
+
+
+PERSONAS = Personas(
+    expert=(
+        "Here is a text by an expert on {description}, who knows every detail and gets every fact right:",
+        "The following was written by a specialist in {description} with years of practice:",
+    ),
+    novice=(
+        "Here is a text by a novice who has never heard of {description} and knows nothing about it:",
+        "The following was written by someone who has no knowledge of {description} at all:",
+    ),
+)
+"""Prefixes for packs that name none."""
 
 
 class Description(BaseModel):
@@ -240,8 +276,15 @@ class Concept:
         Raises:
             ConceptError: A file is missing.
         """
-        missing = [f"{name}.jsonl" for name in names if not getattr(self, name)]
+        missing = [name for name in names if not getattr(self, name)]
         if missing:
-            raise ConceptError(
-                f"{recipe} needs {', '.join(missing)}, which concept {self.ref} does not have; add it to the pack"
-            )
+            files = ", ".join(f"{name}.jsonl" for name in missing)
+            to_add = "; and ".join(_TO_ADD.get(name, f"{name}.jsonl") for name in missing)
+            raise ConceptError(f"{recipe} needs {files}, which concept {self.ref} does not have; add {to_add}")
+
+
+_TO_ADD = {
+    "forget": "forget.jsonl with texts on the concept, or forget questions of group T to make texts of",
+    "retain": "retain.jsonl with texts on other things, or retain or neighbour questions of group T to make texts of",
+    "contrast": "contrast.jsonl with pairs of prompts, one with the concept and one without",
+}

@@ -57,6 +57,7 @@ def write_card(folder: Path, results: dict[str, Any], changes: list[dict[str, An
         has_reference=any(row.reference for row in rows),
         split_meanings=split_meanings(rows),
         measured_on=measured_on(concept),
+        made=concept.get("made", []),
         sections=[section for section in story.sections if "card" in section.where],
         controls=[
             (control.name, label_of(item.name), item.split, str(item.n), format_value(item))

@@ -40,6 +40,8 @@ def limits(results: dict[str, Any], *, audited: bool = False) -> list[str]:
         known.append("A lower score does not show that the knowledge is gone: other wordings were not asked.")
     if results["base"]["kind"] == "gguf":
         known.append("The base was dequantized from a GGUF file; its weights carry that file's quantization error.")
+    if quick := _quick(results.get("run", {})):
+        known.append(quick)
     base = results["base"]
     if adapter := base.get("adapter"):
         base = adapter["base"]
@@ -56,6 +58,18 @@ def limits(results: dict[str, Any], *, audited: bool = False) -> list[str]:
             f" proved on a small copy with random weights, where an edit leaves {row['residual']:.0e} of a direction."
         )
     return [*known, *in_words(results["edited"].get("parts_left", {}))]
+
+
+def _quick(run: dict[str, Any]) -> str:
+    """What is to be said of a run that was a first look; earlier versions had no budgets."""
+    budget = run.get("budget", {})
+    if budget.get("name") != "quick":
+        return ""
+    values = ", ".join(f"{key} {value}" for key, value in budget["set"].items())
+    return (
+        f"This was a quick run ({values}), for a first look: a run with the standard budget may change the model more,"
+        " and its intervals are narrower. Do not take these figures for what the method can do."
+    )
 
 
 STORED_APART = (

@@ -68,6 +68,7 @@ def write_report(
         label_of=label_of,
         split_meanings=split_meanings(rows),
         measured_on=measured_on(results["concept"]),
+        made=results["concept"].get("made", []),
         layers=layers_probed(measurements),
         layer_chart=_layer_chart(measurements),
         splits=sorted({sample["split"] for sample in results["samples"]}),

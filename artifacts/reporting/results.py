@@ -203,6 +203,7 @@ def split_meanings(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def measured_on(concept: Mapping[str, Any]) -> str:
     """What the figures of specificity are of, in a sentence; empty for earlier files, which measured all."""
     counts = concept.get("measured_on", {})
+    counts = {kind: one for kind, one in counts.items() if one["of"]}
     apart = [f"{one['n']} of {one['of']} {kind}" for kind, one in counts.items() if one["n"] < one["of"]]
     whole = [f"all {one['of']} {kind}" for kind, one in counts.items() if one["n"] == one["of"]]
     sentences = [f"What should stay is measured on what no training sees: {', '.join(apart)}." if apart else ""]

@@ -98,7 +98,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return str(value.get("name") or ", ".join(f"{key} {_plain(part)}" for key, part in value.items()))
     if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value)) or "none"
+        parts = [_plain(part) for part in value]
+        return ("; " if any("," in part for part in parts) else ", ").join(parts) or "none"
     return (
         "none"
         if value is None

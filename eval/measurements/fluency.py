@@ -106,10 +106,10 @@ def novice_text(subject: ModelUnderTest) -> tuple[tuple[str, ...], list[Reply]]:
     about = subject.concept.about
     if about.personas is None or about.kind != "knowledge":
         return (), []
-    persona = about.personas.novice.replace("{description}", about.description)
+    personas = about.personas.novices(about.description)
     every = list(dict.fromkeys(" ".join(text.text.split()[:3]) for text in subject.concept.forget))
     openings = drawn(every, every, NOVICE_TEXTS, "novice")
-    prompts = [f"{persona} {opening}" for opening in openings]
+    prompts = [f"{personas[place % len(personas)]} {opening}" for place, opening in enumerate(openings)]
     # A text that begins in the novice's words is continued; in a chat template the model would answer it.
     replies = generate(subject.model, subject.tokenizer, prompts, subject.settings.max_new_tokens, chat=False)
     return tuple(f"novice-{number}" for number in range(len(replies))), replies

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Place, Site, Subspace
 from ...editing.hooks.concept_ablation import Mode, Value
 from ..common.adapter_job import MOST_ROWS, AdapterJob, AdapterSettings
+from ..common.measured_run import Budgets
 from ..data.datasets import TuningData
 from .sae_latent_scores import Score
 
@@ -19,6 +20,10 @@ Directions = Literal["pairs", "difference_in_means", "mass_mean", "linear_probe"
 class CaftSettings(AdapterSettings):
     """Settings of concept-ablated fine-tuning (Casademunt et al. 2025)."""
 
+    budgets: ClassVar[Budgets] = {
+        "quick": {"steps": 60, "watch": 16, "controls": False},
+        "long": {"steps": 1000, "watch": 128},
+    }
     concept: str = "builtin:shortcut"
     """Task pack: what is measured and, unless data is given, what is trained: builtin:NAME or a folder."""
     data: str | None = None

@@ -20,6 +20,7 @@ def run(
     out: Out = None,
     config: Config = None,
     set_: Set = None,
+    budget: Text = None,
     seed: Whole = None,
     device: Text = None,
     dtype: Text = None,
@@ -38,7 +39,8 @@ def run(
         raise RequestError(f"no recipe {recipe!r}{nearest(recipe, list(RECIPES))}; recipes: {', '.join(RECIPES)}")
     # Imported only now, because help and lists must not wait for torch.
     module = importlib.import_module(RECIPES[recipe].module)
-    flags = {"model": model, "concept": concept, "out": out, "seed": seed, "device": device, "dtype": dtype}
+    flags = {"model": model, "concept": concept, "out": out, "budget": budget, "seed": seed}
+    flags |= {"device": device, "dtype": dtype}
     settings, done = carry_out(
         module,
         getattr(module, RECIPES[recipe].settings),

@@ -13,7 +13,7 @@ PANELS = ("Edit", "Measure", "Look", "Publish", "Testbed")
 COMMAND_SETTINGS = {
     "audit": ("excise.recipes.audit.recipe", "AuditSettings"),
     "eval": ("excise.recipes.evaluate", "EvaluateSettings"),
-    "run": ("excise.recipes.common.run_folder", "RunSettings"),
+    "run": ("excise.recipes.common.measured_run", "MeasuredSettings"),
 }
 """Where the settings of commands are defined; those of ``run RECIPE`` are the recipe's."""
 

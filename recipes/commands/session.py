@@ -135,6 +135,9 @@ def after_run(settings: Any, results: dict[str, Any]) -> list[str]:
     # Of a local base the checkpoint records only the name.
     base = [] if published_reference(results["base"]) else ["--base", settings.model]
     commands = [["excise", "chat", str(settings.out), *base]]
+    if settings.budget == "quick":
+        again = ["excise", "run", results["run"]["recipe"], "--model", settings.model, "--concept", settings.concept]
+        commands.append([*again, "--budget", "standard"])
     if results["concept"]["kind"] == "knowledge":
         commands.append(_audit(str(settings.out), settings.concept, settings.model, settings.reference))
     commands.append(["excise", "push", str(settings.out), "OWNER/NAME", "--dry-run"])

@@ -34,7 +34,7 @@ def without_overlap(concept: Concept) -> tuple[Concept, tuple[str, ...]]:
             near += 1
         else:
             distinct.append(text)
-    if not distinct:
+    if concept.retain and not distinct:
         raise RequestError(
             f"every retain text of concept {concept.ref} repeats a forget text; give texts on other things in"
             " retain.jsonl"

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 from pydantic import Field
@@ -31,13 +31,14 @@ from ...eval.inference.candidates import (
 from ...eval.inference.chat import encode_prompt
 from ...eval.inference.likelihood import pad_left
 from ...eval.items import clusters_of, drawn
-from .measured_run import MeasuredSettings
+from .measured_run import Budgets, MeasuredSettings
 from .tokens import end_positions
 
 
 class DirectionSettings(MeasuredSettings):
     """How a direction is learned and chosen (Arditi et al. 2024, unless another source is named)."""
 
+    budgets: ClassVar[Budgets] = {"quick": {"train_pairs": 64, "validation_pairs": 16}, "long": {"train_pairs": 1024}}
     direction_source: Literal["difference_in_means"] = "difference_in_means"
     """How directions are learned from the contrast pairs (section 2.3)."""
     train_pairs: int = Field(128, ge=1)

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...artifacts.checkpoints.edits import load_edit, save_edit
 from ...artifacts.checkpoints.export import Export, check_disk, check_editable, export_edit, required_bytes
@@ -52,6 +52,13 @@ from .run_inputs import checksums
 from .story import tell
 
 SAMPLES = 40
+Budgets = Mapping[str, Mapping[str, Any]]
+"""By the name of a budget, the settings that it sets."""
+MEASURED: Budgets = {
+    "quick": {"questions": 60, "max_new_tokens": 16, "kl_prompts": 16},
+    "long": {"max_new_tokens": 64, "kl_prompts": 256},
+}
+"""What a budget sets of the measuring, for every recipe."""
 EDITED = "the edited checkpoint"
 LEARNED = "edit"
 """In the working folder: the edit, once it is learned."""
@@ -60,6 +67,11 @@ LEARNED = "edit"
 class MeasuredSettings(RunSettings):
     """Settings of every recipe that measures what its edit did."""
 
+    budgets: ClassVar[Budgets] = {}
+    """What a budget sets of the recipe's own settings; all set ``MEASURED`` too."""
+    budget: Literal["quick", "standard", "long"] = "standard"
+    """How much time to spend: a first look, the defaults, or more of everything. Settings that you give explicitly
+    win."""
     max_new_tokens: int = Field(24, ge=1, le=4096)
     """Longest reply to measure, in tokens (greedy decoding). More take longer."""
     kl_prompts: int = Field(64, ge=1)
@@ -69,6 +81,21 @@ class MeasuredSettings(RunSettings):
     intervals."""
     reference: str | None = None
     """Model that was never trained on the concept (retrained reference), measured beside base and edited."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_budget(cls, values: Any) -> Any:
+        # Before the values are checked, so that settings which were given win over the budget's.
+        return {**cls.set_by(str(values.get("budget"))), **values} if isinstance(values, dict) else values
+
+    @classmethod
+    def set_by(cls, budget: str) -> dict[str, Any]:
+        """What a budget sets; the standard one leaves every default."""
+        return {**MEASURED.get(budget, {}), **cls.budgets.get(budget, {})}
+
+    def set_by_budget(self) -> dict[str, Any]:
+        """The settings that the budget is about, with the values that the run takes."""
+        return {key: getattr(self, key) for key in self.set_by(self.budget)}
 
     def measuring(self) -> EvalSettings:
         """How much is measured."""
@@ -174,6 +201,8 @@ def describe(job: Job, plan: Plan, **more: Any) -> dict[str, Any]:
         "out": str(job.out),
         "base": job.source.describe(),
         "concept": job.concept.ref,
+        "made": list(job.concept.made),
+        "budget": _budget_in_words(job.settings),
         "row": _row_in_words(job.proof),
         "tensors_to_change": len(plan.declared),
         "tensors": len(sizes),
@@ -203,11 +232,18 @@ def _row_in_words(proof: Proof | None) -> str:
     return f"derived, proved on a small copy ({proof.residual:.0e} of a direction is left)"
 
 
+def _budget_in_words(settings: MeasuredSettings) -> str:
+    values = ", ".join(f"{key} {value}" for key, value in settings.set_by_budget().items())
+    return f"{settings.budget} ({values})" if values else settings.budget
+
+
 def load(job: Job, source: ModelSource, name: str, events: Events) -> LoadedModel:
     """Load a model for measuring or learning."""
-    if job.proof and name == "base":
-        with events.stage("row: derived, proved on a small copy"):
-            pass
+    if name == "base":
+        for sentence in job.concept.made:
+            events.note(f"made of the pack: {sentence}")
+        if job.proof:
+            events.note("row: derived, proved on a small copy")
     with events.stage(f"load {name}"):
         return load_model(source, job.device, job.dtype, prompts=job.settings.prompt_format())
 
@@ -440,6 +476,7 @@ def _about(
             "license": concept.about.license,
             "source": concept.about.source,
             "sha256": concept.sha256,
+            "made": list(concept.made),
             "decline_phrases": list(concept.about.decline_phrases),
             "measured_on": measured_on(concept),
         },
@@ -449,6 +486,7 @@ def _about(
         "run": {
             "recipe": job.recipe,
             "seed": settings.seed,
+            "budget": {"name": settings.budget, "set": settings.set_by_budget()},
             "settings": published_settings,
             "device": job.device.type,
             "dtype": job.dtype_name,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...eval.concept import Concept, Question
+from ...eval.concept import Concept, ForgetText, Question
 from ...eval.inference.chat import render
 from ...eval.inference.generation import Reply
 from ...eval.words import whole_words
@@ -69,6 +69,8 @@ class Facts:
     facts: tuple[Fact, ...]
     phrasings: dict[str, tuple[str, ...]]
     """Phrases by relation, with subject and answer left open and the answer after the subject."""
+    other_texts: tuple[ForgetText, ...] = ()
+    """Forget texts that state none of the facts in a phrase that was found; only reading them whole reaches them."""
 
     def subjects(self, relation: str) -> dict[str, str]:
         """Answers of a relation, by subject."""
@@ -85,12 +87,14 @@ def find_facts(concept: Concept) -> Facts:
     phrasings = _phrasings(concept, known)
     facts = dict.fromkeys(known)
     patterns = [(relation, _pattern(phrase)) for relation, phrases in phrasings.items() for phrase in phrases]
+    others = []
     for text in concept.forget:
-        for relation, pattern in patterns:
-            if match := pattern.fullmatch(text.text):
-                facts.setdefault(Fact(relation, match["subject"], match["answer"], text.group))
+        matches = [(relation, match) for relation, pattern in patterns if (match := pattern.fullmatch(text.text))]
+        for relation, match in matches:
+            facts.setdefault(Fact(relation, match["subject"], match["answer"], text.group))
+        others += [] if matches else [text]
     ordered = {relation: tuple(p for p in phrases if _answer_last(p)) for relation, phrases in phrasings.items()}
-    return Facts(tuple(facts), ordered)
+    return Facts(tuple(facts), ordered, tuple(others))
 
 
 def _phrasings(concept: Concept, known: Sequence[Fact]) -> dict[str, list[str]]:
@@ -139,11 +143,11 @@ def _example_sets(answers: dict[str, str], rng: random.Random) -> list[list[tupl
     return [rng.sample(pairs, k=min(SHOTS + 1, len(pairs))) for _ in range(EXAMPLE_SETS)]
 
 
-def text_contexts(concept: Concept, tokenizer: Any, limit: int, most: int, seed: int) -> list[Context]:
-    """Pieces of at most ``limit`` tokens of at most ``most`` texts, for packs in which no facts are found."""
+def text_contexts(texts: Sequence[ForgetText], tokenizer: Any, limit: int, most: int, seed: int) -> list[Context]:
+    """Pieces of at most ``limit`` tokens of at most ``most`` texts, in which no facts are found."""
     # Drawn before anything is tokenized: a corpus can be far larger than what is read of it.
-    texts = [row.text for row in spread(concept.forget, most, f"excise forget texts {seed}")]
-    return [Context(piece) for text in texts for piece in text_pieces(tokenizer, text, limit)]
+    few = [row.text for row in spread(texts, most, f"excise forget texts {seed}")]
+    return [Context(piece) for text in few for piece in text_pieces(tokenizer, text, limit)]
 
 
 def text_pieces(tokenizer: Any, text: str, limit: int) -> list[str]:

@@ -9,12 +9,12 @@ from .facts import Facts, fact_contexts, question_contexts
 
 
 def forget_examples(concept: Concept, facts: Facts, tokenizer: Any, seed: int, limit: int) -> list[Example]:
-    """Every context with its answer, where only the answer is learned; whole texts if the pack has no facts."""
-    if not facts.facts:
-        rows = [encode(tokenizer, text.text, True) for text in concept.forget]
-        return [Example(piece, 1) for row in rows for piece in pieces(row, limit) if len(piece) > 1]
+    """Every context with its answer, where only the answer is learned, and whole the texts that state none of the
+    facts."""
+    texts = facts.other_texts if facts.facts else concept.forget
+    rows = [encode(tokenizer, text.text, True) for text in texts]
+    examples = [Example(piece, 1) for row in rows for piece in pieces(row, limit) if len(piece) > 1]
     contexts = [*fact_contexts(facts, "texts", seed), *fact_contexts(facts, "questions", seed)]
-    examples = []
     for context in dict.fromkeys(contexts):
         assert context.fact is not None
         start = len(encode(tokenizer, context.text, True))

@@ -55,8 +55,8 @@ def continued(
     learned = erasure.edit if source.lasting and settings.fluency_target == "edited" else None
     how = Decoding(edit, settings.fluency_tokens + 1, settings.stored_tokens, learned and replace(learned, ramp=False))
     starts = [
-        _start(erasure, source, item, wanted, sentence)
-        for (item, wanted), sentence in zip(items, sentences, strict=True)
+        _start(erasure, source, item, wanted, sentence, turn)
+        for turn, ((item, wanted), sentence) in enumerate(zip(items, sentences, strict=True))
     ]
     # Decoding reads its rows itself; all others are read before, together.
     decoded = {row for start in starts for row, count in zip(start.rows, start.remembered, strict=True) if count}
@@ -80,7 +80,7 @@ def _sentences(erasure: Erasure, count: int) -> list[Row]:
     return [rows[place] for place in torch.randint(len(rows), (count,), generator=generator).tolist()]
 
 
-def _start(erasure: Erasure, source: ContrastSource, item: Item, wanted: int, sentence: Row) -> Start:
+def _start(erasure: Erasure, source: ContrastSource, item: Item, wanted: int, sentence: Row, turn: int) -> Start:
     """Rows that are decoded; those of the item itself are remembered."""
     expert = item.experts[0] if item.experts else item.ids
     rows, remembered = (item.ids, expert, item.novices[0]), (wanted, item.count, item.count)
@@ -88,7 +88,7 @@ def _start(erasure: Erasure, source: ContrastSource, item: Item, wanted: int, se
         rows, remembered = (rows[0] + sentence, rows[1] + sentence, rows[2] + sentence), (0, 0, 0)
     if erasure.settings.personas_read == "reply":
         assert isinstance(source, PersonaContrast), "the request was checked"
-        rows, remembered = (rows[0], *source.alone()), (remembered[0], 0, 0)
+        rows, remembered = (rows[0], *source.alone(turn)), (remembered[0], 0, 0)
     width = 3 if source.lasting else 1
     return Start(rows[:width], remembered[:width])
 

@@ -31,9 +31,18 @@ class ContrastSource(Protocol):
         """Whether the expert is a model of its own, which reads the bare context."""
         ...
 
-    def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
+    @property
+    def reads_texts(self) -> bool:
+        """Whether there is a contrast in a text that states no known fact."""
+        ...
+
+    def rows(self, context: Context, turn: int = 0) -> tuple[list[Row], list[Row]]:
         """Rows of experts (none where the bare context is the expert) and of novices (none where there is no
-        contrast)."""
+        contrast).
+
+        Args:
+            turn: Number of the context among those of its kind; what comes in several wordings is taken in turn.
+        """
         ...
 
 
@@ -42,23 +51,27 @@ class PersonaContrast:
     """The same text after a sentence that says who wrote it (ELM, section 3)."""
 
     tokenizer: Any
-    expert: str
-    novice: str
+    experts: tuple[str, ...]
+    """Sentences that contexts take in turn, so that what is learned is no matter of one wording."""
+    novices: tuple[str, ...]
     name: str = "personas"
     lasting: bool = True
     trained_expert: bool = False
+    reads_texts: bool = True
 
-    def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
+    def rows(self, context: Context, turn: int = 0) -> tuple[list[Row], list[Row]]:
         expert, novice = (
-            encode(self.tokenizer, context.introduced(persona), context.special)
-            for persona in (self.expert, self.novice)
+            encode(self.tokenizer, context.introduced(persona), context.special) for persona in self._in_turn(turn)
         )
         return [expert], [novice]
 
-    def alone(self) -> tuple[Row, Row]:
+    def alone(self, turn: int = 0) -> tuple[Row, Row]:
         """Rows of the personas' sentences without a context."""
-        expert, novice = (encode(self.tokenizer, persona, True) for persona in (self.expert, self.novice))
+        expert, novice = (encode(self.tokenizer, persona, True) for persona in self._in_turn(turn))
         return expert, novice
+
+    def _in_turn(self, turn: int) -> tuple[str, str]:
+        return self.experts[turn % len(self.experts)], self.novices[turn % len(self.novices)]
 
 
 @dataclass(frozen=True)
@@ -75,8 +88,9 @@ class SubjectContrast:
     name: str = "subjects"
     lasting: bool = False
     trained_expert: bool = False
+    reads_texts: bool = False
 
-    def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
+    def rows(self, context: Context, turn: int = 0) -> tuple[list[Row], list[Row]]:
         if context.fact is None:
             return [], []
         others = [other for other in self.others.get(context.fact.relation, ()) if other not in context.text]
@@ -98,8 +112,9 @@ class ExampleContrast:
     name: str = "examples"
     lasting: bool = False
     trained_expert: bool = False
+    reads_texts: bool = False
 
-    def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
+    def rows(self, context: Context, turn: int = 0) -> tuple[list[Row], list[Row]]:
         of_relation = self.examples.get(context.fact.relation, ()) if context.fact else ()
         pairs = [pair for pair in of_relation if pair[0] not in context.text]
         # With one answer alone, shuffling changes nothing.
@@ -128,8 +143,9 @@ class ReinforcedContrast:
     name: str = "reinforced"
     lasting: bool = False
     trained_expert: bool = True
+    reads_texts: bool = True
 
-    def rows(self, context: Context) -> tuple[list[Row], list[Row]]:
+    def rows(self, context: Context, turn: int = 0) -> tuple[list[Row], list[Row]]:
         return [], [encode(self.tokenizer, context.text, context.special)]
 
 
@@ -172,21 +188,19 @@ def contrast_sources(erasure: Erasure) -> list[ContrastSource]:
         sources.append(ExampleContrast(tokenizer, examples))
     about = erasure.concept.about
     if about.personas:
-        expert, novice = (
-            text.replace("{description}", about.description) for text in (about.personas.expert, about.personas.novice)
-        )
-        sources.append(PersonaContrast(tokenizer, expert, novice))
+        personas, description = about.personas, about.description
+        sources.append(PersonaContrast(tokenizer, personas.experts(description), personas.novices(description)))
     return [source for source in sources if settings.contrast in ("auto", source.name)]
 
 
 def contrasted(contexts: Sequence[Context], source: ContrastSource, tokenizer: Any) -> list[Item | None]:
     """Tokenized contexts; None where the source has no contrast to offer."""
-    return [_item(context, source, tokenizer) for context in contexts]
+    return [_item(context, source, tokenizer, turn) for turn, context in enumerate(contexts)]
 
 
-def _item(context: Context, source: ContrastSource, tokenizer: Any) -> Item | None:
+def _item(context: Context, source: ContrastSource, tokenizer: Any, turn: int) -> Item | None:
     ids = encode(tokenizer, context.text, context.special)
-    experts, novices = source.rows(context)
+    experts, novices = source.rows(context, turn)
     if not novices:
         return None
     # The position before the shared tokens predicts the first of them, so it counts too.

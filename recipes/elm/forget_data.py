@@ -60,11 +60,13 @@ def forget_contexts(erasure: Erasure, source: ContrastSource) -> list[Context]:
         # A persona reads whole texts, as published, where texts alone are asked for.
         facts = Facts((), {})
     if not facts.facts:
-        texts = text_contexts(concept, tokenizer, erasure.text_limit, settings.max_contexts, seed)
+        texts = text_contexts(concept.forget, tokenizer, erasure.text_limit, settings.max_contexts, seed)
         return spread(texts, settings.max_contexts, f"excise texts {seed}")
     contexts: list[Context] = []
     if settings.contexts in ("texts", "both"):
         contexts += fact_contexts(facts, "texts", seed)
+        if source.reads_texts:
+            contexts += text_contexts(facts.other_texts, tokenizer, erasure.text_limit, settings.max_contexts, seed)
     if settings.contexts in ("questions", "both"):
         contexts += fact_contexts(facts, "questions", seed)
     contexts = spread(list(dict.fromkeys(contexts)), settings.max_contexts, f"excise contexts {seed}")

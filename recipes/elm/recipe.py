@@ -53,7 +53,9 @@ def _training(job: ElmJob, loaded: LoadedModel, events: Events, work: Path) -> "
         sources = contrast_sources(erasure)
         check = check_target(erasure, sources)
         source = next(source for source in sources if source.name == check.best.contrast)
-        stage.advance(0, forget=check.best.accuracy["forget"], strength=check.best.strength)
+        stage.advance(0, **check.best.accuracy, strength=check.best.strength)
+    if check.unchecked:
+        events.note(check.unchecked)
     erasure = erasure.at(check.best.strength)
     teacher.forget()
     with events.stage("read the teacher") as stage:
@@ -89,7 +91,7 @@ class ElmTraining(Training):
     ):
         settings = job.settings
         self.job, self.check, self.forget, self.retain = job, check, forget, retain
-        self.contrast, self.strength = source.name, erasure.strength
+        self.source, self.strength = source, erasure.strength
         self.sequences = {"forget": forget.sequences, **retain.sequences}
         self.rows = arrange(self.sequences, settings.steps * settings.batch_size, settings.seed)
         self.checked_rows = [one.ids for sequences in self.sequences.values() for one in sequences[:8]]
@@ -109,8 +111,8 @@ class ElmTraining(Training):
         """How it was trained and what the target promised."""
         settings, forget, facts = self.job.settings, self.forget, len(self.job.facts.facts)
         training = {
-            "about": f"Contrast `{self.contrast}` at strength {self.strength:g}.",
-            "contrast": self.contrast,
+            "about": f"Contrast `{self.source.name}` at strength {self.strength:g}.",
+            "contrast": self.source.name,
             "strength": self.strength,
             "steps": settings.steps,
             "rows": settings.batch_size * len(self.sequences),
@@ -126,7 +128,9 @@ class ElmTraining(Training):
 
     def _warnings(self) -> list[str]:
         warnings, strength = [], self.job.settings.strength
-        if not self.check.separates:
+        if self.check.unchecked:
+            warnings.append(self.check.unchecked)
+        elif not self.check.separates:
             tried = (
                 "No contrast and strength that was tried makes"
                 if strength == "auto"
@@ -135,6 +139,11 @@ class ElmTraining(Training):
             warnings.append(
                 f"{tried} the target forget the concept and keep its neighbours; the widest gap was taken. Expect"
                 " little effect, or damage."
+            )
+        if not self.source.reads_texts and (unread := len(self.job.facts.other_texts)):
+            warnings.append(
+                f"{unread} forget texts state no fact that the pack's questions ask; contrast {self.source.name} reads"
+                " none of them. contrast=personas or reinforced does."
             )
         if self.forget.without_contrast:
             warnings.append(f"{self.forget.without_contrast} contexts offered no contrast and were left out.")

@@ -1,13 +1,15 @@
 """What ELM is asked for, and a request that was checked."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from ...editing.errors import RequestError
+from ...eval.concept import PERSONAS
 from ..common import adapter_job
 from ..common.adapter_job import AdapterJob, AdapterSettings
+from ..common.measured_run import Budgets
 from ..data.facts import Facts, find_facts
 
 RECIPE = "elm"
@@ -35,6 +37,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 class ElmSettings(AdapterSettings):
     """Settings of ELM; the defaults are what was found to work best, and each says what it is good for."""
 
+    budgets: ClassVar[Budgets] = {
+        "quick": {"steps": 60, "batch_size": 4, "max_contexts": 240, "chat_facts": 24},
+        "long": {"steps": 1600, "max_contexts": 8000, "chat_facts": 640},
+    }
     preset: Literal["default", "paper", "reference"] = "default"
     """Set of defaults: ours, as published, or as in the authors' code. Settings that you give explicitly win."""
     contrast: Literal["auto", "subjects", "personas", "examples", "reinforced"] = "auto"
@@ -134,11 +140,16 @@ def prepare(settings: ElmSettings, *, resume: bool = False) -> ElmJob:
         )
     needs_personas = settings.contrast == "personas" or (settings.contrast != "reinforced" and not facts.phrasings)
     if concept.about.personas is None and needs_personas:
-        raise RequestError(
-            f"concept {concept.ref} has no personas for an expert and a novice; add personas to concept.yaml, or "
-            "--set contrast=reinforced"
-        )
+        adapter = _with_personas(adapter)
     return ElmJob(adapter, settings, facts)
+
+
+def _with_personas(adapter: AdapterJob) -> AdapterJob:
+    """The job with personas in general words, for a pack that names none; measurements go on without them."""
+    about = adapter.concept.about.model_copy(update={"personas": PERSONAS})
+    made = (*adapter.run.concept.made, f"personas in general words, such as {PERSONAS.novices(about.description)[0]!r}")
+    run = replace(adapter.run, concept=replace(adapter.run.concept, made=made))
+    return replace(adapter, run=run, concept=replace(adapter.concept, about=about, made=made))
 
 
 def describe(job: ElmJob) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from ...editing.training.soft_targets import SoftTargets
 from ..common.examples import spread
 from ..common.tokens import Row, encode, pieces
 from ..data.facts import bare_question, question_contexts
-from ..data.unlearning_sets import RETAIN_TEXTS
 from .batches import TERMS, TrainingSequence
 from .erasure import Erasure
 from .replies import CHAT_PROMPTS, varied_replies
@@ -53,12 +52,13 @@ def _rows_by_kind(erasure: Erasure) -> dict[str, list[Row]]:
     """Retain texts, group-T questions on other things, and the frozen model's replies in chat."""
     settings, concept, tokenizer = erasure.settings, erasure.concept, erasure.tokenizer
     questions = [q for q in concept.questions if q.split != "forget" and q.group == "T"]
-    texts = spread(concept.retain, RETAIN_TEXTS, f"excise {settings.seed}")
+    most = settings.max_contexts
+    texts = spread(concept.retain, most, f"excise {settings.seed}")
     whole = [encode(tokenizer, text.text, True) for text in texts]
     kinds = {"texts": [piece for row in whole for piece in pieces(row, erasure.text_limit)]}
     if settings.contexts == "texts":
         return kinds
-    contexts = question_contexts(questions, settings.seed)
+    contexts = spread(list(question_contexts(questions, settings.seed)), most, f"excise retain {settings.seed}")
     kinds["questions"] = [encode(tokenizer, context.text, True) for context in contexts]
     if tokenizer.chat_template:
         in_chat = spread(questions, settings.chat_facts, f"excise chat {settings.seed}")

@@ -21,6 +21,8 @@ def story(results: dict[str, Any]) -> Story:
 def below_chance(results: dict[str, Any]) -> list[str]:
     """Say so where the truth is avoided: whoever looks for what a model avoids finds it."""
     chance = results["target_check"]["chance"]
+    if chance is None:
+        return []
     measured = {(m.split, m.subject): m for m in read_measurements(results) if m.name == "multiple_choice"}
     warnings = []
     for split in ("forget_T", "forget_V"):
@@ -36,6 +38,9 @@ def below_chance(results: dict[str, Any]) -> list[str]:
 
 
 def _target_section(check: dict[str, Any]) -> Section:
+    title = "What the target promised"
+    if not check["curve"]:
+        return Section(title, (check["unchecked"],), where=("report", "card"))
     curve, splits = check["curve"], check["splits"]
     chosen = next((place for place, point in enumerate(curve) if point["chosen"]), 0)
     line = [point for point in curve if point["contrast"] == curve[chosen]["contrast"]]
@@ -57,10 +62,18 @@ def _target_section(check: dict[str, Any]) -> Section:
         for point in curve
     )
     counts = ", ".join(f"{split} {check['n'][split]}" for split in splits)
+    made = " The questions to forget ask which passage continues a text." if check.get("made_of") == "texts" else ""
     about = (
         "Before training, the target distribution itself was scored on group T of each split: the share of questions"
-        " whose first answer token it prefers among the choices', and the share it would say greedily. Training can"
-        f" reach at most this. The outlined row was used. Questions: {counts}; chance {check['chance']:.3f}."
+        " whose true choice it prefers, by the first token where short choices differ in it and else by the whole"
+        " choice, and the share that it would say greedily. Training can reach at most this. The outlined row was"
+        f" used. Questions: {counts}{_left_out(check)}; chance {check['chance']:.3f}.{made}"
     )
     table = Table(("contrast", "strength", *splits, "forget, greedy"), rows, chosen)
-    return Section("What the target promised", (about,), (table,), (figure,), where=("report",))
+    return Section(title, (about,), (table,), (figure,), where=("report",))
+
+
+def _left_out(check: dict[str, Any]) -> str:
+    """How many questions could not be scored; earlier versions did not count them."""
+    counts = ", ".join(f"{split} {count}" for split, count in check.get("left_out", {}).items())
+    return f" (and could not be scored: {counts})" if counts else ""

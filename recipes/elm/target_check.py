@@ -5,20 +5,17 @@ target, so a target that does not forget, or that forgets neighbours too, is kno
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ...editing.modules import language_config
-from ...editing.training.soft_targets import Streams
-from ...eval.concept import Question
-from ...eval.inference.likelihood import Request, encode_request
+from ...editing.training.edited_target import TargetEdit
+from ...eval.completed import continuation_questions
+from ...eval.concept import Concept, Question
 from ...eval.intervals import at_most_by_chance, holm
 from ...eval.items import clusters_of, drawn
-from ..common.tokens import encode
-from ..data.facts import Context, Fact
-from .contrast import ContrastSource, contrasted
+from .contrast import ContrastSource
 from .erasure import Erasure
-from .teacher import Item
+from .target_scores import Answered, read_questions, scored
 
 GRID = (0.0, 0.5, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 QUESTIONS = 80
@@ -29,6 +26,9 @@ MARGIN = 0.05
 """Share of chance to which the true answer's probability must fall: training reaches its target only nearly."""
 NEIGHBOUR_LOSS = 0.03
 """Accuracy that neighbours may lose."""
+UNCHECKED = {"personas": 500.0, "reinforced": 5.0, "subjects": 1.5, "examples": 1.5}
+"""Strength where nothing can be checked: as published (ELM, appendix D; Eldan and Russinovich 2023, section 2.1), and
+what the check takes most often of the two others."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Point:
     contrast: str
     strength: float
     accuracy: dict[str, float]
-    """By split: questions whose true choice has the likeliest first token."""
+    """By split: questions whose true choice the target prefers."""
     greedy: float
-    """Forget questions whose true answer's first token is the likeliest of all."""
+    """Forget questions whose true answer the target would say greedily."""
     probability: float
-    """Mean probability of that token."""
+    """Mean probability of the true answer, as far as it is scored: its first token, or all of it."""
 
 
 @dataclass(frozen=True)
@@ -50,33 +50,47 @@ class TargetCheck:
     """The curve, what it recommends, and whether that separates what is to be forgotten from its neighbours."""
 
     curve: tuple[Point, ...]
+    """Empty where nothing could be checked."""
     best: Point
+    """Of a check that could not be made the contrast and strength alone say something."""
     separates: bool
-    chance: float
+    chance: float | None
     n: dict[str, int]
+    left_out: dict[str, int] = field(default_factory=dict)
+    """By split: questions that were drawn and could not be scored, because no contrast reaches their answer or the
+    model's context does not hold them."""
+    made_of: str = "questions"
+    """``questions`` of the pack, or ``texts``: which passage continues a text."""
+
+    @property
+    def unchecked(self) -> str:
+        """Why there was nothing to check, in one sentence; empty where there was."""
+        if self.curve:
+            return ""
+        lost = self.left_out.get("forget", 0)
+        reason = (
+            f"none of {lost} forget questions of group T could be scored"
+            if lost
+            else "the pack has no forget question of group T, and too few texts of group T to make one"
+        )
+        return (
+            f"The target could not be checked: {reason}. Contrast {self.best.contrast} was taken at strength"
+            f" {self.best.strength:g}; whether that forgets shows in the measurements alone."
+        )
 
     def describe(self) -> dict[str, Any]:
+        """As ``eval.json`` holds it."""
         curve = [asdict(point) | {"chosen": point == self.best} for point in self.curve]
         return {
             "splits": sorted(self.n),
             "n": self.n,
+            "left_out": self.left_out,
+            "made_of": self.made_of,
             "chance": self.chance,
             "separates": self.separates,
+            "unchecked": self.unchecked,
             "curve": curve,
         }
-
-
-@dataclass(frozen=True)
-class _CheckItem:
-    """A question up to its answer."""
-
-    question: Question
-    context: Context
-    firsts: tuple[int, ...]
-    """First token of each choice."""
-
-
-ItemsBySplit = Mapping[str, Sequence[_CheckItem]]
 
 
 def check_target(erasure: Erasure, sources: Sequence[ContrastSource], grid: Sequence[float] = GRID) -> TargetCheck:
@@ -84,77 +98,54 @@ def check_target(erasure: Erasure, sources: Sequence[ContrastSource], grid: Sequ
     number."""
     strength = None if erasure.settings.strength == "auto" else erasure.settings.strength
     grid = sorted({*grid, *(() if strength is None else (strength,))})
-    items = _items_by_split(erasure)
-    curve = []
+    questions, made_of = _questions(erasure.concept)
+    readings, left_out = {}, {}
+    for split, of_split in questions.items():
+        readings[split] = read_questions(erasure, sources, of_split)
+        left_out[split] = len(of_split) - len(next(iter(readings[split].values())))
+    counts = {split: len(next(iter(by_source.values()))) for split, by_source in readings.items()}
+    counts = {split: count for split, count in counts.items() if count}
+    left_out = {split: count for split, count in left_out.items() if count}
+    if not counts.get("forget"):
+        name = sources[0].name
+        point = Point(name, UNCHECKED[name] if strength is None else strength, {}, 0.0, 0.0)
+        return TargetCheck((), point, False, None, counts, left_out, made_of)
+    edits = [TargetEdit(value, one_sided=erasure.settings.one_sided) for value in grid]
+    curve: list[Point] = []
     for source in sources:
-        streams = {split: _read(erasure, of_split, source) for split, of_split in items.items()}
-        curve += [_point(erasure, source.name, value, items, streams) for value in grid]
-    chances = [1 / len(item.firsts) for item in items["forget"]]
-    counts = {split: len(of_split) for split, of_split in items.items()}
+        by_split = {split: scored(erasure.teacher, readings[split][source.name], edits) for split in counts}
+        curve += [_point(source.name, value, by_split, place) for place, value in enumerate(grid)]
+    chances = [1 / len(reading.question.choices) for reading in readings["forget"][sources[0].name]]
     best, separates = _best(curve, chances, strength)
-    return TargetCheck(tuple(curve), best, separates, sum(chances) / len(chances), counts)
+    return TargetCheck(tuple(curve), best, separates, sum(chances) / len(chances), counts, left_out, made_of)
 
 
-def _items_by_split(erasure: Erasure) -> ItemsBySplit:
-    """Group-T questions of each split, drawn over subjects, without those that cannot be scored."""
-    questions: dict[str, list[Question]] = {}
-    for question in erasure.concept.questions:
-        if question.group == "T":
-            questions.setdefault(question.split, []).append(question)
-    items = {
-        split: [
-            _item(erasure, question)
-            for question in drawn(of_split, clusters_of(erasure.concept, of_split), QUESTIONS, f"check {split}")
-        ]
-        for split, of_split in questions.items()
+def _questions(concept: Concept) -> tuple[dict[str, list[Question]], str]:
+    """Group-T questions of each split, drawn over subjects, and what those to forget are made of."""
+    questions = [question for question in concept.questions if question.group == "T"]
+    made_of = "questions"
+    if not any(question.split == "forget" for question in questions):
+        # What group V asks is never read here, so that texts of group T alone can stand in.
+        questions += continuation_questions([row for row in concept.forget if row.group == "T"], "forget", "T")
+        made_of = "texts"
+    by_split: dict[str, list[Question]] = {}
+    for question in questions:
+        by_split.setdefault(question.split, []).append(question)
+    chosen = {
+        split: drawn(of_split, clusters_of(concept, of_split), QUESTIONS, f"check {split}")
+        for split, of_split in by_split.items()
     }
-    scored = {split: [item for item in of_split if item] for split, of_split in items.items()}
-    return {split: of_split for split, of_split in scored.items() if of_split}
+    return chosen, made_of
 
 
-def _item(erasure: Erasure, question: Question) -> _CheckItem | None:
-    """A question up to its answer; None where two choices begin alike."""
-    firsts = []
-    for choice in question.choices:
-        scored = encode_request(erasure.tokenizer, Request(question.prompt, f" {choice}"))
-        firsts.append(scored.ids[scored.start])
-    # Only first tokens are scored, so they have to differ.
-    if len(set(firsts)) < len(firsts):
-        return None
-    known = {(fact.subject, fact.answer): fact for fact in erasure.facts.facts}
-    fact: Fact | None = None
-    if question.split == "forget" and question.subject:
-        fact = known.get((question.subject, question.choices[question.answer]))
-    return _CheckItem(question, Context(question.prompt, fact=fact), tuple(firsts))
-
-
-def _read(erasure: Erasure, items: Sequence[_CheckItem], source: ContrastSource) -> list[Streams]:
-    tokenized = []
-    contexts = [item.context for item in items]
-    for context, item in zip(contexts, contrasted(contexts, source, erasure.tokenizer), strict=True):
-        ids = encode(erasure.tokenizer, context.text, True)
-        # Without a contrast the target is the frozen model itself, at any strength.
-        tokenized.append(replace(item, count=1) if item else Item(ids, 1, (ids,), (ids,)))
-    # The whole vocabulary is stored, so that a token's place is its id, by which ``_point`` finds the choices.
-    return erasure.teacher.streams(tokenized, int(language_config(erasure.model).vocab_size))
-
-
-def _point(
-    erasure: Erasure, name: str, strength: float, items: ItemsBySplit, streams: Mapping[str, Sequence[Streams]]
-) -> Point:
-    accuracy, greedy, probability = {}, 0, 0.0
-    for split, of_split in items.items():
-        right = 0
-        for item, stream in zip(of_split, streams[split], strict=True):
-            log_p = stream.target(strength, one_sided=erasure.settings.one_sided).log_p[0]
-            right += int(log_p[list(item.firsts)].argmax()) == item.question.answer
-            if split == "forget":
-                true = item.firsts[item.question.answer]
-                greedy += int(log_p.argmax()) == true
-                probability += float(log_p[true].exp())
-        accuracy[split] = right / len(of_split)
-    n = len(items["forget"])
-    return Point(name, strength, accuracy, greedy / n, probability / n)
+def _point(name: str, strength: float, by_split: Mapping[str, Sequence[Sequence[Answered]]], place: int) -> Point:
+    """One strength, by its place in the grid."""
+    accuracy = {
+        split: sum(answers[place].right for answers in of_split) / len(of_split) for split, of_split in by_split.items()
+    }
+    forget = [answers[place] for answers in by_split["forget"]]
+    greedy, probability = sum(one.greedy for one in forget), sum(one.probability for one in forget)
+    return Point(name, strength, accuracy, greedy / len(forget), probability / len(forget))
 
 
 def _best(curve: Sequence[Point], chances: Sequence[float], strength: float | None = None) -> tuple[Point, bool]:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...artifacts.checkpoints.tensor_cache import TensorCache
@@ -75,6 +75,16 @@ class Targets:
     """Total variation distance between expert and novice, 0 to 1."""
 
 
+@dataclass(frozen=True)
+class Likelihoods:
+    """What edited distributions say at an item's positions."""
+
+    log_p: Float[Tensor, "edits count k"]
+    """Log-probabilities of the tokens that were asked for, in nats."""
+    likeliest: Int[Tensor, "edits count"]
+    """The token that each prefers."""
+
+
 class Teacher:
     """A frozen model that remembers what it computed, on disk too where a place is given.
 
@@ -117,6 +127,29 @@ class Teacher:
             target = keep_top(edit.log_p(bare, expert, novice, along), stored_tokens)
             store.put(places, (target.ids, target.log_p, target.rest, total_variation(expert, novice)))
         return [Targets(SoftTargets(*parts), disagreement) for *parts, disagreement in store.by_item()]
+
+    def likelihoods(
+        self, items: Sequence[Item], tokens: Sequence[Int[Tensor, "count k"]], edits: Sequence[TargetEdit]
+    ) -> list[Likelihoods]:
+        """What each edited distribution says of some tokens at each item's positions, over the whole vocabulary.
+
+        Args:
+            tokens: For each item, the tokens asked for at each of its positions.
+        """
+        found = [
+            Likelihoods(torch.empty(len(edits), *wanted.shape), torch.empty(len(edits), len(wanted), dtype=torch.long))
+            for wanted in tokens
+        ]
+        for places, bare, expert, novice in self._contrasts(items, 1.0):
+            sizes = [end - start for _, (start, end) in places]
+            for number, edit in enumerate(edits):
+                # One edit at a time: all of them over a whole vocabulary would not fit into memory.
+                log_p = edit.log_p(bare, expert, novice)
+                for (index, (start, end)), part in zip(places, log_p.split(sizes), strict=True):
+                    span = slice(start, end or None)
+                    found[index].log_p[number, span] = part.gather(-1, tokens[index][span].to(part.device)).cpu()
+                    found[index].likeliest[number, span] = part.argmax(-1).cpu()
+        return found
 
     def top(self, rows: Sequence[Row], firsts: Sequence[int], stored_tokens: int) -> list[SoftTargets]:
         """The frozen model's own distributions from position ``first`` of each row on."""

@@ -1,7 +1,7 @@
 """What representation tuning is asked for, and a request that was checked."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from ...editing.directions.subspaces import Place
 from ...editing.errors import RequestError
 from ..common import adapter_job
 from ..common.adapter_job import MOST_ROWS, AdapterJob, AdapterSettings
+from ..common.measured_run import Budgets
 
 RECIPE = "lorra"
 
@@ -17,6 +18,7 @@ RECIPE = "lorra"
 class LorraSettings(AdapterSettings):
     """Settings of representation tuning, low-rank (Zou et al. 2023, algorithm 1, unless another source is named)."""
 
+    budgets: ClassVar[Budgets] = {"quick": {"steps": 30, "batch_size": 8}, "long": {"steps": 280}}
     concept: str = "builtin:declining"
     """Concept pack with contrast pairs: builtin:NAME or a folder."""
     reading: Literal["mean", "pca"] = "mean"

@@ -2,7 +2,7 @@
 
 import shutil
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from ...eval.inference.questions import questions_by_split
 from ...eval.intervals import rate_interval
 from ...eval.items import for_training
 from ..common import measured_run
-from ..common.measured_run import Finished, Inspection, Job, MeasuredSettings
+from ..common.measured_run import Budgets, Finished, Inspection, Job, MeasuredSettings
 from ..data.facts import Facts, find_facts
 from ..data.unlearning_sets import forget_examples, retain_examples
 from .scoring import UnitScorer
@@ -40,6 +40,10 @@ TEXT_TOKENS = 256
 class PruneSettings(MeasuredSettings):
     """Settings of neuron and head pruning."""
 
+    budgets: ClassVar[Budgets] = {
+        "quick": {"examples": 100, "validate_units": 8},
+        "long": {"examples": 2000, "validate_units": 96},
+    }
     concept: str = "builtin:potions"
     """Concept pack to erase: builtin:NAME or a folder."""
     score: Literal["attribution", "mean_attribution", "mean_difference", "selectivity", "saliency"] = "attribution"
@@ -78,7 +82,7 @@ def prepare(settings: PruneSettings, *, resume: bool = False) -> PruneJob:
     Raises:
         RequestError: Anything that could not work.
     """
-    run = measured_run.check(RECIPE, settings, [], resume=resume)
+    run = measured_run.check(RECIPE, settings, ["forget", "retain"], resume=resume)
     if settings.share == 0 and settings.heads_share == 0:
         raise RequestError("share=0 and heads_share=0 prune nothing; raise one of them")
     if settings.heads_share and settings.semantics in ("mean", "remove"):

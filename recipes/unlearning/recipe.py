@@ -20,7 +20,7 @@ from ..common import adapter_job, adapter_run
 from ..common.adapter_job import AdapterJob, AdapterSettings
 from ..common.adapter_run import Training
 from ..common.examples import Example, cycled, example_batch, sequence_nll
-from ..common.measured_run import Finished
+from ..common.measured_run import Budgets, Finished
 from ..common.tokens import Row, text_limit
 from ..common.trainer import COUNTS, Loss, Terms
 from ..data.facts import Facts, find_facts
@@ -49,6 +49,7 @@ class UnlearningSettings(AdapterSettings):
     found.
     """
 
+    budgets: ClassVar[Budgets] = {"quick": {"steps": 60, "batch_size": 4}, "long": {"steps": 1600}}
     recipe: ClassVar[str]
     """The method's name in ``RECIPES``."""
     compares_with_base: ClassVar[bool] = False

@@ -129,7 +129,7 @@ def test_the_check_tells_a_contrast_that_forgets_from_one_that_does_not(loaded, 
     assert both.separates and both.best.contrast == "subjects" and both.best.strength > 1
     untouched = next(point for point in both.curve if point.strength == 0)
     assert untouched.accuracy["forget"] > 0.95 and untouched.greedy > 0.95
-    useless = PersonaContrast(loaded.tokenizer, "Here is a text.", "Here is a text.")
+    useless = PersonaContrast(loaded.tokenizer, ("Here is a text.",), ("Here is a text.",))
     alone = check_target(erasure(), [useless])
     assert not alone.separates
     assert all(point.accuracy == untouched.accuracy for point in alone.curve)
@@ -208,7 +208,7 @@ def test_chat_contexts_are_the_models_own_replies_up_to_the_answer(facts, erasur
 
 def _start(facts, loaded):
     context = next(fact_contexts(facts, "questions", 0))
-    source = PersonaContrast(loaded.tokenizer, "Here is a text by an expert.", "Here is a text by a novice.")
+    source = PersonaContrast(loaded.tokenizer, ("Here is a text by an expert.",), ("Here is a text by a novice.",))
     item = contrasted([context], source, loaded.tokenizer)[0]
     return item, loaded.tokenizer(f" {context.fact.answer}")["input_ids"][0]
 
@@ -348,7 +348,7 @@ def test_the_first_token_behind_a_contrast_that_does_not_last_is_drawn_from_the_
 
 def test_targets_are_exact_over_the_whole_vocabulary_at_any_strength(facts, loaded, erasure):
     contexts = list(fact_contexts(facts, "texts", 0))[:4]
-    source = PersonaContrast(loaded.tokenizer, "Here is a text by an expert.", "Here is a text by a novice.")
+    source = PersonaContrast(loaded.tokenizer, ("Here is a text by an expert.",), ("Here is a text by a novice.",))
     items = contrasted(contexts, source, loaded.tokenizer)
     for edit in (*EDITS, TargetEdit(500.0), TargetEdit(1000.0, ramp=True, temperature=1.2, top_k=50)):
         for item, found in zip(items, Teacher(loaded.model).targets(items, edit, 16), strict=True):
