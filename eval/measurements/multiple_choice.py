@@ -1,6 +1,5 @@
 """Multiple choice: the model picks the choice with the highest mean log-probability per token."""
 
-from ...editing.errors import RequestError
 from ..concept import Concept, Question
 from ..inference.likelihood import Request
 from ..inference.questions import questions_by_split, requests_of
@@ -16,7 +15,7 @@ def requests(concept: Concept, settings: EvalSettings) -> list[Request]:
 
 
 def scores(subject: ModelUnderTest) -> list[Scores]:
-    """Accuracy, and the margin of the true choice over the best other one, for each split."""
+    """Accuracy, and the margin of the true choice over the best other one, for each split; none without questions."""
     results = []
     rows = {name: MEASUREMENTS[name] for name in ("multiple_choice", "multiple_choice_margin")}
     for split, questions in questions_by_split(subject.concept, subject.settings.questions).items():
@@ -28,8 +27,6 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
             Scores(name, split, row.unit, row.better(split), ids, totals[name], ones, clusters=clusters)
             for name, row in rows.items()
         ]
-    if not results:
-        raise RequestError(f"concept {subject.concept.ref} has no questions to measure; add some to questions.jsonl")
     return results
 
 
