@@ -18,7 +18,8 @@ from ...editing.directions.difference_in_means import DIRECTION_SOURCES, Directi
 from ...editing.errors import RequestError
 from ...editing.hooks.residual_stream import residual_stream
 from ...editing.wiring.row import Architecture
-from ...eval.concept import Concept, ContrastPair
+from ...eval.completed import continuation_questions
+from ...eval.concept import Concept, ContrastPair, Question
 from ...eval.inference.candidates import (
     BehaviourProbe,
     Candidate,
@@ -183,10 +184,7 @@ class DirectionSearch:
         model, tokenizer, concept = self.loaded.model, self.loaded.tokenizer, self.concept
         if concept.about.kind == "behaviour":
             return BehaviourProbe(model, tokenizer, validation, self.settings.max_new_tokens)
-        # Group V is never shown to anything that learns or chooses an edit.
-        questions = [q for q in concept.questions if q.split == "forget" and q.group == "T"]
-        if not questions:
-            raise RequestError(f"concept {concept.ref} has no forget questions of group T to choose a direction by")
+        questions = _questions_to_choose_by(concept)
         few = drawn(questions, clusters_of(concept, questions), self.settings.validation_pairs, f"{self.settings.seed}")
         return KnowledgeProbe(model, tokenizer, validation, few)
 
@@ -253,13 +251,32 @@ def why_none_passed(candidates: Sequence[Candidate], settings: DirectionSettings
 
 
 def check_pairs(concept: Concept, settings: DirectionSettings) -> None:
-    """Raise unless the pack has pairs to learn from and pairs to validate on.
+    """Raise unless the pack has pairs to learn from, pairs to validate on and something to choose by.
 
     Raises:
-        RequestError: It has too few pairs.
+        RequestError: It has too few pairs, or nothing of group T to ask.
     """
     if len(concept.contrast) < 2 * settings.validation_pairs:
         raise RequestError(
             f"concept {concept.ref} has {len(concept.contrast)} contrast pairs, validation alone takes "
             f"{settings.validation_pairs}; lower validation_pairs or add pairs"
         )
+    if concept.about.kind == "knowledge":
+        _ = _questions_to_choose_by(concept)
+
+
+def _questions_to_choose_by(concept: Concept) -> list[Question]:
+    """Forget questions of group T, or which passage continues a text of group T where there is none.
+
+    Raises:
+        RequestError: There are no such texts either.
+    """
+    # Group V is never shown to anything that learns or chooses an edit.
+    questions = [q for q in concept.questions if q.split == "forget" and q.group == "T"]
+    texts = [row for row in concept.forget if row.group == "T"]
+    if chosen := questions or continuation_questions(texts, "forget", "T"):
+        return chosen
+    raise RequestError(
+        f"concept {concept.ref} has no forget questions of group T to choose a direction by; add some to"
+        " questions.jsonl, or texts of group T to forget.jsonl"
+    )
