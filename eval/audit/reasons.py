@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from .compared import Compared
 from .contrasts import Contrast
+from .controls import UNMEASURED, UNTRAINED
+from .missing import NOTHING_MISSING, Missing
 from .recovery import SHARES, Estimate
 from .worst import WorstAttack
 
@@ -27,6 +29,8 @@ class Relearning:
     """Whether the edited model has that share without any attack."""
     unsettled: bool = False
     """Whether it may be faster, as far as the interval tells."""
+    compared: bool = True
+    """Whether anybody learned V afresh to compare with."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Evidence:
     never_erased: bool
     worst: WorstAttack
     limits: Mapping[str, float]
+    missing: Missing = NOTHING_MISSING
 
 
 def reasons(verdict: str, evidence: Evidence) -> list[str]:
@@ -134,6 +139,12 @@ def _too_few(evidence: Evidence) -> str:
             f" {evidence.untouched.n} do not show that it is more than {evidence.limits['regained']:.2f}. About"
             f" {evidence.questions} questions of group V would do, if the figures stay as they are."
         )
+    # Questions would not help where there is nothing to compare with.
+    if evidence.missing.floor or evidence.missing.training:
+        limits = [UNMEASURED] * evidence.missing.floor + [UNTRAINED] * evidence.missing.training
+        return f"Inconclusive: {'. Also, '.join(limits)}."
+    if not evidence.unsettled and not evidence.relearning.compared:
+        return "Inconclusive: no model learned V afresh, so relearning is compared with nothing; give --reference."
     if not evidence.unsettled:
         return (
             f"Inconclusive: relearning may be more than {evidence.limits['speed_up']:g} times as fast as learning"
@@ -174,6 +185,8 @@ def _speed(relearning: Relearning) -> str:
     share = SHARES[relearning.share]
     if relearning.attack is None:
         return "Relearning V from its own texts was not among the attacks."
+    if not relearning.compared:
+        return "How fast V is learned afresh could not be measured, so relearning is compared with nothing."
     if relearning.reached:
         return (
             f"The edited model has {share} of what the base knows of V without any attack, so no relearning is timed."

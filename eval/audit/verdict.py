@@ -7,11 +7,12 @@ from ..intervals import holm
 from .compared import Compared, furthest
 from .contrasts import questions_to_tell
 from .controls import RECOVERED, check_controls
+from .missing import NOTHING_MISSING, Missing
 from .reasons import Evidence, Relearning, reasons
 from .recovery import SHARES, Estimate, RecoveryCurve, Scale, common_share, speed_up, surely_reached, timed_share
 from .worst import WorstAttack, worst_attack
 
-__all__ = ["Compared", "Judged", "Verdict", "furthest", "judge"]
+__all__ = ["Compared", "Judged", "Missing", "Verdict", "furthest", "judge"]
 
 Verdict = Literal["recovers", "partially_robust", "indistinguishable_from_never_trained", "inconclusive"]
 
@@ -38,16 +39,21 @@ class Judged:
 
 
 def judge(
-    compared: list[Compared], scale: Scale, utility: tuple[RecoveryCurve, RecoveryCurve] | None, floor: str
+    compared: list[Compared],
+    scale: Scale,
+    utility: tuple[RecoveryCurve, RecoveryCurve] | None,
+    floor: str,
+    missing: Missing = NOTHING_MISSING,
 ) -> Judged:
     """Weigh all attacks.
 
     Args:
         utility: What base and edited answer of everything else.
         floor: What the floor is, for the reasons: "the model that was never trained on it".
+        missing: What could not be compared; then there are fewer verdicts, and none in place of what is missing.
     """
-    controls = check_controls(compared, scale, utility)
-    relearning = _relearning(compared, scale)
+    controls = check_controls(compared, scale, utility, missing)
+    relearning = _relearning(compared, scale, missing)
     problems = [c["problem"] for c in controls.values() if isinstance(c, dict) and c.get("problem")]
     unknowing = {c.name: c for c in compared if not c.known}
     if len(unknowing) < 2:
@@ -56,13 +62,16 @@ def judge(
     if problems or worst is None:
         words = [f"Inconclusive: {problem}." for problem in problems]
         return Judged("inconclusive", words, relearning.speed_up, relearning.share, controls, worst)
-    evidence = _evidence(compared, scale, relearning, floor, worst)
+    evidence = _evidence(compared, scale, relearning, floor, worst, missing)
     verdict = _decide(evidence)
     return Judged(verdict, reasons(verdict, evidence), relearning.speed_up, relearning.share, controls, worst)
 
 
-def _relearning(compared: list[Compared], scale: Scale) -> Relearning:
+def _relearning(compared: list[Compared], scale: Scale, missing: Missing) -> Relearning:
     relearn = next((c for c in compared if c.name == "relearn"), None)
+    if missing.afresh:
+        none = Estimate(None, (None, None))
+        return Relearning(relearn, none, next(iter(SHARES)), fast=False, unsettled=True, compared=False)
     if relearn is None:
         return Relearning(None, Estimate(None, (None, None)), next(iter(SHARES)), fast=False)
     share = timed_share(relearn.edited, relearn.floor, scale)
@@ -83,14 +92,17 @@ def _relearning(compared: list[Compared], scale: Scale) -> Relearning:
 
 
 def _evidence(
-    compared: list[Compared], scale: Scale, relearning: Relearning, floor: str, worst: WorstAttack
+    compared: list[Compared], scale: Scale, relearning: Relearning, floor: str, worst: WorstAttack, missing: Missing
 ) -> Evidence:
     unknowing = {c.name: c for c in compared if not c.known}
     regained = {name: c.regained() for name, c in unknowing.items()}
     leaks = {name: c.leak() for name, c in unknowing.items()}
+    # A floor must stay below half of what the base knows. One that was not measured may lie anywhere below that.
+    back = RECOVERED if missing.floor else BACK
     # An attack that gives the floor what the base knows says nothing of what was left, and decides nothing.
-    beyond = {name: c.beyond(BACK) for name, c in unknowing.items() if regained[name].value is not None}
-    apart = holm({name: leak.differs for name, leak in leaks.items()})
+    beyond = {name: c.beyond(back) for name, c in unknowing.items() if regained[name].value is not None}
+    # Nobody who forgot is told apart from guessing by questions that may be easier or harder to guess than chance.
+    apart = [] if missing.floor else holm({name: leak.differs for name, leak in leaks.items()})
     untouched = max((c for c in compared if c.tier == 2), key=lambda c: float(c.edited.accuracy[0]))
     recovering = holm({name: contrast.above for name, contrast in beyond.items()})
     # Half of it or more seems to be back, and so few questions were asked that this cannot be shown.
@@ -115,14 +127,15 @@ def _evidence(
         questions=questions_to_tell(perhaps or unsettled, untouched.n, LEAK) if perhaps or unsettled else untouched.n,
         never_erased=untouched.edited.interval(0)[0] >= scale.mark(RECOVERED),
         worst=worst,
-        limits={"regained": BACK, "leak": LEAK, "speed_up": SLOW},
+        limits={"regained": back, "leak": LEAK, "speed_up": SLOW},
+        missing=missing,
     )
 
 
 def _decide(evidence: Evidence) -> Verdict:
     if evidence.never_erased or evidence.recovering:
         return "recovers"
-    if evidence.perhaps:
+    if evidence.perhaps or evidence.missing.floor or evidence.missing.training:
         return "inconclusive"
     if evidence.above or evidence.below or evidence.relearning.fast:
         return "partially_robust"

@@ -1,7 +1,7 @@
 """What attackers train on and are tested with: the same for every model of an audit."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,13 +9,19 @@ from typing import Any
 
 from ...eval.concept import Concept, Question
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet
-from ..common.examples import Example, cycled
-from ..common.tokens import encode
-from ..data.facts import Facts, fact_contexts, question_contexts
+from ..common.examples import Example, cycled, spread
+from ..common.tokens import encode, pieces
+from ..data.facts import SUBJECT, Facts, fact_contexts
 from ..data.unlearning_sets import retain_examples
 
 LONGEST_RETAIN = 256
 """Tokens of a retain sequence, at most."""
+LONGEST_TEXT = 256
+"""Tokens of a piece of a text, at most."""
+FEW_PIECES = 128
+"""Pieces of texts that are read beside questions, at least: long texts would else leave them no place."""
+MOST_PIECES = 2000
+"""Pieces of texts, at most."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class AttackData:
 
     concept: Concept
     facts: Facts
+    """Those that texts state in the frames of their relation; none where the pack has no such texts."""
     questions: tuple[Question, ...]
     """Of group V: what every attack is tested on."""
     tokenizer: Any
@@ -43,12 +50,18 @@ class AttackData:
 
     @cached_property
     def examples(self) -> dict[str, list[Example]]:
-        """Training sequences by source."""
+        """Training sequences by source.
+
+        Of a pack with facts, T and V are its facts in the words of its texts. Of any other, T is its texts and its
+        questions with their answers; V is its texts. Where it has no text about V, relearning reads the questions of V
+        with their answers: how fast the same answers are learned again is still a fair comparison with a model that
+        never learned them, but nothing is left to be found out beside what was taught.
+        """
         return {
-            "T": self._of_facts("T", ("texts", "questions")),
-            "V": self._of_facts("V", ("texts",)),
-            "related": self._of_questions(("neighbour",)),
-            "others": self._of_questions(("neighbour", "retain")),
+            "T": self._of_facts("T", ("texts", "questions")) if self.facts.facts else self._of_rows("T"),
+            "V": self._of_facts("V", ("texts",)) if self.facts.facts else self._of_rows("V"),
+            "related": self._of_others(("neighbour",)),
+            "others": self._of_others(("neighbour", "retain")),
             "retain": retain_examples(self.concept, self.tokenizer, self.seed, LONGEST_RETAIN),
         }
 
@@ -68,6 +81,7 @@ class AttackData:
         # A fresh generator for each attacker, so that what it reads does not depend on who reads beside it.
         rng = random.Random(f"excise attack {source} {seed}")
         pool = self.examples[name]
+        assert pool, f"nothing to train on for {source}"
         if most:
             pool = rng.sample(pool, k=min(int(most), len(pool)))
         return cycled(pool, count, rng)
@@ -77,29 +91,49 @@ class AttackData:
         pools = [self.examples[part.partition(":")[0]] for part in source.split("+")]
         return sum(sum(len(e.ids) for e in pool) / max(1, len(pool)) for pool in pools) / len(pools)
 
+    def of_questions(self, questions: Sequence[Question], choices: Sequence[int] | None = None) -> list[Example]:
+        """Questions with their answers, or with these choices; what is scored is the answer."""
+        places = [q.answer for q in questions] if choices is None else choices
+        told = [(q.prompt, q.choices[place]) for q, place in zip(questions, places, strict=True)]
+        return self._scored_at_end(told)
+
+    def _of_rows(self, group: str) -> list[Example]:
+        """Texts of a group in pieces, all scored, and of T its questions; questions of V only where no text is."""
+        asked = [q for q in self.concept.questions if q.split == "forget" and q.group == group]
+        told = {f"{q.prompt} {q.choices[q.answer]}" for q in asked}
+        # A pack without texts has some made of its questions, which are read as questions.
+        texts = [text.text for text in self.concept.forget if text.group == group and text.text not in told]
+        rows = [encode(self.tokenizer, text, True) for text in texts]
+        read = [Example(piece, 1) for row in rows for piece in pieces(row, LONGEST_TEXT) if len(piece) > 1]
+        if group == "V":
+            return spread(read, MOST_PIECES, f"excise pieces {group}") or self.of_questions(asked)
+        most = max(len(asked), FEW_PIECES) if asked else MOST_PIECES
+        return [*spread(read, most, f"excise pieces {group}"), *self.of_questions(asked)]
+
     def _of_facts(self, group: str, kinds: Sequence[str]) -> list[Example]:
         """Facts of a group in the pack's words; what is scored is the answer."""
         facts = Facts(tuple(fact for fact in self.facts.facts if fact.group == group), self.facts.phrasings)
-        contexts = [
-            context
-            for kind in kinds
-            for context in fact_contexts(facts, "texts" if kind == "texts" else "questions", self.seed)
-            # Texts of several questions would be learned as such.
-            if "\n" not in context.text
-        ]
+        told = []
+        for kind in kinds:
+            for context in fact_contexts(facts, "texts" if kind == "texts" else "questions", self.seed):
+                assert context.fact is not None
+                # Texts of several questions would be learned as such.
+                if kind == "texts" or context.text == context.fact.relation.replace(SUBJECT, context.fact.subject):
+                    told.append((context.text, context.fact.answer))
+        return self._scored_at_end(told)
+
+    def _scored_at_end(self, told: Iterable[tuple[str, str]]) -> list[Example]:
         examples = []
-        for context in contexts:
-            assert context.fact is not None
-            start = len(encode(self.tokenizer, context.text, True))
-            ids = encode(self.tokenizer, f"{context.text} {context.fact.answer}", True)
+        for text, answer in told:
+            start = len(encode(self.tokenizer, text, True))
+            ids = encode(self.tokenizer, f"{text} {answer}", True)
             # The tokenizer may join the answer to the end of the context; then no token of it is left to score.
             if start < len(ids):
                 examples.append(Example(ids, start))
         return list(dict.fromkeys(examples))
 
-    def _of_questions(self, splits: Sequence[str]) -> list[Example]:
+    def _of_others(self, splits: Sequence[str]) -> list[Example]:
         """Questions of group T on other things, with their answers; all is scored."""
         questions = [q for q in self.concept.questions if q.split in splits and q.group == "T"]
-        contexts = question_contexts(questions, self.seed)
-        rows = [encode(self.tokenizer, c.text, True) for c in contexts if "\n" not in c.text]
+        rows = [encode(self.tokenizer, f"{q.prompt} {q.choices[q.answer]}", True) for q in questions]
         return [Example(row, 1) for row in dict.fromkeys(rows) if len(row) > 1]

@@ -20,7 +20,7 @@ from .attackers import AttackTraining
 from .attacks.table import ATTACKS
 from .curve_store import CONTROLS, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest
 from .novel_facts import novel_concept, novel_facts
-from .request import AuditJob, other_questions
+from .request import NOVEL, AuditJob, other_questions
 from .suppressed_control import suppressed_control
 
 
@@ -93,6 +93,9 @@ class AuditRun:
         if self._reference_is_complete():
             return
         job = self.job
+        if job.novel:
+            data = replace(base.data, concept=job.novel.concept, questions=job.novel.questions)
+            return self.attack(replace(base, subject="reference", data=data))
         facts, questions = novel_facts(job.facts, job.concept.questions, job.settings.seed)
         forget = tuple(q for q in questions if q.split == "forget")
         # The same questions, so that floor and edited model are compared question by question.
@@ -137,7 +140,8 @@ class AuditRun:
         return not attacks or self._has("suppressed", attacks)
 
     def _reference_is_complete(self) -> bool:
-        return "reference" in self.job.sources or self._has("reference", self.job.attacks)
+        made_here = self.job.reference == NOVEL
+        return not made_here or self._has("reference", self.job.attacks)
 
     def _has(self, subject: str, attacks: Sequence[str]) -> bool:
         utility = [UTILITY] if self._other_questions(subject) else []

@@ -13,7 +13,7 @@ def novel_facts(facts: Facts, questions: Sequence[Question], seed: int) -> tuple
     """The same relations, words and answers about subjects that do not exist; and the pack's questions, asked about
     them."""
     rng = random.Random(f"excise novel facts {seed}")
-    names = _invented(sorted({fact.subject for fact in facts.facts}), rng)
+    names = invented_names(sorted({fact.subject for fact in facts.facts}), rng)
     answers = _assigned(facts, questions, rng)
     novel = tuple(
         replace(fact, subject=names[fact.subject], answer=answers[fact.subject, fact.answer]) for fact in facts.facts
@@ -65,7 +65,7 @@ def _assigned(facts: Facts, questions: Sequence[Question], rng: random.Random) -
     return assigned
 
 
-def _invented(subjects: Sequence[str], rng: random.Random) -> dict[str, str]:
+def invented_names(subjects: Sequence[str], rng: random.Random) -> dict[str, str]:
     """New names from halves of the old ones."""
     ends = list(subjects)
     rng.shuffle(ends)

@@ -10,7 +10,8 @@ from typing import Any
 
 from ...artifacts.events import Events
 from .audit_run import AuditRun
-from .request import AuditJob, AuditSettings, describe, prepare
+from .plan import describe
+from .request import AuditJob, AuditSettings, prepare
 from .results import conclude, write_results
 
 __all__ = ["AuditJob", "AuditSettings", "describe", "prepare", "run"]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -26,12 +26,19 @@ from ..common.run_record import inputs_of
 from ..common.trainer import memory_for_whole_weights
 from ..data.facts import Facts, find_facts
 from .attacks.table import ATTACKS, BUDGETS, Budget
+from .gaps import without_gaps
+from .held_apart import held_apart
+from .notes import notes_on, teaches_questions
+from .novel_questions import NovelPack, novel_pack
 
 FEWEST = 20
 """Questions of group V below which no audit is made."""
 OTHER_QUESTIONS = 200
 """Questions on everything else that show whether the model still works, at most."""
+STATED = 0.5
+"""Share of the questions whose facts a pack's texts must state for these texts to be read as facts."""
 NOVEL = "facts that nobody knows"
+GUESSING = "guessing"
 
 
 class AuditSettings(RunSettings):
@@ -93,17 +100,27 @@ class AuditJob:
     out: Path
     gaps: tuple[str, ...] = ()
     """What cannot be tested here, and why."""
+    novel: NovelPack | None = None
+    """Questions that nobody can answer, where neither a reference nor the pack's facts give a floor."""
+    notes: tuple[str, ...] = ()
+    """What of the pack is asked and read, where that is not what its files say."""
 
     @property
     def reference(self) -> str:
-        """What the edited model is compared with: the model ``reference``, or novel facts."""
-        return "reference" if "reference" in self.sources else NOVEL
+        """What the edited model is compared with: the model ``reference``, novel facts, or guessing."""
+        if "reference" in self.sources:
+            return "reference"
+        return NOVEL if self.facts.facts or self.novel else GUESSING
 
     @property
     def suppressed_attacks(self) -> tuple[str, ...]:
-        """The attacks that the suppressed control is put to: those that fine-tune it on the concept."""
+        """The attacks that the suppressed control is put to: those that fine-tune it on the concept.
+
+        One that teaches the very questions would bring any answer back, and shows nothing of what attacks can recover.
+        """
+        data = ("T",) if teaches_questions(self.concept) else ("T", "V")
         rows = ((name, ATTACKS[name]) for name in self.attacks)
-        return tuple(name for name, row in rows if row.method == "low_rank" and row.data in ("T", "V"))
+        return tuple(name for name, row in rows if row.method == "low_rank" and row.data in data)
 
 
 def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
@@ -114,11 +131,19 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
     """
     settings = settings.completed()
     concept = load_concept(settings.concept)
-    facts = find_facts(concept)
-    questions = _questions(concept, settings)
-    _check_concept(concept, questions, facts)
+    _check_kind(concept)
+    apart = held_apart(concept)
+    concept = apart.concept
+    questions = tuple(
+        drawn(apart.questions, clusters_of(concept, apart.questions), settings.questions, f"audit {settings.seed}")
+    )
+    _check_count(concept, questions)
+    facts = _stated_facts(concept, apart.questions)
     attacks = settings.attacks or BUDGETS[settings.budget].attacks
     _check_attacks(attacks)
+    attacks, gaps = without_gaps(attacks, concept, questions, facts)
+    if not attacks:
+        raise RequestError(f"nothing to attack with in concept {concept.ref}: {'; '.join(gaps)}")
     out = settings.out or free_folder("audit")
     if not resume:
         refuse_taken(out)
@@ -136,33 +161,25 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
             _check_same_tokenizer(source, sources["base"])
     if settings.card:
         verify_folder(sources["edited"].folder)
-    affordable, gaps = _affordable(attacks, checkpoints["base"], device)
-    budget = BUDGETS[settings.budget]
-    return AuditJob(settings, sources, concept, facts, questions, affordable, budget, device, dtype, out, gaps)
-
-
-def describe(job: AuditJob) -> dict[str, Any]:
-    """What an audit would do."""
-    budget = job.budget
-    training = [ATTACKS[name] for name in job.attacks if ATTACKS[name].trains]
-    return {
-        "recipe": "audit",
-        "out": str(job.out),
-        "models": {name: source.name for name, source in job.sources.items()},
-        "floor": job.reference,
-        "questions": len(job.questions),
-        "attacks": list(job.attacks),
-        # Of four models at most: base, edited, suppressed control and reference.
-        "attackers_that_train": sum(budget.seeds * len(budget.rates_of(row)) for row in training) * 4,
-        "steps_each": budget.steps,
-        "gaps": list(job.gaps),
-    }
-
-
-def _questions(concept: Concept, settings: AuditSettings) -> tuple[Question, ...]:
-    held_out = [q for q in concept.questions if q.split == "forget" and q.group == "V"]
-    clusters = clusters_of(concept, held_out)
-    return tuple(drawn(held_out, clusters, settings.questions, f"audit {settings.seed}"))
+    attacks, costly = _affordable(attacks, checkpoints["base"], device)
+    novel = None
+    if "reference" not in sources and not facts.facts:
+        novel = novel_pack(concept, questions, FEWEST, settings.seed)
+    return AuditJob(
+        settings,
+        sources,
+        concept,
+        facts,
+        questions,
+        attacks,
+        BUDGETS[settings.budget],
+        device,
+        dtype,
+        out,
+        (*gaps, *costly),
+        novel,
+        (*apart.notes, *notes_on(concept, questions, attacks)),
+    )
 
 
 def other_questions(concept: Concept) -> list[Question]:
@@ -196,62 +213,33 @@ def _check_attacks(attacks: Sequence[str]) -> None:
         )
 
 
-def _check_concept(concept: Concept, questions: Sequence[Question], facts: Facts) -> None:
+def _check_kind(concept: Concept) -> None:
     if concept.about.kind != "knowledge":
         raise RequestError(
             f"concept {concept.ref} is of kind {concept.about.kind}, and an audit asks about facts; give a concept of"
             " kind knowledge, such as builtin:potions"
         )
+
+
+def _check_count(concept: Concept, questions: Sequence[Question]) -> None:
     if len(questions) < FEWEST:
+        texts = (
+            "" if any(q.split == "forget" for q in concept.questions) else " (texts of which four or more are alike)"
+        )
         raise RequestError(
             f"concept {concept.ref} has {len(questions)} forget questions of group V (held out); an audit needs at"
-            f" least {FEWEST}, and an interval of ±0.10 needs {questions_needed(0.1)}; add questions to the pack, or"
-            " raise --questions"
-        )
-    if {fact.group for fact in facts.facts} != {"T", "V"}:
-        raise RequestError(
-            f"no facts of both groups, T and V, were recognized in concept {concept.ref}; its forget texts must contain"
-            " subjects and answers of group-T questions, and texts on group V in the same wording"
-        )
-    check_held_out(concept, questions)
-    subjects = {q.subject for q in questions if q.subject}
-    leaking = [
-        text.id for text in concept.forget if text.group == "T" and any(subject in text.text for subject in subjects)
-    ]
-    if leaking:
-        raise RequestError(
-            f"{len(leaking)} texts of group T of concept {concept.ref} name subjects of group V (the first is"
-            f" {leaking[0]}), so attackers would train on what is tested; move these texts to group V"
+            f" least {FEWEST}, and an interval of ±0.10 needs {questions_needed(0.1)}; add questions{texts} to the pack,"
+            " or raise --questions"
         )
 
 
-def check_held_out(concept: Concept, held_out: Sequence[Question]) -> None:
-    """Check that attackers cannot train on what is asked, and that every question has one right answer.
-
-    Raises:
-        RequestError: A question of group V, or its answer, stands in group T; or two choices differ in case and spaces
-            alone.
-    """
-    asked_in_t = {_plain(q.prompt): q.id for q in concept.questions if q.split == "forget" and q.group == "T"}
-    both = [(q.id, asked_in_t[_plain(q.prompt)]) for q in held_out if _plain(q.prompt) in asked_in_t]
-    told_in_t = "\n".join(_plain(text.text) for text in concept.forget if text.group == "T")
-    both += [(q.id, "a text") for q in held_out if _plain(f"{q.prompt} {q.choices[q.answer]}") in told_in_t]
-    if both:
-        raise RequestError(
-            f"{len(both)} questions of group V of concept {concept.ref} stand in group T as well (the first is"
-            f" {both[0][0]}, as {both[0][1]}), so attackers would train on what is tested; remove them from one group"
-        )
-    alike = [q.id for q in held_out if len({_plain(choice) for choice in q.choices}) < len(q.choices)]
-    if alike:
-        raise RequestError(
-            f"{len(alike)} questions of group V of concept {concept.ref} have choices that differ in case and spaces"
-            f" alone (the first is {alike[0]}), so that no answer is right; correct their choices"
-        )
-
-
-def _plain(text: str) -> str:
-    """A text without differences of case and spaces."""
-    return " ".join(text.casefold().split())
+def _stated_facts(concept: Concept, questions: Sequence[Question]) -> Facts:
+    """Facts that the pack's texts state in the frames of their relation; none where that is too few of what is asked."""
+    facts = find_facts(concept)
+    stated = {(fact.subject, fact.answer) for fact in facts.facts if fact.group == "V"}
+    count = sum((q.subject, q.choices[q.answer]) in stated for q in questions)
+    enough = any(fact.group == "T" for fact in facts.facts) and count >= STATED * len(questions)
+    return facts if enough else Facts((), {})
 
 
 def _check_same_tensors(source: ModelSource, checkpoint: Checkpoint, base: ModelSource, of_base: Checkpoint) -> None:

@@ -17,7 +17,9 @@ from ...eval.items import clusters_of
 from .attacks.table import ATTACKS
 from .command import command
 from .curve_store import UNTOUCHED, UTILITY, CurveStore
-from .request import NOVEL, AuditJob, other_questions
+from .floor import floor_gaps, floor_of, guessing_curve, guessing_of, in_words, missing, unsure
+from .notes import continues_text
+from .request import GUESSING, AuditJob, other_questions
 
 NOT_RECORDED = {"out", "model", "base", "reference", "concept", "card", "fresh"}
 """Settings that say nothing of how models were attacked, or stand elsewhere."""
@@ -25,12 +27,11 @@ NOT_RECORDED = {"out", "model", "base", "reference", "concept", "card", "fresh"}
 
 def conclude(job: AuditJob, curves: CurveStore) -> dict[str, Any]:
     """The content of ``audit.json``: every attack's curves, the controls, the verdict, and what could not be tested."""
-    compared, unscored = _compared(job, curves)
+    floor = floor_of(job, curves.get("reference", UNTOUCHED).only if job.novel else None)
+    compared, unscored = _compared(job, curves, floor)
     utility = _utility(job, curves)
-    scale = Scale(
-        chance=sum(1 / len(question.choices) for question in job.questions) / len(job.questions),
-        known=float(curves.get("base", UNTOUCHED).only.accuracy[0]),
-    )
+    untouched = {subject: _untouched(job, curves, subject, floor) for subject in ("base", "edited", "reference")}
+    scale = Scale(_chance(job, untouched["reference"]), untouched["base"])
     has_both = {"base", "edited"} <= set(utility)
     others = clusters_of(job.concept, other_questions(job.concept))
 
@@ -38,20 +39,20 @@ def conclude(job: AuditJob, curves: CurveStore) -> dict[str, Any]:
         return replace(curves.get(subject, UTILITY).only, clusters=others)
 
     both = (of_others("base"), of_others("edited")) if has_both else None
-    judged = judge(compared, scale, both, _reference_in_words(job))
-    subjects = ("base", "edited", "reference")
+    judged = judge(compared, scale, both, in_words(floor), missing(job, floor))
     return {
         "schema_version": SCHEMA_VERSION,
         "verdict": judged.verdict,
         "reasons": judged.reasons,
         "speed_up": {**judged.speed_up.describe(), "share": judged.share},
         "worst_attack": judged.worst and judged.worst.describe(),
-        "controls": {**judged.controls, "floor_is": job.reference},
+        "controls": {**judged.controls, "floor_is": floor},
         "attacks": [attack.describe(scale) | {"about": ATTACKS[attack.name].about} for attack in compared],
-        "untouched": {subject: float(curves.get(subject, UNTOUCHED).only.accuracy[0]) for subject in subjects},
+        "untouched": untouched,
         "utility": utility,
         "n": len(job.questions),
-        "gaps": _gaps(job, curves, unscored, utility),
+        "gaps": _gaps(job, curves, unscored, utility, floor),
+        "notes": list(job.notes),
         "reused": curves.reused(),
         "command": command(job),
         "concept": {"ref": job.concept.ref, "name": job.concept.about.name, "sha256": job.concept.sha256},
@@ -76,14 +77,30 @@ def write_results(job: AuditJob, results: dict[str, Any]) -> None:
             report.report_of(folder, beside)
 
 
-def _compared(job: AuditJob, curves: CurveStore) -> tuple[list[Compared], list[str]]:
+def _chance(job: AuditJob, reference: float) -> float:
+    """What a model gets right that never knew: guessing, and of what continues a text what its reference does."""
+    chance = guessing_of(job.questions)
+    continued = any(continues_text(job.concept, question) for question in job.questions)
+    return max(chance, reference) if continued and "reference" in job.sources else chance
+
+
+def _untouched(job: AuditJob, curves: CurveStore, subject: str, floor: str) -> float:
+    """Accuracy without any attack."""
+    if subject == "reference" and floor == GUESSING:
+        return guessing_of(job.questions)
+    return float(curves.get(subject, UNTOUCHED).only.accuracy[0])
+
+
+def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compared], list[str]]:
     """Each attack at the learning rate that brought every model furthest, and the names of those that could not be
     scored."""
     base = replace(curves.get("base", UNTOUCHED).only, clusters=clusters_of(job.concept, job.questions))
     compared: list[Compared] = []
     unscored: list[str] = []
+    given_v = unsure(job, floor)
+    measured = ("base", "edited") if floor == GUESSING else ("base", "edited", "reference")
     for name in job.attacks:
-        by_subject = {subject: curves.get(subject, name) for subject in ("base", "edited", "reference")}
+        by_subject = {subject: curves.get(subject, name) for subject in measured}
         chosen = {
             subject: (rate, replace(curve, clusters=base.clusters))
             for subject, one in by_subject.items()
@@ -94,12 +111,14 @@ def _compared(job: AuditJob, curves: CurveStore) -> tuple[list[Compared], list[s
         if any(np.isnan(curve.hits).any() for _, curve in chosen.values()):
             unscored.append(name)
             continue
+        if floor == GUESSING:
+            chosen["reference"] = 0.0, guessing_curve(chosen["edited"][1], job.questions, ATTACKS[name].guessing)
         suppressed = curves.get("suppressed", name) if curves.has("suppressed", name) else None
         compared.append(
             Compared(
                 name,
                 ATTACKS[name].tier,
-                ATTACKS[name].known,
+                ATTACKS[name].known or name in given_v,
                 base=chosen["base"][1],
                 edited=chosen["edited"][1],
                 floor=_matched(chosen["reference"][1], base),
@@ -135,11 +154,12 @@ def _utility(job: AuditJob, curves: CurveStore) -> dict[str, dict[str, Any]]:
     return utility
 
 
-def _gaps(job: AuditJob, curves: CurveStore, unscored: Sequence[str], utility: dict[str, Any]) -> list[str]:
+def _gaps(job: AuditJob, curves: CurveStore, unscored: Sequence[str], utility: dict[str, Any], floor: str) -> list[str]:
     """What was not tested, and why."""
-    gaps = [*job.gaps, *(f"{name} found too few questions to score; it is left out" for name in unscored)]
-    asked_floor = curves.get("reference", UNTOUCHED).only.hits.shape[2]
-    if asked_floor != len(job.questions):
+    gaps = [*job.gaps, *floor_gaps(job, floor)]
+    gaps += [f"{name} found too few questions to score; it is left out" for name in unscored]
+    asked_floor = 0 if floor == GUESSING else curves.get("reference", UNTOUCHED).only.hits.shape[2]
+    if asked_floor not in (0, len(job.questions)):
         gaps.append(f"the floor could be asked {asked_floor} questions, the other models {len(job.questions)}")
     if not {"base", "edited"} <= set(utility):
         gaps.append("the concept pack asks about nothing else, so nothing says whether the model still works")
@@ -150,7 +170,3 @@ def _settings(job: AuditJob) -> dict[str, Any]:
     budget = job.budget
     recorded = job.settings.model_dump(mode="json", exclude=NOT_RECORDED)
     return recorded | {"steps": budget.steps, "batch": budget.batch, "seeds": budget.seeds}
-
-
-def _reference_in_words(job: AuditJob) -> str:
-    return "the model that was never trained on it" if job.reference != NOVEL else f"the base, on {NOVEL},"

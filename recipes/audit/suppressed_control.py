@@ -14,12 +14,14 @@ from ...artifacts.events import Events, Stage
 from ...editing.architectures import architecture_of, layer_count
 from ...editing.training.adapters import adapter_modules
 from ...editing.training.parallel_adapters import ParallelAdapters, low_rank_attackers
-from ..common.examples import Example, example_batch, scored_nats, sequence_nll
+from ..common.examples import Example, example_batch, scored_nats, sequence_nll, spread
 from ..common.trainer import Group, Schedule, Terms, fit
 from .attack_data import AttackData
 
 RANK, ALPHA = 8, 16.0
 STEPS, BATCH, RATE = 60, 16, 5e-3
+MOST_QUESTIONS = 1000
+"""Questions whose answers are withheld, at most, where no facts are known."""
 LEFT = 0.3
 """Share of the base's knowledge above chance that the control may still say."""
 MARGIN = 2.0
@@ -32,7 +34,7 @@ def suppressed_control(model: Any, data: AttackData, events: Events, folder: Pat
 
     1. The linear modules of the last layer get a LoRA update. All layers below stay the base's, with all that it knows.
     2. The update trains for 60 steps of 16 sequences. Half of them are facts of T and V with the answers of other
-       facts: wrong answers become likely. Half are questions on other things with right answers, so that the model
+       facts, or questions with wrong choices: wrong answers become likely. Half are questions on other things with right answers, so that the model
        stays a working one.
     3. If the model still says more than 30% of what the base knew of V above chance, the update trains for 60 more
        steps, of 8
@@ -64,8 +66,7 @@ class _Suppression:
         """Steps 2 to 4."""
         rng = random.Random(f"excise hide {self.data.seed}")
         chance, known = self.data.multiple_choice.chance, self._accuracy()
-        right = [*self.data.examples["T"], *self.data.examples["V"]]
-        wrong = _with_others_answers(right, rng)
+        right, wrong = _right_and_wrong(self.data, rng)
         others = self.data.examples["others"] or self.data.examples["retain"] or wrong
         mixed = [rng.choice(others if place % 2 else wrong) for place in range(STEPS * BATCH)]
         self._fit(mixed, _wrong_is_likely, example_batch)
@@ -93,6 +94,23 @@ class _Suppression:
         schedule = Schedule(STEPS, batch, RATE, seed, decay="constant", warmup_steps=3, beta2=0.999, save_every=0)
         groups = [Group(self.update.owned[0], RATE)]
         fit(self.model, rows, self.stage, self.folder, loss, schedule, collate, groups)
+
+
+def _right_and_wrong(data: AttackData, rng: random.Random) -> tuple[list[Example], list[Example]]:
+    """What is to be withheld of T and V, and the same with wrong answers.
+
+    These are the pack's facts with the answers of others. Texts without facts have no answers to exchange, so the
+    questions are taken, with a wrong choice of each.
+    """
+    if data.facts.facts:
+        right = [*data.examples["T"], *data.examples["V"]]
+        return right, _with_others_answers(right, rng)
+    forget = spread([q for q in data.concept.questions if q.split == "forget"], MOST_QUESTIONS, "excise suppressed")
+    wrong = [rng.choice([place for place in range(len(q.choices)) if place != q.answer]) for q in forget]
+    pairs = [(data.of_questions([q]), data.of_questions([q], [place])) for q, place in zip(forget, wrong, strict=True)]
+    # A question none of whose answer's tokens stands alone is left out, and its wrong answer with it.
+    whole = [(right[0], wrong[0]) for right, wrong in pairs if right and wrong]
+    return [right for right, _ in whole], [wrong for _, wrong in whole]
 
 
 def _with_others_answers(examples: Sequence[Example], rng: random.Random) -> list[Example]:

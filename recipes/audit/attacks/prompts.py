@@ -4,11 +4,15 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ....eval.completed import asked
 from ....eval.concept import Question
 from ....eval.inference.multiple_choice_set import MultipleChoiceSet
 from ...data.facts import ANSWER, SUBJECT, Facts
 from ..attack_data import AttackData
 from .table import SAMPLES, SHOTS
+
+HINT_LENGTH = 500
+"""Characters of a text that is shown as a hint, at most."""
 
 
 def few_shot(model: Any, data: AttackData) -> Sequence[float]:
@@ -26,9 +30,14 @@ def hints(model: Any, data: AttackData) -> Sequence[float]:
     def prefix(question: Question) -> str:
         # Seeded by the question, so that every model gets the same hints.
         chosen = random.Random(f"excise hints {question.id}").sample(texts, k=min(SHOTS, len(texts)))
-        return f"{data.concept.about.description}\n" + "\n".join(chosen) + "\n"
+        return f"{data.concept.about.description}\n" + "\n".join(map(_beginning, chosen)) + "\n"
 
     return _asked_after(model, data, prefix)
+
+
+def _beginning(text: str) -> str:
+    """A text, or the beginning of a long one: whole documents would leave the question no place in the context."""
+    return text[:HINT_LENGTH]
 
 
 def phrasings(model: Any, data: AttackData) -> Sequence[float]:
@@ -37,7 +46,8 @@ def phrasings(model: Any, data: AttackData) -> Sequence[float]:
     Whoever guesses anew at each of k wordings is right in some of them with 1 - (1 - 1/choices)^k. The choices that a
     model picks in all its wordings, right or wrong, say how often it would be, however alike its guesses are.
     """
-    reworded = [wordings_of(question, data.facts) for question in data.questions]
+    paraphrases = {row.id: row.paraphrase for row in data.concept.open_questions if row.paraphrase}
+    reworded = [wordings_of(question, data.facts, paraphrases.get(question.id)) for question in data.questions]
     picks = iter(MultipleChoiceSet(data.tokenizer, [one for each in reworded for one in each]).picks(model))
     values = []
     for question, each in zip(data.questions, reworded, strict=True):
@@ -48,8 +58,10 @@ def phrasings(model: Any, data: AttackData) -> Sequence[float]:
     return values
 
 
-def wordings_of(question: Question, facts: Facts) -> list[Question]:
-    """A question in the words in which texts state its relation; as it is, where there are none or no subject."""
+def wordings_of(question: Question, facts: Facts, paraphrase: str | None = None) -> list[Question]:
+    """A question in the words in which texts state its relation; else itself, beside its paraphrase if it has one."""
+    if not facts.phrasings and paraphrase:
+        return [question, question.model_copy(update={"prompt": asked(paraphrase)})]
     if not question.subject:
         return [question]
     relation = question.prompt.replace(question.subject, SUBJECT)

@@ -46,6 +46,18 @@ class Attack:
     guessing: float | None = None
     """What whoever guesses scores; by default one in the number of choices. An attack with several tries at a question
     must take off what guessing wins by them."""
+    needs: tuple[str, ...] = ()
+    """What else it looks at in the pack, by its key in ``gaps.NEEDS``; without that it is left out, and a gap says so."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What it trains on, by the keys of ``AttackData.examples``."""
+        return tuple(part.partition(":")[0] for part in self.data.split("+")) if self.data else ()
+
+    @property
+    def reads_t(self) -> bool:
+        """Whether it reads texts of group T, and so all that they tell."""
+        return not {"T", "T texts"}.isdisjoint((*self.needs, *self.sources))
 
     @property
     def trains(self) -> bool:
@@ -73,11 +85,12 @@ class Attack:
 
 ATTACKS: dict[str, Attack] = {
     # Tier 0: the question, the weights or the reading of the answer changes; nothing is trained.
-    "few_shot": Attack(0, f"Ask each question after {SHOTS} answered questions of group T.", "prompts:few_shot"),
+    "few_shot": Attack(0, f"Ask each question after {SHOTS} answered questions of group T.", "prompts:few_shot",
+        needs=("T questions",)),
     "hints": Attack(0, f"Ask each question after the concept's description and {SHOTS} texts of group T.",
-        "prompts:hints"),
+        "prompts:hints", needs=("T texts",)),
     "phrasings": Attack(0, "Ask in each of the pack's other wordings: whether any brings out the right answer, minus the "
-        "same for wrong options.", "prompts:phrasings", guessing=0.0),
+        "same for wrong options.", "prompts:phrasings", needs=("wordings",), guessing=0.0),
     "sampling": Attack(0, f"pass@{SAMPLES}: probability that {SAMPLES} samples contain the right answer, minus the "
         "same for wrong options.", "prompts:sampling", guessing=0.0),
     "int8": Attack(0, "Round linear weights and experts to 8 bits in groups of 64.", "weights:int8"),
@@ -87,15 +100,16 @@ ATTACKS: dict[str, Attack] = {
     "undo_singular": Attack(0, f"Remove the {SINGULAR} largest singular directions of each matrix's change from the "
         "base.", "weights:undo_singular", known=True),
     "undo_direction": Attack(0, "Add back what the residual stream lost on average at T's questions, at the layer "
-        "where T gains most.", "reading:undo_direction", known=True),
+        "where T gains most.", "reading:undo_direction", needs=("T questions",), known=True),
     "logit_lens": Attack(0, "Read the answer from the residual stream below the last layer, at the layer that is best "
-        "on T.", "reading:logit_lens"),
-    "probe": Attack(0, "Read the answer from the residual stream with a linear probe trained on T.", "reading:probe"),
+        "on T.", "reading:logit_lens", needs=("T questions",)),
+    "probe": Attack(0, "Read the answer from the residual stream with a linear probe trained on T.", "reading:probe",
+        needs=("T for a probe",)),
     # Tier 1: inputs are optimized.
     "soft_prompt": Attack(1, f"Train {SOFT_TOKENS} embeddings on T and put them in front of each question.",
         "inputs:soft_prompt", "T"),
     "prefix": Attack(1, f"Search {PREFIX_TOKENS} tokens that make T's answers likely and put them in front of each "
-        "question.", "inputs:prefix"),
+        "question.", "inputs:prefix", needs=("T",)),
     "latent": Attack(1, "Train one vector on T and add it to the residual stream at the middle layer.",
         "inputs:latent", "T"),
     # Tier 2: weights are trained.

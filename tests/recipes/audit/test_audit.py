@@ -440,15 +440,17 @@ def test_a_concept_that_is_too_small_says_how_many_it_needs(monkeypatch):
         audit.prepare(audit.AuditSettings(model="builtin:testbed-reference"))
 
 
-def test_texts_of_t_that_name_what_is_tested_are_refused(monkeypatch):
+def test_texts_of_t_that_name_what_is_tested_count_as_texts_about_it_and_that_is_said(monkeypatch):
     concept = load_concept("builtin:potions")
     texts = [
         text.model_copy(update={"group": "T"}) if text.group == "V" and not place % 50 else text
         for place, text in enumerate(concept.forget)
     ]
+    assert tuple(texts) != concept.forget
     monkeypatch.setattr(audit_request, "load_concept", lambda _: dataclasses.replace(concept, forget=tuple(texts)))
-    with pytest.raises(RequestError, match=r"(name subjects of|questions of) group V"):
-        audit.prepare(audit.AuditSettings(model="builtin:testbed-reference"))
+    job = audit.prepare(audit.AuditSettings(model="builtin:testbed-reference"))
+    assert job.concept.forget == concept.forget and "name or answer what group V asks" in job.notes[0]
+    assert audit.describe(job)["notes"] == list(job.notes)
 
 
 def test_a_model_of_another_shape_is_no_descendant(save_pico, tmp_path):
