@@ -261,6 +261,11 @@ class Audit:
         return list(self.results["gaps"])
 
     @property
+    def notes(self) -> list[str]:
+        """What of the pack was asked and read, where its files do not say it: questions made of texts, for example."""
+        return list(self.results.get("notes", []))
+
+    @property
     def table(self) -> list[AttackRow]:
         """One row for each attack."""
         return [
@@ -301,7 +306,8 @@ class Audit:
             reached = tokens(attack, "t50") if len(attack["curve"]) > 1 else ""
             rows.append([attack["name"], *values, estimate(attack["regained"]), estimate(attack["rtt_leak"]), reached])
         header = ["attack", "base", "edited", "never learned", "share regained", "leak", "tokens to 50%"]
-        sentences = [*self.reasons, *(f"Not tested: {gap}" for gap in self.gaps)]
+        sentences = [*self.reasons, *(f"Asked and read: {note}" for note in self.notes)]
+        sentences += [f"Not tested: {gap}" for gap in self.gaps]
         return _Shown(self.headline, sentences, header, rows)
 
 

@@ -22,8 +22,8 @@ UNMEASURED = (
     " that never knew; give --reference"
 )
 GUESSED = (
-    "which passage continues a text can be told without having read it, and no model that never knew says how often;"
-    " give --reference"
+    "the questions can be answered by what stands in them, such as which passage continues a text, and no model that"
+    " never knew says how often; give --reference"
 )
 
 

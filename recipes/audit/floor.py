@@ -7,6 +7,9 @@ import numpy as np
 from ...eval.audit.recovery import RecoveryCurve
 from ...eval.audit.verdict import Missing
 from ...eval.concept import Question
+from ...eval.inference.multiple_choice_set import is_highest
+from ...eval.intervals import wilson
+from ...eval.words import topical
 from .attacks.table import ATTACKS
 from .notes import continues_text, teaches_questions, tells_apart
 from .request import GUESSING, NOVEL, AuditJob
@@ -22,15 +25,16 @@ def floor_of(job: AuditJob, untouched: RecoveryCurve | None) -> str:
     """
     if job.novel is None or untouched is None:
         return job.reference
-    chance = guessing_of(job.novel.questions)
-    return job.reference if untouched.interval(0)[1] >= chance else GUESSING
+    return job.reference if untouched.interval(0)[1] >= chance_of(job.novel.questions) else GUESSING
 
 
 def missing(job: AuditJob, floor: str) -> Missing:
     """What a verdict on this pack must do without."""
     return Missing(
         floor=floor == GUESSING,
-        guessing=floor != "reference" and any(continues_text(job.concept, q) for q in job.questions),
+        # Invented questions whose answers are missed more often than guessing would are ones that something gives away.
+        guessing=floor != job.reference
+        or (floor != "reference" and any(continues_text(job.concept, q) for q in job.questions)),
         afresh=floor == GUESSING or (job.novel is not None and not job.novel.states_answers),
         training=teaches_questions(job.concept) and not _can_train_on_t(job),
     )
@@ -40,13 +44,13 @@ def floor_gaps(job: AuditJob, floor: str | None = None) -> list[str]:
     """The same in sentences, for readers; before the floor was measured by what it is planned to be."""
     lacking = missing(job, floor or job.reference)
     gaps = []
-    if lacking.guessing:
-        gaps.append(f"verdict: which passage continues a text can be guessed, and nothing here says how well; {GIVE}")
-    elif lacking.floor and floor and floor != job.reference:
+    if floor and floor != job.reference:
         gaps.append(
-            "floor: the base answers questions about invented subjects as it does those it knows, so they are no floor;"
-            f" guessing is, and learning afresh could not be compared; {GIVE}"
+            "floor: the base gets questions about invented subjects wrong more often than guessing would, so something in"
+            f" them recalls the old answers, and they are no floor; {GIVE}"
         )
+    elif lacking.guessing:
+        gaps.append(f"verdict: which passage continues a text can be guessed, and nothing here says how well; {GIVE}")
     elif lacking.floor:
         gaps.append(
             "floor: too few questions of the pack name their subject for questions that nobody can answer to be made of"
@@ -74,13 +78,42 @@ def unsure(job: AuditJob, floor: str) -> list[str]:
 
 def guessing_curve(like: RecoveryCurve, questions: Sequence[Question], guessing: float | None) -> RecoveryCurve:
     """Whoever guesses, at each step of a curve: one in the number of choices, or what an attack makes of it."""
-    rates = np.asarray([1 / len(q.choices) if guessing is None else guessing for q in questions])
+    rate = guessing_of(questions)
+    own = np.asarray([1 / len(q.choices) for q in questions])
+    rates = own if rate == own.mean() else np.full(len(questions), rate)
+    rates = rates if guessing is None else np.full(len(questions), guessing)
     return RecoveryCurve(like.steps, like.tokens, np.broadcast_to(rates, like.hits.shape).copy(), like.clusters)
 
 
+def chance_of(questions: Sequence[Question]) -> float:
+    """Expected share of right answers of whoever draws lots."""
+    return float(np.mean([1 / len(question.choices) for question in questions]))
+
+
 def guessing_of(questions: Sequence[Question]) -> float:
-    """Expected share of right answers of whoever guesses."""
-    return sum(1 / len(question.choices) for question in questions) / len(questions)
+    """Share of right answers of whoever looks at words alone: chance, or what a rule surely gets that knows nothing.
+
+    The rules take the longest choice, the shortest, or the one that shares the most words with the question. A floor
+    that is not measured must not lie below what such a rule gets: whoever forgot answers so much as well.
+    """
+    rates = [chance_of(questions)]
+    for rule in (_longest, _shortest, _most_like_the_question):
+        hits = sum(is_highest([rule(q, choice) for choice in q.choices], q.answer) for q in questions)
+        if wilson(hits, len(questions))[0] > rates[0]:
+            rates.append(hits / len(questions))
+    return max(rates)
+
+
+def _longest(_: Question, choice: str) -> float:
+    return len(choice)
+
+
+def _shortest(_: Question, choice: str) -> float:
+    return -len(choice)
+
+
+def _most_like_the_question(question: Question, choice: str) -> float:
+    return len(topical(question.prompt) & topical(choice))
 
 
 def in_words(floor: str) -> str:

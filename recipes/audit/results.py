@@ -17,7 +17,7 @@ from ...eval.items import clusters_of
 from .attacks.table import ATTACKS
 from .command import command
 from .curve_store import UNTOUCHED, UTILITY, CurveStore
-from .floor import floor_gaps, floor_of, guessing_curve, guessing_of, in_words, missing, unsure
+from .floor import chance_of, floor_gaps, floor_of, guessing_curve, guessing_of, in_words, missing, unsure
 from .notes import continues_text
 from .request import GUESSING, AuditJob, other_questions
 
@@ -31,7 +31,7 @@ def conclude(job: AuditJob, curves: CurveStore) -> dict[str, Any]:
     compared, unscored = _compared(job, curves, floor)
     utility = _utility(job, curves)
     untouched = {subject: _untouched(job, curves, subject, floor) for subject in ("base", "edited", "reference")}
-    scale = Scale(_chance(job, untouched["reference"]), untouched["base"])
+    scale = Scale(_chance(job, floor, untouched["reference"]), untouched["base"])
     has_both = {"base", "edited"} <= set(utility)
     others = clusters_of(job.concept, other_questions(job.concept))
 
@@ -77,9 +77,11 @@ def write_results(job: AuditJob, results: dict[str, Any]) -> None:
             report.report_of(folder, beside)
 
 
-def _chance(job: AuditJob, reference: float) -> float:
-    """What a model gets right that never knew: guessing, and of what continues a text what its reference does."""
-    chance = guessing_of(job.questions)
+def _chance(job: AuditJob, floor: str, reference: float) -> float:
+    """What recovery is measured from: guessing, and of what continues a text what the untouched reference answers."""
+    if floor == GUESSING:
+        return reference
+    chance = chance_of(job.questions)
     continued = any(continues_text(job.concept, question) for question in job.questions)
     return max(chance, reference) if continued and "reference" in job.sources else chance
 

@@ -109,6 +109,8 @@ def audit_end(results: dict[str, Any], width: int | None) -> str:
         "",
         aligned(header, rows, width),
     ]
+    if results.get("notes"):
+        parts.append(bullets([f"asked and read: {note}" for note in results["notes"]], width))
     if results["gaps"]:
         parts.append(bullets([f"not tested: {gap}" for gap in results["gaps"]], width))
     if results["reused"]:
