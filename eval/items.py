@@ -14,10 +14,19 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from .concept import Concept, ForgetText, Prompt, Question, RetainText
+from .concept import (
+    Concept,
+    ForgetText,
+    OpenQuestion,
+    Passage,
+    Prompt,
+    Question,
+    RetainText,
+    UnseenText,
+)
 from .words import has_words
 
-Item = ForgetText | RetainText | Question | Prompt
+Item = ForgetText | RetainText | UnseenText | Question | OpenQuestion | Passage | Prompt
 T = TypeVar("T")
 FEWEST_TEXTS = 40
 """Retain texts below which none is held out: too few would be left to learn from."""
@@ -34,7 +43,7 @@ def clusters_of(concept: Concept, rows: Sequence[Item]) -> tuple[str, ...]:
 
 def text_of(row: Item) -> str:
     """What a model reads of a row."""
-    return row.text if isinstance(row, ForgetText | RetainText) else row.prompt
+    return row.text if isinstance(row, ForgetText | RetainText | UnseenText) else row.prompt
 
 
 def drawn(rows: Sequence[T], clusters: Sequence[Hashable], count: int, seed: str) -> list[T]:

@@ -80,13 +80,24 @@ class ModelUnderTest:
             self._replies[split] = self._generated(texts, tokens) if texts else []
         return self._replies[split]
 
-    def completions(self, prompts: Sequence[str], tokens: int) -> list[Reply]:
-        """Greedy continuations of plain texts, without a chat template."""
-        return self._generated(prompts, tokens, chat=False)
+    def completions(
+        self, prompts: Sequence[str], tokens: int, *, chat: bool = False, beginning: str = ""
+    ) -> list[Reply]:
+        """Greedy continuations of plain texts, or replies in the chat template that go on from ``beginning``."""
+        return self._generated(prompts, tokens, chat=chat, beginning=beginning)
 
-    def _generated(self, texts: Sequence[str], tokens: int, *, chat: bool = True) -> list[Reply]:
+    def _generated(self, texts: Sequence[str], tokens: int, *, chat: bool = True, beginning: str = "") -> list[Reply]:
         shipped = self.settings.as_shipped
-        return generate(self.model, self.tokenizer, texts, tokens, self.advance, chat=chat, as_shipped=shipped)
+        return generate(
+            self.model,
+            self.tokenizer,
+            texts,
+            tokens,
+            self.advance,
+            chat=chat,
+            as_shipped=shipped,
+            beginning=beginning,
+        )
 
     def baseline(self) -> "Baseline":
         """This model's replies to neutral prompts and its distributions along them, for others to be compared with."""

@@ -98,6 +98,8 @@ class Scores:
         edge = 1.0 if self.exponential else 0.0
         low = max(edge, interval[0]) if min(self.totals) >= 0 else interval[0]
         high = min(edge, interval[1]) if max(self.totals) <= 0 else interval[1]
+        if self.unit == "AUC":
+            return max(0.0, low), min(1.0, high)
         return low, min(1.0, high) if self.unit.startswith("share") else high
 
     def difference(self, base: "Scores") -> Difference:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..artifacts.checkpoints.read import open_checkpoint
 from ..artifacts.concepts import load_concept
@@ -54,6 +54,11 @@ class EvaluateSettings(PromptSettings):
     base: str | None = None
     """Model that the others were made from, measured on the same items; each value is then compared with it. A run whose
     concept is taken names its own."""
+    suite: Literal["auto", "tofu", "muse", "wmdp", "rwku"] | None = None
+    """Print the table of a benchmark whose rows the pack holds: tofu, muse, wmdp or rwku; auto takes the one that
+    concept.yaml names."""
+    reference: str | None = None
+    """Model that was trained without what is to be forgotten: forget quality and PrivLeak of a suite compare with it."""
     questions: int = Field(0, ge=0)
     """Measure at most this many questions and retain texts of each split, drawn at random; 0 takes all."""
     max_new_tokens: int = Field(24, ge=1, le=4096)
@@ -91,6 +96,15 @@ class EvaluateSettings(PromptSettings):
                     f" {form[differing[0]]!r}); set {differing[0]}"
                 )
         return self.model_copy(update=unset[0]) if unset else self
+
+    @model_validator(mode="after")
+    def _check_suite(self) -> Self:
+        if self.suite is None and self.reference is not None:
+            raise ValueError("reference is used by suites alone; give suite too, or leave it out")
+        unused = [name for name in ("judge", "lm_eval") if getattr(self, name)] if self.suite else []
+        if unused:
+            raise ValueError(f"a suite prints the benchmark's table alone, without {unused[0]}; leave one of them out")
+        return self
 
     def measuring(self) -> EvalSettings:
         """How much is measured."""
@@ -150,8 +164,8 @@ def prepare(
         RequestError: Anything that could not work.
     """
     if concept is None:
-        concept, recorded = _recorded(models)
-        base = recorded if base is None else base
+        concept, of_run = recorded(models)
+        base = of_run if base is None else base
     pack = load_concept(concept) if isinstance(concept, str) else concept
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
@@ -165,8 +179,7 @@ def prepare(
             f"concept {pack.ref} has no prompts on knowledge whose replies a judge could read; leave out the judges"
         )
     for source in (*sources, *readers, *([before] if before else [])):
-        if isinstance(source, ModelSource):
-            check_loadable(open_checkpoint(source.folder), chosen_device, chosen_dtype)
+        _check(source, chosen_device, chosen_dtype)
     tasks = find_tasks(benchmarks) if benchmarks else None
     return EvaluateJob(sources, before, pack, readers, tasks, settings or EvalSettings(), chosen_device, chosen_dtype)
 
@@ -183,7 +196,7 @@ def run(job: EvaluateJob, events: Events) -> Evaluation:
     return Evaluation(tuple(_results(job, source, base, one) for source, one in zip(job.models, measured, strict=True)))
 
 
-def _recorded(models: Sequence[str | ModelInMemory]) -> tuple[str, str | None]:
+def recorded(models: Sequence[str | ModelInMemory]) -> tuple[str, str | None]:
     """Concept and base of the runs that made the models.
 
     Raises:
@@ -199,6 +212,43 @@ def _recorded(models: Sequence[str | ModelInMemory]) -> tuple[str, str | None]:
     if len(concepts) > 1:
         raise RequestError(f"the models were made for different concepts, {', '.join(concepts)}; give --concept")
     return next(iter(concepts)), next(iter(bases)) if len(bases) == 1 else None
+
+
+def checked(model: str | ModelInMemory, device: torch.device, dtype: torch.dtype) -> AnyModel:
+    """A further model, found and checked before its weights are read.
+
+    Raises:
+        RequestError: Nothing has that name, or it could not be loaded.
+    """
+    source = _find(model)
+    _check(source, device, dtype)
+    return source
+
+
+def _check(source: AnyModel, device: torch.device, dtype: torch.dtype) -> None:
+    if isinstance(source, ModelSource):
+        check_loadable(open_checkpoint(source.folder), device, dtype)
+
+
+def describe(job: EvaluateJob) -> dict[str, Any]:
+    """What an evaluation would touch."""
+    counts = {
+        "questions": job.concept.questions,
+        "open questions": job.concept.open_questions,
+        "prompts": job.concept.prompts,
+        "passages": job.concept.passages,
+        "forget texts": job.concept.forget,
+        "retain texts": job.concept.retain,
+        "unseen texts": job.concept.unseen,
+    }
+    return {
+        "models": [model.describe() for model in job.models],
+        "base": job.base.describe() if job.base else None,
+        "concept": job.concept.ref,
+        "rows": {name: len(rows) for name, rows in counts.items() if rows},
+        "device": str(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
+    }
 
 
 def _find(model: str | ModelInMemory, base: str | None = None) -> AnyModel:

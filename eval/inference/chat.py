@@ -129,12 +129,16 @@ def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, re
     return text
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
-    """Token ids of a prompt, in the chat template if there is one and ``chat`` is true."""
+def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = True, beginning: str = "") -> list[int]:
+    """Token ids of a prompt, in the chat template if there is one and ``chat`` is true.
+
+    Args:
+        beginning: Text that the reply goes on from.
+    """
     # Chat templates write the begin token themselves; the tokenizer must not add a second one.
     if not (chat and tokenizer.chat_template):
-        return encode(tokenizer, prompt)
-    return encode(tokenizer, render(tokenizer, prompt), special=False)
+        return encode(tokenizer, prompt + beginning)
+    return encode(tokenizer, render(tokenizer, prompt) + beginning, special=False)
 
 
 def thoughts_and_answer(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> tuple[str | None, str | None]:

@@ -49,6 +49,7 @@ def generate(
     chat: bool = True,
     sample_seed: int | None = None,
     as_shipped: bool = False,
+    beginning: str = "",
 ) -> list[Reply]:
     """Continue each prompt by at most ``tokens`` tokens; replies are in the order of the prompts.
 
@@ -65,6 +66,7 @@ def generate(
         chat: Put prompts into the chat template, if the tokenizer has one.
         sample_seed: None decodes greedily; a number samples from the model's distribution with this seed.
         as_shipped: Decode as the model's generation_config says instead, draws with a fixed seed.
+        beginning: Text that every reply goes on from.
 
     Raises:
         RequestError: A prompt holds no token.
@@ -74,7 +76,9 @@ def generate(
     """
     context = context_of(model)
     tokens = min(tokens, context - 1)
-    encoded = [encode_prompt(tokenizer, prompt, chat=chat)[-(context - tokens) :] for prompt in prompts]
+    encoded = [
+        encode_prompt(tokenizer, prompt, chat=chat, beginning=beginning)[-(context - tokens) :] for prompt in prompts
+    ]
     if not all(encoded):
         raise RequestError(
             f"prompt {encoded.index([]) + 1} of {len(prompts)} holds no token and the tokenizer adds none, so there is"

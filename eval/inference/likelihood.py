@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...editing.modules import language_config
+from ..completed import asked
+from .chat import render
 from .encoding import encode
 
 VOCABULARY_BUDGET = 256 << 20
@@ -30,6 +32,9 @@ class Request:
 
     prompt: str
     continuation: str
+    reply: bool = False
+    """The prompt is what a user asks and the continuation a whole reply: the prompt stands in the chat template, or as
+    ``Question: ...\\nAnswer:`` where there is none, and the end token is scored too."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,19 @@ def encode_request(tokenizer: Any, request: Request) -> Scored:
     The continuation starts at the first joint token that differs from the prompt's tokens, so a token across the
     boundary counts as continuation. The very first token is never scored, because nothing precedes it.
     """
-    whole = tuple(encode(tokenizer, request.prompt + request.continuation))
-    prompt = tuple(encode(tokenizer, request.prompt)) if request.prompt else ()
+    front, continuation, special = request.prompt, request.continuation, True
+    if request.reply:
+        # Chat templates write the begin token themselves; the tokenizer must not add a second one.
+        special = not tokenizer.chat_template
+        front = asked(front) if special else render(tokenizer, front)
+        continuation = f" {continuation}" if special else continuation
+    whole = tuple(encode(tokenizer, front + continuation, special=special))
+    prompt = tuple(encode(tokenizer, front, special=special)) if front else ()
     shared = 0
     while shared < min(len(prompt), len(whole) - 1) and prompt[shared] == whole[shared]:
         shared += 1
-    return Scored(whole, max(1, shared))
+    end = tokenizer.eos_token_id if request.reply else None
+    return Scored(whole if end is None or whole[-1] == end else (*whole, end), max(1, shared))
 
 
 def context_of(model: Any) -> int:

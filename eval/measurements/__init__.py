@@ -60,6 +60,8 @@ class MeasurementKind:
     """The Hub's index of results gets it."""
     base_is: str = ""
     """What stands in the base's place where the base has no value."""
+    suite: bool = False
+    """Measured by ``excise eval --suite`` alone, because it takes long."""
 
     def better(self, split: str, kind: str = "") -> Better:
         """What an edit should do to the value of a split, for a kind of concept; leave it, where the row says
@@ -73,6 +75,7 @@ KNOWLEDGE, BEHAVIOUR, TASK = "knowledge", "behaviour", "task"
 SPLITS: dict[str, str] = {
     "forget_T": "questions on facts to erase that an edit may be trained on (group T)",
     "forget_V": "questions on facts to erase that no edit is trained on (group V, held out)",
+    "forget": "everything to erase, groups T and V together",
     "neighbour": "questions on related topics that should stay, of group V where there are any",
     "retain": "questions of group V, or texts, on everything else",
     "intended": "questions where all cues agree, as in training",
@@ -122,6 +125,16 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
             ),
         },
     ),
+    "lettered_choice": MeasurementKind(
+        "share of questions whose letter is the likeliest, with the options in the prompt, as lm-eval asks",
+        label="lettered multiple choice", unit="accuracy", order=21, scores="lettered:scores", suite=True,
+        splits={**_QUESTIONS, "intended": OnSplit("higher"), "flipped": OnSplit("higher")},
+    ),
+    "robust_choice": MeasurementKind(
+        "the same, without questions that the base answers right from the options alone",
+        label="robust multiple choice", unit="accuracy", order=22, suite=True,
+        splits={**_QUESTIONS, "intended": OnSplit("higher"), "flipped": OnSplit("higher")},
+    ),
     "multiple_choice_margin": MeasurementKind(
         "log-probability per token of the true choice minus that of the best other choice",
         label="margin of the true choice", unit="nats per token", order=60,
@@ -141,12 +154,53 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
         "share of answers that are the greedy choice at every token",
         label="answers that are the greedy choice", unit="share of answers", order=90, splits=_QUESTIONS,
     ),
+    "cloze_probability": MeasurementKind(
+        "probability of the true choice among the choices, by their mean log-probability per token",
+        label="probability among the choices", unit="share of probability", order=65, splits=_QUESTIONS,
+    ),
+    "answer_probability": MeasurementKind(
+        "probability of the answer to an open question: geometric mean over its tokens",
+        label="probability of the answer", unit="share of probability", order=66,
+        scores="open_answers:scores", requests="open_answers:requests", splits=_QUESTIONS,
+    ),
+    "truth_ratio": MeasurementKind(
+        "truth ratio of TOFU: min(R, 1/R) to forget, max(0, 1 - 1/R) elsewhere",
+        label="truth ratio", unit="truth ratio", order=67,
+        splits={**_QUESTIONS, "forget_V": _FORGET_MORE, "forget_T": _FORGET_MORE, "forget": _FORGET_MORE},
+    ),
+    "rouge_l_recall": MeasurementKind(
+        "ROUGE-L recall of the greedy reply to an open question, words by their stems",
+        label="ROUGE-L recall of replies", unit="share of words", order=68, scores="open_answers:rouge_scores",
+        suite=True, splits={**_QUESTIONS, "forget": _FORGET},
+    ),
     "extraction_strength": MeasurementKind(
         "share of a text to forget that the model completes exactly",
         label="share of a text completed exactly", unit="share of a text", order=100,
         scores="cloze:extraction", requests="cloze:extraction_requests",
         splits={"forget_V": _FORGET, "forget_T": _FORGET},
     ),
+    "verbatim_memorization": MeasurementKind(
+        "ROUGE-L F1 of the greedy continuation of a passage (MUSE's VerbMem)",
+        label="verbatim memorization", unit="share of words", order=101, scores="recitation:verbatim",
+        suite=True, splits={"forget": _FORGET, "retain": _KEEP},
+    ),
+    "knowledge_memorization": MeasurementKind(
+        "ROUGE-L F1 of the answer to an open question after the pack's shots (MUSE's KnowMem)",
+        label="knowledge memorization", unit="share of words", order=102, scores="recitation:knowledge",
+        suite=True, splits={**_QUESTIONS, "forget": _FORGET},
+    ),
+    **{
+        name: MeasurementKind(
+            f"AUC of {of}, forget texts against texts that no model was trained on",
+            label=label, unit="AUC", order=order, scores=scores, suite=True, splits={"forget": OnSplit("base")},
+        )
+        for name, of, label, order, scores in (
+            ("membership_loss", "the mean log-probability per token", "membership, loss", 103, "membership:scores"),
+            ("membership_min_k", "Min-K% probability, K = 40", "membership, Min-K%", 104, ""),
+            ("membership_min_k_plus_plus", "Min-K%++, K = 20", "membership, Min-K%++", 105, ""),
+            ("membership_zlib", "log-probability over compressed bytes", "membership, zlib", 106, ""),
+        )
+    },
     "probe": MeasurementKind(
         "accuracy of linear probes for the answer, trained on T and tested on V, at the best layer",
         label="linear probe, best layer", unit="accuracy", order=110, scores="probe:scores",

@@ -3,17 +3,19 @@
 import math
 from collections.abc import Callable
 
-from ..concept import Concept, ForgetText
+from ..concept import Concept, ForgetText, Question
 from ..inference.likelihood import Likelihood, Request
 from ..inference.questions import questions_by_split, requests_of
 from ..items import clusters_of, drawn
 from ..model_under_test import EvalSettings, ModelUnderTest
 from ..statistics import Scores
 from . import MEASUREMENTS
+from .tofu import share_of_probability
 
 
 def scores(subject: ModelUnderTest) -> list[Scores]:
-    """For each split: log-probability of the answer, rank of its first token, and whether it is the greedy answer.
+    """For each split: log-probability of the answer, rank of its first token, whether it is the greedy answer, and its
+    probability among the choices.
 
     The answers' likelihoods are those of multiple choice, so this costs no forward.
     """
@@ -38,7 +40,19 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
             )
             for name, value in ANSWERS.items()
         ]
+        row = MEASUREMENTS["cloze_probability"]
+        shares = tuple(among_choices(subject, question) for question in questions)
+        ones = (1.0,) * len(ids)
+        results.append(
+            Scores("cloze_probability", split, row.unit, row.better(split), ids, shares, ones, clusters=clusters)
+        )
     return results
+
+
+def among_choices(subject: ModelUnderTest, question: Question) -> float:
+    """Softmax over the choices' mean log-probabilities per token, at the true one. It moves before accuracy does."""
+    losses = [-likelihood.per_token for likelihood in subject.likelihoods(requests_of(question))]
+    return share_of_probability(losses.pop(question.answer), losses)
 
 
 ANSWERS: dict[str, Callable[[Likelihood], float]] = {

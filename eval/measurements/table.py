@@ -11,11 +11,16 @@ from . import MEASUREMENTS
 
 
 def measure(subject: ModelUnderTest) -> list[Scores]:
-    """Run every measurement of the table on one model."""
-    functions = [function_of(row.requests) for row in MEASUREMENTS.values() if row.requests]
+    """Run every measurement of the table on one model, without those that only suites run."""
+    functions = [function_of(row.requests) for row in MEASUREMENTS.values() if row.requests and not row.suite]
     # All requests together, so that measurements share their forwards.
     subject.prepare([request for function in functions for request in function(subject.concept, subject.settings)])
-    return [result for name, row in MEASUREMENTS.items() if row.scores for result in scores_of(name, subject)]
+    return [
+        result
+        for name, row in MEASUREMENTS.items()
+        if row.scores and not row.suite
+        for result in scores_of(name, subject)
+    ]
 
 
 def scores_of(name: str, subject: ModelUnderTest) -> list[Scores]:
@@ -29,7 +34,7 @@ def scores_of(name: str, subject: ModelUnderTest) -> list[Scores]:
 
 def workload(concept: Concept, settings: EvalSettings) -> int:
     """Items that ``measure`` will report to ``advance``: likelihoods and replies."""
-    functions = [function_of(row.requests) for row in MEASUREMENTS.values() if row.requests]
+    functions = [function_of(row.requests) for row in MEASUREMENTS.values() if row.requests and not row.suite]
     return len({request for function in functions for request in function(concept, settings)}) + len(concept.prompts)
 
 

@@ -1,7 +1,10 @@
 """Commands that measure models: eval, audit and compare."""
 
+from __future__ import annotations
+
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,11 +12,16 @@ from ...artifacts.events import Events
 from .flags import ANY_MODEL, Config, Json, Out, Resume, Set, Text, Whole, say, say_json, say_plan
 from .session import after_audit, carry_out, settle, watcher, words
 
+if TYPE_CHECKING:
+    from ..evaluate import EvaluateSettings
+
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=f"One or more models, each {ANY_MODEL}.")],
     concept: Text = None,
     base: Text = None,
+    suite: Text = None,
+    reference: Text = None,
     questions: Whole = None,
     as_shipped: Annotated[bool, typer.Option("--as-shipped")] = False,
     judge: Annotated[list[str] | None, typer.Option()] = None,
@@ -22,6 +30,7 @@ def evaluate(
     set_: Set = None,
     device: Text = None,
     dtype: Text = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be measured; load no weights.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure one or several models with a concept pack.
@@ -36,6 +45,8 @@ def evaluate(
     flags = {
         "concept": concept,
         "base": base,
+        "suite": suite,
+        "reference": reference,
         "questions": questions,
         "as_shipped": as_shipped or None,
         "judge": judge or None,
@@ -45,6 +56,8 @@ def evaluate(
     }
     settings = load_settings(recipe.EvaluateSettings, config, set_ or [], flags).completed(models)
     settle()
+    if settings.suite:
+        return _suite(models, settings, dry_run=dry_run, as_json=as_json)
     job = recipe.prepare(
         models,
         settings.concept,
@@ -55,10 +68,36 @@ def evaluate(
         judges=settings.judge,
         benchmarks=settings.lm_eval,
     )
+    if dry_run:
+        return say_plan(recipe.describe(job), as_json)
     evaluation = recipe.run(job, Events(watcher=watcher()))
     if as_json:
         return say_json(evaluation.as_json())
     say(shown.evaluation_table(evaluation, terminal_width()))
+
+
+def _suite(models: list[str], settings: EvaluateSettings, *, dry_run: bool, as_json: bool) -> None:
+    """Print the table of a benchmark."""
+    from ...artifacts.reporting.terminal import terminal_width
+    from ..suites import run as recipe
+
+    tokens = settings.max_new_tokens if "max_new_tokens" in settings.model_fields_set else recipe.LONGEST
+    job = recipe.prepare(
+        models,
+        settings.concept,
+        settings.suite or "auto",
+        settings.base,
+        settings.reference,
+        device=settings.device,
+        dtype=settings.dtype,
+        settings=replace(settings.measuring(), max_new_tokens=tokens),
+    )
+    if dry_run:
+        return say_plan(recipe.describe(job), as_json)
+    table = recipe.run(job, Events(watcher=watcher()))
+    if as_json:
+        return say_json(table.as_json())
+    say(table.text(terminal_width()))
 
 
 def audit(
