@@ -137,7 +137,8 @@ def test_rwku_prompts_are_those_of_its_authors(tmp_path, packs):
         row["answer"] = loaded.tokenizer.decode(said, skip_special_tokens=True).strip().split("\n")[0]
     texts = [json.loads(line) for line in (packs["rwku"] / "forget.jsonl").read_text().splitlines()]
     pack = write_pack(tmp_path / "pack", None, {"open_questions": rows, "forget": texts})
-    job = prepare([SMALL_TESTBED], str(pack), "rwku", device="cpu", settings=EvalSettings(max_new_tokens=12))
+    short = EvalSettings(max_new_tokens=12)
+    job = prepare([SMALL_TESTBED], str(pack), "rwku", device="cpu", dtype="float32", settings=short)
     figures = run(job, Events()).models["testbed"]
     recalls = [one.value for one in figures if one.label.startswith(("forget", "neighbour"))]
     assert recalls == [1.0] * 5
