@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .recipes.commands import edit, look, measure, publish
+from .recipes.commands import concept, edit, look, measure, publish
 from .recipes.commands.failures import INTERRUPTED, explained
 from .recipes.commands.flags import say
 from .recipes.commands.help import PanelGroup, SettingsCommand
@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 testbed_app = typer.Typer(cls=PanelGroup, help="Make small worlds whose every fact is known.")
 app.add_typer(testbed_app, name="testbed", rich_help_panel="Testbed")
+concept_app = typer.Typer(cls=PanelGroup, help="Make concept packs, which say what to edit and how to measure it.")
+app.add_typer(concept_app, name="concept", rich_help_panel="Edit")
 
 
 def _show_version(wanted: bool) -> None:
@@ -66,10 +68,16 @@ COMMANDS: dict[str, tuple[str, Any, str]] = {
     "reproduce": ("Publish", publish.reproduce, "Example: excise reproduce runs/elm-1 --out runs/again"),
 }  # fmt: skip
 """Panel, function and the end of its help page."""
+CONCEPT_COMMANDS: dict[str, tuple[Any, str]] = {
+    "make": (concept.make, "Example: excise concept make my-pack --forget secrets.txt --retain general.txt"),
+}
+"""Function and the end of its help page."""
 
 for name, (panel, function, epilog) in COMMANDS.items():
     kind = SettingsCommand if name in ("run", "eval", "audit") else None
     app.command(name, cls=kind, rich_help_panel=panel, epilog=epilog)(function)
+for name, (function, epilog) in CONCEPT_COMMANDS.items():
+    concept_app.command(name, rich_help_panel="Edit", epilog=epilog)(function)
 testbed_app.command("build", rich_help_panel="Testbed", epilog="Example: excise testbed build --out my-world --seed 7")(
     publish.build
 )

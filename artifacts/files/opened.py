@@ -16,6 +16,8 @@ MAX_TEXT = 1 << 30
 """Bytes of the largest file of JSON lines."""
 MAX_JSON = 1 << 26
 """Bytes of the largest file that holds one JSON value."""
+MAX_LINE = 1 << 26
+"""Bytes of the longest line of a file that is read line by line."""
 MAX_YAML = 1 << 20
 """Bytes of the largest YAML file."""
 
@@ -88,6 +90,30 @@ def read_text(path: Path, most: int = MAX_TEXT) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise Unreadable(f"line {line} is not UTF-8, at byte {error.start}") from error
+
+
+def text_lines(path: Path, longest: int = MAX_LINE) -> Iterator[tuple[int, str]]:
+    """The lines of a text file in UTF-8 with their ends, and their numbers from 1; of any size, in little memory.
+
+    A byte order mark, which some editors write before the first line, is left out.
+
+    Raises:
+        Unreadable: It is no regular file, has a longer line, or is no text in UTF-8.
+        OSError: It does not exist, or the system refuses it.
+    """
+    with regular_file(path) as file:
+        number = 0
+        while data := file.readline(longest + 1):
+            number += 1
+            if len(data) > longest:
+                raise Unreadable(f"line {number} has more than {longest} bytes, the most that are read")
+            try:
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise Unreadable(f"line {number} is not UTF-8, at byte {error.start} of it") from error
+            if "\0" in line:
+                raise Unreadable(f"line {number} holds a byte of 0, so the file is no text in UTF-8")
+            yield number, line
 
 
 def sha256_of(path: Path) -> str:

@@ -1,0 +1,107 @@
+"""Commands about concept packs: new, make and get."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...artifacts.events import Events
+from .flags import Json, say, say_json
+from .session import quiet_hub, watcher
+
+MOST = 4000
+
+
+def make(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="What to forget: texts, or questions with answers or choices."),
+    ] = None,
+    retain: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="What must stay known, of any form.")
+    ] = None,
+    neighbour: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="The nearest topic that must stay known.")
+    ] = None,
+    questions: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="Questions on what to forget, with answers or choices.")
+    ] = None,
+    retain_questions: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="Questions on what must stay known.")
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="Open prompts about the concept, to measure replies on.")
+    ] = None,
+    unseen: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Texts like those to forget that no model saw, for membership tests."),
+    ] = None,
+    positive: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="Of a behaviour: prompts that bring it about.")
+    ] = None,
+    negative: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="Of a behaviour: prompts like those that do not.")
+    ] = None,
+    map_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="FIELD=COLUMN,...",
+            help="Names the columns of a source of unknown form, e.g. question=prompt,answer=solution; "
+            "a+b joins columns, and retain:text=body is for --retain only.",
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the pack; the folder's where none is given.")] = None,
+    description: Annotated[
+        str | None, typer.Option(help="The concept in a few words, as it fits after `a text on`.")
+    ] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="License of the data, which cards print.")] = None,
+    keywords: Annotated[str | None, typer.Option(help="Words that show that a reply is about it, as a,b,c.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the subjects for group V, which no training sees.")] = 0.5,
+    most: Annotated[int, typer.Option(min=1, help="Rows to draw of each source, at most.")] = MOST,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read everything and count, but write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a concept pack of files, folders or data sets.
+
+    A SOURCE is a .jsonl, .json, .csv, .tsv, .parquet, .txt (one text a line) or .md file (one document), a folder of
+    documents, or hub:ORG/NAME[:CONFIGURATION][:SPLIT][@REVISION]; options for sources may be repeated. Columns of known
+    data sets need no map. Long texts are cut into windows of about 200 words.
+    """
+    from ..concept.make import MakeRequest
+    from ..concept.make import make as make_pack
+    from .session import words
+
+    given = {"forget": forget, "retain": retain, "neighbour": neighbour, "questions": questions,
+             "retain-questions": retain_questions, "prompts": prompts, "unseen": unseen, "positive": positive,
+             "negative": negative}  # fmt: skip
+    request = MakeRequest(
+        out,
+        {role: tuple(refs) for role, refs in given.items() if refs},
+        maps=tuple(map_ or ()),
+        name=name,
+        description=description,
+        license=license_,
+        keywords=tuple(words(keywords) or ()),
+        held_out=held_out,
+        most=most,
+    )
+    request.check()
+    quiet_hub()
+    _show(make_pack(request, Events(watcher=watcher()), dry_run=dry_run), as_json)
+
+
+def _show(made: object, as_json: bool) -> None:
+    from ...artifacts.reporting.terminal import next_steps
+    from ..concept.pack import Made, next_commands, shown
+
+    assert isinstance(made, Made)
+    if as_json:
+        return say_json(made.as_json())
+    say(shown(made) + "\n")
+    if made.written:
+        say(f"{made.out} is complete\n")
+        say(next_steps(next_commands(made)))
+    else:
+        say("nothing was written, because this was a dry run")
