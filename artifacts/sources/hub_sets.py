@@ -99,7 +99,7 @@ def _chosen(ref: str, what: str, named: str | None, known: Sequence[str], usual:
     """
     if named is None:
         named = known[0] if len(known) == 1 else usual if usual in known else None
-    if named not in known:
+    if named is None or named not in known:
         shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
         fault = f"has no {what} {named}{nearest(named, list(known))}" if named else f"has several {what}s"
         raise RequestError(f"{ref} {fault}; give one of {shown}, as hub:ORG/NAME:CONFIGURATION:SPLIT")

@@ -66,7 +66,7 @@ def _json_lines(path: Path) -> Numbered:
     for number, line in text_lines(path):
         if line.strip():
             try:
-                value = parse_json(line)
+                value = parse_json(line.strip())
             except Unreadable as error:
                 raise Unreadable(f"line {number} {error}") from error
             yield f":{number}", _columns(value, f"line {number}")
@@ -119,7 +119,7 @@ def _separated(separator: str) -> Callable[[Path], Numbered]:
                 for row in reader:
                     if row and len(row) != len(header):
                         raise Unreadable(
-                            f"line {reader.line_num} has {len(row)} values, and line 1 {len(header)} names"
+                            f"line {reader.line_num} has {len(row)} values for the {len(header)} columns of line 1"
                         )
                     if row:
                         yield f":{reader.line_num}", dict(zip(header, row, strict=True))

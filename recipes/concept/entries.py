@@ -230,8 +230,8 @@ def grouped(entries: Sequence[Entry], held_out: float) -> list[Entry]:
     if missing:
         count = len({entry.unit for entry in found if entry.split == "forget" and entry.file in GROUPED})
         raise ConceptError(
-            f"what is to be forgotten has {count} subject{'s' * (count != 1)} and nothing for group {min(missing)}; give"
-            " rows on at least two subjects, or a column group with T and V"
+            f"what is to be forgotten has {count} subject{'s' * (count != 1)}, and none for group {min(missing)}; T is"
+            " trained on and V measured, so give rows on at least two subjects, or a column group with T and V"
         )
     return found
 

@@ -124,7 +124,7 @@ def _mapped(mapping: Mapping[str, tuple[str, ...]]) -> Schema:
             names = mapping.get(field, ())
             return _list(columns, names[0]) if len(names) == 1 else tuple(_text(columns, name) for name in names)
 
-        about = {name: _named(columns, mapping[name][0]) for name in ("subject", "topic", "level", "group",
+        about: dict[str, Any] = {name: _named(columns, mapping[name][0]) for name in ("subject", "topic", "level", "group",
                  "paraphrase", "paraphrased_answer") if name in mapping}  # fmt: skip
         prompt = text("question")
         if not prompt:
