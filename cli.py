@@ -70,6 +70,7 @@ COMMANDS: dict[str, tuple[str, Any, str]] = {
 """Panel, function and the end of its help page."""
 CONCEPT_COMMANDS: dict[str, tuple[Any, str]] = {
     "make": (concept.make, "Example: excise concept make my-pack --forget secrets.txt --retain general.txt"),
+    "get": (concept.get, "Example: excise concept get tofu:forget10"),
 }
 """Function and the end of its help page."""
 

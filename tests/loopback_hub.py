@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote
+
+import yaml
 
 TOKEN = "hf_loopback"
 LARGE = 2000
@@ -32,6 +35,8 @@ class Repo:
     commits: dict[str, Files] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
     private: bool = True
+    gated: bool = False
+    """Shown to everybody, but its files are given to nobody."""
 
     def commit(self, branch: str, files: Files) -> str:
         content = "".join(f"{name} {_entry(name, data)['oid']}" for name, data in sorted(files.items()))
@@ -81,6 +86,12 @@ class Hub:
         identity = repo.commit("main", dict(files))
         repo.heads["v1"] = identity
         return identity
+
+    def add_set(self, repo_id: str, files: dict[str, bytes], *, gated: bool = False) -> str:
+        """A data set with one commit."""
+        commit = self.add(f"datasets/{repo_id}", files)
+        self.repos[f"datasets/{repo_id}"].gated = gated
+        return commit
 
     def head(self, repo_id: str) -> Files:
         repo = self.repos[repo_id]
@@ -197,13 +208,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, repo: str, revision: str | None = None) -> None:
         if known := self.found(repo, revision):
+            held = self.hub.repos[repo]
             self.json(
                 {
-                    "id": repo,
+                    "id": repo.removeprefix("datasets/"),
                     "sha": known[0],
-                    "private": self.hub.repos[repo].private,
+                    "private": held.private,
+                    "gated": "manual" if held.gated else False,
                     "tags": [],
-                    "siblings": [{"rfilename": name} for name in known[1]],
+                    "cardData": _front(known[1].get("README.md", b"")),
+                    "siblings": [
+                        {"rfilename": name, "size": _entry(name, data)["size"]} for name, data in known[1].items()
+                    ],
                 }
             )
 
@@ -215,9 +231,50 @@ class Handler(BaseHTTPRequestHandler):
             heads[branch] = heads["main"]
             self.json({})
 
-    def tree(self, repo: str, revision: str) -> None:
+    def tree(self, repo: str, revision: str, folder: str | None = None) -> None:
         if known := self.found(repo, revision):
-            self.json([_entry(name, data) for name, data in known[1].items()])
+            inside = f"{folder}/" if folder else ""
+            names = [name for name in known[1] if name.startswith(inside)]
+            if inside and not names:
+                self.missing("EntryNotFound")
+                return
+            below = {name.removeprefix(inside).partition("/")[0] for name in names if "/" in name.removeprefix(inside)}
+            if "recursive=false" in self.path:
+                names = [name for name in names if "/" not in name.removeprefix(inside)]
+                self.json([_entry(name, known[1][name]) for name in names] + [_folder(inside + name) for name in below])
+            else:
+                self.json([_entry(name, known[1][name]) for name in names])
+
+    def paths(self, repo: str, revision: str) -> None:
+        """What stands at paths, each a file or a folder; a form or JSON asks for them."""
+        if known := self.found(repo, revision):
+            if self.headers.get("Content-Type", "").startswith("application/json"):
+                wanted = json.loads(self.body)["paths"]
+            else:
+                wanted = parse_qs(self.body.decode()).get("paths", [])
+            found = [_entry(name, known[1][name]) for name in wanted if name in known[1]]
+            for name in wanted:
+                if any(other.startswith(f"{name}/") for other in known[1]):
+                    found.append(_folder(name))
+            self.json(found)
+
+    def set_info(self, repo: str, revision: str | None = None) -> None:
+        self.info(f"datasets/{repo}", revision)
+
+    def set_tree(self, repo: str, revision: str, folder: str | None = None) -> None:
+        self.tree(f"datasets/{repo}", revision, unquote(folder) if folder else None)
+
+    def set_paths(self, repo: str, revision: str) -> None:
+        self.paths(f"datasets/{repo}", revision)
+
+    def set_file(self, repo: str, revision: str, name: str) -> None:
+        held = self.hub.repos.get(f"datasets/{repo}")
+        if held and held.gated:
+            known = bool(self.headers.get("Authorization"))
+            # The client reads the reason from the headers.
+            self.answer(403 if known else 401, b"{}", **{"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
+        else:
+            self.resolve(f"datasets/{repo}", unquote(revision), unquote(name))
 
     def preupload(self, repo: str, revision: str) -> None:
         if known := self.found(repo, revision):
@@ -362,6 +419,10 @@ class Handler(BaseHTTPRequestHandler):
 
 _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 ROUTES = [
+    (rf"GET /api/datasets/{_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", Handler.set_tree),
+    (rf"POST /api/datasets/{_REPO}/paths-info/(?P<revision>[^/]+)", Handler.set_paths),
+    (rf"GET /api/datasets/{_REPO}(?:/revision/(?P<revision>[^/]+))?", Handler.set_info),
+    (rf"(?:GET|HEAD) /datasets/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", Handler.set_file),
     (r"POST /api/repos/create", Handler.create),
     (r"GET /api/whoami-v2", Handler.whoami),
     (r"POST /api/validate-yaml", Handler.validate),
@@ -429,6 +490,16 @@ def shard_files(data: bytes) -> dict[str, str]:
             found[text(data[place : place + 32])] = text(identity)
             place += 48
     return found
+
+
+def _front(readme: bytes) -> Any:
+    """The YAML at the start of a card."""
+    parts = readme.decode().split("---\n")
+    return yaml.safe_load(parts[1]) if len(parts) > 2 else None
+
+
+def _folder(name: str) -> dict[str, Any]:
+    return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
 
 
 def _entry(name: str, data: bytes | Stored) -> dict[str, Any]:

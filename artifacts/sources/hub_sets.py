@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...editing.errors import ExciseError, RequestError, nearest, one_line
@@ -15,8 +16,8 @@ REF = re.compile(
 )
 LARGE = 300_000_000
 """Bytes of a configuration from which it is streamed; a smaller one is kept in the cache of ``datasets``."""
-TRIES, SECONDS = 4, 2
-"""How often a stream that breaks is read again, and after how long."""
+TRIES, SECONDS = 2, 2
+"""How often a stream that breaks is read again, each time with the tries of the Hub's own client, and after how long."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,15 @@ def open_hub_set(ref: str) -> HubSet:
     match = REF.fullmatch(ref)
     if not match:
         raise RequestError(f"{ref} is no data set; write hub:ORG/NAME[:CONFIGURATION][:SPLIT][@REVISION]")
+    import datasets
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     repo_id, config, split = match["id"], match["config"], match["split"]
     with _patient(), _told(ref, repo_id):
-        commit, license_, sizes = _about(repo_id, match["revision"])
-        import datasets
-
+        try:
+            commit, license_, sizes = _about(repo_id, match["revision"])
+        except OfflineModeIsEnabled:
+            return _cached(ref, repo_id, config, split, match["revision"])
         configs = datasets.get_dataset_config_names(repo_id, revision=commit)
         if config not in (None, *configs) and split is None and len(configs) == 1:
             config, split = None, config
@@ -67,17 +72,38 @@ def open_hub_set(ref: str) -> HubSet:
         builder = datasets.load_dataset_builder(repo_id, name=config, revision=commit)
         files = builder.config.data_files or {}
         split = _chosen(ref, "split", split, [str(name) for name in builder.info.splits or files], "train")
-        if (
-            sum(
-                sizes.get(str(file).rsplit("@", 1)[-1].partition("/")[2], 0) for part in files.values() for file in part
-            )
-            > LARGE
-        ):
+        # Files are named hf://datasets/ORG/NAME@COMMIT/FILE.
+        names = [str(file).partition(f"@{commit}/")[2] for part in files.values() for file in part]
+        if sum(sizes.get(name, 0) for name in names) > LARGE:
             data = builder.as_streaming_dataset(split=split)
         else:
             builder.download_and_prepare()
             data = builder.as_dataset(split=split)
     return HubSet(f"{HUB}{repo_id}:{config}:{split}@{commit}", repo_id, license_, data)
+
+
+def _cached(ref: str, repo_id: str, config: str | None, split: str | None, revision: str | None) -> HubSet:
+    """A data set that ``datasets`` has read before, at the commit that it had then.
+
+    Raises:
+        RequestError: It has not, or at another commit.
+    """
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(repo_id, name=config)
+        split = _chosen(ref, "split", split, [str(name) for name in builder.info.splits or ()], "train")
+        data = builder.as_dataset(split=split)
+    except (ConnectionError, ValueError, OSError) as error:
+        raise RequestError(
+            f"HF_HUB_OFFLINE is set, and the cache of `datasets` does not hold {ref}; unset it, or give a file"
+        ) from error
+    commit = Path(builder.cache_dir).name
+    if revision not in (None, "main", commit):
+        raise RequestError(
+            f"HF_HUB_OFFLINE is set, and the cache holds {repo_id} at {commit}, not {revision}; unset it"
+        )
+    return HubSet(f"{HUB}{repo_id}:{builder.config.name}:{split}@{commit}", repo_id, builder.info.license or None, data)
 
 
 def _about(repo_id: str, revision: str | None) -> tuple[str, str | None, dict[str, int]]:
@@ -95,14 +121,14 @@ def _chosen(ref: str, what: str, named: str | None, known: Sequence[str], usual:
     """The one that is named, or else the only or the usual one.
 
     Raises:
-        RequestError: There is no such one, or several to choose from.
+        NoSuchPart: There is no such one, or several to choose from.
     """
     if named is None:
         named = known[0] if len(known) == 1 else usual if usual in known else None
     if named is None or named not in known:
         shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
         fault = f"has no {what} {named}{nearest(named, list(known))}" if named else f"has several {what}s"
-        raise RequestError(f"{ref} {fault}; give one of {shown}, as hub:ORG/NAME:CONFIGURATION:SPLIT")
+        raise NoSuchPart(f"{ref} {fault}; give one of {shown}, as hub:ORG/NAME:CONFIGURATION:SPLIT")
     return named
 
 
@@ -132,6 +158,10 @@ def _patient() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+class NoSuchPart(RequestError):
+    """A data set without the configuration or split that was named."""
+
+
 class GatedSet(RequestError):
     """A data set that its owners give to those who ask."""
 
@@ -147,11 +177,16 @@ def _told(ref: str, repo_id: str) -> Iterator[None]:
             try:
                 yield
             except Exception as error:
-                # The library wraps what the client raises, more than once.
-                if any(isinstance(cause, GatedRepoError) for cause in _causes(error)):
+                # The library wraps what the client raises, and may leave only words of it.
+                if any(isinstance(one, GatedRepoError) or "gated dataset" in str(one) for one in _causes(error)):
                     raise GatedSet(
                         f"{repo_id} is gated: ask for access at https://huggingface.co/datasets/{repo_id}, log in with"
                         " `hf auth login`, and run the same command again"
+                    ) from error
+                # What pyarrow says of damaged or mixed files.
+                if isinstance(error, ValueError):
+                    raise RequestError(
+                        f"{ref} cannot be read ({one_line(error)}); give another set or a file"
                     ) from error
                 raise
     except (DatasetsError, ImportError) as error:

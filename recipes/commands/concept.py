@@ -105,3 +105,37 @@ def _show(made: object, as_json: bool) -> None:
         say(next_steps(next_commands(made)))
     else:
         say("nothing was written, because this was a dry run")
+
+
+def get(
+    name: Annotated[
+        str, typer.Argument(help="wmdp:bio|cyber|chem, tofu:forget01|05|10, muse:news|books, or rwku:PERSON.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; named after the benchmark where none is given.")
+    ] = None,
+    without_gated: Annotated[
+        bool, typer.Option("--without-gated", help="Leave out data sets that must be asked for: the texts of wmdp:bio.")
+    ] = False,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the subjects for group V, where the benchmark does not say.")
+    ] = 0.5,
+    most: Annotated[int, typer.Option(min=1, help="Rows to draw of each of its data sets, at most.")] = MOST,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read everything and count, but write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a concept pack of a published unlearning benchmark.
+
+    Its data sets are read from the Hub, and their commits are recorded. Runs and evaluations on such a pack show the
+    benchmark's own table.
+    """
+    from ..concept.benchmarks import folder_of
+    from ..concept.benchmarks import get as get_pack
+    from ..concept.make import check_held_out
+
+    check_held_out(held_out)
+    quiet_hub()
+    folder = out or folder_of(name)
+    events = Events(watcher=watcher())
+    made = get_pack(name, folder, events, most=most, held_out=held_out, without_gated=without_gated, dry_run=dry_run)
+    _show(made, as_json)

@@ -62,7 +62,7 @@ def entries_of(
     mapping: dict[str, tuple[str, ...]] | None = None,
     prefix: str | None = None,
     topic: str | None = None,
-    subject: Callable[[int], str] | None = None,
+    subject: Callable[[int], str | None] | None = None,
     group: str | None = None,
     forms: Sequence[str] = ("text", "choices", "answer", "continuation"),
 ) -> Reading:
@@ -72,7 +72,7 @@ def entries_of(
         flag: The option that named the source, for messages.
         most: Rows to make of it, at most; long texts make several.
         prefix: What ids begin with; the flag's name where none is given.
-        subject: Subject by the row's number, where the rows do not name one.
+        subject: Subject by the row's number, in place of what the rows name.
         group: The group of all its rows, where it is fixed.
         forms: Forms of rows that fit.
 
@@ -96,7 +96,7 @@ def entries_of(
         if item.form not in forms:
             raise RequestError(_unfit(flag, source.name, item.form, forms))
         turns += item.turns > 1
-        named = item.subject or (subject(row.number) if subject else None) or row.document
+        named = subject(row.number) if subject else item.subject or row.document
         identity = f"{prefix or flag}-{row.number + 1}"
         made = Entry(_file(item.form, split), split, identity, item, named, topic or item.topic, group or item.group)
         entries.append(made)

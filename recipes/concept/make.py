@@ -86,8 +86,13 @@ class MakeRequest:
             raise RequestError(
                 "nothing says what must stay known; give --retain SOURCE, e.g. general texts of the same kind"
             )
-        if not 0 < self.held_out < 1:
-            raise RequestError(f"--held-out {self.held_out} is not above 0 and below 1; it is the share of group V")
+        check_held_out(self.held_out)
+
+
+def check_held_out(share: float) -> None:
+    """Raise a ``RequestError`` for a share that leaves one of the groups empty."""
+    if not 0 < share < 1:
+        raise RequestError(f"--held-out {share} is not above 0 and below 1; it is the share of group V")
 
 
 def make(request: MakeRequest, events: Events, *, dry_run: bool = False) -> Made:
