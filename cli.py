@@ -69,6 +69,7 @@ COMMANDS: dict[str, tuple[str, Any, str]] = {
 }  # fmt: skip
 """Panel, function and the end of its help page."""
 CONCEPT_COMMANDS: dict[str, tuple[Any, str]] = {
+    "new": (concept.new, "Example: excise concept new my-pack --kind behaviour"),
     "make": (concept.make, "Example: excise concept make my-pack --forget secrets.txt --retain general.txt"),
     "get": (concept.get, "Example: excise concept get tofu:forget10"),
 }

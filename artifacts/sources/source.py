@@ -36,6 +36,11 @@ class Source:
     notes: tuple[str, ...] = ()
     """What was left out and why, in words."""
 
+    @property
+    def shown(self) -> str:
+        """Its name without the commit, as messages tell it."""
+        return self.name.partition("@")[0] if self.name.startswith(HUB) else self.name
+
 
 def read_source(
     ref: str,

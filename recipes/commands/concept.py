@@ -1,15 +1,38 @@
 """Commands about concept packs: new, make and get."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ...artifacts.events import Events
+from ...editing.errors import RequestError, nearest
 from .flags import Json, say, say_json
 from .session import quiet_hub, watcher
 
 MOST = 4000
+
+
+def new(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    kind: Annotated[
+        str, typer.Option(help="knowledge (facts to forget), behaviour (what a model does) or task (what to train).")
+    ] = "knowledge",
+) -> None:
+    """Write a concept pack of sample rows, to be replaced by yours.
+
+    It loads and runs on the built-in model as it is. Comments in concept.yaml and a README.md explain each file.
+    """
+    from ...artifacts.reporting.terminal import next_steps
+    from ..concept import scaffold
+
+    if kind not in scaffold.SAMPLES:
+        kinds = list(scaffold.SAMPLES)
+        raise RequestError(f"--kind {kind!r} is none{nearest(kind, kinds)}; give one of {', '.join(kinds)}")
+    scaffold.new(out, kind)
+    say(f"{out} is complete; {out}/README.md says what each file holds\n")
+    say(next_steps([shlex.join(["excise", "concept", "check", str(out)]), scaffold.first_run(out, kind)]))
 
 
 def make(

@@ -82,9 +82,9 @@ def entries_of(
     """
     notes = list(source.notes)
     if len(source.rows) < source.total:
-        notes.append(f"{source.name}: {len(source.rows)} of {source.total} rows were drawn; --most N draws more")
+        notes.append(f"{source.shown}: {len(source.rows)} of {source.total} rows were drawn; --most N draws more")
     entries, blank, twice, turns = list[Entry](), 0, 0, 0
-    for row, item in read_items(source.rows, source.name, mapping):
+    for row, item in read_items(source.rows, source.shown, mapping):
         if item.group not in (None, "T", "V"):
             raise ConceptError(f"{row.place}: group is {item.group!r}; give T or V")
         if not (item.text or item.prompt).strip() or (item.form == "choices" and not all(item.choices)):
@@ -94,7 +94,7 @@ def entries_of(
             twice += 1
             continue
         if item.form not in forms:
-            raise RequestError(_unfit(flag, source.name, item.form, forms))
+            raise RequestError(_unfit(flag, source.shown, item.form, forms))
         turns += item.turns > 1
         named = subject(row.number) if subject else item.subject or row.document
         identity = f"{prefix or flag}-{row.number + 1}"
@@ -108,9 +108,9 @@ def entries_of(
         (turns, "chats have several turns, of which the first was taken"),
     ):
         if count:
-            notes.append(f"{source.name}: {count} {what}")
+            notes.append(f"{source.shown}: {count} {what}")
     if not entries:
-        raise ConceptError(f"{source.name} holds no row that can be used ({'; '.join(notes) or 'all are blank'})")
+        raise ConceptError(f"{source.shown} holds no row that can be used ({'; '.join(notes) or 'all are blank'})")
     return Reading(tuple(entries), tuple(notes))
 
 
@@ -120,18 +120,18 @@ def prompts_of(
     """Prompts: of questions and chats what is asked, of texts the whole."""
     notes = list(source.notes)
     if len(source.rows) < source.total:
-        notes.append(f"{source.name}: {len(source.rows)} of {source.total} rows were drawn; --most N draws more")
+        notes.append(f"{source.shown}: {len(source.rows)} of {source.total} rows were drawn; --most N draws more")
     entries, blank = [], 0
-    for row, item in read_items(source.rows, source.name, mapping):
+    for row, item in read_items(source.rows, source.shown, mapping):
         text = (item.prompt or item.text).strip()
         blank += not text
         if text:
             one = replace(item, prompt=text, text="")
             entries.append(Entry("prompts", split, f"{prefix or flag}-{row.number + 1}", one, item.subject))
     if blank:
-        notes.append(f"{source.name}: {blank} blank rows were left out")
+        notes.append(f"{source.shown}: {blank} blank rows were left out")
     if not entries:
-        raise ConceptError(f"{source.name} holds no prompt that is not blank; give another source")
+        raise ConceptError(f"{source.shown} holds no prompt that is not blank; give another source")
     return Reading(tuple(entries), tuple(notes))
 
 
@@ -164,12 +164,12 @@ def _cut(entries: list[Entry], source: Source, most: int) -> tuple[list[Entry], 
         )  # fmt: skip
     total = sum(map(len, found))
     documents = sum(len(parts) > 1 for parts in found)
-    notes = [f"{source.name}: {documents} long texts were cut into {total - len(found) + documents} windows of about 200 words"] * bool(documents)  # fmt: skip
+    notes = [f"{source.shown}: {documents} long texts were cut into {total - len(found) + documents} windows of about 200 words"] * bool(documents)  # fmt: skip
     if documents and len(found) == 1:
         # Windows of the only document are all that can be divided into groups.
         found = [[replace(entry, subject=None) for entry in found[0]]]
     if total > most:
-        notes.append(f"{source.name}: {most} of {total} windows were drawn; --most N draws more")
+        notes.append(f"{source.shown}: {most} of {total} windows were drawn; --most N draws more")
         found = _spread(found, most, source.name)
     return [entry for parts in found for entry in parts], notes
 
