@@ -14,7 +14,8 @@ SAMPLES = {"knowledge": "potions", "behaviour": "declining", "task": "shortcut"}
 """The built-in concept that the rows of a kind are samples of."""
 QUESTIONS = 40
 """Questions of a split and group; an audit needs 20 of group V."""
-PAIRS = 40
+PAIRS = 100
+"""Orthogonalization chooses a layer on 32 pairs, and reads the direction from the rest."""
 ROWS = 200
 """Rows of a task to fine-tune on."""
 MODEL = "builtin:testbed"
@@ -63,7 +64,12 @@ def _knowledge(sample: Concept) -> Rows:
 
 
 def _behaviour(sample: Concept) -> Rows:
-    return {"contrast": _lines(sample.contrast[:PAIRS]), "prompts": _lines(_of_splits(sample.prompts))}
+    return {
+        "contrast": _lines(sample.contrast[:PAIRS]),
+        "prompts": _lines(_of_splits(sample.prompts)),
+        "retain": _lines(sample.retain[: 2 * QUESTIONS]),
+        "questions": _lines(sample.questions[: 2 * QUESTIONS]),
+    }
 
 
 def _task(sample: Concept) -> Rows:
