@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .recipes.commands import concept, edit, look, measure, publish
+from .recipes.commands import concept, edit, look, measure, packs, publish
 from .recipes.commands.failures import INTERRUPTED, explained
 from .recipes.commands.flags import say
 from .recipes.commands.help import PanelGroup, SettingsCommand
@@ -70,8 +70,10 @@ COMMANDS: dict[str, tuple[str, Any, str]] = {
 """Panel, function and the end of its help page."""
 CONCEPT_COMMANDS: dict[str, tuple[Any, str]] = {
     "new": (concept.new, "Example: excise concept new my-pack --kind behaviour"),
-    "make": (concept.make, "Example: excise concept make my-pack --forget secrets.txt --retain general.txt"),
+    "make": (concept.make, "Example: excise concept make my-pack --forget mine.txt --retain general.txt"),
     "get": (concept.get, "Example: excise concept get tofu:forget10"),
+    "check": (packs.check, "Example: excise concept check my-pack --model meta-llama/Llama-3.1-8B"),
+    "show": (packs.show, "Example: excise concept show builtin:potions --rows 1"),
 }
 """Function and the end of its help page."""
 

@@ -24,6 +24,7 @@ from ...eval.model_under_test import EvalSettings
 from .. import RECIPES
 from ..audit import request as audit
 from ..audit.attacks.table import BUDGETS
+from ..suites import SUITES, suite_module
 
 STANDS_IN, STANDS_IN_EDITED = "builtin:testbed", "builtin:testbed-reference"
 """Models by which a pack is checked where none is named: checks read the pack and the configuration alone."""
@@ -93,7 +94,7 @@ def check(pack: str, model: str | None = None) -> Checked:
     concept = load_concept(pack)
     source = find_model(model) if model else None
     files, longer = _files(concept, source)
-    uses = [*_recipes(pack, model), *_audit(pack), *_measurements(concept)]
+    uses = [*_recipes(pack, model), *_audit(pack), *_measurements(concept), *_benchmarks(concept)]
     return Checked(concept.ref, concept.about.kind, files, concept.made, tuple(uses), longer)
 
 
@@ -133,14 +134,33 @@ def _audit(pack: str) -> list[Use]:
     return [_use("audit", "audit", less)]
 
 
+NEEDED = {
+    "multiple_choice": "questions.jsonl or open_questions.jsonl",
+    "answer_probability": "open_questions.jsonl",
+    "extraction_strength": "forget.jsonl, in a pack of kind knowledge",
+    "perplexity": "retain.jsonl",
+}
+"""Files that measurements read."""
+
+
 def _measurements(concept: Concept) -> list[Use]:
     """Which rows of the table find something to measure."""
     settings, uses = EvalSettings(), []
     for name, row in MEASUREMENTS.items():
         if row.requests:
             count = len(function_of(row.requests)(concept, settings))
-            why = "" if count else "the pack holds nothing that it reads"
+            why = "" if count else f"nothing to measure; it reads {NEEDED.get(name, 'other files')}"
             uses.append(Use("measurement", name, "runs" if count else "does not run", why))
+    return uses
+
+
+def _benchmarks(concept: Concept) -> list[Use]:
+    """Whether the pack makes a benchmark's own table."""
+    uses = []
+    for name in SUITES:
+        lacking = suite_module(name).needs(concept)
+        why = f"needs {'; '.join(lacking)}" if lacking else ""
+        uses.append(Use("benchmark", name, "does not run" if lacking else "runs", why))
     return uses
 
 

@@ -1,0 +1,92 @@
+"""`excise concept check` asks every recipe, measurement, audit and benchmark itself, so what it says is what they do."""
+
+import json
+
+import pytest
+from excise.artifacts.concepts import BUILTIN
+from excise.recipes import RECIPES
+from excise.recipes.concept.check import FILES, check, text
+from excise.recipes.concept.show import show
+from helpers import SMALL_TESTBED, excise
+
+TRAINED = ("elm", "rmu", "npo", "simnpo", "grad_diff")
+
+
+def _pack(folder, kind="knowledge", **files):
+    folder.mkdir()
+    about = f"name: own\ndescription: potions\nkeywords: [potion]\nlicense: CC0-1.0\nsource: ours\nkind: {kind}\n"
+    (folder / "concept.yaml").write_text(about)
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _rows(name, concept="potions"):
+    return [json.loads(line) for line in (BUILTIN / concept / f"{name}.jsonl").read_text().splitlines()]
+
+
+def _answers(folder):
+    return {use.name: use for use in check(str(folder)).uses}
+
+
+def test_the_built_in_packs_run_where_they_are_made_for():
+    potions, declining, shortcut = (_answers(f"builtin:{name}") for name in ("potions", "declining", "shortcut"))
+    assert all(potions[name].answer == "runs" for name in (*TRAINED, "prune", "orthogonalize", "audit"))
+    assert potions["caft"].answer == "does not run" and "kind task" in potions["caft"].why
+    assert declining["orthogonalize"].answer == "runs" and declining["audit"].answer == "does not run"
+    assert shortcut["caft"].answer == "runs"
+
+
+def test_questions_of_group_v_alone_train_nothing_and_it_says_what_to_add(tmp_path):
+    questions = [row | {"group": "V"} for row in _rows("questions") if row["split"] == "forget"]
+    answers = _answers(_pack(tmp_path / "own", questions=questions, retain=_rows("retain")))
+    for name in TRAINED:
+        assert answers[name].answer == "does not run" and "forget.jsonl" in answers[name].why
+    assert answers["multiple_choice"].answer == "runs"
+    # With texts to train on, they run.
+    texts = _pack(tmp_path / "texts", questions=questions, retain=_rows("retain"), forget=_rows("forget"))
+    assert all(_answers(texts)[name].answer != "does not run" for name in TRAINED)
+
+
+def test_two_lists_are_enough_for_a_direction(tmp_path):
+    answers = _answers(_pack(tmp_path / "lists", "behaviour", contrast=_rows("contrast", "declining")))
+    assert answers["orthogonalize"].answer != "does not run"
+    assert "open_questions.jsonl" in answers["answer_probability"].why
+    assert answers["tofu"].answer == "does not run" and "needs" in answers["tofu"].why
+
+
+def test_what_it_says_of_a_recipe_is_what_the_recipe_says(tmp_path):
+    folder = _pack(tmp_path / "own", forget=_rows("forget"))
+    answers = _answers(folder)
+    assert set(RECIPES) <= set(answers)
+    for name in ("npo", "orthogonalize", "prune"):
+        run = excise("run", name, "--concept", folder, "--model", "builtin:testbed", "--dry-run", cwd=tmp_path)
+        assert (run.returncode == 0) == (answers[name].answer != "does not run"), name
+        assert not run.returncode or answers[name].why in run.stderr
+
+
+def test_a_terminal_and_json_tell_the_same(tmp_path):
+    folder = _pack(tmp_path / "own", forget=_rows("forget"), retain=_rows("retain"))
+    checked = check(str(folder), SMALL_TESTBED)
+    said = text(checked, 80)
+    assert max(map(len, said.splitlines())) <= 80 and "tokens, median" in said
+    assert all(made in " ".join(said.split()) for made in checked.made)
+    printed = json.loads(excise("concept", "check", folder, "--model", SMALL_TESTBED, "--json").stdout)
+    assert printed == json.loads(json.dumps(checked.as_json()))
+
+
+def test_tokens_are_the_models_and_long_texts_are_counted(tmp_path):
+    long = [{"id": "long", "text": "word " * 5000, "group": "T"}, {"id": "short", "text": "word", "group": "T"}]
+    folder = _pack(tmp_path / "own", forget=long, retain=_rows("retain"))
+    by_words, by_tokens = check(str(folder)), check(str(folder), SMALL_TESTBED)
+    assert by_words.files[0].longest == 5000 and by_words.longer == 0
+    assert by_tokens.files[0].longest > 5000 and by_tokens.longer == 1
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_show_counts_every_file_and_shows_its_first_rows(rows):
+    shown = show("builtin:potions", rows)
+    assert set(shown["files"]) <= set(FILES) and shown["files"]["questions"]["rows"] == 800
+    assert [len(file["first"]) for file in shown["files"].values()] == [rows] * len(shown["files"])
+    told = excise("concept", "show", "builtin:potions", "--rows", rows).stdout
+    assert "questions: 800 rows" in told
