@@ -179,13 +179,13 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
     return ids
 
 
-@torch.no_grad()
 def reply_log_probabilities(model: Any, replies: Sequence[Reply]) -> list[Float[Tensor, "tokens vocab"]]:
     """The model's log-probabilities of all tokens (nats) at each position of the replies, fp32 on the CPU."""
     by_index = dict(batched_log_probabilities(model, replies))
     return [by_index[index] for index in range(len(replies))]
 
 
+@torch.no_grad()
 def batched_log_probabilities(
     model: Any, replies: Sequence[Reply]
 ) -> Iterator[tuple[int, Float[Tensor, "tokens vocab"]]]:
