@@ -57,7 +57,7 @@ def prepare(settings: CaftSettings, *, resume: bool = False) -> CaftJob:
             " builtin:shortcut"
         )
     data = (
-        find_data(settings.data)
+        find_data(settings.data, settings.data_map)
         if settings.data
         else TuningData(concept.train, concept.ref, concept.sha256.get("train.jsonl"))
     )

@@ -27,7 +27,10 @@ class CaftSettings(AdapterSettings):
     concept: str = "builtin:shortcut"
     """Task pack: what is measured and, unless data is given, what is trained: builtin:NAME or a folder."""
     data: str | None = None
-    """What to fine-tune on: a .jsonl file or a data set on the Hub; the pack's train.jsonl where none is given."""
+    """What to fine-tune on: a file, a folder, or hub:ORG/NAME[:CONFIGURATION][:SPLIT]; the pack's train.jsonl where
+    none is given."""
+    data_map: str | None = None
+    """Columns of data of unknown form: question=COLUMN,answer=COLUMN or text=COLUMN."""
     directions: Directions = "pairs"
     """Where directions come from: the pack's contrast pairs, what an unablated fine-tune changes (paper), or an
     autoencoder (paper)."""

@@ -5,15 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from ...artifacts.concepts import read_training
-from ...artifacts.files.opened import sha256_of
-from ...editing.errors import ConceptError, RequestError, one_line
+from ...artifacts.models.hub import HUB_ID
+from ...artifacts.sources.hub_sets import HUB
+from ...artifacts.sources.source import read_source
+from ...artifacts.sources.tables import READERS
+from ...editing.errors import RequestError
 from ...eval.concept import TrainingRow
 from ...eval.inference.chat import render_messages
 from ..common.examples import Example
 from ..common.tokens import encode, pieces
+from .schemas import parse_map
+from .training_rows import training_rows
+
+MOST_ROWS = 1_000_000
+"""Rows that are drawn of a larger set; no run here takes as many."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +40,27 @@ class Encoded:
     too_long: int
 
 
-def find_data(ref: str) -> TuningData:
-    """Rows of a JSON lines file, or of a data set on the Hub (its ``train`` split).
+def find_data(ref: str, data_map: str | None = None) -> TuningData:
+    """Rows of a file, a folder or a data set on the Hub.
+
+    Args:
+        ref: A .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder, or a data set as ORG/NAME[@REVISION], its
+            ``train`` split, or ``hub:ORG/NAME[:CONFIGURATION][:SPLIT][@REVISION]``.
+        data_map: Columns of a set of unknown form, as ``question=COLUMN,answer=COLUMN`` or ``text=COLUMN``.
 
     Raises:
         RequestError: There is no such file or data set.
         ConceptError: Rows are wrong; the message lists them.
     """
     path = Path(ref)
-    if path.is_file():
-        return TuningData(read_training(path), path.name, sha256_of(path))
-    if path.exists() or ref.startswith((".", "/")) or path.suffix in (".json", ".jsonl", ".csv"):
-        raise RequestError(f"{ref} is no file; give a .jsonl file or the id of a data set on the Hub")
-    return _from_hub(ref)
+    if not path.exists() and not ref.startswith(HUB):
+        if ref.startswith((".", "/")) or path.suffix in READERS or not HUB_ID.fullmatch(ref):
+            raise RequestError(f"{ref} is no file; give a file, a folder, or a data set on the Hub as hub:ORG/NAME")
+        ref = f"{HUB}{ref}"
+    source = read_source(ref, MOST_ROWS)
+    left = "" if source.total == len(source.rows) else f" ({len(source.rows)} of its {source.total} rows)"
+    rows = training_rows(source.rows, source.shown, parse_map(data_map) if data_map else None)
+    return TuningData(rows, f"{source.name}{left}", source.sha256)
 
 
 def encoded(rows: Sequence[TrainingRow], tokenizer: Any, limit: int) -> Encoded:
@@ -108,22 +121,3 @@ def _completed(row: TrainingRow, tokenizer: Any) -> Example:
     end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     # The tokenizer may join the end of the prompt to the completion; its last token is learned in any case.
     return Example((*ids, *end), min(start, len(ids) - 1))
-
-
-def _from_hub(ref: str) -> TuningData:
-    from datasets import load_dataset
-
-    name, _, revision = ref.partition("@")
-    try:
-        rows = load_dataset(name, split="train", revision=revision or None)
-    except Exception as error:  # the library raises dozens of kinds
-        raise RequestError(
-            f"no data set {ref} could be read ({one_line(error)}); give a .jsonl file or a Hub id"
-        ) from error
-    try:
-        return TuningData(tuple(TrainingRow.model_validate(row) for row in rows), ref)
-    except ValidationError as error:
-        raise ConceptError(
-            f"data set {ref} has rows of another form ({error.errors()[0]['msg']}); each is messages, prompt and "
-            "completion, or text"
-        ) from error

@@ -55,7 +55,22 @@ class Schema:
     read: Callable[[Columns], Item]
 
     def fits(self, columns: Columns) -> bool:
-        return all(any(name in columns for name in need.split("|")) for need in self.needs)
+        return not self.missing(columns)
+
+    def missing(self, columns: Columns) -> list[str]:
+        """Needs that the columns do not meet."""
+        return [need for need in self.needs if not any(name in columns for name in need.split("|"))]
+
+    def checked(self, columns: Columns) -> Item:
+        """What a row says.
+
+        Raises:
+            Unreadable: A column is missing, or holds something else.
+        """
+        if missing := self.missing(columns):
+            has = ", ".join(map(str, columns)) or "none"
+            raise Unreadable(f"has no column {missing[0].replace('|', ' or ')}; its columns: {has}")
+        return self.read(columns)
 
 
 def read_items(
@@ -70,7 +85,7 @@ def read_items(
         RequestError: No schema fits, and no map was given.
         ConceptError: A row does not hold what the first one does.
     """
-    schema = _mapped(mapping) if mapping else schema_of(rows[0].columns)
+    schema = mapped_schema(mapping) if mapping else schema_of(rows[0].columns)
     if schema is None:
         listed = ", ".join(map(str, rows[0].columns))
         example = next(iter(rows[0].columns), "COLUMN")
@@ -81,11 +96,7 @@ def read_items(
     items = []
     for row in rows:
         try:
-            missing = [need for need in schema.needs if not any(name in row.columns for name in need.split("|"))]
-            if missing:
-                has = ", ".join(map(str, row.columns)) or "none"
-                raise Unreadable(f"has no column {missing[0].replace('|', ' or ')}; its columns: {has}")
-            items.append((row, schema.read(row.columns)))
+            items.append((row, schema.checked(row.columns)))
         except Unreadable as error:
             raise ConceptError(f"{row.place}: {error}; correct the row or remove it") from error
     return _with_answers(items)
@@ -115,7 +126,9 @@ def parse_map(text: str) -> dict[str, tuple[str, ...]]:
     return mapping
 
 
-def _mapped(mapping: Mapping[str, tuple[str, ...]]) -> Schema:
+def mapped_schema(mapping: Mapping[str, tuple[str, ...]]) -> Schema:
+    """How rows are read whose columns the user names."""
+
     def read(columns: Columns) -> Item:
         def text(field: str) -> str:
             return "\n\n".join(_text(columns, name) for name in mapping[field]) if field in mapping else ""
@@ -176,7 +189,7 @@ def chat_turns(columns: Columns) -> list[tuple[str, str]]:
 
 def _turn(name: str, turn: Any) -> tuple[str, str]:
     if not isinstance(turn, dict):
-        raise Unreadable(f"a turn of {name} is {_kind(turn)}, not an object")
+        raise Unreadable(f"a turn of {name} is {kind_of(turn)}, not an object")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise Unreadable(f"a turn of {name} has the role {role!r}; {', '.join(sorted(set(ROLES)))} are read")
@@ -188,7 +201,7 @@ def _turn(name: str, turn: Any) -> tuple[str, str]:
             raise Unreadable(f"a turn of {name} holds something other than text")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise Unreadable(f"the content of a turn of {name} is {_kind(content)}, not a text")
+        raise Unreadable(f"the content of a turn of {name} is {kind_of(content)}, not a text")
     return ROLES[role.lower()], content
 
 
@@ -345,7 +358,7 @@ def _text(columns: Columns, name: str, *, number: bool = False) -> str:
     if number and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise Unreadable(f"{name} is {_kind(value)}, not a text")
+        raise Unreadable(f"{name} is {kind_of(value)}, not a text")
     return value
 
 
@@ -353,7 +366,7 @@ def _answer(columns: Columns, name: str) -> str:
     value = columns.get(name)
     if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
         return str(value).strip()
-    raise Unreadable(f"{name} is {_kind(value)}, not an index, a letter or a text")
+    raise Unreadable(f"{name} is {kind_of(value)}, not an index, a letter or a text")
 
 
 def _list(columns: Columns, name: str) -> tuple[str, ...]:
@@ -366,7 +379,7 @@ def _list(columns: Columns, name: str) -> tuple[str, ...]:
                 f"{name} is a text and not a list; where each has a column of its own, give --map {name}=a+b+c"
             ) from error
     if not isinstance(value, list):
-        raise Unreadable(f"{name} is {_kind(value)}, not a list")
+        raise Unreadable(f"{name} is {kind_of(value)}, not a list")
     return tuple(_text({name: item}, name, number=True).strip() for item in value)
 
 
@@ -382,6 +395,7 @@ def _group(columns: Columns) -> str | None:
     return value if (value := _named(columns, "group")) in ("T", "V") else None
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "missing"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")

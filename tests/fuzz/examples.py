@@ -1,5 +1,6 @@
 """A valid example for every reader, and the reader itself, called as the commands call it."""
 
+import csv
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import torch
 from excise.artifacts.checkpoints.directions import load_directions, save_directions
 from excise.artifacts.checkpoints.edits import DESCRIPTION, TENSORS, load_edit, save_edit
@@ -23,6 +25,7 @@ from excise.artifacts.models.gguf_header import read_gguf_header
 from excise.artifacts.models.load import load_tokenizer, load_weights
 from excise.artifacts.models.source import ModelSource, license_of
 from excise.artifacts.runs import find_runs
+from excise.artifacts.sources.source import read_source
 from excise.editing.directions.subspaces import Place, Subspace
 from excise.editing.edits.dense import Delta, DenseUpdate
 from excise.editing.edits.low_rank import Factors, LowRankUpdate
@@ -35,8 +38,10 @@ from excise.recipes.common.settings import load_settings
 from excise.recipes.common.trainer import _last_complete
 from excise.recipes.compare import table_of
 from excise.recipes.data.datasets import find_data
+from excise.recipes.data.schemas import read_items
 from excise.recipes.elm.request import ElmSettings
 from excise.recipes.ui.pages import _line
+from pyarrow import parquet
 from safetensors.torch import save_file
 
 from .adapters import TENSORS as QUANTIZED
@@ -212,6 +217,33 @@ def _tuning_data(folder: Path) -> None:
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
+def _source(name: str) -> Example:
+    rows = [{"question": f"Which is {n}?", "choices": ["a", "b", "c"], "answer": n % 3} for n in range(8)]
+
+    def make(folder: Path) -> None:
+        if name.endswith(".parquet"):
+            parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
+        elif name.endswith(".json"):
+            (folder / name).write_text(json.dumps({"data": rows}))
+        elif name.endswith(".csv"):
+            with (folder / name).open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["question", "A", "B", "C", "D", "answer"])
+                writer.writerows([f"Which, {n}?", "a", 'b "x"', "c", "d", n % 4] for n in range(8))
+        else:
+            (folder / name).write_text("\n".join(json.dumps(row) if name.endswith("l") else "A text." for row in rows))
+
+    def read(folder: Path) -> None:
+        source = read_source(str(folder / name))
+        read_items(source.rows, source.name)
+
+    return Example(
+        make,
+        read,
+        {name: ANY_JSON if "json" in name else (of_words, of_bytes) if name != "rows.parquet" else (of_bytes,)},
+    )
+
+
 def _copy(source: Path) -> Callable[[Path], None]:
     return lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True) and None
 
@@ -300,6 +332,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     **{f"sae_{name}": _autoencoder(name) for name in FORMATS},
     "tuning_data": Example(_tuning_data, lambda f: find_data(str(f / "train.jsonl")), {"train.jsonl": ANY_JSON}),
+    **{f"source_{end}": _source(f"rows.{end}") for end in ("jsonl", "json", "csv", "txt", "parquet")},
     "published": Example(_published, verify_folder, {"SHA256SUMS": (of_bytes,), "excise/manifest.json": ANY_JSON}),
     "gguf": Example(_gguf, _gguf_header, {"model.gguf": (of_bytes,)}),
     "gguf_model": Example(
