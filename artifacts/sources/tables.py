@@ -63,19 +63,21 @@ def document_of(path: Path) -> SourceRow:
 
 
 def _json_lines(path: Path) -> Numbered:
+    first: type | None = None
     for number, line in text_lines(path):
         if line.strip():
             try:
                 value = parse_json(line.strip())
             except Unreadable as error:
                 raise Unreadable(f"line {number} {error}") from error
-            yield f":{number}", _columns(value, f"line {number}")
+            first = first or type(value)
+            yield f":{number}", _columns(value, first, f"line {number}")
 
 
 def _json(path: Path) -> Numbered:
-    value = parse_json(read_text(path, MAX_WHOLE).removeprefix("\ufeff"))
-    for number, row in enumerate(_listed(value), start=1):
-        yield f" row {number}", _columns(row, f"row {number}")
+    rows = _listed(parse_json(read_text(path, MAX_WHOLE).removeprefix("\ufeff")))
+    for number, row in enumerate(rows, start=1):
+        yield f" row {number}", _columns(row, type(rows[0]), f"row {number}")
 
 
 def _listed(value: Any) -> list[Any]:
@@ -93,12 +95,13 @@ def _listed(value: Any) -> list[Any]:
     )
 
 
-def _columns(row: Any, where: str) -> dict[str, Any]:
-    if isinstance(row, str):
-        return {TEXT: row}
-    if not isinstance(row, dict):
+def _columns(row: Any, first: type, where: str) -> dict[str, Any]:
+    """A row's columns; a list may be one of texts, but not of texts and objects."""
+    if not isinstance(row, str | dict):
         raise Unreadable(f"{where} is neither an object nor a text")
-    return row
+    if not isinstance(row, first):
+        raise Unreadable(f"{where} is {'a text' if isinstance(row, str) else 'an object'}, unlike the rows before it")
+    return {TEXT: row} if isinstance(row, str) else row
 
 
 def _separated(separator: str) -> Callable[[Path], Numbered]:

@@ -1,5 +1,6 @@
 """What rows say whose columns are called as known data sets call them, or as the user maps them."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -333,7 +334,7 @@ def _with_answers(items: list[tuple[SourceRow, Item]]) -> list[tuple[SourceRow, 
 
 
 def _place(answer: str, choices: tuple[str, ...]) -> int:
-    if answer.isascii() and answer.lstrip("-").isdigit():
+    if re.fullmatch("-?[0-9]{1,9}", answer):
         place = int(answer)
     elif len(answer) == 1 and answer.isascii() and answer.isalpha():
         place = ord(answer.upper()) - ord("A")

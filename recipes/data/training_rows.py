@@ -43,7 +43,7 @@ def training_rows(
     if problems:
         more = [f"and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
         listed = "\n  ".join([*problems[:MOST_TOLD], *more])
-        raise ConceptError(f"{name} has {len(problems)} bad rows; each is {FORMS}:\n  {listed}")
+        raise ConceptError(f"{name} has {len(problems)} bad lines; each is {FORMS}:\n  {listed}")
     return tuple(found)
 
 

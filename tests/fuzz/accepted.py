@@ -149,6 +149,21 @@ ACCEPTED: dict[str, dict[tuple[str, ...], str]] = {
     "tuning_data/train.jsonl": {
         FIELDS: "prompts and replies are free text",
         TEXT: "a letter of a text is another text, and a line less is a smaller data set",
+        ("whole",): "a text alone is a row to learn",
+    },
+    "source_json*/*": {
+        FIELDS: "questions and choices are free text, and a column that no schema needs may be missing",
+        TEXT: "a letter of a text is another text, and a row less is a smaller set",
+        ("whole",): "a list of texts is a source too",
+    },
+    "source_txt/*": {
+        ("word", *BYTES): "any text in UTF-8 is a list of texts",
+    },
+    "source_csv/*": {
+        ("word", *TEXT): "a letter of a text is another text, and a row less is a smaller set",
+    },
+    "source_parquet/*": {
+        BYTES: "pages are found by their places and have no checksum: a letter of a text is another text",
     },
     "gguf*/model.gguf": {
         ("flip", "zero"): "a number of a tensor, or a letter of a text in the header",
