@@ -39,6 +39,7 @@ class Kept:
         return divergence(self.log_p, log_q if self.ids is None else _lumped(log_q, self.ids))
 
 
+@torch.no_grad()
 def kept(model: Any, replies: Sequence[Reply], most: int = BYTES) -> list[Kept]:
     """The model's distributions along replies, in at most about ``most`` bytes.
 
@@ -60,6 +61,7 @@ def kept(model: Any, replies: Sequence[Reply], most: int = BYTES) -> list[Kept]:
     return [result for result in results if result is not None]
 
 
+@torch.no_grad()
 def divergences(model: Any, replies: Sequence[Reply], base: Sequence[Kept]) -> list[Float[Tensor, " tokens"]]:
     """KL(base || model) at each token of each reply, in nats. Nothing of the model's distributions is kept."""
     nats: list[Tensor | None] = [None] * len(replies)

@@ -168,6 +168,9 @@ def test_one_item_or_items_that_are_all_the_same_tell_of_no_interval_and_none_is
     shown = summarize(single, "edited", _scores([2.0]))
     assert format_value(shown) == "2.500 […, …]" and format_difference(shown) == "+0.500 […, …]"
     assert shown.difference["p"] == 1 and json.loads(json.dumps(measurements_as_json([shown])))[0]["ci95"] is None
+    # What base and edited have in common cancels to rounding, whose error is 0 by one formula and not by another.
+    few = _scores([0.0, 0.0, 0.0, 0.0, 2.5649493574615367, 1.3862943611198906, 0.0, 0.0], exponential=True)
+    assert summarize(few, "edited", few).difference == {"value": 0.0, "ci95": None, "p": 1.0}
     # A rate of one item has one: it is bounded.
     assert _scores([1.0]).interval() == wilson(1, 1)
     low, high = _scores([0.25] * 7 + [0.26]).interval()
