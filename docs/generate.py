@@ -43,7 +43,16 @@ def settings(recipe: str) -> str:
     header = ("setting", "default", "what it does")
     first = _table(header, [row for row in rows if str(row[0]).strip("`") not in shared])
     rest = _table(header, [row for row in rows if str(row[0]).strip("`") in shared])
-    return f"{first}\n\nEvery recipe also has these settings:\n\n{rest}"
+    return f"{first}\n\n{_budgets(kind)}\n\nEvery recipe also has these settings:\n\n{rest}"
+
+
+def _budgets(kind: Any) -> str:
+    """What each budget of a recipe sets."""
+    sentences = []
+    for name in ("quick", "long"):
+        values = ", ".join(f"`{key}={value}`" for key, value in kind.set_by(name).items())
+        sentences.append(f"`--budget {name}` sets {values}.")
+    return " ".join([*sentences, "Settings that you give explicitly win."])
 
 
 def audit_settings(_: str) -> str:

@@ -94,7 +94,9 @@ class _Sums:
             self.error = math.sqrt(self.freedom / max(1, n) * float(((left_out - self.value) ** 2).sum()))
         # What is left of equal items is rounding.
         scale = max(abs(self.value), float(np.abs(columns[0]).max()) / max(1e-300, float(np.mean(columns[1]))))
-        self.tells = n >= FEWEST_SUBJECTS and math.isfinite(self.error) and min(self.linearized, self.error) > 1e-9 * scale
+        self.tells = (
+            n >= FEWEST_SUBJECTS and math.isfinite(self.error) and min(self.linearized, self.error) > 1e-9 * scale
+        )
 
     def ends(self, *, positive: bool = False) -> Interval:
         """Student's t and the bootstrap-t (Hall 1988): on each side the wider one, which covers skewed values too.

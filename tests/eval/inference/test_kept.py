@@ -49,6 +49,8 @@ def test_what_fits_is_the_divergence_and_what_does_not_is_less_by_what_the_rest_
     )
     tokens = sum(len(reply.ids) for reply in replies)
     whole = divergences(other.model, replies, kept(one.model, replies))
+    # Or every batch's activations would be held for a gradient that nobody asks for.
+    assert not any(part.requires_grad for part in (*whole, *(item.log_p for item in kept(one.model, replies))))
     for few in (1, 3, 40):
         base = kept(one.model, replies, most=12 * few * tokens)
         assert all(item.log_p.shape[-1] == few + 1 for item in base), "the negative: not everything was kept"
