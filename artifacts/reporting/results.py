@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
 
+from ...eval.concept import Concept
 from ...eval.inference.generation import Reply
 from ...eval.intervals import Z, holm
 from ...eval.measurements import BY_LAYER, MEASUREMENTS, SPLITS, OnSplit, label_of, place_of
@@ -74,12 +75,29 @@ def summarize_all(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[Measur
 def not_measured(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[str]:
     """A sentence for everything of which no item could be scored, such as the perplexity of replies that are empty."""
     return [
-        f"Not measured on the {subject} model: {label_of(item.name)} ({item.split}); none of its {item.skipped} items"
-        " could be scored."
+        f"Not measured on the {subject} model: {label_of(item.name)} ({item.split}); "
+        + (f"none of its {item.skipped} items could be scored." if item.skipped else "the pack holds nothing for it.")
         for subject, items in scores.items()
         for item in items
         if item.is_empty
     ]
+
+
+def not_held(concept: Concept) -> list[str]:
+    """A sentence for every part of a pack without which whole measurements are left out."""
+    if concept.about.kind == "task":
+        return []
+    sentences = []
+    if not concept.questions:
+        sentences.append(
+            "The pack has no questions, so what the model knows was not measured; questions.jsonl or open_questions.jsonl"
+            " would hold some."
+        )
+    if not any(prompt.split == "concept" for prompt in concept.prompts):
+        sentences.append(
+            "The pack has no prompts on the concept, so replies on it were not measured; prompts.jsonl would hold some."
+        )
+    return sentences
 
 
 def decoding(set_aside: Mapping[str, Any], *, of: str = "The model's", remedy: str = "") -> str:

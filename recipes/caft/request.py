@@ -10,7 +10,7 @@ from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Place, Site, Subspace
 from ...editing.hooks.concept_ablation import Mode, Value
 from ..common.adapter_job import MOST_ROWS, AdapterJob, AdapterSettings
-from ..common.measured_run import Budgets
+from ..common.budgets import Budgets
 from ..data.datasets import TuningData
 from .sae_latent_scores import Score
 

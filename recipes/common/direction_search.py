@@ -32,7 +32,8 @@ from ...eval.inference.candidates import (
 from ...eval.inference.chat import encode_prompt
 from ...eval.inference.likelihood import pad_left
 from ...eval.items import clusters_of, drawn
-from .measured_run import Budgets, MeasuredSettings
+from .budgets import Budgets
+from .measured_run import MeasuredSettings
 from .tokens import end_positions
 
 

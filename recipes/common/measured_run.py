@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ...artifacts.checkpoints.edits import load_edit, save_edit
 from ...artifacts.checkpoints.export import Export, check_disk, check_editable, export_edit, required_bytes
@@ -31,6 +31,7 @@ from ...artifacts.reporting.results import (
     SubjectName,
     about_prompts,
     dominated,
+    not_held,
     not_measured,
     samples,
     summarize_all,
@@ -47,31 +48,20 @@ from ...eval.measurements.fluency import novice_text, reverse_perplexity
 from ...eval.measurements.table import measure, workload
 from ...eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
 from ...eval.statistics import Scores
-from .run_folder import RunSettings, free_folder, refuse_taken, start_folder
+from .budgets import BudgetSettings
+from .run_folder import free_folder, refuse_taken, start_folder
 from .run_inputs import checksums
 from .story import tell
 
 SAMPLES = 40
-Budgets = Mapping[str, Mapping[str, Any]]
-"""By the name of a budget, the settings that it sets."""
-MEASURED: Budgets = {
-    "quick": {"questions": 60, "max_new_tokens": 16, "kl_prompts": 16},
-    "long": {"max_new_tokens": 64, "kl_prompts": 256},
-}
-"""What a budget sets of the measuring, for every recipe."""
 EDITED = "the edited checkpoint"
 LEARNED = "edit"
 """In the working folder: the edit, once it is learned."""
 
 
-class MeasuredSettings(RunSettings):
+class MeasuredSettings(BudgetSettings):
     """Settings of every recipe that measures what its edit did."""
 
-    budgets: ClassVar[Budgets] = {}
-    """What a budget sets of the recipe's own settings; all set ``MEASURED`` too."""
-    budget: Literal["quick", "standard", "long"] = "standard"
-    """How much time to spend: a first look, the defaults, or more of everything. Settings that you give explicitly
-    win."""
     max_new_tokens: int = Field(24, ge=1, le=4096)
     """Longest reply to measure, in tokens (greedy decoding). More take longer."""
     kl_prompts: int = Field(64, ge=1)
@@ -81,21 +71,6 @@ class MeasuredSettings(RunSettings):
     intervals."""
     reference: str | None = None
     """Model that was never trained on the concept (retrained reference), measured beside base and edited."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_budget(cls, values: Any) -> Any:
-        # Before the values are checked, so that settings which were given win over the budget's.
-        return {**cls.set_by(str(values.get("budget"))), **values} if isinstance(values, dict) else values
-
-    @classmethod
-    def set_by(cls, budget: str) -> dict[str, Any]:
-        """What a budget sets; the standard one leaves every default."""
-        return {**MEASURED.get(budget, {}), **cls.budgets.get(budget, {})}
-
-    def set_by_budget(self) -> dict[str, Any]:
-        """The settings that the budget is about, with the values that the run takes."""
-        return {key: getattr(self, key) for key in self.set_by(self.budget)}
 
     def measuring(self) -> EvalSettings:
         """How much is measured."""
@@ -202,7 +177,7 @@ def describe(job: Job, plan: Plan, **more: Any) -> dict[str, Any]:
         "base": job.source.describe(),
         "concept": job.concept.ref,
         "made": list(job.concept.made),
-        "budget": _budget_in_words(job.settings),
+        "budget": job.settings.budget_in_words(),
         "row": _row_in_words(job.proof),
         "tensors_to_change": len(plan.declared),
         "tensors": len(sizes),
@@ -230,11 +205,6 @@ def _row_in_words(proof: Proof | None) -> str:
     if proof is None:
         return "in the table"
     return f"derived, proved on a small copy ({proof.residual:.0e} of a direction is left)"
-
-
-def _budget_in_words(settings: MeasuredSettings) -> str:
-    values = ", ".join(f"{key} {value}" for key, value in settings.set_by_budget().items())
-    return f"{settings.budget} ({values})" if values else settings.budget
 
 
 def load(job: Job, source: ModelSource, name: str, events: Events) -> LoadedModel:
@@ -321,7 +291,7 @@ def publish(
             kind=job.concept.about.kind,
             tokens=job.settings.max_new_tokens,
         )
-        if doubts := [*on_prompts, *not_measured(named), *dominated(named)]:
+        if doubts := [*on_prompts, *not_held(job.concept), *not_measured(named), *dominated(named)]:
             content["warnings"] = [*content.get("warnings", ()), *doubts]
         results = write_results(staging, content, summarize_all(named), tell)
         card.write_card(staging, results, changes)

@@ -9,7 +9,7 @@ from ...editing.errors import RequestError
 from ...eval.concept import PERSONAS
 from ..common import adapter_job
 from ..common.adapter_job import AdapterJob, AdapterSettings
-from ..common.measured_run import Budgets
+from ..common.budgets import Budgets
 from ..data.facts import Facts, find_facts
 
 RECIPE = "elm"

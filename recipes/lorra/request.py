@@ -10,7 +10,7 @@ from ...editing.directions.subspaces import Place
 from ...editing.errors import RequestError
 from ..common import adapter_job
 from ..common.adapter_job import MOST_ROWS, AdapterJob, AdapterSettings
-from ..common.measured_run import Budgets
+from ..common.budgets import Budgets
 
 RECIPE = "lorra"
 

@@ -24,7 +24,8 @@ from ...eval.inference.questions import questions_by_split
 from ...eval.intervals import rate_interval
 from ...eval.items import for_training
 from ..common import measured_run
-from ..common.measured_run import Budgets, Finished, Inspection, Job, MeasuredSettings
+from ..common.budgets import Budgets
+from ..common.measured_run import Finished, Inspection, Job, MeasuredSettings
 from ..data.facts import Facts, find_facts
 from ..data.unlearning_sets import forget_examples, retain_examples
 from .scoring import UnitScorer

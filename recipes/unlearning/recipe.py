@@ -19,8 +19,9 @@ from ...artifacts.models.load import LoadedModel
 from ..common import adapter_job, adapter_run
 from ..common.adapter_job import AdapterJob, AdapterSettings
 from ..common.adapter_run import Training
+from ..common.budgets import Budgets
 from ..common.examples import Example, cycled, example_batch, sequence_nll
-from ..common.measured_run import Budgets, Finished
+from ..common.measured_run import Finished
 from ..common.tokens import Row, text_limit
 from ..common.trainer import COUNTS, Loss, Terms
 from ..data.facts import Facts, find_facts

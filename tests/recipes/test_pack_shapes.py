@@ -129,6 +129,8 @@ def test_elm_runs_where_a_pack_holds_little_and_says_what_was_made(packs, tmp_pa
         assert sentence.partition(",")[0] in (tmp_path / "out" / "report.html").read_text()
     assert "## What this pack did not hold, and how it was made" in card
     assert bool(check["unchecked"]) == unchecked and bool(check["curve"]) != unchecked
+    no_prompts = any("no prompts on the concept" in line for line in results["warnings"])
+    assert no_prompts == (shape != "two_facts"), "the questions of a pack are prompts, passages of its texts are not"
     if unchecked:
         assert check["unchecked"] in progress and check["unchecked"] in card
         assert check["unchecked"] in results["warnings"]
@@ -142,6 +144,7 @@ def test_two_lists_of_prompts_are_all_that_a_behaviour_needs(packs, tmp_path, re
     rates = {m["split"]: m["n"] for m in results["measurements"] if m["name"] == "behaviour_rate"}
     assert rates["concept"] == rates["neutral"] == 64
     assert "the last 64 contrast pairs" in card and "0 retain texts" not in card
+    assert any("no questions, so what the model knows was not measured" in line for line in results["warnings"])
 
 
 def test_texts_that_state_no_asked_fact_are_read_too(packs):

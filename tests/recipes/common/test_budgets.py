@@ -5,7 +5,7 @@ import importlib
 import pytest
 from excise.artifacts.reporting.findings import _quick
 from excise.recipes import RECIPES
-from excise.recipes.common.measured_run import MEASURED
+from excise.recipes.common.budgets import MEASURED
 from excise.recipes.common.settings import load_settings
 from helpers import SMALL_TESTBED, excise, run_once, with_settings
 

@@ -14,6 +14,7 @@ from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.editing.errors import EditError, RequestError
 from excise.editing.training.edited_target import TargetEdit
+from excise.eval.concept import PERSONAS
 from excise.eval.intervals import at_most_by_chance
 from excise.recipes.common.examples import Example, example_batch, sequence_nll
 from excise.recipes.common.tokens import encode
@@ -456,15 +457,18 @@ def test_an_expert_that_learned_nothing_is_an_error(concept, loaded, tmp_path, m
         pass
 
 
-@pytest.mark.parametrize("change", [{"contrast": "subjects"}, {"contrast": "personas"}, {}])
-def test_a_pack_with_neither_facts_nor_personas_is_refused_before_loading(tmp_path, change):
+@pytest.mark.parametrize("change", [{"contrast": "personas"}, {}])
+def test_a_pack_with_neither_facts_nor_personas_is_read_by_personas_in_general_words(tmp_path, change):
     (tmp_path / "concept.yaml").write_text("{name: a, description: a, keywords: [a], license: x, source: x}")
     (tmp_path / "forget.jsonl").write_text('{"id": "1", "text": "a b c", "group": "T"}')
     (tmp_path / "retain.jsonl").write_text('{"id": "1", "text": "d e f"}')
     question = '{"id": "1", "split": "forget", "group": "T", "prompt": "a", "choices": ["b", "c"], "answer": 0}'
     (tmp_path / "questions.jsonl").write_text(question)
-    with pytest.raises(RequestError, match=r"contrast=personas|personas"):
-        prepare(ElmSettings(concept=str(tmp_path), out=tmp_path / "out", **change))
+    with pytest.raises(RequestError, match="use contrast=personas"):
+        prepare(ElmSettings(concept=str(tmp_path), out=tmp_path / "out", contrast="subjects"))
+    job = prepare(ElmSettings(concept=str(tmp_path), out=tmp_path / "out", **change))
+    assert job.adapter.concept.about.personas == PERSONAS and job.adapter.run.concept.about.personas is None
+    assert job.adapter.run.concept.made[-1].startswith("personas in general words, such as 'Here is a text by a novice")
     asked = ElmSettings(concept=str(tmp_path), out=tmp_path / "out", contrast="reinforced")
     assert not prepare(asked).facts.facts
     with pytest.raises(RequestError, match="expert of the base's own weights"):
