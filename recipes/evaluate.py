@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from ..artifacts.checkpoints.read import open_checkpoint
 from ..artifacts.concepts import load_concept
 from ..artifacts.events import Events
+from ..artifacts.judge_server import JudgeServer, find_judge_server, is_address
 from ..artifacts.models.dequantized import check_loadable
 from ..artifacts.models.find import find_adapter, find_model
 from ..artifacts.models.in_memory import opened
@@ -42,6 +43,7 @@ from ..eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
 from ..eval.statistics import Scores
 from .common.prompt_settings import PromptSettings
 from .common.run_record import inputs_of
+from .judging import DEFAULT, Grading, grade, read_rubric
 
 AnyModel = ModelSource | ModelInMemory
 
@@ -69,7 +71,12 @@ class EvaluateSettings(PromptSettings):
     """Decode replies as each model's generation_config says, with its penalties, beams and draws; otherwise
     greedily."""
     judge: tuple[str, ...] = ()
-    """Further models that read the replies on a knowledge concept; may be repeated."""
+    """Further models that read the replies on a concept, each a model or the server and model of an OpenAI-compatible
+    API, https://HOST/v1#MODEL; may be repeated."""
+    rubric: str | None = None
+    """Let judges grade each reply by a rubric: a YAML file, or default. Judges behind a server always do."""
+    judge_key: str | None = None
+    """Name of the environment variable that holds the key of judges behind a server."""
     lm_eval: tuple[str, ...] = ()
     """Also run benchmarks of the lm-evaluation-harness: task names, or YAML files whose code will run. Separated by
     commas."""
@@ -101,7 +108,7 @@ class EvaluateSettings(PromptSettings):
     def _check_suite(self) -> Self:
         if self.suite is None and self.reference is not None:
             raise ValueError("reference is used by suites alone; give suite too, or leave it out")
-        unused = [name for name in ("judge", "lm_eval") if getattr(self, name)] if self.suite else []
+        unused = [name for name in ("judge", "rubric", "lm_eval") if getattr(self, name)] if self.suite else []
         if unused:
             raise ValueError(f"a suite prints the benchmark's table alone, without {unused[0]}; leave one of them out")
         return self
@@ -120,6 +127,8 @@ class EvaluateJob:
     concept: Concept
     judges: tuple[ModelSource, ...]
     """Further models that read the replies on a knowledge concept, beside the base."""
+    grading: Grading | None
+    """The rubric that judges grade the replies on the concept by."""
     tasks: Tasks | None
     settings: EvalSettings
     device: torch.device
@@ -150,6 +159,8 @@ def prepare(
     dtype: str = "auto",
     settings: EvalSettings | None = None,
     judges: Sequence[str] = (),
+    rubric: str | None = None,
+    judge_key: str | None = None,
     benchmarks: Sequence[str] = (),
 ) -> EvaluateJob:
     """Check names, files and memory, before any weight is read.
@@ -157,7 +168,10 @@ def prepare(
     Args:
         models: One or more, each by reference or in memory.
         concept: None takes concept, and base where there is none, from the records of the runs that made the models.
-        judges: Further models that read the replies on a knowledge concept, beside the base.
+        judges: Further models that read the replies on a knowledge concept, beside the base; or servers of
+            OpenAI-compatible APIs, as ``https://HOST/v1#MODEL``.
+        rubric: A YAML file, or ``default``, by which all judges grade the replies; None lets servers alone grade.
+        judge_key: Environment variable that holds the servers' key.
         benchmarks: Tasks of the lm-evaluation-harness, by name or YAML file.
 
     Raises:
@@ -173,15 +187,20 @@ def prepare(
     adapted = base if isinstance(base, str) else None
     sources = tuple(_find(model, adapted) for model in models)
     before = None if base is None else _find(base)
-    readers = tuple(find_model(judge) for judge in judges)
-    if readers and not _has_knowledge_prompts(pack):
-        raise RequestError(
-            f"concept {pack.ref} has no prompts on knowledge whose replies a judge could read; leave out the judges"
-        )
+    servers = tuple(find_judge_server(judge, judge_key) for judge in judges if is_address(judge))
+    local = [judge for judge in judges if not is_address(judge)]
+    _check_judges(pack, judges, local, rubric)
+    readers = tuple(find_model(judge) for judge in local)
+    graders: tuple[ModelSource | JudgeServer, ...] = (*(readers if rubric else ()), *servers)
+    grading = Grading(read_rubric(rubric or DEFAULT), graders) if graders else None
     for source in (*sources, *readers, *([before] if before else [])):
         _check(source, chosen_device, chosen_dtype)
     tasks = find_tasks(benchmarks) if benchmarks else None
-    return EvaluateJob(sources, before, pack, readers, tasks, settings or EvalSettings(), chosen_device, chosen_dtype)
+    if not _has_knowledge_prompts(pack):
+        readers = ()
+    return EvaluateJob(
+        sources, before, pack, readers, grading, tasks, settings or EvalSettings(), chosen_device, chosen_dtype
+    )
 
 
 def run(job: EvaluateJob, events: Events) -> Evaluation:
@@ -192,8 +211,12 @@ def run(job: EvaluateJob, events: Events) -> Evaluation:
     """
     base = None if job.base is None else _measure(job, job.base, None, events)
     measured = [_measure(job, model, base, events) for model in job.models]
-    _let_judges_read([*([base] if base else []), *measured], job, events)
-    return Evaluation(tuple(_results(job, source, base, one) for source, one in zip(job.models, measured, strict=True)))
+    everyone = [*([base] if base else []), *measured]
+    _let_judges_read(everyone, job, events)
+    notes = _let_judges_grade(everyone, job, events)
+    return Evaluation(
+        tuple(_results(job, source, base, one, notes) for source, one in zip(job.models, measured, strict=True))
+    )
 
 
 def recorded(models: Sequence[str | ModelInMemory]) -> tuple[str, str | None]:
@@ -212,6 +235,20 @@ def recorded(models: Sequence[str | ModelInMemory]) -> tuple[str, str | None]:
     if len(concepts) > 1:
         raise RequestError(f"the models were made for different concepts, {', '.join(concepts)}; give --concept")
     return next(iter(concepts)), next(iter(bases)) if len(bases) == 1 else None
+
+
+def _check_judges(pack: Concept, judges: Sequence[str], local: Sequence[str], rubric: str | None) -> None:
+    """Check that judges have something to read, and a rubric somebody who grades by it."""
+    if rubric and not judges:
+        raise RequestError(
+            f"rubric={rubric} needs a judge who grades by it; give --judge MODEL or https://HOST/v1#MODEL"
+        )
+    if local and not rubric and not _has_knowledge_prompts(pack):
+        raise RequestError(
+            f"concept {pack.ref} has no prompts on knowledge whose replies a judge could read; leave out the judges"
+        )
+    if judges and not any(prompt.split == "concept" for prompt in pack.prompts):
+        raise RequestError(f"concept {pack.ref} has no prompts whose replies a judge could grade; leave out the judges")
 
 
 def checked(model: str | ModelInMemory, device: torch.device, dtype: torch.dtype) -> AnyModel:
@@ -302,7 +339,21 @@ def _let_judges_read(measured: Sequence[MeasuredModel], job: EvaluateJob, events
             del judge
 
 
-def _results(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, measured: MeasuredModel) -> dict[str, Any]:
+def _let_judges_grade(measured: Sequence[MeasuredModel], job: EvaluateJob, events: Events) -> list[str]:
+    """Add the judges' grades to each model's scores; sentences on what they cost."""
+    if job.grading is None:
+        return []
+    prompts = [prompt for prompt in job.concept.prompts if prompt.split == "concept"]
+    replies = [one.replies for one in measured]
+    graded, notes = grade(job.grading, job.concept, prompts, replies, job.device, job.dtype, events)
+    for one, scores in zip(measured, graded, strict=True):
+        one.scores.extend(scores)
+    return notes
+
+
+def _results(
+    job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, measured: MeasuredModel, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """What ``eval.json`` would hold of one model."""
     scores: dict[SubjectName, Sequence[Scores]] = {"base": base.scores} if base else {}
     scores["edited"] = measured.scores
@@ -321,6 +372,6 @@ def _results(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, mea
         "measurements": measurements_as_json(summarize_all(scores)),
         "decoding": {"as_shipped": job.settings.as_shipped, "set_aside": measured.set_aside},
         "prompts": {**job.settings.prompts.as_json(), "chat_template": measured.chat_template},
-        "warnings": [*on_prompts, *not_measured(scores), *dominated(scores), *([aside] if aside else [])],
+        "warnings": [*on_prompts, *not_measured(scores), *dominated(scores), *([aside] if aside else []), *notes],
         "samples": samples({"concept": base.replies}, {"concept": measured.replies}, SHOWN_SAMPLES) if base else [],
     }

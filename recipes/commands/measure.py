@@ -66,6 +66,8 @@ def evaluate(
         dtype=settings.dtype,
         settings=settings.measuring(),
         judges=settings.judge,
+        rubric=settings.rubric,
+        judge_key=settings.judge_key,
         benchmarks=settings.lm_eval,
     )
     if dry_run:
