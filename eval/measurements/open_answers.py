@@ -14,7 +14,7 @@ from ..items import clusters_of, drawn
 from ..model_under_test import EvalSettings, ModelUnderTest
 from ..statistics import Scores
 from . import MEASUREMENTS, tofu
-from .rouge import rouge_l
+from .rouge import is_countable, rouge_l
 
 REPLY_TOKENS = 200
 """Greedy tokens of a reply to an open question (TOFU, config/eval.yaml)."""
@@ -116,12 +116,19 @@ def rouge_scores(subject: ModelUnderTest) -> list[Scores]:
 
 
 def rouge_recall(subject: ModelUnderTest, split: str, rows: Sequence[OpenQuestion], most: int = REPLY_TOKENS) -> Scores:
-    """ROUGE-L recall of the greedy replies to some open questions."""
+    """ROUGE-L recall of the greedy replies to some open questions; answers without a Latin letter or digit are skipped."""
+    rows, skipped = countable(rows)
     chat = bool(subject.tokenizer.chat_template)
     prompts = [row.prompt if chat else asked(row.prompt) for row in rows]
     replies = subject.completions(prompts, min(most, subject.settings.max_new_tokens), chat=chat)
     values = [rouge_l(row.answer, reply.text).recall for row, reply in zip(rows, replies, strict=True)]
-    return scored(subject, "rouge_l_recall", split, rows, values)
+    return scored(subject, "rouge_l_recall", split, rows, values, skipped)
+
+
+def countable(rows: Sequence[OpenQuestion]) -> tuple[list[OpenQuestion], int]:
+    """The questions whose answers ROUGE can count, and how many it cannot."""
+    kept = [row for row in rows if is_countable(row.answer)]
+    return kept, len(rows) - len(kept)
 
 
 def scored(

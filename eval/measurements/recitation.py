@@ -10,8 +10,8 @@ from ..items import clusters_of, drawn
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
 from . import MEASUREMENTS
-from .open_answers import open_by_split, scored
-from .rouge import rouge_l
+from .open_answers import countable, open_by_split, scored
+from .rouge import is_countable, rouge_l
 
 PASSAGE_TOKENS = 128
 """Tokens of a passage that are generated and compared (MUSE, section 3.1)."""
@@ -32,7 +32,8 @@ def verbatim(subject: ModelUnderTest) -> list[Scores]:
     results, row = [], MEASUREMENTS["verbatim_memorization"]
     for split in ("forget", "retain"):
         rows = passages_of(subject.concept, split, subject.settings.questions)
-        if not rows:
+        passages, rows = rows, [one for one in rows if is_countable(one.continuation)]
+        if not passages:
             continue
         most = min(PASSAGE_TOKENS, subject.settings.max_new_tokens)
         replies = subject.completions([one.prompt for one in rows], most)
@@ -50,6 +51,7 @@ def verbatim(subject: ModelUnderTest) -> list[Scores]:
                 ids,
                 tuple(values),
                 ones,
+                skipped=len(passages) - len(rows),
                 clusters=clusters,
             )
         )
@@ -70,6 +72,7 @@ def knowledge(subject: ModelUnderTest) -> list[Scores]:
 
 def knowledge_of(subject: ModelUnderTest, split: str, rows: Sequence[OpenQuestion]) -> Scores:
     """ROUGE-L F1 of the answers to some open questions, asked in plain text after the shots of their split."""
+    rows, skipped = countable(rows)
     shown = "forget" if split.startswith("forget") else "retain"
     shots = [shot for shot in subject.concept.shots if shot.split == shown]
     most = min(ANSWER_TOKENS, subject.settings.max_new_tokens)
@@ -77,7 +80,7 @@ def knowledge_of(subject: ModelUnderTest, split: str, rows: Sequence[OpenQuestio
     values = [
         rouge_l(row.answer, answer_in(reply.text), stem=False).f1 for row, reply in zip(rows, replies, strict=True)
     ]
-    return scored(subject, "knowledge_memorization", split, rows, values)
+    return scored(subject, "knowledge_memorization", split, rows, values, skipped)
 
 
 def with_shots(question: str, shots: Sequence[Shot]) -> str:

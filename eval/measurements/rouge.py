@@ -1,5 +1,6 @@
 """ROUGE-L of a reply against the right one, by the library that the benchmarks use."""
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -35,6 +36,16 @@ def rouge_l(right: str, reply: str, *, stem: bool = True) -> Rouge:
     """
     score = _scorer(stem).score(right, reply)["rougeL"]
     return Rouge(float(score.recall), float(score.fmeasure))
+
+
+def is_countable(right: str) -> bool:
+    """Whether ROUGE sees a word in a text: the benchmarks' library knows Latin letters and digits alone.
+
+    Example:
+        >>> is_countable("Paris"), is_countable("巴黎")
+        (True, False)
+    """
+    return re.search("[a-z0-9]", right.lower()) is not None
 
 
 def require_rouge(what: str) -> None:

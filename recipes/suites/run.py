@@ -138,6 +138,11 @@ def _notes(job: SuiteJob, columns: Mapping[str, Raw]) -> list[str]:
     if job.suite == "wmdp":
         notes += [line for line in job.evaluation.concept.made if line.startswith("choices")]
     for name, raw in columns.items():
+        notes += [
+            f"Not measured on {name}: {key}; none of its {scores.skipped} items could be scored."
+            for key, scores in raw.items()
+            if scores.is_empty and scores.skipped
+        ]
         if CUT in raw and (count := round(sum(raw[CUT].totals))):
             notes.append(
                 f"{count} of {len(raw[CUT].ids)} prompts are longer than {name} can read and lost their beginning."
@@ -148,6 +153,8 @@ def _notes(job: SuiteJob, columns: Mapping[str, Raw]) -> list[str]:
         )
     if settings.max_new_tokens < LONGEST:
         notes.append(f"Replies have at most {settings.max_new_tokens} tokens (max_new_tokens).")
+    if settings.as_shipped:
+        notes.append("Replies were decoded as each model's generation_config says, not greedily (--as-shipped).")
     if job.reference is None and job.suite in ("tofu", "muse"):
         missing = "Forget quality" if job.suite == "tofu" else "PrivLeak"
         notes.append(f"{missing} needs --reference MODEL, a model that was trained without what is to be forgotten.")

@@ -11,7 +11,7 @@ import re
 from ...eval.concept import Concept, OpenQuestion
 from ...eval.items import clusters_of, drawn
 from ...eval.measurements.membership import as_auc, text_scores, texts
-from ...eval.measurements.open_answers import scored
+from ...eval.measurements.open_answers import countable, scored
 from ...eval.measurements.rouge import require_rouge, rouge_l
 from ...eval.model_under_test import ModelUnderTest
 from ...eval.statistics import Scores
@@ -81,6 +81,7 @@ def measure(subject: ModelUnderTest) -> Raw:
 
 
 def _recall(subject: ModelUnderTest, split: str, level: int, rows: list[OpenQuestion]) -> Scores:
+    rows, skipped = countable(rows)
     front = INSTRUCTIONS.get(level, ANSWER_BRIEFLY)
     prompts = [f"{front}\nQuestion: {row.prompt}\n" for row in rows]
     most = min(REPLY_TOKENS, subject.settings.max_new_tokens)
@@ -88,7 +89,7 @@ def _recall(subject: ModelUnderTest, split: str, level: int, rows: list[OpenQues
     values = [
         rouge_l(row.answer, reply.text.strip().split("\n")[0]).recall for row, reply in zip(rows, replies, strict=True)
     ]
-    return scored(subject, "rouge_l_recall", split, rows, values)
+    return scored(subject, "rouge_l_recall", split, rows, values, skipped)
 
 
 def figures(raw: Raw, base: Raw | None, reference: Raw | None) -> list[Figure]:

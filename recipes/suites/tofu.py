@@ -99,16 +99,18 @@ def figures(raw: Raw, base: Raw | None, reference: Raw | None) -> list[Figure]:
             Figure("forget quality (p)", p, "p-value", "higher", n, None, ratios.skipped),
             Figure("forget quality, KS distance", statistic, "distance", "lower", n, None, ratios.skipped),
         ]
-    found.append(_utility(raw))
+    found += _utility(raw)
     for name in (*UTILITY, "forget"):
         for part in PARTS:
             found += mean_of(f"{name}: {part}", raw[f"{name} {part}"])
     return found
 
 
-def _utility(raw: Raw) -> Figure:
+def _utility(raw: Raw) -> list[Figure]:
     """The harmonic mean of the nine; its interval draws subjects within each set."""
     sets = [[raw[f"{name} {part}"] for part in PARTS] for name in UTILITY]
+    if any(part.is_empty for parts in sets for part in parts):
+        return []
     # A question without wrong answers has no truth ratio, so the parts of a set may differ in their items.
     items = [dict(pair for part in parts for pair in zip(part.ids, part.clusters, strict=True)) for parts in sets]
     columns = [[column(part, of_set) for part in parts] for parts, of_set in zip(sets, items, strict=True)]
@@ -123,4 +125,4 @@ def _utility(raw: Raw) -> Figure:
 
     interval = percentile_interval([list(of_set.values()) for of_set in items], estimate)
     value = model_utility([part.value() for parts in sets for part in parts])
-    return Figure("model utility", value, "harmonic mean", "base", sum(map(len, items)), interval)
+    return [Figure("model utility", value, "harmonic mean", "base", sum(map(len, items)), interval)]

@@ -142,3 +142,14 @@ def test_passages_are_recited_and_answers_end_where_the_next_question_begins(mod
     assert answer_in(" red\n\nQuestion: What?") == " red" and answer_in("red\nQuestion: x") == "red"
     shown = with_shots("What is it?", [shot for shot in concept.shots if shot.split == "forget"])
     assert shown.count("Question: ") == 3 and shown.endswith("\n\nQuestion: What is it?\nAnswer:")
+
+
+def test_answers_that_rouge_cannot_see_are_counted_and_not_called_forgotten(models, tmp_path):
+    row = {"split": "forget", "group": "V", "prompt": "What is the colour of Traipar?"}
+    rows = [{**row, "id": "a", "answer": "red"}, {**row, "id": "b", "answer": "红色"}]
+    passages = [{"id": "p", "prompt": "The colour", "continuation": "红色"}]
+    pack = write_pack(tmp_path / "pack", None, {"open_questions": rows, "passages": passages})
+    subject = _subject(models["knows"], load_concept(pack), max_new_tokens=8)
+    for found in (*rouge_scores(subject), *knowledge(subject)):
+        assert (found.ids, found.skipped) == (("a",), 1)
+    assert [(found.is_empty, found.skipped) for found in verbatim(subject)] == [(True, 1)]

@@ -244,6 +244,18 @@ def test_models_of_one_name_stand_in_columns_of_their_own(packs):
     assert list(run(job, Events()).models) == ["testbed", "testbed (2)"]
 
 
+def test_a_set_that_rouge_cannot_count_is_said_and_gives_no_utility(tmp_path, packs):
+    rows = [json.loads(line) for line in (packs["tofu"] / "open_questions.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["topic"] == "world_facts":
+            row["answer"] = "红色"
+    pack = write_pack(tmp_path / "pack", None, {"open_questions": rows})
+    settings = EvalSettings(questions=3, max_new_tokens=4)
+    table = run(prepare([SMALL_TESTBED], str(pack), "tofu", device="cpu", settings=settings), Events())
+    assert "model utility" not in table.labels and "world facts: probability" in table.labels
+    assert any("world facts ROUGE-L recall; none of its 3 items could be scored" in note for note in table.notes)
+
+
 def test_a_small_p_value_is_no_zero():
     def shown(value):
         return str(Figure("forget quality (p)", value, "p-value", "higher", 300, None))
