@@ -30,11 +30,11 @@ class Figure:
     n: int
     """Items that it was counted of."""
     ci95: Interval | None
-    """Over subjects where they are known; None where they are too few or all alike, and of a p-value."""
+    """Over subjects where they are known; None where they are too few or all alike, and of a test."""
     skipped: int = 0
 
     def __str__(self) -> str:
-        if self.unit == "p-value":
+        if self.unit in ("p-value", "distance"):
             return f"{self.value:.2e}" if 0 < self.value < 1e-3 else f"{self.value:.3f}"
         low, high = ("…", "…") if self.ci95 is None else map(figure, self.ci95)
         return f"{figure(self.value)} [{low}, {high}]"

@@ -28,6 +28,9 @@ ACCEPTED: dict[str, dict[tuple[str, ...], str]] = {
         ): "ids, texts and choices are free text, and some fields optional",
         TEXT: "a letter of a text is another text, and a line less is a smaller pack",
     },
+    "rubric/rubric.yaml": {
+        ("word", *BYTES): "its texts and names are the author's, and so are ranges that have an order",
+    },
     "settings/config.yaml": {
         ("word", *BYTES): "another valid value of a setting, or a setting less, which then has its default",
     },

@@ -40,6 +40,7 @@ from excise.recipes.compare import table_of
 from excise.recipes.data.datasets import find_data
 from excise.recipes.data.schemas import read_items
 from excise.recipes.elm.request import ElmSettings
+from excise.recipes.judging import RUBRIC, read_rubric
 from excise.recipes.ui.pages import _line
 from pyarrow import parquet
 from safetensors.torch import save_file
@@ -272,6 +273,11 @@ EXAMPLES: dict[str, Example] = {
         )
         for method in QUANTIZED
     },
+    "rubric": Example(
+        lambda folder: shutil.copy(RUBRIC, folder),
+        lambda folder: read_rubric(str(folder / "rubric.yaml")),
+        {"rubric.yaml": (of_words, of_bytes)},
+    ),
     "settings": Example(
         _settings, lambda f: load_settings(CaftSettings, f / "config.yaml", []), {"config.yaml": (of_words, of_bytes)}
     ),
