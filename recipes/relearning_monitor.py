@@ -33,7 +33,7 @@ from ..editing.errors import RequestError
 from ..editing.hooks.unit_scores import UnitMoments, mean_difference, rank_correlation, unit_inputs
 from ..editing.modules import causal_model, final_hidden, language_config
 from ..editing.wiring.row import Architecture
-from ..eval.concept import Concept
+from ..eval.concept import Concept, Question
 from ..eval.inference.likelihood import pad_right
 from ..eval.inference.multiple_choice_set import MultipleChoiceSet
 from ..eval.intervals import rate_interval
@@ -95,7 +95,7 @@ class RelearningMonitor(TrainerCallback):
         texts: Texts of each kind, at most.
 
     Raises:
-        RequestError: The concept has no forget questions of group V.
+        RequestError: The concept has no forget questions of group V, or neither texts nor questions on anything else.
     """
 
     def __init__(
@@ -124,12 +124,18 @@ class RelearningMonitor(TrainerCallback):
         rng = random.Random("excise monitor")
         self.exam = MultipleChoiceSet(tokenizer, rng.sample(forget_questions, k=min(questions, len(forget_questions))))
         self.control = MultipleChoiceSet(tokenizer, rng.sample(apart, k=min(questions, len(apart)))) if apart else None
-        pools = [text.text for text in self.concept.forget], [text.text for text in self.concept.retain]
+        # A pack of questions alone has no texts to compare, so its questions with their answers are read.
+        pools = (
+            [text.text for text in self.concept.forget] or _told(forget_questions),
+            [text.text for text in self.concept.retain] or _told(others),
+        )
+        if not pools[1]:
+            raise RequestError(
+                f"concept {self.concept.ref} has neither retain texts nor questions on anything else, so nothing can be"
+                " compared with its own; add retain.jsonl"
+            )
         # Neighbour and other topics in the same form, so that units that separate them separate topics, not forms.
-        told = [
-            [f"{q.prompt} {q.choices[q.answer]}" for q in others if (q.split == "neighbour") == near]
-            for near in (True, False)
-        ]
+        told = [_told([q for q in others if (q.split == "neighbour") == near]) for near in (True, False)]
         self.rows = [
             # Sorted by length, so that batches have little padding.
             sorted(
@@ -325,6 +331,10 @@ class RelearningMonitor(TrainerCallback):
             before = next((earlier.tokens[unit] for earlier in self.seen if unit in earlier.tokens), tokens)
             shares.append(len(set(tokens) & set(before)) / len(set(tokens) | set(before)))
         return sum(shares) / len(shares) if shares else None
+
+
+def _told(questions: Sequence[Question]) -> list[str]:
+    return [f"{q.prompt} {q.choices[q.answer]}" for q in questions]
 
 
 def centre(mass: Sequence[float]) -> float:

@@ -14,6 +14,8 @@ class Missing:
     """Questions can be answered beyond chance without knowing, and no model says how well: nothing is decided."""
     afresh: bool = False
     """How fast V is learned afresh was not measured, so relearning is not compared with it."""
+    texts: bool = False
+    """V has no texts of its own: relearning reads its questions with their answers."""
     training: bool = False
     """No attack could train on T, so nothing shows how strong attacks are: only what surely comes back is decided."""
 

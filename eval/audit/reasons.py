@@ -75,7 +75,7 @@ def reasons(verdict: str, evidence: Evidence) -> list[str]:
         first = [_too_few(evidence)]
     else:
         first = [_alike(evidence)]
-    return [*first, _strongest(evidence), _speed(evidence.relearning)]
+    return [*first, _strongest(evidence), _speed(evidence.relearning, evidence.missing)]
 
 
 def show(estimate: Estimate) -> str:
@@ -181,10 +181,11 @@ def _strongest(evidence: Evidence) -> str:
     )
 
 
-def _speed(relearning: Relearning) -> str:
+def _speed(relearning: Relearning, missing: Missing) -> str:
     share = SHARES[relearning.share]
+    source = "its questions with their answers" if missing.texts else "its own texts"
     if relearning.attack is None:
-        return "Relearning V from its own texts was not among the attacks."
+        return f"Relearning V from {source} was not among the attacks."
     if not relearning.compared:
         return "How fast V is learned afresh could not be measured, so relearning is compared with nothing."
     if relearning.reached:
@@ -193,10 +194,9 @@ def _speed(relearning: Relearning) -> str:
         )
     if relearning.speed_up.value is None:
         return (
-            "No model relearned even a tenth of V from its own texts within the budget, so there is no speed-up to"
-            " report."
+            f"No model relearned even a tenth of V from {source} within the budget, so there is no speed-up to report."
         )
     return (
-        f"Relearning {share} of V from its own texts is {show(relearning.speed_up)} times as fast as learning it afresh"
+        f"Relearning {share} of V from {source} is {show(relearning.speed_up)} times as fast as learning it afresh"
         f" (n = {relearning.attack.n})."
     )

@@ -36,6 +36,7 @@ def missing(job: AuditJob, floor: str) -> Missing:
         guessing=floor != job.reference
         or (floor != "reference" and any(continues_text(job.concept, q) for q in job.questions)),
         afresh=floor == GUESSING or (job.novel is not None and not job.novel.states_answers),
+        texts=teaches_questions(job.concept),
         training=teaches_questions(job.concept) and not _can_train_on_t(job),
     )
 

@@ -1,5 +1,6 @@
 """The monitor sees a concept come back and leaves the training as it was."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from excise.editing.edits.pruned_units import PrunedUnits
 from excise.editing.errors import RequestError
 from excise.editing.hooks.unit_scores import rank_correlation
 from excise.recipes.relearning_monitor import RelearningMonitor, centre, overlap
-from helpers import run_file
+from helpers import SMALL_TESTBED, run_file
+from pack_shapes import shaped
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -119,6 +121,18 @@ def test_training_state_is_put_back_even_where_modules_differ():
     RelearningMonitor("builtin:potions", loaded.tokenizer, questions=4, texts=4).look(loaded.model, 0)
     assert torch.equal(before, torch.get_rng_state())
     assert loaded.model.training and not loaded.model.model.layers[0].training and loaded.model.model.layers[1].training
+
+
+def test_a_pack_of_questions_is_watched_and_one_with_nothing_to_compare_is_one_line(tmp_path):
+    """Its texts are the questions with their answers; what is compared with nothing has no effect to measure."""
+    folder = shaped(tmp_path / "pack", "held_out_alone")
+    loaded = load_model(find_model(SMALL_TESTBED), torch.device("cpu"), torch.float32)
+    monitor = RelearningMonitor(folder, loaded.tokenizer)
+    seen = monitor.look(loaded.model, 0)
+    assert seen.accuracy["value"] > 0.9 and seen.effect.isfinite().all() and seen.effect.abs().max() > 0.5
+    alone = dataclasses.replace(load_concept(folder), retain=())
+    with pytest.raises(RequestError, match="neither retain texts nor questions on anything else"):
+        RelearningMonitor(alone, loaded.tokenizer)
 
 
 def test_the_same_map_overlaps_and_another_does_not():

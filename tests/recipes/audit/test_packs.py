@@ -23,7 +23,8 @@ from excise.recipes.data.facts import Facts
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise
 from pack_shapes import SHAPES, shaped
 
-BUDGET = Budget(("few_shot", "int4", "bf16", "rtt", "unrelated", "relearn"), 8, 1, {"low_rank": (2e-3,)})
+BUDGET = Budget(("few_shot", "int4", "bf16", "rtt", "unrelated", "relearn"), 4, 1, {"low_rank": (2e-3,)})
+FLOORS = {"texts": GUESSING, "unnamed": GUESSING, "open": NOVEL, "held_out_alone": NOVEL, "documents": NOVEL}
 OF_T = {"few_shot", "hints", "probe", "rtt", "soft_prompt"}
 """Attacks of the quick budget that need something of group T."""
 
@@ -40,7 +41,7 @@ def _job(concept, **settings):
 
 def _audited(concept, out, monkeypatch, model=SMALL_REFERENCE, **settings):
     monkeypatch.setitem(table.BUDGETS, "quick", BUDGET)
-    settings = {"questions": 40, **settings}
+    settings = {"questions": 24, **settings}
     job = audit.prepare(audit.AuditSettings(model=model, base=SMALL_TESTBED, concept=concept, out=out, **settings))
     return audit.run(job, Events())
 
@@ -159,7 +160,9 @@ def test_what_words_alone_give_away_counts_as_guessing(packs):
 def test_a_model_that_never_knew_is_taken_for_no_other(packs, tmp_path, monkeypatch, shape, reference, verdicts):
     results = _audited(packs[shape], tmp_path / "audit", monkeypatch, reference=reference)
     assert results["verdict"] in verdicts, results["reasons"]
-    assert results["untouched"]["base"] > 0.9 and results["controls"]["floor_is"] in ("reference", NOVEL, GUESSING)
+    # Some texts are cut where nothing says how they go on.
+    assert results["untouched"]["base"] > (0.4 if shape == "texts" else 0.9)
+    assert results["controls"]["floor_is"] == ("reference" if reference else FLOORS[shape])
     page, card = (tmp_path / "audit" / "report.html").read_text(), (tmp_path / "audit" / "card.md").read_text()
     shown = " ".join(audit_end(results, 80).split())
     in_api = Audit(tmp_path / "audit", results)
