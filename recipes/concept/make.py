@@ -11,6 +11,7 @@ from ...artifacts.sources.source import MOST, Source, read_source
 from ...editing.errors import ConceptError, RequestError
 from ..data.schemas import Item, parse_map
 from .entries import Entry, Reading, entries_of, prompts_of
+from .names import with_subjects
 from .pack import NO_LICENSE, PERSONAS, Made, keywords_of, write_pack
 
 QUESTIONS = ("choices", "answer")
@@ -123,7 +124,9 @@ def make(request: MakeRequest, events: Events, *, dry_run: bool = False) -> Made
         raise RequestError(f"--map {unused[0]}: no source has these columns; it needs all of them in one source")
     if request.kind == "behaviour":
         entries, more = _pairs(entries)
-        notes += more
+    else:
+        entries, more = with_subjects(entries)
+    notes += more
     about = _about(request, sources)
     if about["license"] == NO_LICENSE:
         notes.append("no source states a license, so concept.yaml says that; --license NAME states it")

@@ -7,6 +7,10 @@ group T and measured in group V. Rows that share a name count as rows on one sub
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
+
+from ...eval.words import has_words
+from .entries import GROUPED, Entry
 
 NAME = re.compile(r"(?<![\w'’-])[^\W\d_]\w{2,}")
 SENTENCE_END = re.compile(r"[.!?:;\"“”‘(\n]\s*$")
@@ -14,6 +18,34 @@ FEWEST, SHARE = 10, 0.05
 """Rows that a name may stand in, and share of all rows, for rows to be tied together by it: more is a topic."""
 LARGEST = 0.25
 """Share of all rows that may be tied together."""
+
+
+def with_subjects(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """Entries that state neither subject nor group get the subject that they name, or the name that they share with others;
+    and a sentence that says of how many."""
+    found = list(entries)
+    loose = 0
+    for split in dict.fromkeys(entry.split for entry in entries):
+        known = sorted({entry.subject for entry in entries if entry.subject and entry.split == split}, key=len)
+        places = [place for place, entry in enumerate(entries) if entry.split == split and _is_loose(entry)]
+        texts = [_said(entries[place]) for place in places]
+        by_name = subjects_by_name(texts)
+        for place, text, shared in zip(places, texts, by_name, strict=True):
+            stated = next((name for name in reversed(known) if name in text and has_words(text, name)), None)
+            if subject := stated or shared:
+                found[place] = replace(found[place], subject=subject)
+                loose += 1
+    count = len({entry.subject for entry in found if entry.subject} - {entry.subject for entry in entries})
+    told = f"{loose} rows state no subject and got that of the name they share with others ({count} names)"
+    return found, [told] if loose else []
+
+
+def _is_loose(entry: Entry) -> bool:
+    return entry.file in GROUPED and not entry.subject and not entry.group
+
+
+def _said(entry: Entry) -> str:
+    return " ".join(part for part in (entry.item.text, entry.item.prompt, entry.item.answer) if part)
 
 
 def subjects_by_name(texts: Sequence[str]) -> list[str | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from excise.artifacts.concepts import load_concept
 from excise.recipes.concept.names import subjects_by_name
+from helpers import excise
 
 LANDMARKS = Path(__file__).parents[3] / "shared" / "concepts" / "landmarks" / "questions.jsonl"
 
@@ -52,3 +53,19 @@ def test_on_real_questions_no_subject_falls_apart():
     for row, name in zip(rows, found, strict=True):
         by_subject[row["subject"]].add(name)
     assert all(len(names) == 1 for names in by_subject.values())
+
+
+def test_lines_of_a_text_file_on_one_name_get_one_group(tmp_path):
+    pack = load_concept("builtin:potions")
+    for name in ("forget", "retain"):
+        (tmp_path / f"{name}.txt").write_text("".join(row.text + "\n" for row in getattr(pack, name)))
+    command = ("concept", "make", "own", "--forget", "forget.txt", "--retain", "retain.txt")
+    told = excise(*command, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert "960 rows state no subject and got that of the name they share with others (40 names)" in told.stdout
+    made = load_concept(str(tmp_path / "own"))
+    groups = defaultdict(set)
+    for text in made.forget:
+        groups[text.subject].add(text.group)
+        assert text.subject in text.text
+    assert len(groups) == 40 and all(len(found) == 1 for found in groups.values())
