@@ -15,7 +15,7 @@ from ...editing.edits.base import WeightEdit
 from ...editing.edits.dense import DenseUpdate
 from ...editing.edits.low_rank import Factors, LowRankUpdate
 from ...editing.errors import RequestError
-from ...editing.training.adapters import AdapterShape, adapter_modules
+from ...editing.training.adapters import AdapterShape, adapter_modules, without_adapter
 from ...editing.wiring.small_copy import full_config, model_class
 from ...eval.concept import Concept
 from ...eval.items import for_training
@@ -132,7 +132,11 @@ def prepare(
         )
     concept, warnings = without_overlap(for_training(run.concept))
     layers = tuple(layer_selection(settings.layers, run.layers))
-    shape = AdapterShape(settings.rank, settings.alpha, _modules(run, settings, layers))
+    skeleton = _skeleton(run)
+    modules = adapter_modules(skeleton, run.row, layers, settings.modules)
+    if not whole:
+        warnings += _left_out(skeleton, run, layers)
+    shape = AdapterShape(settings.rank, settings.alpha, modules)
     job = AdapterJob(run, settings, layers, shape, concept, warnings, whole)
     measured_run.check_plan(run, plan_edit(job.unlearned(), run.checkpoint))
     if whole:
@@ -176,11 +180,22 @@ def _check_room(run: Job) -> None:
     check_disk(run.out, run.checkpoint.size + 8 * need // WHOLE_BYTES)
 
 
-def _modules(run: Job, settings: AdapterSettings, layers: tuple[int, ...]) -> tuple[str, ...]:
-    """Linear modules by name, from the model's skeleton: no weight is read."""
+def _skeleton(run: Job) -> Any:
+    """The model without weights: linear modules by name."""
     from accelerate import init_empty_weights
 
     config = full_config(run.checkpoint.config)
     with init_empty_weights():
-        skeleton = model_class(run.checkpoint.config)._from_config(config)
-    return adapter_modules(skeleton, run.row, layers, settings.modules)
+        return model_class(run.checkpoint.config)._from_config(config)
+
+
+def _left_out(skeleton: Any, run: Job, layers: tuple[int, ...]) -> tuple[str, ...]:
+    """A warning where experts carry no adapter."""
+    count, share = without_adapter(skeleton, run.row, layers)
+    if not count:
+        return ()
+    return (
+        f"The experts of {count} layers are stored as one tensor each, which carries no adapter: {share:.0%} of the weights "
+        "of these layers stay as they are. The edit changes what experts read and not what they hold; an audit "
+        "says how much of it is left.",
+    )

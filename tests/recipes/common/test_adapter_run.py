@@ -1,6 +1,8 @@
 """Whole runs that train an adapter: what the merged checkpoint is compared with."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from excise.editing.errors import EditError
 from excise.recipes.common import adapter_run
 from excise.recipes.unlearning import recipe
 from excise.recipes.unlearning.grad_diff import GradDiffSettings
-from helpers import SMALL_TESTBED
+from helpers import SMALL_TESTBED, make_pico
 
 
 def _in_4_bits(source, device, dtype, *, bits, prompts):
@@ -42,3 +44,15 @@ def test_a_merge_after_training_in_4_bits_is_compared_with_the_full_precision_ba
     monkeypatch.setattr(adapter_run, "_predict_in_full_precision", lambda *_: None)
     with pytest.raises(EditError, match="differs from base and adapter"):
         recipe.run(_job(tmp_path / "against the 4-bit base"), Events())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("gpt_oss", "The experts of 2 layers are stored as one tensor each"), ("llama", "")]
+)
+def test_a_run_says_that_fused_experts_carry_no_adapter(tmp_path, name, told):
+    folder = tmp_path / name
+    make_pico(name).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(SMALL_TESTBED) / file, folder)
+    job = recipe.prepare(GradDiffSettings(model=str(folder), concept="builtin:potions", out=tmp_path / "run"))
+    assert any(told in warning for warning in job.adapter.warnings) if told else not job.adapter.warnings
