@@ -183,8 +183,8 @@ def _told(ref: str, repo_id: str) -> Iterator[None]:
                         f"{repo_id} is gated: ask for access at https://huggingface.co/datasets/{repo_id}, log in with"
                         " `hf auth login`, and run the same command again"
                     ) from error
-                # What pyarrow says of damaged or mixed files.
-                if isinstance(error, ValueError):
+                # What pyarrow says of damaged or mixed files, and the library of sets that are programs.
+                if isinstance(error, ValueError) or "Dataset scripts" in str(error):
                     raise RequestError(
                         f"{ref} cannot be read ({one_line(error)}); give another set or a file"
                     ) from error

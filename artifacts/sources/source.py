@@ -91,7 +91,7 @@ def _of_folder(folder: Path, most: int, keep: Keep | None, advance: Callable[[],
     rows, total = _drawn(name, _of_files(folder, read), most, keep, advance)
     digest = hashlib.sha256("".join(f"{path.relative_to(folder)} {sha256_of(path)}\n" for path in read).encode())
     left = len(visible) - len(read)
-    notes = (f"{name}: {left} files are not in {', '.join(IN_FOLDER)} and were not read",) if left else ()
+    notes = (f"{name}: {left} other files were not read, because only {', '.join(IN_FOLDER)} are",) if left else ()
     return Source(name, rows, total, sha256=digest.hexdigest(), notes=notes)
 
 

@@ -7,11 +7,10 @@ from typing import Annotated
 import typer
 
 from ...artifacts.events import Events
+from ...artifacts.sources.source import MOST
 from ...editing.errors import RequestError, nearest
 from .flags import Json, say, say_json
 from .session import quiet_hub, watcher
-
-MOST = 4000
 
 
 def new(

@@ -13,6 +13,8 @@ import yaml
 
 from ...artifacts.checkpoints.staging import refuse_existing, staged_folder
 from ...artifacts.concepts import load_concept
+from ...artifacts.files.opened import Unreadable
+from ...artifacts.files.parsed import parse_yaml
 from ...editing.errors import ConceptError, one_line
 from ...eval.concept import Concept
 from .entries import Entry, grouped, without_repeats, written_row
@@ -88,8 +90,7 @@ def write_pack(
 
 
 def _written(folder: Path, about: dict[str, Any], files: dict[str, list[Entry]]) -> Concept:
-    text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=110)
-    (folder / "concept.yaml").write_text(text, encoding="utf-8")
+    (folder / "concept.yaml").write_text(_yaml(about), encoding="utf-8")
     for file, entries in files.items():
         lines = (json.dumps(written_row(entry), ensure_ascii=False) + "\n" for entry in entries)
         (folder / f"{file}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -98,6 +99,18 @@ def _written(folder: Path, about: dict[str, Any], files: dict[str, list[Entry]])
     except ConceptError as error:
         # Its lines name rows of files that will not be there.
         raise ConceptError(f"the rows make no valid pack: {one_line(error)}") from error
+
+
+def _yaml(about: dict[str, Any]) -> str:
+    """The description as YAML 1.2; the library writes 1.1, where 1e5 needs no quotes to be a text."""
+    for style in (None, '"'):
+        text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=110, default_style=style)
+        try:
+            if parse_yaml(text) == about:
+                return text
+        except Unreadable:
+            continue
+    raise ConceptError("the name, description or license holds characters that YAML cannot hold; use letters")
 
 
 def _part(entry: Entry) -> str:

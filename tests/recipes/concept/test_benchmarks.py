@@ -1,11 +1,13 @@
 import json
 
 import pytest
-from benchmark_sets import GATED, PERSON, SHARED, serve
+from benchmark_sets import GATED, PERSON, SHARED, files_of, serve
 from excise.artifacts.concepts import load_concept
 from helpers import excise
 from loopback_hub import Fault, client
 from loopback_hub import hub as running_hub
+
+PARQUET = "default/train-00000-of-00001.parquet"
 
 
 @pytest.fixture(scope="module")
@@ -13,6 +15,8 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     with running_hub() as known:
         commits = serve(known)
+        known.add_set("old/script", {"README.md": b"# A program", "script.py": b"print()"})
+        known.add_set("old/cut", files_of({"default": {"train": [{"text": "a"}]}}) | {PARQUET: b"PAR1 and no more"})
         yield known, {**client(known, folder / "hf"), "HF_DATASETS_CACHE": str(folder / "sets")}, commits
 
 
@@ -97,6 +101,8 @@ def test_rwku_is_one_person_with_levels_and_neighbours(served, tmp_path):
         ("hub:cais/wmdp:wmdp-bio@v9", "the Hub refused hub:cais/wmdp:wmdp-bio@v9 (404)"),
         ("hub:nobody/nothing", "the Hub refused hub:nobody/nothing (404)"),
         ("hub:a b", "write hub:ORG/NAME"),
+        ("hub:old/script", "Dataset scripts are no longer supported"),
+        ("hub:old/cut", "hub:old/cut cannot be read"),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_line(source, reason, served, tmp_path):

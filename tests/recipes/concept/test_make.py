@@ -88,7 +88,7 @@ def test_a_folder_has_one_document_a_text_and_rows_of_lines_and_says_what_it_did
         assert len({row.group for row in rows}) == 1
         assert " ".join(row.text for row in rows) == (folder / "inner" / f"{n}.md").read_text()
     assert [row.text for row in by_document["short.txt"]] == ["Two lines\nof one document."]
-    assert any("1 files are not in" in note for note in made.notes)
+    assert any("1 other files were not read" in note for note in made.notes)
 
 
 def test_windows_keep_every_word_and_none_is_short():
@@ -341,6 +341,14 @@ def test_a_missing_source_is_told_before_anything_is_read(roles, reason, tmp_pat
         make(request, Events())
     with pytest.raises(RequestError, match="--held-out 1"):
         make(MakeRequest(tmp_path / "p", {"forget": ("a",), "retain": ("b",)}, held_out=1), Events())
+
+
+@pytest.mark.parametrize("name", ["1e5", "yes", "010", "1:30", "null", "- a: b # c", "é 'quoted' \"twice\"", "~"])
+def test_any_name_and_license_is_written_as_the_text_that_it_is(name, tmp_path, general):
+    file = _jsonl(tmp_path / "texts.jsonl", TEXTS)
+    _made(tmp_path, forget=file, retain=general, name=name, license=name)
+    about = load_concept(tmp_path / "pack").about
+    assert (about.name, about.license) == (name, name)
 
 
 def test_the_command_says_what_it_made_and_what_to_type_next(tmp_path, general):
