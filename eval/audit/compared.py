@@ -28,6 +28,9 @@ class Compared:
     guessing: float | None = None
     """What whoever guesses scores under it, where that is not the chance of a single choice."""
 
+    afresh: bool = True
+    """Whether the floor learned what the edited model relearns, so that their times can be compared."""
+
     def scale(self, scale: Scale) -> Scale:
         """What recovery under this attack is measured between."""
         return scale if self.guessing is None else replace(scale, chance=self.guessing)
@@ -70,7 +73,7 @@ class Compared:
             "aurc_floor": area(self.floor.accuracy, tokens, scale),
             "rtt_leak": self.leak().estimate().describe(),
             "regained": self.regained().describe(),
-            "speed_up": speed_up(self.edited, self.floor, scale).describe() if self.tier == 2 else None,
+            "speed_up": speed_up(self.edited, self.floor, scale).describe() if self.tier == 2 and self.afresh else None,
             "n": self.n,
             "chance": scale.chance,
             "diverged": self.diverged,

@@ -99,7 +99,7 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
     base = replace(curves.get("base", UNTOUCHED).only, clusters=clusters_of(job.concept, job.questions))
     compared: list[Compared] = []
     unscored: list[str] = []
-    given_v = unsure(job, floor)
+    given_v, lacking = unsure(job, floor), missing(job, floor)
     measured = ("base", "edited") if floor == GUESSING else ("base", "edited", "reference")
     for name in job.attacks:
         by_subject = {subject: curves.get(subject, name) for subject in measured}
@@ -128,6 +128,7 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
                 rates={subject: rate for subject, (rate, _) in chosen.items()},
                 diverged=sum(one.diverged for one in by_subject.values()),
                 guessing=ATTACKS[name].guessing,
+                afresh=not (lacking.afresh and (floor == GUESSING or "V" in ATTACKS[name].sources)),
             )
         )
     return compared, unscored

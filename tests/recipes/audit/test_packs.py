@@ -24,7 +24,7 @@ from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise
 from pack_shapes import SHAPES, shaped
 
 BUDGET = Budget(("few_shot", "int4", "bf16", "rtt", "unrelated", "relearn"), 4, 1, {"low_rank": (2e-3,)})
-FLOORS = {"texts": GUESSING, "unnamed": GUESSING, "open": NOVEL, "held_out_alone": NOVEL, "documents": NOVEL}
+FLOORS = {"texts": GUESSING, "unnamed": GUESSING, "held_out_alone": NOVEL, "documents": NOVEL}
 OF_T = {"few_shot", "hints", "probe", "rtt", "soft_prompt"}
 """Attacks of the quick budget that need something of group T."""
 
@@ -152,7 +152,6 @@ def test_what_words_alone_give_away_counts_as_guessing(packs):
         ("texts", SMALL_REFERENCE, {"inconclusive", "indistinguishable_from_never_trained"}),
         ("texts", None, {"inconclusive"}),
         ("unnamed", None, {"inconclusive"}),
-        ("open", None, {"inconclusive", "indistinguishable_from_never_trained"}),
         ("held_out_alone", None, {"inconclusive"}),
         ("documents", None, {"inconclusive", "indistinguishable_from_never_trained"}),
     ],
@@ -163,6 +162,8 @@ def test_a_model_that_never_knew_is_taken_for_no_other(packs, tmp_path, monkeypa
     # Some texts are cut where nothing says how they go on.
     assert results["untouched"]["base"] > (0.4 if shape == "texts" else 0.9)
     assert results["controls"]["floor_is"] == ("reference" if reference else FLOORS[shape])
+    timed = {attack["name"] for attack in results["attacks"] if attack["speed_up"]}
+    assert (timed == set()) == (results["controls"]["floor_is"] == GUESSING)
     page, card = (tmp_path / "audit" / "report.html").read_text(), (tmp_path / "audit" / "card.md").read_text()
     shown = " ".join(audit_end(results, 80).split())
     in_api = Audit(tmp_path / "audit", results)
