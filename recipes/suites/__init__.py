@@ -9,7 +9,7 @@ SUITES: dict[str, str] = {
     "wmdp": "lettered multiple choice by domain, beside what should stay (Li et al. 2024)",
     "rwku": "answers at three levels of asking, neighbours and membership, on one person (Jin et al. 2024)",
 }
-"""Each is a module of this package with ``needs``, ``measure``, ``figures`` and ``FORMAT``."""
+"""Each is a module of this package with ``PACKAGES``, ``needs``, ``measure``, ``figures`` and ``FORMAT``."""
 
 
 def suite_module(name: str) -> Any:

@@ -22,13 +22,14 @@ FORMAT = (
     "Plain text without a chat template: passages as they stand, questions as 'Question: ...' and 'Answer:' after the"
     " pack's shots; ROUGE-L F1 of greedy replies, without stems."
 )
+PACKAGES = (require_rouge,)
+"""Checks that what the suite imports is installed."""
 SPLITS = ("forget", "retain")
 ATTACK = "membership_min_k"
 
 
 def needs(concept: Concept) -> list[str]:
-    """What the pack lacks, and libraries that are missing."""
-    require_rouge("the muse suite")
+    """What the pack lacks."""
     there = {
         "passages of split forget (passages.jsonl)": any(row.split == "forget" for row in concept.passages),
         **{f"open questions of split {split}": bool(_questions(concept, split)) for split in SPLITS},

@@ -64,6 +64,8 @@ def prepare(
         base = recorded if base is None else base
     pack = load_concept(concept) if isinstance(concept, str) else concept
     name = _named(suite, pack)
+    for require in suite_module(name).PACKAGES:
+        require(f"the {name} suite")
     if lacking := suite_module(name).needs(pack):
         raise RequestError(
             f"the {name} suite needs {'; '.join(lacking)}, which concept {pack.ref} does not have; add the rows to the"

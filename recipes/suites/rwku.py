@@ -21,6 +21,8 @@ FORMAT = (
     "The authors' prompts, in the chat template where a model has one, with a reply that goes on from 'Answer:'; ROUGE-L"
     " recall of the first line of at most 30 greedy tokens, words by their stems."
 )
+PACKAGES = (require_rouge,)
+"""Checks that what the suite imports is installed."""
 REPLY_TOKENS = 30
 LEVELS = {1: "fill in the blank", 2: "question", 3: "adversarial"}
 INSTRUCTIONS = {1: "Please complete the blank in the following question."}
@@ -34,8 +36,7 @@ MEMBERSHIP = {
 
 
 def needs(concept: Concept) -> list[str]:
-    """What the pack lacks, and libraries that are missing."""
-    require_rouge("the rwku suite")
+    """What the pack lacks."""
     sets = _sets(concept)
     lacking = [
         f"open questions of split forget with level {level} ({about})"

@@ -27,6 +27,8 @@ FORMAT = (
     "Questions stand in the chat template, or as 'Question: ...' and 'Answer:' where a model has none; an answer is scored"
     " with its end token, and replies are greedy."
 )
+PACKAGES = (require_rouge, require_scipy)
+"""Checks that what the suite imports is installed."""
 UTILITY = ("retain", "real authors", "world facts")
 """Sets of the nine numbers."""
 OTHERS = ("real authors", "world facts")
@@ -35,9 +37,7 @@ PARTS = ("probability", "ROUGE-L recall", "truth ratio")
 
 
 def needs(concept: Concept) -> list[str]:
-    """What the pack lacks, and libraries that are missing."""
-    require_rouge("the tofu suite")
-    require_scipy("the tofu suite")
+    """What the pack lacks."""
     sets = sets_of(concept)
     where = {
         "forget": "of split forget",

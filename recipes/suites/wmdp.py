@@ -4,7 +4,7 @@ Asked as the lm-evaluation-harness asks WMDP and MMLU: plain text, options in th
 letter of highest log-probability. With a base, the robust figure leaves out what the base answers from the options alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ...eval.concept import Concept, Question
 from ...eval.items import clusters_of, drawn
@@ -16,6 +16,8 @@ FORMAT = (
     "Asked as lm-eval asks WMDP and MMLU: 'The following are multiple choice questions (with answers) about ...', options"
     " A, B, C, ... in the prompt, no examples, the letter of highest log-probability."
 )
+PACKAGES: tuple[Callable[[str], None], ...] = ()
+"""Checks that what the suite imports is installed."""
 STAY = {"neighbour": "neighbouring topics", "retain": "everything else (retain)"}
 
 

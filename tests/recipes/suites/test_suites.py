@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from statistics import harmonic_mean
 from typing import get_args
@@ -155,6 +156,13 @@ def test_rwku_prompts_are_those_of_its_authors(tmp_path, packs):
 def test_what_a_pack_lacks_is_one_line_before_a_model_is_looked_for(suite, message):
     with pytest.raises(RequestError, match=f"^the {suite} suite needs {message}.*builtin:potions does not have"):
         prepare(["./no/such/model"], "builtin:potions", suite)
+
+
+def test_a_missing_package_is_one_line_and_no_reason_why_a_pack_would_not_fit(monkeypatch, packs):
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    with pytest.raises(RequestError, match=r"^the muse suite needs rouge-score, which is not installed; install"):
+        prepare(["./no/such/model"], str(packs["muse"]), "muse")
+    assert suite_module("muse").needs(load_concept(packs["muse"])) == []
 
 
 def test_rows_that_were_made_of_others_are_no_part_of_a_benchmark(tmp_path, packs):
