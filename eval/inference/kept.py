@@ -39,7 +39,6 @@ class Kept:
         return divergence(self.log_p, log_q if self.ids is None else _lumped(log_q, self.ids))
 
 
-@torch.no_grad()
 def kept(model: Any, replies: Sequence[Reply], most: int = BYTES) -> list[Kept]:
     """The model's distributions along replies, in at most about ``most`` bytes.
 
@@ -49,15 +48,16 @@ def kept(model: Any, replies: Sequence[Reply], most: int = BYTES) -> list[Kept]:
     """
     tokens = sum(len(reply.ids) for reply in replies)
     results: list[Kept | None] = [None] * len(replies)
-    for index, log_p in batched_log_probabilities(model, replies):
-        vocabulary = log_p.shape[-1]
-        # A token of a few takes its id, of 8 bytes, beside its log-probability, of 4.
-        few = max(1, most // (12 * max(1, tokens)))
-        if few >= vocabulary - 1 or 4 * tokens * vocabulary <= most:
-            results[index] = Kept(log_p, None, vocabulary)
-        else:
-            ids = log_p.topk(few).indices
-            results[index] = Kept(_lumped(log_p, ids), ids, vocabulary)
+    with torch.no_grad():
+        for index, log_p in batched_log_probabilities(model, replies):
+            vocabulary = log_p.shape[-1]
+            # A token of a few takes its id, of 8 bytes, beside its log-probability, of 4.
+            few = max(1, most // (12 * max(1, tokens)))
+            if few >= vocabulary - 1 or 4 * tokens * vocabulary <= most:
+                results[index] = Kept(log_p, None, vocabulary)
+            else:
+                ids = log_p.topk(few).indices
+                results[index] = Kept(_lumped(log_p, ids), ids, vocabulary)
     return [result for result in results if result is not None]
 
 
