@@ -6,6 +6,7 @@ into what an edit may train on.
 """
 
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -35,6 +36,8 @@ MOST_PAIRS = 256
 READ, ASKED = 24, 12
 """Words of a text that stand in a question made of it, at most, and words of each of its choices."""
 ASK, ANSWER = "Question: ", "Answer:"
+NAME = re.compile(r"(?<=\S )[A-Z]\w+(?:[ -][A-Z]\w+)*")
+"""A name within a sentence: words that begin with a capital."""
 
 
 def completed(concept: Concept) -> Concept:
@@ -167,11 +170,24 @@ def _others(row: OpenQuestion, pool: Sequence[tuple[OpenQuestion, frozenset[str]
     nor length tells."""
     words, rng = _words(row), random.Random(f"excise choices {row.id}")
     near = sorted(
-        (-len(words & its), abs(len(other.answer) - len(row.answer)) // 16, rng.random(), other.answer)
+        (-len(words & its), abs(len(other.answer) - len(row.answer)) // 16, rng.random(), _as_if_about(row, other))
         for other, its in pool
         if other.id != row.id
     )
     return _distinct([answer for *_, answer in near], besides=row.answer)[: CHOICES - 1]
+
+
+def _as_if_about(row: OpenQuestion, other: OpenQuestion) -> str:
+    """Another question's answer, with the name that it repeats from its question put to this question's."""
+    own, its = _repeated(row), _repeated(other)
+    # Otherwise the only choice with the name that the question asks about would be the right one.
+    return other.answer.replace(its, own) if own and its else other.answer
+
+
+def _repeated(row: OpenQuestion) -> str | None:
+    """The subject, or the longest name in a question, where the answer repeats it."""
+    named = [row.subject or "", *sorted(NAME.findall(row.prompt), key=len, reverse=True)]
+    return next((name for name in named if name and name in row.answer), None)
 
 
 def _question(row: OpenQuestion, wrong: Sequence[str]) -> Question:

@@ -44,6 +44,23 @@ def test_open_questions_get_choices_of_which_their_answer_is_one():
     assert pack.made[0] == "choices of 800 open questions, drawn from the answers of others"
 
 
+def test_a_name_that_answers_repeat_does_not_tell_which_is_right():
+    people = ("Anna Berg", "Bo Carlsen", "Carla Diaz", "Dan Eng", "Eva Falk")
+    places = ("Oslo", "Lima", "Rome", "Bern", "Kyiv")
+    rows = tuple(
+        OpenQuestion(
+            id=str(n), split="forget", group="TV"[n % 2], prompt=f"Where was {person} born?",
+            answer=f"{person} was born in {place}.", subject=subject,
+        )
+        for n, (person, place) in enumerate(zip(people, places, strict=True))
+        for subject in (f"author {n}",)
+    )  # fmt: skip
+    for question in _pack(open_questions=rows).questions:
+        name = people[int(question.id)]
+        assert all(choice.startswith(f"{name} was born in ") for choice in question.choices)
+        assert len(set(question.choices)) == 4
+
+
 def test_own_wrong_answers_are_the_choices_where_there_are_some():
     wrong = ("a", "B", "b", "Right")
     rows = [
