@@ -19,7 +19,7 @@ CHOICES = 4
 """Choices of a question that is made, the right one with them."""
 MOST_CHOICES = 8
 MOST_QUESTIONS = 200
-"""Questions made of texts, a split and a group."""
+"""Questions made of texts, a split and a group; open prompts made of questions."""
 MOST_READ = 300
 """Texts of a split and group that are compared with each other for such questions, and questions whose answers others
 are set beside."""
@@ -36,6 +36,8 @@ MOST_PAIRS = 256
 READ, ASKED = 24, 12
 """Words of a text that stand in a question made of it, at most, and words of each of its choices."""
 ASK, ANSWER = "Question: ", "Answer:"
+SENTENCE_ENDS = "?.!？。！؟"
+"""Characters after which the answer is another sentence."""
 NAME = re.compile(r"(?<=\S )[A-Z]\w+(?:[ -][A-Z]\w+)*")
 """A name within a sentence: words that begin with a capital."""
 
@@ -61,8 +63,8 @@ def completed(concept: Concept) -> Concept:
 
 
 def asked(prompt: str) -> str:
-    """A bare question as a model without a chat template is asked it; what is in such a form already stays."""
-    return prompt if prompt.rstrip().endswith(":") else f"{ASK}{prompt}\n{ANSWER}"
+    """A bare question as a model without a chat template is asked it; a sentence to be completed stays as it is."""
+    return f"{ASK}{prompt}\n{ANSWER}" if prompt.rstrip()[-1:] in SENTENCE_ENDS else prompt
 
 
 def bare(prompt: str) -> str:
@@ -325,6 +327,7 @@ def _prompts(concept: Concept) -> Concept:
         for q in held_out
         if open_to.get(q.id) or bare(q.prompt)
     )
+    rows = tuple(random.Random("excise prompts").sample(rows, k=min(len(rows), MOST_QUESTIONS)))
     if not rows:
         return concept
     made = f"{len(rows)} open prompts, the questions on the concept without their choices"

@@ -68,6 +68,8 @@ class Checked:
     files: tuple[File, ...]
     made: tuple[str, ...]
     uses: tuple[Use, ...]
+    suite: str | None
+    """The benchmark whose rows the pack holds."""
     longer: int
     """Texts that are longer than the model reads at once; 0 where no model is named."""
 
@@ -95,7 +97,7 @@ def check(pack: str, model: str | None = None) -> Checked:
     source = find_model(model) if model else None
     files, longer = _files(concept, source)
     uses = [*_recipes(pack, model), *_audit(pack), *_measurements(concept), *_benchmarks(concept)]
-    return Checked(concept.ref, concept.about.kind, files, concept.made, tuple(uses), longer)
+    return Checked(concept.ref, concept.about.kind, files, concept.made, tuple(uses), concept.about.suite, longer)
 
 
 def _recipes(pack: str, model: str | None) -> list[Use]:
@@ -227,8 +229,13 @@ def text(checked: Checked, width: int | None) -> str:
         parts.append(f"{checked.longer} texts are longer than the model reads at once; recipes read them in pieces.\n")
     if checked.made:
         parts.append("What it does not hold was made:\n" + bullets(checked.made, width) + "\n")
-    uses = [[f"{use.kind} {use.name}" if use.kind != "audit" else "audit", use.answer, use.why] for use in checked.uses]
-    parts.append(aligned(["use", "", "what is lost, or what to add"], uses, width))
+    shown = [
+        use for use in checked.uses if use.kind != "benchmark" or use.answer == "runs" or use.name == checked.suite
+    ]
+    rows = [[use.name, use.answer, use.why] for use in shown]
+    parts.append(aligned(["use", "", "what is lost, or what to add"], rows, width))
+    if len(shown) < len(checked.uses):
+        parts.append("\nPacks of benchmarks are made by excise concept get.")
     return "\n".join(parts)
 
 
