@@ -101,7 +101,8 @@ def load_concept(ref: str | Path) -> Concept:
         if not folder.is_dir():
             known = [f"builtin:{name}" for name in builtin_concepts()]
             raise RequestError(
-                f"{ref} is not a folder{nearest(ref, known)}; give a concept folder or one of {', '.join(known)}"
+                f"{ref} is not a folder{nearest(ref, known)}; give a concept folder or one of {', '.join(known)}; excise"
+                " concept make makes a folder of files or of data sets on the Hub"
             )
         # The name alone stands in records, because a path may be private.
         ref = folder.resolve().name
