@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import torch
+
 from ...artifacts.concepts import load_concept
 from ...artifacts.files.parsed import read_object
 from ...artifacts.models.find import find_model
@@ -25,6 +27,7 @@ from .. import RECIPES
 from ..audit import request as audit
 from ..audit.attacks.table import BUDGETS
 from ..suites import SUITES, suite_module
+from .cost import Cost, estimated, in_words, rate_here
 
 STANDS_IN, STANDS_IN_EDITED = "builtin:testbed", "builtin:testbed-reference"
 """Models by which a pack is checked where none is named: checks read the pack and the configuration alone."""
@@ -72,6 +75,8 @@ class Checked:
     """The benchmark whose rows the pack holds."""
     longer: int
     """Texts that are longer than the model reads at once; 0 where no model is named."""
+    costs: tuple[Cost, ...] = ()
+    """Of the recipes that run, where a model is named."""
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -96,24 +101,31 @@ def check(pack: str, model: str | None = None) -> Checked:
     concept = load_concept(pack)
     source = find_model(model) if model else None
     files, longer = _files(concept, source)
-    uses = [*_recipes(pack, model), *_audit(pack), *_measurements(concept), *_benchmarks(concept)]
-    return Checked(concept.ref, concept.about.kind, files, concept.made, tuple(uses), concept.about.suite, longer)
+    lengths = {file.name: file.total / file.rows for file in files}
+    recipes, costs = _recipes(pack, model, lengths)
+    uses = [*recipes, *_audit(pack), *_measurements(concept), *_benchmarks(concept)]
+    about = concept.about
+    return Checked(concept.ref, about.kind, files, concept.made, tuple(uses), about.suite, longer, tuple(costs))
 
 
-def _recipes(pack: str, model: str | None) -> list[Use]:
-    """Each recipe's own checks, which it makes before it loads a model."""
-    uses = []
+def _recipes(pack: str, model: str | None, lengths: dict[str, float]) -> tuple[list[Use], list[Cost]]:
+    """Each recipe's own checks, which it makes before it loads a model, and what it would cost with the model."""
+    uses, costs = [], []
+    rate = rate_here() if model else 0.0
     for name, recipe in RECIPES.items():
         module = importlib.import_module(recipe.module)
         with TemporaryDirectory(prefix="excise-check-") as folder:
             settings = {"model": model or STANDS_IN, "concept": pack, "out": Path(folder) / "run"}
             try:
-                job = module.prepare(getattr(module, recipe.settings)(**settings))
-                less = list(module.describe(job).get("gaps", ()))
-                uses.append(_use("recipe", name, less))
+                asked = getattr(module, recipe.settings)(**settings)
+                plan = module.describe(module.prepare(asked))
+                uses.append(_use("recipe", name, list(plan.get("gaps", ()))))
+                if model:
+                    itemsize = getattr(torch, plan["dtype"]).itemsize
+                    costs.append(estimated(name, plan, itemsize, getattr(asked, "batch_size", 0), lengths, rate))
             except ExciseError as error:
                 uses.append(Use("recipe", name, "does not run", one_line(error)))
-    return uses
+    return uses, costs
 
 
 def _audit(pack: str) -> list[Use]:
@@ -234,6 +246,9 @@ def text(checked: Checked, width: int | None) -> str:
     ]
     rows = [[use.name, use.answer, use.why] for use in shown]
     parts.append(aligned(["use", "", "what is lost, or what to add"], rows, width))
+    if checked.costs:
+        parts.append("\nLeast cost of runs with default settings; most take several times as long:")
+        parts.append(bullets(in_words(checked.costs), width))
     if len(shown) < len(checked.uses):
         parts.append("\nPacks of benchmarks are made by excise concept get.")
     return "\n".join(parts)
