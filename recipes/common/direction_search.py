@@ -40,7 +40,10 @@ from .tokens import end_positions
 class DirectionSettings(MeasuredSettings):
     """How a direction is learned and chosen (Arditi et al. 2024, unless another source is named)."""
 
-    budgets: ClassVar[Budgets] = {"quick": {"train_pairs": 64, "validation_pairs": 16}, "long": {"train_pairs": 1024}}
+    budgets: ClassVar[Budgets] = {
+        "quick": {"train_pairs": 64, "validation_pairs": 8, "positions": 2},
+        "long": {"train_pairs": 1024},
+    }
     direction_source: Literal["difference_in_means"] = "difference_in_means"
     """How directions are learned from the contrast pairs (section 2.3)."""
     train_pairs: int = Field(128, ge=1)

@@ -51,6 +51,7 @@ def test_a_quick_run_is_said_to_be_one_and_the_card_has_its_values():
         "kl_prompts": 4,
         "train_pairs": 64,
         "validation_pairs": 8,
+        "positions": 2,
     }
     card = (out / "checkpoint" / "README.md").read_text()
     assert "This was a quick run (questions 60, max_new_tokens 6, kl_prompts 4, train_pairs 64" in card
