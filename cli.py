@@ -104,6 +104,9 @@ def main() -> None:
         line, code = explained(error, arguments)
         if line:
             sys.stderr.write(f"excise: {line}\n")
+        # An interrupt within code that was compiled from a text, as libraries do while they are imported, leaves a mark in
+        # the interpreter, which would end the process by the signal and not by the code; running any text clears it.
+        exec("")
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
 

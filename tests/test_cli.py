@@ -113,6 +113,17 @@ def test_a_background_job_that_ignores_the_interrupt_is_still_terminated(tmp_pat
     assert last.endswith(f"Continue with: excise run orthogonalize --out {tmp_path / 'run'} --resume")
 
 
+def test_an_interrupt_within_compiled_text_ends_with_the_code_of_an_interrupt(tmp_path):
+    """Libraries run texts while they are imported; ``python -m`` then ends by the signal unless the mark is cleared."""
+    (tmp_path / "stopped.py").write_text(
+        "import sys\nfrom excise import cli\n"
+        "def stop(**_): exec('raise KeyboardInterrupt')\n"
+        "cli.app = stop\nsys.argv = ['excise', 'list']\ncli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "excise: interrupted; nothing was written\n")
+
+
 def test_an_interrupt_is_one_line_and_the_run_can_go_on(tmp_path):
     out = tmp_path / "run"
     small = with_settings("questions=20", "kl_prompts=4", "max_new_tokens=8")
