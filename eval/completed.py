@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from .concept import Concept, ContrastPair, ForgetText, OpenQuestion, Prompt, Question, RetainText
+from .words import plain
 
 Text = TypeVar("Text", ForgetText, RetainText)
 
@@ -142,8 +143,10 @@ def _up_to(words: int, rows: Sequence[Text], rng: random.Random) -> tuple[Text, 
 
 def _choices(concept: Concept) -> Concept:
     """Choices for open questions: their own wrong answers, or the answers of those that ask most alike."""
-    rng = random.Random("excise choices")
     rows = concept.open_questions
+    if not rows:
+        return concept
+    rng = random.Random("excise choices")
     pool = [(row, _words(row)) for row in rng.sample(rows, k=min(len(rows), MOST_READ))]
     questions, drawn_for = [], 0
     for row in rows:
@@ -153,12 +156,10 @@ def _choices(concept: Concept) -> Concept:
             drawn_for += bool(wrong)
         if wrong:
             questions.append(_question(row, wrong))
-    if not concept.open_questions:
-        return concept
     own = len(questions) - drawn_for
     made = [f"choices of {drawn_for} open questions, drawn from the answers of others"] * bool(drawn_for)
     made += [f"choices of {own} open questions, from their own wrong answers"] * bool(own)
-    if left := len(concept.open_questions) - len(questions):
+    if left := len(rows) - len(questions):
         made.append(f"no choices for {left} open questions, because no other answer is there")
     return replace(concept, questions=(*concept.questions, *questions), made=(*concept.made, *made))
 
@@ -367,13 +368,9 @@ def _held_out_prompts(concept: Concept) -> Concept:
 
 def _distinct(texts: Sequence[str], besides: str) -> list[str]:
     """The texts that differ from each other and from one more in more than case and spaces."""
-    seen, kept = {_plain(besides)}, []
+    seen, kept = {plain(besides)}, []
     for text in texts:
-        if _plain(text) not in seen:
-            seen.add(_plain(text))
+        if plain(text) not in seen:
+            seen.add(plain(text))
             kept.append(text)
     return kept
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())

@@ -98,3 +98,8 @@ def _marks() -> str:
             else:
                 ranges.append([code, code])
     return "".join(f"{chr(low)}-{chr(high)}" for low, high in ranges)
+
+
+def plain(text: str) -> str:
+    """A text without differences of case and spaces."""
+    return " ".join(text.casefold().split())

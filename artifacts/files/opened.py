@@ -92,17 +92,19 @@ def read_text(path: Path, most: int = MAX_TEXT) -> str:
         raise Unreadable(f"line {line} is not UTF-8, at byte {error.start}") from error
 
 
-def text_lines(path: Path, longest: int = MAX_LINE) -> Iterator[tuple[int, str]]:
-    """The lines of a text file in UTF-8 with their ends, and their numbers from 1; of any size, in little memory.
+def decoded_lines(path: Path, longest: int, most: int | None = None) -> Iterator[tuple[int, str]]:
+    """The lines of a file in UTF-8 with their ends, and their numbers from 1; no more than one line is in memory.
 
-    A byte order mark, which some editors write before the first line, is left out.
+    Bytes are cut at newlines alone, not at characters that JSON allows inside a text, such as U+2028. A byte order mark,
+    which some editors write before the first line, is left out.
 
     Raises:
-        Unreadable: It is no regular file, has a longer line, or is no text in UTF-8.
+        Unreadable: It is no regular file, is larger than ``most`` bytes, has a line of more than ``longest``, or is not
+            UTF-8.
         OSError: It does not exist, or the system refuses it.
     """
-    with regular_file(path) as file:
-        number = 0
+    with regular_file(path, most) as file:
+        number = begin = 0
         while data := file.readline(longest + 1):
             number += 1
             if len(data) > longest:
@@ -110,10 +112,22 @@ def text_lines(path: Path, longest: int = MAX_LINE) -> Iterator[tuple[int, str]]
             try:
                 line = data.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise Unreadable(f"line {number} is not UTF-8, at byte {error.start} of it") from error
-            if "\0" in line:
-                raise Unreadable(f"line {number} holds a byte of 0, so the file is no text in UTF-8")
+                raise Unreadable(f"line {number} is not UTF-8, at byte {begin + error.start}") from error
             yield number, line
+            begin += len(data)
+
+
+def text_lines(path: Path, longest: int = MAX_LINE) -> Iterator[tuple[int, str]]:
+    """The lines of a text file of any size, as ``decoded_lines`` reads them.
+
+    Raises:
+        Unreadable: It is no regular file, has a longer line, or is no text in UTF-8.
+        OSError: It does not exist, or the system refuses it.
+    """
+    for number, line in decoded_lines(path, longest):
+        if "\0" in line:
+            raise Unreadable(f"line {number} holds a byte of 0, so the file is no text in UTF-8")
+        yield number, line
 
 
 def sha256_of(path: Path) -> str:

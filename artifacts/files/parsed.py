@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ...editing.errors import one_line
-from .opened import MAX_JSON, MAX_TEXT, MAX_YAML, Unreadable, read_text, regular_file
+from .opened import MAX_JSON, MAX_TEXT, MAX_YAML, Unreadable, decoded_lines, read_text
 
 MAX_DEPTH = 100
 MAX_DIGITS = 40
@@ -80,17 +80,9 @@ def read_lines(path: Path, most: int = MAX_TEXT) -> Iterator[tuple[int, str]]:
         Unreadable: It is no regular file, too large, or not UTF-8.
         OSError: It does not exist, or the system refuses it.
     """
-    # Bytes are cut at newlines alone, not at characters that JSON allows inside a text, such as U+2028.
-    with regular_file(path, most) as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n")
-            except UnicodeDecodeError as error:
-                raise Unreadable(
-                    f"line {number} is not UTF-8, at byte {file.tell() - len(raw) + error.start}"
-                ) from error
-            if line.strip():
-                yield number, line
+    for number, line in decoded_lines(path, most, most):
+        if line.strip():
+            yield number, line.removesuffix("\n")
 
 
 def parse_yaml(text: str) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ...editing.errors import RequestError
 from ...eval.concept import Concept, ForgetText, Question
-from ...eval.words import has_words, words_of
+from ...eval.words import has_words, plain, words_of
 
 MOST_TEXTS = 2000
 """Texts of each group that an audit reads, at most; more are drawn from at random."""
@@ -96,10 +96,10 @@ def _texts_about(concept: Concept, questions: Sequence[Question]) -> set[str]:
         by_key[_key(told)].add(told)
 
     def holds_question(text: ForgetText) -> bool:
-        plain = _plain(text.text)
-        words = plain.split()
+        told_here = plain(text.text)
+        words = told_here.split()
         keys = by_key.keys() & {(), *zip(*(words[place:] for place in range(KEY)), strict=False)}
-        return any(told in plain for key in keys for told in by_key[key])
+        return any(told in told_here for key in keys for told in by_key[key])
 
     texts = [text for text in concept.forget if text.group == "T"]
     return {text.id for text in texts if named(text.text) or holds_question(text)}
@@ -112,7 +112,7 @@ def _key(told: str) -> tuple[str, ...]:
 
 
 def _check_choices(concept: Concept, questions: Sequence[Question]) -> None:
-    alike = [q.id for q in questions if len({_plain(choice) for choice in q.choices}) < len(q.choices)]
+    alike = [q.id for q in questions if len({plain(choice) for choice in q.choices}) < len(q.choices)]
     if alike:
         raise RequestError(
             f"{len(alike)} questions of group V of concept {concept.ref} have choices that differ in case and spaces"
@@ -121,9 +121,4 @@ def _check_choices(concept: Concept, questions: Sequence[Question]) -> None:
 
 
 def _told(question: Question) -> str:
-    return _plain(f"{question.prompt} {question.choices[question.answer]}")
-
-
-def _plain(text: str) -> str:
-    """A text without differences of case and spaces."""
-    return " ".join(text.casefold().split())
+    return plain(f"{question.prompt} {question.choices[question.answer]}")
