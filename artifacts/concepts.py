@@ -6,6 +6,8 @@ Example:
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +72,19 @@ def describe_concept(name: str) -> Description:
     return about
 
 
+_HELD: ContextVar[dict[str, Concept] | None] = ContextVar("_HELD", default=None)
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Within this context every pack is read once, however often it is loaded: for what asks many things about one."""
+    token = _HELD.set({})
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
 def load_concept(ref: str | Path) -> Concept:
     """Read and validate a concept pack.
 
@@ -89,7 +104,15 @@ def load_concept(ref: str | Path) -> Concept:
         >>> concept.about.kind, len(concept.questions)
         ('knowledge', 800)
     """
-    ref = str(ref)
+    held, named = _HELD.get(), str(ref)
+    if held is None:
+        return _loaded(named)
+    if named not in held:
+        held[named] = _loaded(named)
+    return held[named]
+
+
+def _loaded(ref: str) -> Concept:
     if ref.startswith("builtin:"):
         name = ref.removeprefix("builtin:")
         names = builtin_concepts()

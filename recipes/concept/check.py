@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...artifacts.concepts import load_concept
+from ...artifacts.concepts import load_concept, read_once
 from ...artifacts.files.parsed import read_object
 from ...artifacts.models.find import find_model
 from ...artifacts.models.load import load_tokenizer
@@ -35,7 +35,7 @@ Answer = Literal["runs", "runs with less", "does not run"]
 FILES = (
     "forget", "retain", "questions", "open_questions", "prompts", "contrast", "train", "passages", "shots", "unseen",
 )  # fmt: skip
-OF_A_RATE = 400_000
+MOST_COUNTED = 400_000
 """Tokens of a text file that are counted, at most; more are estimated from these."""
 
 
@@ -98,12 +98,14 @@ def check(pack: str, model: str | None = None) -> Checked:
         >>> [use.answer for use in check("builtin:potions").uses if use.name == "npo"]
         ['runs']
     """
-    concept = load_concept(pack)
     source = find_model(model) if model else None
-    files, longer = _files(concept, source)
-    lengths = {file.name: file.total / file.rows for file in files}
-    recipes, costs = _recipes(pack, model, lengths)
-    uses = [*recipes, *_audit(pack), *_measurements(concept), *_benchmarks(concept)]
+    with read_once():
+        concept = load_concept(pack)
+        files, longer = _files(concept, source)
+        lengths = {file.name: file.total / file.rows for file in files}
+        recipes, costs = _recipes(pack, model, lengths)
+        audited = _audit(pack)
+    uses = [*recipes, *audited, *_measurements(concept), *_benchmarks(concept)]
     about = concept.about
     return Checked(concept.ref, about.kind, files, concept.made, tuple(uses), about.suite, longer, tuple(costs))
 
@@ -209,7 +211,7 @@ def _lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:
     for text in texts:
         lengths.append(len(encode(tokenizer, text)) if tokenizer else len(text.split()))
         read += lengths[-1]
-        if read > OF_A_RATE:
+        if read > MOST_COUNTED:
             break
     return lengths
 

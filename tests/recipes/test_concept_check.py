@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from excise.artifacts import concepts
 from excise.artifacts.concepts import BUILTIN
 from excise.recipes import RECIPES
 from excise.recipes.concept.check import FILES, check, text
@@ -105,3 +106,15 @@ def test_a_cost_is_that_of_the_products_of_what_is_measured_and_trained():
     assert in_words([cost])[0].startswith("npo: 100 items a model (1,500 tokens), 10 steps (6,400 tokens); at least")
     assert not check("builtin:potions").costs
     assert {cost.recipe for cost in check("builtin:potions", SMALL_TESTBED).costs} >= {"elm", "npo", "prune"}
+
+
+def test_a_pack_is_read_once_however_many_are_asked(tmp_path, monkeypatch):
+    folder = _pack(tmp_path / "own", forget=_rows("forget"), retain=_rows("retain"))
+    read, original = [], concepts.windowed
+    monkeypatch.setattr(concepts, "windowed", lambda rows, *rest: read.append(rest[0]) or original(rows, *rest))
+    check(str(folder))
+    assert sorted(read) == ["forget", "retain"]
+    # Elsewhere a pack is read anew, because its files may have changed.
+    for _ in range(2):
+        concepts.load_concept(folder)
+    assert sorted(read) == ["forget"] * 3 + ["retain"] * 3
