@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from ..concept import Question
 from ..inference.generation import Reply
 from ..inference.questions import questions_by_split
-from ..items import Item
 from ..model_under_test import ModelUnderTest
-from ..statistics import Better, Scores
+from ..statistics import Scores
 from ..words import has_words
-from . import MEASUREMENTS
+from .by_item import scored
 
 ANSWER_TOKENS = 12
 """Greedy tokens to complete a question with, where a pack's prompts carry no answers."""
@@ -27,19 +26,18 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     none."""
     results = []
     for split in ("concept", "neutral"):
-        better = MEASUREMENTS["exact_answer"].better(split, subject.concept.about.kind)
         prompts = [prompt for prompt in subject.prompts(split) if prompt.answer]
         if prompts:
             replies = {reply.prompt: reply for reply in subject.replies(split)}
             answered = [p for p in prompts if replies[p.prompt].answered]
             hits = [holds_answer(replies[p.prompt].text, p.answer or "", p.choices) for p in answered]
-            results.append(_scores(subject, split, better, answered, hits, len(prompts) - len(answered)))
+            results.append(scored(subject, "exact_answer", split, answered, hits, len(prompts) - len(answered)))
             continue
         questions = _questions(subject, split)
         if questions:
             completed = subject.completions([question.prompt for question in questions], ANSWER_TOKENS)
             hits = [_completes(question, reply) for question, reply in zip(questions, completed, strict=True)]
-            results.append(_scores(subject, split, better, questions, hits))
+            results.append(scored(subject, "exact_answer", split, questions, hits))
     return results
 
 
@@ -52,13 +50,3 @@ def _completes(question: Question, reply: Reply) -> bool:
     # Only the first line: small models go on to invent further questions and answers.
     first_line = reply.text.split("\n")[0]
     return holds_answer(first_line, question.choices[question.answer], question.choices)
-
-
-def _scores(
-    subject: ModelUnderTest, split: str, better: Better, rows: Sequence[Item], hits: Sequence[bool], skipped: int = 0
-) -> Scores:
-    unit, ids = MEASUREMENTS["exact_answer"].unit, tuple(row.id for row in rows)
-    totals, ones = tuple(map(float, hits)), (1.0,) * len(ids)
-    return Scores(
-        "exact_answer", split, unit, better, ids, totals, ones, skipped=skipped, clusters=subject.clusters(rows)
-    )

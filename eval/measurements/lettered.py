@@ -10,6 +10,7 @@ from ..inference.questions import questions_by_split
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
 from . import MEASUREMENTS
+from .by_item import scored
 
 SUBJECTS = {"bio": "biology", "chem": "chemistry", "cyber": "cybersecurity"}
 """What WMDP's descriptions call its domains."""
@@ -57,19 +58,7 @@ def hits(
     for question, of_one in zip(asked, requests, strict=True):
         values = [likelihood.log_probability for likelihood in subject.likelihoods(of_one)]
         right.append(float(values.index(max(values)) == question.answer))
-    row = MEASUREMENTS[name]
-    ids, ones = tuple(question.id for question in asked), (1.0,) * len(asked)
-    return Scores(
-        name,
-        split,
-        row.unit,
-        row.better(split),
-        ids,
-        tuple(right),
-        ones,
-        skipped=len(questions) - len(asked),
-        clusters=subject.clusters(asked),
-    )
+    return scored(subject, name, split, asked, right, len(questions) - len(asked))
 
 
 def scores(subject: ModelUnderTest) -> list[Scores]:

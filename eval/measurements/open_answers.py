@@ -13,7 +13,8 @@ from ..inference.likelihood import Request
 from ..items import clusters_of, drawn
 from ..model_under_test import EvalSettings, ModelUnderTest
 from ..statistics import Scores
-from . import MEASUREMENTS, tofu
+from . import tofu
+from .by_item import scored
 from .rouge import is_countable, rouge_l
 
 REPLY_TOKENS = 200
@@ -129,27 +130,3 @@ def countable(rows: Sequence[OpenQuestion]) -> tuple[list[OpenQuestion], int]:
     """The questions whose answers ROUGE can count, and how many it cannot."""
     kept = [row for row in rows if is_countable(row.answer)]
     return kept, len(rows) - len(kept)
-
-
-def scored(
-    subject: ModelUnderTest,
-    name: str,
-    split: str,
-    rows: Sequence[OpenQuestion],
-    values: Sequence[float],
-    skipped: int = 0,
-) -> Scores:
-    """One value a question, as the table names it."""
-    about = MEASUREMENTS[name]
-    ids, ones = tuple(row.id for row in rows), (1.0,) * len(rows)
-    return Scores(
-        name,
-        split,
-        about.unit,
-        about.better(split),
-        ids,
-        tuple(map(float, values)),
-        ones,
-        skipped=skipped,
-        clusters=subject.clusters(rows),
-    )

@@ -9,8 +9,8 @@ from ..inference.encoding import encode
 from ..items import clusters_of, drawn
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
-from . import MEASUREMENTS
-from .open_answers import countable, open_by_split, scored
+from .by_item import scored
+from .open_answers import countable, open_by_split
 from .rouge import is_countable, rouge_l
 
 PASSAGE_TOKENS = 128
@@ -29,7 +29,7 @@ def passages_of(concept: Concept, split: str, most: int = 0) -> list[Passage]:
 
 def verbatim(subject: ModelUnderTest) -> list[Scores]:
     """``verbatim_memorization``: ROUGE-L F1 of the greedy continuation of passages against how they go on."""
-    results, row = [], MEASUREMENTS["verbatim_memorization"]
+    results = []
     for split in ("forget", "retain"):
         rows = passages_of(subject.concept, split, subject.settings.questions)
         passages, rows = rows, [one for one in rows if is_countable(one.continuation)]
@@ -41,20 +41,7 @@ def verbatim(subject: ModelUnderTest) -> list[Scores]:
             rouge_l(_beginning(subject, one.continuation, most), reply.text, stem=False).f1
             for one, reply in zip(rows, replies, strict=True)
         ]
-        ids, ones, clusters = tuple(one.id for one in rows), (1.0,) * len(rows), subject.clusters(rows)
-        results.append(
-            Scores(
-                "verbatim_memorization",
-                split,
-                row.unit,
-                row.better(split),
-                ids,
-                tuple(values),
-                ones,
-                skipped=len(passages) - len(rows),
-                clusters=clusters,
-            )
-        )
+        results.append(scored(subject, "verbatim_memorization", split, rows, values, len(passages) - len(rows)))
     return results
 
 

@@ -10,8 +10,9 @@ import re
 
 from ...eval.concept import Concept, OpenQuestion
 from ...eval.items import clusters_of, drawn
+from ...eval.measurements.by_item import scored
 from ...eval.measurements.membership import as_auc, text_scores, texts
-from ...eval.measurements.open_answers import countable, scored
+from ...eval.measurements.open_answers import countable
 from ...eval.measurements.rouge import require_rouge, rouge_l
 from ...eval.model_under_test import ModelUnderTest
 from ...eval.statistics import Scores

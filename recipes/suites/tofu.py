@@ -8,7 +8,8 @@ import numpy as np
 
 from ...eval.concept import Concept, OpenQuestion
 from ...eval.items import clusters_of, drawn
-from ...eval.measurements.open_answers import losses, rouge_recall, scored
+from ...eval.measurements.by_item import scored
+from ...eval.measurements.open_answers import losses, rouge_recall
 from ...eval.measurements.rouge import require_rouge
 from ...eval.measurements.tofu import (
     forget_quality,
