@@ -328,11 +328,12 @@ def _prompts(concept: Concept) -> Concept:
         for q in held_out
         if open_to.get(q.id) or bare(q.prompt)
     )
-    rows = tuple(random.Random("excise prompts").sample(rows, k=min(len(rows), MOST_QUESTIONS)))
     if not rows:
         return concept
-    made = f"{len(rows)} open prompts, the questions on the concept without their choices"
-    return replace(concept, prompts=(*concept.prompts, *rows), made=(*concept.made, made))
+    few = random.Random("excise prompts").sample(rows, k=min(len(rows), MOST_QUESTIONS))
+    of_all = f" of {len(rows)}" if len(few) < len(rows) else ""
+    made = f"{len(few)}{of_all} open prompts, the questions on the concept without their choices"
+    return replace(concept, prompts=(*concept.prompts, *few), made=(*concept.made, made))
 
 
 def _contrast(concept: Concept) -> Concept:

@@ -161,3 +161,17 @@ def test_any_texts_make_a_valid_pack_and_always_the_same(seed):
     pack = _pack(forget=rows)
     assert pack == _pack(forget=rows)
     assert all(len(set(q.choices)) == 4 for q in pack.questions)
+
+
+def test_it_is_said_of_how_many_questions_open_prompts_are_drawn():
+    question = next(q for q in POTIONS.questions if q.split == "forget" and q.group == "V")
+    many = [
+        question.model_copy(
+            update={"id": f"{n}-{m}", "subject": f"one{n}", "prompt": f"Question: What {m} of one{n}? Answer:"}
+        )
+        for n in range(100)
+        for m in range(3)
+    ]
+    pack = _pack(questions=tuple(many), retain=POTIONS.retain)
+    assert len({prompt.id for prompt in pack.prompts}) == 200
+    assert "200 of 300 open prompts, the questions on the concept without their choices" in pack.made
