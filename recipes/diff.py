@@ -16,6 +16,7 @@ from ..artifacts.models.dequantized import check_full_precision
 from ..artifacts.models.find import find_adapter, find_model
 from ..artifacts.reporting import charts
 from ..editing.errors import RequestError
+from ..eval.anatomy import Anatomy, Spectrum, anatomy, spectrum_of
 
 SHOWN = 5
 """Number of singular values reported for each tensor."""
@@ -31,8 +32,10 @@ class TensorDifference:
     """|B - A| / |A| in the Frobenius norm; None if A is all zero."""
     largest: float
     """Largest absolute difference of an element."""
-    effective_rank: float | None = None
-    """exp of the entropy of the normalized singular values (Roy and Vetterli 2007); None for vectors."""
+    norm: float = 0.0
+    """|B - A|, the Frobenius norm."""
+    spectrum: Spectrum | None = None
+    """What its singular values say; None for vectors."""
     singular_values: tuple[float, ...] = ()
     """The largest singular values of B - A."""
 
@@ -49,6 +52,8 @@ class Difference:
     """Number of tensors that are equal bit for bit."""
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
+    anatomy: Anatomy
+    """Which parts and layers changed, and whether the change is one low-rank adapter."""
 
     def describe(self) -> dict[str, Any]:
         """The content of ``diff.json``."""
@@ -96,6 +101,7 @@ def difference(a: str, b: str, *, spectrum: bool = True, advance: Callable[[int]
         len(shared) - len(changed),
         tuple(sorted(set(before.tensors) - set(shared))),
         tuple(sorted(set(after.tensors) - set(shared))),
+        anatomy([(item.name, item.norm, item.spectrum) for item in changed], shared),
     )
 
 
@@ -121,7 +127,8 @@ def _compare(name: str, a: Checkpoint, b: Checkpoint, spectrum: bool) -> TensorD
         tuple(change.shape),
         relative,
         float(change.abs().max()),
-        None if values is None else effective_rank(values),
+        float(change.norm()),
+        None if values is None else spectrum_of(values),
         () if values is None else tuple(values[:SHOWN].tolist()),
     )
 
@@ -130,13 +137,6 @@ def _singular_values(matrix: Tensor) -> Tensor:
     """All singular values, largest first, from the Gram matrix of the smaller side in float64."""
     wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().T
     return torch.linalg.eigvalsh(wide @ wide.T).clamp_min(0).sqrt().flip(0)
-
-
-def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of singular values, scaled to sum to 1 (Roy and Vetterli 2007); 1 for a rank-one matrix."""
-    shares = values / values.sum()
-    shares = shares[shares > 0]
-    return float((-(shares * shares.log()).sum()).exp())
 
 
 def _plot(result: Difference) -> str:

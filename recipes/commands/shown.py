@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     # Only names of types: at run time these recipes would bring transformers' trainer, and seconds of waiting.
     from ...artifacts.pull import Pulled
     from ...artifacts.reporting.outcomes import Evaluation
+    from ...eval.anatomy import Spectrum
     from ..compare import Line
     from ..diff import Difference
     from ..inspect import Looked
@@ -126,23 +127,33 @@ def difference(comparison: Difference, most: int, width: int | None) -> str:
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             parts.append(f"only in {where}: {', '.join(names[:5])}{more}")
+    if said := comparison.anatomy.sentences():
+        parts.append(bullets(said, width))
     rows = [
         [
             item.name,
             "×".join(map(str, item.shape)),
             "was zero" if item.relative_norm is None else f"{item.relative_norm:.4f}",
             f"{item.largest:.3g}",
-            "" if item.effective_rank is None else f"{item.effective_rank:.1f}",
+            *_spectrum(item.spectrum),
             " ".join(f"{value:.3g}" for value in item.singular_values),
         ]
         for item in comparison.changed[:most]
     ]
     if rows:
-        header = ["tensor", "shape", "|B-A| / |A|", "largest", "effective rank", "singular values"]
+        header = ["tensor", "shape", "|B-A| / |A|", "largest", "99% rank", "cliff", "singular values"]
         parts.append(aligned(header, rows, width))
     if len(comparison.changed) > most:
         parts.append(f"and {len(comparison.changed) - most} more; --most N shows more of them")
     return "\n".join(parts)
+
+
+def _spectrum(found: Spectrum | None) -> tuple[str, str]:
+    """Directions that hold 99% of a change, and where its singular values fall, by what factor."""
+    if found is None:
+        return "", ""
+    cliff = f"×{found.cliff:.0f} at {found.cliff_rank}" if found.shallow and found.cliff else "none"
+    return str(found.rank_99), cliff
 
 
 def reproduction(done: Reproduced, width: int | None) -> str:

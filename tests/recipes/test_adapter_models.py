@@ -47,7 +47,8 @@ def test_diff_names_exactly_the_tensors_that_the_adapter_changes(adapter):
     found = diff.difference(SMALL_TESTBED, str(adapter))
     changed = {item.name for item in found.changed}
     assert changed and all(name.endswith(("q_proj.weight", "down_proj.weight")) for name in changed)
-    assert all(item.effective_rank < 5 for item in found.changed) and not found.only_in_b
+    assert all(item.spectrum.rank_99 <= 4 for item in found.changed) and not found.only_in_b
+    assert found.anatomy.shallow == found.anatomy.matrices == len(changed) and found.anatomy.deepest_cliff == 4
 
 
 def test_chat_takes_the_base_that_the_adapter_names(adapter):

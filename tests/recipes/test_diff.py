@@ -7,7 +7,7 @@ import pytest
 import torch
 from excise.artifacts.models.find import find_model
 from excise.editing.errors import RequestError
-from excise.recipes.diff import difference, effective_rank
+from excise.recipes.diff import difference
 from helpers import excise
 from safetensors.torch import load_file, save_file
 
@@ -48,11 +48,18 @@ def test_each_changed_tensor_is_told_with_its_rank_and_no_other(changed):
     item = by_name[NAME]
     assert item.singular_values[:2] == pytest.approx([3.0, 1.0], rel=1e-3) and item.singular_values[2] < 1e-2
     shares = torch.tensor([0.75, 0.25])
-    assert item.effective_rank == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=0.05)
-    assert (
-        by_name["model.norm.weight"].largest == pytest.approx(0.25)
-        and by_name["model.norm.weight"].effective_rank is None
-    )
+    assert item.spectrum.effective_rank == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=0.05)
+    assert by_name["model.norm.weight"].largest == pytest.approx(0.25) and by_name["model.norm.weight"].spectrum is None
+
+
+def test_it_is_said_where_the_change_is_and_that_it_is_one_low_rank_adapter(changed):
+    found = difference(*changed).anatomy
+    assert (found.layers, found.layers_untouched) == (1, (0, 1, 3, 4, 5, 6, 7))
+    assert (found.matrices, found.shallow, found.deepest_cliff) == (1, 1, 2)
+    assert found.shares["mlp"] == pytest.approx(10 / 10.0625, rel=1e-3) and set(found.shares) == {"mlp", "other"}
+    said = excise("diff", *changed).stdout
+    assert "shallow: in 1 of 1 matrices the change ends in a cliff at rank 2 or below" in said
+    assert "layers that changed: 1 of 8; untouched: 0, 1, 3, 4, 5, 6, 7" in said
 
 
 def test_a_model_does_not_differ_from_itself(changed):
@@ -66,11 +73,6 @@ def test_a_tensor_that_was_zero_has_no_relative_change_and_stands_first(changed,
     first = json.loads(done.stdout, parse_constant=pytest.fail)["changed"][0]
     assert first["name"] == "model.norm.weight" and first["relative_norm"] is None
     assert "was zero" in excise("diff", folder, changed[1]).stdout
-
-
-def test_effective_rank_is_between_one_and_the_number_of_directions():
-    assert effective_rank(torch.tensor([2.0, 0.0, 0.0])) == pytest.approx(1.0)
-    assert effective_rank(torch.ones(7)) == pytest.approx(7.0)
 
 
 def test_models_of_unlike_shape_are_not_compared(changed, tmp_path):
