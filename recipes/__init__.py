@@ -50,4 +50,9 @@ RECIPES: dict[str, Recipe] = {
         "SimNpoSettings",
         "negative preference optimization, by length, without the base",
     ),
+    "distill": Recipe(
+        "excise.recipes.distill.recipe",
+        "DistillSettings",
+        "distil an edited model into a damaged copy, so that less comes back",
+    ),
 }

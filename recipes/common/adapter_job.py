@@ -28,19 +28,15 @@ MOST_ROWS = 20_000_000
 """Rows that a training may read, steps times batch size: their order is drawn before it begins."""
 
 
-class AdapterSettings(MeasuredSettings):
-    """Settings of every recipe that trains an adapter."""
+class TrainedSettings(MeasuredSettings):
+    """Settings of every recipe that trains weights."""
 
     concept: str = "builtin:potions"
     """Concept pack to erase: builtin:NAME or a folder."""
     layers: Annotated[str, Field(coerce_numbers_to_str=True)] = "all"
-    """Layers to adapt: all, a number, a range such as 4-7, or fractions of the depth such as 0.125-0.25."""
+    """Layers to train: all, a number, a range such as 4-7, or fractions of the depth such as 0.125-0.25."""
     modules: Literal["all", "attention", "mlp"] = "all"
-    """Which linear modules of these layers get an adapter."""
-    rank: int = Field(8, ge=1, le=16384)
-    """LoRA rank r. A higher rank can learn more and takes more memory."""
-    alpha: float = Field(16.0, gt=0)
-    """LoRA alpha: updates are multiplied by alpha / rank. Higher values make each step larger."""
+    """Which linear modules of these layers are trained."""
     steps: int = Field(400, ge=1, le=MOST_ROWS)
     """Number of optimizer steps."""
     batch_size: int = Field(8, ge=1, le=MOST_ROWS)
@@ -57,6 +53,15 @@ class AdapterSettings(MeasuredSettings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, more time, the same
     gradients."""
+
+
+class AdapterSettings(TrainedSettings):
+    """Settings of every recipe that trains an adapter."""
+
+    rank: int = Field(8, ge=1, le=16384)
+    """LoRA rank r. A higher rank can learn more and takes more memory."""
+    alpha: float = Field(16.0, gt=0)
+    """LoRA alpha: updates are multiplied by alpha / rank. Higher values make each step larger."""
     base_bits: Literal[4, 16] = 16
     """Bits of the base's weights while training. 4 (bitsandbytes NF4) needs a GPU; the checkpoint keeps full
     precision."""
@@ -67,7 +72,7 @@ class AdapterJob:
     """A checked request and what it will train."""
 
     run: Job
-    settings: AdapterSettings
+    settings: TrainedSettings
     layers: tuple[int, ...]
     shape: AdapterShape
     concept: Concept
@@ -75,6 +80,11 @@ class AdapterJob:
     warnings: tuple[str, ...] = ()
     whole: bool = False
     """Train the modules' weights themselves instead of an adapter."""
+
+    @property
+    def base_bits(self) -> int:
+        """Bits of the base's weights while training."""
+        return self.settings.base_bits if isinstance(self.settings, AdapterSettings) else 16
 
     def edit(
         self, kind: type[LowRankUpdate] | type[DenseUpdate], parts: dict[str, Any], provenance: dict[str, Any]
@@ -98,7 +108,7 @@ class AdapterJob:
 
 def prepare(
     recipe: str,
-    settings: AdapterSettings,
+    settings: TrainedSettings,
     *,
     resume: bool,
     needed: Sequence[str] = ("forget", "retain"),
@@ -121,27 +131,33 @@ def prepare(
         raise RequestError(
             f"steps={settings.steps} times batch_size={rows} are more than {MOST_ROWS} rows to read; lower one of them"
         )
-    if settings.base_bits == 4 and run.device.type != "cuda":
-        raise RequestError(
-            f"base_bits=4 trains on a GPU, the device is {run.device}: on CPUs bitsandbytes gives silently wrong"
-            " gradients once a 4-bit model was evaluated; use base_bits=16"
-        )
-    if settings.base_bits == 4 and importlib.util.find_spec("bitsandbytes") is None:
-        raise RequestError(
-            "base_bits=4 needs the package bitsandbytes; run: pip install 'excise[bitsandbytes]', or use base_bits=16"
-        )
+    if isinstance(settings, AdapterSettings) and settings.base_bits == 4:
+        _check_four_bits(run.device)
     concept, warnings = without_overlap(for_training(run.concept))
     layers = tuple(layer_selection(settings.layers, run.layers))
     skeleton = _skeleton(run)
     modules = adapter_modules(skeleton, run.row, layers, settings.modules)
     if not whole:
         warnings += _left_out(skeleton, run, layers)
-    shape = AdapterShape(settings.rank, settings.alpha, modules)
+    rank, alpha = (settings.rank, settings.alpha) if isinstance(settings, AdapterSettings) else (0, 0.0)
+    shape = AdapterShape(rank, alpha, modules)
     job = AdapterJob(run, settings, layers, shape, concept, warnings, whole)
     measured_run.check_plan(run, plan_edit(job.unlearned(), run.checkpoint))
     if whole:
         _check_room(run)
     return job
+
+
+def _check_four_bits(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise RequestError(
+            f"base_bits=4 trains on a GPU, the device is {device}: on CPUs bitsandbytes gives silently wrong"
+            " gradients once a 4-bit model was evaluated; use base_bits=16"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RequestError(
+            "base_bits=4 needs the package bitsandbytes; run: pip install 'excise[bitsandbytes]', or use base_bits=16"
+        )
 
 
 def describe(job: AdapterJob, **more: Any) -> dict[str, Any]:
@@ -152,7 +168,7 @@ def describe(job: AdapterJob, **more: Any) -> dict[str, Any]:
     )
 
 
-def schedule_of(settings: AdapterSettings, save_every: int) -> Schedule:
+def schedule_of(settings: TrainedSettings, save_every: int) -> Schedule:
     """How the settings say that an adapter is trained."""
     return Schedule(
         settings.steps,

@@ -91,7 +91,7 @@ def run(job: AdapterJob, how: str, make_training: MakeTraining, events: Events) 
     def inspect(loaded: LoadedModel, subject: ModelUnderTest) -> Inspection:
         return Inspection(about={"merged_kl": _checked_divergence(trained, loaded.model)})
 
-    shape = {} if job.whole else {"rank": job.settings.rank, "alpha": job.settings.alpha}
+    shape = {} if job.whole else {"rank": job.shape.rank, "alpha": job.shape.alpha}
     where = f"on {len(job.shape.modules)} linear modules of {len(job.layers)} layers"
     about = {"edited": {"how": how, **shape, "layers": list(job.layers), "about": where}, **report}
     finished = measured_run.publish(
@@ -108,7 +108,7 @@ def _study_base(
     loaded = measured_run.load(job.run, job.run.source, "base", events)
     measured = measured_run.measure_base(job.run, loaded, events)
     # Only training uses 4 bits: the base was measured in full precision, as the edited model will be.
-    if job.settings.base_bits == 4:
+    if job.base_bits == 4:
         del loaded
         with events.stage("load the base in 4 bits"):
             loaded = load_model(
@@ -117,7 +117,7 @@ def _study_base(
     beside = (REPORT, PREDICTIONS, DIRECTIONS, *(() if job.whole else (ADAPTER,)))
     edit = measured_run.learned_edit(work, lambda: _learn(job, loaded, make_training, work, events), beside)
     del loaded
-    if job.settings.base_bits == 4:
+    if job.base_bits == 4:
         _predict_in_full_precision(job, work, events)
     return measured, edit
 

@@ -1,0 +1,131 @@
+"""Noise and distil: an edited model's copy is damaged, and learns again from what the edited model predicts (UNDO).
+
+Lee et al. 2025, "Distillation robustifies unlearning": what an edit hides is still in the weights and comes back with
+little training. A student whose weights were moved toward noise has lost it, and learns only what the teacher shows.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...artifacts.checkpoints.read import read_tensor
+from ...artifacts.events import Events, Stage
+from ...artifacts.models.load import LoadedModel, load_model
+from ...editing.modules import unembedding
+from ...editing.training.soft_targets import keep_top
+from ...editing.wiring.row import spelled
+from ..common import adapter_run
+from ..common.adapter_run import Training
+from ..common.examples import Example
+from ..common.measured_run import Finished
+from ..common.prefix_cache import final_hidden_states
+from ..common.tokens import text_limit
+from ..common.trainer import Terms
+from ..data.unlearning_sets import forget_examples, retain_examples
+from ..elm.batches import TERMS, TrainingSequence, arrange, collate, part_size, sequence_loss
+from .request import DistillJob, DistillSettings, describe, prepare
+from .story import story
+
+__all__ = ["DistillSettings", "describe", "prepare", "run", "story"]
+
+
+def run(job: DistillJob, events: Events) -> Finished:
+    """Do the whole run: read teacher and base, damage, distil, measure, publish."""
+    return adapter_run.run(job.adapter, "distilled from an edited model", partial(_training, job), events)
+
+
+def _training(job: DistillJob, loaded: LoadedModel, events: Events, _: Path) -> "DistillTraining":
+    settings, concept, limit = job.settings, job.adapter.concept, text_limit(loaded.model)
+    forget = forget_examples(concept, job.facts, loaded.tokenizer, settings.seed, limit)
+    retain = retain_examples(concept, loaded.tokenizer, settings.seed, limit)
+    groups = settings.steps * settings.batch_size
+    # Rows that no step will read need no targets.
+    forget, retain = forget[:groups], retain[: groups * settings.retain_rows]
+    with events.stage("load the edited model"):
+        teacher = load_model(job.teacher, job.adapter.run.device, job.adapter.run.dtype)
+    with events.stage("read what is to be learned", len(forget) + len(retain)) as stage:
+        keeper = loaded.model if settings.keep == "base" else teacher.model
+        share = 1 / (1 + settings.retain_rows)
+        sequences = {"forget": _read(teacher.model, forget, settings.stored_tokens, "erase", share, stage)}
+        kept = _read(keeper, retain, settings.stored_tokens, "retain", share, stage)
+        sequences |= {f"retain {number}": kept for number in range(settings.retain_rows)}
+    return DistillTraining(job, loaded.model, sequences)
+
+
+def _read(
+    model: Any, examples: Sequence[Example], stored: int, term: str, weight: float, stage: Stage
+) -> list[TrainingSequence]:
+    """What a model predicts along some sequences, at every position but the last."""
+    head, read = unembedding(model), []
+    wanted = {example.ids: len(example.ids) for example in examples}
+    for row, hidden in final_hidden_states(model, wanted):
+        targets = keep_top(head(hidden).float().log_softmax(-1), stored)
+        n = len(row)
+        read.append(TrainingSequence(row, targets, torch.full((n,), weight / n), torch.full((n,), TERMS.index(term))))
+        stage.advance(1)
+    return read
+
+
+class DistillTraining(Training):
+    """Sequences about the concept as the edited model predicts them, and others as the base does."""
+
+    def __init__(self, job: DistillJob, model: nn.Module, sequences: dict[str, list[TrainingSequence]]):
+        settings = job.settings
+        self.job, self.sequences = job, sequences
+        self.rows = arrange(sequences, settings.steps * settings.batch_size, settings.seed)
+        self.checked_rows = [one.ids for kind in ("forget", "retain 0") for one in sequences[kind][:8]]
+        self.tokens_at_once = part_size(model)
+        self.weighted_loss = sequence_loss(dict.fromkeys(TERMS, 1.0))
+
+    @contextmanager
+    def while_training(self, model: Any) -> Iterator[None]:
+        """The student begins as the teacher, moved toward noise."""
+        damage(model, self.job)
+        yield
+
+    def collate(self, rows: list[Sequence[TrainingSequence]]) -> dict[str, Any]:
+        """Parts of like length, each a forward of its own."""
+        return collate(rows, self.tokens_at_once)
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
+        """Forward KL from teacher and base."""
+        return self.weighted_loss(model, batch)
+
+    def report(self, model: Any) -> dict[str, Any]:
+        """What was distilled from what."""
+        settings = self.job.settings
+        counts = {"forget": len(self.sequences["forget"]), "retain": len(self.sequences["retain 0"])}
+        training = {
+            "about": f"Noise and distillation of `{self.job.teacher.name}`.",
+            "steps": settings.steps,
+            "rows": settings.batch_size * (1 + settings.retain_rows),
+            "data": f"{counts['forget']} sequences about the concept, {counts['retain']} to retain",
+            "lessons": counts,
+        }
+        teacher = {key: value for key, value in self.job.teacher.describe().items() if key != "files"}
+        return {"training": training, "warnings": list(self.job.adapter.warnings), "distilled": {"teacher": teacher}}
+
+
+@torch.no_grad()
+def damage(model: nn.Module, job: DistillJob) -> None:
+    """Make a model's trained weights ``(1 - a) W + a b X``: W the teacher's, X a fresh Xavier-uniform matrix."""
+    settings = job.settings
+    generator = torch.Generator().manual_seed(settings.seed)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            stored = spelled(job.adapter.run.row, name, job.edited.tensors)
+            assert stored is not None, f"{name} was found when the request was checked"
+            edited = read_tensor(job.edited.tensors[stored]).float()
+            noise = xavier(edited.shape, generator)
+            weight.copy_((1 - settings.shrink) * edited + settings.shrink * settings.noise * noise)
+
+
+def xavier(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A matrix of independent uniform entries of variance 2 / (rows + columns) (Glorot and Bengio 2010, equation 16)."""
+    bound = (6 / (shape[-2] + shape[-1])) ** 0.5
+    return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
