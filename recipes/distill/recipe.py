@@ -21,14 +21,14 @@ from ...editing.training.soft_targets import keep_top
 from ...editing.wiring.row import spelled
 from ..common import adapter_run
 from ..common.adapter_run import Training
-from ..common.examples import Example
+from ..common.examples import spread
 from ..common.measured_run import Finished
 from ..common.prefix_cache import final_hidden_states
-from ..common.tokens import text_limit
+from ..common.tokens import Row
 from ..common.trainer import Terms
-from ..data.unlearning_sets import forget_examples, retain_examples
 from ..elm.batches import TERMS, TrainingSequence, arrange, collate, part_size, sequence_loss
 from .request import DistillJob, DistillSettings, describe, prepare
+from .rows import rows_to_read
 from .story import story
 
 __all__ = ["DistillSettings", "describe", "prepare", "run", "story"]
@@ -40,32 +40,31 @@ def run(job: DistillJob, events: Events) -> Finished:
 
 
 def _training(job: DistillJob, loaded: LoadedModel, events: Events, _: Path) -> "DistillTraining":
-    settings, concept, limit = job.settings, job.adapter.concept, text_limit(loaded.model)
-    forget = forget_examples(concept, job.facts, loaded.tokenizer, settings.seed, limit)
-    retain = retain_examples(concept, loaded.tokenizer, settings.seed, limit)
+    settings, base = job.settings, loaded.model
+    with events.stage("load the edited model"):
+        teacher = load_model(job.teacher, job.adapter.run.device, job.adapter.run.dtype).model
+    keeper = base if settings.keep == "base" else teacher
+    with events.stage("write what is to be learned") as stage:
+        rows = rows_to_read(keeper, teacher, loaded.tokenizer, job.adapter.concept, job.facts, settings, stage.advance)
     groups = settings.steps * settings.batch_size
     # Rows that no step will read need no targets.
-    forget, retain = forget[:groups], retain[: groups * settings.retain_rows]
-    with events.stage("load the edited model"):
-        teacher = load_model(job.teacher, job.adapter.run.device, job.adapter.run.dtype)
-    with events.stage("read what is to be learned", len(forget) + len(retain)) as stage:
-        keeper = loaded.model if settings.keep == "base" else teacher.model
-        share = 1 / (1 + settings.retain_rows)
-        sequences = {"forget": _read(teacher.model, forget, settings.stored_tokens, "erase", share, stage)}
-        kept = _read(keeper, retain, settings.stored_tokens, "retain", share, stage)
-        sequences |= {f"retain {number}": kept for number in range(settings.retain_rows)}
-    return DistillTraining(job, loaded.model, sequences)
+    forget = spread(rows.forget, groups, f"excise distill {settings.seed}")
+    share = 1 / (1 + settings.retain_rows)
+    with events.stage("read what is to be learned", len(forget) + len(rows.kept) + len(rows.written)) as stage:
+        learned = partial(_read, stored=settings.stored_tokens, weight=share, stage=stage)
+        sequences = {"forget": learned(teacher, forget, term="erase")}
+        stays = [*learned(keeper, rows.kept, term="retain"), *learned(teacher, rows.written, term="retain")]
+    sequences |= {f"retain {number}": stays for number in range(settings.retain_rows)}
+    return DistillTraining(job, base, sequences)
 
 
 def _read(
-    model: Any, examples: Sequence[Example], stored: int, term: str, weight: float, stage: Stage
+    model: Any, rows: Sequence[Row], *, stored: int, term: str, weight: float, stage: Stage
 ) -> list[TrainingSequence]:
-    """What a model predicts along some sequences, at every position but the last."""
+    """What a model predicts along some rows, at every position."""
     head, read = unembedding(model), []
-    wanted = {example.ids: len(example.ids) for example in examples}
-    for row, hidden in final_hidden_states(model, wanted):
-        targets = keep_top(head(hidden).float().log_softmax(-1), stored)
-        n = len(row)
+    for row, hidden in final_hidden_states(model, {row: len(row) for row in rows}):
+        targets, n = keep_top(head(hidden).float().log_softmax(-1), stored), len(row)
         read.append(TrainingSequence(row, targets, torch.full((n,), weight / n), torch.full((n,), TERMS.index(term))))
         stage.advance(1)
     return read
