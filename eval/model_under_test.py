@@ -107,13 +107,9 @@ class ModelUnderTest:
             asked = list(zip(prompts, self.replies("neutral"), strict=True))
             chosen = drawn(asked, self.clusters(prompts), most, "divergence")
             replies = [reply for _, reply in chosen]
-            # The first token of a text serves as the prompt, and the rest as the reply.
-            # No text is read further than the model can read, nor further than its distributions are worth their memory.
-            context = min(context_of(self.model), TEXT_TOKENS)
-            encoded = [(row, encode(self.tokenizer, row.text)[:context]) for row in held_out_texts(self.concept)]
-            readable = [(row, ids) for row, ids in encoded if len(ids) > 1]
+            readable = readable_texts(self.model, self.tokenizer, held_out_texts(self.concept))
             usable = drawn(readable, self.clusters([row for row, _ in readable]), most, "divergence")
-            texts = [Reply("", tuple(ids[:1]), tuple(ids[1:]), row.text) for row, ids in usable]
+            texts = [text for _, text in usable]
             self._baseline = Baseline(
                 replies,
                 kept(self.model, replies),
@@ -123,6 +119,14 @@ class ModelUnderTest:
                 tuple(row for row, _ in usable),
             )
         return self._baseline
+
+
+def readable_texts(model: Any, tokenizer: Any, rows: Sequence[RetainText]) -> list[tuple[RetainText, Reply]]:
+    """Texts along which a divergence can be measured: the first token serves as the prompt, and the rest as the reply."""
+    # No text is read further than the model can read, nor further than its distributions are worth their memory.
+    context = min(context_of(model), TEXT_TOKENS)
+    encoded = [(row, encode(tokenizer, row.text)[:context]) for row in rows]
+    return [(row, Reply("", tuple(ids[:1]), tuple(ids[1:]), row.text)) for row, ids in encoded if len(ids) > 1]
 
 
 @dataclass(frozen=True)

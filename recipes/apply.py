@@ -19,6 +19,8 @@ from ..artifacts.models.source import ModelSource
 from ..artifacts.reporting.findings import STORED_APART, code_left_out
 from ..editing.edits.base import Plan, WeightEdit
 from ..editing.errors import RequestError
+from .common.kl_budget import RECORD
+from .common.kl_budget import in_words as strength_in_words
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,18 @@ def run(prepared: PreparedApply, events: Events) -> Export:
             untied=export.untied,
             known=export.output_sha256,
             code_left_out=export.code_left_out,
-            run={"recipe": "apply", **({"adapter": prepared.merge.describe()} if prepared.merge else {})},
+            run={
+                "recipe": "apply",
+                **({"adapter": prepared.merge.describe()} if prepared.merge else {}),
+                **strength_of(prepared),
+            },
         )
     return export
+
+
+def strength_of(prepared: PreparedApply) -> dict[str, Any]:
+    """How a KL budget chose the strength, if one did."""
+    return {RECORD: prepared.edit.provenance[RECORD]} if RECORD in prepared.edit.provenance else {}
 
 
 def describe(prepared: PreparedApply) -> dict[str, Any]:
@@ -143,6 +154,8 @@ def _card(prepared: PreparedApply, export: Export) -> str:
     if prepared.source.dequantized_from:
         more += f"The base was dequantized from {prepared.source.dequantized_from} into bfloat16. "
     more += "".join(f"{sentence} " for sentence in in_words(_left(prepared)))
+    if chosen := strength_of(prepared):
+        more += f"A KL budget chose its strength, {strength_in_words(chosen[RECORD])}. "
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [excise, model-editing]\n---\n"
         f"# {prepared.source.name}, edited\n\n"

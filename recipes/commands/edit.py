@@ -9,8 +9,8 @@ import typer
 from ...artifacts.events import Events
 from ...editing.errors import RequestError, nearest
 from .. import RECIPES
-from .flags import ANY_MODEL, Config, Json, Out, Resume, Set, Text, Whole, say, say_json, say_plan
-from .session import after_run, carry_out, watcher
+from .flags import ANY_MODEL, Config, Json, Number, Out, Resume, Set, Text, Whole, say, say_json, say_plan
+from .session import after_run, carry_out, settle, watcher
 
 
 def run(
@@ -24,6 +24,7 @@ def run(
     seed: Whole = None,
     device: Text = None,
     dtype: Text = None,
+    kl_budget: Number = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be edited; load no weights.")] = False,
     resume: Resume = False,
     all_rows: Annotated[
@@ -40,7 +41,7 @@ def run(
     # Imported only now, because help and lists must not wait for torch.
     module = importlib.import_module(RECIPES[recipe].module)
     flags = {"model": model, "concept": concept, "out": out, "budget": budget, "seed": seed}
-    flags |= {"device": device, "dtype": dtype}
+    flags |= {"device": device, "dtype": dtype, "kl_budget": kl_budget}
     settings, done = carry_out(
         module,
         getattr(module, RECIPES[recipe].settings),
@@ -72,24 +73,50 @@ def apply(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     base: Annotated[str | None, typer.Option(help=f"Model to edit: {ANY_MODEL}. An adapter names its own.")] = None,
+    kl_budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose the strength so that KL(base || edited) on retain texts is at most this, in nats per token. Loads"
+            " the whole model."
+        ),
+    ] = None,
+    max_strength: Annotated[
+        float, typer.Option(help="With --kl-budget: the strongest that may be chosen; 1 is the edit as it was learned.")
+    ] = 1.0,
+    concept: Annotated[
+        str | None,
+        typer.Option(help="With --kl-budget: concept pack of the retain texts. A built-in pack's edit names its own."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be edited; read no weights.")] = False,
     as_json: Json = False,
 ) -> None:
     """Apply a saved edit or a PEFT adapter to a model of any size.
 
-    The model is read and written piece by piece and never loaded whole.
+    The model is read and written piece by piece and never loaded whole, unless --kl-budget asks for it.
     """
     from ...artifacts.reporting.findings import STORED_APART, code_left_out
     from ...artifacts.reporting.terminal import next_steps
     from .. import apply as recipe
 
-    prepared = recipe.prepare(edit, base, out)
+    if kl_budget is None and (concept or max_strength != 1):
+        raise RequestError("--concept and --max-strength are for --kl-budget; give --kl-budget too, or leave them out")
+    prepared, events = recipe.prepare(edit, base, out), Events(watcher=watcher())
+    if kl_budget is not None:
+        from .. import apply_budget
+        from ..common.kl_budget import Budget
+
+        settle()
+        budget = Budget(kl_budget, max_strength)
+        pack = apply_budget.prepare(prepared, budget, concept)
+        prepared = prepared if dry_run else apply_budget.fitted(prepared, budget, pack, events)
     if dry_run:
         return say_plan(recipe.describe(prepared), as_json)
-    export = recipe.run(prepared, Events(watcher=watcher()))
-    summary = recipe.summary(export, out)
+    export = recipe.run(prepared, events)
+    summary = recipe.summary(export, out) | recipe.strength_of(prepared)
     if as_json:
         return say_json(summary)
+    if chosen := summary.get("kl_budget"):
+        say(recipe.strength_in_words(chosen))
     worst = summary["largest_residual"]
     left = "" if worst is None else f"; at most {worst:.1e} of the component is left"
     say(f"{summary['tensors_changed']} of {summary['tensors_declared']} declared tensors changed{left}")

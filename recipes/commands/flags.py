@@ -14,6 +14,7 @@ ANY_MODEL = "builtin:NAME, a Hub id[@revision], the folder of a model, a run or 
 
 Text = Annotated[str | None, typer.Option()]
 Whole = Annotated[int | None, typer.Option()]
+Number = Annotated[float | None, typer.Option()]
 Out = Annotated[Path | None, typer.Option()]
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings, one KEY: VALUE a line.")]
 Set = Annotated[

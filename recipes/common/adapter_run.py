@@ -16,6 +16,7 @@ from ...artifacts.checkpoints.directions import FILE as DIRECTIONS
 from ...artifacts.checkpoints.manifest import FOLDER
 from ...artifacts.events import Events
 from ...artifacts.files.parsed import read_object
+from ...artifacts.files.tensors import load_safetensors
 from ...artifacts.files.written import read_sealed, write_sealed
 from ...artifacts.models.load import LoadedModel, load_model
 from ...editing.edits.base import WeightEdit
@@ -114,12 +115,40 @@ def _study_base(
             loaded = load_model(
                 job.run.source, job.run.device, job.run.dtype, bits=4, prompts=job.settings.prompt_format()
             )
-    beside = (REPORT, PREDICTIONS, DIRECTIONS, *(() if job.whole else (ADAPTER,)))
-    edit = measured_run.learned_edit(work, lambda: _learn(job, loaded, make_training, work, events), beside)
+    beside = (REPORT, PREDICTIONS, PREDICTIONS_IN_FULL, DIRECTIONS, *(() if job.whole else (ADAPTER,)))
+
+    def learn() -> WeightEdit:
+        nonlocal loaded
+        edit = _learn(job, loaded, make_training, work, events)
+        if job.settings.kl_budget is None:
+            return edit
+        if job.base_bits == 4:
+            loaded = measured_run.load(job.run, job.run.source, "base in full precision", events)
+        base = loaded
+
+        def at_strength(strength: float) -> None:
+            # The checkpoint must agree with the base at this strength, and so does the adapter beside it.
+            store_predictions(base.model, None, work)
+            _scale_adapter(work, strength)
+
+        return measured_run.within_budget(job.run, edit, base, events, at_strength)
+
+    edit = measured_run.learned_edit(work, learn, beside)
     del loaded
-    if job.base_bits == 4:
+    if job.base_bits == 4 and job.settings.kl_budget is None:
         _predict_in_full_precision(job, work, events)
     return measured, edit
+
+
+def _scale_adapter(work: Path, strength: float) -> None:
+    """Give the adapter the strength that was chosen for the edit."""
+    from safetensors.torch import save_file
+
+    file = work / ADAPTER / "adapter_model.safetensors"
+    if file.exists():
+        tensors = load_safetensors(file)
+        scaled = {name: one * strength if ".lora_B." in name else one for name, one in tensors.items()}
+        save_file(scaled, file, {"format": "pt"})
 
 
 def _learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, work: Path, events: Events) -> WeightEdit:

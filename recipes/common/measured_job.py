@@ -38,6 +38,11 @@ class MeasuredSettings(BudgetSettings):
     intervals."""
     reference: str | None = None
     """Model that was never trained on the concept (retrained reference), measured beside base and edited."""
+    kl_budget: float | None = Field(None, gt=0)
+    """Choose the edit's strength so that KL(base || edited) on retain texts is at most this, in nats per token, and at
+    least 95% of it. Without it the edit stays as it was learned."""
+    max_strength: float = Field(1.0, gt=0, le=64)
+    """With kl_budget: the strongest that may be chosen, as a multiple of the edit as it was learned."""
 
     def measuring(self) -> EvalSettings:
         """How much is measured."""
@@ -78,6 +83,8 @@ def check(recipe: str, settings: MeasuredSettings, needed: Sequence[str], *, res
     """
     concept = load_concept(settings.concept)
     concept.require(recipe, *needed)
+    if settings.kl_budget is not None:
+        concept.require("kl_budget", "retain")
     out = settings.out or free_folder(recipe)
     if not resume:
         refuse_taken(out)

@@ -30,6 +30,7 @@ from ...eval.measurements.fluency import novice_text, reverse_perplexity
 from ...eval.measurements.table import measure, workload
 from ...eval.model_under_test import Baseline, ModelUnderTest
 from ...eval.statistics import Scores
+from . import kl_budget
 from .learned_edit import learned_edit, start
 from .measured_job import Job, MeasuredSettings, check, check_plan, describe
 from .run_content import run_content
@@ -51,6 +52,7 @@ __all__ = [
     "publish",
     "start",
     "subject_of",
+    "within_budget",
 ]
 
 SAMPLES = 40
@@ -128,6 +130,26 @@ def measure_base(job: Job, loaded: LoadedModel, events: Events) -> Measured:
                 scores.append(reverse_perplexity(loaded.model, loaded.tokenizer, ids, novices, "novice"))
     has_template = bool(loaded.tokenizer.chat_template)
     return Measured(scores, replies, subject.baseline(), has_template, set_aside(loaded.model))
+
+
+def within_budget(
+    job: Job,
+    edit: WeightEdit,
+    loaded: LoadedModel,
+    events: Events,
+    at_strength: Callable[[float], None] = lambda _: None,
+) -> WeightEdit:
+    """A learned edit at the strength that ``kl_budget`` allows; as it was learned, where none is set.
+
+    Args:
+        loaded: The base, which is unchanged afterwards.
+        at_strength: Called with the strength while the chosen edit is applied to the model.
+    """
+    settings = job.settings
+    if settings.kl_budget is None:
+        return edit
+    budget = kl_budget.Budget(settings.kl_budget, settings.max_strength, settings.kl_prompts)
+    return kl_budget.fit(edit, budget, loaded, job.checkpoint, job.concept, events, at_strength)
 
 
 def publish(

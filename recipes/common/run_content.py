@@ -8,6 +8,7 @@ from ...artifacts.checkpoints.heads import plan_edit
 from ...artifacts.checkpoints.left import parts_left
 from ...editing.edits.base import WeightEdit
 from ...eval.items import measured_on
+from .kl_budget import RECORD
 from .measured_job import Job, derived_row
 
 
@@ -21,6 +22,7 @@ def run_content(
 ) -> dict[str, Any]:
     """Everything in ``eval.json`` but the measurements; the same run on the same machine gives the same bytes."""
     settings, concept = job.settings, job.concept
+    strength = {key: value for key, value in edit.provenance.items() if key == RECORD}
     published_settings = settings.published("model", "concept", "out", "device", "dtype", "reference")
     return {
         "base": {**job.source.describe(), "computed_in": job.dtype_name},
@@ -50,6 +52,7 @@ def run_content(
             "decline_phrases": list(concept.about.decline_phrases),
             "measured_on": measured_on(concept),
         },
+        **strength,
         **{key: value for key, value in about.items() if key != "edited"},
         **inspection,
         "samples": shown,
@@ -60,6 +63,7 @@ def run_content(
             "settings": published_settings,
             "device": job.device.type,
             "dtype": job.dtype_name,
+            **strength,
             "command": _command(job, published_settings),
         },
     }

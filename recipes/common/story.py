@@ -1,10 +1,12 @@
 """What recipes say of their runs, and the parts that several of them say alike."""
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
-from ...artifacts.reporting.sections import Section, Story
+from ...artifacts.reporting.sections import Section, Story, Table
 from .. import RECIPES
+from .kl_budget import RECORD, in_words
 
 UNLEARNING_TAGS = ("unlearning", "machine-unlearning", "concept-erasure")
 
@@ -18,7 +20,18 @@ def tell(results: dict[str, Any]) -> Story:
     row = RECIPES.get(results["run"]["recipe"])
     story = getattr(import_module(row.module), "story", plain_story) if row else plain_story
     told: Story = story(results)
-    return told
+    return replace(told, sections=(*_strength_section(results), *told.sections))
+
+
+def _strength_section(results: dict[str, Any]) -> tuple[Section, ...]:
+    """How a budget chose the edit's strength, whatever the recipe."""
+    record = results.get(RECORD)
+    if not record:
+        return ()
+    rows = tuple((f"{one['strength']:.4g}", f"{one['divergence']:.4g}") for one in record["tries"])
+    table = Table(("strength", "KL from the base, nats per token"), rows)
+    sentence = in_words(record)
+    return (Section("How the strength was chosen", (f"{sentence[0].upper()}{sentence[1:]}.",), (table,)),)
 
 
 def plain_story(results: dict[str, Any]) -> Story:

@@ -109,7 +109,7 @@ def run(job: OrthogonalizeJob, events: Events) -> Finished:
 
     def inspect(loaded: LoadedModel, subject: ModelUnderTest) -> Inspection:
         after = measure_writes(loaded.model, checked.row, base.edit.basis, _leak_inputs(job, loaded))
-        leaks = compare_writes(base.writes, after, job.strengths, base.edit.strength_at(None))
+        leaks = compare_writes(base.writes, after, base.edit.layer_strengths, base.edit.strength_at(None))
         check_leaks(leaks, settings.leak_tolerance)
         scores = [_induce(job, loaded, base.edit, events, "induce on edited")]
         return Inspection(scores, {"leaks": [asdict(leak) for leak in leaks]})
@@ -119,7 +119,7 @@ def run(job: OrthogonalizeJob, events: Events) -> Finished:
             "how": "orthogonalized",
             "variant": settings.variant,
             "embeddings": settings.embeddings,
-            "layer_strengths": list(job.strengths),
+            "layer_strengths": list(base.edit.layer_strengths),
             "embedding_strength": base.edit.strength_at(None),
         },
         "direction": {**base.edit.provenance},
@@ -135,7 +135,9 @@ def _study_base(job: OrthogonalizeJob, work: Path, events: Events) -> StudiedBas
     checked = job.run
     loaded = measured_run.load(checked, checked.source, "base", events)
     measured = measured_run.measure_base(checked, loaded, events)
-    edit = measured_run.learned_edit(work, lambda: _learn(job, loaded, events))
+    edit = measured_run.learned_edit(
+        work, lambda: measured_run.within_budget(checked, _learn(job, loaded, events), loaded, events)
+    )
     assert isinstance(edit, Edit), "the run itself saved it"
     measured.scores.append(_induce(job, loaded, edit, events, "induce on base"))
     writes = measure_writes(loaded.model, checked.row, edit.basis, _leak_inputs(job, loaded))

@@ -86,6 +86,11 @@ def prepare(settings: PruneSettings, *, resume: bool = False) -> PruneJob:
     run = measured_run.check(RECIPE, settings, ["forget", "retain"], resume=resume)
     if settings.share == 0 and settings.heads_share == 0:
         raise RequestError("share=0 and heads_share=0 prune nothing; raise one of them")
+    if settings.kl_budget is not None:
+        raise RequestError(
+            "kl_budget turns the strength of an edit, and pruned units are removed whole; leave out kl_budget and lower"
+            " share instead"
+        )
     if settings.heads_share and settings.semantics in ("mean", "remove"):
         reason = (
             "folds neurons into biases; heads have no bias of their own"
