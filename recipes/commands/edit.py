@@ -2,7 +2,7 @@
 
 import importlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,7 +40,7 @@ def run(
         raise RequestError(f"no recipe {recipe!r}{nearest(recipe, list(RECIPES))}; recipes: {', '.join(RECIPES)}")
     # Imported only now, because help and lists must not wait for torch.
     module = importlib.import_module(RECIPES[recipe].module)
-    flags = {"model": model, "concept": concept, "out": out, "budget": budget, "seed": seed}
+    flags: dict[str, Any] = {"model": model, "concept": concept, "out": out, "budget": budget, "seed": seed}
     flags |= {"device": device, "dtype": dtype, "kl_budget": kl_budget}
     settings, done = carry_out(
         module,
