@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .recipes.commands import concept, edit, look, measure, packs, publish
+from .recipes.commands import concept, edit, look, measure, packs, publish, search
 from .recipes.commands.failures import INTERRUPTED, explained
 from .recipes.commands.flags import say
 from .recipes.commands.help import PanelGroup, SettingsCommand
@@ -46,6 +46,9 @@ HUB_EXAMPLE = "excise run orthogonalize --model HuggingFaceTB/SmolLM2-135M-Instr
 COMMANDS: dict[str, tuple[str, Any, str]] = {
     "run": ("Edit", edit.run, f"`excise run RECIPE --help` also shows the recipe's settings.\nExample: {HUB_EXAMPLE}"),
     "apply": ("Edit", edit.apply, "Example: excise apply runs/elm-1 --base meta-llama/Llama-3.1-8B --out edited"),
+    "search": ("Edit", search.search,
+        "Example: excise search orthogonalize --trials 60 --objective behaviour:min --objective kl.replies:min --out found"),
+    "pick": ("Edit", search.pick, "Example: excise pick found 12 --out runs/picked"),
     "eval": ("Measure", measure.evaluate,
         "Example: excise eval runs/elm-1 runs/rmu-1 --base builtin:testbed --concept builtin:potions"),
     "audit": ("Measure", measure.audit,
@@ -78,7 +81,7 @@ CONCEPT_COMMANDS: dict[str, tuple[Any, str]] = {
 """Function and the end of its help page."""
 
 for name, (panel, function, epilog) in COMMANDS.items():
-    kind = SettingsCommand if name in ("run", "eval", "audit") else None
+    kind = SettingsCommand if name in ("run", "eval", "audit", "search") else None
     app.command(name, cls=kind, rich_help_panel=panel, epilog=epilog)(function)
 for name, (function, epilog) in CONCEPT_COMMANDS.items():
     concept_app.command(name, rich_help_panel="Edit", epilog=epilog)(function)

@@ -263,6 +263,8 @@ class Concept:
     passages: tuple[Passage, ...] = field(default=(), repr=False)
     shots: tuple[Shot, ...] = field(default=(), repr=False)
     unseen: tuple[UnseenText, ...] = field(default=(), repr=False)
+    measured_texts: tuple[str, ...] | None = field(default=None, repr=False)
+    """Ids of the retain texts that are measured; None takes those that no training sees."""
     made: tuple[str, ...] = ()
     """What the pack's files do not hold and was made of what they do, in words that a run, its card and ``excise
     concept check`` show."""

@@ -12,7 +12,7 @@ trained on; of the texts a quarter is held out.
 import random
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 from .concept import (
     Concept,
@@ -30,6 +30,8 @@ Item = ForgetText | RetainText | UnseenText | Question | OpenQuestion | Passage 
 T = TypeVar("T")
 FEWEST_TEXTS = 40
 """Retain texts below which none is held out: too few would be left to learn from."""
+MEASURED_ROWS = ("questions", "open_questions", "prompts", "passages", "forget", "unseen")
+"""What a pack's measurements are of, beside its retain texts."""
 HELD_OUT = 4
 """One text in so many is held out."""
 
@@ -73,6 +75,9 @@ def held_out_texts(concept: Concept) -> tuple[RetainText, ...]:
 
     Texts on subjects of group-T questions come last: training sees their facts in these questions.
     """
+    if concept.measured_texts is not None:
+        measured = set(concept.measured_texts)
+        return tuple(row for row in concept.retain if row.id in measured)
     rows, clusters = concept.retain, clusters_of(concept, concept.retain)
     if len(rows) < FEWEST_TEXTS or len(set(clusters)) < 2:
         return rows
@@ -94,6 +99,35 @@ def for_training(concept: Concept) -> Concept:
     held_out = {row.id for row in held_out_texts(concept)}
     kept = tuple(row for row in concept.retain if row.id not in held_out)
     return replace(concept, retain=kept) if kept else concept
+
+
+def half_of(concept: Concept, half: Literal["search", "report"]) -> Concept:
+    """One half of all that is measured, for measuring alone: what chooses an edit is never what is reported of it.
+
+    Subjects are split, so that no fact stands on both sides. What an edit trains on is not halved; give training the whole
+    pack. Where a pack has no neutral prompts, both halves are measured on the same everyday ones.
+    """
+    kept_texts = held_out_texts(concept)
+    measured: dict[str, Sequence[Item]] = {name: getattr(concept, name) for name in MEASURED_ROWS}
+    measured["retain"] = kept_texts
+    # In the order of kind, split and group, so that each half gets its share of each.
+    place: dict[str, tuple[str, ...]] = {}
+    for name, rows in measured.items():
+        for row, subject in zip(rows, clusters_of(concept, rows), strict=True):
+            place.setdefault(subject, (name, str(getattr(row, "split", "")), str(getattr(row, "group", ""))))
+    subjects = sorted(place)
+    order = dict(
+        zip(random.Random("excise halves").sample(subjects, k=len(subjects)), range(len(subjects)), strict=True)
+    )
+    line = sorted(subjects, key=lambda subject: (place[subject], order[subject]))
+    ours = set(line[0 if half == "search" else 1 :: 2])
+    chosen = {
+        name: tuple(row for row, subject in zip(rows, clusters_of(concept, rows), strict=True) if subject in ours)
+        for name, rows in measured.items()
+    }
+    texts = tuple(row.id for row in chosen.pop("retain"))
+    changes: dict[str, Any] = {**chosen, "measured_texts": texts}
+    return replace(concept, **changes)
 
 
 def measured_on(concept: Concept) -> dict[str, dict[str, int]]:

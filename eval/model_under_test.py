@@ -80,6 +80,10 @@ class ModelUnderTest:
             self._replies[split] = self._generated(texts, tokens) if texts else []
         return self._replies[split]
 
+    def generated(self, split: str) -> list[Reply]:
+        """The replies of a split that were made so far; none where nothing asked for them."""
+        return self._replies.get(split, [])
+
     def completions(
         self, prompts: Sequence[str], tokens: int, *, chat: bool = False, beginning: str = ""
     ) -> list[Reply]:

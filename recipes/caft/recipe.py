@@ -19,6 +19,7 @@ from ...artifacts.models.load import LoadedModel
 from ...editing.architectures import layer_selection, residual_width
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Place, Subspace, random_directions
+from ...editing.edits.base import WeightEdit
 from ...editing.errors import ConceptError, RequestError
 from ...editing.modules import language_config
 from ..common import adapter_job, adapter_run
@@ -34,7 +35,7 @@ from .request import CaftJob, CaftSettings
 from .sae_latent_scores import by_attribution, by_contrast, ranked
 from .story import story
 
-__all__ = ["CaftSettings", "describe", "prepare", "run", "story"]
+__all__ = ["CaftSettings", "describe", "learn", "prepare", "run", "story"]
 
 RECIPE = "caft"
 
@@ -143,6 +144,11 @@ def run(prepared: CaftJob, events: Events) -> Finished:
     """Do the whole run: find directions, train controls, train ablated, merge, measure, publish."""
     how = "fine-tuned" if prepared.settings.directions == "none" else "fine-tuned with concepts ablated"
     return adapter_run.run(prepared.adapter, how, partial(_training, prepared), events)
+
+
+def learn(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path, _: dict[str, Any]) -> WeightEdit:
+    """The edit alone, for a search; the base is unchanged afterwards."""
+    return adapter_run.learn(prepared.adapter, loaded, partial(_training, prepared), work, events)
 
 
 def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path) -> Training:

@@ -54,6 +54,11 @@ def run(
     )
     if dry_run:
         return say_plan(done, as_json)
+    return show_run(settings, done, all_rows=all_rows, as_json=as_json)
+
+
+def show_run(settings: Any, done: Any, *, all_rows: bool, as_json: bool) -> None:
+    """Print what a finished run did, and what to type next."""
     if as_json:
         return say_json({"out": str(done.out), **done.results})
     from ...artifacts.reporting.terminal import next_steps, paths, terminal_width
@@ -61,7 +66,7 @@ def run(
 
     say(shown.run_end(done.results, terminal_width(), all_rows=all_rows) + "\n")
     say(paths({"checkpoint": done.out / "checkpoint", "report": done.out / "report.html"}) + "\n")
-    say(next_steps(after_run(settings, done.results)))
+    return say(next_steps(after_run(settings, done.results)))
 
 
 def apply(

@@ -13,6 +13,7 @@ PANELS = ("Edit", "Measure", "Look", "Publish", "Testbed")
 COMMAND_SETTINGS = {
     "audit": ("excise.recipes.audit.recipe", "AuditSettings"),
     "eval": ("excise.recipes.evaluate", "EvaluateSettings"),
+    "search": ("excise.recipes.common.measured_run", "MeasuredSettings"),
     "run": ("excise.recipes.common.measured_run", "MeasuredSettings"),
 }
 """Where the settings of commands are defined; those of ``run RECIPE`` are the recipe's."""
@@ -58,7 +59,7 @@ class SettingsCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         # `--help` ends the parsing, so the recipe is looked for before it.
-        words = [word for word in args if word in RECIPES] if self.name == "run" else [self.name or ""]
+        words = [word for word in args if word in RECIPES] if self.name in ("run", "search") else [self.name or ""]
         ctx.meta["excise.settings"] = words[0] if words else None
         return super().parse_args(ctx, args)
 

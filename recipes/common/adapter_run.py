@@ -117,9 +117,9 @@ def _study_base(
             )
     beside = (REPORT, PREDICTIONS, PREDICTIONS_IN_FULL, DIRECTIONS, *(() if job.whole else (ADAPTER,)))
 
-    def learn() -> WeightEdit:
+    def learn_within_budget() -> WeightEdit:
         nonlocal loaded
-        edit = _learn(job, loaded, make_training, work, events)
+        edit = learn(job, loaded, make_training, work, events)
         if job.settings.kl_budget is None:
             return edit
         if job.base_bits == 4:
@@ -133,7 +133,7 @@ def _study_base(
 
         return measured_run.within_budget(job.run, edit, base, events, at_strength)
 
-    edit = measured_run.learned_edit(work, learn, beside)
+    edit = measured_run.learned_edit(work, learn_within_budget, beside)
     del loaded
     if job.base_bits == 4 and job.settings.kl_budget is None:
         _predict_in_full_precision(job, work, events)
@@ -151,7 +151,8 @@ def _scale_adapter(work: Path, strength: float) -> None:
         save_file(scaled, file, {"format": "pt"})
 
 
-def _learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, work: Path, events: Events) -> WeightEdit:
+def learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, work: Path, events: Events) -> WeightEdit:
+    """Train on the loaded base, which is the base again afterwards; the working folder gets what a run needs later."""
     training = make_training(loaded, events, work)
     if job.settings.gradient_checkpointing:
         # The reentrant form passes on no gradient where a layer's inputs need none, as behind frozen embeddings.

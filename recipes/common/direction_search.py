@@ -122,11 +122,7 @@ class DirectionSearch:
             ExciseError: The model treats both sides of the pairs alike.
         """
         settings, concept, loaded = self.settings, self.concept, self.loaded
-        pairs = list(concept.contrast)
-        random.Random(f"excise contrast {settings.seed}").shuffle(pairs)
-        # Validation pairs come first, so that they stay the same whatever train_pairs is.
-        validation, training = pairs[: settings.validation_pairs], pairs[settings.validation_pairs :]
-        training = training[: settings.train_pairs]
+        validation, training = self._pairs()
         directions = self._learn(training)
         candidates, chosen, passed, probe = self._choose(directions, validation)
         vector, negative_mean = stacked(directions, chosen.point, chosen.position)
@@ -144,6 +140,37 @@ class DirectionSearch:
             "seed": settings.seed,
         }
         return Direction(vector, negative_mean, chosen.point, chosen.position, passed, tuple(candidates), provenance)
+
+    def _pairs(self) -> tuple[list[ContrastPair], list[ContrastPair]]:
+        """Pairs to validate on, and pairs to learn from."""
+        settings, pairs = self.settings, list(self.concept.contrast)
+        random.Random(f"excise contrast {settings.seed}").shuffle(pairs)
+        # Validation pairs come first, so that they stay the same whatever train_pairs is.
+        validation, training = pairs[: settings.validation_pairs], pairs[settings.validation_pairs :]
+        return validation, training[: settings.train_pairs]
+
+    def learn(self) -> Directions:
+        """One candidate for each point and position, without scores."""
+        return self._learn(self._pairs()[1])
+
+    def at(self, directions: Directions, point: int, position: int) -> Direction:
+        """The candidate of one place, unscored: whoever names it has chosen it.
+
+        Raises:
+            RequestError: There is none.
+        """
+        if point not in directions.points or position not in directions.positions:
+            raise RequestError(_no_candidate(directions, point, position))
+        vector, negative_mean = stacked(directions, point, position)
+        about = {
+            "source": self.settings.direction_source,
+            "point": point,
+            "position": position,
+            "norm": float(vector.norm()),
+        }
+        about |= {"base": self.loaded.source.describe(), "seed": self.settings.seed}
+        about |= {"concept": {"ref": self.concept.ref, "sha256": self.concept.sha256}}
+        return Direction(vector, negative_mean, point, position, True, (), about)
 
     def _learn(self, training: Sequence[ContrastPair]) -> Directions:
         settings, tokenizer = self.settings, self.loaded.tokenizer
@@ -178,10 +205,7 @@ class DirectionSearch:
         position = -1 if settings.position is None else settings.position
         wanted = [c for c in candidates if (c.point, c.position) == (settings.point, position)]
         if not wanted:
-            raise RequestError(
-                f"there is no candidate at point {settings.point}, position {position}; points 0 to"
-                f" {directions.points[-1]}, positions {directions.positions[0]} to -1"
-            )
+            raise RequestError(_no_candidate(directions, settings.point, position))
         return candidates, wanted[0], wanted[0].rejected is None, about
 
     def _probe(self, validation: Sequence[ContrastPair]) -> Probe:
@@ -200,6 +224,13 @@ class DirectionSearch:
             batch = rows[start : start + size]
             yield residual_stream(self.loaded.model, self.row, pad_left(batch, self.loaded.device), points, last)
             advance(len(batch))
+
+
+def _no_candidate(directions: Directions, point: int, position: int) -> str:
+    return (
+        f"there is no candidate at point {point}, position {position}; points 0 to {directions.points[-1]}, positions"
+        f" {directions.positions[0]} to -1"
+    )
 
 
 def _effect_of(direction: Direction) -> dict[str, Any]:

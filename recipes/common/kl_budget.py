@@ -55,6 +55,7 @@ def fit(
     concept: Concept,
     events: Events,
     at_strength: Callable[[float], None] = lambda _: None,
+    measured: Concept | None = None,
 ) -> WeightEdit:
     """The edit at the strength that a budget allows; its provenance records how it was chosen.
 
@@ -62,6 +63,7 @@ def fit(
         loaded: The base, which is the base again afterwards, bit for bit.
         checkpoint: Where its weights are stored.
         at_strength: Called with the strength while the chosen edit is applied to the model.
+        measured: The part of the pack that is reported, where that is not all of it.
 
     Raises:
         RequestError: The edit has no strength.
@@ -69,7 +71,7 @@ def fit(
     """
     check_has_strength(edit)
     with events.stage("read the base on retain texts for kl_budget"):
-        texts = budget_texts(loaded, concept, budget.texts)
+        texts = budget_texts(loaded, concept, budget.texts, measured)
     config = loaded.model.config.to_dict()
     with edits_in_place(loaded.model, config, originals_of(checkpoint, loaded.model)) as tries:
         with events.stage("choose the strength by kl_budget") as stage:
@@ -87,7 +89,7 @@ def fit(
     return replace(chosen, provenance={**edit.provenance, RECORD: record})  # type: ignore[type-var]
 
 
-def budget_texts(loaded: LoadedModel, concept: Concept, most: int) -> BudgetTexts:
+def budget_texts(loaded: LoadedModel, concept: Concept, most: int, measured: Concept | None = None) -> BudgetTexts:
     """Texts that no training sees and that are not the ones on which the divergence is reported, where there are enough.
 
     Args:
@@ -99,7 +101,10 @@ def budget_texts(loaded: LoadedModel, concept: Concept, most: int) -> BudgetText
     readable = readable_texts(loaded.model, loaded.tokenizer, held_out_texts(concept))
     clusters = clusters_of(concept, [row for row, _ in readable])
     # The same draw as of the measurement.
-    reported = {row.id for row, _ in drawn(readable, clusters, most, "divergence")}
+    shown = {row.id for row in held_out_texts(measured or concept)}
+    to_report = [one for one in readable if one[0].id in shown]
+    of_these = clusters_of(concept, [row for row, _ in to_report])
+    reported = {row.id for row, _ in drawn(to_report, of_these, most, "divergence")}
     places = [place for place, (row, _) in enumerate(readable) if row.id not in reported]
     others = drawn([readable[place] for place in places], [clusters[place] for place in places], most, "budget")
     enough = len(others) >= min(FEWEST, len(reported))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +20,7 @@ from ...editing.architectures import architecture_of, layer_count
 from ...editing.edits.base import Plan
 from ...editing.wiring.row import Architecture
 from ...eval.concept import Concept
+from ...eval.items import half_of
 from ...eval.measurements.table import workload
 from ...eval.model_under_test import EvalSettings
 from .budgets import BudgetSettings
@@ -38,6 +39,11 @@ class MeasuredSettings(BudgetSettings):
     intervals."""
     reference: str | None = None
     """Model that was never trained on the concept (retrained reference), measured beside base and edited."""
+    items: Literal["all", "search", "report"] = "all"
+    """Which items are measured: all, or one half of the subjects. A search chooses by the half search, and what it chose
+    is measured on the half report."""
+    chosen_from: int = Field(0, ge=0)
+    """Number of trials of a search that these settings were chosen from; the card says so. `excise pick` sets it."""
     kl_budget: float | None = Field(None, gt=0)
     """Choose the edit's strength so that KL(base || edited) on retain texts is at most this, in nats per token, and at
     least 95% of it. Without it the edit stays as it was learned."""
@@ -63,6 +69,8 @@ class Job:
     dtype: torch.dtype
     reference: ModelSource | None
     out: Path
+    measured: Concept
+    """The pack with the items that are measured; training takes ``concept``."""
     proof: Proof | None = None
     """Of a row that was derived: that an edit by it leaves nothing of a direction."""
 
@@ -94,12 +102,13 @@ def check(recipe: str, settings: MeasuredSettings, needed: Sequence[str], *, res
     checkpoint = open_checkpoint(source.folder)
     row, proof = architecture_of(checkpoint.config), check_proved(checkpoint.config)
     check_loadable(checkpoint, device, dtype)
+    measured = concept if settings.items == "all" else half_of(concept, settings.items)
     reference = find_model(settings.reference) if settings.reference else _builtin_reference(settings, concept)
     if settings.template:
         # Whether the templates know these variables; otherwise said only when each model is loaded.
         for one in (source, *([reference] if reference else [])):
             load_tokenizer(one, settings.prompt_format())
-    return Job(recipe, settings, source, checkpoint, concept, row, device, dtype, reference, out, proof)
+    return Job(recipe, settings, source, checkpoint, concept, row, device, dtype, reference, out, measured, proof)
 
 
 def check_plan(job: Job, plan: Plan) -> None:
@@ -128,7 +137,7 @@ def describe(job: Job, plan: Plan, **more: Any) -> dict[str, Any]:
         "memory_bytes": elements * job.dtype.itemsize,
         "dtype": job.dtype_name,
         "device": str(job.device),
-        "items_measured": workload(job.concept, job.settings.measuring()),
+        "items_measured": workload(job.measured, job.settings.measuring()),
         **more,
         "first_tensors": list(plan.declared[:3]),
     }

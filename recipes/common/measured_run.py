@@ -105,12 +105,12 @@ def load(job: Job, source: ModelSource, name: str, events: Events) -> LoadedMode
 
 def subject_of(job: Job, loaded: LoadedModel, baseline: Baseline | None = None) -> ModelUnderTest:
     """A loaded model under measurement."""
-    return ModelUnderTest(loaded.model, loaded.tokenizer, job.concept, job.settings.measuring(), baseline)
+    return ModelUnderTest(loaded.model, loaded.tokenizer, job.measured, job.settings.measuring(), baseline)
 
 
 def measure_subject(job: Job, subject: ModelUnderTest, name: str, events: Events) -> list[Scores]:
     """Every measurement of the table."""
-    with events.stage(f"measure {name}", workload(job.concept, subject.settings)) as stage:
+    with events.stage(f"measure {name}", workload(job.measured, subject.settings)) as stage:
         subject.advance = stage.advance
         scores = measure(subject)
         stage.advance(0, **{f"{item.name}/{item.split}": item.value() for item in scores if not item.is_empty})
@@ -149,7 +149,7 @@ def within_budget(
     if settings.kl_budget is None:
         return edit
     budget = kl_budget.Budget(settings.kl_budget, settings.max_strength, settings.kl_prompts)
-    return kl_budget.fit(edit, budget, loaded, job.checkpoint, job.concept, events, at_strength)
+    return kl_budget.fit(edit, budget, loaded, job.checkpoint, job.concept, events, at_strength, job.measured)
 
 
 def publish(
@@ -198,7 +198,7 @@ def publish(
             kind=job.concept.about.kind,
             tokens=job.settings.max_new_tokens,
         )
-        if doubts := [*on_prompts, *not_held(job.concept), *not_measured(named), *dominated(named)]:
+        if doubts := [*on_prompts, *not_held(job.measured), *not_measured(named), *dominated(named)]:
             content["warnings"] = [*content.get("warnings", ()), *doubts]
         results = write_results(staging, content, summarize_all(named), tell)
         card.write_card(staging, results, changes)
@@ -246,13 +246,13 @@ def _judge(job: Job, others: dict[str, Measured], scores: dict[str, list[Scores]
 
 
 def _judged(job: Job, loaded: LoadedModel, replies: dict[str, list[Reply]]) -> Scores:
-    prompts = [prompt for prompt in job.concept.prompts if prompt.split == "concept"]
-    ids, clusters = [prompt.id for prompt in prompts], clusters_of(job.concept, prompts)
+    prompts = [prompt for prompt in job.measured.prompts if prompt.split == "concept"]
+    ids, clusters = [prompt.id for prompt in prompts], clusters_of(job.measured, prompts)
     return reverse_perplexity(loaded.model, loaded.tokenizer, ids, replies["concept"], clusters=clusters)
 
 
 def _is_knowledge(job: Job) -> bool:
-    return job.concept.about.kind == "knowledge" and any(prompt.split == "concept" for prompt in job.concept.prompts)
+    return job.concept.about.kind == "knowledge" and any(prompt.split == "concept" for prompt in job.measured.prompts)
 
 
 def _replies(subject: ModelUnderTest) -> dict[str, list[Reply]]:

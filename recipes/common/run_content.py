@@ -50,7 +50,7 @@ def run_content(
             "sha256": concept.sha256,
             "made": list(concept.made),
             "decline_phrases": list(concept.about.decline_phrases),
-            "measured_on": measured_on(concept),
+            "measured_on": measured_on(job.measured),
         },
         **strength,
         **{key: value for key, value in about.items() if key != "edited"},

@@ -2,7 +2,7 @@
 
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,8 +55,17 @@ def _check_number(value: Any, kinds: set[Any]) -> None:
         raise ValueError(f"at most {LARGEST} is allowed")
 
 
-def load_settings(kind: type[T], file: Path | None, assignments: list[str], flags: dict[str, Any] | None = None) -> T:
+def load_settings(
+    kind: type[T],
+    file: Path | None,
+    assignments: list[str],
+    flags: dict[str, Any] | None = None,
+    aside: Callable[[str, Any, str], bool] = lambda *_: False,
+) -> T:
     """Fill in a settings class: flags over ``--set`` over the file over defaults.
+
+    Args:
+        aside: Called with key, value and place of each; whether it takes the value for itself.
 
     Raises:
         RequestError: All unknown keys and bad values, each with its place and the nearest name.
@@ -65,6 +74,8 @@ def load_settings(kind: type[T], file: Path | None, assignments: list[str], flag
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     for key, value, place in [*_from_file(file), *_from_assignments(assignments, problems), *_from_flags(flags or {})]:
+        if aside(key, value, place):
+            continue
         _put(kind, values, places, key, value, place)
     return _validated(kind, values, places, problems)
 

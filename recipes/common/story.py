@@ -20,7 +20,22 @@ def tell(results: dict[str, Any]) -> Story:
     row = RECIPES.get(results["run"]["recipe"])
     story = getattr(import_module(row.module), "story", plain_story) if row else plain_story
     told: Story = story(results)
-    return replace(told, sections=(*_strength_section(results), *told.sections))
+    return replace(told, sections=(*_choice_section(results), *_strength_section(results), *told.sections))
+
+
+def _choice_section(results: dict[str, Any]) -> tuple[Section, ...]:
+    """That a search chose the settings, and on what."""
+    settings = results["run"]["settings"]
+    half = settings.get("items", "all")
+    if half == "all":
+        return ()
+    if trials := settings.get("chosen_from"):
+        first = f"The settings were chosen from {trials} trials of `excise search`, by one half of the pack's items."
+    else:
+        first = "One half of the pack's items was measured."
+    other = "never asked" if half == "report" else "chooses by"
+    second = f"Every figure here is of the half that a search {other}: no subject stands in both."
+    return (Section("How the settings were chosen", (f"{first} {second}",)),)
 
 
 def _strength_section(results: dict[str, Any]) -> tuple[Section, ...]:

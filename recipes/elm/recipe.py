@@ -15,6 +15,7 @@ from ...artifacts.checkpoints.tensor_cache import TensorCache, scope_of
 from ...artifacts.events import Events
 from ...artifacts.models.cache import cache_folder
 from ...artifacts.models.load import LoadedModel
+from ...editing.edits.base import WeightEdit
 from ...editing.errors import EditError
 from ..common import adapter_run
 from ..common.adapter_run import Training
@@ -31,12 +32,17 @@ from .story import story
 from .target_check import TargetCheck, check_target
 from .teacher import ExpertContext, Teacher
 
-__all__ = ["ElmSettings", "describe", "prepare", "run", "story"]
+__all__ = ["ElmSettings", "describe", "learn", "prepare", "run", "story"]
 
 
 def run(job: ElmJob, events: Events) -> Finished:
     """Do the whole run: check the target, read the teacher, train, merge, measure, publish."""
     return adapter_run.run(job.adapter, "erased with ELM", partial(_training, job), events)
+
+
+def learn(job: ElmJob, loaded: LoadedModel, events: Events, work: Path, _: dict[str, Any]) -> WeightEdit:
+    """The edit alone, for a search; the base is unchanged afterwards."""
+    return adapter_run.learn(job.adapter, loaded, partial(_training, job), work, events)
 
 
 def _training(job: ElmJob, loaded: LoadedModel, events: Events, work: Path) -> "ElmTraining":

@@ -19,6 +19,7 @@ from ...artifacts.checkpoints.directions import FILE, save_directions
 from ...artifacts.events import Events
 from ...artifacts.models.load import LoadedModel
 from ...editing.directions.reading_vector import ReadingVector, distance
+from ...editing.edits.base import WeightEdit
 from ...editing.hooks.residual_stream import read_streams
 from ...editing.modules import causal_model
 from ...eval.inference.chat import encode_prompt
@@ -34,7 +35,7 @@ from .request import LorraJob, LorraSettings, describe, prepare
 from .story import story
 from .vectors import Prompts, along, reading_vectors
 
-__all__ = ["LorraSettings", "describe", "prepare", "run", "story"]
+__all__ = ["LorraSettings", "describe", "learn", "prepare", "run", "story"]
 
 READ_PAIRS = 256
 """Most contrast pairs that the vector is read from."""
@@ -48,6 +49,11 @@ def run(job: LorraJob, events: Events) -> Finished:
     """Do the whole run: read the vectors, train, merge, measure, publish."""
     way = "toward" if job.settings.strength > 0 else "away from"
     return adapter_run.run(job.adapter, f"tuned {way} a reading vector", partial(_training, job), events)
+
+
+def learn(job: LorraJob, loaded: LoadedModel, events: Events, work: Path, _: dict[str, Any]) -> WeightEdit:
+    """The edit alone, for a search; the base is unchanged afterwards."""
+    return adapter_run.learn(job.adapter, loaded, partial(_training, job), work, events)
 
 
 def _training(job: LorraJob, loaded: LoadedModel, events: Events, work: Path) -> "LorraTraining":

@@ -29,7 +29,7 @@ from ..common.direction_search import Direction, DirectionSearch, DirectionSetti
 from ..common.measured_run import Finished, Inspection, Job, Measured
 from .story import story
 
-__all__ = ["OrthogonalizeSettings", "describe", "prepare", "run", "story"]
+__all__ = ["OrthogonalizeSettings", "describe", "learn", "prepare", "run", "story"]
 
 RECIPE = "orthogonalize"
 
@@ -151,6 +151,22 @@ def _learn(job: OrthogonalizeJob, loaded: LoadedModel, events: Events) -> Edit:
     # Whoever names a place has chosen the direction.
     if not direction.passed_filters and settings.point is None and not settings.use_rejected_direction:
         raise ExciseError(why_none_passed(direction.candidates, settings))
+    return edit_along(direction, settings, job.run.checkpoint.config["model_type"], job.strengths)
+
+
+def learn(job: OrthogonalizeJob, loaded: LoadedModel, events: Events, _: Path, shared: dict[str, Any]) -> Edit:
+    """The edit alone, for a search; trials that name a place share the directions that were learned once.
+
+    Args:
+        shared: What trials have in common; their settings may differ in place and strength alone.
+    """
+    settings = job.settings
+    if settings.point is None:
+        return _learn(job, loaded, events)
+    search = DirectionSearch(loaded, job.run.concept, settings, events)
+    if "directions" not in shared:
+        shared["directions"] = search.learn()
+    direction = search.at(shared["directions"], settings.point, -1 if settings.position is None else settings.position)
     return edit_along(direction, settings, job.run.checkpoint.config["model_type"], job.strengths)
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,7 +32,7 @@ from ..data.unlearning_sets import forget_examples, retain_examples
 from .scoring import UnitScorer
 from .story import story
 
-__all__ = ["PruneSettings", "describe", "prepare", "run", "story"]
+__all__ = ["PruneSettings", "describe", "learn", "prepare", "run", "story"]
 
 RECIPE = "prune"
 TEXT_TOKENS = 256
@@ -151,6 +152,11 @@ def _warnings(pruning: dict[str, Any]) -> list[str]:
     )
 
 
+def learn(job: PruneJob, loaded: LoadedModel, events: Events, _: Path, __: dict[str, Any]) -> PrunedUnits:
+    """The edit alone, for a search; the base is unchanged afterwards."""
+    return _learn(job, loaded, events)
+
+
 def _learn(job: PruneJob, loaded: LoadedModel, events: Events) -> PrunedUnits:
     """Score all units, choose some, and compare pruning them with pruning others."""
     settings, concept, tokenizer = job.settings, for_training(job.run.concept), loaded.tokenizer
@@ -218,7 +224,7 @@ def _accuracies(job: PruneJob, loaded: LoadedModel, edit: PrunedUnits, stage: St
     accuracies = {}
     try:
         edit_model(edit, loaded.model, job.run.checkpoint.config)
-        for split, questions in questions_by_split(job.run.concept, job.settings.questions).items():
+        for split, questions in questions_by_split(job.run.measured, job.settings.questions).items():
             exam = MultipleChoiceSet(loaded.tokenizer, questions)
             hits = exam.hits(loaded.model)
             n, interval = len(hits), rate_interval(hits, exam.clusters)

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from .recipe import UnlearningSettings, describe, prepare, run
+from .recipe import UnlearningSettings, describe, learn, prepare, run
 from .story import story
 
-__all__ = ["GradDiffSettings", "describe", "prepare", "run", "story"]
+__all__ = ["GradDiffSettings", "describe", "learn", "prepare", "run", "story"]
 
 
 class GradDiffSettings(UnlearningSettings):

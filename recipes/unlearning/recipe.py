@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...artifacts.events import Events
 from ...artifacts.models.load import LoadedModel
+from ...editing.edits.base import WeightEdit
 from ..common import adapter_job, adapter_run
 from ..common.adapter_job import AdapterJob, AdapterSettings
 from ..common.adapter_run import Training
@@ -118,6 +119,11 @@ def describe(job: UnlearningJob) -> dict[str, Any]:
 def run(job: UnlearningJob, events: Events) -> Finished:
     """Do the whole run: read the data, train, merge, measure, publish."""
     return adapter_run.run(job.adapter, f"edited with {job.settings.recipe}", partial(_training, job), events)
+
+
+def learn(job: UnlearningJob, loaded: LoadedModel, events: Events, work: Path, _: dict[str, Any]) -> WeightEdit:
+    """The edit alone, for a search; the base is unchanged afterwards."""
+    return adapter_run.learn(job.adapter, loaded, partial(_training, job), work, events)
 
 
 def _training(job: UnlearningJob, loaded: LoadedModel, events: Events, _: Path) -> "UnlearningTraining":

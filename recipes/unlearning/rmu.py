@@ -12,10 +12,10 @@ from ...editing.hooks.residual_stream import read_streams
 from ...editing.modules import causal_model
 from ..common.tokens import Row
 from ..common.trainer import Loss, Terms
-from .recipe import UnlearningData, UnlearningJob, UnlearningSettings, describe, pair_batch, prepare, run
+from .recipe import UnlearningData, UnlearningJob, UnlearningSettings, describe, learn, pair_batch, prepare, run
 from .story import story
 
-__all__ = ["RmuSettings", "describe", "prepare", "run", "story"]
+__all__ = ["RmuSettings", "describe", "learn", "prepare", "run", "story"]
 
 SCALE_PAIRS = 16
 """Pairs of sequences that the scale of the stream is read on."""

@@ -1,0 +1,1 @@
+"""Searching a recipe's settings by what its edits do."""

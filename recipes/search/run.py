@@ -1,0 +1,88 @@
+"""The loop of a search: ask, try, tell, until enough trials ended; and a worker that joins one."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...artifacts.events import Events
+from ...editing.edits.base import WeightEdit
+from ..common import measured_run
+from .bench import Bench
+from .page import write_page
+from .request import Request, measured_job_of
+from .results import SearchResults, results_of
+from .study import Done, Study
+from .trial import tried
+
+Told = Callable[[Sequence[Done], Sequence[Done]], None]
+"""Called with all trials that ended, and those of the front."""
+
+
+def describe(request: Request) -> dict[str, Any]:
+    """What a search would do."""
+    job = request.job
+    return {
+        "recipe": request.recipe,
+        "out": str(request.folder),
+        "base": job.source.describe(),
+        "concept": job.concept.ref,
+        "trials": request.trials,
+        "space": {name: one.in_words() for name, one in request.space.items()},
+        "objectives": [one.name for one in request.rules.objectives],
+        "guards": [one.name for one in request.rules.guards],
+        "items": "the half search chooses; the half report is for what is picked",
+        "device": str(job.device),
+        "dtype": job.dtype_name,
+    }
+
+
+def run(request: Request, events: Events, told: Told = lambda *_: None) -> SearchResults:
+    """Search until as many trials ended as were asked for; those that ended before count.
+
+    Raises:
+        RequestError: The storage cannot be opened, or a trial's settings cannot work.
+    """
+    study = Study(
+        request.storage,
+        request.space,
+        request.rules.objectives,
+        request.rules.guards,
+        request.base.seed,
+        request.trials,
+    )
+    study.redo_what_was_killed()
+    done = study.done()
+    if len(done) < request.trials:
+        loaded = measured_run.load(request.job, request.job.source, "base", events)
+        with events.stage("measure base on the half that chooses"):
+            bench = Bench(request.job, loaded, request.prompts)
+            cheap = [one.figure for one in (*request.rules.stand_ins, *request.rules.objectives)]
+            base = {one.name: bench.base["all"].value(one) for one in cheap if one.measurement != "kl_from_base"}
+        events.write("base", 0, {**base, "generated_tokens": bench.base["all"].generated})
+        while len(done) + study.running() < request.trials:
+            _one(request, study, bench, done)
+            done = study.done()
+            told(done, study.front(done))
+            write_page(request, done, study.front(done))
+    results = results_of(request, done, study.front(done))
+    write_page(request, done, study.front(done))
+    return results
+
+
+def _one(request: Request, study: Study, bench: Bench, before: Sequence[Done]) -> None:
+    trial, values = study.ask()
+    settings = request.settings_of(values)
+    folder = request.folder / "trials" / f"{trial.number:04}"
+    job = request.job_with(settings, folder.with_name(f"{folder.name}-run"))
+
+    def learn(work: Path) -> WeightEdit:
+        edit: WeightEdit = request.module.learn(job, bench.loaded, Events(), work, bench.shared)
+        return measured_run.within_budget(measured_job_of(job), edit, bench.loaded, Events())
+
+    outcome = tried(learn, bench, request.rules, before, settings, folder)
+    study.tell(trial, outcome.state, outcome.values or None, outcome.record)
+
+
+def trial_folder(folder: Path, number: int) -> Path:
+    """Where a trial's edit stands."""
+    return folder / "trials" / f"{number:04}"

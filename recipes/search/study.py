@@ -1,0 +1,190 @@
+"""The study that remembers trials: Optuna in a file or a database, so that workers share it and nothing is done twice."""
+
+import os
+import socket
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...editing.errors import RequestError, one_line
+from ..common.search_space import Dimension, Space
+from .figures import Guard, Objective, front
+
+NAME = "excise"
+GONE_AFTER = 3600.0
+"""Seconds without a sign of life after which a trial of a worker on another machine is done again."""
+SETTINGS, FIGURES, CONSTRAINTS, ERROR, TOKENS, SECONDS = (
+    "settings", "figures", "constraints", "error", "generated_tokens", "seconds",
+)  # fmt: skip
+"""What is kept of a trial, beside its values."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A trial that ended."""
+
+    number: int
+    state: str
+    """complete, pruned or failed."""
+    values: tuple[float, ...]
+    params: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    figures: Mapping[str, Mapping[str, float]]
+    """By size: few or all."""
+    feasible: bool
+    error: str
+    generated_tokens: int
+    seconds: float
+
+
+class Study:
+    """Asks for trials and remembers them."""
+
+    def __init__(
+        self, url: str, space: Space, objectives: Sequence[Objective], guards: Sequence[Guard], seed: int, trials: int
+    ):
+        """Open the study, or make it.
+
+        Raises:
+            RequestError: The storage cannot be opened, or holds a study of other objectives.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", module="optuna")
+        self.optuna, self.space, self.objectives, self.guards = optuna, space, objectives, guards
+        self.seed, self.first = seed, min(10, max(2, trials // 4))
+        ways: list[Any] = ["minimize" if one.way == "min" else "maximize" for one in objectives]
+        try:
+            self.study = optuna.create_study(
+                storage=url, sampler=self._sampler(0), study_name=NAME, directions=ways, load_if_exists=True
+            )
+        # What a database's driver raises is its own.
+        except (ImportError, Exception) as error:
+            raise RequestError(
+                f"the storage {without_password(url)} cannot be opened ({one_line(error)}); give a URL that SQLAlchemy reads,"
+                " such as sqlite:////ABSOLUTE/PATH.db or postgresql://USER@HOST/NAME, and install its driver"
+            ) from error
+        if [one.name.lower() for one in self.study.directions] != ways:
+            raise RequestError("the study in the storage has other objectives; give another --out or --storage")
+
+    def _sampler(self, number: int) -> Any:
+        # A seed for each trial, so that a search that was killed goes on as one that was not.
+        return self.optuna.samplers.TPESampler(
+            seed=(self.seed * 1_000_003 + number) % 2**32,
+            multivariate=True,
+            n_startup_trials=self.first,
+            constraints_func=(lambda trial: trial.user_attrs.get(CONSTRAINTS, [1.0] * len(self.guards)))
+            if self.guards
+            else None,
+        )
+
+    def ask(self) -> Any:
+        """The next trial, with its values."""
+        self.study.sampler = self._sampler(len(self.study.get_trials(deepcopy=False)))
+        trial = self.study.ask()
+        trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
+        trial.set_user_attr("seen", time.time())
+        values = {name: _drawn(trial, name, one) for name, one in self.space.items()}
+        return trial, values
+
+    def tell(self, trial: Any, state: str, values: Sequence[float] | None, record: Mapping[str, Any]) -> None:
+        """Keep what a trial gave."""
+        for key, value in record.items():
+            trial.set_user_attr(key, value)
+        states = self.optuna.trial.TrialState
+        kinds = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}
+        self.study.tell(trial, values, state=kinds[state])
+
+    def redo_what_was_killed(self) -> int:
+        """Queue the trials that a worker did not end, and return their number."""
+        count = 0
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state.name == "RUNNING" and _is_gone(trial):
+                self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
+                if trial.params:
+                    self.study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+                    count += 1
+        return count
+
+    def running(self) -> int:
+        """Trials that some worker is at."""
+        return sum(trial.state.name == "RUNNING" for trial in self.study.get_trials(deepcopy=False))
+
+    def done(self) -> list[Done]:
+        """Every trial that ended, without those that were killed and are done again."""
+        return [
+            _done(trial)
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.state.name in ("COMPLETE", "PRUNED") or (trial.state.name == "FAIL" and ERROR in trial.user_attrs)
+        ]
+
+    def front(self, done: Sequence[Done]) -> list[Done]:
+        """The complete trials that keep every guard and that no other beats, the first objective first."""
+        signs = [1.0 if one.way == "min" else -1.0 for one in self.objectives]
+        points = {
+            one.number: [sign * value for sign, value in zip(signs, one.values, strict=True)]
+            for one in done
+            if one.state == "complete" and one.feasible
+        }
+        numbers = sorted(front(points), key=lambda number: points[number])
+        by_number = {one.number: one for one in done}
+        return [by_number[number] for number in numbers]
+
+
+def without_password(url: str) -> str:
+    """A storage's address as it may be shown."""
+    scheme, separator, rest = url.partition("://")
+    names, at, place = rest.rpartition("@")
+    return f"{scheme}{separator}{names.partition(':')[0]}{at}{place}" if at else url
+
+
+def file_in(folder: Path) -> str:
+    """The address of the study that a search keeps in its own folder."""
+    return f"sqlite:///{(folder / 'study.db').absolute()}"
+
+
+def _drawn(trial: Any, name: str, one: Dimension) -> Any:
+    if one.choices:
+        return trial.suggest_categorical(name, list(one.choices))
+    if isinstance(one.low, int) and isinstance(one.high, int):
+        return trial.suggest_int(name, one.low, one.high, log=one.log)
+    return trial.suggest_float(name, one.low, one.high, log=one.log)
+
+
+def _is_gone(trial: Any) -> bool:
+    """Whether nobody is at a trial any more."""
+    host, process = trial.user_attrs.get("worker", ["", 0])
+    if host == socket.gethostname():
+        return process == os.getpid() or not _lives(int(process))
+    return time.time() - float(trial.user_attrs.get("seen", 0.0)) > GONE_AFTER
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _done(trial: Any) -> Done:
+    about = trial.user_attrs
+    state = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}[trial.state.name]
+    return Done(
+        trial.number,
+        state,
+        tuple(trial.values) if state == "complete" else (),
+        dict(trial.params),
+        about.get(SETTINGS, {}),
+        about.get(FIGURES, {}),
+        all(value <= 0 for value in about.get(CONSTRAINTS, [])),
+        about.get(ERROR, ""),
+        int(about.get(TOKENS, 0)),
+        float(about.get(SECONDS, 0.0)),
+    )

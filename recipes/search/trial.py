@@ -1,0 +1,173 @@
+"""One trial: learn the edit, apply it in memory, and measure it with what is cheap first."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...artifacts.checkpoints.edits import save_edit
+from ...editing.edits.base import WeightEdit
+from ...editing.errors import EditError, ExciseError, RequestError
+from .bench import Bench, Sitting
+from .figures import Figure, Guard, Objective, dominated
+from .study import CONSTRAINTS, ERROR, FIGURES, SECONDS, SETTINGS, TOKENS, Done
+
+NOISE = {"few": 0.15, "all": 0.03}
+"""Share of the spread seen so far by which a trial must be worse to be left at a size: few items tell less."""
+FEWEST = 4
+"""Ended trials below which none is left early."""
+
+
+@dataclass
+class Outcome:
+    """What a trial gave."""
+
+    state: str
+    values: list[float] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a search goes by."""
+
+    objectives: Sequence[Objective]
+    guards: Sequence[Guard]
+
+    @property
+    def need_replies(self) -> bool:
+        """Whether anything is generated."""
+        figures = [*(one.figure for one in self.objectives), *(one.figure for one in self.guards)]
+        return any(one.generates for one in figures)
+
+    @property
+    def stand_ins(self) -> list[Objective]:
+        """Objectives as they can be told without replies."""
+        return [other for one in self.objectives if (other := one.stand_in())]
+
+
+def tried(
+    learn: Callable[[Path], WeightEdit],
+    bench: Bench,
+    rules: Rules,
+    before: Sequence[Done],
+    settings: Mapping[str, Any],
+    folder: Path,
+) -> Outcome:
+    """Learn and measure one edit; what it is stands in ``folder`` afterwards, the model is the base again.
+
+    Args:
+        learn: Learns the edit on the bench's base, with a folder to work in.
+        before: Trials that ended.
+        settings: Those of this trial, for the record.
+
+    Raises:
+        RequestError: The request itself cannot work.
+    """
+    began, figures = time.monotonic(), dict[str, dict[str, float]]()
+    outcome, generated = Outcome("failed"), 0
+    work = folder.with_name(f".{folder.name}.work")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        edit = learn(work)
+        save_edit(edit, folder)
+        with bench.edited(edit) as sittings:
+            outcome = _measured(bench, sittings, rules, before, figures)
+            generated = sum(one.generated for one in sittings.values())
+    except RequestError:
+        raise
+    except (EditError, ExciseError) as error:
+        outcome = Outcome("failed", record={ERROR: str(error)})
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    outcome.record |= {
+        SETTINGS: dict(settings),
+        FIGURES: figures,
+        TOKENS: generated,
+        SECONDS: round(time.monotonic() - began, 3),
+    }
+    return outcome
+
+
+def _measured(
+    bench: Bench,
+    sittings: Mapping[str, Sitting],
+    rules: Rules,
+    before: Sequence[Done],
+    figures: dict[str, dict[str, float]],
+) -> Outcome:
+    """Few items, then all without replies, then replies; a hopeless trial ends before the next."""
+
+    def seen(size: str, wanted: Sequence[Figure]) -> dict[str, float]:
+        values = figures.setdefault(size, {})
+        for one in wanted:
+            if one.name not in values:
+                values[one.name] = bench.value(one, sittings[size], size)
+        return values
+
+    cheap = [one.figure for one in rules.stand_ins]
+    guards = [one.figure for one in rules.guards if not one.figure.generates]
+    needs_replies = rules.need_replies
+    # Where nothing is generated, a trial that has come this far is known already.
+    for size in ("few", "all") if needs_replies else ("few",):
+        values = seen(size, [*cheap, *guards])
+        if _is_hopeless(size, values, rules, before):
+            return Outcome("pruned", record={CONSTRAINTS: _excesses(rules.guards, values, 0.0)} if rules.guards else {})
+    values = seen("all", [*(one.figure for one in rules.objectives), *(one.figure for one in rules.guards)])
+    told = [values[one.figure.name] for one in rules.objectives]
+    if not all(map(math.isfinite, told)):
+        unknown = next(one.name for one, value in zip(rules.objectives, told, strict=True) if not math.isfinite(value))
+        return Outcome("failed", record={ERROR: f"{unknown} has no finite value"})
+    record = {CONSTRAINTS: _excesses(rules.guards, values)} if rules.guards else {}
+    return Outcome("complete", told, record)
+
+
+def _excesses(guards: Sequence[Guard], values: Mapping[str, float], unknown: float = 1.0) -> list[float]:
+    """How far each guard is broken; what is no number counts as broken.
+
+    Args:
+        unknown: Of what was not measured.
+    """
+    found = [one.excess(values[one.figure.name]) if one.figure.name in values else unknown for one in guards]
+    return [value if math.isfinite(value) else 1.0 for value in found]
+
+
+def _is_hopeless(size: str, values: Mapping[str, float], rules: Rules, before: Sequence[Done]) -> bool:
+    """Whether a trial breaks a guard, or another that keeps them is better in every objective, beyond noise."""
+    for one in rules.guards:
+        if one.figure.generates:
+            continue
+        # On few items a guard that is barely broken may hold on all of them.
+        slack = max(0.05, abs(one.limit)) if size == "few" else 0.0
+        if not one.excess(values[one.figure.name]) <= slack:
+            return True
+    stand_ins = rules.stand_ins
+    if len(stand_ins) < len(rules.objectives) or len(before) < FEWEST:
+        return False
+
+    def point(of: Mapping[str, float]) -> list[float]:
+        return [(1.0 if one.way == "min" else -1.0) * of[one.figure.name] for one in stand_ins]
+
+    known = [done.figures.get(size, {}) for done in before]
+    known = [of for of in known if all(one.figure.name in of for one in stand_ins)]
+    others = [
+        point(done.figures[size])
+        for done in before
+        if done.state == "complete" and done.feasible and size in done.figures
+    ]
+    ours = point(values)
+    if not all(map(math.isfinite, ours)):
+        return True
+    columns = list(zip(*map(point, known), strict=True))
+    margins = [NOISE[size] * (_spread(column)) for column in columns] or [0.0] * len(ours)
+    return dominated(ours, others, margins)
+
+
+def _spread(column: Sequence[float]) -> float:
+    """How far values lie apart, without the worst tenth, which broken models would stretch."""
+    ordered = sorted(value for value in column if math.isfinite(value))
+    return ordered[int(0.9 * (len(ordered) - 1))] - ordered[0] if ordered else 0.0
