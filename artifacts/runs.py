@@ -56,6 +56,11 @@ def find_runs(folder: Path) -> list[Run]:
     return sorted(runs, key=lambda run: run.folder.stat().st_mtime, reverse=True)
 
 
+def run_in(folder: Path) -> Run | None:
+    """The run or audit in a folder itself; None where there is none."""
+    return _read(folder, folder)
+
+
 def _folders(folder: Path) -> Sequence[Path]:
     return (
         # Hidden folders are still being written.

@@ -28,7 +28,7 @@ from . import evaluate as evaluate_recipe
 from .audit import recipe as audit_recipe
 from .common.calls import events_for
 from .common.prompt_settings import PromptSettings
-from .common.run_folder import resumed
+from .common.run_folder import letting_go, resumed
 from .common.settings import settings_of_call
 from .in_memory import IN_MEMORY, AppliedEdit
 
@@ -151,7 +151,7 @@ def run(
         if chosen.out is not None and (chosen.out / "checkpoint" / RESULTS).is_file():
             return Run.read(chosen.out)
         chosen = resumed(chosen, recipe)
-    with quiet_libraries():
+    with quiet_libraries(), letting_go():
         finished = module.run(module.prepare(chosen, resume=resume), events_for(progress))
     # As it stands on disk: a run that is read again later is equal to this one.
     return replace(Run.read(finished.out), base=chosen.model, concept=chosen.concept)
@@ -274,7 +274,7 @@ def audit(
         chosen = settings_of_call(audit_recipe.AuditSettings, values)
         if resume:
             chosen = resumed(chosen, "audit")
-        with quiet_libraries():
+        with quiet_libraries(), letting_go():
             prepared = audit_recipe.prepare(chosen, resume=resume)
             return Audit(prepared.out, audit_recipe.run(prepared, events_for(progress)))
 

@@ -1,6 +1,5 @@
 """Folders that are absent or complete: each is written under a hidden name and renamed at the end."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...editing.errors import RequestError
+from ..files.locks import Lock
 from ..files.written import sync
 
 
@@ -68,13 +68,11 @@ def publish_folder(staging: Path, out: Path) -> None:
 
 @contextmanager
 def _locked(path: Path, out: Path) -> Iterator[None]:
-    # The lock dies with its process, so a kill never leaves a folder locked.
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RequestError(f"another process is writing {out}; wait for it or give another --out") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    lock = Lock.take(path)
+    if lock is None:
+        raise RequestError(f"another process is writing {out}; wait for it or give another --out")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()

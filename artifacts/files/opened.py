@@ -117,6 +117,35 @@ def decoded_lines(path: Path, longest: int, most: int | None = None) -> Iterator
             begin += len(data)
 
 
+def lines_at_ends(path: Path, most: int) -> list[str]:
+    """The whole lines within the first and the last ``most`` bytes of a text file that somebody may be writing.
+
+    What is no UTF-8 is left out line by line, because a writer on another host may be in the middle of one.
+
+    Raises:
+        Unreadable: It is no regular file.
+        OSError: It does not exist, or the system refuses it.
+    """
+    with regular_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        parts = [file.read(size if size <= 2 * most else most)]
+        if size > 2 * most:
+            file.seek(size - most)
+            parts.append(file.read(most))
+    lines = []
+    for number, part in enumerate(parts):
+        # The first line of the last bytes is cut, and so may be the last line of either.
+        lines += part.split(b"\n")[number : -1 if len(parts) > 1 and number == 0 else None]
+    return [text for line in lines if (text := _decoded(line))]
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
 def text_lines(path: Path, longest: int = MAX_LINE) -> Iterator[tuple[int, str]]:
     """The lines of a text file of any size, as ``decoded_lines`` reads them.
 

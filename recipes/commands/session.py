@@ -71,7 +71,7 @@ def carry_out(
         The settings, and what ``run`` returned; of a dry run, the plan.
     """
     from ...artifacts.events import Events
-    from ..common.run_folder import RunSettings, free_folder, resumed
+    from ..common.run_folder import RunSettings, free_folder, next_folder, resumed
     from ..common.settings import load_settings
 
     settings = load_settings(kind, config, assignments, flags)
@@ -82,7 +82,8 @@ def carry_out(
             raise SystemExit(0)
         settings = resumed(settings, command[-1] if command[1] == "run" else command[1])
     settings = settings.completed()
-    out = settings.out or free_folder("audit" if command[1] == "audit" else command[-1])
+    free = next_folder if dry_run else free_folder
+    out = settings.out or free("audit" if command[1] == "audit" else command[-1])
     # The folder is set here, so that an interrupt can name it.
     settings = settings.model_copy(update={"out": out})
     # Only after the settings were checked: it imports transformers, and a mistake should be answered at once.

@@ -1,6 +1,8 @@
 """Settings that every run has, and the folder that it writes: where it goes, and what an unfinished run holds."""
 
-from collections.abc import Mapping
+import atexit
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -8,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from ...artifacts.checkpoints.staging import refuse_existing
 from ...artifacts.files.forms import Form, validated
+from ...artifacts.files.locks import Lock
 from ...artifacts.files.opened import Telling
 from ...artifacts.files.written import read_sealed, write_sealed
 from ...editing.errors import RequestError
@@ -20,6 +23,14 @@ STARTED = "settings.json"
 SCHEMA_VERSION = 2
 PLACES = ("model", "concept", "reference", "base", "out")
 """Settings that name where models, the pack and the run are: they may move, and checksums tell whether they changed."""
+
+
+LOCK = "lock"
+"""In the working folder: locked by the process that writes it."""
+_RESERVED: set[Path] = set()
+"""Folders that this process has made to be the first in them."""
+_HELD: dict[Path, Lock] = {}
+"""Working folders that this process writes."""
 
 
 class RunSettings(PromptSettings):
@@ -57,16 +68,40 @@ def _is_local(value: Any) -> bool:
     return isinstance(value, str) and "/" in value and Path(value).exists()
 
 
-def free_folder(recipe: str) -> Path:
-    """``runs/RECIPE-N`` for the first N that is free."""
+def next_folder(recipe: str) -> Path:
+    """``runs/RECIPE-N`` for the first N that is free, which another process may take meanwhile."""
     number = 1
     while Path(f"runs/{recipe}-{number}").exists():
         number += 1
     return Path(f"runs/{recipe}-{number}")
 
 
+def free_folder(recipe: str) -> Path:
+    """``runs/RECIPE-N`` for the first N that is free, made at once, so that no two processes take the same.
+
+    It is removed when this process ends, if nothing was written into it.
+    """
+    Path("runs").mkdir(exist_ok=True)
+    while True:
+        out = next_folder(recipe)
+        with suppress(FileExistsError):
+            out.mkdir()
+            _RESERVED.add(out.absolute())
+            atexit.register(_remove_empty, out.absolute())
+            return out
+
+
+def _remove_empty(out: Path) -> None:
+    for folder in (out, out.parent):
+        # A folder that holds anything cannot be removed like this.
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def refuse_taken(out: Path) -> None:
     """Raise unless ``out`` is free; an unfinished run there can be resumed."""
+    if out.absolute() in _RESERVED and not any(out.iterdir()):
+        return
     if (out / WORK).is_dir():
         raise RequestError(f"{out} holds an unfinished run; add --resume to go on with it, or give another --out")
     refuse_existing(out)
@@ -83,12 +118,41 @@ def start_folder(out: Path, recipe: str, settings: RunSettings, inputs: Mapping[
     """
     work = out / WORK
     work.mkdir(parents=True, exist_ok=True)
+    _hold(out)
     request = {"recipe": recipe, "settings": settings.model_dump(mode="json"), "inputs": {**inputs}}
     if (work / STARTED).exists():
         _check_same(out, _started(out), request)
     else:
         write_sealed(work / STARTED, {"schema_version": SCHEMA_VERSION, **request})
     return work
+
+
+def _hold(out: Path) -> None:
+    """Lock a run's folder until this process ends, or lets go of all of them.
+
+    Raises:
+        RequestError: Another process is writing it.
+    """
+    path = (out / WORK / LOCK).absolute()
+    # This process may go on with what it began before.
+    if (before := _HELD.pop(path, None)) is not None:
+        before.release()
+    lock = Lock.take(path)
+    if lock is None:
+        raise RequestError(
+            f"another process is writing {out}; follow it with excise watch {out}, or give another --out"
+        )
+    _HELD[path] = lock
+
+
+@contextmanager
+def letting_go() -> Iterator[None]:
+    """Afterwards no run's folder is locked by this process any more, so that others may go on with what is unfinished."""
+    try:
+        yield
+    finally:
+        while _HELD:
+            _HELD.popitem()[1].release()
 
 
 def resumed(settings: T, recipe: str) -> T:
