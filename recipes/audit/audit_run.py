@@ -20,6 +20,7 @@ from .attackers import AttackTraining
 from .attacks.table import ATTACKS
 from .curve_store import CONTROLS, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest
 from .novel_facts import novel_concept, novel_facts
+from .parts import UNTRAINED, Part, by_method
 from .request import NOVEL, AuditJob, other_questions
 from .suppressed_control import suppressed_control
 
@@ -38,13 +39,17 @@ class Target:
 class AuditRun:
     """One audit: its job, the curves so far, and where progress goes."""
 
-    def __init__(self, job: AuditJob, events: Events):
-        self.job, self.events = job, events
+    def __init__(self, job: AuditJob, events: Events, part: Part | None = None):
+        """``part`` is all that is attacked here, beside other processes in the same folder; by default everything is."""
+        self.job, self.events, self.part = job, events, part
         models = {f"the {name} model": source for name, source in job.sources.items()}
         inputs = checksums(job.settings, models, job.concept)
-        self.work: Path = start_folder(job.out, "audit", job.settings, inputs)
+        self.work: Path = start_folder(job.out, "audit", job.settings, inputs, alone=part is None)
         self.curves = CurveStore(self.work / CURVES, _earlier_curves(job))
-        events.path = job.out / "events.jsonl"
+        self.scratch = self.work / "parts" / part.name if part else self.work
+        """For the trainer's files."""
+        events.path = part.events(self.work) if part else job.out / "events.jsonl"
+        events.path.parent.mkdir(exist_ok=True)
 
     def reuse_earlier_curves(self) -> None:
         """Take over what earlier audits measured of base and controls."""
@@ -54,7 +59,7 @@ class AuditRun:
                 self.curves.reuse(subject, name)
             # Curves of attacks that trained side by side depend on each other's rounding, so they are reused together
             # only.
-            for names in _by_method(attacks):
+            for names in by_method(attacks):
                 for name in names:
                     self.curves.reuse(subject, name, names)
 
@@ -73,19 +78,25 @@ class AuditRun:
         return Target(subject, loaded.model, data, job.attacks)
 
     def attack(self, target: Target) -> None:
-        """All attacks on one model; those whose curves are there already are not made again."""
-        self._measure_untouched(target)
-        self._attack_without_training(target)
-        for names in _by_method(target.attacks):
-            missing = [name for name in names if not self.curves.has(target.subject, name)]
-            if missing:
-                self._train_attackers(target, missing)
+        """All attacks on one model, or those of this process's part; curves that are there already are not made again."""
+        if self._wants(target.subject, UNTRAINED):
+            with self.curves.claimed(target.subject, UNTRAINED):
+                self._measure_untouched(target)
+                self._attack_without_training(target)
+        for names in by_method(target.attacks):
+            method = ATTACKS[names[0]].method
+            if self._wants(target.subject, method) and not self.curves.has(target.subject, *names):
+                with self.curves.claimed(target.subject, method):
+                    # Looked for only now: another process may have made them while this one waited.
+                    missing = [name for name in names if not self.curves.has(target.subject, name)]
+                    if missing:
+                        self._train_attackers(target, missing)
 
     def attack_suppressed_control(self, base: Target) -> None:
         """The base, trained to answer wrongly: attacks that fine-tune must bring its knowledge back."""
         if self._suppressed_is_complete():
             return
-        with suppressed_control(base.model, base.data, self.events, self.work / "suppressed"):
+        with suppressed_control(base.model, base.data, self.events, self.scratch / "suppressed"):
             self.attack(replace(base, subject="suppressed", attacks=self.job.suppressed_attacks))
 
     def attack_novel_facts(self, base: Target) -> None:
@@ -131,9 +142,21 @@ class AuditRun:
         rows = {name: ATTACKS[name] for name in names}
         attackers = sum(len(budget.rates_of(row)) * budget.seeds for row in rows.values())
         with self.events.stage(f"attack {target.subject}: {', '.join(names)}", attackers * len(budget.marks)) as stage:
-            training = AttackTraining(target.model, target.data, budget, self.work / "attack")
+            training = AttackTraining(target.model, target.data, budget, self.scratch / "attack")
             for name, curves in training.curves(rows, stage).items():
                 self.curves.put(target.subject, name, curves, names)
+
+    def is_done(self, part: Part) -> bool:
+        """Whether nothing of a part is left to do."""
+        if part.subject == "suppressed":
+            return self._suppressed_is_complete()
+        attacks = [name for name in self.job.attacks if ATTACKS[name].trains == (part.method != UNTRAINED)]
+        if part.method == UNTRAINED:
+            return self._has(part.subject, attacks)
+        return self.curves.has(part.subject, *(name for name in attacks if ATTACKS[name].method == part.method))
+
+    def _wants(self, subject: str, method: str) -> bool:
+        return self.part is None or (self.part.subject == subject and self.part.method in ("", method))
 
     def _suppressed_is_complete(self) -> bool:
         attacks = self.job.suppressed_attacks
@@ -150,13 +173,6 @@ class AuditRun:
     def _other_questions(self, subject: str) -> list[Question]:
         """Questions on everything else; controls that are made here are not asked."""
         return other_questions(self.job.concept) if subject in self.job.sources else []
-
-
-def _by_method(attacks: Sequence[str]) -> list[list[str]]:
-    """Attacks that train, those of one method together."""
-    training = [name for name in attacks if ATTACKS[name].trains]
-    methods = dict.fromkeys(ATTACKS[name].method for name in training)
-    return [[name for name in training if ATTACKS[name].method == method] for method in methods]
 
 
 def _earlier_curves(job: AuditJob) -> TensorCache:

@@ -5,8 +5,9 @@ reuses their curves from there. The edited model is always attacked anew.
 """
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import Field
 
 from ...artifacts.checkpoints.tensor_cache import TensorCache
 from ...artifacts.files.forms import Form, validated
+from ...artifacts.files.locks import Lock
 from ...artifacts.files.opened import Telling, Unreadable
 from ...artifacts.files.parsed import parsed_object
 from ...artifacts.files.written import read_sealed, sealed, unsealed, write_sealed
@@ -123,6 +125,17 @@ class CurveStore:
             encoded = torch.frombuffer(bytearray(sealed(content).encode()), dtype=torch.uint8)
             self.earlier.put({"json": encoded}, subject, name, tuple(beside))
         write_sealed(self._path(subject, name), content)
+
+    @contextmanager
+    def claimed(self, subject: str, what: str) -> Iterator[None]:
+        """While this lasts, no other process makes the same curves; waits for one that does."""
+        path = self.folder / f"{subject}-{what}.lock"
+        while (lock := Lock.take(path)) is None:
+            time.sleep(1.0)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def reuse(self, subject: str, name: str, beside: Sequence[str] = ()) -> None:
         """Take one over from an earlier audit, if that stored it."""

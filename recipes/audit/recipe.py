@@ -9,12 +9,17 @@ import shutil
 from typing import Any
 
 from ...artifacts.events import Events
+from ...editing.errors import ExciseError
+from ..jobs.engines import Engine
+from ..jobs.job import Job
+from ..jobs.run import run_jobs
 from .audit_run import AuditRun
+from .parts import Part, part_called, parts_of
 from .plan import describe
 from .request import AuditJob, AuditSettings, prepare
 from .results import conclude, write_results
 
-__all__ = ["AuditJob", "AuditSettings", "describe", "prepare", "run"]
+__all__ = ["AuditJob", "AuditSettings", "describe", "prepare", "run", "run_part", "run_split"]
 
 
 def run(job: AuditJob, events: Events) -> dict[str, Any]:
@@ -28,8 +33,54 @@ def run(job: AuditJob, events: Events) -> dict[str, Any]:
     for subject in job.sources:
         if not audit.is_complete(subject):
             _attack(audit, subject)
-    results = conclude(job, audit.curves)
-    write_results(job, results)
+    return _concluded(audit)
+
+
+def run_split(job: AuditJob, events: Events, engine: Engine, again: str) -> dict[str, Any]:
+    """The same, in parts that an engine runs beside each other; curves, and so the results, are those of ``run``.
+
+    Args:
+        again: The command that goes on after an interrupt or a failure.
+
+    Raises:
+        ExciseError: A part failed; what the others made is kept.
+    """
+    audit = AuditRun(job, events)
+    if not job.settings.fresh:
+        audit.reuse_earlier_curves()
+    parts = [part for part in parts_of(job) if not audit.is_done(part)]
+    outcomes = run_jobs([_job_of(job, audit, part) for part in parts], engine, audit.work, again=again)
+    if failed := [outcome for outcome in outcomes if outcome.failed]:
+        first = failed[0]
+        raise ExciseError(
+            f"{len(failed)} of {len(outcomes)} parts of the audit failed; {first.job.name}: {first.error} (log:"
+            f" {first.log}). The other parts are kept; then go on with {again}"
+        )
+    return _concluded(audit)
+
+
+def run_part(job: AuditJob, events: Events, name: str) -> dict[str, Any]:
+    """One part alone, for ``run_split``; its curves stay in the working folder.
+
+    Raises:
+        RequestError: The audit has no such part.
+    """
+    part = part_called(job, name)
+    audit = AuditRun(job, events, part)
+    if not audit.is_done(part):
+        # Without a model that never knew the concept, the floor is made from the base, as the suppressed control is.
+        _attack(audit, part.subject if part.subject in job.sources else "base")
+    return {"part": name}
+
+
+def _job_of(job: AuditJob, audit: AuditRun, part: Part) -> Job:
+    command = ("audit", job.settings.model, "--out", str(job.out), "--resume", "--part", part.name)
+    return Job(part.name, command, job.out, own_folder=False, events=part.events(audit.work))
+
+
+def _concluded(audit: AuditRun) -> dict[str, Any]:
+    results = conclude(audit.job, audit.curves)
+    write_results(audit.job, results)
     shutil.rmtree(audit.work)
     return results
 

@@ -24,6 +24,15 @@ Device = Annotated[str, typer.Option(help="Device to compute on: auto, cpu, cuda
 Dtype = Annotated[str, typer.Option(help="Type to compute in: auto, float32 or bfloat16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished work in --out.")]
+Jobs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ENGINE",
+        help="Run parts beside each other: local:N for N processes on this machine, or slurm[:key=value,...] for a"
+        " cluster, with the keys partition, time, mem, cpus, gpus, account, qos, constraint, nodelist, exclude,"
+        " reservation, at_once.",
+    ),
+]
 Folder = Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint that excise wrote.")]
 
 

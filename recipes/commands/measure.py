@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...artifacts.events import Events
-from .flags import ANY_MODEL, Config, Json, Out, Resume, Set, Text, Whole, say, say_json, say_plan
+from .flags import ANY_MODEL, Config, Jobs, Json, Out, Resume, Set, Text, Whole, say, say_json, say_plan
 from .session import after_audit, carry_out, settle, watcher, words
 
 if TYPE_CHECKING:
+    from ..audit.request import AuditJob
     from ..evaluate import EvaluateSettings
 
 
@@ -120,6 +122,8 @@ def audit(
     dtype: Text = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be attacked; load no weights.")] = False,
     resume: Resume = False,
+    jobs: Jobs = None,
+    part: Annotated[str | None, typer.Option(hidden=True)] = None,
     as_json: Json = False,
 ) -> None:
     """Red-team an edited model: try to recover what was erased.
@@ -154,9 +158,13 @@ def audit(
         flags=flags,
         resume=resume,
         dry_run=dry_run,
+        run=_in_parts(jobs, part),
+        more=["--jobs", jobs] if jobs else [],
     )
     if dry_run:
         return say_plan(results, as_json)
+    if part:
+        return
     if as_json:
         return say_json({"out": str(settings.out), **results})
     files = {"audit": "audit.json", "report": "report.html", "card": "card.md"}
@@ -164,6 +172,20 @@ def audit(
     say(paths({name: settings.out / file for name, file in files.items()}))
     if commands := after_audit(settings):
         say("\n" + next_steps(commands))
+
+
+def _in_parts(jobs: str | None, part: str | None) -> Callable[[AuditJob, Events, str], Any] | None:
+    """How an audit runs that is not one process: split up on an engine, or as one of the parts."""
+    from ..audit import recipe
+
+    if part:
+        return lambda job, events, _: recipe.run_part(job, events, part)
+    if not jobs:
+        return None
+    from ..jobs.engines import parse_engine
+
+    engine = parse_engine(jobs)
+    return lambda job, events, again: recipe.run_split(job, events, engine, again)
 
 
 def compare(

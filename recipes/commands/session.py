@@ -4,12 +4,12 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ...artifacts.events import Watcher
+from ...artifacts.events import Events, Watcher
 from ...editing.errors import RequestError
 from .failures import interruptible
 
@@ -59,6 +59,8 @@ def carry_out(
     flags: dict[str, Any],
     resume: bool,
     dry_run: bool,
+    run: Callable[[Any, Events, str], Any] | None = None,
+    more: Sequence[str] = (),
 ) -> tuple[Any, Any]:
     """Run a recipe or an audit in its folder.
 
@@ -66,11 +68,12 @@ def carry_out(
         module: Has ``prepare``, ``describe`` and ``run``.
         kind: Class of its settings.
         command: The words that start it, without flags, e.g. ``["excise", "run", "elm"]``.
+        run: In place of the module's; also given the command that goes on after an interrupt.
+        more: Flags of that command beside ``--out`` and ``--resume``.
 
     Returns:
         The settings, and what ``run`` returned; of a dry run, the plan.
     """
-    from ...artifacts.events import Events
     from ..common.run_folder import RunSettings, free_folder, next_folder, resumed
     from ..common.settings import load_settings
 
@@ -91,8 +94,9 @@ def carry_out(
     prepared = module.prepare(settings, resume=resume)
     if dry_run:
         return settings, module.describe(prepared)
-    with interruptible(out, [*command, "--out", str(out), "--resume"]):
-        return settings, module.run(prepared, Events(watcher=watcher()))
+    again, events = [*command, "--out", str(out), "--resume", *more], Events(watcher=watcher())
+    with interruptible(out, again):
+        return settings, run(prepared, events, shlex.join(again)) if run else module.run(prepared, events)
 
 
 def integers(option: str, text: str) -> list[int]:

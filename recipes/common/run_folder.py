@@ -107,18 +107,22 @@ def refuse_taken(out: Path) -> None:
     refuse_existing(out)
 
 
-def start_folder(out: Path, recipe: str, settings: RunSettings, inputs: Mapping[str, str]) -> Path:
+def start_folder(
+    out: Path, recipe: str, settings: RunSettings, inputs: Mapping[str, str], *, alone: bool = True
+) -> Path:
     """Make a run's folder and return its working folder; go on with an unfinished run of the same request there.
 
     Args:
         inputs: Checksums of what the run reads, by what a message may call it, such as "the base".
+        alone: Lock the folder; otherwise this process works beside the one that holds it.
 
     Raises:
-        RequestError: The unfinished run there is of another recipe, has other settings, or read other inputs.
+        RequestError: Another process is writing it; or the unfinished run there is of another recipe, has other settings, or read other inputs.
     """
     work = out / WORK
     work.mkdir(parents=True, exist_ok=True)
-    _hold(out)
+    if alone:
+        _hold(out)
     request = {"recipe": recipe, "settings": settings.model_dump(mode="json"), "inputs": {**inputs}}
     if (work / STARTED).exists():
         _check_same(out, _started(out), request)
