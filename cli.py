@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .recipes.commands import concept, edit, look, measure, packs, publish, search
+from .recipes.commands import concept, edit, jobs, look, measure, packs, publish, search
 from .recipes.commands.failures import INTERRUPTED, explained
 from .recipes.commands.flags import say
 from .recipes.commands.help import PanelGroup, SettingsCommand
@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, Any, str]] = {
     "search": ("Edit", search.search,
         "Example: excise search orthogonalize --trials 60 --objective behaviour:min --objective kl.replies:min --out found"),
     "pick": ("Edit", search.pick, "Example: excise pick found 12 --out runs/picked"),
+    "sweep": ("Edit", jobs.sweep, "Example: excise sweep sweep.yaml --out runs/sweep-1 --jobs local:2"),
     "eval": ("Measure", measure.evaluate,
         "Example: excise eval runs/elm-1 runs/rmu-1 --base builtin:testbed --concept builtin:potions"),
     "audit": ("Measure", measure.audit,
@@ -56,6 +57,7 @@ COMMANDS: dict[str, tuple[str, Any, str]] = {
     "compare": ("Measure", measure.compare, "Example: excise compare runs/elm-1 runs/rmu-1 --out runs/both"),
     "list": ("Look", look.list_, "Example: excise list elm"),
     "chat": ("Look", look.chat, "Example: excise chat runs/elm-1"),
+    "watch": ("Look", jobs.watch, "Example: excise watch runs/sweep-1"),
     "card": ("Look", look.card, "Example: excise card runs/elm-1"),
     "report": ("Look", look.report, "Example: excise report pulled/my-model --out my-model.html"),
     "diff": ("Look", look.diff, "Example: excise diff builtin:testbed runs/elm-1"),
@@ -81,7 +83,7 @@ CONCEPT_COMMANDS: dict[str, tuple[Any, str]] = {
 """Function and the end of its help page."""
 
 for name, (panel, function, epilog) in COMMANDS.items():
-    kind = SettingsCommand if name in ("run", "eval", "audit", "search") else None
+    kind = SettingsCommand if name in ("run", "eval", "audit", "search", "sweep") else None
     app.command(name, cls=kind, rich_help_panel=panel, epilog=epilog)(function)
 for name, (function, epilog) in CONCEPT_COMMANDS.items():
     concept_app.command(name, rich_help_panel="Edit", epilog=epilog)(function)

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from ..editing.errors import RequestError
 from .files.forms import Form, validated
 from .files.opened import Telling, Unreadable, lines_at_ends
 from .files.parsed import parsed_object, read_lines
+from .files.written import write_whole
 
 
 class Watcher(Protocol):
@@ -97,6 +98,13 @@ def last_stage(path: Path) -> LastStage | None:
 
 def _begins(event: dict[str, Any]) -> bool:
     return event["step"] == 0 and "total" in event["metrics"]
+
+
+def gather_events(parts: Sequence[Path], path: Path) -> None:
+    """Write the events of several files, those that exist, into one, in the order of their times."""
+    events = [event for part in parts if part.is_file() for event in read_events(part)]
+    in_order = sorted(events, key=lambda event: event.get("time", 0.0))
+    write_whole(path, "".join(json.dumps(event) + "\n" for event in in_order))
 
 
 class Stage:

@@ -8,7 +8,7 @@ facts).
 import shutil
 from typing import Any
 
-from ...artifacts.events import Events
+from ...artifacts.events import Events, gather_events
 from ...editing.errors import ExciseError
 from ..jobs.engines import Engine
 from ..jobs.job import Job
@@ -50,6 +50,7 @@ def run_split(job: AuditJob, events: Events, engine: Engine, again: str) -> dict
         audit.reuse_earlier_curves()
     parts = [part for part in parts_of(job) if not audit.is_done(part)]
     outcomes = run_jobs([_job_of(job, audit, part) for part in parts], engine, audit.work, again=again)
+    gather_events([part.events(audit.work) for part in parts_of(job)], job.out / "events.jsonl")
     if failed := [outcome for outcome in outcomes if outcome.failed]:
         first = failed[0]
         raise ExciseError(

@@ -14,6 +14,7 @@ COMMAND_SETTINGS = {
     "audit": ("excise.recipes.audit.recipe", "AuditSettings"),
     "eval": ("excise.recipes.evaluate", "EvaluateSettings"),
     "search": ("excise.recipes.common.measured_run", "MeasuredSettings"),
+    "sweep": ("excise.recipes.sweep.request", "SweepSettings"),
     "run": ("excise.recipes.common.measured_run", "MeasuredSettings"),
 }
 """Where the settings of commands are defined; those of ``run RECIPE`` are the recipe's."""
@@ -68,7 +69,8 @@ class SettingsCommand(TyperCommand):
             flags = {param.name for param in self.get_params(ctx)}
             rest = [setting for setting in settings_of(name) if setting.name not in flags]
             if rest:
-                with formatter.section(f"Settings of {name} (--set KEY=VALUE, or lines of --config)"):
+                places = "lines of the file" if name == "sweep" else "--set KEY=VALUE, or lines of --config"
+                with formatter.section(f"Settings of {name} ({places})"):
                     formatter.write_dl([(f"{s.name} = {s.default}" if s.default else s.name, s.about) for s in rest])
         _write_epilog(self.epilog, formatter)
 

@@ -22,10 +22,10 @@ class Board(Protocol):
     def say(self, sentence: str) -> None: ...
 
 
-def board(stream: TextIO | None = None) -> Board:
-    """For stderr, or another stream."""
+def board(stream: TextIO | None = None, *, stages: bool = False) -> Board:
+    """For stderr, or another stream; without a terminal, ``stages`` also gives a line to each new stage."""
     stream = stream or sys.stderr
-    return TableBoard(stream) if stream.isatty() else LineBoard(stream)
+    return TableBoard(stream) if stream.isatty() else LineBoard(stream, stages=stages)
 
 
 class LineBoard:
