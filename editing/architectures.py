@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from .errors import RequestError, UnsupportedArchitecture
-from .wiring.row import Architecture, Kind, Writer
+from .wiring.row import Architecture, ExpertPart, FusedExperts, Kind, Writer
 
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 
@@ -55,6 +55,7 @@ def _llama_like(
     experts: tuple[Writer, ...] = (),
     dense: bool = True,
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj"),
+    fused: tuple[FusedExperts, ...] = (),
 ) -> Architecture:
     mlp = _linear(_LAYER + "mlp.down_proj", "mlp") if dense else ()
     return Architecture(
@@ -65,6 +66,7 @@ def _llama_like(
         sublayers=("self_attn", "mlp"),
         mlp_units=None if experts else "mlp.down_proj",
         mlp_inputs=mlp_inputs,
+        fused=fused,
     )
 
 
@@ -87,6 +89,19 @@ def _post_norm(*readers: str, gain_offset: float) -> Architecture:
 
 _FUSED_EXPERTS = Writer(_LAYER + "mlp.experts.down_proj", -2, "mlp")
 
+
+def _one_by_one(expert: str, gate: str, up: str, down: str) -> tuple[FusedExperts, ...]:
+    """Experts that are stored one by one and fused in memory, gate and up projection in one matrix."""
+    names = [f"{_LAYER}{expert}.{{expert}}.{name}.weight" for name in (gate, up, down)]
+    return (
+        FusedExperts(
+            _LAYER + "mlp.experts.gate_up_proj",
+            (ExpertPart(names[0], index=0, of=2), ExpertPart(names[1], index=1, of=2)),
+        ),
+        FusedExperts(_LAYER + "mlp.experts.down_proj", (ExpertPart(names[2]),)),
+    )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _llama_like(),
     "mistral": _llama_like(),
@@ -107,6 +122,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         # On disk one matrix an expert; in memory all experts of a layer in one [E, out, in] tensor.
         experts=(Writer(_LAYER + "block_sparse_moe.experts.{expert}.w2.weight", -2, "mlp"), _FUSED_EXPERTS),
         dense=False,
+        fused=_one_by_one("block_sparse_moe.experts", "w1", "w3", "w2"),
     ),
     "qwen3_moe": _llama_like(
         *_QK_NORMS,
@@ -116,6 +132,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _LAYER + "mlp.experts.gate_up_proj",
         # Layers listed in mlp_only_layers are dense, so both forms can stand in one checkpoint.
         experts=(Writer(_LAYER + "mlp.experts.{expert}.down_proj.weight", -2, "mlp"), _FUSED_EXPERTS),
+        fused=_one_by_one("mlp.experts", "gate_proj", "up_proj", "down_proj"),
     ),
     "gpt_oss": _llama_like(
         _LAYER + "self_attn.sinks",
@@ -128,6 +145,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             Writer(_LAYER + "mlp.experts.down_proj_bias", -1, "mlp"),
         ),
         dense=False,
+        fused=tuple(FusedExperts(_LAYER + f"mlp.experts.{name}_proj", inputs_first=True) for name in ("gate_up", "down")),
     ),
     "gpt2": Architecture(
         writers=(

@@ -16,18 +16,16 @@ from torch import Tensor
 from ...editing.architectures import architecture_of, layer_count, residual_width
 from ...editing.edits.adapter_merge import (
     AdapterMerge,
-    ExpertSums,
     InTurn,
     Replaced,
     ReplacedRows,
     Rescaled,
-    Sum,
-    Update,
 )
 from ...editing.edits.base import WeightEdit
-from ...editing.edits.low_rank import Factors, LowRankUpdate
+from ...editing.edits.low_rank import ExpertFactors, Factors, LowRankUpdate, Update, expert_factors
 from ...editing.edits.subspace_removal import ties_embeddings
 from ...editing.errors import CheckpointError, RequestError, UnsupportedArchitecture
+from ...editing.wiring.experts import fused_family, fused_shape, stored_pieces
 from ...editing.wiring.row import Architecture, spelled
 from ..files.opened import OF_A_CHECKPOINT, Unreadable, sha256_of
 from ..files.tensors import check_finite_tensors, load_safetensors
@@ -91,14 +89,27 @@ def adapter_edit(adapter: Adapter, checkpoint: Checkpoint) -> WeightEdit:
     if embedding and ties_embeddings(checkpoint.config):
         # Tied, it is the embedding, whether it is stored or not.
         shapes.setdefault(row.unembedding, shapes[embedding])
+    shapes |= _fused_shapes(row, layer_count(checkpoint.config), shapes)
     updates = _Sorted(adapter, row, shapes).updates()
     updates, unties = _tied(adapter, updates, row, checkpoint.config)
     kind = (checkpoint.config["model_type"], residual_width(checkpoint.config), layer_count(checkpoint.config))
     provenance = {"adapter": adapter.name, "adapter_sha256": adapter.sha256}
-    if not unties and all(isinstance(update, Sum) for update in updates.values()):
-        factors = {name: update.factors for name, update in updates.items() if isinstance(update, Sum)}
+    factors = {name: update for name, update in updates.items() if isinstance(update, Factors | ExpertFactors)}
+    if not unties and len(factors) == len(updates):
         return LowRankUpdate(factors, *kind, provenance)
     return AdapterMerge(updates, *kind, unties, provenance)
+
+
+def _fused_shapes(row: Architecture, layers: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes in memory of parameters that hold all experts of a layer, where the base stores them in pieces."""
+    found = {}
+    for family in row.fused:
+        for layer in range(layers):
+            name = family.pattern.format(layer=layer)
+            pieces = [] if spelled(row, name, shapes) else stored_pieces(row, name, shapes)
+            if pieces and (shape := fused_shape(pieces, shapes)):
+                found[name] = shape
+    return found
 
 
 @dataclass
@@ -169,7 +180,7 @@ class _Sorted:
             self._stored(f"{path}.bias")
             scale = self.adapter.config.rank_and_scale(path)[1]
             bias = parts["lora_B.bias"].float()[None]
-            found.append((f"{path}.bias", Sum(Factors(torch.tensor([[scale]]), bias))))
+            found.append((f"{path}.bias", Factors(torch.tensor([[scale]]), bias)))
         if module.tokens is not None:
             found.append((f"{path}.weight", self._rows(path, module.tokens)))
         return found
@@ -187,7 +198,7 @@ class _Sorted:
                     f"{self.adapter.name} uses DoRA but holds no lora_magnitude_vector of {path}; fetch the adapter"
                     " again"
                 )
-            return Sum(factors)
+            return factors
         if turned:
             raise RequestError(
                 f"{self.adapter.name} uses DoRA on a base whose weights are stored as [in, out], where each norm needs"
@@ -203,7 +214,7 @@ class _Sorted:
                 f" {MERGE_WITH_PEFT}"
             )
         a, b, scale = self._pair(path, parts, "lora_embedding_A", "lora_embedding_B")
-        return Sum(Factors((a * scale).T.contiguous(), b.T.contiguous()))
+        return Factors((a * scale).T.contiguous(), b.T.contiguous())
 
     def _pair(self, path: str, parts: Mapping[str, Tensor], first: str, second: str) -> tuple[Tensor, Tensor, float]:
         """Both matrices in fp32 and the scale, where they fit each other and the stored weight."""
@@ -242,7 +253,6 @@ class _Sorted:
         a, b = parts["lora_A"].float(), parts.get("lora_B")
         # peft wraps a module once for each of its parameters, one wrapper inside the other.
         module = path.replace(".base_layer", "")
-        turned = any("experts" in w.pattern and "bias" not in w.pattern and w.axis == -1 for w in self.row.writers)
         fitting = []
         for target in self.about.target_parameters or ():
             name = f"{module}.{target.rpartition('.')[2]}"
@@ -250,21 +260,20 @@ class _Sorted:
             if stored is None or not f".{name}".endswith(f".{target}") or len(self.shapes[stored]) != 3 or b is None:
                 continue
             experts, rows, columns = self.shapes[stored]
+            family = fused_family(self.row, name)
+            turned = family is not None and family.inputs_first
             inputs, outputs = (rows, columns) if turned else (columns, rows)
             rank, scale = self.adapter.config.rank_and_scale(name)
             if tuple(a.shape) == (rank * experts, inputs) and tuple(b.shape) == (outputs, rank * experts):
-                fitting.append((name, experts, scale))
+                fitting.append((name, experts, scale, turned))
         if len(fitting) != 1 or b is None:
             raise RequestError(
-                f"{self.adapter.name} adapts a parameter of {module} (target_parameters), and no single fused tensor of"
-                f" the base has its shape ({list(a.shape)}); experts that the base stores one by one cannot be merged"
-                f" here; {MERGE_WITH_PEFT}"
+                f"{self.adapter.name} adapts a parameter of {module} (target_parameters), and no single parameter of the"
+                f" base's experts has its shape ({list(a.shape)}); give the base that it was trained on with --base, or"
+                f" {MERGE_WITH_PEFT}"
             )
-        name, experts, scale = fitting[0]
-        down = a.reshape(experts, -1, a.shape[-1])
-        up = scale * b.float().reshape(len(b), -1, experts).permute(2, 0, 1)
-        pair = (down.mT, up.mT) if turned else (up, down)
-        return name, ExpertSums(pair[0].contiguous(), pair[1].contiguous())
+        name, experts, scale, turned = fitting[0]
+        return name, expert_factors(a, scale * b.float(), experts, inputs_first=turned)
 
     def _stored(self, name: str) -> str:
         stored = spelled(self.row, name, self.shapes)
@@ -345,6 +354,6 @@ def _same(one: Update, other: Update) -> bool:
 def _values(update: Update) -> list[Tensor]:
     if isinstance(update, InTurn):
         return [*_values(update.first), *_values(update.second)]
-    if isinstance(update, Sum):
-        return [update.factors.left, update.factors.right]
+    if isinstance(update, Factors):
+        return [update.left, update.right]
     return [update.values] if isinstance(update, Replaced | ReplacedRows) else []

@@ -7,15 +7,12 @@ from torch import Tensor
 
 from ...editing.edits.adapter_merge import (
     AdapterMerge,
-    ExpertSums,
     InTurn,
     Replaced,
     ReplacedRows,
     Rescaled,
-    Sum,
-    Update,
 )
-from ...editing.edits.low_rank import Factors
+from ...editing.edits.low_rank import ExpertFactors, Factors, Update
 from ..files.opened import Unreadable
 
 PARTS = {
@@ -63,9 +60,9 @@ def unpack_adapter(tensors: dict[str, Tensor], content: dict[str, Any]) -> Adapt
 def _steps(update: Update) -> list[tuple[str, dict[str, Tensor]]]:
     if isinstance(update, InTurn):
         return [*_steps(update.first), *_steps(update.second)]
-    if isinstance(update, Sum):
-        return [("sum", {"left": update.factors.left, "right": update.factors.right})]
-    if isinstance(update, ExpertSums):
+    if isinstance(update, Factors):
+        return [("sum", {"left": update.left, "right": update.right})]
+    if isinstance(update, ExpertFactors):
         return [("experts", {"left": update.left, "right": update.right})]
     if isinstance(update, Rescaled):
         factors = {"left": update.factors.left, "right": update.factors.right}
@@ -84,11 +81,11 @@ def _step(kind: str, name: str, rest: dict[str, Tensor]) -> Update:
     if "left" in parts and parts["left"].shape[-1] != parts["right"].shape[-2]:
         raise Unreadable(f"the factors of {name} are {list(parts['left'].shape)} and {list(parts['right'].shape)}")
     if kind == "sum":
-        return Sum(Factors(parts["left"].float(), parts["right"].float()))
+        return Factors(parts["left"].float(), parts["right"].float())
     if kind == "experts":
         if len(parts["left"]) != len(parts["right"]) or not len(parts["left"]):
             raise Unreadable(f"the factors of {name} are of {len(parts['left'])} and {len(parts['right'])} experts")
-        return ExpertSums(parts["left"].float(), parts["right"].float())
+        return ExpertFactors(parts["left"].float(), parts["right"].float())
     if kind == "rescaled":
         if len(parts["magnitude"]) != len(parts["left"]):
             raise Unreadable(f"{name} has {len(parts['magnitude'])} norms and {len(parts['left'])} rows")

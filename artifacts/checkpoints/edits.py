@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...editing.edits.base import WeightEdit
 from ...editing.edits.dense import Delta, DenseUpdate
-from ...editing.edits.low_rank import Factors, LowRankUpdate
+from ...editing.edits.low_rank import ExpertFactors, Factors, LowRankUpdate
 from ...editing.edits.pruned_units import PrunedUnits, Semantics
 from ...editing.edits.subspace_removal import Edit, Embeddings, Variant
 from ...editing.errors import EditError, RequestError
@@ -164,12 +164,12 @@ def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
     )
 
 
-def _matrix(tensors: dict[str, Tensor], name: str, dimensions: int = 2) -> Tensor:
+def _matrix(tensors: dict[str, Tensor], name: str, dimensions: tuple[int, ...] = (2,)) -> Tensor:
     if name not in tensors:
         raise Unreadable(f"it has no tensor {name}")
-    if tensors[name].dim() != dimensions or not tensors[name].is_floating_point():
+    if tensors[name].dim() not in dimensions or not all(tensors[name].shape[:-2]) or not tensors[name].is_floating_point():
         kind = f"{tensors[name].dtype} of shape {list(tensors[name].shape)}"
-        raise Unreadable(f"tensor {name} is {kind}, not floating-point numbers in {dimensions} dimensions")
+        raise Unreadable(f"tensor {name} is {kind}, not floating-point numbers in {' or '.join(map(str, dimensions))} dimensions")
     return tensors[name].float()
 
 
@@ -183,12 +183,13 @@ def _unpack_factors(tensors: dict[str, Tensor], content: Description) -> LowRank
     names = sorted(name.removesuffix(LEFT) for name in tensors if name.endswith(LEFT))
     if len(tensors) != 2 * len(names):
         raise Unreadable(f"it holds {len(tensors)} tensors, not a left and a right factor each")
-    factors = {}
+    factors: dict[str, Factors | ExpertFactors] = {}
     for name in names:
-        left, right = _matrix(tensors, name + LEFT), _matrix(tensors, name + RIGHT)
-        if left.shape[1] != len(right):
+        left, right = (_matrix(tensors, name + end, (2, 3)) for end in (LEFT, RIGHT))
+        # Fused experts have a pair each, and their number comes first.
+        if left.dim() != right.dim() or left.shape[-1] != right.shape[-2] or left.shape[:-2] != right.shape[:-2]:
             raise Unreadable(f"the factors of {name} are {list(left.shape)} and {list(right.shape)}")
-        factors[name] = Factors(left, right)
+        factors[name] = Factors(left, right) if left.dim() == 2 else ExpertFactors(left, right)
     return LowRankUpdate(factors, content["model_type"], content["width"], content["layers"], content["provenance"])
 
 
@@ -198,7 +199,7 @@ def _pack_deltas(edit: DenseUpdate) -> tuple[dict[str, Tensor], Description]:
 
 
 def _unpack_deltas(tensors: dict[str, Tensor], content: Description) -> DenseUpdate:
-    deltas = {name: Delta(_matrix(tensors, name)) for name in tensors}
+    deltas = {name: Delta(_matrix(tensors, name, (2, 3))) for name in tensors}
     return DenseUpdate(deltas, content["model_type"], content["width"], content["layers"], content["provenance"])
 
 
@@ -224,7 +225,7 @@ def _unpack_pruned(tensors: dict[str, Tensor], content: Description) -> PrunedUn
         if kind not in ("neurons", "heads", "means") or not re.fullmatch("[0-9]{1,5}", layer):
             raise Unreadable(f"tensor {name} is not neurons.N, heads.N or means.N")
         if kind == "means":
-            means[int(layer)] = _matrix(tensors, name, 1)
+            means[int(layer)] = _matrix(tensors, name, (1,))
         # An empty list was stored as floating-point numbers once.
         elif tensor.dim() != 1 or (len(tensor) and tensor.dtype != torch.int64) or bool((tensor < 0).any()):
             raise Unreadable(f"tensor {name} is no list of unit numbers from 0")

@@ -6,7 +6,7 @@ together, DoRA, and tensors or rows that were trained whole.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,46 +15,9 @@ from torch import Tensor
 from ..architectures import architecture_of
 from ..errors import RequestError
 from ..wiring.row import spelled
-from .base import Plan, RowReader, TensorReader
-from .changes import WHOLE
-from .low_rank import Addend, BlockwiseUpdate, Factors, UpdatedTensor
+from .base import Plan
+from .low_rank import Addend, Factors, Update, updated_tensors
 from .subspace_removal import check_learned_on, new_unembedding, ties_embeddings
-
-
-@runtime_checkable
-class Update(Protocol):
-    """What an adapter does to one stored tensor: one addend for each of its matrices."""
-
-    @property
-    def matrices(self) -> int: ...
-
-    def addend(self, matrix: int) -> Addend: ...
-
-
-@dataclass(frozen=True)
-class Sum:
-    """A low-rank sum on a matrix."""
-
-    factors: Factors
-    matrices: ClassVar[int] = 1
-
-    def addend(self, matrix: int) -> Addend:
-        return self.factors
-
-
-@dataclass(frozen=True)
-class ExpertSums:
-    """A low-rank sum for each expert of a fused tensor, in its stored layout."""
-
-    left: Float[Tensor, "experts rows r"]
-    right: Float[Tensor, "experts r columns"]
-
-    @property
-    def matrices(self) -> int:
-        return len(self.left)
-
-    def addend(self, matrix: int) -> Addend:
-        return Factors(self.left[matrix], self.right[matrix])
 
 
 @dataclass(frozen=True)
@@ -194,43 +157,10 @@ class AdapterMerge:
         """
         check_learned_on(config, self.model_type, self.width, self.layers)
         row, present = architecture_of(config), set(names)
-        tensors = []
-        for name, update in self.updates.items():
-            stored_name = spelled(row, name, present)
-            if stored_name is None:
-                raise RequestError(f"the base has no tensor {name}; give the base that the adapter was trained on")
-            tensors.append(MergedTensor(stored_name, update))
+        tensors = [tensor for name, update in self.updates.items() for tensor in updated_tensors(row, name, update, present)]
         if not tensors:
             raise RequestError("the adapter changes no tensor; train it first")
         unties = self.unties and ties_embeddings(config)
         # A checkpoint may store the unembedding although it is tied; then nothing is added.
         untied = new_unembedding(row, names) if unties and spelled(row, row.unembedding, present) is None else None
         return Plan(tensors, untied, ties_embeddings(config), unties)
-
-
-@dataclass(frozen=True)
-class MergedTensor:
-    """One declared tensor and what the adapter does to it."""
-
-    name: str
-    update: Update
-
-    def stream(
-        self, matrix: int, rows: int, read: RowReader, other: TensorReader, rows_per_block: int = WHOLE
-    ) -> BlockwiseUpdate:
-        """The edited matrix as a stream of blocks of rows."""
-        return UpdatedTensor(self.name, self.update.addend(matrix)).stream(matrix, rows, read, other, rows_per_block)
-
-    def check_shape(self, shape: Sequence[int]) -> None:
-        """Check that the update has a stored tensor's shape.
-
-        Raises:
-            RequestError: It has another one.
-        """
-        count = shape[0] if len(shape) == 3 else 1
-        if count != self.update.matrices:
-            raise RequestError(
-                f"{self.name} has {count} experts, but the adapter has {self.update.matrices}; give the base that it"
-                " was trained on"
-            )
-        UpdatedTensor(self.name, self.update.addend(0)).check_shape(shape)

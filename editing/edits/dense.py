@@ -9,25 +9,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..wiring.experts import StoredPiece
 from .base import Plan
 from .fake_quantization import restore
-from .low_rank import plan_addition
+from .low_rank import Addend, Update, plan_addition
 
 
 @dataclass(frozen=True)
 class Delta:
-    """The addend of one stored matrix, in its stored layout."""
+    """The addend of one stored matrix, in its stored layout, or of all experts' matrices of a fused parameter."""
 
     form: ClassVar[str] = "dense"
-    values: Float[Tensor, "rows columns"]
+    values: Float[Tensor, "*experts rows columns"]
 
     @property
     def height(self) -> int:
-        return len(self.values)
+        return int(self.values.shape[-2])
 
     @property
     def width(self) -> int:
-        return self.values.shape[1]
+        return int(self.values.shape[-1])
+
+    @property
+    def matrices(self) -> int:
+        return len(self.values) if self.values.dim() == 3 else 1
+
+    def addend(self, matrix: int) -> Addend:
+        return Delta(self.values[matrix]) if self.values.dim() == 3 else self
+
+    def piece(self, piece: StoredPiece) -> Update:
+        return Delta(piece.of(self.values))
 
     def add_to(self, block: Tensor, rows: slice, room: Tensor | None) -> Tensor:
         return torch.add(block, self.values[rows], out=room)

@@ -1,7 +1,7 @@
 """Low-rank adapters on a model in memory: which modules carry one, and what it adds to the weights after training.
 
 Example:
-    >>> shape = AdapterShape(rank=8, alpha=16, modules=adapter_modules(model, row, layers=range(4, 12)))
+    >>> shape = adapter_shape(model, row, layers=range(4, 12), rank=8, alpha=16)
     >>> adapted = attach(model, shape, seed=0)
     >>> ...  # train
     >>> factors = learned_factors(adapted, shape)
@@ -10,37 +10,50 @@ Example:
 Source: LoRA (Hu et al. 2021), through ``peft``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..edits.low_rank import Factors
+from ..edits.low_rank import ExpertFactors, Factors, expert_factors
 from ..errors import EditError, RequestError
 from ..modules import is_conv1d, is_linear
+from ..wiring.experts import fused_family
 from ..wiring.row import Architecture
 
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Rank and scale of an adapter, and the modules that carry it."""
+    """Rank and scale of an adapter, and the modules and fused experts that carry it."""
 
     rank: int
     alpha: float
     """The update is scaled by alpha / rank."""
     modules: tuple[str, ...]
     """Full names of linear modules."""
+    experts: Mapping[str, int] = field(default_factory=dict)
+    """Full names of parameters that hold all experts of a layer, with their number of experts."""
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Full names of the parameters that the adapter changes."""
+        return (*(f"{name}.weight" for name in self.modules), *self.experts)
+
+    def describe(self) -> str:
+        """What carries it, in words: "8 linear modules and 4 tensors of fused experts"."""
+        counts = (f"{len(self.modules)} linear modules",) if self.modules else ()
+        return " and ".join((*counts, *((f"{len(self.experts)} tensors of fused experts",) if self.experts else ())))
 
 
 def adapter_modules(model: nn.Module, row: Architecture, layers: Sequence[int], part: str = "all") -> tuple[str, ...]:
     """Names of the linear modules in the given decoder layers.
 
-    Experts that are fused into one tensor are no modules, so no adapter is put on them; nor on routers, whose output is
-    a choice, nor on what the adapter library refuses.
+    Experts that are fused into one tensor are no modules: ``adapter_experts`` names them. No adapter is put on routers,
+    whose output is a choice, nor on what the adapter library refuses.
 
     Args:
         model: A causal language model.
@@ -52,6 +65,18 @@ def adapter_modules(model: nn.Module, row: Architecture, layers: Sequence[int], 
     Raises:
         RequestError: There is no linear module to adapt.
     """
+    names = _linear_modules(model, row, layers, part)
+    if not names:
+        fused = adapter_experts(model, row, layers, part)
+        raise RequestError(
+            f"the {part} part of layers {list(layers)} has "
+            + ("only experts that are fused into one tensor, and no" if fused else "no")
+            + " linear module to adapt; choose other layers or modules=all"
+        )
+    return names
+
+
+def _linear_modules(model: nn.Module, row: Architecture, layers: Sequence[int], part: str) -> tuple[str, ...]:
     wanted = None if part == "all" else parts_of(row, part)
     names = []
     for layer in layers:
@@ -60,29 +85,82 @@ def adapter_modules(model: nn.Module, row: Architecture, layers: Sequence[int], 
             inside = wanted is None or name.split(".")[0] in wanted
             if inside and is_linear(module) and _adaptable(model, name):
                 names.append(prefix + name)
-    if not names and row.mlp_units is None and part == "mlp":
-        raise RequestError(
-            "the experts of this model are fused into one tensor, which cannot carry an adapter; use modules=attention"
-        )
-    if not names:
-        raise RequestError(
-            f"the {part} part of layers {list(layers)} has no linear module to adapt; choose other layers or "
-            "modules=all"
-        )
     return tuple(names)
 
 
-def without_adapter(model: nn.Module, row: Architecture, layers: Sequence[int]) -> tuple[int, float]:
-    """In how many of the layers experts are fused into one tensor, which carries no adapter, and the share of the layers'
-    weights that they hold."""
+def adapter_experts(
+    model: nn.Module, row: Architecture, layers: Sequence[int], part: str = "all"
+) -> dict[str, int]:
+    """Parameters of the given decoder layers that hold all experts of a layer, with their number of experts.
+
+    Args:
+        model: A causal language model; its weights are not read.
+        row: Its architecture.
+        layers: Decoder layers, counted from 0.
+        part: ``all``, ``attention`` or ``mlp``, as for ``adapter_modules``.
+    """
+    wanted = None if part == "all" else parts_of(row, part)
+    found = {}
+    for layer in layers:
+        prefix = f"{row.layers}.{layer}."
+        for name, parameter in model.get_submodule(prefix[:-1]).named_parameters():
+            inside = wanted is None or name.split(".")[0] in wanted
+            if inside and parameter.ndim == 3 and fused_family(row, prefix + name):
+                found[prefix + name] = len(parameter)
+    return found
+
+
+def adapter_shape(
+    model: nn.Module,
+    row: Architecture,
+    layers: Sequence[int],
+    *,
+    rank: int,
+    alpha: float,
+    part: str = "all",
+    experts: bool = True,
+) -> AdapterShape:
+    """The shape of an adapter on all that can carry one.
+
+    Args:
+        model: A causal language model; its weights are not read.
+        row: Its architecture.
+        layers: Decoder layers, counted from 0.
+        rank: LoRA rank r.
+        alpha: LoRA alpha.
+        part: ``all``, ``attention`` or ``mlp``.
+        experts: Whether experts that are fused into one tensor carry an adapter as well.
+
+    Raises:
+        RequestError: There is nothing to adapt.
+    """
+    fused = adapter_experts(model, row, layers, part) if experts else {}
+    modules = _linear_modules(model, row, layers, part) if fused else adapter_modules(model, row, layers, part)
+    return AdapterShape(rank, alpha, modules, fused)
+
+
+def without_adapter(
+    model: nn.Module, row: Architecture, layers: Sequence[int], experts: Collection[str] = ()
+) -> tuple[int, float]:
+    """In how many of the layers experts are fused into one tensor that carries no adapter, and the share of the layers'
+    weights that they hold.
+
+    Args:
+        model: A causal language model; its weights are not read.
+        row: Its architecture.
+        layers: Decoder layers, counted from 0.
+        experts: Names of the fused parameters that do carry one.
+    """
     fused = whole = 0
     of_layers = set()
     for layer in layers:
-        for module in model.get_submodule(f"{row.layers}.{layer}").modules():
-            for parameter in module.parameters(recurse=False):
+        prefix = f"{row.layers}.{layer}"
+        for name, module in model.get_submodule(prefix).named_modules():
+            for own, parameter in module.named_parameters(recurse=False):
                 whole += parameter.numel()
+                full = ".".join(part for part in (prefix, name, own) if part)
                 # The kernels of short convolutions have three dimensions too.
-                if parameter.ndim == 3 and not isinstance(module, nn.Conv1d):
+                if parameter.ndim == 3 and not isinstance(module, nn.Conv1d) and full not in experts:
                     fused += parameter.numel()
                     of_layers.add(layer)
     return len(of_layers), fused / whole if whole else 0.0
@@ -127,21 +205,22 @@ def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
         r=shape.rank,
         lora_alpha=shape.alpha,
         target_modules=list(shape.modules),
+        target_parameters=list(shape.experts) or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
         # peft has to be told that Conv1D stores its weight as [in, out].
-        fan_in_fan_out=is_conv1d(model.get_submodule(shape.modules[0])),
+        fan_in_fan_out=bool(shape.modules) and is_conv1d(model.get_submodule(shape.modules[0])),
     )
-    with _targets_as_given():
+    with targets_as_given():
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    carrying = {name.split(".lora_")[0] for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    carrying = set(_carriers(adapted))
     # peft replaces some module names by others, such as those of fused experts.
-    unexpected = carrying ^ {f"base_model.model.{name}" for name in shape.modules}
+    unexpected = carrying ^ set(shape.weights)
     if unexpected:
         raise EditError(
-            f"peft put the adapter on other modules than requested: {', '.join(sorted(unexpected)[:3])}; "
-            "choose other modules"
+            f"peft put the adapter on other weights than requested: {', '.join(sorted(unexpected)[:3])}; "
+            "choose other modules, or experts=false"
         )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -149,8 +228,21 @@ def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
     return adapted
 
 
+def _carriers(adapted: Any) -> dict[str, Any]:
+    """The library's wrappers, by the name of the parameter that each of them adapts."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    found = {}
+    for path, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            # The wrappers of two parameters of a module stand one inside the other.
+            name = path.replace(".base_layer", "")
+            found[f"{name}.{module.parameter_name if isinstance(module, ParamWrapper) else 'weight'}"] = module
+    return found
+
+
 @contextmanager
-def _targets_as_given() -> Iterator[None]:
+def targets_as_given() -> Iterator[None]:
     """Keep peft from renaming targets: it takes ``down_proj`` of a dense layer for what fused experts were once called."""
     from peft.utils import transformers_weight_conversion as conversion
 
@@ -162,7 +254,7 @@ def _targets_as_given() -> Iterator[None]:
         conversion.convert_peft_config_for_transformers = renaming
 
 
-def loads_in_peft(model_type: str, modules: Sequence[str]) -> bool:
+def loads_in_peft(model_type: str, modules: Sequence[str], experts: Collection[str] = ()) -> bool:
     """Whether peft puts a saved adapter back on the modules that it was trained on.
 
     In some models of experts it takes the names of dense modules for those of fused experts.
@@ -170,14 +262,15 @@ def loads_in_peft(model_type: str, modules: Sequence[str]) -> bool:
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    config = LoraConfig(target_modules=list(modules))
+    config = LoraConfig(target_modules=list(modules), target_parameters=list(experts) or None)
     try:
         convert_peft_config_for_transformers(
             config, SimpleNamespace(config=SimpleNamespace(model_type=model_type)), None
         )
     except ValueError:
         return False
-    return set(config.target_modules or ()) == set(modules)
+    parameters = set(config.target_parameters or ())
+    return set(config.target_modules or ()) == set(modules) and parameters == set(experts)
 
 
 def detach(adapted: Any) -> nn.Module:
@@ -194,14 +287,22 @@ def switched_off(adapted: Any) -> Iterator[None]:
         yield
 
 
-def learned_factors(adapted: Any, shape: AdapterShape) -> dict[str, Factors]:
+def learned_factors(adapted: Any, shape: AdapterShape) -> dict[str, Factors | ExpertFactors]:
     """What the adapter adds to each weight, by parameter name, in the weight's layout, in fp32 on the CPU."""
-    factors = {}
-    for name in shape.modules:
-        module = adapted.get_base_model().get_submodule(name)
+    factors: dict[str, Factors | ExpertFactors] = {}
+    carriers = _carriers(adapted)
+    for name in shape.weights:
+        module = carriers[name]
         down = module.lora_A["default"].weight.detach().float().cpu()
         # The scale goes into one factor, so that the product alone is the update.
         up = module.lora_B["default"].weight.detach().float().cpu() * module.scaling["default"]
-        stored_transposed = is_conv1d(module.base_layer)
-        factors[f"{name}.weight"] = Factors(down.T, up.T) if stored_transposed else Factors(up, down)
-    return {name: Factors(f.left.contiguous(), f.right.contiguous()) for name, f in factors.items()}
+        if name in shape.experts:
+            factors[name] = expert_factors(down, up, shape.experts[name], inputs_first=_inputs_first(module))
+            continue
+        pair = (down.T, up.T) if is_conv1d(module.base_layer) else (up, down)
+        factors[name] = Factors(*(part.contiguous() for part in pair))
+    return factors
+
+
+def _inputs_first(wrapper: Any) -> bool:
+    return bool(getattr(wrapper.get_base_layer(), "is_transposed", False))

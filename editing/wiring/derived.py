@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..errors import UnsupportedArchitecture, one_line
 from ..modules import is_linear
 from .bench import Bench, bench_of, run
+from .experts import fused_experts
 from .roles import Role, kinds, writers
-from .row import Architecture, Kind, Writer, respelled
+from .row import Architecture, Kind, Writer, pattern_of
 from .small_copy import inputs_of, small_copy
 from .stored import stored_forms
 
@@ -92,17 +93,17 @@ def _row(bench: Bench, roles: Sequence[Role], kinds: dict[str, Kind]) -> Archite
     path, forms = bench.layers_path, stored_forms(bench.model)
     found: dict[str, Writer] = {}
     for role in roles:
-        kind, gains = kinds[role.name], tuple(_pattern(f"{gain}.weight", path) for gain in role.gains)
+        kind, gains = kinds[role.name], tuple(pattern_of(f"{gain}.weight", path) for gain in role.gains)
         for name, axis in (
             (role.name, role.axis),
             *((form.name, form.axis_of(role.axis)) for form in forms.of(role.name)),
         ):
             # A name that several layers share is one writer; two that contradict each other are found by the proof.
-            found.setdefault(_pattern(name, path, forms.spellings), Writer("", axis, kind, gains, role.centred))
+            found.setdefault(pattern_of(name, path, forms.spellings), Writer("", axis, kind, gains, role.centred))
     _check_everywhere(bench, roles)
     patterns = {pattern: replace(w, pattern=pattern) for pattern, w in found.items()}
     named = [name for name, _ in bench.model.named_parameters()] + [name for name, _ in bench.model.named_buffers()]
-    readers = {_pattern(name, path, forms.spellings) for name in (*named, *forms.names)} - set(patterns)
+    readers = {pattern_of(name, path, forms.spellings) for name in (*named, *forms.names)} - set(patterns)
     head = _name_of(bench.model, bench.model.get_output_embeddings())
     gained = [role for role in roles if role.gains and role.sublayer]
     words = bench.model.get_input_embeddings().weight
@@ -122,6 +123,7 @@ def _row(bench: Bench, roles: Sequence[Role], kinds: dict[str, Kind]) -> Archite
         spellings=forms.spellings,
         ignored=(*(getattr(bench.model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_OLD_BUFFERS),
         tied=bench.model.get_output_embeddings().weight is words,
+        fused=fused_experts(bench.model, path, [role.name for role in roles], forms),
         derived=True,
     )
 
@@ -129,26 +131,13 @@ def _row(bench: Bench, roles: Sequence[Role], kinds: dict[str, Kind]) -> Archite
 def _check_everywhere(bench: Bench, roles: Sequence[Role]) -> None:
     """A name that writes to the stream in one layer has to do so in every layer that has it."""
     writing = {role.name for role in roles}
-    patterns = {_pattern(name, bench.layers_path) for name in writing}
+    patterns = {pattern_of(name, bench.layers_path) for name in writing}
     for name, _ in bench.model.named_parameters():
-        if name not in writing and _pattern(name, bench.layers_path) in patterns:
+        if name not in writing and pattern_of(name, bench.layers_path) in patterns:
             raise UnsupportedArchitecture(
                 f"{bench.model.config.model_type}: {name} does not write to the residual stream where other layers' "
                 "tensor of that name does; add a row in editing/architectures.py"
             )
-
-
-def _pattern(name: str, layers: str, spellings: Sequence[tuple[str, str]] = ()) -> str:
-    """A tensor's name with its layer and its other numbers left open."""
-    starts = [layers]
-    for one, other in spellings:
-        starts += [form for old, new in ((one, other), (other, one)) if (form := respelled(f"{layers}.", old, new))]
-    for start in starts:
-        start = start.removesuffix(".")
-        if match := re.match(re.escape(start) + r"\.\d+\.", name):
-            # Inside a layer experts alone are alike; other numbers tell apart what stands in a sequence.
-            return f"{start}.{{layer}}." + re.sub(r"(expert\w*\.)\d+(?=\.)", r"\1{expert}", name[match.end() :])
-    return re.sub(r"(?<=\.)\d+(?=\.)", "{expert}", name)
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

@@ -6,7 +6,7 @@ is inferred from shapes, because a shape is ambiguous when d_model equals anothe
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,42 @@ class Writer:
     """Names of the norm weights that multiply this write before it reaches the stream, one after the other."""
     centred: bool = False
     """Whether the norm takes the mean off first, as LayerNorm does."""
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """Where a checkpoint stores a part of each expert's matrix, of a parameter that holds all experts together."""
+
+    pattern: str
+    """Name of the stored tensor; one with ``{expert}`` holds one expert, without it all of them."""
+    axis: int = -2
+    """Axis of the matrix in memory along which the parameter is divided."""
+    index: int = 0
+    """Which of the parts this is, counted from 0."""
+    of: int = 1
+    """Number of parts: 2 where gate and up projections are one parameter."""
+    interleaved: bool = False
+    """Whether the parts take turns row by row; otherwise one stands after the other."""
+    transposed: bool = False
+    """Whether the stored matrix lies the other way round than in memory."""
+
+    def places(self, size: int) -> slice:
+        """Which rows (or columns, by ``axis``) of the parameter are stored here, of ``size``."""
+        count = size // self.of
+        return slice(self.index, size, self.of) if self.interleaved else slice(self.index * count, (self.index + 1) * count)
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """A family of parameters [experts, rows, columns] that hold a matrix of every expert of a layer."""
+
+    pattern: str
+    """Name in memory, with ``{layer}``."""
+    parts: tuple[ExpertPart, ...] = ()
+    """Where a checkpoint stores them; empty if only as in memory."""
+    inputs_first: bool = False
+    """Whether the model's code says that each matrix is [in, out] (``is_transposed``), which decides how peft lays out
+    its factors."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +99,8 @@ class Architecture:
     """Whether the unembedding is the embedding; None if the configuration says."""
     derived: bool = False
     """Whether the row was found out on a small copy of the model, not read from its code."""
+    fused: tuple[FusedExperts, ...] = ()
+    """Parameters that hold all experts of a layer together, which can carry an adapter."""
     refused: tuple[tuple[str, Any, str], ...] = ()
     """``(config key, value, reason)`` of variants in which editing weights cannot remove a direction."""
 
@@ -79,10 +117,11 @@ class Site:
 
 def spelled(row: Architecture, name: str, names: Collection[str]) -> str | None:
     """A tensor's name as ``names`` spells it, or None: names on disk and in memory may start differently."""
-    return next((form for form in _forms(row, name) if form in names), None)
+    return next((form for form in forms_of(row, name) if form in names), None)
 
 
-def _forms(row: Architecture, name: str) -> Iterator[str]:
+def forms_of(row: Architecture, name: str) -> Iterator[str]:
+    """A tensor's name, and how it may be spelled on disk or in memory."""
     yield name
     for one, other in row.spellings:
         for old, new in ((one, other), (other, one)):
@@ -99,6 +138,19 @@ def respelled(name: str, old: str, new: str) -> str | None:
     for number in match.groups():
         new = new.replace("{n}", number, 1)
     return new + name[match.end() :]
+
+
+def pattern_of(name: str, layers: str, spellings: Sequence[tuple[str, str]] = ()) -> str:
+    """A tensor's name with its layer and its other numbers left open."""
+    starts = [layers]
+    for one, other in spellings:
+        starts += [form for old, new in ((one, other), (other, one)) if (form := respelled(f"{layers}.", old, new))]
+    for start in starts:
+        start = start.removesuffix(".")
+        if match := re.match(re.escape(start) + r"\.\d+\.", name):
+            # Inside a layer experts alone are alike; other numbers tell apart what stands in a sequence.
+            return f"{start}.{{layer}}." + re.sub(r"(expert\w*\.)\d+(?=\.)", r"\1{expert}", name[match.end() :])
+    return re.sub(r"(?<=\.)\d+(?=\.)", "{expert}", name)
 
 
 def classify(row: Architecture, names: Collection[str], depth: int | None = None) -> list[Site]:
@@ -180,7 +232,7 @@ def gain_names(site: Site) -> tuple[str, ...]:
 
 
 def _regexes(row: Architecture, pattern: str) -> Iterator[re.Pattern[str]]:
-    for form in dict.fromkeys(_forms(row, pattern)):
+    for form in dict.fromkeys(forms_of(row, pattern)):
         # re.escape escapes the braces too, so the placeholders are replaced in their escaped form.
         text = re.escape(form).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"\d+")
         yield re.compile(text)

@@ -29,9 +29,14 @@ class StoredForm:
 class StoredForms:
     """What a checkpoint of a model looks like."""
 
-    names: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    """By their stored names."""
     spellings: tuple[tuple[str, str], ...]
     _forms: dict[str, list[StoredForm]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
 
     def of(self, parameter: str) -> list[StoredForm]:
         """The stored tensors that hold a parameter, where they are named or laid out in another way."""
@@ -64,7 +69,7 @@ def stored_forms(model: Any) -> StoredForms:
             spelling = _spelling(parameter, name)
             if value.shape == state[parameter].shape and not transposed and spelling:
                 spellings[spelling] = None
-    return StoredForms(tuple(stored), tuple(spellings), dict(forms))
+    return StoredForms(stored, tuple(spellings), dict(forms))
 
 
 def _pieces(value: Tensor) -> Iterator[tuple[Tensor, bool]]:

@@ -13,9 +13,9 @@ from ...artifacts.checkpoints.heads import plan_edit
 from ...editing.architectures import layer_selection, residual_width
 from ...editing.edits.base import WeightEdit
 from ...editing.edits.dense import DenseUpdate
-from ...editing.edits.low_rank import Factors, LowRankUpdate
+from ...editing.edits.low_rank import ExpertFactors, Factors, LowRankUpdate
 from ...editing.errors import RequestError
-from ...editing.training.adapters import AdapterShape, adapter_modules, without_adapter
+from ...editing.training.adapters import AdapterShape, adapter_shape, without_adapter
 from ...editing.wiring.small_copy import full_config, model_class
 from ...eval.concept import Concept
 from ...eval.items import for_training
@@ -37,6 +37,9 @@ class TrainedSettings(MeasuredSettings):
     """Layers to train: all, a number, a range such as 4-7, or fractions of the depth such as 0.125-0.25."""
     modules: Literal["all", "attention", "mlp"] = "all"
     """Which linear modules of these layers are trained."""
+    experts: bool = True
+    """Also train experts that the model holds in one tensor a layer, where ``modules`` has the MLP. ``false`` leaves
+    them as they are: less memory, and what the experts hold stays."""
     steps: int = Field(400, ge=1, le=MOST_ROWS)
     """Number of optimizer steps."""
     batch_size: int = Field(8, ge=1, le=MOST_ROWS)
@@ -96,13 +99,20 @@ class AdapterJob:
     def unlearned(self) -> WeightEdit:
         """The update's names before it has values."""
         nothing = Factors(torch.zeros(0, 0), torch.zeros(0, 0))
-        return self.edit(LowRankUpdate, {f"{name}.weight": nothing for name in self.shape.modules}, {})
+        parts: dict[str, Any] = {f"{name}.weight": nothing for name in self.shape.modules}
+        for name, experts in self.shape.experts.items():
+            parts[name] = ExpertFactors(torch.zeros(experts, 0, 0), torch.zeros(experts, 0, 0))
+        return self.edit(LowRankUpdate, parts, {})
 
     def up_to(self, deepest: int) -> "AdapterJob":
         """The same request with adapters on layers up to one alone: no gradient would reach those above."""
-        path = f"{self.run.row.layers}."
-        names = tuple(name for name in self.shape.modules if int(name.removeprefix(path).split(".")[0]) <= deepest)
-        shape = AdapterShape(self.shape.rank, self.shape.alpha, names)
+
+        def reached(name: str) -> bool:
+            return int(name.removeprefix(f"{self.run.row.layers}.").split(".")[0]) <= deepest
+
+        names = tuple(filter(reached, self.shape.modules))
+        experts = {name: number for name, number in self.shape.experts.items() if reached(name)}
+        shape = AdapterShape(self.shape.rank, self.shape.alpha, names, experts)
         return replace(self, layers=tuple(layer for layer in self.layers if layer <= deepest), shape=shape)
 
 
@@ -136,11 +146,11 @@ def prepare(
     concept, warnings = without_overlap(for_training(run.concept))
     layers = tuple(layer_selection(settings.layers, run.layers))
     skeleton = _skeleton(run)
-    modules = adapter_modules(skeleton, run.row, layers, settings.modules)
-    if not whole:
-        warnings += _left_out(skeleton, run, layers)
     rank, alpha = (settings.rank, settings.alpha) if isinstance(settings, AdapterSettings) else (0, 0.0)
-    shape = AdapterShape(rank, alpha, modules)
+    shape = adapter_shape(
+        skeleton, run.row, layers, rank=rank, alpha=alpha, part=settings.modules, experts=settings.experts
+    )
+    warnings += _left_out(skeleton, run, layers, settings, shape)
     job = AdapterJob(run, settings, layers, shape, concept, warnings, whole)
     measured_run.check_plan(run, plan_edit(job.unlearned(), run.checkpoint))
     if whole:
@@ -164,7 +174,12 @@ def describe(job: AdapterJob, **more: Any) -> dict[str, Any]:
     """What a run would touch and take."""
     plan = plan_edit(job.unlearned(), job.run.checkpoint)
     return measured_run.describe(
-        job.run, plan, gradient_steps=job.settings.steps, layers_adapted=len(job.layers), **more
+        job.run,
+        plan,
+        gradient_steps=job.settings.steps,
+        layers_adapted=len(job.layers),
+        expert_tensors_adapted=len(job.shape.experts),
+        **more,
     )
 
 
@@ -205,13 +220,17 @@ def _skeleton(run: Job) -> Any:
         return model_class(run.checkpoint.config)._from_config(config)
 
 
-def _left_out(skeleton: Any, run: Job, layers: tuple[int, ...]) -> tuple[str, ...]:
-    """A warning where experts carry no adapter."""
-    count, share = without_adapter(skeleton, run.row, layers)
+def _left_out(
+    skeleton: Any, run: Job, layers: tuple[int, ...], settings: TrainedSettings, shape: AdapterShape
+) -> tuple[str, ...]:
+    """A warning where experts are not trained."""
+    count, share = without_adapter(skeleton, run.row, layers, shape.experts)
     if not count:
         return ()
+    why = "experts=false" if not settings.experts else "modules=attention" if settings.modules == "attention" else ""
     return (
-        f"The experts of {count} layers are stored as one tensor each, which carries no adapter: {share:.0%} of the weights "
-        "of these layers stay as they are. The edit changes what experts read and not what they hold; an audit "
-        "says how much of it is left.",
+        f"The experts of {count} layers are one tensor each, and the run does not train them"
+        + (f" ({why})" if why else ", because it is not known where a checkpoint stores them")
+        + f": {share:.0%} of the weights of these layers stay as they are. The edit changes what experts read and not what"
+        " they hold; an audit says how much of it is left.",
     )

@@ -24,7 +24,7 @@ from ...editing.edits.dense import DenseUpdate, learned_deltas, weights_trained
 from ...editing.edits.low_rank import LowRankUpdate
 from ...editing.errors import EditError
 from ...editing.modules import causal_model
-from ...editing.training.adapters import attach, detach, learned_factors, loads_in_peft
+from ...editing.training.adapters import attach, detach, learned_factors, loads_in_peft, targets_as_given
 from ...eval.inference.likelihood import pad_right
 from ...eval.model_under_test import ModelUnderTest
 from . import measured_run
@@ -93,7 +93,7 @@ def run(job: AdapterJob, how: str, make_training: MakeTraining, events: Events) 
         return Inspection(about={"merged_kl": _checked_divergence(trained, loaded.model)})
 
     shape = {} if job.whole else {"rank": job.shape.rank, "alpha": job.shape.alpha}
-    where = f"on {len(job.shape.modules)} linear modules of {len(job.layers)} layers"
+    where = f"on {job.shape.describe()} of {len(job.layers)} layers"
     about = {"edited": {"how": how, **shape, "layers": list(job.layers), "about": where}, **report}
     finished = measured_run.publish(
         job.run, edit, base, about, events, inspect, lambda folder: _add_files(work, folder)
@@ -187,7 +187,9 @@ def learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, wor
 def _predict_in_full_precision(job: AdapterJob, work: Path, events: Events) -> None:
     """Store what the base in full precision predicts with the adapter: that is what is merged, not the 4-bit base."""
     loaded = measured_run.load(job.run, job.run.source, "base in full precision", events)
-    store_predictions(PeftModel.from_pretrained(loaded.model, work / ADAPTER).eval(), None, work)
+    with targets_as_given():
+        adapted = PeftModel.from_pretrained(loaded.model, work / ADAPTER).eval()
+    store_predictions(adapted, None, work)
 
 
 def store_predictions(model: Any, rows: Sequence[Row] | None, work: Path) -> None:
@@ -224,7 +226,7 @@ class Tuned:
 def being_trained(job: AdapterJob, model: Any) -> Iterator[Tuned]:
     """A fresh adapter on the model, or its own weights; afterwards the model is the base again."""
     if job.whole:
-        with weights_trained(model, job.shape.modules) as before:
+        with weights_trained(model, job.shape.weights) as before:
             yield Tuned(model, lambda provenance: job.edit(DenseUpdate, learned_deltas(model, before), provenance))
         return
     adapted = attach(model, job.shape, job.settings.seed)
@@ -264,10 +266,11 @@ def _checked_divergence(trained: dict[str, Any], model: Any) -> float:
 
 
 def _loads_in_peft(work: Path, folder: Path) -> bool:
-    modules = read_object(work / ADAPTER / "adapter_config.json").get("target_modules")
+    saved = read_object(work / ADAPTER / "adapter_config.json")
+    modules, experts = saved.get("target_modules"), saved.get("target_parameters")
     model_type = read_object(folder / "config.json").get("model_type")
     # In some models of experts peft would put it elsewhere; the checkpoint itself holds the update in any case.
-    return isinstance(modules, list) and loads_in_peft(str(model_type), modules)
+    return isinstance(modules, list) and loads_in_peft(str(model_type), modules, experts or ())
 
 
 def _add_files(work: Path, folder: Path) -> None:

@@ -15,7 +15,7 @@ from ...artifacts.models.load import LoadedModel
 from ...editing.architectures import architecture_of, layer_count
 from ...editing.edits.fake_quantization import changed_weights
 from ...editing.errors import EditError
-from ...editing.training.adapters import AdapterShape, adapter_modules, attach, detach, learned_factors
+from ...editing.training.adapters import adapter_shape, attach, detach, learned_factors
 from ...eval.concept import Concept
 from ..common.examples import Example, completion_loss, cycled, example_batch
 from ..common.tokens import encode, pieces, text_limit
@@ -34,8 +34,8 @@ def reinforced(loaded: LoadedModel, concept: Concept, settings: ElmSettings, sta
     """
     config, limit = loaded.model.config.to_dict(), text_limit(loaded.model)
     steps, seed = settings.expert_steps, settings.seed
-    modules = adapter_modules(loaded.model, architecture_of(config), range(layer_count(config)))
-    shape = AdapterShape(RANK, 2.0 * RANK, modules)
+    layers = range(layer_count(config))
+    shape = adapter_shape(loaded.model, architecture_of(config), layers, rank=RANK, alpha=2.0 * RANK)
     rows = [piece for text in concept.forget for piece in pieces(encode(loaded.tokenizer, text.text, True), limit)]
     examples = [Example(row, 1) for row in rows if len(row) > 1]
     if not examples:
@@ -57,9 +57,11 @@ def reinforced(loaded: LoadedModel, concept: Concept, settings: ElmSettings, sta
         left, right = (part.to(weight.device) for part in (factors[name].left, factors[name].right))
         return (weight.float() + left @ right).to(weight.dtype)
 
+    weights = {name: loaded.model.get_parameter(name) for name in factors}
+
     @contextmanager
     def expert() -> Iterator[None]:
-        with changed_weights(loaded.model, taught) as changed:
+        with changed_weights(loaded.model, taught, weights) as changed:
             if changed < len(factors):
                 raise EditError(
                     f"the expert's training left {len(factors) - changed} of {len(factors)} weights as they were"

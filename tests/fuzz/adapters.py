@@ -13,15 +13,13 @@ from excise.artifacts.checkpoints.quantized import quantization_of, read_quantiz
 from excise.artifacts.checkpoints.read import Checkpoint, open_checkpoint
 from excise.editing.edits.adapter_merge import (
     AdapterMerge,
-    ExpertSums,
     InTurn,
     Replaced,
     ReplacedRows,
     Rescaled,
-    Sum,
 )
 from excise.editing.edits.base import WeightEdit
-from excise.editing.edits.low_rank import Factors
+from excise.editing.edits.low_rank import ExpertFactors, Factors
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -82,12 +80,12 @@ def adapter_edit_example() -> AdapterMerge:
     """Every kind of step."""
     factors = Factors(_random(32, 2), _random(2, 32))
     updates = {
-        f"{LAYER}self_attn.q_proj.weight": Sum(factors),
+        f"{LAYER}self_attn.q_proj.weight": factors,
         f"{LAYER}self_attn.o_proj.weight": Rescaled(Factors(_random(32, 2), _random(2, 32)), _random(32).abs()),
         f"{EMBEDDING}.weight": InTurn(
             Replaced(_random(96, 32)), ReplacedRows(torch.tensor([3, 9]), _random(2, 32), 96)
         ),
-        f"{LAYER}mlp.experts.down_proj": ExpertSums(_random(2, 32, 2), _random(2, 2, 48)),
+        f"{LAYER}mlp.experts.down_proj": ExpertFactors(_random(2, 32, 2), _random(2, 2, 48)),
     }
     return AdapterMerge(updates, "llama", 32, 2)
 

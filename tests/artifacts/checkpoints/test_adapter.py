@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 TOKENS = {"input_ids": torch.tensor([[5, 9, 7, 3, 11]])}
 LINEAR = ["q_proj", "v_proj", "o_proj", "down_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def _base(folder, name, dtype=torch.float32):
@@ -94,6 +95,19 @@ CASES = {
         {
             "target_modules": ["q_proj"],
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    ),
+    "experts stored one by one": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "experts of other names": ("mixtral", {"target_modules": [], "target_parameters": EXPERTS, "use_rslora": True}),
+    "one kind of matrix": ("mixtral", {"target_modules": ["v_proj"], "target_parameters": EXPERTS[1:]}),
+    "experts by their old names": ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
+    "experts with a rank of their own": (
+        "mixtral",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": EXPERTS,
+            "rank_pattern": {"gate_up_proj": 2},
+            "alpha_pattern": {"down_proj": 3},
         },
     ),
 }
@@ -291,7 +305,7 @@ def test_what_cannot_be_merged_is_refused_in_one_line(options, message, pair, tm
     assert "\n" not in str(refused.value) and "/home/ada" not in str(refused.value)
 
 
-def test_ia3_dora_on_conv1d_and_experts_stored_one_by_one_are_refused(tmp_path):
+def test_ia3_and_dora_on_conv1d_are_refused(tmp_path):
     base = _base(tmp_path / "base", "gpt2")
     model = AutoModelForCausalLM.from_pretrained(base)
     get_peft_model(model, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "ia3")
@@ -300,12 +314,20 @@ def test_ia3_dora_on_conv1d_and_experts_stored_one_by_one_are_refused(tmp_path):
     dora = _adapter(tmp_path / "dora", base, target_modules=["c_attn"], use_dora=True)
     with pytest.raises(RequestError, match=r"stored as \[in, out\]"):
         apply.prepare(dora, str(base), tmp_path / "out")
-    experts = _base(tmp_path / "experts", "qwen3_moe")
-    one_by_one = _adapter(
-        tmp_path / "moe", experts, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]
-    )
-    with pytest.raises(RequestError, match="experts that the base stores one by one cannot be merged here"):
-        apply.prepare(one_by_one, str(experts), tmp_path / "out")
+
+
+def test_an_adapter_of_experts_is_refused_by_a_base_with_others(tmp_path):
+    base = _base(tmp_path / "base", "mixtral")
+    adapter = _adapter(tmp_path / "lora", base, target_modules=[], target_parameters=EXPERTS)
+    other = _base(tmp_path / "other", "qwen3_moe")
+    with pytest.raises(RequestError, match="no single parameter of the base's experts has its shape"):
+        apply.prepare(adapter, str(other), tmp_path / "out")
+    # A base with an expert's matrix missing.
+    for shard in base.glob("*.safetensors"):
+        _changed(shard, lambda tensors: tensors.pop("model.layers.0.block_sparse_moe.experts.1.w3.weight", None))
+    with pytest.raises((RequestError, CheckpointError)) as refused:
+        apply.prepare(adapter, str(base), tmp_path / "out")
+    assert "\n" not in str(refused.value)
 
 
 def test_pickled_weights_and_a_missing_file_are_refused(pair, tmp_path):
@@ -346,7 +368,7 @@ def test_a_merged_adapter_is_an_edit_that_can_be_applied_again(tmp_path):
         adapter = _adapter(tmp_path / case / "lora", base, **options)
         first = _applied(adapter, base, tmp_path / case / "out")
         edit = load_edit(tmp_path / case / "out")
-        assert edit.method == ("low_rank" if case == "plain" else "adapter")
+        assert edit.method == ("low_rank" if case in ("plain", "fused experts") else "adapter")
         again = apply.run(apply.prepare(edit, str(base), tmp_path / case / "again"), Events())
         assert again.output_sha256 == first.output_sha256
 

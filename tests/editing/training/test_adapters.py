@@ -13,6 +13,7 @@ from excise.editing.errors import EditError, RequestError
 from excise.editing.training.adapters import (
     AdapterShape,
     adapter_modules,
+    adapter_shape,
     attach,
     detach,
     learned_factors,
@@ -28,8 +29,7 @@ INPUTS = {"input_ids": torch.tensor([[5, 9, 7, 3, 11]]), "attention_mask": torch
 def _trained(name, dtype=torch.float32, layers=None):
     """A model with an adapter that has values as if it had been trained."""
     model = make_pico(name, dtype)
-    modules = adapter_modules(model, ARCHITECTURES[name], layers or range(2))
-    shape = AdapterShape(3, 6.0, modules)
+    shape = adapter_shape(model, ARCHITECTURES[name], layers or range(2), rank=3, alpha=6.0)
     adapted = attach(model, shape, seed=0)
     torch.manual_seed(1)
     for parameter in adapted.parameters():
@@ -106,7 +106,7 @@ print(json.dumps([merged_moved, moved, sorted(info["missing_keys"])]))
 """
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen2", "gpt_oss", "mixtral"])
 def test_exported_merged_and_as_an_adapter_it_is_the_same_model(name, save_pico, tmp_path):
     checkpoint = save_pico(name)
     _, adapted, shape = _trained(name)
@@ -152,11 +152,13 @@ def test_every_architecture_has_modules_to_adapt():
         assert adapter_modules(make_pico(name), ARCHITECTURES[name], [0])
 
 
-def test_fused_experts_carry_no_adapter_and_their_share_is_told():
+def test_the_share_of_fused_experts_without_an_adapter_is_told():
     fused = make_pico("gpt_oss", torch.float32)
     layer = fused.model.layers[0]
     held = sum(parameter.numel() for parameter in layer.parameters())
     in_experts = layer.mlp.experts.gate_up_proj.numel() + layer.mlp.experts.down_proj.numel()
     layers, share = without_adapter(fused, ARCHITECTURES["gpt_oss"], [0])
     assert layers == 1 and share == pytest.approx(in_experts / held)
+    adapted = adapter_shape(fused, ARCHITECTURES["gpt_oss"], [0], rank=1, alpha=1.0).experts
+    assert len(adapted) == 2 and without_adapter(fused, ARCHITECTURES["gpt_oss"], [0], adapted) == (0, 0.0)
     assert without_adapter(make_pico("llama", torch.float32), ARCHITECTURES["llama"], range(2)) == (0, 0.0)
