@@ -145,7 +145,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             Writer(_LAYER + "mlp.experts.down_proj_bias", -1, "mlp"),
         ),
         dense=False,
-        fused=tuple(FusedExperts(_LAYER + f"mlp.experts.{name}_proj", inputs_first=True) for name in ("gate_up", "down")),
+        fused=tuple(
+            FusedExperts(_LAYER + f"mlp.experts.{name}_proj", inputs_first=True) for name in ("gate_up", "down")
+        ),
     ),
     "gpt2": Architecture(
         writers=(

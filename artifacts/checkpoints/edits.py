@@ -167,9 +167,15 @@ def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
 def _matrix(tensors: dict[str, Tensor], name: str, dimensions: tuple[int, ...] = (2,)) -> Tensor:
     if name not in tensors:
         raise Unreadable(f"it has no tensor {name}")
-    if tensors[name].dim() not in dimensions or not all(tensors[name].shape[:-2]) or not tensors[name].is_floating_point():
+    if (
+        tensors[name].dim() not in dimensions
+        or not all(tensors[name].shape[:-2])
+        or not tensors[name].is_floating_point()
+    ):
         kind = f"{tensors[name].dtype} of shape {list(tensors[name].shape)}"
-        raise Unreadable(f"tensor {name} is {kind}, not floating-point numbers in {' or '.join(map(str, dimensions))} dimensions")
+        raise Unreadable(
+            f"tensor {name} is {kind}, not floating-point numbers in {' or '.join(map(str, dimensions))} dimensions"
+        )
     return tensors[name].float()
 
 

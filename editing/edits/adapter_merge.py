@@ -157,7 +157,9 @@ class AdapterMerge:
         """
         check_learned_on(config, self.model_type, self.width, self.layers)
         row, present = architecture_of(config), set(names)
-        tensors = [tensor for name, update in self.updates.items() for tensor in updated_tensors(row, name, update, present)]
+        tensors = [
+            tensor for name, update in self.updates.items() for tensor in updated_tensors(row, name, update, present)
+        ]
         if not tensors:
             raise RequestError("the adapter changes no tensor; train it first")
         unties = self.unties and ties_embeddings(config)

@@ -88,9 +88,7 @@ def _linear_modules(model: nn.Module, row: Architecture, layers: Sequence[int], 
     return tuple(names)
 
 
-def adapter_experts(
-    model: nn.Module, row: Architecture, layers: Sequence[int], part: str = "all"
-) -> dict[str, int]:
+def adapter_experts(model: nn.Module, row: Architecture, layers: Sequence[int], part: str = "all") -> dict[str, int]:
     """Parameters of the given decoder layers that hold all experts of a layer, with their number of experts.
 
     Args:

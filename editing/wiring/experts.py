@@ -92,7 +92,7 @@ def _pieces(row: Architecture, part: ExpertPart, pattern: str, names: Collection
     if "{expert}" not in pattern:
         stored = spelled(row, pattern, names)
         return [StoredPiece(stored, None, part)] if stored else []
-    found = []
+    found: list[StoredPiece] = []
     for expert in count():
         stored = spelled(row, pattern.replace("{expert}", str(expert)), names)
         if stored is None:

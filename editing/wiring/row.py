@@ -50,7 +50,11 @@ class ExpertPart:
     def places(self, size: int) -> slice:
         """Which rows (or columns, by ``axis``) of the parameter are stored here, of ``size``."""
         count = size // self.of
-        return slice(self.index, size, self.of) if self.interleaved else slice(self.index * count, (self.index + 1) * count)
+        return (
+            slice(self.index, size, self.of)
+            if self.interleaved
+            else slice(self.index * count, (self.index + 1) * count)
+        )
 
 
 @dataclass(frozen=True)

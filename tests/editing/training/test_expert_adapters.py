@@ -162,7 +162,9 @@ def test_a_piece_of_the_factors_is_the_piece_of_their_product(axis, interleaved,
         seen.append(product.mT if transposed else product)
     # Both halves together are the whole, as the layout says.
     if interleaved:
-        together = torch.stack(seen, axis if axis == -1 else -2).flatten(axis - 1 if axis == -1 else -3, axis if axis == -1 else -2)
+        together = torch.stack(seen, axis if axis == -1 else -2).flatten(
+            axis - 1 if axis == -1 else -3, axis if axis == -1 else -2
+        )
     else:
         together = torch.cat(seen, axis)
     assert torch.allclose(together, whole if expert is None else whole[expert], atol=1e-6)
