@@ -73,6 +73,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.bytes_sent = 0
         self.authorized: list[tuple[str, bool]] = []
         """Host and whether the token came along, for every request."""
         self.lock = threading.Lock()
@@ -163,6 +164,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            self.hub.bytes_sent += len(data)
             self.wfile.write(data[: len(data) // 2] if self.short else data)
             if self.short:
                 self.close_connection = True

@@ -12,6 +12,7 @@ from .adapter import PreparedMerge, merged, prepare_merge
 from .dequantized import in_full_precision
 from .gguf import from_gguf
 from .hub import HUB_ID, from_hub
+from .outline import whole_models
 from .source import BUILTIN, ModelSource, builtin_models
 
 
@@ -34,7 +35,11 @@ def find_model(ref: str, base: str | None = None, *, to_edit: bool = False) -> M
         >>> find_model("org/name@main").folder
     """
     source = _located(ref, to_edit=to_edit)
-    return merged(source, base, _whole) if is_adapter(source.folder) else in_full_precision(source)
+    if is_adapter(source.folder):
+        # The merged model goes into the cache, so outlines will not do.
+        with whole_models():
+            return merged(source, base, _whole)
+    return in_full_precision(source)
 
 
 def find_adapter(ref: str) -> ModelSource | None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...editing.architectures import architecture_of, layer_count
 from ...editing.errors import CheckpointError, RequestError
-from ...editing.wiring.row import classify
+from ...editing.edits.subspace_removal import ties_embeddings
+from ...editing.wiring.row import classify, spelled
 from ..checkpoints.proof import check_proved
 from ..checkpoints.quantized import FORMATS, method_of, quantization_of
 from ..checkpoints.read import EDITABLE, INDEX, SINGLE
@@ -17,6 +18,7 @@ from ..checkpoints.side_files import SIDE_FILES
 from ..files.opened import OF_A_CHECKPOINT
 from ..files.parsed import read_object
 from ..hub import is_connection_error, literal
+from .outline import outline, place_of_outlines
 from .source import ModelSource
 
 if TYPE_CHECKING:
@@ -145,9 +147,15 @@ def _fetched(repo_id: str, revision: str | None, to_edit: bool) -> Path:
         if not (isinstance(error, HfHubHTTPError | OSError) or is_connection_error(error)):
             raise
         try:
-            return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+            folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
         except OSError as absent:
             raise (error if isinstance(error, HfHubHTTPError) else absent) from None
+        if not any(folder.glob("*.safetensors")):
+            raise RequestError(
+                f"the Hub cannot be reached, and its cache holds {repo_id} without its weights, as a dry run leaves it;"
+                " go online"
+            ) from error
+        return folder
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     side = side_names(sizes)
     # By its name, which the cache then knows for later runs without a connection; it may have moved since.
@@ -163,6 +171,13 @@ def _fetched(repo_id: str, revision: str | None, to_edit: bool) -> Path:
     if new := [name for name in files if not (folder / name).exists()]:
         if to_edit and not is_adapter:
             _check_editable(api, repo_id, folder, index, files)
+        place = place_of_outlines()
+        if (
+            place is not None
+            and not is_adapter
+            and _outline_is_enough(api, repo_id, folder, index, files, to_edit=to_edit)
+        ):
+            return outline(api, repo_id, folder, files, sizes, place)
         log.info("fetching %.2f GB of weights of %s", sum(sizes[name] for name in new if name in sizes) / 1e9, repo_id)
         snapshot_download(repo_id, revision=folder.name, allow_patterns=[literal(name) for name in [*side, *files]])
     return folder
@@ -193,6 +208,30 @@ def _check_editable(api: Any, repo_id: str, folder: Path, index: dict[str, Any] 
                 f"{site.name} of {repo_id} is stored as {types[site.name]}, which cannot be edited; edit a checkpoint in"
                 f" {', '.join(EDITABLE)}, then quantize"
             )
+
+
+def _outline_is_enough(
+    api: Any, repo_id: str, folder: Path, index: dict[str, Any] | None, files: list[str], *, to_edit: bool
+) -> bool:
+    """Whether the weights' headers say all that a plan needs."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return True
+    with OF_A_CHECKPOINT.about(f"{path.name} of {repo_id}"):
+        config = read_object(path)
+    if quantization_of(config) is not None:
+        # Such weights are dequantized into the cache.
+        return False
+    if not to_edit or not ties_embeddings(config):
+        return True
+    # Whether a second copy of the embedding is the same one, its numbers say.
+    row = architecture_of(config)
+    names = (
+        index["weight_map"]
+        if index
+        else api.parse_safetensors_file_metadata(repo_id, files[0], revision=folder.name).tensors
+    )
+    return spelled(row, row.unembedding, names) is None and "lm_head.weight" not in names
 
 
 def _is_text(value: object) -> bool:

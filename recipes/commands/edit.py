@@ -99,13 +99,17 @@ def apply(
 
     The model is read and written piece by piece and never loaded whole, unless --kl-budget asks for it.
     """
+    from ...artifacts.models.outline import outlines
     from ...artifacts.reporting.findings import STORED_APART, code_left_out
     from ...artifacts.reporting.terminal import next_steps
     from .. import apply as recipe
 
     if kl_budget is None and (concept or max_strength != 1):
         raise RequestError("--concept and --max-strength are for --kl-budget; give --kl-budget too, or leave them out")
-    prepared, events = recipe.prepare(edit, base, out), Events(watcher=watcher())
+    events = Events(watcher=watcher())
+    # A strength is looked for on the weights themselves.
+    with outlines(dry_run and kl_budget is None):
+        prepared = recipe.prepare(edit, base, out)
     if kl_budget is not None:
         from .. import apply_budget
         from ..common.kl_budget import Budget

@@ -39,6 +39,7 @@ def evaluate(
 
     All models get the same items; with --base, each value is compared with the base.
     """
+    from ...artifacts.models.outline import outlines
     from ...artifacts.reporting.terminal import terminal_width
     from .. import evaluate as recipe
     from ..common.settings import load_settings
@@ -60,20 +61,21 @@ def evaluate(
     settle()
     if settings.suite:
         return _suite(models, settings, dry_run=dry_run, as_json=as_json)
-    job = recipe.prepare(
-        models,
-        settings.concept,
-        settings.base,
-        device=settings.device,
-        dtype=settings.dtype,
-        settings=settings.measuring(),
-        judges=settings.judge,
-        rubric=settings.rubric,
-        judge_key=settings.judge_key,
-        benchmarks=settings.lm_eval,
-    )
-    if dry_run:
-        return say_plan(recipe.describe(job), as_json)
+    with outlines(dry_run):
+        job = recipe.prepare(
+            models,
+            settings.concept,
+            settings.base,
+            device=settings.device,
+            dtype=settings.dtype,
+            settings=settings.measuring(),
+            judges=settings.judge,
+            rubric=settings.rubric,
+            judge_key=settings.judge_key,
+            benchmarks=settings.lm_eval,
+        )
+        if dry_run:
+            return say_plan(recipe.describe(job), as_json)
     evaluation = recipe.run(job, Events(watcher=watcher()))
     if as_json:
         return say_json(evaluation.as_json())
@@ -82,22 +84,24 @@ def evaluate(
 
 def _suite(models: list[str], settings: EvaluateSettings, *, dry_run: bool, as_json: bool) -> None:
     """Print the table of a benchmark."""
+    from ...artifacts.models.outline import outlines
     from ...artifacts.reporting.terminal import terminal_width
     from ..suites import run as recipe
 
     tokens = settings.max_new_tokens if "max_new_tokens" in settings.model_fields_set else recipe.LONGEST
-    job = recipe.prepare(
-        models,
-        settings.concept,
-        settings.suite or "auto",
-        settings.base,
-        settings.reference,
-        device=settings.device,
-        dtype=settings.dtype,
-        settings=replace(settings.measuring(), max_new_tokens=tokens),
-    )
-    if dry_run:
-        return say_plan(recipe.describe(job), as_json)
+    with outlines(dry_run):
+        job = recipe.prepare(
+            models,
+            settings.concept,
+            settings.suite or "auto",
+            settings.base,
+            settings.reference,
+            device=settings.device,
+            dtype=settings.dtype,
+            settings=replace(settings.measuring(), max_new_tokens=tokens),
+        )
+        if dry_run:
+            return say_plan(recipe.describe(job), as_json)
     table = recipe.run(job, Events(watcher=watcher()))
     if as_json:
         return say_json(table.as_json())

@@ -74,6 +74,7 @@ def carry_out(
     Returns:
         The settings, and what ``run`` returned; of a dry run, the plan.
     """
+    from ...artifacts.models.outline import outlines
     from ..common.run_folder import RunSettings, free_folder, next_folder, resumed
     from ..common.settings import load_settings
 
@@ -91,9 +92,11 @@ def carry_out(
     settings = settings.model_copy(update={"out": out})
     # Only after the settings were checked: it imports transformers, and a mistake should be answered at once.
     settle()
-    prepared = module.prepare(settings, resume=resume)
-    if dry_run:
-        return settings, module.describe(prepared)
+    # Names and shapes are enough for a plan, and a Hub model's weights may be large.
+    with outlines(dry_run):
+        prepared = module.prepare(settings, resume=resume)
+        if dry_run:
+            return settings, module.describe(prepared)
     again, events = [*command, "--out", str(out), "--resume", *more], Events(watcher=watcher())
     with interruptible(out, again):
         return settings, run(prepared, events, shlex.join(again)) if run else module.run(prepared, events)

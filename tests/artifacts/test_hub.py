@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from excise.artifacts.checkpoints.edits import save_edit
 from excise.artifacts.checkpoints.read import INDEX
 from excise.artifacts.models.find import find_model
-from helpers import excise
+from helpers import excise, random_edit
 from loopback_hub import client, folder_files
 from loopback_hub import hub as running_hub
 from safetensors.torch import load, save
+from transformers import AutoConfig
 
 ID = "tester/base"
 
@@ -23,6 +25,11 @@ def hub(tmp_path):
 
 def _dry_run(ref, environment):
     return excise("run", "orthogonalize", "--model", ref, "--dry-run", "--json", **environment)
+
+
+def _fetched(ref, environment):
+    """The whole model, by a command that reads its weights."""
+    return excise("diff", ref, "builtin:testbed", "--json", **environment)
 
 
 @pytest.mark.parametrize("suffix", ["", "@v1", "@COMMIT"])
@@ -44,6 +51,10 @@ def test_what_the_hub_does_not_have_is_one_line(ref, hub):
 def test_a_model_in_the_cache_is_used_offline_at_its_commit(hub):
     environment, commit = hub
     assert _dry_run(ID, environment).returncode == 0
+    # A dry run leaves no weights there.
+    done = _dry_run(ID, {**environment, "HF_HUB_OFFLINE": "1"})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "the Hub cannot be reached" in done.stderr
+    assert _fetched(ID, environment).returncode == 0
     done = _dry_run(ID, {**environment, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["base"]["revision"] == commit
@@ -85,7 +96,7 @@ def test_no_second_copy_of_the_weights_is_fetched(repository):
               "pytorch_model.bin", "model.Q4_K_M.gguf", "original/params.json", "modeling_own.py")  # fmt: skip
     wanted = {"LICENSE": b"words", "additional_chat_templates/tools.jinja": b"{{ messages }}"}
     known, environment, files = repository(dict.fromkeys(copies, b"x" * 5000) | wanted)
-    done = _dry_run(ID, environment)
+    done = _fetched(ID, environment)
     assert done.returncode == 0, done.stderr
     asked = _asked(known)
     assert not asked & set(copies)
@@ -97,7 +108,7 @@ def test_shards_of_the_index_alone_are_fetched(repository):
     known, environment, _ = repository(
         {**shards, "consolidated.safetensors": b"x" * 5000}, without=["model.safetensors"]
     )
-    done = _dry_run(ID, environment)
+    done = _fetched(ID, environment)
     assert done.returncode == 0, done.stderr
     assert {name for name in _asked(known) if name.endswith(".safetensors")} == set(shards) - {INDEX}
 
@@ -151,7 +162,55 @@ def test_a_repository_without_safetensors_says_what_it_holds(repository):
 
 def test_a_second_run_fetches_no_weights_again(repository):
     known, environment, _ = repository({})
-    assert _dry_run(ID, environment).returncode == 0
+    assert _fetched(ID, environment).returncode == 0
     before = len(known.requests)
-    assert _dry_run(ID, environment).returncode == 0
+    assert _fetched(ID, environment).returncode == 0
     assert "model.safetensors" not in _asked(known, before)
+
+
+def _dry_runs(tmp_path):
+    """Every command that can be tried without doing it, on a model of the Hub."""
+    save_edit(
+        random_edit(AutoConfig.from_pretrained(find_model("builtin:testbed").folder).to_dict()), tmp_path / "edit"
+    )
+    return {
+        "apply": ("apply", tmp_path / "edit", "--base", ID, "--out", tmp_path / "out"),
+        "orthogonalize": ("run", "orthogonalize", "--model", ID),
+        "eval": ("eval", ID, "--concept", "builtin:potions"),
+        "audit": ("audit", "builtin:testbed-reference", "--base", ID, "--concept", "builtin:potions"),
+    }
+
+
+def _of_the_hub(plan):
+    """A plan without what differs between a folder and a repository, and from run to run."""
+    return {key: value for key, value in plan.items() if key not in ("base", "models", "out", "edited", "model")}
+
+
+def test_a_dry_run_reads_headers_and_plans_what_the_whole_model_would(repository, tmp_path):
+    known, environment, files = repository(_sharded(repository({})[2]), without=["model.safetensors"])
+    weights = sum(len(data) for name, data in _sharded(files).items() if name.endswith(".safetensors"))
+    plans = {}
+    for name, words in _dry_runs(tmp_path).items():
+        before = known.bytes_sent
+        done = excise(*words, "--dry-run", "--json", **environment)
+        assert done.returncode == 0, (name, done.stderr)
+        plans[name] = json.loads(done.stdout)
+        # The first command also fetches configuration and tokenizer.
+        assert known.bytes_sent - before < weights / 2, name
+    assert not list(Path(environment["HF_HOME"]).rglob("*.safetensors"))
+    assert _fetched(ID, environment).returncode == 0
+    for name, words in _dry_runs(tmp_path).items():
+        whole = json.loads(excise(*words, "--dry-run", "--json", **environment).stdout)
+        assert _of_the_hub(whole) == _of_the_hub(plans[name]), name
+
+
+def test_where_numbers_decide_a_dry_run_fetches_them(repository, tmp_path):
+    """A tied model that also stores its unembedding: only the numbers say whether the two are one."""
+    known, environment, files = repository({})
+    config = json.loads(files["config.json"]) | {"tie_word_embeddings": True}
+    tensors = load(files["model.safetensors"])
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    repository({"config.json": json.dumps(config).encode(), "model.safetensors": save(tensors)})
+    done = _dry_run(ID, environment)
+    assert done.returncode == 0, done.stderr
+    assert list(Path(environment["HF_HOME"]).rglob("model.safetensors"))
