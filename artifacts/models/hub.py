@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...editing.architectures import architecture_of, layer_count
-from ...editing.errors import CheckpointError, RequestError
 from ...editing.edits.subspace_removal import ties_embeddings
+from ...editing.errors import CheckpointError, RequestError
 from ...editing.wiring.row import classify, spelled
 from ..checkpoints.proof import check_proved
 from ..checkpoints.quantized import FORMATS, method_of, quantization_of
@@ -146,16 +146,7 @@ def _fetched(repo_id: str, revision: str | None, to_edit: bool) -> Path:
     except Exception as error:  # the client's HTTP library differs between its versions
         if not (isinstance(error, HfHubHTTPError | OSError) or is_connection_error(error)):
             raise
-        try:
-            folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-        except OSError as absent:
-            raise (error if isinstance(error, HfHubHTTPError) else absent) from None
-        if not any(folder.glob("*.safetensors")):
-            raise RequestError(
-                f"the Hub cannot be reached, and its cache holds {repo_id} without its weights, as a dry run leaves it;"
-                " go online"
-            ) from error
-        return folder
+        return _from_cache(repo_id, revision, error)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     side = side_names(sizes)
     # By its name, which the cache then knows for later runs without a connection; it may have moved since.
@@ -180,6 +171,27 @@ def _fetched(repo_id: str, revision: str | None, to_edit: bool) -> Path:
             return outline(api, repo_id, folder, files, sizes, place)
         log.info("fetching %.2f GB of weights of %s", sum(sizes[name] for name in new if name in sizes) / 1e9, repo_id)
         snapshot_download(repo_id, revision=folder.name, allow_patterns=[literal(name) for name in [*side, *files]])
+    return folder
+
+
+def _from_cache(repo_id: str, revision: str | None, error: Exception) -> Path:
+    """What an earlier command fetched, where the Hub cannot be asked.
+
+    Raises:
+        RequestError: It is not whole.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except OSError as absent:
+        raise (error if isinstance(error, HfHubHTTPError) else absent) from None
+    if not any(folder.glob("*.safetensors")):
+        raise RequestError(
+            f"the Hub cannot be reached, and its cache holds {repo_id} without its weights, as a dry run leaves it; go"
+            " online"
+        ) from error
     return folder
 
 

@@ -206,7 +206,7 @@ def test_a_dry_run_reads_headers_and_plans_what_the_whole_model_would(repository
 
 def test_where_numbers_decide_a_dry_run_fetches_them(repository, tmp_path):
     """A tied model that also stores its unembedding: only the numbers say whether the two are one."""
-    known, environment, files = repository({})
+    _, environment, files = repository({})
     config = json.loads(files["config.json"]) | {"tie_word_embeddings": True}
     tensors = load(files["model.safetensors"])
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
