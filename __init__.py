@@ -31,10 +31,18 @@ if TYPE_CHECKING:
     from .recipes.api import load_run as load_run
     from .recipes.api import run as run
     from .recipes.common.direction_search import Direction as Direction
+    from .recipes.concept.api import check_concept as check_concept
+    from .recipes.concept.api import get_concept as get_concept
+    from .recipes.concept.api import make_concept as make_concept
     from .recipes.in_memory import AppliedEdit as AppliedEdit
     from .recipes.in_memory import find_direction as find_direction
     from .recipes.in_memory import orthogonalize as orthogonalize
+    from .recipes.looks import compare as compare
+    from .recipes.looks import diff as diff
+    from .recipes.looks import inspect as inspect
+    from .recipes.looks import verify as verify
     from .recipes.relearning_monitor import RelearningMonitor as RelearningMonitor
+    from .recipes.suites.figures import SuiteTable as SuiteTable
 
 __version__ = "0.1.0"
 
@@ -53,17 +61,25 @@ _HOMES = {
     "RelearningMonitor": "recipes.relearning_monitor",
     "RequestError": "editing.errors",
     "Run": "artifacts.reporting.outcomes",
+    "SuiteTable": "recipes.suites.figures",
     "UnsupportedArchitecture": "editing.errors",
     "VerifyError": "editing.errors",
     "apply": "recipes.api",
     "audit": "recipes.api",
+    "check_concept": "recipes.concept.api",
+    "compare": "recipes.looks",
+    "diff": "recipes.looks",
     "evaluate": "recipes.api",
     "find_direction": "recipes.in_memory",
+    "get_concept": "recipes.concept.api",
+    "inspect": "recipes.looks",
     "load_concept": "artifacts.concepts",
     "load_model": "recipes.api",
     "load_run": "recipes.api",
+    "make_concept": "recipes.concept.api",
     "orthogonalize": "recipes.in_memory",
     "run": "recipes.api",
+    "verify": "recipes.looks",
 }
 """Public names, and the module that each is imported from when it is first used."""
 

@@ -7,10 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .artifacts.events import waited_for
 from .recipes.commands import concept, edit, jobs, look, measure, packs, publish, search
 from .recipes.commands.failures import INTERRUPTED, explained
 from .recipes.commands.flags import say
 from .recipes.commands.help import PanelGroup, SettingsCommand
+from .recipes.commands.session import watcher
 
 app = typer.Typer(
     cls=PanelGroup,
@@ -35,11 +37,13 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """Flags of the program itself."""
+    """Flags of the program itself; what takes long before a run's first stage is shown too."""
+    context.with_resource(waited_for(watcher))
 
 
 HUB_EXAMPLE = "excise run orthogonalize --model HuggingFaceTB/SmolLM2-135M-Instruct --concept my-concept/"

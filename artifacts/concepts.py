@@ -5,7 +5,7 @@ Example:
     >>> len(concept.questions)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from ..editing.errors import ConceptError, RequestError, nearest, one_line
+from ..editing.errors import ConceptError, RequestError, counted, nearest, one_line
 from ..eval.completed import completed, windowed
 from ..eval.concept import (
     Concept,
@@ -30,6 +30,7 @@ from ..eval.concept import (
     TrainingRow,
     UnseenText,
 )
+from .events import late_stage
 from .files.opened import Unreadable, located, sha256_of
 from .files.parsed import parse_json, read_lines, read_yaml
 
@@ -135,6 +136,15 @@ def _loaded(ref: str) -> Concept:
 def _read(folder: Path, ref: str) -> Concept:
     problems: list[str] = []
     about = _description(folder / "concept.yaml", problems)
+    size = sum(path.stat().st_size for name in _FILES if (path := folder / f"{name}.jsonl").is_file())
+    with late_stage(f"read concept {about.name if about else ref}", size) as advance:
+        return _whole(folder, ref, about, problems, advance)
+
+
+def _whole(
+    folder: Path, ref: str, about: Description | None, problems: list[str], advance: Callable[[int], None]
+) -> Concept:
+    """The pack of a folder, with what was made of it; ``advance`` counts bytes."""
     rows: dict[str, tuple[Any, ...]] = {}
     made: tuple[str, ...] = ()
     for name, kind in _FILES.items():
@@ -144,11 +154,11 @@ def _read(folder: Path, ref: str) -> Concept:
             before = len(problems)
             if kind in (ForgetText, RetainText):
                 rows[name], drawn = windowed(
-                    cast(Iterator[RetainText], _rows(path, kind, problems)), name, path.stat().st_size
+                    cast(Iterator[RetainText], _rows(path, kind, problems, advance)), name, path.stat().st_size
                 )
                 made += drawn
             else:
-                rows[name] = tuple(_rows(path, kind, problems))
+                rows[name] = tuple(_rows(path, kind, problems, advance))
             if not rows[name] and len(problems) == before:
                 problems.append(f"{path.name}: holds no line; write some, or remove the file")
     named = _ONE_OF[about.kind if about else "knowledge"]
@@ -159,7 +169,9 @@ def _read(folder: Path, ref: str) -> Concept:
         problems += _shared_ids(rows["questions"], rows["open_questions"])
     if problems or about is None:
         shown = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
-        raise ConceptError(f"concept {ref} has {len(problems)} bad lines; correct them:\n  {shown}")
+        raise ConceptError(
+            f"concept {ref} has {counted(len(problems), 'bad line', 'bad lines')}; correct them:\n  {shown}"
+        )
     sums = {path.name: sha256_of(path) for path in sorted(folder.glob("*")) if path.suffix in (".yaml", ".jsonl")}
     return completed(Concept(about, ref, made=made, sha256=sums, folder=folder, **rows))
 
@@ -185,7 +197,7 @@ def read_training(path: Path) -> tuple[TrainingRow, ...]:
     if problems or not rows:
         shown = "\n  ".join(problems[:20] or ["it holds no row"])
         raise ConceptError(
-            f"{path.name} has {len(problems)} bad lines; each is messages, prompt and completion, or text:\n  {shown}"
+            f"{path.name} has {counted(len(problems), 'bad line', 'bad lines')}; each is messages, prompt and completion, or text:\n  {shown}"
         )
     return rows
 
@@ -204,10 +216,16 @@ def _description(path: Path, problems: list[str]) -> Description | None:
     return None
 
 
-def _rows(path: Path, kind: type[Row] | type[TrainingRow], problems: list[str]) -> Iterator[Row | TrainingRow]:
+def _rows(
+    path: Path,
+    kind: type[Row] | type[TrainingRow],
+    problems: list[str],
+    advance: Callable[[int], None] = lambda _: None,
+) -> Iterator[Row | TrainingRow]:
     seen: dict[str, int] = {}
     groups: dict[str, tuple[str, int]] = {}
     for number, line in _lines(path, problems):
+        advance(1 + (len(line) if line.isascii() else len(line.encode())))
         try:
             row = kind.model_validate(parse_json(line))
         except ValidationError as error:

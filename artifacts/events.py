@@ -2,9 +2,11 @@
 
 import json
 import os
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -153,10 +155,86 @@ class Events:
         self.write(name, 0, {"total": total})
         if self.watcher:
             self.watcher.start(name, total)
+        token = _BUSY.set(self.watcher is not None)
         try:
             yield stage
         finally:
+            _BUSY.reset(token)
             if self.watcher:
                 self.watcher.stop()
         # Not in ``finally``, so that a stage that failed gets no line that says how long it took.
         self.write(name, stage.step, {"seconds": round(time.monotonic() - started, 2)})
+
+
+SHOWN_AFTER = 2.0
+"""Seconds after which a late stage is announced."""
+_WAITING: ContextVar[Callable[[], Watcher] | None] = ContextVar("_WAITING", default=None)
+"""Makes a watcher for what takes long before there are events."""
+_BUSY: ContextVar[bool] = ContextVar("_BUSY", default=False)
+"""Whether a stage is shown already."""
+
+
+@contextmanager
+def waited_for(watcher: Callable[[], Watcher] | None) -> Iterator[None]:
+    """Within this context, late stages are shown by a watcher that is made when one is needed."""
+    token = _WAITING.set(watcher)
+    try:
+        yield
+    finally:
+        _WAITING.reset(token)
+
+
+@contextmanager
+def late_stage(name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A part of the work that is mostly too short to be announced; it is, once it has lasted two seconds.
+
+    Args:
+        name: What is done.
+        total: Its steps, if they are known.
+
+    Returns:
+        A function that counts steps. Nothing is shown outside of ``waited_for``, or where another stage is shown.
+    """
+    watcher = _WAITING.get()
+    if watcher is None or _BUSY.get():
+        yield lambda _: None
+        return
+    late = _Late(name, total, watcher)
+    try:
+        yield late.advance
+    finally:
+        late.end()
+
+
+class _Late:
+    """Counts from the beginning, and tells a watcher once its time has come."""
+
+    def __init__(self, name: str, total: int | None, make: Callable[[], Watcher]):
+        self.name, self.total, self.make = name, total, make
+        self.watcher: Watcher | None = None
+        self.done, self.ended = 0, False
+        # The timer calls from another thread.
+        self.lock = threading.Lock()
+        self.timer = threading.Timer(SHOWN_AFTER, self.show)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def show(self) -> None:
+        with self.lock:
+            if not self.ended:
+                self.watcher = self.make()
+                self.watcher.start(self.name, self.total)
+                self.watcher.advance(self.done, {})
+
+    def advance(self, steps: int) -> None:
+        with self.lock:
+            self.done += steps
+            if self.watcher:
+                self.watcher.advance(steps, {})
+
+    def end(self) -> None:
+        self.timer.cancel()
+        with self.lock:
+            self.ended = True
+            if self.watcher:
+                self.watcher.stop()

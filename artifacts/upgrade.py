@@ -29,8 +29,10 @@ RENAMED_SETTINGS = {
     "most_contexts": "max_contexts",
     "at": "target_layers",
     "ablate": "ablated_layers",
+    "judges": "judge",
+    "benchmarks": "lm_eval",
 }
-"""Settings by their names in version 1, with today's."""
+"""Settings by their earlier names, with today's."""
 RENAMED_MODELS = {"testbed-never": "testbed-reference"}
 """Built-in models by their names in version 1, with today's."""
 _KEYS = {"never": "reference", "recalled": "reused"}

@@ -49,3 +49,13 @@ def nearest(word: str, words: list[str]) -> str:
     """Return `` (did you mean 'X'?)`` if one of the words is similar, else an empty string."""
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def counted(count: int, one: str, many: str) -> str:
+    """A count with the words that fit it.
+
+    Example:
+        >>> counted(1, "row was left out", "rows were left out"), counted(0, "row", "rows")
+        ('1 row was left out', '0 rows')
+    """
+    return f"{count} {one if count == 1 else many}"

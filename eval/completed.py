@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from ..editing.errors import counted
 from .concept import Concept, ContrastPair, ForgetText, OpenQuestion, Prompt, Question, RetainText
 from .words import plain
 
@@ -157,10 +158,11 @@ def _choices(concept: Concept) -> Concept:
         if wrong:
             questions.append(_question(row, wrong))
     own = len(questions) - drawn_for
-    made = [f"choices of {drawn_for} open questions, drawn from the answers of others"] * bool(drawn_for)
-    made += [f"choices of {own} open questions, from their own wrong answers"] * bool(own)
+    asked = ("open question", "open questions")
+    made = [f"choices of {counted(drawn_for, *asked)}, drawn from the answers of others"] * bool(drawn_for)
+    made += [f"choices of {counted(own, *asked)}, from wrong answers of the pack"] * bool(own)
     if left := len(rows) - len(questions):
-        made.append(f"no choices for {left} open questions, because no other answer is there")
+        made.append(f"no choices for {counted(left, *asked)}, because no other answer is there")
     return replace(concept, questions=(*concept.questions, *questions), made=(*concept.made, *made))
 
 
@@ -244,7 +246,7 @@ def _continuations(concept: Concept) -> Concept:
         return concept
     if not concept.questions:
         questions += continuation_questions(concept.retain, "retain", None)
-    made = f"{len(questions)} questions, each which of {CHOICES} passages continues a text"
+    made = f"{counted(len(questions), 'question', 'questions')}, each which of {CHOICES} passages continues a text"
     return replace(concept, questions=(*concept.questions, *questions), made=(*concept.made, made))
 
 
@@ -331,8 +333,9 @@ def _prompts(concept: Concept) -> Concept:
     if not rows:
         return concept
     few = random.Random("excise prompts").sample(rows, k=min(len(rows), MOST_QUESTIONS))
-    of_all = f" of {len(rows)}" if len(few) < len(rows) else ""
-    made = f"{len(few)}{of_all} open prompts, the questions on the concept without their choices"
+    of_all = f"of {len(rows)} " if len(few) < len(rows) else ""
+    prompts = counted(len(few), "open prompt, the question", f"{of_all}open prompts, the questions")
+    made = f"{prompts} on the concept without their choices"
     return replace(concept, prompts=(*concept.prompts, *few), made=(*concept.made, made))
 
 
@@ -347,7 +350,7 @@ def _contrast(concept: Concept) -> Concept:
         ContrastPair(id=f"{one.id}-{other.id}", positive=_beginning(one.text), negative=_beginning(other.text))
         for one, other in list(pairs)[:MOST_PAIRS]
     )
-    made = f"{len(rows)} contrast pairs, a forget text of group T beside a retain text"
+    made = f"{counted(len(rows), 'contrast pair', 'contrast pairs')}, a forget text of group T beside a retain text"
     return replace(concept, contrast=rows, made=(*concept.made, made))
 
 
@@ -363,7 +366,8 @@ def _held_out_prompts(concept: Concept) -> Concept:
     held_out, kept = concept.contrast[-count:], concept.contrast[:-count]
     rows = [Prompt(id=f"{pair.id}-positive", prompt=pair.positive) for pair in held_out]
     rows += [Prompt(id=f"{pair.id}-negative", prompt=pair.negative, split="neutral") for pair in held_out]
-    made = f"{len(rows)} prompts to measure on, the last {count} contrast pairs, which no direction is read from"
+    last = "last contrast pair" if count == 1 else f"last {count} contrast pairs"
+    made = f"{len(rows)} prompts to measure on, the {last}, which no direction is read from"
     return replace(concept, prompts=tuple(rows), contrast=kept, made=(*concept.made, made))
 
 

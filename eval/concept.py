@@ -244,6 +244,8 @@ class Description(BaseModel):
     decline_phrases: tuple[Text, ...] = DECLINE_PHRASES
     suite: Literal["tofu", "muse", "wmdp", "rwku"] | None = None
     """The benchmark whose table the pack's rows make."""
+    left_out: tuple[Text, ...] = ()
+    """What of the sources was left out when the pack was made, or was not read of them, one sentence each."""
 
 
 @dataclass(frozen=True)

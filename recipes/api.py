@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
@@ -21,16 +21,16 @@ from ..editing.edits.base import WeightEdit
 from ..editing.edits.changes import Change
 from ..editing.errors import RequestError, nearest
 from ..eval.concept import Concept
-from ..eval.model_under_test import EvalSettings
 from . import RECIPES
 from . import apply as apply_recipe
 from . import evaluate as evaluate_recipe
 from .audit import recipe as audit_recipe
-from .common.calls import events_for
-from .common.prompt_settings import PromptSettings
+from .common.calls import called, events_for
 from .common.run_folder import letting_go, resumed
 from .common.settings import settings_of_call
 from .in_memory import IN_MEMORY, AppliedEdit
+from .suites import run as suites
+from .suites.figures import SuiteTable
 
 AnyModel = str | Path | Run | tuple[nn.Module, Any]
 """A reference (``builtin:NAME``, a Hub id, a folder, a .gguf file, the folder of a run), a run, or a model with its
@@ -151,24 +151,51 @@ def run(
         if chosen.out is not None and (chosen.out / "checkpoint" / RESULTS).is_file():
             return Run.read(chosen.out)
         chosen = resumed(chosen, recipe)
-    with quiet_libraries(), letting_go():
+    with called(progress), letting_go():
         finished = module.run(module.prepare(chosen, resume=resume), events_for(progress))
     # As it stands on disk: a run that is read again later is equal to this one.
     return replace(Run.read(finished.out), base=chosen.model, concept=chosen.concept)
 
 
+@overload
 def evaluate(
     models: AnyModel | Sequence[AnyModel] | Mapping[str, AnyModel],
     concept: AnyConcept | None = None,
     base: AnyModel | None = None,
     *,
-    judges: Sequence[str] = (),
-    benchmarks: Sequence[str] = (),
-    device: str = "auto",
-    dtype: str = "auto",
+    suite: None = None,
+    judge: str | Sequence[str] = (),
+    rubric: str | Path | None = None,
+    judge_key: str | None = None,
+    lm_eval: str | Sequence[str] = (),
     progress: bool = True,
     **settings: Any,
-) -> Evaluation:
+) -> Evaluation: ...
+@overload
+def evaluate(
+    models: AnyModel | Sequence[AnyModel] | Mapping[str, AnyModel],
+    concept: AnyConcept | None = None,
+    base: AnyModel | None = None,
+    *,
+    suite: str,
+    reference: AnyModel | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> SuiteTable: ...
+def evaluate(
+    models: AnyModel | Sequence[AnyModel] | Mapping[str, AnyModel],
+    concept: AnyConcept | None = None,
+    base: AnyModel | None = None,
+    *,
+    suite: str | None = None,
+    reference: AnyModel | None = None,
+    judge: str | Sequence[str] = (),
+    rubric: str | Path | None = None,
+    judge_key: str | None = None,
+    lm_eval: str | Sequence[str] = (),
+    progress: bool = True,
+    **settings: Any,
+) -> Evaluation | SuiteTable:
     """Measure one or several models with a concept pack, all on the same items.
 
     A model in memory is measured on its device and in its dtype, and is left as it was.
@@ -179,17 +206,23 @@ def evaluate(
         concept: The concept pack; that of the runs by default.
         base: The model that they were made from; differences from it are then reported. That of the runs by default,
             where the concept is theirs too.
-        judges: Further models that read the replies on a knowledge concept, beside the base.
-        benchmarks: Tasks of the lm-evaluation-harness, by name or YAML file (extra: lm-eval).
-        device: Where models on disk are loaded: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: What models on disk are computed in: ``auto``, ``float32`` or ``bfloat16``.
+        suite: ``tofu``, ``muse``, ``wmdp`` or ``rwku``: return the benchmark's own table, of a pack that holds its rows;
+            ``auto`` takes the one that the pack names.
+        reference: A model that was trained without what is to be forgotten, for forget quality and PrivLeak of a suite.
+        judge: Further models that read the replies, each a model's reference, or the server and model of an
+            OpenAI-compatible API, ``https://HOST/v1#MODEL``.
+        rubric: A YAML file, or ``default``, by which judges grade each reply. Judges behind a server always do.
+        judge_key: Name of the environment variable that holds the key of judges behind a server.
+        lm_eval: Tasks of the lm-evaluation-harness, by name or YAML file (extra: lm-eval).
         progress: Show progress, where the error stream is a terminal.
-        **settings: How much is measured: ``questions`` (questions and texts of a split, at most; 0 takes all),
-            ``max_new_tokens`` (tokens of a reply), ``kl_prompts``; and how prompts are rendered: ``date``,
-            ``thinking``, ``response_prefix``, ``template``.
+        **settings: Where models on disk are computed: ``device``, ``dtype``; how much is measured: ``questions``
+            (questions and texts of a split, at most; 0 takes all), ``max_new_tokens`` (tokens of a reply),
+            ``kl_prompts``, ``as_shipped``; and how prompts are rendered: ``date``, ``thinking``, ``response_prefix``,
+            ``template``. They are those of ``excise list eval``.
 
     Returns:
-        A table with one row for each measurement; it shows itself in a notebook.
+        A table with one row for each measurement; of a suite, one with the benchmark's own lines. Either shows itself in
+        a notebook.
 
     Raises:
         RequestError: Anything that could not work, found before a model is loaded.
@@ -200,25 +233,51 @@ def evaluate(
         >>> found = excise.evaluate(loaded, "builtin:shortcut", questions=4, max_new_tokens=4)
         >>> found.measurement("multiple_choice", "flipped").n
         4
+        >>> table = excise.evaluate(  # doctest: +SKIP
+        ...     "runs/npo-1", "tofu-forget10", suite="tofu", reference="ORG/RETRAINED"
+        ... )
+        >>> table.value("npo-1", "model utility").value  # doctest: +SKIP
+        0.62
+        >>> graded = excise.evaluate(  # doctest: +SKIP
+        ...     "runs/npo-1", judge="http://localhost:8000/v1#qwen", judge_key="KEY_OF_THE_JUDGE"
+        ... )
     """
-    allowed = [*EvalSettings.__dataclass_fields__.keys() - {"prompts"}, *PromptSettings.model_fields]
-    allowed.sort()
-    for key in settings:
-        if key not in allowed:
-            raise RequestError(f"no setting {key!r}{nearest(key, allowed)}; settings: {', '.join(allowed)}")
+    values = {
+        **settings,
+        "suite": suite,
+        "judge": _names(judge),
+        "rubric": _text(rubric),
+        "judge_key": judge_key,
+        "lm_eval": _names(lm_eval),
+    }
     references = [_reference(model, name) for name, model in _named(models)]
-    job = evaluate_recipe.prepare(
-        references,
-        concept if concept is None or isinstance(concept, Concept) else str(concept),
-        None if base is None else _reference(base, f"base, {IN_MEMORY}"),
-        device=device,
-        dtype=dtype,
-        settings=settings_of_call(evaluate_recipe.EvaluateSettings, settings).completed(references).measuring(),
-        judges=judges,
-        benchmarks=benchmarks,
-    )
-    with quiet_libraries():
+    chosen = settings_of_call(evaluate_recipe.EvaluateSettings, values).completed(references)
+    if reference is not None and suite is None:
+        raise RequestError("reference is used by suites alone; give suite too, or leave it out")
+    pack = concept if concept is None or isinstance(concept, Concept) else str(concept)
+    before = None if base is None else _reference(base, f"base, {IN_MEMORY}")
+    how: dict[str, Any] = {"device": chosen.device, "dtype": chosen.dtype, "settings": chosen.measuring()}
+    with called(progress):
+        if chosen.suite is not None:
+            known = None if reference is None else _reference(reference, f"reference, {IN_MEMORY}")
+            asked = suites.prepare(references, pack, chosen.suite, before, known, **how)
+            return suites.run(asked, events_for(progress))
+        job = evaluate_recipe.prepare(
+            references,
+            pack,
+            before,
+            judges=chosen.judge,
+            rubric=chosen.rubric,
+            judge_key=chosen.judge_key,
+            benchmarks=chosen.lm_eval,
+            **how,
+        )
         return evaluate_recipe.run(job, events_for(progress))
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...] | None:
+    """Names of a call, of which one needs no list."""
+    return ((names,) if isinstance(names, str) else tuple(names)) or None
 
 
 def audit(
@@ -274,7 +333,7 @@ def audit(
         chosen = settings_of_call(audit_recipe.AuditSettings, values)
         if resume:
             chosen = resumed(chosen, "audit")
-        with quiet_libraries(), letting_go():
+        with called(progress), letting_go():
             prepared = audit_recipe.prepare(chosen, resume=resume)
             return Audit(prepared.out, audit_recipe.run(prepared, events_for(progress)))
 

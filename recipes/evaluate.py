@@ -46,6 +46,8 @@ from .common.run_record import inputs_of
 from .judging import DEFAULT, Grading, grade, read_rubric
 
 AnyModel = ModelSource | ModelInMemory
+LONGEST = 4096
+"""Tokens of a suite's reply where no limit was set: each suite has its benchmark's own."""
 
 
 class EvaluateSettings(PromptSettings):
@@ -63,7 +65,7 @@ class EvaluateSettings(PromptSettings):
     """Model that was trained without what is to be forgotten: forget quality and PrivLeak of a suite compare with it."""
     questions: int = Field(0, ge=0)
     """Measure at most this many questions and retain texts of each split, drawn at random; 0 takes all."""
-    max_new_tokens: int = Field(24, ge=1, le=4096)
+    max_new_tokens: int = Field(24, ge=1, le=LONGEST)
     """Generate at most this many tokens for each greedy reply."""
     kl_prompts: int = Field(64, ge=1)
     """Measure the divergence from the base on this many neutral prompts and retain texts."""
@@ -115,7 +117,8 @@ class EvaluateSettings(PromptSettings):
 
     def measuring(self) -> EvalSettings:
         """How much is measured."""
-        return EvalSettings(self.max_new_tokens, self.kl_prompts, self.questions, self.as_shipped, self.prompt_format())
+        tokens = LONGEST if self.suite and "max_new_tokens" not in self.model_fields_set else self.max_new_tokens
+        return EvalSettings(tokens, self.kl_prompts, self.questions, self.as_shipped, self.prompt_format())
 
 
 @dataclass(frozen=True)

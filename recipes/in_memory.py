@@ -13,13 +13,12 @@ from ..artifacts.concepts import load_concept
 from ..artifacts.models.in_memory import ready_to_measure
 from ..artifacts.models.load import LoadedModel
 from ..artifacts.models.source import ModelInMemory
-from ..artifacts.quiet import quiet_libraries
 from ..editing.architectures import layer_count
 from ..editing.edits.base import WeightEdit, edit_model
 from ..editing.edits.changes import Change
 from ..editing.errors import RequestError
 from ..eval.concept import Concept
-from .common.calls import events_for
+from .common.calls import called, events_for
 from .common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs
 from .common.settings import settings_of_call
 from .orthogonalize.recipe import OrthogonalizeSettings, edit_along, layer_strengths
@@ -99,10 +98,11 @@ def find_direction(
         torch.Size([192])
     """
     chosen = settings_of_call(DirectionSettings, settings, only=SEARCH_SETTINGS)
-    pack = concept if isinstance(concept, Concept) else load_concept(str(concept))
+    with called(progress):
+        pack = concept if isinstance(concept, Concept) else load_concept(str(concept))
     pack.require("find_direction", "contrast")
     check_pairs(pack, chosen)
-    with quiet_libraries(), ready_to_measure(model, tokenizer):
+    with called(progress), ready_to_measure(model, tokenizer):
         loaded = LoadedModel(model, tokenizer, ModelInMemory(IN_MEMORY, model, tokenizer))
         return DirectionSearch(loaded, pack, chosen, events_for(progress)).run()
 

@@ -13,7 +13,7 @@ from ..artifacts.files.parsed import parsed_object, read_yaml
 from ..artifacts.judge_server import JudgeServer, ask
 from ..artifacts.models.in_memory import opened
 from ..artifacts.models.source import ModelSource
-from ..editing.errors import RequestError
+from ..editing.errors import RequestError, counted
 from ..eval.concept import Concept, Prompt
 from ..eval.inference.generation import Reply, generate
 from ..eval.measurements.judging import Rubric, grades_in, judged, question_for_judge
@@ -89,8 +89,8 @@ def grade(
                 said = ask(judge, asked, stage.advance)
                 texts: Sequence[str] = said.texts
                 notes.append(
-                    f"Judge {judge.name} read {len(asked)} replies for {said.prompt_tokens:,} prompt tokens and"
-                    f" {said.reply_tokens:,} reply tokens; {said.remembered} of them were remembered and cost nothing."
+                    f"Judge {judge.name} read {counted(len(asked), 'reply', 'replies')} for {said.prompt_tokens:,} prompt tokens and"
+                    f" {said.reply_tokens:,} reply tokens; remembered, at no cost: {said.remembered}."
                 )
             else:
                 with opened(judge, device, dtype) as loaded:
@@ -98,7 +98,7 @@ def grade(
                     texts = [reply.text for reply in replied]
         grades = [grades_of(grading.rubric, text) for text in texts]
         if unread := sum(not one for one in grades):
-            notes.append(f"{unread} of {len(asked)} answers of judge {judge.name} hold no grade that can be read.")
+            notes.append(f"No grade could be read in {unread} of {len(asked)} answers of judge {judge.name}.")
         for place, of_model in enumerate(replies):
             part = grades[place * len(prompts) : (place + 1) * len(prompts)]
             found[place] += judged(grading.rubric, judge.name, concept, prompts, of_model, part)

@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import doctest
+import inspect
 import math
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import pytest
 import torch
 from excise.artifacts.reporting.outcomes import Evaluation, Run
 from excise.editing.errors import RequestError
+from excise.recipes.audit.request import AuditSettings
+from excise.recipes.commands import concept as concept_commands
+from excise.recipes.commands import edit, look, measure, packs, publish
+from excise.recipes.evaluate import EvaluateSettings
+from excise.recipes.orthogonalize.recipe import OrthogonalizeSettings
 from helpers import in_fresh_process, make_pico
 
 ROOT = Path(__file__).parents[1]
@@ -144,12 +150,12 @@ def test_an_edit_in_memory_and_on_disk_give_the_same_weights(loaded, tmp_path):
     with excise.orthogonalize(loaded[0], direction, strength=0.5) as applied:
         in_memory = {name: values.clone() for name, values in loaded[0].state_dict().items()}
     applied.save(tmp_path / "edit")
-    for number, edit in enumerate((applied, applied.edit, tmp_path / "edit")):
+    for number, edited in enumerate((applied, applied.edit, tmp_path / "edit")):
         base = tmp_path / "base"
         if not base.exists():
             loaded[0].save_pretrained(base)
             loaded[1].save_pretrained(base)
-        made = excise.apply(edit, base, tmp_path / f"made-{number}")
+        made = excise.apply(edited, base, tmp_path / f"made-{number}")
         assert sum(change.changed for change in made.changes) == 17
         on_disk = excise.load_model(made.folder, "cpu", "float32")[0].state_dict()
         assert all(torch.equal(values, in_memory[name]) for name, values in on_disk.items())
@@ -213,6 +219,14 @@ WRONG = {
     "no_tokenizer": (lambda loaded: excise.evaluate(loaded[0], "builtin:potions"), "needs its tokenizer"),
     "no_model": (lambda loaded: excise.evaluate([], "builtin:potions"), "at least one"),
     "number": (lambda loaded: excise.evaluate([3], "builtin:potions"), "got int"),
+    "old_eval_setting": (lambda loaded: excise.evaluate(loaded, "builtin:potions", judges=["x"]), "now called judge"),
+    "reference_alone": (lambda loaded: excise.evaluate(loaded, "builtin:potions", reference="x"), "give suite too"),
+    "suite_and_judge": (
+        lambda loaded: excise.evaluate(loaded, "builtin:potions", suite="tofu", judge="x"),
+        "without judge",
+    ),
+    "suite": (lambda loaded: excise.evaluate(loaded, "builtin:potions", suite="tofo"), "did you mean 'tofu'"),
+    "suite_rows": (lambda loaded: excise.evaluate(loaded, "builtin:potions", suite="muse"), "the muse suite needs"),
     "eval_setting": (lambda loaded: excise.evaluate(loaded, "builtin:potions", question=3), "did you mean 'questions'"),
     "concept": (lambda loaded: excise.load_concept("builtin:potion"), "did you mean 'potions'"),
     "search_setting": (lambda loaded: excise.find_direction(*loaded, "builtin:potions", layers=3), "settings: "),
@@ -239,3 +253,57 @@ def test_a_wrong_call_is_told_in_one_line(name, loaded):
     with pytest.raises(excise.ExciseError) as error:
         call(loaded)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+OF_THE_TERMINAL = {"config", "set_", "dry_run", "as_json", "resume", "all_rows", "card", "recipe"}
+"""Options about typing a command and printing what it returns; ``card`` writes into the folder of a run."""
+CALLED = {"map_": "map", "license_": "license", "models": "models"}
+
+
+@pytest.mark.parametrize(
+    "command, function, kind",
+    [
+        (measure.evaluate, excise.evaluate, EvaluateSettings),
+        (measure.audit, excise.audit, AuditSettings),
+        (measure.compare, excise.compare, None),
+        (edit.run, excise.run, OrthogonalizeSettings),
+        (edit.apply, excise.apply, None),
+        (look.diff, excise.diff, None),
+        (look.inspect, excise.inspect, None),
+        (publish.verify, excise.verify, None),
+        (packs.check, excise.check_concept, None),
+        (concept_commands.make, excise.make_concept, None),
+        (concept_commands.get, excise.get_concept, None),
+    ],
+)
+def test_a_function_takes_whatever_its_command_takes(command, function, kind):
+    taken = {*inspect.signature(function).parameters, *(kind.model_fields if kind else ())}
+    asked = {CALLED.get(name, name) for name in inspect.signature(command).parameters} - OF_THE_TERMINAL
+    # How many tensors of a result are printed, and the first argument of a check, which a function calls by its type.
+    assert asked - taken <= {"most", "pack"} if command in (look.diff, packs.check) else asked <= taken
+
+
+def test_every_setting_of_eval_can_be_given_from_python(loaded):
+    values = {
+        "questions": 2, "max_new_tokens": 3, "kl_prompts": 2, "as_shipped": True, "date": "2024-01-02",
+        "thinking": True, "response_prefix": "So: ", "template": {"x": 1}, "device": "cpu", "dtype": "float32",
+        "suite": None, "reference": None, "judge": ["nowhere"], "rubric": "default", "judge_key": None, "lm_eval": (),
+        "concept": "builtin:potions", "base": None,
+    }  # fmt: skip
+    assert values.keys() == EvaluateSettings.model_fields.keys()
+    # The judge is looked for only after all settings were taken.
+    with pytest.raises(excise.RequestError, match="nowhere"):
+        excise.evaluate(loaded, **values)
+
+
+def test_what_was_made_and_checked_in_python_prints_as_the_command_prints_it(tmp_path):
+    for name in ("moon", "sea"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"The {name} number {n} is old.\n" for n in range(20)))
+    made = excise.make_concept(tmp_path / "pack", forget=tmp_path / "moon.txt", retain=[tmp_path / "sea.txt"])
+    assert made.written and "forget.jsonl" in str(made) and excise.load_concept(made.out).forget
+    checked = excise.check_concept(excise.load_concept(made.out))
+    assert checked.name == "pack" and "npo" in str(checked)
+    with pytest.raises(excise.RequestError, match="exists already"):
+        excise.make_concept(made.out, forget=tmp_path / "moon.txt", retain=tmp_path / "sea.txt")
+    with pytest.raises(excise.RequestError, match="tofu:forget05"):
+        excise.get_concept("tofu:forget5", tmp_path / "tofu")

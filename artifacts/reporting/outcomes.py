@@ -98,9 +98,9 @@ class Run:
     def _repr_html_(self) -> str:
         return self._shown().html()
 
-    def _shown(self) -> "_Shown":
+    def _shown(self) -> "Shown":
         title = f"{self.results['run']['recipe']}: {self.folder}"
-        return _Shown(title, self.findings, *_table_of(self.table), self.results["samples"][:SHOWN_SAMPLES])
+        return Shown(title, self.findings, *_table_of(self.table), self.results["samples"][:SHOWN_SAMPLES])
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Evaluation:
     def _repr_html_(self) -> str:
         return self._shown().html()
 
-    def _shown(self) -> "_Shown":
+    def _shown(self) -> "Shown":
         rows = self.table
         based = any(row.base for row in rows)
         columns = [
@@ -206,7 +206,8 @@ class Evaluation:
             cells.append([row.label, row.split, str(row.n), *values])
         title = f"{', '.join(self.names)} on {self.results[0]['concept']['name']}"
         samples = self.results[0].get("samples", [])[:SHOWN_SAMPLES] if len(self.names) == 1 else []
-        return _Shown(title, [], ["measurement", "split", "n", *columns], cells, samples)
+        warnings = list(dict.fromkeys(line for one in self.results for line in one.get("warnings", ())))
+        return Shown(title, warnings, ["measurement", "split", "n", *columns], cells, samples)
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,7 @@ class Audit:
     def _repr_html_(self) -> str:
         return self._shown().html()
 
-    def _shown(self) -> "_Shown":
+    def _shown(self) -> "Shown":
         untouched = [f"{self.results['untouched'][subject]:.3f}" for subject in ("base", "edited", "reference")]
         rows = [["none", *untouched, "", "", ""]]
         for attack in self.results["attacks"]:
@@ -308,11 +309,11 @@ class Audit:
         header = ["attack", "base", "edited", "never learned", "share regained", "leak", "tokens to 50%"]
         sentences = [*self.reasons, *(f"Asked and read: {note}" for note in self.notes)]
         sentences += [f"Not tested: {gap}" for gap in self.gaps]
-        return _Shown(self.headline, sentences, header, rows)
+        return Shown(self.headline, sentences, header, rows)
 
 
 @dataclass(frozen=True)
-class _Shown:
+class Shown:
     """An outcome as a person sees it."""
 
     title: str

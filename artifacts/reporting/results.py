@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
 
+from ...editing.errors import counted
 from ...eval.concept import Concept
 from ...eval.inference.generation import Reply
 from ...eval.intervals import Z, holm
@@ -76,7 +77,11 @@ def not_measured(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[str]:
     """A sentence for everything of which no item could be scored, such as the perplexity of replies that are empty."""
     return [
         f"Not measured on the {subject} model: {label_of(item.name)} ({item.split}); "
-        + (f"none of its {item.skipped} items could be scored." if item.skipped else "the pack holds nothing for it.")
+        + (
+            f"none of {counted(item.skipped, 'item', 'items')} could be scored."
+            if item.skipped
+            else "the pack holds nothing for it."
+        )
         for subject, items in scores.items()
         for item in items
         if item.is_empty

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...editing.errors import ConceptError, RequestError, one_line
+from ...editing.errors import ConceptError, RequestError, counted, one_line
 from ..files.opened import Unreadable, located, sha256_of
 from .hub_sets import HUB, HubSet, open_hub_set
 from .tables import READERS, SourceRow, document_of, rows_of
@@ -91,7 +91,8 @@ def _of_folder(folder: Path, most: int, keep: Keep | None, advance: Callable[[],
     rows, total = _drawn(name, _of_files(folder, read), most, keep, advance)
     digest = hashlib.sha256("".join(f"{path.relative_to(folder)} {sha256_of(path)}\n" for path in read).encode())
     left = len(visible) - len(read)
-    notes = (f"{name}: {left} other files were not read, because only {', '.join(IN_FOLDER)} are",) if left else ()
+    others = counted(left, "other file was not read", "other files were not read")
+    notes = (f"{name}: {others}, because only {', '.join(IN_FOLDER)} are",) if left else ()
     return Source(name, rows, total, sha256=digest.hexdigest(), notes=notes)
 
 

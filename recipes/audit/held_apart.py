@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ...editing.errors import RequestError
+from ...editing.errors import RequestError, counted
 from ...eval.concept import Concept, ForgetText, Question
 from ...eval.words import has_words, plain, words_of
 
@@ -42,14 +42,14 @@ def held_apart(concept: Concept) -> HeldApart:
     questions = tuple(q for q in of_v if _told(q) not in of_t)
     if len(questions) < len(of_v):
         notes.append(
-            f"{len(of_v) - len(questions)} of {len(of_v)} questions of group V stand in group T as well and are not"
-            " asked, because attackers train on T"
+            f"not asked: {len(of_v) - len(questions)} of {len(of_v)} questions of group V, which group T has as well,"
+            " because attackers train on T"
         )
     texts = _texts_about(concept, of_v)
     if texts:
         count = sum(text.group == "T" for text in concept.forget)
         notes.append(
-            f"{len(texts)} of {count} texts of group T name or answer what group V asks; they count as texts about V"
+            f"counted as about V: {len(texts)} of {count} texts of group T, for naming or answering what group V asks"
         )
         moved = (t.model_copy(update={"group": "V"}) if t.id in texts else t for t in concept.forget)
         concept = replace(concept, forget=tuple(moved))
@@ -115,8 +115,8 @@ def _check_choices(concept: Concept, questions: Sequence[Question]) -> None:
     alike = [q.id for q in questions if len({plain(choice) for choice in q.choices}) < len(q.choices)]
     if alike:
         raise RequestError(
-            f"{len(alike)} questions of group V of concept {concept.ref} have choices that differ in case and spaces"
-            f" alone (the first is {alike[0]}), so that no answer is right; correct their choices"
+            f"{counted(len(alike), 'question', 'questions')} of group V of concept {concept.ref} with choices that differ"
+            f" in case and spaces alone (the first is {alike[0]}), so that no answer is right; correct the choices"
         )
 
 

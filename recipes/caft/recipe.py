@@ -20,7 +20,7 @@ from ...editing.architectures import layer_selection, residual_width
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Place, Subspace, random_directions
 from ...editing.edits.base import WeightEdit
-from ...editing.errors import ConceptError, RequestError
+from ...editing.errors import ConceptError, RequestError, counted
 from ...editing.modules import language_config
 from ..common import adapter_job, adapter_run
 from ..common.adapter_run import Training
@@ -203,13 +203,13 @@ def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path
         "data_sha256": prepared.data.sha256,
         "lessons": {"train": len(learn.examples)},
     }
-    warnings = [*prepared.adapter.warnings]
+    warnings = [*prepared.adapter.warnings, *prepared.data.notes]
     if learn.too_long:
-        warnings.append(f"{learn.too_long} rows are longer than {limit} tokens and were left out.")
+        warnings.append(f"{counted(learn.too_long, 'row is', 'rows are')} longer than {limit} tokens and left out.")
     if left_out := max((s.provenance.get(PAIRS_LEFT_OUT, 0) for s in subspaces), default=0):
         warnings.append(
-            f"{left_out} contrast pairs whose members differ in length, or not at all, were left out; "
-            f"{subspaces[0].provenance['pairs']} were compared."
+            f"Left out: {counted(left_out, 'contrast pair', 'contrast pairs')} of members that differ in length, or not at"
+            f" all; compared: {subspaces[0].provenance['pairs']}."
         )
     checked_rows = [example.ids for example in learn.examples[:16]]
     report = {"training": training, "warnings": warnings, "caft": about}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,7 +87,6 @@ def _suite(models: list[str], settings: EvaluateSettings, *, dry_run: bool, as_j
     from ...artifacts.reporting.terminal import terminal_width
     from ..suites import run as recipe
 
-    tokens = settings.max_new_tokens if "max_new_tokens" in settings.model_fields_set else recipe.LONGEST
     with outlines(dry_run):
         job = recipe.prepare(
             models,
@@ -98,7 +96,7 @@ def _suite(models: list[str], settings: EvaluateSettings, *, dry_run: bool, as_j
             settings.reference,
             device=settings.device,
             dtype=settings.dtype,
-            settings=replace(settings.measuring(), max_new_tokens=tokens),
+            settings=settings.measuring(),
         )
         if dry_run:
             return say_plan(recipe.describe(job), as_json)

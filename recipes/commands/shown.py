@@ -11,6 +11,7 @@ from ...artifacts.reporting.audit_page import HEADLINES, best, estimate, tokens
 from ...artifacts.reporting.findings import findings
 from ...artifacts.reporting.results import Row, format_difference, format_value, read_measurements, table
 from ...artifacts.reporting.terminal import aligned, bullets
+from ...editing.errors import counted
 
 if TYPE_CHECKING:
     # Only names of types: at run time these recipes would bring transformers' trainer, and seconds of waiting.
@@ -39,7 +40,9 @@ def run_end(results: dict[str, Any], width: int | None, *, all_rows: bool = Fals
     shown = rows if all_rows else [rows[n] for n in sorted(by_weight[:SHOWN_ROWS])]
     parts = [bullets(findings(results), width), "", measurement_table(shown, width)]
     if len(rows) > len(shown):
-        parts.append(f"and {len(rows) - len(shown)} more rows: see the report or the card, or run with --all")
+        parts.append(
+            f"and {counted(len(rows) - len(shown), 'more row', 'more rows')}: see the report or the card, or run with --all"
+        )
     return "\n".join(parts)
 
 
@@ -122,7 +125,9 @@ def audit_end(results: dict[str, Any], width: int | None) -> str:
 
 def difference(comparison: Difference, most: int, width: int | None) -> str:
     """Which tensors differ, the most changed first."""
-    parts = [f"{len(comparison.changed)} tensors differ, {comparison.same} are equal bit for bit"]
+    parts = [
+        f"{counted(len(comparison.changed), 'tensor differs', 'tensors differ')}, {comparison.same} equal bit for bit"
+    ]
     for names, where in ((comparison.only_in_a, comparison.a), (comparison.only_in_b, comparison.b)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -183,8 +188,8 @@ def comparison(lines: Sequence[Line], width: int | None) -> str:
 
 def inspection(looked: Looked, width: int | None) -> str:
     """Each direction: its tokens and contexts at both ends, and what ablating it alone costs."""
-    skipped = f"; {looked.left_out} more were left out" if looked.left_out else ""
-    parts = [f"{looked.texts} texts were read{skipped}"]
+    skipped = f"; {looked.left_out} more left out" if looked.left_out else ""
+    parts = [f"{counted(looked.texts, 'text was', 'texts were')} read{skipped}"]
     for item in looked.directions:
         about = (
             f"{item.index}  {item.name} at the {item.place}: score {item.score:.4g}, projection {item.mean:.3f} ± "
@@ -215,13 +220,13 @@ def side_by_side(replies: dict[str, str], width: int | None) -> str:
 def pulled(done: Pulled, out: Path) -> list[str]:
     """What a download came to."""
     if done.made_by_excise:
-        return [f"{out}: {done.files} files, all as published, at commit {done.commit}"]
+        return [f"{out}: {counted(done.files, 'file', 'files')}, all as published, at commit {done.commit}"]
     parts = [
-        f"{out}: {done.files} files, as the Hub lists them, at commit {done.commit}",
+        f"{out}: {counted(done.files, 'file', 'files')}, as the Hub lists them, at commit {done.commit}",
         "excise did not make this model: it has no checksums and no measurements by excise",
     ]
     if done.left_out:
-        parts.append(f"{done.left_out} of its files are neither safetensors nor configuration and were not fetched")
+        parts.append(f"not fetched: {counted(done.left_out, 'file', 'files')}, neither safetensors nor configuration")
     return parts
 
 

@@ -42,8 +42,8 @@ def without_overlap(concept: Concept) -> tuple[Concept, tuple[str, ...]]:
     if not same + near:
         return concept, ()
     warning = (
-        f"{same + near} of {len(concept.retain)} retain texts repeat forget texts ({same} exactly, {near} nearly); "
-        "they were left out of training."
+        f"Left out of training: {same + near} of {len(concept.retain)} retain texts, for repeating forget texts ({same}"
+        f" exactly, {near} nearly)."
     )
     return replace(concept, retain=tuple(distinct)), (warning,)
 

@@ -200,7 +200,8 @@ def _reason(detail: Any, kind: type[BaseModel]) -> str:
     name = str(detail["loc"][0]) if detail["loc"] else ""
     message = str(detail["msg"]).removeprefix("Value error, ")
     annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
-    if allowed := _allowed(annotation):
+    # A choice that may be left out is a union with None.
+    if allowed := _allowed(annotation) or [word for part in typing.get_args(annotation) for word in _allowed(part)]:
         return f"got {detail['input']!r:.80}{nearest(str(detail['input']), allowed)}; allowed: {', '.join(allowed)}"
     if isinstance(annotation, types.UnionType):
         return f"got {detail['input']!r:.80}; {message}"

@@ -18,6 +18,8 @@ from .pack import NO_LICENSE, PERSONAS, Made, write_pack
 QUESTIONS_OF_AN_AUTHOR, AUTHORS = 20, 200
 """TOFU has so many questions on each of its authors, in order."""
 MOST_MMLU = 1000
+PERSON_COLUMNS = ("subject", "target")
+"""Columns of RWKU that name the person."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def get(
             source = _source(part, part.most or most, events)
             read = entries_of(
                 source, part.name, part.split, most=part.most or most, prefix=part.name, topic=part.topic,
-                subject=part.subject, group=part.group,
+                subject=part.subject, group=part.group, used=PERSON_COLUMNS if part.of else (),
             )  # fmt: skip
         except RequestError as error:
             if not part.optional:
@@ -258,7 +260,7 @@ def _source(part: Part, most: int, events: Events) -> Source:
 
 def _on(person: str, seen: set[str]) -> Callable[[dict[str, Any]], bool]:
     def keep(columns: dict[str, Any]) -> bool:
-        subject = columns.get("subject", columns.get("target"))
+        subject = next((columns[name] for name in PERSON_COLUMNS if name in columns), None)
         if isinstance(subject, str):
             seen.add(subject)
         return subject == person

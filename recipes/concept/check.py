@@ -16,8 +16,8 @@ from ...artifacts.files.parsed import read_object
 from ...artifacts.models.find import find_model
 from ...artifacts.models.load import load_tokenizer
 from ...artifacts.models.source import ModelSource
-from ...artifacts.reporting.terminal import aligned, bullets
-from ...editing.errors import ExciseError, one_line
+from ...artifacts.reporting.terminal import aligned, bullets, terminal_width
+from ...editing.errors import ExciseError, counted, one_line
 from ...eval.concept import Concept, Prompt
 from ...eval.inference.encoding import encode
 from ...eval.measurements import MEASUREMENTS
@@ -77,6 +77,9 @@ class Checked:
     """Texts that are longer than the model reads at once; 0 where no model is named."""
     costs: tuple[Cost, ...] = ()
     """Of the recipes that run, where a model is named."""
+
+    def __str__(self) -> str:
+        return text(self, terminal_width())
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -240,7 +243,10 @@ def text(checked: Checked, width: int | None) -> str:
     parts = [f"{checked.name}: {checked.kind}\n"]
     parts.append(aligned(["file", "rows", f"{unit}, median", "longest", "all", "of them"], rows, width) + "\n")
     if checked.longer:
-        parts.append(f"{checked.longer} texts are longer than the model reads at once; recipes read them in pieces.\n")
+        parts.append(
+            f"{counted(checked.longer, 'text is', 'texts are')} longer than the model reads at once; recipes read such texts in"
+            " pieces.\n"
+        )
     if checked.made:
         parts.append("What it does not hold was made:\n" + bullets(checked.made, width) + "\n")
     shown = [

@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...artifacts.sources.source import Source
-from ...editing.errors import ConceptError, RequestError
+from ...editing.errors import ConceptError, RequestError, counted
 from ...eval.completed import asked
-from ..data.schemas import Item, read_items
-from .windows import windows
+from ..data.schemas import Item, read_items, unread_columns
+from .windows import WORDS, windows
 
 FILES = {"text": "texts", "choices": "questions", "answer": "open_questions", "continuation": "passages"}
 """Where an item goes by its form; the file of a text depends on its split."""
 GROUPED = ("questions", "open_questions", "forget")
 """Files whose rows have a group, in the order in which their subjects are divided."""
+ALIKE = ", because two choices are the same or there is only one"
+TURNS = " several turns, of which the first was taken"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def entries_of(
     subject: Callable[[int], str | None] | None = None,
     group: str | None = None,
     forms: Sequence[str] = ("text", "choices", "answer", "continuation"),
+    used: Sequence[str] = (),
 ) -> Reading:
     """What a source gives to a split of a pack.
 
@@ -75,6 +78,7 @@ def entries_of(
         subject: Subject by the row's number, in place of what the rows name.
         group: The group of all its rows, where it is fixed.
         forms: Forms of rows that fit.
+        used: Columns that were read of the rows already, such as the one by which they were chosen.
 
     Raises:
         RequestError: Its rows are of a form that does not fit.
@@ -82,9 +86,12 @@ def entries_of(
     """
     notes = list(source.notes)
     if len(source.rows) < source.total:
-        notes.append(f"{source.shown}: {len(source.rows)} of {source.total} rows were drawn; --most N draws more")
+        notes.append(_drawn(source, len(source.rows), source.total, "rows"))
     entries, blank, twice, turns = list[Entry](), 0, 0, 0
-    for row, item in read_items(source.rows, source.shown, mapping):
+    read = set(used)
+    items = read_items(source.rows, source.shown, mapping, read)
+    notes += [f"{source.shown}: {line}" for line in unread_columns(source.rows, read)]
+    for row, item in items:
         if item.group not in (None, "T", "V"):
             raise ConceptError(f"{row.place}: group is {item.group!r}; give T or V")
         if not (item.text or item.prompt).strip() or (item.form == "choices" and not all(item.choices)):
@@ -102,13 +109,13 @@ def entries_of(
         entries.append(made)
     entries, cut = _cut(entries, source, most)
     notes += cut
-    for count, what in (
-        (blank, "blank rows were left out"),
-        (twice, "questions were left out, because two choices are the same or there is only one"),
-        (turns, "chats have several turns, of which the first was taken"),
+    for count, one, many in (
+        (blank, "blank row was left out", "blank rows were left out"),
+        (twice, f"question was left out{ALIKE}", f"questions were left out{ALIKE}"),
+        (turns, f"chat has{TURNS}", f"chats have{TURNS}"),
     ):
         if count:
-            notes.append(f"{source.shown}: {count} {what}")
+            notes.append(f"{source.shown}: {counted(count, one, many)}")
     if not entries:
         raise ConceptError(f"{source.shown} holds no row that can be used ({'; '.join(notes) or 'all are blank'})")
     return Reading(tuple(entries), tuple(notes))
@@ -120,16 +127,18 @@ def prompts_of(
     """Prompts: of questions and chats what is asked, of texts the whole."""
     notes = list(source.notes)
     if len(source.rows) < source.total:
-        notes.append(f"{source.shown}: {len(source.rows)} of {source.total} rows were drawn; --most N draws more")
-    entries, blank = [], 0
-    for row, item in read_items(source.rows, source.shown, mapping):
+        notes.append(_drawn(source, len(source.rows), source.total, "rows"))
+    entries, blank, read = [], 0, set[str]()
+    items = read_items(source.rows, source.shown, mapping, read)
+    notes += [f"{source.shown}: {line}" for line in unread_columns(source.rows, read)]
+    for row, item in items:
         text = (item.prompt or item.text).strip()
         blank += not text
         if text:
             one = replace(item, prompt=text, text="")
             entries.append(Entry("prompts", split, f"{prefix or flag}-{row.number + 1}", one, item.subject))
     if blank:
-        notes.append(f"{source.shown}: {blank} blank rows were left out")
+        notes.append(f"{source.shown}: {counted(blank, 'blank row was left out', 'blank rows were left out')}")
     if not entries:
         raise ConceptError(f"{source.shown} holds no prompt that is not blank; give another source")
     return Reading(tuple(entries), tuple(notes))
@@ -164,14 +173,21 @@ def _cut(entries: list[Entry], source: Source, most: int) -> tuple[list[Entry], 
         )  # fmt: skip
     total = sum(map(len, found))
     documents = sum(len(parts) > 1 for parts in found)
-    notes = [f"{source.shown}: {documents} long texts were cut into {total - len(found) + documents} windows of about 200 words"] * bool(documents)  # fmt: skip
+    cuts = counted(documents, "long text was", "long texts were")
+    pieces = f"{total - len(found) + documents} windows of about {WORDS} words"
+    notes = [f"{source.shown}: {cuts} cut into {pieces}"] * bool(documents)
     if documents and len(found) == 1:
         # Windows of the only document are all that can be divided into groups.
         found = [[replace(entry, subject=None) for entry in found[0]]]
     if total > most:
-        notes.append(f"{source.shown}: {most} of {total} windows were drawn; --most N draws more")
+        notes.append(_drawn(source, most, total, "windows"))
         found = _spread(found, most, source.name)
     return [entry for parts in found for entry in parts], notes
+
+
+def _drawn(source: Source, count: int, total: int, what: str) -> str:
+    was = "was" if count == 1 else "were"
+    return f"{source.shown}: {count} of {total} {what} {was} drawn; --most N draws more"
 
 
 def _spread(found: list[list[Entry]], most: int, name: str) -> list[list[Entry]]:
@@ -190,7 +206,7 @@ def _spread(found: list[list[Entry]], most: int, name: str) -> list[list[Entry]]
 def without_repeats(entries: Iterable[Entry]) -> tuple[list[Entry], list[str]]:
     """Entries without those that say the same as an earlier one; what is to be forgotten goes before what stays."""
     seen: dict[tuple[str, str], str] = {}
-    kept, counts = list[Entry](), Counter[str]()
+    kept, counts = list[Entry](), Counter[tuple[str, str]]()
     for entry in sorted(entries, key=lambda one: one.split != "forget"):
         # Texts that stay are compared with texts to forget, so both have one kind.
         kind = "texts" if entry.file in ("forget", "retain", "unseen") else entry.file
@@ -200,8 +216,11 @@ def without_repeats(entries: Iterable[Entry]) -> tuple[list[Entry], list[str]]:
             kept.append(entry)
         else:
             other = "an earlier one" if first == entry.split else f"a {first} row"
-            counts[f"{entry.split} rows with the words of {other}"] += 1
-    return kept, [f"{count} {what}" for what, count in counts.items()]
+            counts[entry.split, other] += 1
+    return kept, [
+        counted(count, f"{split} row with the words of {other} was", f"{split} rows with the words of {other} were")
+        for (split, other), count in counts.items()
+    ]
 
 
 def grouped(entries: Sequence[Entry], held_out: float) -> list[Entry]:
@@ -230,7 +249,7 @@ def grouped(entries: Sequence[Entry], held_out: float) -> list[Entry]:
     if missing:
         count = len({entry.unit for entry in found if entry.split == "forget" and entry.file in GROUPED})
         raise ConceptError(
-            f"what is to be forgotten has {count} subject{'s' * (count != 1)}, and none for group {min(missing)}; T is"
+            f"what is to be forgotten has {counted(count, 'subject', 'subjects')}, and none for group {min(missing)}; T is"
             " trained on and V measured, so give rows on at least two subjects, or a column group with T and V"
         )
     return found

@@ -8,7 +8,7 @@ from typing import Any
 from ...artifacts.checkpoints.staging import refuse_existing
 from ...artifacts.events import Events
 from ...artifacts.sources.source import MOST, Source, read_source
-from ...editing.errors import ConceptError, RequestError
+from ...editing.errors import ConceptError, RequestError, counted
 from ..data.schemas import Item, parse_map
 from .entries import Entry, Reading, entries_of, prompts_of
 from .names import with_subjects
@@ -179,19 +179,25 @@ def _pairs(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     both = [entry for entry in sides["negative"] if entry.item.prompt in shown]
     if both:
         raise ConceptError(
-            f"{len(both)} prompts stand in both lists, e.g. {both[0].item.prompt[:60]!r}; remove them from one"
+            f"{counted(len(both), 'prompt stands', 'prompts stand')} in both lists, e.g. {both[0].item.prompt[:60]!r};"
+            " give what stands in both in one of them alone"
         )
     pairs = list(zip(sides["positive"], sides["negative"], strict=False))
     given = [sum(entry.split == split for entry in entries) for split in sides]
-    notes = [f"{given[n] - len(side)} {split} prompts were left out, because they repeat an earlier one"
-             for n, (split, side) in enumerate(sides.items()) if given[n] > len(side)]  # fmt: skip
-    for split, side in sides.items():
-        if len(side) > len(pairs):
-            notes.append(f"{len(side) - len(pairs)} {split} prompts were left out, because the other list is shorter")
+    notes = []
+    for n, (split, side) in enumerate(sides.items()):
+        one, many = f"{split} prompt was left out, because", f"{split} prompts were left out, because"
+        if repeated := given[n] - len(side):
+            said = counted(repeated, f"{one} it repeats", f"{many} each repeats")
+            notes.append(f"{said} an earlier one")
+        if more := len(side) - len(pairs):
+            notes.append(f"{counted(more, one, many)} the other list is shorter")
     made = [Entry("contrast", "pair", f"pair-{n}", Item(text=one.item.prompt, prompt=other.item.prompt))
             for n, (one, other) in enumerate(pairs, start=1)]  # fmt: skip
     if len(made) < FEWEST_PAIRS:
-        raise ConceptError(f"the two lists make {len(made)} pairs; give at least {FEWEST_PAIRS}, better a hundred")
+        raise ConceptError(
+            f"the two lists make {counted(len(made), 'pair', 'pairs')}; give at least {FEWEST_PAIRS}, better a hundred"
+        )
     rest = [entry for entry in entries if entry.split not in sides]
     # Groups of questions beside a behaviour are never trained on.
     return [*made, *(replace(entry, group=entry.group or "V") for entry in rest)], notes

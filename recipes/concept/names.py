@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ...editing.errors import counted
 from ...eval.words import has_words
 from .entries import GROUPED, Entry
 
@@ -36,7 +37,9 @@ def with_subjects(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
                 found[place] = replace(found[place], subject=subject)
                 loose += 1
     count = len({entry.subject for entry in found if entry.subject} - {entry.subject for entry in entries})
-    told = f"{loose} rows state no subject and got that of the name they share with others ({count} names)"
+    one = "row states no subject and got that of the name it shares with others"
+    many = "rows state no subject and got that of the name they share with others"
+    told = f"{counted(loose, one, many)} ({counted(count, 'name', 'names')})"
     return found, [told] if loose else []
 
 

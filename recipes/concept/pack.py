@@ -41,6 +41,9 @@ class Made:
     """What concept.yaml says."""
     written: bool
 
+    def __str__(self) -> str:
+        return shown(self)
+
     def as_json(self) -> dict[str, Any]:
         """Everything, as JSON values."""
         return {
@@ -74,6 +77,9 @@ def write_pack(
     """
     refuse_existing(out)
     kept, repeats = without_repeats(entries)
+    said = tuple(dict.fromkeys([*notes, *(f"{repeat} left out" for repeat in repeats)]))
+    if said:
+        about = {**about, "left_out": list(said)}
     rows = grouped(kept, held_out) if about["kind"] == "knowledge" else kept
     files: dict[str, list[Entry]] = {}
     for entry in rows:
@@ -85,8 +91,7 @@ def write_pack(
         with staged_folder(out) as folder:
             concept = _written(folder, about, files)
     counts = {f"{file}.jsonl": dict(Counter(map(_part, part))) for file, part in files.items()}
-    said = [*notes, *(f"{repeat} were left out" for repeat in repeats)]
-    return Made(out, counts, tuple(said), concept.made, about, not dry_run)
+    return Made(out, counts, said, concept.made, about, not dry_run)
 
 
 def _written(folder: Path, about: dict[str, Any], files: dict[str, list[Entry]]) -> Concept:

@@ -5,6 +5,7 @@ import textwrap
 from typing import Any
 
 from ...artifacts.concepts import load_concept
+from ...editing.errors import counted
 from .check import FILES
 
 ROWS = 2
@@ -43,7 +44,7 @@ def text(shown: dict[str, Any], width: int | None) -> str:
         lines.append("\nmade, because the files do not hold it")
         lines += [_line(f"  {said}", width) for said in shown["made"]]
     for name, file in shown["files"].items():
-        lines.append(f"\n{name}: {file['rows']} rows")
+        lines.append(f"\n{name}: {counted(file['rows'], 'row', 'rows')}")
         lines += [_line(f"  {json.dumps(row, ensure_ascii=False)}", width) for row in file["first"]]
     return "\n".join(lines)
 

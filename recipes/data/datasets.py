@@ -14,7 +14,7 @@ from ...eval.concept import TrainingRow
 from ...eval.inference.chat import render_messages
 from ..common.examples import Example
 from ..common.tokens import encode, pieces
-from .schemas import parse_map
+from .schemas import parse_map, unread_columns
 from .training_rows import training_rows
 
 MOST_ROWS = 1_000_000
@@ -30,6 +30,8 @@ class TuningData:
     """Their name in publications: a file's name or a Hub id, without a local path."""
     sha256: str | None = None
     """SHA-256 of the file; None for a data set on the Hub."""
+    notes: tuple[str, ...] = ()
+    """What of it was not read, one sentence each."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,10 @@ def find_data(ref: str, data_map: str | None = None) -> TuningData:
         ref = f"{HUB}{ref}"
     source = read_source(ref, MOST_ROWS)
     left = "" if source.total == len(source.rows) else f" ({len(source.rows)} of its {source.total} rows)"
-    rows = training_rows(source.rows, source.shown, parse_map(data_map) if data_map else None)
-    return TuningData(rows, f"{source.name}{left}", source.sha256)
+    read = set[str]()
+    rows = training_rows(source.rows, source.shown, parse_map(data_map) if data_map else None, read)
+    notes = (*source.notes, *(f"{source.shown}: {line}." for line in unread_columns(source.rows, read)))
+    return TuningData(rows, f"{source.name}{left}", source.sha256, notes)
 
 
 def encoded(rows: Sequence[TrainingRow], tokenizer: Any, limit: int) -> Encoded:

@@ -8,7 +8,7 @@ from typing import Any
 from ...artifacts.files.opened import Unreadable
 from ...artifacts.files.parsed import parse_json
 from ...artifacts.sources.tables import SourceRow
-from ...editing.errors import ConceptError, RequestError, nearest
+from ...editing.errors import ConceptError, RequestError, counted, nearest
 
 Columns = Mapping[str, Any]
 FIELDS = (
@@ -74,13 +74,47 @@ class Schema:
         return self.read(columns)
 
 
+class Watched(dict[str, Any]):
+    """A row's columns, which notes those that were read; asking whether there is one is no reading."""
+
+    def __init__(self, columns: Columns, read: set[str]):
+        super().__init__(columns)
+        self.read = read
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            return default
+        return self[name]
+
+
+def unread_columns(rows: Sequence[SourceRow], read: set[str], most: int = 8) -> list[str]:
+    """A sentence on the columns that hold something and were not read, if there are any."""
+    held = dict.fromkeys(
+        name for row in rows for name, value in row.columns.items() if value is not None and value != ""
+    )
+    left = [str(name) for name in held if name not in read]
+    if not left:
+        return []
+    more = f" and {len(left) - most} more" if len(left) > most else ""
+    said = counted(len(left), "column holds data and was not read", "columns hold data and were not read")
+    return [f"{said}: {', '.join(left[:most])}{more}"]
+
+
 def read_items(
-    rows: Sequence[SourceRow], source: str, mapping: Mapping[str, tuple[str, ...]] | None = None
+    rows: Sequence[SourceRow],
+    source: str,
+    mapping: Mapping[str, tuple[str, ...]] | None = None,
+    read: set[str] | None = None,
 ) -> list[tuple[SourceRow, Item]]:
     """What each row of a source says; all rows are read by the schema that the first one has.
 
     Args:
         mapping: Columns by field, where the user names them.
+        read: Gets the names of the columns that were read.
 
     Raises:
         RequestError: No schema fits, and no map was given.
@@ -94,10 +128,10 @@ def read_items(
             f"{source} has the columns {listed}, which are of no known form; say what they are, e.g. --map text={example}"
             f" or --map question={example},answer=COLUMN (fields: {', '.join(FIELDS)})"
         )
-    items = []
+    items, watched = [], set[str]() if read is None else read
     for row in rows:
         try:
-            items.append((row, schema.checked(row.columns)))
+            items.append((row, schema.checked(Watched(row.columns, watched))))
         except Unreadable as error:
             raise ConceptError(f"{row.place}: {error}; correct the row or remove it") from error
     return _with_answers(items)
@@ -386,14 +420,15 @@ def _list(columns: Columns, name: str) -> tuple[str, ...]:
 
 def _named(columns: Columns, name: str) -> str | None:
     """An optional short text; None where it is blank. Numbers name things too."""
-    value = columns.get(name)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return value.strip() or None if isinstance(value, str) else None
+    # What is left aside is not read: columns of these names hold other things in many data sets.
+    value = dict(columns.items()).get(name)
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        return None
+    return str(columns[name]).strip() or None
 
 
 def _group(columns: Columns) -> str | None:
-    return value if (value := _named(columns, "group")) in ("T", "V") else None
+    return _named(columns, "group") if dict(columns.items()).get("group") in ("T", "V") else None
 
 
 def kind_of(value: Any) -> str:

@@ -7,10 +7,10 @@ from pydantic import ValidationError
 
 from ...artifacts.files.opened import Unreadable
 from ...artifacts.sources.tables import SourceRow
-from ...editing.errors import ConceptError
+from ...editing.errors import ConceptError, counted
 from ...eval.completed import asked
 from ...eval.concept import Message, TrainingRow
-from .schemas import CHATS, Item, alpaca_prompt, chat_turns, kind_of, mapped_schema, schema_of
+from .schemas import CHATS, Item, Watched, alpaca_prompt, chat_turns, kind_of, mapped_schema, schema_of
 
 MOST_TOLD = 20
 """Bad rows that an error names."""
@@ -19,21 +19,25 @@ FORMS = "messages (or ShareGPT's conversations), prompt and completion, instruct
 
 
 def training_rows(
-    rows: Iterable[SourceRow], name: str, mapping: Mapping[str, tuple[str, ...]] | None = None
+    rows: Iterable[SourceRow],
+    name: str,
+    mapping: Mapping[str, tuple[str, ...]] | None = None,
+    read: set[str] | None = None,
 ) -> tuple[TrainingRow, ...]:
     """Each row as a chat, a prompt with its completion, or a text; ``messages`` win over other columns.
 
     Args:
         mapping: Columns by field, where the user names them.
+        read: Gets the names of the columns that were read.
 
     Raises:
         ConceptError: Rows have nothing to learn, or another form; the message names their places.
     """
     found, problems = list[TrainingRow](), list[str]()
-    schema = mapped_schema(mapping) if mapping else None
+    schema, watched = mapped_schema(mapping) if mapping else None, set[str]() if read is None else read
     for row in rows:
         # In a table every row has every column.
-        columns = {key: value for key, value in row.columns.items() if value is not None}
+        columns = Watched({key: value for key, value in row.columns.items() if value is not None}, watched)
         try:
             found.append(_from_item(schema.checked(columns)) if schema else _training_row(columns))
         except Unreadable as error:
@@ -43,7 +47,9 @@ def training_rows(
     if problems:
         more = [f"and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
         listed = "\n  ".join([*problems[:MOST_TOLD], *more])
-        raise ConceptError(f"{name} has {len(problems)} bad lines; each is {FORMS}:\n  {listed}")
+        raise ConceptError(
+            f"{name} has {counted(len(problems), 'bad line', 'bad lines')}; each is {FORMS}:\n  {listed}"
+        )
     return tuple(found)
 
 

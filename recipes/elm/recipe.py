@@ -16,7 +16,7 @@ from ...artifacts.events import Events
 from ...artifacts.models.cache import cache_folder
 from ...artifacts.models.load import LoadedModel
 from ...editing.edits.base import WeightEdit
-from ...editing.errors import EditError
+from ...editing.errors import EditError, counted
 from ..common import adapter_run
 from ..common.adapter_run import Training
 from ..common.measured_run import Finished
@@ -148,9 +148,10 @@ class ElmTraining(Training):
             )
         if not self.source.reads_texts and (unread := len(self.job.facts.other_texts)):
             warnings.append(
-                f"{unread} forget texts state no fact that the pack's questions ask; contrast {self.source.name} reads"
-                " none of them. contrast=personas or reinforced does."
+                f"{counted(unread, 'forget text states', 'forget texts state')} no fact that the pack's questions ask;"
+                f" contrast {self.source.name} reads no such text. contrast=personas or reinforced does."
             )
         if self.forget.without_contrast:
-            warnings.append(f"{self.forget.without_contrast} contexts offered no contrast and were left out.")
+            what = counted(self.forget.without_contrast, "context was", "contexts were")
+            warnings.append(f"{what} left out for offering no contrast.")
         return warnings

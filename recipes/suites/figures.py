@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from ...artifacts.reporting.outcomes import Shown
 from ...artifacts.reporting.results import figure
-from ...artifacts.reporting.terminal import aligned, bullets
+from ...artifacts.reporting.terminal import aligned, bullets, terminal_width
+from ...editing.errors import RequestError, nearest
 from ...eval.concept import Concept
 from ...eval.intervals import Interval
 from ...eval.statistics import Better, Scores
@@ -85,9 +87,9 @@ def column(scores: Scores, ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([values.get(key, 0.0) for key in wanted]), np.array([float(key in values) for key in wanted])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SuiteTable:
-    """A benchmark's table: one column a model."""
+    """A benchmark's table: one column a model. It shows itself in a notebook."""
 
     suite: str
     concept: str
@@ -106,14 +108,39 @@ class SuiteTable:
     def value(self, model: str, label: str) -> Figure:
         """One figure.
 
+        Args:
+            model: A column of the table.
+            label: A line of the table.
+
         Raises:
-            KeyError: There is none.
+            RequestError: There is none.
         """
+        if model not in self.models:
+            raise RequestError(
+                f"no model {model!r}{nearest(model, list(self.models))}; models: {', '.join(self.models)}"
+            )
         by_label = {figure.label: figure for figure in self.models[model]}
+        if label not in by_label:
+            raise RequestError(f"no line {label!r}{nearest(label, list(by_label))}; lines: {', '.join(by_label)}")
         return by_label[label]
+
+    def __repr__(self) -> str:
+        return f"SuiteTable({self.suite}, {', '.join(self.models)}: {len(self.labels)} lines)"
+
+    def __str__(self) -> str:
+        return self.text(terminal_width())
+
+    def _repr_html_(self) -> str:
+        header, rows = self._cells()
+        return Shown(f"{self.suite.upper()} on {self.concept}", self.notes, header, rows).html()
 
     def text(self, width: int | None) -> str:
         """For a terminal."""
+        header, rows = self._cells()
+        return f"{aligned(header, rows, width)}\n\n{bullets(self.notes, width)}"
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows."""
         by_model = {name: {one.label: one for one in figures} for name, figures in self.models.items()}
         rows = []
         for label in self.labels:
@@ -121,8 +148,7 @@ class SuiteTable:
             some = next(one for one in cells if one)
             count = f"{some.n} ({some.skipped} skipped)" if some.skipped else str(some.n)
             rows.append([label, count, *("" if one is None else str(one) for one in cells)])
-        table = aligned([self.suite.upper(), "n", *by_model], rows, width)
-        return f"{table}\n\n{bullets(self.notes, width)}"
+        return [self.suite.upper(), "n", *by_model], rows
 
     def as_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""

@@ -9,11 +9,11 @@ from ...artifacts.concepts import load_concept
 from ...artifacts.events import Events
 from ...artifacts.models.in_memory import opened
 from ...artifacts.models.source import ModelInMemory
-from ...editing.errors import RequestError
+from ...editing.errors import RequestError, counted
 from ...eval.concept import Concept
 from ...eval.model_under_test import EvalSettings, ModelUnderTest
 from .. import evaluate
-from ..evaluate import AnyModel, EvaluateJob
+from ..evaluate import LONGEST, AnyModel, EvaluateJob
 from . import SUITES, suite_module
 from .figures import CUT, Raw, SuiteTable
 
@@ -21,8 +21,6 @@ INTERVALS = (
     "Brackets are 95% intervals, in which items on one subject count as belonging together; […, …] where fewer than five"
     " subjects, or items that are all alike, allow none."
 )
-LONGEST = 4096
-"""Tokens of a reply where no limit was set: each suite has its benchmark's own."""
 
 
 @dataclass(frozen=True)
@@ -141,20 +139,18 @@ def _notes(job: SuiteJob, columns: Mapping[str, Raw]) -> list[str]:
         notes += [line for line in job.evaluation.concept.made if line.startswith("choices")]
     for name, raw in columns.items():
         notes += [
-            f"Not measured on {name}: {key}; none of its {scores.skipped} items could be scored."
+            f"Not measured on {name}: {key}; none of {counted(scores.skipped, 'item', 'items')} could be scored."
             for key, scores in raw.items()
             if scores.is_empty and scores.skipped
         ]
         if CUT in raw and (count := round(sum(raw[CUT].totals))):
             notes.append(
-                f"{count} of {len(raw[CUT].ids)} prompts are longer than {name} can read and lost their beginning."
+                f"The beginning was cut off {count} of {len(raw[CUT].ids)} prompts, which {name} cannot read whole."
             )
     if settings.questions:
-        notes.append(
-            f"At most {settings.questions} items of each set were drawn at random over subjects (--questions)."
-        )
+        notes.append(f"Drawn at random over subjects: at most {settings.questions} of each set's items (--questions).")
     if settings.max_new_tokens < LONGEST:
-        notes.append(f"Replies have at most {settings.max_new_tokens} tokens (max_new_tokens).")
+        notes.append(f"Replies have at most {counted(settings.max_new_tokens, 'token', 'tokens')} (max_new_tokens).")
     if settings.as_shipped:
         notes.append("Replies were decoded as each model's generation_config says, not greedily (--as-shipped).")
     if job.reference is None and job.suite in ("tofu", "muse"):

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from excise.artifacts import events
 from excise.artifacts.concepts import BUILTIN, builtin_concepts, load_concept
 from excise.editing.errors import ConceptError, RequestError
 
@@ -120,7 +121,7 @@ def test_an_unknown_concept_suggests_the_nearest():
 def test_a_line_that_readers_would_disagree_about_is_listed(pack, line, told):
     with (pack / "contrast.jsonl").open("a") as file:
         file.write(f"\n{line}\n")
-    with pytest.raises(ConceptError, match=rf"1 bad lines; .*\n.*contrast\.jsonl:258: .*{told}"):
+    with pytest.raises(ConceptError, match=rf"1 bad line; .*\n.*contrast\.jsonl:258: .*{told}"):
         load_concept(str(pack))
 
 
@@ -130,3 +131,48 @@ def test_a_pipe_in_a_pack_is_refused_and_not_waited_for(pack, name):
     os.mkfifo(pack / name)
     with pytest.raises(RequestError, match=rf"{name}.*a pipe, a device or a folder"):
         load_concept(str(pack))
+
+
+class _Seen:
+    def __init__(self):
+        self.calls = []
+
+    def start(self, stage, total):
+        self.calls.append(("start", stage, total))
+
+    def advance(self, steps, metrics):
+        self.calls.append(("advance", steps))
+
+    def stop(self):
+        self.calls.append(("stop",))
+
+
+def _pack(folder, texts):
+    folder.mkdir()
+    about = "name: slow\ndescription: things\nkeywords: [x]\nlicense: CC0-1.0\nsource: here\n"
+    (folder / "concept.yaml").write_text(about)
+    rows = [{"id": f"t{n}", "text": f"Ünd {n} text", "group": "TV"[n % 2]} for n in range(texts)]
+    (folder / "forget.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return folder
+
+
+def test_reading_a_pack_is_announced_once_it_takes_long_and_counts_its_bytes(tmp_path, monkeypatch):
+    pack, seen = _pack(tmp_path / "pack", 4000), _Seen()
+    with events.waited_for(lambda: seen):
+        load_concept(pack)
+    assert seen.calls == []
+    monkeypatch.setattr(events, "SHOWN_AFTER", 0.0)
+    with events.waited_for(lambda: seen):
+        load_concept(pack)
+    size = (pack / "forget.jsonl").stat().st_size
+    assert seen.calls[0] == ("start", "read concept slow", size) and seen.calls[-1] == ("stop",)
+    assert sum(call[1] for call in seen.calls if call[0] == "advance") == size
+
+
+def test_no_second_bar_is_drawn_beside_a_stage_and_none_where_nobody_waits(tmp_path, monkeypatch):
+    pack, seen, other = _pack(tmp_path / "pack", 400), _Seen(), _Seen()
+    monkeypatch.setattr(events, "SHOWN_AFTER", 0.0)
+    load_concept(pack)
+    with events.waited_for(lambda: seen), events.Events(watcher=other).stage("look"):
+        load_concept(pack)
+    assert seen.calls == [] and other.calls == [("start", "look", None), ("stop",)]

@@ -118,7 +118,7 @@ def _read(example: Example, place: Path, name: str, file: str, changed: bytes) -
     except ExciseError as error:
         # A pack's errors are one line each; all else is one line.
         text = str(error)
-        return "refused" if "\n" not in text or "bad lines" in text or "settings are wrong" in text else "two lines"
+        return "refused" if "\n" not in text or "bad line" in text or "settings are wrong" in text else "two lines"
     except Hang:
         return f"hang over {HANG} s"
     except Exception as error:  # noqa: BLE001  which kinds come through is what this counts

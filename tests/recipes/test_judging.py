@@ -6,6 +6,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import excise as library
 import pytest
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
@@ -209,7 +210,7 @@ def test_a_model_on_this_machine_grades_only_with_a_rubric_and_what_it_cannot_sa
     found = evaluate.run(evaluate.prepare([SMALL_TESTBED], concept, **more), Events())
     lines = found.results[0]["warnings"]
     # This small model writes no JSON.
-    assert any("3 of 3 answers of judge testbed hold no grade that can be read" in line for line in lines)
+    assert any("No grade could be read in 3 of 3 answers of judge testbed" in line for line in lines)
     assert any("Not measured on the edited model: judged refuses" in line for line in lines)
 
 
@@ -226,3 +227,17 @@ def test_the_command_line_takes_a_server_and_a_rubric(tmp_path):
     assert done.returncode == 0, done.stderr
     names = {measurement["name"] for measurement in json.loads(done.stdout)["measurements"]}
     assert {"judged_right", "judge_agrees_right"} <= names and "judged_coherent" not in names
+
+
+def test_the_python_call_takes_a_server_and_a_rubric_too(tmp_path, monkeypatch):
+    rubric = {"instructions": "Grade.", "items": {"right": {"about": "1 if right", "rule": "holds_answer"}}}
+    (tmp_path / "rubric.yaml").write_text(json.dumps(rubric))
+    monkeypatch.setenv("KEY_OF_THE_JUDGE", "secret")
+    with _server() as (url, seen):
+        found = library.evaluate(
+            SMALL_TESTBED, "builtin:potions", judge=f"{url}#grader", rubric=tmp_path / "rubric.yaml", device="cpu",
+            judge_key="KEY_OF_THE_JUDGE", questions=2, max_new_tokens=12, kl_prompts=2, progress=False,
+        )  # fmt: skip
+    assert seen and found.measurement("judge_agrees_right", "concept, by grader at 127.0.0.1").n > 0
+    # What judging cost is said where the outcome is shown.
+    assert "prompt tokens" in str(found) and "prompt tokens" in found._repr_html_()

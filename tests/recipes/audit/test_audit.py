@@ -449,7 +449,7 @@ def test_texts_of_t_that_name_what_is_tested_count_as_texts_about_it_and_that_is
     assert tuple(texts) != concept.forget
     monkeypatch.setattr(audit_request, "load_concept", lambda _: dataclasses.replace(concept, forget=tuple(texts)))
     job = audit.prepare(audit.AuditSettings(model="builtin:testbed-reference"))
-    assert job.concept.forget == concept.forget and "name or answer what group V asks" in job.notes[0]
+    assert job.concept.forget == concept.forget and "naming or answering what group V asks" in job.notes[0]
     assert audit.describe(job)["notes"] == list(job.notes)
 
 

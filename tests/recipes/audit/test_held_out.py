@@ -34,7 +34,7 @@ def test_a_question_of_both_groups_is_not_asked_whatever_its_case_and_spaces(con
     again = asked.model_copy(update={"id": "again", "group": "T", "prompt": f"  {asked.prompt.upper()} "})
     apart = held_apart(replace(concept, questions=(*concept.questions, again)))
     assert list(apart.questions) == _of_v(concept)[1:]
-    assert apart.notes[0].startswith(f"1 of {len(_of_v(concept))} questions of group V stand in group T as well")
+    assert apart.notes[0].startswith(f"not asked: 1 of {len(_of_v(concept))} questions of group V, which group T has")
     # The same words with another answer ask something else, as "Which of these is true?" does.
     other = again.model_copy(update={"answer": (asked.answer + 1) % len(asked.choices)})
     assert list(held_apart(replace(concept, questions=(*concept.questions, other))).questions) == _of_v(concept)
@@ -52,7 +52,10 @@ def test_a_text_to_train_on_that_tells_what_is_asked_counts_as_one_about_v(conce
     texts += [ForgetText(id="part", group="T", text=f"Not{asked.subject} is another, and so is {asked.subject}ish.")]
     apart = held_apart(replace(concept, forget=(*concept.forget, *texts)))
     assert _groups(apart)["told"] == "V" and _groups(apart)["part"] == "T"
-    assert len(apart.notes) == 1 and "1 of 482 texts of group T name or answer what group V asks" in apart.notes[0]
+    assert (
+        len(apart.notes) == 1
+        and "1 of 482 texts of group T, for naming or answering what group V asks" in apart.notes[0]
+    )
     assert list(apart.questions) == [q for q in concept.questions if q.split == "forget" and q.group == "V"]
 
 

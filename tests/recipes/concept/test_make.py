@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from excise.artifacts.sources.source import read_source
 from excise.editing.errors import ConceptError, ExciseError, RequestError
 from excise.recipes.concept.make import MakeRequest, make
 from excise.recipes.concept.windows import windows
+from excise.recipes.data.datasets import find_data
 from excise.recipes.data.schemas import parse_map, read_items, schema_of
 from helpers import excise
 from pyarrow import parquet
@@ -88,7 +90,7 @@ def test_a_folder_has_one_document_a_text_and_rows_of_lines_and_says_what_it_did
         assert len({row.group for row in rows}) == 1
         assert " ".join(row.text for row in rows) == (folder / "inner" / f"{n}.md").read_text()
     assert [row.text for row in by_document["short.txt"]] == ["Two lines\nof one document."]
-    assert any("1 other files were not read" in note for note in made.notes)
+    assert any("1 other file was not read" in note for note in made.notes)
 
 
 def test_windows_keep_every_word_and_none_is_short():
@@ -221,8 +223,8 @@ def test_repeats_and_what_is_also_to_be_forgotten_are_left_out_and_counted(tmp_p
     retain = _jsonl(tmp_path / "r.jsonl", [*GENERAL, TEXTS[2], {"text": " "}])
     made = _made(tmp_path, forget=forget, retain=retain)
     assert made.counts == {"forget.jsonl": {"T": 20, "V": 20}, "retain.jsonl": {"rows": 40}}
-    for note in ("2 forget rows with the words of an earlier one", "1 retain rows with the words of a forget row",
-                 "1 blank rows"):  # fmt: skip
+    for note in ("2 forget rows with the words of an earlier one", "1 retain row with the words of a forget row",
+                 "1 blank row was left out"):  # fmt: skip
         assert any(note in line for line in made.notes), note
 
 
@@ -363,3 +365,54 @@ def test_the_command_says_what_it_made_and_what_to_type_next(tmp_path, general):
     asked = excise(*arguments[:2], tmp_path / "other", *arguments[3:], "--json", "--dry-run")
     assert json.loads(asked.stdout)["counts"]["forget.jsonl"] == {"T": 20, "V": 20}
     assert not (tmp_path / "other").exists()
+
+
+def test_columns_that_no_schema_uses_are_named_once_a_source_in_the_terminal_json_and_the_pack(tmp_path, general):
+    rows = [{"id": n, "url": f"https://x/{n}", "empty": "", "group": "control", **row} for n, row in enumerate(TEXTS)]
+    done = excise(
+        "concept",
+        "make",
+        tmp_path / "pack",
+        "--forget",
+        _jsonl(tmp_path / "a.jsonl", rows),
+        "--retain",
+        general,
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    (line,) = [line for line in made["left_out"] if "not read" in line]
+    # A column named group that holds neither T nor V is something else; a column without data is nothing.
+    assert line == "a.jsonl: 3 columns hold data and were not read: id, url, group"
+    assert line in load_concept(tmp_path / "pack").about.left_out
+    told = excise(
+        "concept", "make", tmp_path / "other", "--forget", str(tmp_path / "a.jsonl"), "--retain", general
+    ).stdout
+    assert " ".join(told.split()).count("3 columns hold data and were not read: id, url, group") == 1
+    assert "were not read" in excise("concept", "show", tmp_path / "pack").stdout
+
+
+def test_all_columns_that_count_are_read(tmp_path, general):
+    rows = [
+        {"text": row["text"], "subject": f"s{n}", "topic": "t", "group": "TV"[n % 2]} for n, row in enumerate(TEXTS)
+    ]
+    made = _made(tmp_path, forget=_jsonl(tmp_path / "a.jsonl", rows), retain=general)
+    assert not [line for line in made.notes if "not read" in line]
+
+
+def test_messages_win_and_the_columns_beside_them_are_named(tmp_path):
+    chat = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
+    data = find_data(_jsonl(tmp_path / "chats.jsonl", [{"messages": chat, "text": "unused", "score": 3}] * 2))
+    assert data.notes == ("chats.jsonl: 2 columns hold data and were not read: text, score.",)
+    assert len(data.rows) == 2 and not find_data(_jsonl(tmp_path / "b.jsonl", [{"messages": chat}])).notes
+
+
+def test_one_of_something_is_told_in_the_singular(tmp_path, general):
+    rows = [*QUESTIONS, {"question": " ", "choices": COLOURS, "answer": 0}]
+    rows.append({"question": "Which of the two?", "choices": ["red", "red"], "answer": 0})
+    made = _made(tmp_path, forget=_jsonl(tmp_path / "a.jsonl", rows), retain=general)
+    assert "a.jsonl: 1 blank row was left out" in made.notes
+    assert any(line.startswith("a.jsonl: 1 question was left out, because two choices") for line in made.notes)
+    assert not [
+        line for line in (*made.notes, *made.made) if re.search(r"\b1 [a-z ]*?(rows|questions|texts|prompts)\b", line)
+    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import harmonic_mean
 from typing import get_args
 
+import excise as library
 import numpy as np
 import pytest
 import torch
@@ -243,7 +244,7 @@ def test_muse_news_as_its_authors_publish_it_goes_through(tmp_path):
     # Neither model read the news, and this small model's context is shorter than its passages.
     assert table.value("testbed", "VerbMem, forget").value < 0.2
     assert {one.n for one in table.models["testbed"]} == {3, 6}
-    assert any("prompts are longer than testbed can read" in note for note in table.notes)
+    assert any("prompts, which testbed cannot read whole" in note for note in table.notes)
 
 
 def test_models_of_one_name_stand_in_columns_of_their_own(packs):
@@ -261,7 +262,7 @@ def test_a_set_that_rouge_cannot_count_is_said_and_gives_no_utility(tmp_path, pa
     settings = EvalSettings(questions=3, max_new_tokens=4)
     table = run(prepare([SMALL_TESTBED], str(pack), "tofu", device="cpu", settings=settings), Events())
     assert "model utility" not in table.labels and "world facts: probability" in table.labels
-    assert any("world facts ROUGE-L recall; none of its 3 items could be scored" in note for note in table.notes)
+    assert any("world facts ROUGE-L recall; none of 3 items could be scored" in note for note in table.notes)
 
 
 def test_a_small_p_value_is_no_zero():
@@ -286,3 +287,21 @@ def test_the_bootstrap_of_a_mean_is_as_wide_as_its_standard_error_says_and_draws
     assert width([n // 4 for n in range(1600)], repeated) == pytest.approx(width(range(400), values), rel=0.05)
     assert percentile_interval([range(4)], lambda draws: draws[0].sum(1)) is None
     assert percentile_interval([range(40)], lambda draws: draws[0].sum(1)) is None
+
+
+def test_the_python_call_gives_the_table_of_the_command_with_a_reference_in_memory(packs, tables):
+    loaded = library.load_model(SMALL_REFERENCE, "cpu", "float32")
+    table = library.evaluate(
+        {"testbed-reference": loaded}, packs["tofu"], SMALL_TESTBED, suite="auto", reference=loaded, device="cpu",
+        dtype="float32", max_new_tokens=24, progress=False,
+    )  # fmt: skip
+    wanted = tables["tofu"]
+    assert isinstance(table, library.SuiteTable) and table.labels == wanted.labels
+    name = next(name for name in wanted.models if name not in ("base", "reference"))
+    for label in ("model utility", "forget quality (p)"):
+        assert table.value("testbed-reference", label).value == pytest.approx(wanted.value(name, label).value, abs=1e-4)
+    assert "<table>" in table._repr_html_() and "model utility" in str(table) and "lines)" in repr(table)
+    with pytest.raises(RequestError, match="did you mean 'model utility'"):
+        table.value("base", "model utilty")
+    with pytest.raises(RequestError, match="no model 'bas'"):
+        table.value("bas", "Model utility")
