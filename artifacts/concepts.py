@@ -20,6 +20,7 @@ from ..eval.concept import (
     ContrastPair,
     Description,
     ForgetText,
+    MemberText,
     OpenQuestion,
     Passage,
     Prompt,
@@ -46,6 +47,7 @@ _FILES: dict[str, type[Row] | type[TrainingRow]] = {
     "passages": Passage,
     "shots": Shot,
     "unseen": UnseenText,
+    "members": MemberText,
 }
 _ONE_OF = {
     "knowledge": ("forget", "questions", "open_questions"),

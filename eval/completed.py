@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..editing.errors import counted
 from .concept import Concept, ContrastPair, ForgetText, OpenQuestion, Prompt, Question, RetainText
@@ -151,7 +151,7 @@ def _choices(concept: Concept) -> Concept:
     pool = [(row, _words(row)) for row in rng.sample(rows, k=min(len(rows), MOST_READ))]
     questions, drawn_for = [], 0
     for row in rows:
-        wrong = _distinct(row.perturbed_answers, besides=row.answer)[: MOST_CHOICES - 1]
+        wrong = _distinct(row.perturbed_answers, row.answers)[: MOST_CHOICES - 1]
         if not wrong:
             wrong = _others(row, pool)
             drawn_for += bool(wrong)
@@ -179,7 +179,7 @@ def _others(row: OpenQuestion, pool: Sequence[tuple[OpenQuestion, frozenset[str]
         for other, its in pool
         if other.id != row.id
     )
-    return _distinct([answer for *_, answer in near], besides=row.answer)[: CHOICES - 1]
+    return _distinct([answer for *_, answer in near], row.answers)[: CHOICES - 1]
 
 
 def _as_if_about(row: OpenQuestion, other: OpenQuestion) -> str:
@@ -212,27 +212,27 @@ def _question(row: OpenQuestion, wrong: Sequence[str]) -> Question:
 
 def _forget_texts(concept: Concept) -> Concept:
     """Questions of group T with their answers, where there is no text; what group V asks is not trained on."""
-    texts = _told([q for q in concept.questions if q.split == "forget" and q.group == "T"])
-    if concept.forget or not texts:
-        return concept
-    rows = tuple(ForgetText(id=q.id, text=text, group="T", subject=q.subject) for q, text in texts)
-    return replace(
-        concept, forget=rows, made=(*concept.made, f"{len(rows)} forget texts, questions of group T with their answers")
+    return _told(
+        concept, "forget", ("forget",), lambda q, text: ForgetText(id=q.id, text=text, group="T", subject=q.subject)
     )
 
 
 def _retain_texts(concept: Concept) -> Concept:
-    texts = _told([q for q in concept.questions if q.split in ("retain", "neighbour") and q.group == "T"])
-    if concept.retain or not texts:
-        return concept
-    rows = tuple(RetainText(id=q.id, text=text, topic=q.topic, subject=q.subject) for q, text in texts)
-    return replace(
-        concept, retain=rows, made=(*concept.made, f"{len(rows)} retain texts, questions of group T with their answers")
+    splits = ("retain", "neighbour")
+    return _told(
+        concept, "retain", splits, lambda q, text: RetainText(id=q.id, text=text, topic=q.topic, subject=q.subject)
     )
 
 
-def _told(questions: Sequence[Question]) -> list[tuple[Question, str]]:
-    return [(question, f"{question.prompt} {question.choices[question.answer]}") for question in questions]
+def _told(concept: Concept, file: str, splits: Sequence[str], made_of: Callable[[Question, str], Text]) -> Concept:
+    """A file of texts, where the pack has none, from the questions of group T of some splits with their answers."""
+    asked = [q for q in concept.questions if q.split in splits and q.group == "T"]
+    if getattr(concept, file) or not asked:
+        return concept
+    rows = tuple(made_of(q, f"{q.prompt} {q.choices[q.answer]}") for q in asked)
+    made = f"{counted(len(rows), f'{file} text', f'{file} texts')}, questions of group T with their answers"
+    changed: dict[str, Any] = {file: rows, "made": (*concept.made, made)}
+    return replace(concept, **changed)
 
 
 def _continuations(concept: Concept) -> Concept:
@@ -261,7 +261,7 @@ def continuation_questions(rows: Sequence[ForgetText | RetainText], split: str, 
     parts = rng.sample(parts, k=min(len(parts), MOST_READ))
     questions: list[Question] = []
     for part in parts:
-        wrong = _distinct([other.answer for other in _likest(part, parts)], besides=part.answer)[: CHOICES - 1]
+        wrong = _distinct([other.answer for other in _likest(part, parts)], (part.answer,))[: CHOICES - 1]
         if len(questions) == MOST_QUESTIONS or len(wrong) < CHOICES - 1:
             continue
         choices = [part.answer, *wrong]
@@ -316,20 +316,10 @@ def _prompts(concept: Concept) -> Concept:
     """The questions on the concept that no training sees, asked openly."""
     if any(prompt.split == "concept" for prompt in concept.prompts):
         return concept
-    open_to = {row.id: row.prompt for row in concept.open_questions}
+    open_to = {row.id: row for row in concept.open_questions}
     held_out = [q for q in concept.questions if q.split == "forget" and not q.id.startswith("continue-")]
     held_out = [q for q in held_out if q.group == "V"] or held_out
-    rows = tuple(
-        Prompt(
-            id=q.id,
-            prompt=open_to.get(q.id) or bare(q.prompt),
-            answer=q.choices[q.answer],
-            choices=q.choices,
-            subject=q.subject,
-        )
-        for q in held_out
-        if open_to.get(q.id) or bare(q.prompt)
-    )
+    rows = tuple(row for q in held_out if (row := _open_prompt(q, open_to.get(q.id))))
     if not rows:
         return concept
     few = random.Random("excise prompts").sample(rows, k=min(len(rows), MOST_QUESTIONS))
@@ -337,6 +327,21 @@ def _prompts(concept: Concept) -> Concept:
     prompts = counted(len(few), "open prompt, the question", f"{of_all}open prompts, the questions")
     made = f"{prompts} on the concept without their choices"
     return replace(concept, prompts=(*concept.prompts, *few), made=(*concept.made, made))
+
+
+def _open_prompt(question: Question, source: OpenQuestion | None) -> Prompt | None:
+    """A question asked openly, as its open form asks it where it has one."""
+    prompt = source.prompt if source else bare(question.prompt)
+    if not prompt:
+        return None
+    return Prompt(
+        id=question.id,
+        prompt=prompt,
+        answer=question.choices[question.answer],
+        other_answers=source.other_answers if source else (),
+        choices=question.choices,
+        subject=question.subject,
+    )
 
 
 def _contrast(concept: Concept) -> Concept:
@@ -371,9 +376,9 @@ def _held_out_prompts(concept: Concept) -> Concept:
     return replace(concept, prompts=tuple(rows), contrast=kept, made=(*concept.made, made))
 
 
-def _distinct(texts: Sequence[str], besides: str) -> list[str]:
-    """The texts that differ from each other and from one more in more than case and spaces."""
-    seen, kept = {plain(besides)}, []
+def _distinct(texts: Sequence[str], besides: Iterable[str]) -> list[str]:
+    """The texts that differ from each other and from some more in more than case and spaces."""
+    seen, kept = set(map(plain, besides)), []
     for text in texts:
         if plain(text) not in seen:
             seen.add(plain(text))

@@ -92,6 +92,8 @@ class OpenQuestion(Row):
     prompt: Verbatim
     """The bare question, as a user would ask it."""
     answer: Verbatim
+    other_answers: tuple[Verbatim, ...] = ()
+    """Further right answers, such as other names of one thing: a reply that gives any of them is right."""
     paraphrase: Verbatim | None = None
     """The same question in other words."""
     paraphrased_answer: Verbatim | None = None
@@ -100,6 +102,11 @@ class OpenQuestion(Row):
     """Wrong answers of the same form."""
     level: str | None = None
     """How it is asked, in the benchmark's own words: a cloze, a question, an adversarial one."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right answers, the first one first."""
+        return (self.answer, *self.other_answers)
 
 
 class Passage(Row):
@@ -126,12 +133,21 @@ class UnseenText(Row):
     subject: str | None = None
 
 
+class MemberText(Row):
+    """A text that is to be forgotten, as a benchmark's test of membership cuts it; compared with unseen texts."""
+
+    text: Verbatim
+    subject: str | None = None
+
+
 class Prompt(Row):
     """An open prompt for generation, with its true answer where there is one."""
 
     prompt: Verbatim
     split: Literal["concept", "neutral"] = "concept"
     answer: Text | None = None
+    other_answers: tuple[Text, ...] = ()
+    """Further right answers."""
     choices: tuple[Text, ...] = ()
     subject: str | None = None
     """What it asks about; prompts on one subject count as belonging together."""
@@ -267,6 +283,7 @@ class Concept:
     unseen: tuple[UnseenText, ...] = field(default=(), repr=False)
     measured_texts: tuple[str, ...] | None = field(default=None, repr=False)
     """Ids of the retain texts that are measured; None takes those that no training sees."""
+    members: tuple[MemberText, ...] = field(default=(), repr=False)
     made: tuple[str, ...] = ()
     """What the pack's files do not hold and was made of what they do, in words that a run, its card and ``excise
     concept check`` show."""

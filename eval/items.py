@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from .concept import (
     Concept,
     ForgetText,
+    MemberText,
     OpenQuestion,
     Passage,
     Prompt,
@@ -26,7 +27,7 @@ from .concept import (
 )
 from .words import has_words
 
-Item = ForgetText | RetainText | UnseenText | Question | OpenQuestion | Passage | Prompt
+Item = ForgetText | RetainText | UnseenText | MemberText | Question | OpenQuestion | Passage | Prompt
 T = TypeVar("T")
 FEWEST_TEXTS = 40
 """Retain texts below which none is held out: too few would be left to learn from."""
@@ -45,7 +46,7 @@ def clusters_of(concept: Concept, rows: Sequence[Item]) -> tuple[str, ...]:
 
 def text_of(row: Item) -> str:
     """What a model reads of a row."""
-    return row.text if isinstance(row, ForgetText | RetainText | UnseenText) else row.prompt
+    return row.text if isinstance(row, ForgetText | RetainText | UnseenText | MemberText) else row.prompt
 
 
 def drawn(rows: Sequence[T], clusters: Sequence[Hashable], count: int, seed: str) -> list[T]:

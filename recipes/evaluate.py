@@ -280,6 +280,7 @@ def describe(job: EvaluateJob) -> dict[str, Any]:
         "forget texts": job.concept.forget,
         "retain texts": job.concept.retain,
         "unseen texts": job.concept.unseen,
+        "member texts": job.concept.members,
     }
     return {
         "models": [model.describe() for model in job.models],

@@ -78,7 +78,34 @@ def _rwku(person: str) -> Sets:
         **{f"neighbor_level{n}": {"test": asked(f"near {n}", 4)} for n in (1, 2)},
         "train_original_passage": {"train": passages},
         "mia_retain": {"test": [{"text": f"Of somebody else, number {n}.", "subject": "Cy"} for n in range(9)]},
+        "mia_forget": {"test": passages},
         "utility_general": {"test": [{**row, "task": "law"} for row in _questions("law", 8)]},
+        "utility_reason": {
+            "test": [
+                {
+                    "task": "sums",
+                    "cot": "Q: 1 + 1?\nA: So the answer is 2.",
+                    "question": f"{n} + 1?",
+                    "answer": f"{n + 1}",
+                }
+                for n in range(6)
+            ]
+        },
+        "utility_truthfulness": {
+            "test": [
+                {
+                    "question": f"Is number {n} lucky?",
+                    "mc1_targets": {"choices": ["No.", "Yes.", "On Mondays."], "labels": [1, 0, 0]},
+                    "mc2_targets": {"choices": ["No.", "Yes."], "labels": [1, 0]},
+                }
+                for n in range(5)
+            ]
+        },
+        "utility_factuality": {
+            "test": [
+                {"question": f"Who wrote book {n}?", "answers": [f"Ann {n}", f"A. {n}", f"ann {n}"]} for n in range(7)
+            ]
+        },
     }
 
 
@@ -111,6 +138,8 @@ def sets() -> dict[str, Sets]:
         "muse-bench/MUSE-News": {
             "raw": {"forget": _real(f"{news}/privleak_forget.json", texts), "retain1": kept, "retain2": kept[:3],
                     "holdout": _real(f"{news}/privleak_holdout.json", _documents("later", 9, 450))},
+            "privleak": {"forget": _real(f"{news}/privleak_forget.json", _documents("news", 9, 1350)),
+                         "holdout": _real(f"{news}/privleak_holdout.json", _documents("later", 9, 1350))},
             "verbmem": {"forget": _real(f"{news}/verbmem_forget.json", passages)},
             "knowmem": {
                 "forget_qa": _real(f"{news}/knowmem_forget_qa.json", invented),

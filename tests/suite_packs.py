@@ -154,7 +154,20 @@ def _rwku(concept: Concept, count: int) -> dict[str, list[Row]]:
                 }
                 answer = question.choices[question.answer]
                 rows.append({**row, "id": f"{question.id}-{level}", "prompt": prompt[level], "answer": answer})
-    return {"open_questions": rows, "forget": _true(concept, count), "unseen": _unseen(concept, count)}
+    kept = _chosen(concept, "animals", 4 * count)
+    rows += [
+        open_row(row, id=f"{row.id}-{topic}", topic=topic, split="retain", group="V", answer=row.choices[row.answer],
+                 perturbed_answers=[], paraphrased_answer=None, other_answers=["never said"])
+        for topic, part in (("reasoning", kept[:count]), ("factuality", kept[count : 2 * count]))
+        for row in part
+    ]  # fmt: skip
+    questions = [
+        _of_four(row, id=f"{row.id}-{topic}", topic=topic, split="retain", group="V")
+        for topic, part in (("general ability", kept[2 * count : 3 * count]), ("truthfulness", kept[3 * count :]))
+        for row in part
+    ]
+    files = {"open_questions": rows, "questions": questions, "forget": _true(concept, count)}
+    return {**files, "unseen": _unseen(concept, count)}
 
 
 if __name__ == "__main__":

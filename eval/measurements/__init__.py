@@ -173,6 +173,11 @@ MEASUREMENTS: dict[str, MeasurementKind] = {
         label="ROUGE-L recall of replies", unit="share of words", order=68, scores="open_answers:rouge_scores",
         suite=True, splits={**_QUESTIONS, "forget": _FORGET},
     ),
+    "open_answer": MeasurementKind(
+        "share of the best right answer that the greedy reply to an open question gives, by a suite's own score",
+        label="answers to open questions", unit="share of an answer", order=69, suite=True,
+        splits={**_QUESTIONS, "forget": _FORGET},
+    ),
     "extraction_strength": MeasurementKind(
         "share of a text to forget that the model completes exactly",
         label="share of a text completed exactly", unit="share of a text", order=100,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..concept import Question
+from ..concept import Prompt, Question
 from ..inference.generation import Reply
 from ..inference.questions import questions_by_split
 from ..model_under_test import ModelUnderTest
@@ -21,6 +21,13 @@ def holds_answer(text: str, answer: str, choices: Sequence[str]) -> bool:
     return has_words(text, answer) and not any(has_words(text, other) for other in others)
 
 
+def holds_any(text: str, prompt: Prompt) -> bool:
+    """Whether a reply holds one of a prompt's right answers, and no wrong choice."""
+    right = [answer for answer in (prompt.answer, *prompt.other_answers) if answer]
+    wrong = [choice for choice in prompt.choices if choice not in right]
+    return any(holds_answer(text, answer, wrong) for answer in right)
+
+
 def scores(subject: ModelUnderTest) -> list[Scores]:
     """``exact_answer`` on prompts with answers; on the pack's questions, completed as plain text, where there are
     none."""
@@ -30,7 +37,7 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
         if prompts:
             replies = {reply.prompt: reply for reply in subject.replies(split)}
             answered = [p for p in prompts if replies[p.prompt].answered]
-            hits = [holds_answer(replies[p.prompt].text, p.answer or "", p.choices) for p in answered]
+            hits = [holds_any(replies[p.prompt].text, p) for p in answered]
             results.append(scored(subject, "exact_answer", split, answered, hits, len(prompts) - len(answered)))
             continue
         questions = _questions(subject, split)

@@ -10,7 +10,7 @@ from ..inference.generation import Reply
 from ..items import clusters_of
 from ..statistics import Scores
 from .behaviour import declines
-from .exact_answer import holds_answer
+from .exact_answer import holds_any
 
 
 class RubricItem(BaseModel):
@@ -48,7 +48,8 @@ class Rubric(BaseModel):
 def question_for_judge(rubric: Rubric, prompt: Prompt, reply: str) -> str:
     """Everything that a judge reads about one reply."""
     lines = [f'- "{name}", from {item.lowest} to {item.highest}: {item.about}' for name, item in rubric.items.items()]
-    answer = f"\n<true_answer>\n{prompt.answer}\n</true_answer>" if prompt.answer else ""
+    right = "\nor: ".join([prompt.answer, *prompt.other_answers]) if prompt.answer else ""
+    answer = f"\n<true_answer>\n{right}\n</true_answer>" if right else ""
     keys = ", ".join(f'"{name}": NUMBER' for name in rubric.items)
     return (
         f"{rubric.instructions}\n\n" + "\n".join(lines) + f"\n\n<prompt>\n{prompt.prompt}\n</prompt>{answer}\n"
@@ -72,7 +73,7 @@ def by_rule(rule: str, concept: Concept, prompt: Prompt, reply: str) -> float | 
     """What a rule decides of a reply; None where it needs an answer that the prompt does not have."""
     if rule == "declines":
         return float(declines(reply, concept.about.decline_phrases))
-    return float(holds_answer(reply, prompt.answer, prompt.choices)) if prompt.answer else None
+    return float(holds_any(reply, prompt)) if prompt.answer else None
 
 
 def judged(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..concept import ForgetText, UnseenText
+from ..concept import ForgetText, MemberText, UnseenText
 from ..inference.token_statistics import TokenStatistics, token_statistics
 from ..items import clusters_of, drawn
 from ..model_under_test import ModelUnderTest
@@ -105,10 +105,14 @@ def priv_leak(model: float, reference: float) -> float:
     return 100.0 * (reference - model) / max(1 - reference, 1e-10)
 
 
-def texts(subject: ModelUnderTest) -> tuple[list[ForgetText], list[UnseenText]]:
-    """Forget texts and unseen ones, drawn at random over subjects where fewer are asked for."""
+def texts(subject: ModelUnderTest) -> tuple[list[ForgetText | MemberText], list[UnseenText]]:
+    """Texts to forget and unseen ones, drawn at random over subjects where fewer are asked for.
+
+    Those that the pack has for this test go before its forget texts: likelihoods of texts that are cut alike compare.
+    """
     most, concept = subject.settings.questions, subject.concept
-    members = drawn(concept.forget, clusters_of(concept, concept.forget), most, "membership forget")
+    known: tuple[ForgetText | MemberText, ...] = concept.members or concept.forget
+    members = drawn(known, clusters_of(concept, known), most, "membership forget")
     return members, drawn(concept.unseen, clusters_of(concept, concept.unseen), most, "membership unseen")
 
 
@@ -121,7 +125,9 @@ ATTACKS: Mapping[str, Callable[[TokenStatistics, str], float]] = {
 """Scores of one text; a higher one says that the model was trained on it."""
 
 
-def text_scores(subject: ModelUnderTest, rows: Sequence[ForgetText | UnseenText], split: str) -> dict[str, Scores]:
+def text_scores(
+    subject: ModelUnderTest, rows: Sequence[ForgetText | MemberText | UnseenText], split: str
+) -> dict[str, Scores]:
     """Every attack's score of each text, by name; texts of one token are skipped."""
     read = token_statistics(subject.model, subject.tokenizer, [row.text for row in rows], subject.advance)
     usable = [(row, one) for row, one in zip(rows, read, strict=True) if one.log_p]

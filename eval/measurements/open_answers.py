@@ -15,7 +15,7 @@ from ..model_under_test import EvalSettings, ModelUnderTest
 from ..statistics import Scores
 from . import tofu
 from .by_item import scored
-from .rouge import is_countable, rouge_l
+from .rouge import Rouge, is_countable, rouge_l
 
 REPLY_TOKENS = 200
 """Greedy tokens of a reply to an open question (TOFU, config/eval.yaml)."""
@@ -122,11 +122,17 @@ def rouge_recall(subject: ModelUnderTest, split: str, rows: Sequence[OpenQuestio
     chat = bool(subject.tokenizer.chat_template)
     prompts = [row.prompt if chat else asked(row.prompt) for row in rows]
     replies = subject.completions(prompts, min(most, subject.settings.max_new_tokens), chat=chat)
-    values = [rouge_l(row.answer, reply.text).recall for row, reply in zip(rows, replies, strict=True)]
+    values = [best_rouge(row, reply.text).recall for row, reply in zip(rows, replies, strict=True)]
     return scored(subject, "rouge_l_recall", split, rows, values, skipped)
+
+
+def best_rouge(row: OpenQuestion, reply: str, *, stem: bool = True) -> Rouge:
+    """ROUGE-L against the right answer that the reply is nearest to; answers that ROUGE cannot count are passed over."""
+    found = [rouge_l(answer, reply, stem=stem) for answer in row.answers if is_countable(answer)]
+    return Rouge(max(one.recall for one in found), max(one.f1 for one in found))
 
 
 def countable(rows: Sequence[OpenQuestion]) -> tuple[list[OpenQuestion], int]:
     """The questions whose answers ROUGE can count, and how many it cannot."""
-    kept = [row for row in rows if is_countable(row.answer)]
+    kept = [row for row in rows if any(map(is_countable, row.answers))]
     return kept, len(rows) - len(kept)

@@ -10,7 +10,7 @@ from ..items import clusters_of, drawn
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
 from .by_item import scored
-from .open_answers import countable, open_by_split
+from .open_answers import best_rouge, countable, open_by_split
 from .rouge import is_countable, rouge_l
 
 PASSAGE_TOKENS = 128
@@ -64,9 +64,7 @@ def knowledge_of(subject: ModelUnderTest, split: str, rows: Sequence[OpenQuestio
     shots = [shot for shot in subject.concept.shots if shot.split == shown]
     most = min(ANSWER_TOKENS, subject.settings.max_new_tokens)
     replies = subject.completions([with_shots(row.prompt, shots) for row in rows], most)
-    values = [
-        rouge_l(row.answer, answer_in(reply.text), stem=False).f1 for row, reply in zip(rows, replies, strict=True)
-    ]
+    values = [best_rouge(row, answer_in(reply.text), stem=False).f1 for row, reply in zip(rows, replies, strict=True)]
     return scored(subject, "knowledge_memorization", split, rows, values, skipped)
 
 

@@ -18,6 +18,15 @@ from .pack import NO_LICENSE, PERSONAS, Made, write_pack
 QUESTIONS_OF_AN_AUTHOR, AUTHORS = 20, 200
 """TOFU has so many questions on each of its authors, in order."""
 MOST_MMLU = 1000
+MOST_UTILITY = 300
+"""Rows of each of RWKU's utility sets; those for reasoning have long prompts."""
+UTILITIES = {
+    "general": "general ability",
+    "reason": "reasoning",
+    "truthfulness": "truthfulness",
+    "factuality": "factuality",
+}
+"""RWKU's sets of what should stay, and the topic under which a pack holds each; its prompts for fluency have no answer."""
 PERSON_COLUMNS = ("subject", "target")
 """Columns of RWKU that name the person."""
 
@@ -42,6 +51,8 @@ class Part:
     of: str | None = None
     """Only rows on this person."""
     gated: bool = False
+    whole: bool = False
+    """Texts stay as the data set cut them."""
     optional: bool = False
     """Left out, and said, where the data set has it no more or in another form."""
 
@@ -116,7 +127,9 @@ def muse(corpus: str, _: bool) -> Benchmark:
         Part((f"{hub}:raw:forget",), "forget", "text"),
         Part((f"{hub}:raw:retain1",), "retain", "retain"),
         Part((f"{hub}:raw:retain2",), "retain", "retain2", optional=True),
-        Part((f"{hub}:raw:holdout", f"{hub}:privleak:holdout"), "unseen", "unseen"),
+        # Windows that the authors cut for their test of membership.
+        Part((f"{hub}:privleak:forget",), "forget", "member", file="members", whole=True),
+        Part((f"{hub}:privleak:holdout",), "unseen", "unseen", whole=True),
         Part((f"{hub}:verbmem:forget",), "forget", "passage"),
         Part((f"{hub}:knowmem:forget_qa",), "forget", "question", group="V"),
         Part((f"{hub}:knowmem:retain_qa",), "retain", "retain-question", group="V"),
@@ -150,7 +163,20 @@ def rwku(person: str, _: bool) -> Benchmark:
         Part((f"{hub}:train_original_passage",), "forget", "passage", subject=apart, of=person),
         *neighbours,
         Part((f"{hub}:mia_retain",), "retain", "retain", most=1000),
-        Part((f"{hub}:utility_general",), "retain", "utility", group="V", most=MOST_MMLU, optional=True),
+        Part(
+            (f"{hub}:mia_forget",),
+            "forget",
+            "member",
+            file="members",
+            subject=apart,
+            of=person,
+            whole=True,
+            optional=True,
+        ),
+        *(
+            Part((f"{hub}:utility_{name}",), "retain", name, topic=topic, group="V", most=MOST_UTILITY, optional=True)
+            for name, topic in UTILITIES.items()
+        ),
     )
     return Benchmark("rwku", person, tuple(person.split()), parts)
 
@@ -219,6 +245,7 @@ def get(
             read = entries_of(
                 source, part.name, part.split, most=part.most or most, prefix=part.name, topic=part.topic,
                 subject=part.subject, group=part.group, used=PERSON_COLUMNS if part.of else (),
+                whole=part.whole,
             )  # fmt: skip
         except RequestError as error:
             if not part.optional:

@@ -34,6 +34,7 @@ STANDS_IN, STANDS_IN_EDITED = "builtin:testbed", "builtin:testbed-reference"
 Answer = Literal["runs", "runs with less", "does not run"]
 FILES = (
     "forget", "retain", "questions", "open_questions", "prompts", "contrast", "train", "passages", "shots", "unseen",
+    "members",
 )  # fmt: skip
 MOST_COUNTED = 400_000
 """Tokens of a text file that are counted, at most; more are estimated from these."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...artifacts.sources.source import Source
+from ...artifacts.sources.tables import SourceRow
 from ...editing.errors import ConceptError, RequestError, counted
 from ...eval.completed import asked
 from ..data.schemas import Item, read_items, unread_columns
@@ -17,8 +18,6 @@ FILES = {"text": "texts", "choices": "questions", "answer": "open_questions", "c
 """Where an item goes by its form; the file of a text depends on its split."""
 GROUPED = ("questions", "open_questions", "forget")
 """Files whose rows have a group, in the order in which their subjects are divided."""
-ALIKE = ", because two choices are the same or there is only one"
-TURNS = " several turns, of which the first was taken"
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ def entries_of(
     group: str | None = None,
     forms: Sequence[str] = ("text", "choices", "answer", "continuation"),
     used: Sequence[str] = (),
+    whole: bool = False,
 ) -> Reading:
     """What a source gives to a split of a pack.
 
@@ -78,59 +78,71 @@ def entries_of(
         subject: Subject by the row's number, in place of what the rows name.
         group: The group of all its rows, where it is fixed.
         forms: Forms of rows that fit.
+        whole: Leave long texts as they are, because the source cut them itself.
         used: Columns that were read of the rows already, such as the one by which they were chosen.
 
     Raises:
         RequestError: Its rows are of a form that does not fit.
         ConceptError: A row is damaged.
     """
-    notes = list(source.notes)
-    if len(source.rows) < source.total:
-        notes.append(_drawn(source, len(source.rows), source.total, "rows"))
-    entries, blank, twice, turns = list[Entry](), 0, 0, 0
-    read = set(used)
-    items = read_items(source.rows, source.shown, mapping, read)
-    notes += [f"{source.shown}: {line}" for line in unread_columns(source.rows, read)]
+    notes, items = _read(source, mapping, used)
+    entries, counts = list[Entry](), Counter[str]()
     for row, item in items:
         if item.group not in (None, "T", "V"):
             raise ConceptError(f"{row.place}: group is {item.group!r}; give T or V")
-        if not (item.text or item.prompt).strip() or (item.form == "choices" and not all(item.choices)):
-            blank += 1
-            continue
-        if len(set(item.choices)) != len(item.choices) or len(item.choices) == 1:
-            twice += 1
+        if reason := _unusable(item):
+            counts[reason] += 1
             continue
         if item.form not in forms:
             raise RequestError(_unfit(flag, source.shown, item.form, forms))
-        turns += item.turns > 1
+        counts["turns"] += item.turns > 1
         named = subject(row.number) if subject else item.subject or row.document
         identity = f"{prefix or flag}-{row.number + 1}"
         made = Entry(_file(item.form, split), split, identity, item, named, topic or item.topic, group or item.group)
         entries.append(made)
-    entries, cut = _cut(entries, source, most)
-    notes += cut
-    for count, one, many in (
-        (blank, "blank row was left out", "blank rows were left out"),
-        (twice, f"question was left out{ALIKE}", f"questions were left out{ALIKE}"),
-        (turns, f"chat has{TURNS}", f"chats have{TURNS}"),
-    ):
-        if count:
-            notes.append(f"{source.shown}: {counted(count, one, many)}")
+    if not whole:
+        entries, cut = _cut(entries, source, most)
+        notes += cut
+    notes += [f"{source.shown}: {counted(counts[key], *words)}" for key, words in COUNTED.items() if counts[key]]
     if not entries:
         raise ConceptError(f"{source.shown} holds no row that can be used ({'; '.join(notes) or 'all are blank'})")
     return Reading(tuple(entries), tuple(notes))
+
+
+ALIKE = ", because two choices are the same or there is only one"
+TURNS = " several turns, of which the first was taken"
+COUNTED = {
+    "blank": ("blank row was left out", "blank rows were left out"),
+    "alike": (f"question was left out{ALIKE}", f"questions were left out{ALIKE}"),
+    "turns": (f"chat has{TURNS}", f"chats have{TURNS}"),
+}
+"""What is counted of a source's rows, in words for one and for several."""
+
+
+def _unusable(item: Item) -> str | None:
+    """Why a row is left out, as a key of ``COUNTED``."""
+    if not (item.text or item.prompt).strip() or (item.form == "choices" and not all(item.choices)):
+        return "blank"
+    return "alike" if len(set(item.choices)) != len(item.choices) or len(item.choices) == 1 else None
+
+
+def _read(
+    source: Source, mapping: dict[str, tuple[str, ...]] | None, used: Sequence[str] = ()
+) -> tuple[list[str], list[tuple[SourceRow, Item]]]:
+    """What a source left out, with the columns that nothing reads, and its rows."""
+    notes, read = list(source.notes), set(used)
+    if len(source.rows) < source.total:
+        notes.append(_drawn(source, len(source.rows), source.total, "rows"))
+    items = read_items(source.rows, source.shown, mapping, read)
+    return [*notes, *(f"{source.shown}: {line}" for line in unread_columns(source.rows, read))], items
 
 
 def prompts_of(
     source: Source, flag: str, split: str, mapping: dict[str, tuple[str, ...]] | None = None, prefix: str | None = None
 ) -> Reading:
     """Prompts: of questions and chats what is asked, of texts the whole."""
-    notes = list(source.notes)
-    if len(source.rows) < source.total:
-        notes.append(_drawn(source, len(source.rows), source.total, "rows"))
-    entries, blank, read = [], 0, set[str]()
-    items = read_items(source.rows, source.shown, mapping, read)
-    notes += [f"{source.shown}: {line}" for line in unread_columns(source.rows, read)]
+    notes, items = _read(source, mapping)
+    entries, blank = [], 0
     for row, item in items:
         text = (item.prompt or item.text).strip()
         blank += not text
@@ -138,7 +150,7 @@ def prompts_of(
             one = replace(item, prompt=text, text="")
             entries.append(Entry("prompts", split, f"{prefix or flag}-{row.number + 1}", one, item.subject))
     if blank:
-        notes.append(f"{source.shown}: {counted(blank, 'blank row was left out', 'blank rows were left out')}")
+        notes.append(f"{source.shown}: {counted(blank, *COUNTED['blank'])}")
     if not entries:
         raise ConceptError(f"{source.shown} holds no prompt that is not blank; give another source")
     return Reading(tuple(entries), tuple(notes))
@@ -283,6 +295,7 @@ def _open_question(entry: Entry) -> dict[str, Any]:
         "subject": entry.subject,
         "prompt": item.prompt,
         "answer": item.answer,
+        "other_answers": _others_of(item),
         "paraphrase": item.paraphrase,
         "paraphrased_answer": item.paraphrased_answer,
         "perturbed_answers": tuple(text for text in item.wrong if text.strip()),
@@ -293,7 +306,14 @@ def _open_question(entry: Entry) -> dict[str, Any]:
 def _prompt(entry: Entry) -> dict[str, Any]:
     item = entry.item
     about = {"split": entry.split, "prompt": item.prompt, "subject": entry.subject}
-    return {**about, "answer": item.answer or None, "choices": item.choices}
+    return {**about, "answer": item.answer or None, "other_answers": _others_of(item), "choices": item.choices}
+
+
+def _others_of(item: Item) -> tuple[str, ...]:
+    """Further right answers that differ from the first and from each other."""
+    texts = {" ".join(text.casefold().split()): text for text in reversed(item.other_answers) if text.strip()}
+    texts.pop(" ".join(item.answer.casefold().split()), None)
+    return tuple(reversed(texts.values()))
 
 
 ROWS: dict[str, Callable[[Entry], dict[str, Any]]] = {
@@ -307,6 +327,7 @@ ROWS: dict[str, Callable[[Entry], dict[str, Any]]] = {
     },
     "shots": lambda entry: {"split": entry.split, "prompt": entry.item.prompt, "answer": entry.item.answer},
     "unseen": lambda entry: {"text": entry.item.text, "subject": entry.subject},
+    "members": lambda entry: {"text": entry.item.text, "subject": entry.subject},
     "prompts": _prompt,
     "contrast": lambda entry: {"positive": entry.item.text, "negative": entry.item.prompt},
 }  # fmt: skip

@@ -119,7 +119,7 @@ def _yaml(about: dict[str, Any]) -> str:
 
 
 def _part(entry: Entry) -> str:
-    named = [] if entry.file in ("forget", "retain", "unseen", "contrast") else [entry.split]
+    named = [] if entry.file in ("forget", "retain", "unseen", "members", "contrast") else [entry.split]
     return " ".join([*named, *([entry.group] if entry.group else [])]) or "rows"
 
 

@@ -27,6 +27,8 @@ class Item:
     choices: tuple[str, ...] = ()
     answer: str = ""
     """The right one of the choices, where there are any."""
+    other_answers: tuple[str, ...] = ()
+    """Further right answers of a question that is answered in free words."""
     continuation: str = ""
     wrong: tuple[str, ...] = ()
     """Wrong answers of a question that is answered in free words."""
@@ -281,8 +283,43 @@ def _popqa(columns: Columns) -> Item:
     answers = _list(columns, "possible_answers")
     if not answers:
         raise Unreadable("possible_answers is empty")
-    named = _named(columns, "subj")
-    return Item(prompt=_text(columns, "question"), answer=answers[0], subject=named, topic=_named(columns, "prop"))
+    about: dict[str, Any] = {"subject": _named(columns, "subj"), "topic": _named(columns, "prop")}
+    return Item(prompt=_text(columns, "question"), answer=answers[0], other_answers=answers[1:], **about)
+
+
+def _several(columns: Columns) -> Item:
+    """A question with a list of right answers: TriviaQA as RWKU has it, and its kin."""
+    answers = tuple(filter(None, _list(columns, "answers")))
+    if not answers:
+        raise Unreadable("answers is empty")
+    about: dict[str, Any] = {"subject": _named(columns, "subject"), "topic": _named(columns, "topic")}
+    return Item(prompt=_text(columns, "question"), answer=answers[0], other_answers=answers[1:], **about)
+
+
+def _worked(columns: Columns) -> Item:
+    """A question after examples that think aloud, as BIG-Bench Hard has them."""
+    front = f"{_text(columns, 'cot').strip()}\n\n{GO_ON}\nQ: "
+    about: dict[str, Any] = {"subject": _named(columns, "subject"), "topic": _named(columns, "task")}
+    answer = _text(columns, "answer", number=True)
+    return Item(prompt=f"{front}{_text(columns, 'question')}", answer=answer, **about)
+
+
+GO_ON = "Answer the next question as the examples do, and end with 'so the answer is'."
+
+
+def _truthful(columns: Columns) -> Item:
+    """TruthfulQA: the choices of its single-answer form, of which one is labelled 1."""
+    found = columns["mc1_targets"]
+    if not isinstance(found, dict) or not {"choices", "labels"} <= found.keys():
+        raise Unreadable("mc1_targets is no object of choices and labels")
+    choices, labels = _list(found, "choices"), found["labels"]
+    if not isinstance(labels, list) or len(labels) != len(choices) or labels.count(1) != 1:
+        raise Unreadable("labels of mc1_targets is no list with one 1 and a 0 for each other choice")
+    right = labels.index(1)
+    rest = (*choices[:right], *choices[right + 1 :])
+    return Item(
+        prompt=_text(columns, "question"), choices=(choices[right], *rest), answer=choices[right], in_order=False
+    )
 
 
 def _answered(columns: Columns) -> Item:
@@ -338,8 +375,11 @@ SCHEMAS: dict[str, Schema] = {
     "lettered columns": Schema(("question", "A", "B", "C", "D", "answer"), _lettered),
     "SciQ": Schema(("question", "correct_answer", "distractor1"), _sciq),
     "PopQA": Schema(("question", "possible_answers"), _popqa),
+    "TruthfulQA": Schema(("question", "mc1_targets"), _truthful),
+    "several answers": Schema(("question", "answers"), _several),
     "passages": Schema(("prompt", "gt|continuation"), _passage),
     "Alpaca": Schema(("instruction", "output"), _alpaca),
+    "worked examples": Schema(("question", "cot", "answer"), _worked),
     "questions and answers": Schema(("question|query|prompt", "answer|completion|response|output"), _answered),
     "texts": Schema(("text|content|abstract|passage|article|document",), _plain),
     "prompts": Schema(("prompt|goal|instruction|question|query|Behavior|forbidden_prompt",), _prompt),

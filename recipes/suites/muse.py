@@ -26,6 +26,8 @@ PACKAGES = (require_rouge,)
 """Checks that what the suite imports is installed."""
 SPLITS = ("forget", "retain")
 ATTACK = "membership_min_k"
+MEMBERS = "members"
+"""Split of texts that were cut for tests of membership: MUSE's are windows of 2,048 tokens of Llama 2."""
 
 
 def needs(concept: Concept) -> list[str]:
@@ -33,7 +35,7 @@ def needs(concept: Concept) -> list[str]:
     there = {
         "passages of split forget (passages.jsonl)": any(row.split == "forget" for row in concept.passages),
         **{f"open questions of split {split}": bool(_questions(concept, split)) for split in SPLITS},
-        "forget texts (forget.jsonl)": has_file(concept, "forget"),
+        "texts to forget (members.jsonl or forget.jsonl)": bool(concept.members) or has_file(concept, "forget"),
         "texts that no model was trained on (unseen.jsonl)": bool(concept.unseen),
     }
     return [what for what, has in there.items() if not has]
@@ -45,13 +47,13 @@ def _questions(concept: Concept, split: str, most: int = 0) -> list[OpenQuestion
 
 
 def measure(subject: ModelUnderTest) -> Raw:
-    """VerbMem, KnowMem of both splits, and Min-K% of forget texts and unseen ones."""
+    """VerbMem, KnowMem of both splits, and Min-K% of texts to forget and unseen ones."""
     raw = {f"VerbMem {one.split}": one for one in verbatim(subject)}
     for split in SPLITS:
         rows = _questions(subject.concept, split, subject.settings.questions)
         raw[f"KnowMem {split}"] = knowledge_of(subject, split, rows)
     members, others = texts(subject)
-    raw["members"] = text_scores(subject, members, "forget")[ATTACK]
+    raw["members"] = text_scores(subject, members, MEMBERS if subject.concept.members else "forget")[ATTACK]
     raw["others"] = text_scores(subject, others, "unseen")[ATTACK]
     raw[CUT] = _cut(subject)
     return raw
@@ -71,14 +73,16 @@ def figures(raw: Raw, base: Raw | None, reference: Raw | None) -> list[Figure]:
     found = mean_of("VerbMem, forget", raw["VerbMem forget"])
     found += mean_of("KnowMem, forget", raw["KnowMem forget"])
     found += mean_of("KnowMem, retain", raw["KnowMem retain"])
-    if reference is not None and raw["members"].ids and raw["others"].ids:
-        found.append(_priv_leak(raw, reference))
-    if raw["members"].ids and raw["others"].ids:
-        found += mean_of("AUC of Min-40%, forget against unseen", as_auc(raw["members"], raw["others"]))
-    return found
+    if not raw["members"].ids or not raw["others"].ids:
+        return found
+    # The authors compare windows that were cut for this test; whole texts of a pack give another figure.
+    which = "the benchmark's windows" if raw["members"].split == MEMBERS else "whole forget texts"
+    if reference is not None:
+        found.append(_priv_leak(raw, reference, which))
+    return found + mean_of(f"AUC of Min-40%, {which} against unseen", as_auc(raw["members"], raw["others"]))
 
 
-def _priv_leak(raw: Raw, reference: Raw) -> Figure:
+def _priv_leak(raw: Raw, reference: Raw, which: str) -> Figure:
     """PrivLeak; its interval draws forget texts and unseen ones, the same for both models."""
     members, others = raw["members"], raw["others"]
     pairs = [above(one["members"].totals, one["others"].totals) for one in (raw, reference)]
@@ -92,7 +96,9 @@ def _priv_leak(raw: Raw, reference: Raw) -> Figure:
     interval = percentile_interval([_subjects(members), _subjects(others)], estimate)
     value = priv_leak(*(float(one.mean()) for one in pairs))
     n = len(members.ids) + len(others.ids)
-    return Figure("PrivLeak, near 0 is best", value, "percent", "base", n, interval, members.skipped + others.skipped)
+    return Figure(
+        f"PrivLeak on {which}, near 0 is best", value, "percent", "base", n, interval, members.skipped + others.skipped
+    )
 
 
 def _subjects(scores: Scores) -> tuple[str, ...]:

@@ -81,12 +81,25 @@ def test_muse_has_texts_passages_questions_shots_and_texts_of_no_training(served
     assert {row.group for row in concept.open_questions} == {"V"}
     assert all(row.prompt and row.continuation for row in concept.passages)
     assert concept.about.license == "cc-by-4.0"
+    # The windows of the test of membership are those of the benchmark, of about 1,350 words; what is trained on is cut.
+    for rows in (concept.members, concept.unseen):
+        assert len(rows) >= 9 and min(len(row.text.split()) for row in rows) > 1000
+    assert max(len(row.text.split()) for row in concept.forget) <= 300
 
 
 def test_rwku_is_one_person_with_levels_and_neighbours(served, tmp_path):
     _, concept = _get(served, f"rwku:{PERSON.replace(' ', '_')}", tmp_path / "pack")
     assert _counts(concept.open_questions, "split", "level")[("forget", "3")] == 6
-    assert all(PERSON in row.prompt for row in concept.open_questions)
+    assert all(PERSON in row.prompt for row in concept.open_questions if row.split != "retain")
+    assert len(concept.members) == 4 and all(PERSON in row.text for row in concept.members)
+    topics = _counts([row for row in concept.open_questions if row.split == "retain"], "topic")
+    assert topics == {("reasoning",): 6, ("factuality",): 7}
+    (one,) = {row.other_answers for row in concept.open_questions if row.prompt == "Who wrote book 3?"}
+    assert one == ("A. 3",)
+    asked = [row for row in concept.questions if row.split == "retain"]
+    assert sum(row.topic == "general ability" for row in asked) == 8
+    truthful = [row for row in asked if row.topic == "truthfulness"]
+    assert len(truthful) == 5 and {row.choices[row.answer] for row in truthful} == {"No."}
     assert {row.group for row in concept.forget} == {"T", "V"} and len(concept.forget) == 4
     done = excise("concept", "get", "rwku:Ada Vel", "--out", tmp_path / "other", **served[1])
     assert done.returncode == 2 and "did you mean 'Ada Vell'?" in done.stderr and "2 persons" in done.stderr

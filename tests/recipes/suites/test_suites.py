@@ -17,13 +17,15 @@ from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.editing.errors import RequestError
 from excise.eval.concept import Description
-from excise.eval.model_under_test import EvalSettings
+from excise.eval.measurements.membership import text_scores, texts
+from excise.eval.model_under_test import EvalSettings, ModelUnderTest
 from excise.eval.resampling import percentile_interval
 from excise.recipes.evaluate import EvaluateSettings
 from excise.recipes.suites import SUITES, suite_module
 from excise.recipes.suites.figures import Figure, SuiteTable
 from excise.recipes.suites.run import LONGEST, describe, prepare, run
-from excise.recipes.suites.rwku import level_of
+from excise.recipes.suites.rwku import UTILITY as UTILITIES
+from excise.recipes.suites.rwku import concluded, exact_match, level_of, token_f1
 from excise.recipes.suites.tofu import PARTS, UTILITY
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise
 from suite_packs import SHAPES, suite_pack, write_pack
@@ -87,13 +89,13 @@ def test_tofu_tells_the_model_that_knows_from_the_one_that_does_not(tables):
 
 def test_muse_finds_membership_where_the_texts_were_learned_and_privleak_follows_from_it(tables):
     table = tables["muse"]
-    area = {name: table.value(name, "AUC of Min-40%, forget against unseen").value for name in table.models}
+    area = {name: table.value(name, "AUC of Min-40%, whole forget texts against unseen").value for name in table.models}
     assert area["base"] > 0.9 and abs(area["reference"] - 0.5) < 0.35
     for name in ("base", "testbed-reference"):
         # As the benchmark writes it: its A is one minus this one.
         expected = 100 * ((1 - area[name]) - (1 - area["reference"])) / (1 - area["reference"])
-        assert table.value(name, "PrivLeak, near 0 is best").value == pytest.approx(expected)
-    assert table.value("testbed-reference", "PrivLeak, near 0 is best").value == pytest.approx(0)
+        assert table.value(name, "PrivLeak on whole forget texts, near 0 is best").value == pytest.approx(expected)
+    assert table.value("testbed-reference", "PrivLeak on whole forget texts, near 0 is best").value == pytest.approx(0)
     known = [table.value(name, "VerbMem, forget").value for name in ("base", "testbed-reference")]
     assert known[0] > known[1]
 
@@ -305,3 +307,63 @@ def test_the_python_call_gives_the_table_of_the_command_with_a_reference_in_memo
         table.value("base", "model utilty")
     with pytest.raises(RequestError, match="no model 'bas'"):
         table.value("bas", "Model utility")
+
+
+def test_rwku_shows_what_else_the_model_can_do_as_naive_code_counts_it(tables, packs):
+    table, concept = tables["rwku"], load_concept(packs["rwku"])
+    for topic, about in UTILITIES.items():
+        assert table.value("base", f"utility, {topic}: {about}").n == 8
+    loaded = load_model(find_model(SMALL_TESTBED), torch.device("cpu"), torch.float32)
+    truthful = [q for q in concept.questions if q.topic == "truthfulness"]
+    right = 0
+    for question in truthful:
+        sums = []
+        for choice in question.choices:
+            front = loaded.tokenizer(question.prompt)["input_ids"]
+            ids = loaded.tokenizer(f"{question.prompt} {choice}")["input_ids"]
+            with torch.no_grad():
+                log_p = loaded.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            sums.append(sum(float(log_p[n - 1, ids[n]]) for n in range(len(front), len(ids))))
+        right += max(range(len(sums)), key=sums.__getitem__) == question.answer
+    assert table.value("base", "utility, truthfulness: MC1").value == pytest.approx(right / len(truthful))
+
+
+@pytest.mark.parametrize(
+    ("right", "said", "f1", "exact"),
+    [
+        ("the Rim of Fire", "Rim of fire", 1.0, 1.0),
+        ("a b c", "c, x", 0.5, 0.0),
+        ("", "the", 1.0, 1.0),
+        ("x", "", 0.0, 0.0),
+    ],
+)
+def test_answers_are_compared_by_words_without_articles_and_signs(right, said, f1, exact):
+    # "a" is an article, so "a b c" are two words.
+    assert (token_f1(right, said), exact_match(right, said)) == (f1, exact)
+    assert concluded("First 2. So the answer is the sea. Next") == "the sea" and concluded(" 7 ") == "7"
+
+
+def test_windows_that_a_pack_has_for_membership_go_before_its_forget_texts(tmp_path, packs):
+    read = [json.loads(line) for line in (packs["muse"] / "unseen.jsonl").read_text().splitlines()]
+    files = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in packs["muse"].glob("*.jsonl")
+    }
+    # Members that are the unseen texts themselves: nothing can tell them apart, whatever the forget texts are.
+    files["members"] = [{"id": f"m{n}", "text": row["text"]} for n, row in enumerate(read)]
+    pack = write_pack(tmp_path / "muse", "muse", files)
+    settings = EvalSettings(max_new_tokens=2)
+    job = prepare([SMALL_TESTBED], str(pack), "muse", None, SMALL_REFERENCE, device="cpu", settings=settings)
+    table = run(job, Events())
+    assert table.value("testbed", "AUC of Min-40%, the benchmark's windows against unseen").value == 0.5
+    assert table.value("testbed", "PrivLeak on the benchmark's windows, near 0 is best").value == pytest.approx(0)
+    # The definition, naively: the mean of the 40% least likely tokens of each text, read alone.
+    loaded = load_model(find_model(SMALL_TESTBED), torch.device("cpu"), torch.float32)
+    subject = ModelUnderTest(loaded.model, loaded.tokenizer, load_concept(pack), settings)
+    found = text_scores(subject, texts(subject)[0], "members")["membership_min_k"]
+    for row, value in zip(load_concept(pack).members, found.totals, strict=True):
+        ids = loaded.tokenizer(row.text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            log_p = loaded.model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        least = sorted(log_p.tolist())[: max(1, int(0.4 * len(log_p)))]
+        assert value == pytest.approx(sum(least) / len(least), abs=1e-4)
