@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ..editing.errors import counted
 from .concept import Concept, ContrastPair, ForgetText, OpenQuestion, Prompt, Question, RetainText
+from .drawing import drawn
 from .words import plain
 
 Text = TypeVar("Text", ForgetText, RetainText)
@@ -322,7 +323,7 @@ def _prompts(concept: Concept) -> Concept:
     rows = tuple(row for q in held_out if (row := _open_prompt(q, open_to.get(q.id))))
     if not rows:
         return concept
-    few = random.Random("excise prompts").sample(rows, k=min(len(rows), MOST_QUESTIONS))
+    few = drawn(rows, [row.subject or row.prompt for row in rows], MOST_QUESTIONS, "prompts")
     of_all = f"of {len(rows)} " if len(few) < len(rows) else ""
     prompts = counted(len(few), "open prompt, the question", f"{of_all}open prompts, the questions")
     made = f"{prompts} on the concept without their choices"

@@ -1,4 +1,4 @@
-"""The items of a pack: which belong together, which no training sees, and drawing some of them at random.
+"""The items of a pack: which belong together, and which no training sees.
 
 Questions on one subject, wordings of one question, windows of one text and texts about one subject are right or wrong
 together. A row's ``subject`` says what it is about; where it has none, the subject of another row that its text names is
@@ -10,9 +10,9 @@ trained on; of the texts a quarter is held out.
 """
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from .concept import (
     Concept,
@@ -28,7 +28,6 @@ from .concept import (
 from .words import has_words
 
 Item = ForgetText | RetainText | UnseenText | MemberText | Question | OpenQuestion | Passage | Prompt
-T = TypeVar("T")
 FEWEST_TEXTS = 40
 """Retain texts below which none is held out: too few would be left to learn from."""
 MEASURED_ROWS = ("questions", "open_questions", "prompts", "passages", "forget", "unseen")
@@ -47,22 +46,6 @@ def clusters_of(concept: Concept, rows: Sequence[Item]) -> tuple[str, ...]:
 def text_of(row: Item) -> str:
     """What a model reads of a row."""
     return row.text if isinstance(row, ForgetText | RetainText | UnseenText | MemberText) else row.prompt
-
-
-def drawn(rows: Sequence[T], clusters: Sequence[Hashable], count: int, seed: str) -> list[T]:
-    """``count`` of the rows at random, in their order: each is as likely as any other, from as many subjects as can be.
-
-    Subjects stand one after another in a random order, and a systematic sample of that row of items is taken.
-    """
-    if not count or len(rows) <= count:
-        return list(rows)
-    rng = random.Random(f"excise draw {seed}")
-    by_cluster: dict[Hashable, list[int]] = {}
-    for place in rng.sample(range(len(rows)), k=len(rows)):
-        by_cluster.setdefault(clusters[place], []).append(place)
-    line = [place for members in by_cluster.values() for place in members]
-    step, start = len(line) / count, rng.random()
-    return [rows[place] for place in sorted(line[int((number + start) * step)] for number in range(count))]
 
 
 def unseen(questions: Sequence[Question]) -> list[Question]:

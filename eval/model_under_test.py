@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .concept import Concept, Prompt, RetainText
+from .drawing import drawn
 from .inference.chat import PromptFormat
 from .inference.encoding import encode
 from .inference.generation import Reply, generate
 from .inference.kept import Kept, kept
 from .inference.likelihood import Likelihood, Request, context_of, log_likelihoods
 from .inference.prompts import PLAIN_PROMPTS
-from .items import Item, clusters_of, drawn, held_out_texts
+from .items import Item, clusters_of, held_out_texts
 
 TEXT_TOKENS = 256
 """Tokens of a retain text along which the divergence from the base is measured, at most."""
@@ -31,6 +32,12 @@ class EvalSettings:
     """Decode replies as the model's generation_config says; otherwise greedily."""
     prompts: PromptFormat = field(default_factory=PromptFormat)
     """How prompts are put into chat templates."""
+
+
+def prompts_of(concept: Concept, split: str) -> list[Prompt]:
+    """Open prompts of a split; if the pack has no neutral ones, everyday requests take their place."""
+    prompts = [prompt for prompt in concept.prompts if prompt.split == split]
+    return prompts or (list(PLAIN_PROMPTS) if split == "neutral" else [])
 
 
 class ModelUnderTest:
@@ -69,8 +76,7 @@ class ModelUnderTest:
 
     def prompts(self, split: str) -> list[Prompt]:
         """Open prompts of a split; if the pack has no neutral ones, everyday requests take their place."""
-        prompts = [prompt for prompt in self.concept.prompts if prompt.split == split]
-        return prompts or (list(PLAIN_PROMPTS) if split == "neutral" else [])
+        return prompts_of(self.concept, split)
 
     def replies(self, split: str) -> list[Reply]:
         """Greedy replies to the prompts of a split, in their order."""

@@ -6,6 +6,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -159,8 +160,32 @@ def text_lines(path: Path, longest: int = MAX_LINE) -> Iterator[tuple[int, str]]
         yield number, line
 
 
+_SUMS: ContextVar[dict[tuple[str, int, int, int], str] | None] = ContextVar("_SUMS", default=None)
+
+
+@contextmanager
+def summed_once() -> Iterator[None]:
+    """Within this context no file is summed a second time while its size and time of change stay the same."""
+    token = _SUMS.set({})
+    try:
+        yield
+    finally:
+        _SUMS.reset(token)
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
+    held = _SUMS.get()
+    if held is None or not path.is_file():
+        return _summed(path)
+    about = path.stat()
+    key = (str(path.resolve()), about.st_ino, about.st_size, about.st_mtime_ns)
+    if key not in held:
+        held[key] = _summed(path)
+    return held[key]
+
+
+def _summed(path: Path) -> str:
     with (
         Telling(CheckpointError, "remove it or put the file in its place").about(path.name),
         regular_file(path) as file,

@@ -1,7 +1,8 @@
 """A pack's questions by split, and the requests that score their choices."""
 
 from ..concept import SPLITS, Concept, Question
-from ..items import clusters_of, drawn, unseen
+from ..drawing import drawn
+from ..items import clusters_of, unseen
 from .likelihood import Request
 
 

@@ -9,7 +9,14 @@ from . import MEASUREMENTS
 
 
 def scored(
-    subject: ModelUnderTest, name: str, split: str, rows: Sequence[Item], values: Sequence[float], skipped: int = 0
+    subject: ModelUnderTest,
+    name: str,
+    split: str,
+    rows: Sequence[Item],
+    values: Sequence[float],
+    skipped: int = 0,
+    *,
+    exponential: bool = False,
 ) -> Scores:
     """One value of each row, each of the same weight, with the row's subject.
 
@@ -20,6 +27,7 @@ def scored(
         rows: What was measured.
         values: One for each row.
         skipped: How many rows of the split could not be measured.
+        exponential: The values are logarithms, of whose mean the exponential is told.
     """
     about = MEASUREMENTS[name]
     return Scores(
@@ -30,6 +38,7 @@ def scored(
         tuple(row.id for row in rows),
         tuple(map(float, values)),
         (1.0,) * len(rows),
+        exponential=exponential,
         skipped=skipped,
         clusters=subject.clusters(rows),
     )

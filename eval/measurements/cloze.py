@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 
 from ..concept import Concept, ForgetText, Question
+from ..drawing import drawn
 from ..inference.likelihood import Likelihood, Request
 from ..inference.questions import questions_by_split, requests_of
-from ..items import clusters_of, drawn
+from ..items import clusters_of
 from ..model_under_test import EvalSettings, ModelUnderTest
 from ..statistics import Scores
-from . import MEASUREMENTS
+from .by_item import scored
 from .tofu import share_of_probability
 
 
@@ -25,27 +26,14 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     for split, questions in questions_by_split(subject.concept, subject.settings.questions).items():
         requests = [requests_of(question)[question.answer] for question in questions]
         likelihoods = subject.likelihoods(requests)
-        ids, clusters = tuple(question.id for question in questions), subject.clusters(questions)
         results += [
-            Scores(
-                name,
-                split,
-                MEASUREMENTS[name].unit,
-                MEASUREMENTS[name].better(split),
-                ids,
-                tuple(value(item) for item in likelihoods),
-                (1.0,) * len(ids),
-                exponential=name == "cloze_rank",
-                clusters=clusters,
+            scored(
+                subject, name, split, questions, [value(item) for item in likelihoods], exponential=name == "cloze_rank"
             )
             for name, value in ANSWERS.items()
         ]
-        row = MEASUREMENTS["cloze_probability"]
-        shares = tuple(among_choices(subject, question) for question in questions)
-        ones = (1.0,) * len(ids)
-        results.append(
-            Scores("cloze_probability", split, row.unit, row.better(split), ids, shares, ones, clusters=clusters)
-        )
+        shares = [among_choices(subject, question) for question in questions]
+        results.append(scored(subject, "cloze_probability", split, questions, shares))
     return results
 
 
@@ -86,25 +74,13 @@ def extraction(subject: ModelUnderTest) -> list[Scores]:
 
     Source: Carlini et al. 2021, as defined by Wang et al. 2024 ("Towards effective evaluations"), equation 2.
     """
-    results, row = [], MEASUREMENTS["extraction_strength"]
+    results = []
     for group in ("T", "V"):
         texts = recitals(subject.concept, subject.settings, group)
         likelihoods = dict(zip(texts, subject.likelihoods(list(texts.values())), strict=True))
         items = {text: item for text, item in likelihoods.items() if item.tokens}
         if items:
-            shares = tuple(item.recited / item.tokens for item in items.values())
-            split, ones, skipped = f"forget_{group}", (1.0,) * len(items), len(likelihoods) - len(items)
-            results.append(
-                Scores(
-                    "extraction_strength",
-                    split,
-                    row.unit,
-                    row.better(split),
-                    tuple(text.id for text in items),
-                    shares,
-                    ones,
-                    skipped=skipped,
-                    clusters=subject.clusters(list(items)),
-                )
-            )
+            shares = [item.recited / item.tokens for item in items.values()]
+            skipped = len(likelihoods) - len(items)
+            results.append(scored(subject, "extraction_strength", f"forget_{group}", list(items), shares, skipped))
     return results

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from ..concept import Prompt, Question
+from ..concept import Concept, Prompt, Question
 from ..inference.generation import Reply
 from ..inference.questions import questions_by_split
-from ..model_under_test import ModelUnderTest
+from ..model_under_test import EvalSettings, ModelUnderTest, prompts_of
 from ..statistics import Scores
 from ..words import has_words
 from .by_item import scored
@@ -40,7 +40,7 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
             hits = [holds_any(replies[p.prompt].text, p) for p in answered]
             results.append(scored(subject, "exact_answer", split, answered, hits, len(prompts) - len(answered)))
             continue
-        questions = _questions(subject, split)
+        questions = completed_questions(subject.concept, subject.settings, split)
         if questions:
             completed = subject.completions([question.prompt for question in questions], ANSWER_TOKENS)
             hits = [_completes(question, reply) for question, reply in zip(questions, completed, strict=True)]
@@ -48,8 +48,11 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
     return results
 
 
-def _questions(subject: ModelUnderTest, split: str) -> list[Question]:
-    by_split = questions_by_split(subject.concept, subject.settings.questions)
+def completed_questions(concept: Concept, settings: EvalSettings, split: str) -> list[Question]:
+    """The questions that are completed in place of prompts, where no prompt of the split has an answer."""
+    if any(prompt.answer for prompt in prompts_of(concept, split)):
+        return []
+    by_split = questions_by_split(concept, settings.questions)
     return by_split.get("forget_V", []) if split == "concept" else by_split.get("retain", [])
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..drawing import drawn
 from ..inference.generation import Reply, generate
 from ..inference.likelihood import Request, log_likelihoods
-from ..items import drawn
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
 from ..words import contains, topical, words_of

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ...editing.errors import RequestError
-from ..items import drawn
+from ..drawing import drawn
 from ..statistics import Better, Scores
 
 BATCH = 8

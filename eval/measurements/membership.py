@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..concept import ForgetText, MemberText, UnseenText
+from ..drawing import drawn
 from ..inference.token_statistics import TokenStatistics, token_statistics
-from ..items import clusters_of, drawn
+from ..items import clusters_of
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
 from . import MEASUREMENTS

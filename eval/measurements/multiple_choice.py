@@ -5,7 +5,7 @@ from ..inference.likelihood import Request
 from ..inference.questions import questions_by_split, requests_of
 from ..model_under_test import EvalSettings, ModelUnderTest
 from ..statistics import Scores
-from . import MEASUREMENTS
+from .by_item import scored
 
 
 def requests(concept: Concept, settings: EvalSettings) -> list[Request]:
@@ -17,16 +17,10 @@ def requests(concept: Concept, settings: EvalSettings) -> list[Request]:
 def scores(subject: ModelUnderTest) -> list[Scores]:
     """Accuracy, and the margin of the true choice over the best other one, for each split; none without questions."""
     results = []
-    rows = {name: MEASUREMENTS[name] for name in ("multiple_choice", "multiple_choice_margin")}
     for split, questions in questions_by_split(subject.concept, subject.settings.questions).items():
         margins = [margin(subject, question) for question in questions]
-        ids, ones = tuple(question.id for question in questions), (1.0,) * len(questions)
-        clusters = subject.clusters(questions)
-        totals = {"multiple_choice": tuple(float(m > 0) for m in margins), "multiple_choice_margin": tuple(margins)}
-        results += [
-            Scores(name, split, row.unit, row.better(split), ids, totals[name], ones, clusters=clusters)
-            for name, row in rows.items()
-        ]
+        results.append(scored(subject, "multiple_choice", split, questions, [m > 0 for m in margins]))
+        results.append(scored(subject, "multiple_choice_margin", split, questions, margins))
     return results
 
 

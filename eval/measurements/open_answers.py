@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from ..completed import asked
 from ..concept import Concept, OpenQuestion
+from ..drawing import drawn
 from ..inference.likelihood import Request
-from ..items import clusters_of, drawn
+from ..items import clusters_of
 from ..model_under_test import EvalSettings, ModelUnderTest
 from ..statistics import Scores
 from . import tofu

@@ -1,8 +1,9 @@
 """Perplexity on the texts that must stay known."""
 
 from ..concept import Concept, RetainText
+from ..drawing import drawn
 from ..inference.likelihood import Request
-from ..items import clusters_of, drawn, held_out_texts
+from ..items import clusters_of, held_out_texts
 from ..model_under_test import EvalSettings, ModelUnderTest
 from ..statistics import Scores
 from . import MEASUREMENTS

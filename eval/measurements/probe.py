@@ -9,7 +9,7 @@ capacity.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,8 @@ from ..inference.likelihood import batch_budget, context_of, encode_request, pad
 from ..inference.questions import questions_by_split, requests_of
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
-from . import BY_LAYER, MEASUREMENTS
+from . import BY_LAYER
+from .by_item import scored
 
 POINTS = 9
 """Points of the stream that are probed, at most, evenly spread from the first layer's input to the last one's
@@ -63,10 +64,14 @@ def scores(subject: ModelUnderTest) -> list[Scores]:
         results[point] = (hits, control)
         best = max(best, (expected, point), key=lambda pair: pair[0])
     chosen = results[best[1]]
+
+    def by_layer(point: str, hits: Sequence[bool]) -> Scores:
+        return replace(scored(subject, "probe", "forget_V", testing, hits), name=BY_LAYER, split=point)
+
     return [
-        _scores(subject, "probe", "forget_V", testing, chosen[0]),
-        _scores(subject, "probe_control", "forget_V", testing, chosen[1]),
-        *(_scores(subject, BY_LAYER, f"{point:02d}", testing, hits) for point, (hits, _) in results.items()),
+        scored(subject, "probe", "forget_V", testing, chosen[0]),
+        scored(subject, "probe_control", "forget_V", testing, chosen[1]),
+        *(by_layer(f"{point:02d}", hits) for point, (hits, _) in results.items()),
     ]
 
 
@@ -99,8 +104,8 @@ def _read(subject: ModelUnderTest, questions: Sequence[Question], points: Sequen
     unembedding = subject.model.get_output_embeddings().weight
     choices = []
     for question in questions:
-        scored = [encode_request(subject.tokenizer, request) for request in requests_of(question)]
-        choices.append(unembedding[[part.ids[part.start] for part in scored]].float().cpu())
+        parts = [encode_request(subject.tokenizer, request) for request in requests_of(question)]
+        choices.append(unembedding[[part.ids[part.start] for part in parts]].float().cpu())
     return Asked(states, choices, [question.answer for question in questions])
 
 
@@ -145,12 +150,3 @@ def _nearest(predicted: Tensor, choices: Sequence[Tensor]) -> list[int]:
         int((torch.nn.functional.normalize(options, dim=-1) @ guess).argmax())
         for guess, options in zip(predicted, choices, strict=True)
     ]
-
-
-def _scores(
-    subject: ModelUnderTest, name: str, split: str, questions: Sequence[Question], hits: Sequence[bool]
-) -> Scores:
-    row, ids = MEASUREMENTS["probe"], tuple(question.id for question in questions)
-    totals, ones = tuple(map(float, hits)), (1.0,) * len(ids)
-    clusters = subject.clusters(questions)
-    return Scores(name, split, row.unit, row.better("forget_V"), ids, totals, ones, clusters=clusters)

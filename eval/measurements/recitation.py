@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from ..completed import bare
 from ..concept import Concept, OpenQuestion, Passage, Shot
+from ..drawing import drawn
 from ..inference.encoding import encode
-from ..items import clusters_of, drawn
+from ..items import clusters_of
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
 from .by_item import scored

@@ -5,9 +5,10 @@ from importlib import import_module
 from typing import Any
 
 from ..concept import Concept
-from ..model_under_test import EvalSettings, ModelUnderTest
+from ..model_under_test import EvalSettings, ModelUnderTest, prompts_of
 from ..statistics import Scores
 from . import MEASUREMENTS
+from .exact_answer import completed_questions
 
 
 def measure(subject: ModelUnderTest) -> list[Scores]:
@@ -33,9 +34,12 @@ def scores_of(name: str, subject: ModelUnderTest) -> list[Scores]:
 
 
 def workload(concept: Concept, settings: EvalSettings) -> int:
-    """Items that ``measure`` will report to ``advance``: likelihoods and replies."""
+    """Items that ``measure`` will report to ``advance``: likelihoods, replies, and questions that are completed."""
     functions = [function_of(row.requests) for row in MEASUREMENTS.values() if row.requests and not row.suite]
-    return len({request for function in functions for request in function(concept, settings)}) + len(concept.prompts)
+    requests = {request for function in functions for request in function(concept, settings)}
+    replies = sum(len(prompts_of(concept, split)) for split in ("concept", "neutral"))
+    completions = sum(len(completed_questions(concept, settings, split)) for split in ("concept", "neutral"))
+    return len(requests) + replies + completions
 
 
 def function_of(path: str | Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,8 @@ from ...artifacts.models.source import ModelSource, builtin_models
 from ...editing.errors import RequestError, nearest
 from ...eval.audit.recovery import questions_needed
 from ...eval.concept import Concept, Question
-from ...eval.items import clusters_of, drawn, unseen
+from ...eval.drawing import drawn
+from ...eval.items import clusters_of, unseen
 from ..common.run_folder import RunSettings, free_folder, refuse_taken
 from ..common.run_record import inputs_of
 from ..common.trainer import memory_for_whole_weights

@@ -20,6 +20,7 @@ from ...editing.hooks.residual_stream import residual_stream
 from ...editing.wiring.row import Architecture
 from ...eval.completed import continuation_questions
 from ...eval.concept import Concept, ContrastPair, Question
+from ...eval.drawing import drawn
 from ...eval.inference.candidates import (
     BehaviourProbe,
     Candidate,
@@ -31,7 +32,7 @@ from ...eval.inference.candidates import (
 )
 from ...eval.inference.chat import encode_prompt
 from ...eval.inference.likelihood import pad_left
-from ...eval.items import clusters_of, drawn
+from ...eval.items import clusters_of
 from .budgets import Budgets
 from .measured_run import MeasuredSettings
 from .tokens import end_positions

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from ...artifacts.concepts import load_concept, read_once
+from ...artifacts.files.opened import summed_once
 from ...artifacts.files.parsed import read_object
 from ...artifacts.models.find import find_model
 from ...artifacts.models.load import load_tokenizer
@@ -102,8 +103,9 @@ def check(pack: str, model: str | None = None) -> Checked:
         >>> [use.answer for use in check("builtin:potions").uses if use.name == "npo"]
         ['runs']
     """
-    source = find_model(model) if model else None
-    with read_once():
+    # Every recipe looks for the model itself, and the sum of a large file takes as long as reading it.
+    with read_once(), summed_once():
+        source = find_model(model) if model else None
         concept = load_concept(pack)
         files, longer = _files(concept, source)
         lengths = {file.name: file.total / file.rows for file in files}

@@ -1,8 +1,9 @@
 """The sequences to forget and to retain that unlearning methods train on."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from ...eval.concept import Concept
+from ...eval.concept import Concept, ForgetText
 from ..common.examples import Example, spread
 from ..common.tokens import encode, pieces
 from .facts import Facts, fact_contexts, question_contexts
@@ -11,7 +12,7 @@ from .facts import Facts, fact_contexts, question_contexts
 def forget_examples(concept: Concept, facts: Facts, tokenizer: Any, seed: int, limit: int) -> list[Example]:
     """Every context with its answer, where only the answer is learned, and whole the texts that state none of the
     facts."""
-    texts = facts.other_texts if facts.facts else concept.forget
+    texts = spread(forget_texts(concept, facts), FORGET_TEXTS, f"excise forget texts {seed}")
     rows = [encode(tokenizer, text.text, True) for text in texts]
     examples = [Example(piece, 1) for row in rows for piece in pieces(row, limit) if len(piece) > 1]
     contexts = [*fact_contexts(facts, "texts", seed), *fact_contexts(facts, "questions", seed)]
@@ -20,6 +21,11 @@ def forget_examples(concept: Concept, facts: Facts, tokenizer: Any, seed: int, l
         start = len(encode(tokenizer, context.text, True))
         examples.append(Example(encode(tokenizer, f"{context.text} {context.fact.answer}", True), start))
     return [example for example in examples if example.start < len(example.ids)]
+
+
+def forget_texts(concept: Concept, facts: Facts) -> Sequence[ForgetText]:
+    """The texts that are learned whole, of which at most ``FORGET_TEXTS`` are read."""
+    return facts.other_texts if facts.facts else concept.forget
 
 
 def retain_examples(concept: Concept, tokenizer: Any, seed: int, limit: int) -> list[Example]:
@@ -31,5 +37,7 @@ def retain_examples(concept: Concept, tokenizer: Any, seed: int, limit: int) -> 
     return [Example(row, 1) for row in dict.fromkeys(rows) if len(row) > 1]
 
 
+FORGET_TEXTS = 4000
+"""Texts to forget that state no fact, at most; drawn before any is tokenized, because a corpus can be far larger."""
 RETAIN_TEXTS = 2000
 """Retain texts, and questions to retain, at most."""

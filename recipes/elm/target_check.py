@@ -11,8 +11,9 @@ from typing import Any
 from ...editing.training.edited_target import TargetEdit
 from ...eval.completed import continuation_questions
 from ...eval.concept import Concept, Question
+from ...eval.drawing import drawn
 from ...eval.intervals import at_most_by_chance, holm
-from ...eval.items import clusters_of, drawn
+from ...eval.items import clusters_of
 from .contrast import ContrastSource
 from .erasure import Erasure
 from .target_scores import Answered, read_questions, scored

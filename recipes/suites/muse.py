@@ -7,9 +7,10 @@ after the pack's in-context examples. Replies are greedy; ROUGE-L F1 without ste
 import numpy as np
 
 from ...eval.concept import Concept, OpenQuestion
+from ...eval.drawing import drawn
 from ...eval.inference.encoding import encode
 from ...eval.inference.likelihood import context_of
-from ...eval.items import clusters_of, drawn
+from ...eval.items import clusters_of
 from ...eval.measurements.membership import above, as_auc, priv_leak, text_scores, texts
 from ...eval.measurements.recitation import PASSAGE_TOKENS, knowledge_of, passages_of, verbatim
 from ...eval.measurements.rouge import require_rouge

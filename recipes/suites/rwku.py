@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ...eval.concept import Concept, OpenQuestion, Question
+from ...eval.drawing import drawn
 from ...eval.inference.questions import requests_of
-from ...eval.items import Item, clusters_of, drawn
+from ...eval.items import Item, clusters_of
 from ...eval.measurements.by_item import scored
 from ...eval.measurements.lettered import hits
 from ...eval.measurements.membership import as_auc, text_scores, texts

@@ -7,7 +7,8 @@ with their end token, and replies are greedy, at most 200 tokens: as locuslab/op
 import numpy as np
 
 from ...eval.concept import Concept, OpenQuestion
-from ...eval.items import clusters_of, drawn
+from ...eval.drawing import drawn
+from ...eval.items import clusters_of
 from ...eval.measurements.by_item import scored
 from ...eval.measurements.open_answers import losses, rouge_recall
 from ...eval.measurements.rouge import require_rouge

@@ -7,7 +7,8 @@ letter of highest log-probability. With a base, the robust figure leaves out wha
 from collections.abc import Callable, Sequence
 
 from ...eval.concept import Concept, Question
-from ...eval.items import clusters_of, drawn
+from ...eval.drawing import drawn
+from ...eval.items import clusters_of
 from ...eval.measurements.lettered import hits, robust
 from ...eval.model_under_test import ModelUnderTest
 from .figures import Figure, Raw, joined, mean_of

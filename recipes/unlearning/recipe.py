@@ -26,7 +26,7 @@ from ..common.measured_run import Finished
 from ..common.tokens import Row, text_limit
 from ..common.trainer import COUNTS, Loss, Terms
 from ..data.facts import Facts, find_facts
-from ..data.unlearning_sets import forget_examples, retain_examples
+from ..data.unlearning_sets import FORGET_TEXTS, forget_examples, forget_texts, retain_examples
 
 BaseLogLikelihoods = Mapping[Row, float]
 """Log-likelihood of each forget sequence under the base, in nats."""
@@ -173,10 +173,15 @@ class UnlearningTraining(Training):
             "about": (type(settings).__doc__ or "").split(":")[0] + ".",
             "steps": settings.steps,
             "rows": 2 * settings.batch_size,
-            "data": f"{counts['forget']} sequences to forget, {counts['retain']} to retain",
+            "data": f"{counts['forget']} sequences to forget, {counts['retain']} to retain{self._drawn()}",
             "lessons": counts,
         }
         return {"training": training, "warnings": list(self.job.adapter.warnings)}
+
+    def _drawn(self) -> str:
+        """How many texts were read, where not all were."""
+        total = len(forget_texts(self.job.adapter.concept, self.job.facts))
+        return f"; {FORGET_TEXTS} of {total} texts to forget were drawn" if total > FORGET_TEXTS else ""
 
 
 def pair_batch(forget: Sequence[Example], retain: Sequence[Example]) -> dict[str, Any]:

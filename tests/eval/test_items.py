@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from excise.artifacts.concepts import load_concept
 from excise.eval.concept import Prompt, RetainText
+from excise.eval.drawing import drawn
 from excise.eval.inference.questions import questions_by_split
 from excise.eval.intervals import effective_size, paired_rate_difference, rate_interval, student, wilson
-from excise.eval.items import clusters_of, drawn
+from excise.eval.items import clusters_of
 from excise.eval.measurements.cloze import recitals
 from excise.eval.measurements.perplexity import texts
 from excise.eval.model_under_test import EvalSettings
