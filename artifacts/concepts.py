@@ -256,11 +256,22 @@ def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
         problems.append(f"{path.name}: cannot be read: {one_line(error)}")
 
 
+PLAIN = {
+    "extra_forbidden": "is not a key of this file",
+    "missing": "is missing",
+    "string_type": "is not a text",
+    "int_type": "is not a whole number",
+    "int_parsing": "is not a whole number",
+    "tuple_type": "is not a list",
+    "model_type": "is not an object of keys",
+}
+"""What a wrong value of a row is, by the library's name of the fault."""
+
+
 def _explain(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
     reason = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "string_pattern_mismatch":
         reason = "is blank"
-    if detail["type"] == "extra_forbidden":
-        reason = "is not a key of this file"
+    reason = PLAIN.get(detail["type"], reason)
     return f"{where}: {reason}" if where else reason

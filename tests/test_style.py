@@ -1,6 +1,8 @@
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,34 @@ def test_the_readme_has_exactly_two_commands():
     commands = [line for line in lines if line.startswith("pip install -c constraints.txt")]
     assert len(commands) == 2
     assert "excise run orthogonalize" in commands[0] and "pytest" in commands[1]
+
+
+def _name(requirement):
+    return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", requirement)[0]).lower()
+
+
+def _installed(requirements, extras):
+    """Names that pip is asked for, with those of the extras that an extra names."""
+    for requirement in requirements:
+        own = re.fullmatch(r"excise\[(.*)\]", requirement)
+        if own:
+            for extra in own[1].split(","):
+                yield from _installed(extras[extra], extras)
+        else:
+            yield _name(requirement)
+
+
+def test_whatever_the_commands_of_readme_and_contributing_install_by_name_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    pinned = {_name(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line.strip()}
+    wanted = {*_installed(project["dependencies"], extras)}
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for named in re.findall(r"pip install -c constraints\.txt .*?\.\[([a-z,-]+)\]", (ROOT / page).read_text()):
+            wanted |= {name for extra in named.split(",") for name in _installed(extras[extra], extras)}
+    # What these need in turn may stay free.
+    assert {"rouge-score", "scipy", "zensical", "torch"} <= wanted
+    assert wanted - pinned == set()
+    assert all(
+        re.fullmatch(r"[A-Za-z0-9._-]+==[\w.+]+", line) for line in (ROOT / "constraints.txt").read_text().split()
+    )

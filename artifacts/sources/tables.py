@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...editing.errors import one_line
+from ...editing.errors import counted, one_line
 from ..files.opened import MAX_LINE, Unreadable, read_text, regular_file, text_lines
 from ..files.parsed import parse_json
 
@@ -122,7 +122,7 @@ def _separated(separator: str) -> Callable[[Path], Numbered]:
                 for row in reader:
                     if row and len(row) != len(header):
                         raise Unreadable(
-                            f"line {reader.line_num} has {len(row)} values for the {len(header)} columns of line 1"
+                            f"line {reader.line_num} has {counted(len(row), 'value', 'values')} for the {counted(len(header), 'column', 'columns')} of line 1"
                         )
                     if row:
                         yield f":{reader.line_num}", dict(zip(header, row, strict=True))

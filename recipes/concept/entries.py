@@ -260,6 +260,11 @@ def grouped(entries: Sequence[Entry], held_out: float) -> list[Entry]:
     missing = {"T", "V"} - {entry.group for entry in found if entry.split == "forget" and entry.file in GROUPED}
     if missing:
         count = len({entry.unit for entry in found if entry.split == "forget" and entry.file in GROUPED})
+        if count > 1:
+            raise ConceptError(
+                f"every row to forget is given group {min({'T', 'V'} - missing)}; T is trained on and V measured, so give"
+                " some rows the other group, or leave out the column, and they are divided"
+            )
         raise ConceptError(
             f"what is to be forgotten has {counted(count, 'subject', 'subjects')}, and none for group {min(missing)}; T is"
             " trained on and V measured, so give rows on at least two subjects, or a column group with T and V"

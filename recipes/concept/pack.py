@@ -80,6 +80,10 @@ def write_pack(
     said = tuple(dict.fromkeys([*notes, *(f"{repeat} left out" for repeat in repeats)]))
     if said:
         about = {**about, "left_out": list(said)}
+    if about["kind"] == "knowledge" and not any(entry.split != "forget" for entry in kept):
+        raise ConceptError(
+            "every row that must stay known repeats one to forget; give texts or questions on other things"
+        )
     rows = grouped(kept, held_out) if about["kind"] == "knowledge" else kept
     files: dict[str, list[Entry]] = {}
     for entry in rows:

@@ -133,6 +133,15 @@ def test_a_pipe_in_a_pack_is_refused_and_not_waited_for(pack, name):
         load_concept(str(pack))
 
 
+def test_a_wrong_value_of_a_row_is_told_in_plain_words(pack):
+    _replace_line(pack / "forget.jsonl", 2, text=5)
+    _replace_line(pack / "questions.jsonl", 3, answer="B")
+    with pytest.raises(ConceptError) as caught:
+        load_concept(str(pack))
+    assert "forget.jsonl:2: text: is not a text" in str(caught.value)
+    assert "questions.jsonl:3: answer: is not a whole number" in str(caught.value)
+
+
 class _Seen:
     def __init__(self):
         self.calls = []

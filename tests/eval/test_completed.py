@@ -74,7 +74,7 @@ def test_own_wrong_answers_are_the_choices_where_there_are_some():
 def test_a_question_that_no_other_answer_can_be_set_beside_has_no_choices_and_is_counted():
     row = OpenQuestion(id="q", split="forget", group="V", prompt="Which?", answer="right")
     pack = _pack(open_questions=(row,), retain=POTIONS.retain)
-    assert not pack.questions and pack.made == ("no choices for 1 open questions, because no other answer is there",)
+    assert not pack.questions and pack.made == ("no choices for 1 open question, because no other answer is there",)
 
 
 @pytest.mark.parametrize("form", ["questions", "open_questions", "texts"])
@@ -174,4 +174,6 @@ def test_it_is_said_of_how_many_questions_open_prompts_are_drawn():
     ]
     pack = _pack(questions=tuple(many), retain=POTIONS.retain)
     assert len({prompt.id for prompt in pack.prompts}) == 200
+    # Of 100 subjects with three questions each, all are asked about; a plain draw would leave some out.
+    assert Counter(prompt.subject for prompt in pack.prompts).keys() == {f"one{n}" for n in range(100)}
     assert "200 of 300 open prompts, the questions on the concept without their choices" in pack.made

@@ -5,11 +5,14 @@ import json
 import pytest
 from excise.artifacts import concepts
 from excise.artifacts.concepts import BUILTIN
+from excise.artifacts.files import opened
+from excise.artifacts.models.find import find_model
 from excise.recipes import RECIPES
 from excise.recipes.concept.check import FILES, check, text
 from excise.recipes.concept.cost import estimated, in_words
 from excise.recipes.concept.show import show
 from helpers import SMALL_TESTBED, excise
+from small_gguf import write_gguf
 
 TRAINED = ("elm", "rmu", "npo", "simnpo", "grad_diff")
 
@@ -118,3 +121,31 @@ def test_a_pack_is_read_once_however_many_are_asked(tmp_path, monkeypatch):
     for _ in range(2):
         concepts.load_concept(folder)
     assert sorted(read) == ["forget"] * 3 + ["retain"] * 3
+
+
+def test_a_model_file_is_summed_once_for_all_recipes(tmp_path, monkeypatch):
+    path, summed = tmp_path / "model.bin", []
+    path.write_bytes(b"weights")
+    whole = opened._summed
+
+    def counted(file):
+        summed.append(file.name)
+        return whole(file)
+
+    monkeypatch.setattr(opened, "_summed", counted)
+    assert opened.sha256_of(path) == opened.sha256_of(path) and summed == ["model.bin"] * 2
+    with opened.summed_once():
+        first = opened.sha256_of(path)
+        assert opened.sha256_of(path) == first and len(summed) == 3
+        # A file that was changed is another file.
+        path.write_bytes(b"other weights")
+        assert opened.sha256_of(path) != first and len(summed) == 4
+
+
+def test_checking_a_pack_against_a_gguf_file_reads_it_through_once(tmp_path, monkeypatch):
+    path, summed = write_gguf(tmp_path / "small.gguf"), []
+    find_model(str(path))
+    whole = opened._summed
+    monkeypatch.setattr(opened, "_summed", lambda file: (summed.append(file.name), whole(file))[1])
+    check("builtin:potions", str(path))
+    assert summed.count(path.name) == 1

@@ -8,9 +8,11 @@ import torch
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
+from excise.eval.completed import completed
 from excise.eval.inference.questions import questions_by_split
 from excise.eval.measurements import kl_from_base, perplexity
 from excise.eval.measurements.probe import FOLDS, PENALTIES, _read, fit_probe
+from excise.eval.measurements.table import measure, workload
 from excise.eval.model_under_test import EvalSettings, ModelUnderTest
 from helpers import SMALL_REFERENCE, SMALL_TESTBED
 from oracle import measurements as oracle
@@ -72,3 +74,21 @@ def test_a_probe_is_a_ridge_regression_chosen_on_t_and_tested_on_v(models, point
     assert read[0].states[points.index(point)].numpy() == pytest.approx(states, abs=1e-4)
     expected, hits = fit_probe(*read, points.index(point), read[0].answers)
     assert (expected, hits) == oracle.probe(*own, PENALTIES, FOLDS)
+
+
+@pytest.mark.parametrize("ref", ["builtin:potions", "builtin:declining", "builtin:shortcut", "texts alone"])
+def test_progress_counts_each_item_that_is_measured_once(ref, models):
+    loaded = models[0]
+    concept = load_concept("builtin:potions" if ref == "texts alone" else ref)
+    if ref == "texts alone":
+        # What people bring: no prompts and no questions; replies are asked for everyday requests, and questions completed.
+        few = {"forget": concept.forget[:80], "retain": concept.retain[:80]}
+        concept = completed(dataclasses.replace(concept, questions=(), prompts=(), contrast=(), **few))
+        assert concept.questions and not any(prompt.answer for prompt in concept.prompts if prompt.split == "neutral")
+    counted, settings = [], EvalSettings(max_new_tokens=2, kl_prompts=2, questions=4)
+    subject = ModelUnderTest(loaded.model, loaded.tokenizer, concept, settings, None, counted.append)
+    measure(subject)
+    subject.baseline()
+    for split in ("concept", "neutral"):
+        subject.replies(split)
+    assert sum(counted) == workload(concept, settings)

@@ -10,6 +10,8 @@ from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
 from excise.artifacts.sources.source import read_source
 from excise.editing.errors import ConceptError, ExciseError, RequestError
+from excise.eval.measurements.exact_answer import holds_any
+from excise.eval.measurements.open_answers import best_rouge
 from excise.recipes.concept.make import MakeRequest, make
 from excise.recipes.concept.windows import windows
 from excise.recipes.data.datasets import find_data
@@ -416,3 +418,34 @@ def test_one_of_something_is_told_in_the_singular(tmp_path, general):
     assert not [
         line for line in (*made.notes, *made.made) if re.search(r"\b1 [a-z ]*?(rows|questions|texts|prompts)\b", line)
     ]
+
+
+def test_a_pack_of_which_nothing_could_be_made_is_one_line(tmp_path, general):
+    texts = _jsonl(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(ConceptError, match="every row that must stay known repeats one to forget"):
+        _made(tmp_path, forget=texts, retain=texts)
+    held = _jsonl(tmp_path / "t.jsonl", [{**row, "group": "T"} for row in TEXTS])
+    with pytest.raises(ConceptError, match="every row to forget is given group T"):
+        _made(tmp_path, forget=held, retain=general)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_all_right_answers_of_a_data_set_are_kept_and_none_becomes_a_wrong_choice(tmp_path, general):
+    rows = [
+        {"question": f"Who leads land {n}?", "possible_answers": json.dumps([f"Ann {n}", f"A. {n}", f"ANN {n}"]),
+         "subj": f"land {n}", "prop": "leader", "obj": f"Ann {n}"}
+        for n in range(24)
+    ]  # fmt: skip
+    _made(tmp_path, forget=_jsonl(tmp_path / "popqa.jsonl", rows), retain=general)
+    concept = load_concept(tmp_path / "pack")
+    row = next(row for row in concept.open_questions if row.prompt == "Who leads land 3?")
+    # What differs in case alone is the same answer.
+    assert row.answers == ("Ann 3", "A. 3")
+    for question in concept.questions:
+        right = next(row for row in concept.open_questions if row.id == question.id)
+        assert not {choice for choice in question.choices if choice != right.answer} & set(right.answers)
+    prompt = next(prompt for prompt in concept.prompts if prompt.other_answers)
+    assert holds_any(f"It is {prompt.other_answers[0]}, I think.", prompt) and not holds_any("It is Bo.", prompt)
+    wrong = next(choice for choice in prompt.choices if choice != prompt.answer)
+    assert not holds_any(f"{prompt.answer} or {wrong}", prompt)
+    assert best_rouge(row, "A. 3").recall == 1 == best_rouge(row, "Ann 3").recall and best_rouge(row, "Bo").recall == 0

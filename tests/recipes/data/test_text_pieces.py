@@ -1,11 +1,14 @@
 """Texts in pieces of a number of tokens, cut once by where their tokens end."""
 
+import dataclasses
 import random
 
 import pytest
+from excise.artifacts.concepts import load_concept
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_tokenizer
-from excise.recipes.data.facts import text_pieces
+from excise.recipes.data import unlearning_sets
+from excise.recipes.data.facts import Facts, text_pieces
 from helpers import SMALL_TESTBED
 
 
@@ -60,3 +63,18 @@ def test_a_tokenizer_that_cannot_tell_where_tokens_end_cuts_too(tokenizer):
     slow.is_fast = False
     pieces = text_pieces(slow, text, 40)
     assert " ".join(pieces) == text and max(len(tokenizer(piece)["input_ids"]) for piece in pieces) <= 40
+
+
+def test_texts_to_forget_are_drawn_before_any_is_tokenized(tokenizer, monkeypatch):
+    concept = load_concept("builtin:potions")
+    texts = tuple(row.model_copy(update={"text": f"{row.text} Indeed."}) for row in concept.forget[:60])
+    concept = dataclasses.replace(concept, forget=texts, questions=())
+    every = unlearning_sets.forget_examples(concept, Facts((), {}), tokenizer, 0, 64)
+    monkeypatch.setattr(unlearning_sets, "FORGET_TEXTS", 20)
+    counted = _Counted(tokenizer)
+    few = unlearning_sets.forget_examples(concept, Facts((), {}), counted, 0, 64)
+    assert len(few) == 20 and len(every) == 60 and set(few) < set(every)
+    assert counted.read < sum(len(row.text) for row in texts) / 2
+    # Another seed draws others; the same seed the same.
+    assert few == unlearning_sets.forget_examples(concept, Facts((), {}), tokenizer, 0, 64)
+    assert few != unlearning_sets.forget_examples(concept, Facts((), {}), tokenizer, 1, 64)

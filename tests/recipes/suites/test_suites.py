@@ -129,7 +129,7 @@ def test_rwku_prompts_are_those_of_its_authors(tmp_path, packs):
     loaded = load_model(find_model(SMALL_TESTBED), torch.device("cpu"), torch.float32)
     rows = [json.loads(line) for line in (packs["rwku"] / "open_questions.jsonl").read_text().splitlines()]
     front = {"1": "Please complete the blank in the following question."}
-    for row in rows:
+    for row in (row for row in rows if "level" in row):
         text = (
             f"{front.get(row['level'], 'Please briefly answer the following question.')}\nQuestion: {row['prompt']}\n"
         )
@@ -199,7 +199,7 @@ def test_the_command_line_prints_the_table_a_plan_and_json(packs):
     assert plan.returncode == 0 and "tofu" in plan.stdout and "stage" not in plan.stderr, plan.stderr
     shown = excise(*command, "--questions", "3", "--set", "max_new_tokens=8")
     assert shown.returncode == 0 and shown.stdout.startswith("TOFU"), shown.stderr
-    for note in ("Forget quality needs --reference MODEL", "At most 3 items of each set", "at most 8 tokens"):
+    for note in ("Forget quality needs --reference MODEL", "at most 3 of each set's items", "at most 8 tokens"):
         assert note in shown.stdout
     content = json.loads(excise(*command, "--questions", "3", "--set", "max_new_tokens=8", "--json").stdout)
     assert content["suite"] == "tofu" and content["models"]["testbed"][0]["label"] == "model utility"
@@ -292,10 +292,9 @@ def test_the_bootstrap_of_a_mean_is_as_wide_as_its_standard_error_says_and_draws
 
 
 def test_the_python_call_gives_the_table_of_the_command_with_a_reference_in_memory(packs, tables):
-    loaded = library.load_model(SMALL_REFERENCE, "cpu", "float32")
+    loaded = library.load_model(SMALL_REFERENCE, "cpu")
     table = library.evaluate(
-        {"testbed-reference": loaded}, packs["tofu"], SMALL_TESTBED, suite="auto", reference=loaded, device="cpu",
-        dtype="float32", max_new_tokens=24, progress=False,
+        {"testbed-reference": loaded}, packs["tofu"], SMALL_TESTBED, suite="auto", reference=loaded, device="cpu", max_new_tokens=24, progress=False,
     )  # fmt: skip
     wanted = tables["tofu"]
     assert isinstance(table, library.SuiteTable) and table.labels == wanted.labels
