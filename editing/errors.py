@@ -25,6 +25,10 @@ class RequestError(ExciseError):
     exit_code = 2
 
 
+class OutOfMemory(ExciseError):
+    """Memory ran out on the smallest piece of work; the message says what would help."""
+
+
 class UnsupportedArchitecture(RequestError):
     """A model type without a row in the table of architectures, or a tensor that matches no pattern of its row."""
 

@@ -13,8 +13,9 @@ from transformers import GenerationConfig
 
 from ...editing.errors import RequestError
 from ...editing.modules import causal_model
+from .batches import read_in_batches
 from .chat import encode_prompt, thoughts_and_answer
-from .likelihood import batch_budget, context_of, pad_left, padded_logits, token_batches
+from .likelihood import batch_budget, context_of, pad_left, padded_logits
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,11 @@ def generate(
         else partial(_greedy_or_drawn, causal_model(model), sample_seed)
     )
     # Replies are counted at the length that they may reach.
-    for batch in token_batches([len(ids) + tokens for ids in encoded], max(batch_budget(model), 4096)):
-        for index, ids in zip(batch, decode([encoded[i] for i in batch], tokens, ends), strict=True):
+    lengths, budget = [len(ids) + tokens for ids in encoded], max(batch_budget(model), 4096)
+    for batch, continued in read_in_batches(
+        lengths, budget, lambda batch: decode([encoded[i] for i in batch], tokens, ends)
+    ):
+        for index, ids in zip(batch, continued, strict=True):
             replies[index] = _reply(tokenizer, prompts[index], encoded[index], ids)
         advance(len(batch))
     return [reply for reply in replies if reply is not None]
@@ -191,10 +195,13 @@ def batched_log_probabilities(
 ) -> Iterator[tuple[int, Float[Tensor, "tokens vocab"]]]:
     """The same, reply by reply with its place, in the order in which batches are read."""
     rows = [reply.prompt_ids + reply.ids for reply in replies]
-    for batch in token_batches([len(row) for row in rows], batch_budget(model)):
+
+    def read(batch: list[int]) -> tuple[int, Tensor]:
         # The logits at a position are about the next token, so a reply's logits start one position before it.
         first = min(len(replies[index].prompt_ids) for index in batch) - 1
-        logits = padded_logits(model, [rows[index] for index in batch], first)
+        return first, padded_logits(model, [rows[index] for index in batch], first)
+
+    for batch, (first, logits) in read_in_batches([len(row) for row in rows], batch_budget(model), read):
         for place, index in enumerate(batch):
             start = len(replies[index].prompt_ids) - 1 - first
             reply_logits = logits[place, start : start + len(replies[index].ids)]

@@ -9,7 +9,7 @@ Example:
     >>> likelihood.per_token  # nats
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...editing.modules import language_config
 from ..completed import asked
+from .batches import read_in_batches
 from .chat import render
 from .encoding import encode
 
@@ -140,11 +141,15 @@ def score_parts(
     likelihoods: dict[int, Likelihood] = {}
     shared = share_rows([piece for _, piece in pieces])
     rows = list(shared)
-    for batch in token_batches([len(row) for row in rows], batch_budget(model)):
+
+    def read(batch: list[int]) -> dict[int, Likelihood]:
         members = [(place, index) for place, row in enumerate(batch) for index in shared[rows[row]]]
         scores = score_rows(model, [rows[row] for row in batch], [(p, pieces[index][1]) for p, index in members])
-        likelihoods |= {index: score for (_, index), score in zip(members, scores, strict=True)}
-        advance(len(members))
+        return {index: score for (_, index), score in zip(members, scores, strict=True)}
+
+    for _, of_batch in read_in_batches([len(row) for row in rows], batch_budget(model), read):
+        likelihoods |= of_batch
+        advance(len(of_batch))
     whole: list[list[Likelihood]] = [[] for _ in parts]
     for place, (index, _) in enumerate(pieces):
         whole[index].append(likelihoods[place])
@@ -171,18 +176,6 @@ def share_rows(parts: Sequence[Scored]) -> dict[tuple[int, ...], list[int]]:
             longest = ids
         rows.setdefault(longest, []).extend(by_input[ids])
     return rows
-
-
-def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Group items of similar length so that padded tokens stay within a budget; the longest first, to fail early."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def batch_budget(model: Any) -> int:
@@ -214,19 +207,11 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) 
 
 
 def padded_logits(model: Any, rows: Sequence[Sequence[int]], first: int) -> Float[Tensor, "batch positions vocab"]:
-    """Logits of right-padded rows from position ``first`` on; halves the batch when GPU memory runs out."""
+    """Logits of right-padded rows from position ``first`` on."""
     inputs = pad_right(rows, model.device)
     keep = torch.arange(first, inputs["input_ids"].shape[1], device=model.device)
-    try:
-        return model(**inputs, use_cache=False, logits_to_keep=keep).logits
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            raise
-    # Outside the handler, whose exception would keep the failed forward's tensors alive.
-    half = len(rows) // 2
-    parts = [padded_logits(model, part, first) for part in (rows[:half], rows[half:])]
-    widest = max(part.shape[1] for part in parts)
-    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, widest - part.shape[1])) for part in parts])
+    logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=keep).logits
+    return logits
 
 
 def score_rows(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tuple[int, Scored]]) -> list[Likelihood]:

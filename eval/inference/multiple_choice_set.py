@@ -8,13 +8,14 @@ Example:
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import DynamicCache
 
 from ...editing.modules import causal_model, unembedding
 from ..concept import Question
+from .batches import read_in_batches
 from .caches import repeats_cache
 from .likelihood import (
     Scored,
@@ -25,12 +26,12 @@ from .likelihood import (
     score_parts,
     score_rows,
     share_rows,
-    token_batches,
 )
 from .questions import requests_of
 
 CELLS = 1024
 """Distributions over the vocabulary held in memory at a time."""
+T = TypeVar("T")
 Hits = tuple[float, ...]
 """For each question, 1 if the model answers correctly, else 0."""
 
@@ -113,10 +114,14 @@ class MultipleChoiceSet:
         if not repeats_cache(model):
             return self._behind(model, 0)
         log_p = self._too_long(model)
-        for batch in self._batches(model, log_p):
+
+        def read(batch: list[int]) -> dict[int, float]:
             reading = _Reading(model, [self._layout[place] for place in batch], self._parts)
             reading.finish(reading.log_p)
-            log_p |= reading.log_p
+            return reading.log_p
+
+        for of_batch in self._read_in_batches(model, log_p, read):
+            log_p |= of_batch
         return [log_p[index] for index in range(len(self._parts))]
 
     def _too_long(self, model: Any) -> dict[int, float]:
@@ -131,11 +136,14 @@ class MultipleChoiceSet:
         scores = score_parts(model, [self._parts[index] for index in long])
         return {index: score.log_probability for index, score in zip(long, scores, strict=True)}
 
-    def _batches(self, model: Any, known: Mapping[int, float]) -> Iterator[list[int]]:
-        """Questions that are not known yet, grouped by length."""
+    def _read_in_batches(self, model: Any, known: Mapping[int, float], read: Callable[[list[int]], T]) -> Iterator[T]:
+        """What ``read`` makes of questions that are not known yet, grouped by length."""
         places = [place for place, (_, members) in enumerate(self._layout) if members[0] not in known]
-        for batch in token_batches([self._layout[place][0] for place in places], batch_budget(model)):
-            yield [places[number] for number in batch]
+        lengths = [self._layout[place][0] for place in places]
+        for _, result in read_in_batches(
+            lengths, batch_budget(model), lambda batch: read([places[number] for number in batch])
+        ):
+            yield result
 
     @torch.no_grad()
     def _decided(self, model: Any) -> Hits:
@@ -145,28 +153,28 @@ class MultipleChoiceSet:
                 lengths = [len(self._parts[index].ids) - self._parts[index].start for index in members]
                 values = [known[index] / length for index, length in zip(members, lengths, strict=True)]
                 hits[place] = float(is_highest(values, self.answers[place]))
-        for batch in self._batches(model, known):
-            reading = _Reading(model, [self._layout[place] for place in batch], self._parts)
-            standing = {place: self._layout[place][1][self.answers[place]] for place in batch}
-            reading.finish(standing.values())
-            rivals = {
-                place: sorted(set(self._layout[place][1]) - {answer}, key=reading.at_most, reverse=True)
-                for place, answer in standing.items()
-            }
-            # The strongest rival first: it decides most questions, and the others are then not read.
-            for ranks in (slice(0, 1), slice(1, None)):
-                close = {
-                    p: [r for r in rivals[p][ranks] if not reading.beats(answer, r)] for p, answer in standing.items()
-                }
-                reading.finish(rival for each in close.values() for rival in each)
-                standing = {
-                    p: answer
-                    for p, answer in standing.items()
-                    if all(reading.beats(answer, rival) for rival in close[p])
-                }
-            for place in standing:
+        for right in self._read_in_batches(model, known, lambda batch: self._right(model, batch)):
+            for place in right:
                 hits[place] = 1.0
         return tuple(hits)
+
+    def _right(self, model: Any, batch: Sequence[int]) -> list[int]:
+        """The questions of a batch that are answered rightly."""
+        reading = _Reading(model, [self._layout[place] for place in batch], self._parts)
+        standing = {place: self._layout[place][1][self.answers[place]] for place in batch}
+        reading.finish(standing.values())
+        rivals = {
+            place: sorted(set(self._layout[place][1]) - {answer}, key=reading.at_most, reverse=True)
+            for place, answer in standing.items()
+        }
+        # The strongest rival first: it decides most questions, and the others are then not read.
+        for ranks in (slice(0, 1), slice(1, None)):
+            close = {p: [r for r in rivals[p][ranks] if not reading.beats(answer, r)] for p, answer in standing.items()}
+            reading.finish(rival for each in close.values() for rival in each)
+            standing = {
+                p: answer for p, answer in standing.items() if all(reading.beats(answer, rival) for rival in close[p])
+            }
+        return list(standing)
 
     @torch.no_grad()
     def _behind(self, model: Any, placeholders: int) -> list[float]:
@@ -176,10 +184,14 @@ class MultipleChoiceSet:
         shared = share_rows(parts)
         rows = list(shared)
         log_p: dict[int, float] = {}
-        for batch in token_batches([len(row) for row in rows], batch_budget(model)):
+
+        def read(batch: list[int]) -> dict[int, float]:
             members = [(place, index) for place, row in enumerate(batch) for index in shared[rows[row]]]
             scored = score_rows(model, [rows[row] for row in batch], [(p, parts[i]) for p, i in members])
-            log_p |= {index: score.log_probability for (_, index), score in zip(members, scored, strict=True)}
+            return {index: score.log_probability for (_, index), score in zip(members, scored, strict=True)}
+
+        for _, of_batch in read_in_batches([len(row) for row in rows], batch_budget(model), read):
+            log_p |= of_batch
         return [log_p[index] for index in range(len(parts))]
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from .batches import read_in_batches
 from .encoding import encode
-from .likelihood import Scored, batch_budget, context_of, padded_logits, token_batches, windows
+from .likelihood import Scored, batch_budget, context_of, padded_logits, windows
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,15 @@ def token_statistics(
     parts = [Scored(tuple(encode(tokenizer, text)), 1) for text in texts]
     pieces = [(index, piece) for index, part in enumerate(parts) for piece in windows(part, context)]
     done: dict[int, list[list[float]]] = {}
-    for batch in token_batches([len(piece.ids) for _, piece in pieces], batch_budget(model)):
+
+    def read(batch: list[int]) -> list[list[list[float]]]:
         rows = [pieces[place][1] for place in batch]
         logits = padded_logits(model, [row.ids[:-1] for row in rows], 0)
-        for place, row, of_row in zip(batch, rows, logits, strict=True):
-            done[place] = _of(row, of_row)
+        return [_of(row, of_row) for row, of_row in zip(rows, logits, strict=True)]
+
+    lengths = [len(piece.ids) for _, piece in pieces]
+    for batch, statistics in read_in_batches(lengths, batch_budget(model), read):
+        done |= dict(zip(batch, statistics, strict=True))
         advance(len(batch))
     columns: list[list[list[float]]] = [[[], [], []] for _ in texts]
     for place, (index, _) in enumerate(pieces):

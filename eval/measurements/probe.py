@@ -18,8 +18,9 @@ from torch import Tensor
 from ...editing.architectures import architecture_of, layer_count, residual_width
 from ...editing.hooks.residual_stream import residual_stream
 from ..concept import Question
+from ..inference.batches import read_in_batches
 from ..inference.encoding import encode
-from ..inference.likelihood import batch_budget, context_of, encode_request, pad_left, token_batches
+from ..inference.likelihood import batch_budget, context_of, encode_request, pad_left
 from ..inference.questions import questions_by_split, requests_of
 from ..model_under_test import ModelUnderTest
 from ..statistics import Scores
@@ -91,10 +92,14 @@ def question_ends(
     rows = [encode(subject.tokenizer, question.prompt)[-most:] for question in questions]
     row = architecture_of(subject.model.config.to_dict())
     states = torch.empty(len(points), len(rows), residual_width(subject.model.config.to_dict()))
-    for batch in token_batches([len(ids) for ids in rows], 4 * batch_budget(subject.model)):
+
+    def read(batch: list[int]) -> Tensor:
         # Padded on the left, so that the last position is every question's last token.
         inputs = pad_left([rows[i] for i in batch], subject.model.device)
-        states[:, batch] = residual_stream(subject.model, row, inputs, points, 1)[:, :, 0].float().cpu()
+        return residual_stream(subject.model, row, inputs, points, 1)[:, :, 0].float().cpu()
+
+    for batch, ends in read_in_batches([len(ids) for ids in rows], 4 * batch_budget(subject.model), read):
+        states[:, batch] = ends
     return states
 
 

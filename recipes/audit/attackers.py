@@ -105,6 +105,8 @@ class _SideBySide:
         self.orders = [training.data.reading_order(one.source, count, one.order) for one in attackers]
         self.hits: list[list[Sequence[float]]] = [[] for _ in attackers]
         self.diverged: set[int] = set()
+        self.at_once = len(attackers)
+        """Attackers that share a forward."""
 
     def curves(self) -> list[tuple[RecoveryCurve, bool]]:
         """Train; a curve and whether it diverged, for each attacker."""
@@ -141,6 +143,7 @@ class _SideBySide:
             collate=lambda some: {"rows": some},
             groups=groups,
             after_step=self._test,
+            less=self._less,
         )
         model.train(was_training)
         return [
@@ -151,6 +154,13 @@ class _SideBySide:
             for place, hits in enumerate(self.hits)
         ]
 
+    def _less(self) -> bool:
+        """Half as many attackers in a forward, because memory ran out."""
+        if self.at_once == 1:
+            return False
+        self.at_once = (self.at_once + 1) // 2
+        return True
+
     def _loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
         """Each attacker's mean negative log-likelihood; one that is not finite is taken out, and its rows with it."""
         while True:
@@ -158,12 +168,33 @@ class _SideBySide:
             if not active:
                 # A loss needs a gradient, so the first parameter stays in it at weight 0.
                 return {"all diverged": 0.0 * self.adapters.owned[0][0].nan_to_num().sum()}
-            losses = self._mean_nats(model, active, batch["rows"])
+            losses = self._losses(model, active, batch["rows"])
             broken = {place for place, value in zip(active, losses.tolist(), strict=True) if not math.isfinite(value)}
             if not broken:
                 return {f"attacker {place}": losses[number] for number, place in enumerate(active)}
             # Even times 0 what is not finite would reach the others' gradients.
             self.diverged |= broken
+
+    def _losses(self, model: nn.Module, active: Sequence[int], rows: Sequence[Sequence[Example]]) -> Tensor:
+        """Losses of all active attackers [active]; of several groups each is differentiated before the next is read."""
+        groups = [active[start : start + self.at_once] for start in range(0, len(active), self.at_once)]
+        if len(groups) == 1:
+            return self._mean_nats(model, active, rows)
+        parts = []
+        for group in groups:
+            losses = self._mean_nats(model, group, rows)
+            if not bool(losses.isfinite().all()):
+                # Whoever is broken is taken out, and the step begun again.
+                parts.append(losses.detach())
+                continue
+            for number, place in enumerate(group):
+                owned = self.adapters.owned[place]
+                gradients = torch.autograd.grad(losses[number], owned, retain_graph=number + 1 < len(group))
+                # Nothing in value, with the attacker's gradient: the trainer goes backward through it.
+                lever = torch.stack([(p * g).sum() for p, g in zip(owned, gradients, strict=True)]).sum()
+                parts.append((losses[number].detach() + (lever - lever.detach()))[None])
+            del losses
+        return torch.cat(parts)
 
     def _mean_nats(self, model: nn.Module, active: Sequence[int], rows: Sequence[Sequence[Example]]) -> Tensor:
         """Of each active attacker, the mean over its sequences of their mean negative log-likelihood [active]."""

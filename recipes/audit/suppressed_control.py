@@ -15,6 +15,7 @@ from ...editing.architectures import architecture_of, layer_count
 from ...editing.training.adapters import adapter_modules
 from ...editing.training.parallel_adapters import ParallelAdapters, low_rank_attackers
 from ..common.examples import Example, example_batch, scored_nats, sequence_nll, spread
+from ..common.step_parts import COUNTS
 from ..common.trainer import Group, Schedule, Terms, fit
 from .attack_data import AttackData
 
@@ -69,7 +70,7 @@ class _Suppression:
         right, wrong = _right_and_wrong(self.data, rng)
         others = self.data.examples["others"] or self.data.examples["retain"] or wrong
         mixed = [rng.choice(others if place % 2 else wrong) for place in range(STEPS * BATCH)]
-        self._fit(mixed, _wrong_is_likely, example_batch)
+        self._fit(mixed, _wrong_is_likely, _counted)
         pairs = [(true, false) for true, false in zip(right, wrong, strict=True) if true != false]
         # Only when the first training was not enough: likely wrong answers do not always push the right one down.
         if pairs and self._accuracy() > chance + LEFT * (known - chance):
@@ -126,6 +127,12 @@ def _wrong_is_likely(model: nn.Module, batch: dict[str, Any]) -> Terms:
 def _wrong_is_likelier(model: nn.Module, batch: dict[str, Any]) -> Terms:
     right, wrong, others = (sequence_nll(model, batch) / batch["lengths"]).split(batch["each"])
     return {"wrong before right": softplus(MARGIN + wrong - right).mean(), "others": others.mean()}
+
+
+def _counted(examples: Sequence[Example]) -> dict[str, Any]:
+    """The loss is a mean over tokens, of which parts of a step have different numbers."""
+    batch = example_batch(examples)
+    return {**batch, COUNTS: {"wrong answers": len(batch["tokens"])}}
 
 
 def _in_thirds(rows: Sequence[tuple[Example, Example, Example]]) -> dict[str, Any]:

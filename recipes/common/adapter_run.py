@@ -30,6 +30,7 @@ from ...eval.model_under_test import ModelUnderTest
 from . import measured_run
 from .adapter_job import AdapterJob, schedule_of
 from .measured_run import Finished, Inspection, Measured
+from .step_parts import Room
 from .tokens import Row
 from .trainer import Terms, fit
 
@@ -64,6 +65,10 @@ class Training(ABC):
     def while_training(self, model: Any) -> AbstractContextManager[object]:
         """What holds of the model while it trains, and only then."""
         return nullcontext()
+
+    def less(self) -> bool:
+        """Compute less of a row at once, because memory ran out; says whether the loss can."""
+        return False
 
     def after_step(self, step: int) -> None:
         """Called after each optimizer step, with their number."""
@@ -159,7 +164,7 @@ def learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, wor
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     with being_trained(job, loaded.model) as tuned:
         with events.stage("train", job.settings.steps) as stage, training.while_training(tuned.model):
-            fit(
+            room = fit(
                 tuned.model,
                 training.rows,
                 stage,
@@ -168,12 +173,13 @@ def learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, wor
                 schedule_of(job.settings, save_every=50),
                 training.collate,
                 after_step=training.after_step,
+                less=training.less,
             )
         tuned.model.eval()
         if job.settings.gradient_checkpointing:
             loaded.model.gradient_checkpointing_disable()
         # Before the edit is stored: a resumed run that finds the edit reads these files and trains nothing.
-        _write_trained(job, tuned.model, training, work)
+        _write_trained(job, tuned.model, training, room, work)
         concept = job.run.concept
         provenance = {
             "source": job.run.recipe,
@@ -202,7 +208,7 @@ def store_predictions(model: Any, rows: Sequence[Row] | None, work: Path) -> Non
     torch.save({"rows": kept, "log_p": _log_p(model, kept)}, work / stored)
 
 
-def _write_trained(job: AdapterJob, model: Any, training: Training, work: Path) -> None:
+def _write_trained(job: AdapterJob, model: Any, training: Training, room: Room, work: Path) -> None:
     """What the run needs of the trained model once it is unloaded: the adapter, some predictions, the report."""
     store_predictions(model, training.checked_rows, work)
     if not job.whole:
@@ -210,7 +216,10 @@ def _write_trained(job: AdapterJob, model: Any, training: Training, work: Path) 
         model.peft_config["default"].base_model_name_or_path = job.run.source.name
         # By default peft would look for the base on the Hub, to see whether its vocabulary was changed.
         model.save_pretrained(work / ADAPTER, save_embedding_layers=False)
-    write_sealed(work / REPORT, training.report(model))
+    report = training.report(model)
+    # How a step was computed changes no more than rounding, and is recorded all the same.
+    report["training"] |= room.describe()
+    write_sealed(work / REPORT, report)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from transformers import DynamicCache
 
 from ...editing.modules import causal_model
 from ...editing.numerics.cpu_attention import products_everywhere
+from ...eval.inference.batches import read_in_batches
 from ...eval.inference.caches import repeats_cache
-from ...eval.inference.likelihood import batch_budget, pad_right, token_batches
+from ...eval.inference.likelihood import batch_budget, pad_right
 from .tokens import Row
 
 WORTH = 256
@@ -34,10 +35,15 @@ def final_hidden_states(model: Any, wanted: Mapping[Row, int]) -> Iterator[tuple
     for shared, members in groups:
         cache = _read_prefix(decoder, rows[members[0]][:shared], device) if shared else None
         lengths = [len(rows[index]) - shared for index in members]
-        for batch in token_batches(lengths, 4 * batch_budget(model) if device.type == "cuda" else READ):
-            chosen = [rows[members[place]] for place in batch]
-            hidden = _read_rest(decoder, cache, shared, [row[shared:] for row in chosen], device)
-            for row, states in zip(chosen, hidden, strict=True):
+
+        def read(
+            batch: list[int], cache: DynamicCache | None = cache, shared: int = shared, members: list[int] = members
+        ) -> Tensor:
+            return _read_rest(decoder, cache, shared, [rows[members[place]][shared:] for place in batch], device)
+
+        budget = 4 * batch_budget(model) if device.type == "cuda" else READ
+        for batch, hidden in read_in_batches(lengths, budget, read):
+            for row, states in zip([rows[members[place]] for place in batch], hidden, strict=True):
                 end = len(row) - shared
                 # A copy, because a view would keep the states of the whole batch alive.
                 yield row, states[end - wanted[row] : end].clone()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
 from ...artifacts.checkpoints.read import Checkpoint
@@ -19,8 +19,10 @@ from ...artifacts.files.opened import Telling, Unreadable
 from ...artifacts.files.written import SEAL, check_sealed, files_in, seal_files
 from ...artifacts.models.load import bfloat16_is_fast
 from ...artifacts.models.memory import free_memory
-from ...editing.errors import ExciseError, RequestError
+from ...editing.errors import ExciseError, OutOfMemory, RequestError, one_line
+from ...editing.numerics.out_of_memory import give_back, memory_ran_out
 from ...editing.training.dropout import without_dropout
+from .step_parts import ADVICE, SHARES, Room, split
 
 Terms = dict[str, Tensor]
 """Parts of a loss, each weighted already; their sum is minimized."""
@@ -28,10 +30,6 @@ Loss = Callable[[nn.Module, Any], Terms]
 """Terms of the mean loss of a batch."""
 WHOLE_BYTES = 20
 """What training takes of each whole weight: itself in fp32, what it was, its gradient and two moments."""
-COUNTS = "counts"
-"""Key of a batch: how many items each term of its loss is a mean over, where that is not its number of rows."""
-SHARES = "shares"
-"""Key that the trainer adds: what each term counts in its step."""
 LAST_GOOD = "last-good"
 CHECKPOINT = "checkpoint-"
 
@@ -71,6 +69,16 @@ def memory_for_whole_weights(checkpoint: Checkpoint, device: torch.device) -> tu
     """Bytes that training every weight takes, and bytes that are free."""
     elements = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     return WHOLE_BYTES * elements, free_memory(device)
+
+
+ROWS = "rows"
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a step, which the library passes on without looking inside."""
+
+    rows: Sequence[Any]
 
 
 class _StepCallback(TrainerCallback):
@@ -114,13 +122,40 @@ class _Trainer(Trainer):
     """The library's trainer with a recipe's own loss."""
 
     recipe_loss: Loss
+    recipe_collate: Callable[[list[Any]], Any]
     stage: Stage
     folder: Path
+    room: Room
+    groups: Sequence[Group] = ()
 
-    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
-        parts, items = super().get_batch_samples(*arguments, **named)
-        add_shares(parts)
-        return parts, items
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """All parts of a step; where memory runs out, the same step again in smaller ones."""
+        rows = inputs[ROWS].rows
+        model.train()
+        while True:
+            try:
+                return self._whole_step(model, rows)
+            except Exception as error:  # the kinds differ between devices; see ``memory_ran_out``
+                if not memory_ran_out(error):
+                    raise
+                words = one_line(error, 120)
+            # Outside the handler, whose exception would keep the failed part's tensors alive.
+            for parameter in (*model.parameters(), *(p for group in self.groups for p in group.parameters)):
+                # A part may have left its gradient before the next one failed.
+                parameter.grad = None
+            give_back()
+            if not self.room.shrink(model, len(rows)):
+                raise OutOfMemory(f"memory ran out in a training step that reads one row at a time ({words}); {ADVICE}")
+
+    def _whole_step(self, model: nn.Module, rows: Sequence[Any]) -> Tensor:
+        total: Tensor | float = 0.0
+        for part in split(rows, self.room.parts, self.recipe_collate):
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(part.batch)) / part.divisor
+            self.accelerator.backward(loss)
+            total = total + loss.detach()
+        assert isinstance(total, Tensor), "a step has rows"
+        return total
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -151,8 +186,12 @@ def fit(
     collate: Callable[[list[Any]], Any] | None = None,
     groups: Sequence[Group] = (),
     after_step: Callable[[int], None] | None = None,
-) -> None:
+    less: Callable[[], bool] = lambda: False,
+    parts: int = 1,
+) -> Room:
     """Train a model in place; a killed run resumes from ``folder`` and ends in the same weights.
+
+    Where memory runs out, the step is taken again in smaller parts, with the same gradient.
 
     Args:
         rows: What a batch is made of, each used at most once an epoch.
@@ -160,8 +199,14 @@ def fit(
         collate: Makes a batch; by default rows are dictionaries of tensors of one length.
         groups: Parameters that are trained beside each other, each with a learning rate and a clipping of its own.
         after_step: Called with the number of steps taken, after each.
+        less: Makes the loss compute less of a row at once; called where one row alone is too much.
+        parts: Parts of each part that accumulation asks for, as a memory plan says.
+
+    Returns:
+        How much was computed at once in the end.
 
     Raises:
+        OutOfMemory: One row alone does not fit.
         ExciseError: A term of the loss is not finite, or no gradient reached what is to be trained.
         RequestError: A stored state was changed since it was written.
     """
@@ -170,32 +215,28 @@ def fit(
         model=model,
         args=_arguments(schedule, folder, next(model.parameters()).device, clipped=not groups),
         train_dataset=list(rows),
-        data_collator=collate,
+        data_collator=lambda some: {ROWS: _Rows(some)},
         optimizers=(optimizer, _warm_from_the_first_step(optimizer, schedule)),
         callbacks=[_StepCallback(stage, groups, schedule.max_grad_norm, after_step)],
     )
-    trainer.recipe_loss, trainer.stage, trainer.folder = loss, stage, folder
-    # A step is the mean of its parts, with the shares that ``add_shares`` gives them.
+    trainer.recipe_loss, trainer.recipe_collate = loss, collate or default_data_collator
+    trainer.stage, trainer.folder, trainer.groups = stage, folder, groups
+    asked = schedule.gradient_accumulation_steps
+    trainer.room = room = Room(asked * parts, asked, less)
     trainer.model_accepts_loss_kwargs = False
     # It prints every log to stdout, where results go.
     trainer.pop_callback(PrinterCallback)
-    with without_dropout(model):
-        trainer.train(resume_from_checkpoint=_last_complete(folder, schedule.steps))
+    try:
+        with without_dropout(model):
+            trainer.train(resume_from_checkpoint=_last_complete(folder, schedule.steps))
+    finally:
+        room.restore(model)
     if trainer.state.global_step != schedule.steps:
         raise ExciseError(
             f"training ended at step {trainer.state.global_step} of {schedule.steps}, so nothing is published; start "
             "the run again"
         )
-
-
-def add_shares(parts: Sequence[Any]) -> None:
-    """Weigh the parts of a step by what their terms are means over, so that their mean is that of the whole step."""
-    counted = [part for part in parts if isinstance(part, dict) and COUNTS in part]
-    if len(counted) < 2:
-        return
-    totals = {term: sum(part[COUNTS][term] for part in counted) for term in counted[0][COUNTS]}
-    for part in counted:
-        part[SHARES] = {term: len(parts) * part[COUNTS][term] / max(1, total) for term, total in totals.items()}
+    return room
 
 
 @dataclass
@@ -219,8 +260,8 @@ def _arguments(schedule: Schedule, folder: Path, device: torch.device, *, clippe
         output_dir=str(folder),
         model_device=str(device),
         max_steps=schedule.steps,
-        per_device_train_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=schedule.gradient_accumulation_steps,
+        # The whole step: its parts are made where it is computed, so that they can be made again.
+        per_device_train_batch_size=schedule.batch_size * schedule.gradient_accumulation_steps,
         learning_rate=schedule.learning_rate,
         # The library's plain "constant" schedule has no warm-up.
         lr_scheduler_type=schedule.decay if schedule.decay == "cosine" else "constant_with_warmup",

@@ -32,6 +32,9 @@ from .story import story
 from .target_check import TargetCheck, check_target
 from .teacher import ExpertContext, Teacher
 
+FEWEST_TOKENS = 8
+"""Tokens of a forward below which a row alone is read in any case."""
+
 __all__ = ["ElmSettings", "describe", "learn", "prepare", "run", "story"]
 
 
@@ -108,6 +111,13 @@ class ElmTraining(Training):
     def collate(self, rows: list[Sequence[TrainingSequence]]) -> dict[str, Any]:
         """Parts of like length, each a forward of its own."""
         return collate(rows, self.tokens_at_once)
+
+    def less(self) -> bool:
+        """Half as many tokens in a forward."""
+        if self.tokens_at_once <= FEWEST_TOKENS:
+            return False
+        self.tokens_at_once //= 2
+        return True
 
     def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
         """Equation 10."""

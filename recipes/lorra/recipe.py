@@ -29,8 +29,9 @@ from ..common import adapter_run
 from ..common.adapter_run import Training
 from ..common.examples import cycled
 from ..common.measured_run import Finished
+from ..common.step_parts import COUNTS
 from ..common.tokens import Row, encode, end_positions
-from ..common.trainer import COUNTS, Terms
+from ..common.trainer import Terms
 from .request import LorraJob, LorraSettings, describe, prepare
 from .story import story
 from .vectors import Prompts, along, reading_vectors

@@ -23,8 +23,9 @@ from ..common.adapter_run import Training
 from ..common.budgets import Budgets
 from ..common.examples import Example, cycled, example_batch, sequence_nll
 from ..common.measured_run import Finished
+from ..common.step_parts import COUNTS
 from ..common.tokens import Row, text_limit
-from ..common.trainer import COUNTS, Loss, Terms
+from ..common.trainer import Loss, Terms
 from ..data.facts import Facts, find_facts
 from ..data.unlearning_sets import FORGET_TEXTS, forget_examples, forget_texts, retain_examples
 

@@ -10,7 +10,8 @@ from excise.editing.errors import ExciseError, RequestError
 from excise.editing.training.adapters import AdapterShape, adapter_modules, attach
 from excise.editing.training.soft_targets import keep_top
 from excise.recipes.common.examples import FORWARD, split_by_length
-from excise.recipes.common.trainer import LAST_GOOD, Group, Schedule, add_shares, fit
+from excise.recipes.common.step_parts import add_shares
+from excise.recipes.common.trainer import LAST_GOOD, Group, Schedule, fit
 from excise.recipes.elm.batches import TERMS, TrainingSequence, arrange, collate, part_size, sequence_loss
 from helpers import make_pico
 

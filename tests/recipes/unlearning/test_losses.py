@@ -9,7 +9,7 @@ import torch
 from excise.editing.architectures import ARCHITECTURES
 from excise.recipes import RECIPES
 from excise.recipes.common.examples import Example
-from excise.recipes.common.trainer import add_shares
+from excise.recipes.common.step_parts import add_shares
 from excise.recipes.unlearning.grad_diff import GradDiffSettings
 from excise.recipes.unlearning.npo import NpoSettings
 from excise.recipes.unlearning.recipe import UnlearningData, UnlearningTraining, pair_batch
