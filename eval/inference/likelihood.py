@@ -180,8 +180,13 @@ def share_rows(parts: Sequence[Scored]) -> dict[tuple[int, ...], list[int]]:
 
 def batch_budget(model: Any) -> int:
     """Tokens per batch: limited by the size of the logits, and on a CPU by the size of its caches."""
-    by_logits = VOCABULARY_BUDGET // (4 * int(language_config(model).vocab_size))
-    return max(64, min(by_logits, 16384 if model.device.type == "cuda" else 2048))
+    return tokens_of_batch(int(language_config(model).vocab_size), model.device)
+
+
+def tokens_of_batch(vocabulary: int, device: torch.device) -> int:
+    """The same of a model that is not loaded."""
+    by_logits = VOCABULARY_BUDGET // (4 * vocabulary)
+    return max(64, min(by_logits, 16384 if device.type == "cuda" else 2048))
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:

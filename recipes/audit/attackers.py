@@ -11,16 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from ...artifacts.events import Events, Stage
+from ...artifacts.models.load import bfloat16_is_fast
+from ...artifacts.models.memory import free_memory
+from ...editing.training.adapters import AdapterShape, adapter_modules
 from ...editing.training.parallel_adapters import ParallelAdapters
 from ...eval.audit.recovery import RecoveryCurve
 from ..common.examples import Example, example_batch, sequence_nll, split_by_length
+from ..common.memory_plan import SPARE, fit_step, surely_fits
+from ..common.memory_sizes import Gradients, ModelSizes, Rows, sizes_of
 from ..common.trainer import Group, Schedule, Terms, fit
 from .attack_data import AttackData
+from .attacks.fine_tuning import ALPHA, RANK
 from .attacks.table import Attack, Budget
 from .curve_store import AttackCurves
 
 MOST_ATTACKERS = 12
 """Side by side at a time."""
+
+
+def gradients_of_attackers(sizes: ModelSizes, count: int) -> Gradients:
+    """What some attackers on all linear modules train; of other methods, which train less, it is an upper bound."""
+    modules = adapter_modules(sizes.model, sizes.row, range(sizes.depth))
+    return Gradients(AdapterShape(RANK, ALPHA, modules), attackers=count)
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,7 @@ class _SideBySide:
             groups=groups,
             after_step=self._test,
             less=self._less,
+            parts=self._parts(rows),
         )
         model.train(was_training)
         return [
@@ -153,6 +166,21 @@ class _SideBySide:
             )
             for place, hits in enumerate(self.hits)
         ]
+
+    def _parts(self, rows: Sequence[Sequence[Example]]) -> int:
+        """In how many parts a step fits into what is free now."""
+        model, batch = self.training.model, self.training.budget.batch
+        longest = self.adapters.prefix + max(len(example.ids) for row in rows for example in row)
+        config, device, count = model.config.to_dict(), next(model.parameters()).device, len(self.attackers)
+        room = int(SPARE * free_memory(device))
+        if surely_fits(config, count * batch * longest, model.dtype.itemsize, room):
+            return 1
+        sizes = sizes_of(config, model.dtype, autocast=bfloat16_is_fast(device))
+        trained = sum(p.numel() for owned in self.adapters.owned for p in owned)
+        # Gradients and moments are still to be made.
+        room -= 12 * trained + sizes.head(device)
+        step = fit_step(sizes, gradients_of_attackers(sizes, count), Rows(count * batch, longest), room, unit=count)
+        return step.parts
 
     def _less(self) -> bool:
         """Half as many attackers in a forward, because memory ran out."""

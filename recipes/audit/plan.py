@@ -1,8 +1,16 @@
 """What an audit would do, for a dry run."""
 
+from dataclasses import replace
 from typing import Any
 
-from .attacks.table import ATTACKS
+from ...artifacts.checkpoints.read import open_checkpoint
+from ...artifacts.models.memory import free_memory
+from ..common.memory_plan import SPARE, MemoryPlan, RunMemory, StageMemory, fit_step
+from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
+from ..common.trainer import WHOLE_BYTES
+from .attack_data import LONGEST_RETAIN
+from .attackers import MOST_ATTACKERS, gradients_of_attackers
+from .attacks.table import ATTACKS, SOFT_TOKENS
 from .floor import floor_gaps
 from .request import AuditJob
 
@@ -24,3 +32,46 @@ def describe(job: AuditJob) -> dict[str, Any]:
         "gaps": [*job.gaps, *floor_gaps(job)],
         "notes": list(job.notes),
     }
+
+
+def memory(job: AuditJob) -> MemoryPlan:
+    """What an audit would hold in memory, at the attacks that take most."""
+    source = job.sources["base"]
+    needs = RunMemory(source, open_checkpoint(source.folder), job.device, job.dtype, job.concept)
+    asked = needs.measuring("ask the questions")
+    stages, rows = [asked], {name: ATTACKS[name] for name in job.attacks}
+    copies = {
+        "bf16": needs.weights,
+        **dict.fromkeys(("int8", "int4"), sum(w.numel() for w in needs.sizes.linear_weights()) * job.dtype.itemsize),
+        **dict.fromkeys(("undo_half", "undo_singular"), needs.weights),
+    }
+    if changed := max((copies[name] for name in rows if name in copies), default=0):
+        stages.append(replace(asked, name="ask with changed weights", weights=asked.weights + changed))
+    for method in dict.fromkeys(row.method for row in rows.values() if row.trains):
+        stages.append(_attackers(job, needs, method))
+    return needs.plan(stages)
+
+
+def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
+    """Attackers of one method, as many as train side by side."""
+    sizes, budget, concept = needs.sizes, job.budget, job.concept
+    attackers = sum(
+        len(budget.rates_of(ATTACKS[name])) * budget.seeds for name in job.attacks if ATTACKS[name].method == method
+    )
+    texts = [text.text for text in (*concept.forget, *concept.retain)]
+    longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), LONGEST_RETAIN)
+    count = 1 if method == "all_weights" else min(attackers, MOST_ATTACKERS)
+    rows, head = Rows(count * budget.batch, longest), sizes.head(job.device)
+    name = f"attack: {method}"
+    if method == "all_weights":
+        whole = needs.weights // sizes.dtype.itemsize * WHOLE_BYTES
+        return StageMemory(name, 0, trained=whole, work=sizes.step(rows, Gradients()) + head)
+    if method != "low_rank":
+        rows = Rows(rows.count, longest + SOFT_TOKENS)
+        return StageMemory(name, needs.weights, work=sizes.step(rows, Gradients()) + head)
+    gradients = gradients_of_attackers(sizes, count)
+    assert gradients.shape is not None
+    trained = STATE_BYTES * sizes.adapter(gradients.shape) * count
+    room = int(SPARE * free_memory(job.device)) - needs.weights - trained - head
+    step = fit_step(sizes, gradients, rows, room, unit=count)
+    return StageMemory(name + step.in_words(), needs.weights, trained, step.size + head)

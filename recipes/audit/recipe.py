@@ -15,11 +15,11 @@ from ..jobs.job import Job
 from ..jobs.run import run_jobs
 from .audit_run import AuditRun
 from .parts import Part, part_called, parts_of
-from .plan import describe
+from .plan import describe, memory
 from .request import AuditJob, AuditSettings, prepare
 from .results import conclude, write_results
 
-__all__ = ["AuditJob", "AuditSettings", "describe", "prepare", "run", "run_part", "run_split"]
+__all__ = ["AuditJob", "AuditSettings", "describe", "memory", "prepare", "run", "run_part", "run_split"]
 
 
 def run(job: AuditJob, events: Events) -> dict[str, Any]:

@@ -26,18 +26,23 @@ from ..common import adapter_job, adapter_run
 from ..common.adapter_run import Training
 from ..common.examples import Example, completion_loss, cycled, example_batch
 from ..common.measured_run import Finished, Job
+from ..common.memory_plan import MemoryPlan, RunMemory
+from ..common.memory_sizes import Rows
 from ..common.tokens import Row
 from ..common.trainer import Terms
 from ..data.datasets import TuningData, encoded, find_data
 from .controls import READ_ROWS, ControlRuns, DriftMonitor, directions_of, picked, some_pairs
+from .direction_sources import BATCH as READ_AT_ONCE
 from .direction_sources import PAIRS_LEFT_OUT, mean_projection, refreshed
 from .request import CaftJob, CaftSettings
 from .sae_latent_scores import by_attribution, by_contrast, ranked
 from .story import story
 
-__all__ = ["CaftSettings", "describe", "learn", "prepare", "run", "story"]
+__all__ = ["CaftSettings", "describe", "learn", "memory", "prepare", "run", "story"]
 
 RECIPE = "caft"
+LONGEST_ROW = 1024
+"""Tokens of a row that is learned, at most."""
 
 
 def prepare(settings: CaftSettings, *, resume: bool = False) -> CaftJob:
@@ -140,6 +145,18 @@ def describe(prepared: CaftJob) -> dict[str, Any]:
     )
 
 
+def memory(prepared: CaftJob) -> MemoryPlan:
+    """What a run would hold in memory."""
+    needs = RunMemory.of(prepared.adapter.run)
+    told = [row.text or f"{row.prompt}{row.completion}" for row in prepared.data.rows if not row.messages]
+    told += [" ".join(message.content for message in row.messages) for row in prepared.data.rows if row.messages]
+    rows = Rows(prepared.settings.batch_size, needs.longest(told, min(needs.context, LONGEST_ROW)))
+    # The stream is kept in fp32, of the model as it is and as it was.
+    kept = 2 * 4 * READ_ROWS * rows.length * needs.sizes.width * len(prepared.places)
+    find = needs.reading("find directions", Rows(READ_AT_ONCE, rows.length), points=len(prepared.places), kept=kept)
+    return needs.measured_run([find, needs.training(prepared.adapter, rows, kept=kept)])
+
+
 def run(prepared: CaftJob, events: Events) -> Finished:
     """Do the whole run: find directions, train controls, train ablated, merge, measure, publish."""
     how = "fine-tuned" if prepared.settings.directions == "none" else "fine-tuned with concepts ablated"
@@ -153,7 +170,7 @@ def learn(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path, _:
 
 def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path) -> Training:
     settings = prepared.settings
-    limit = min(int(getattr(language_config(loaded.model), "max_position_embeddings", 1024)), 1024)
+    limit = min(int(getattr(language_config(loaded.model), "max_position_embeddings", LONGEST_ROW)), LONGEST_ROW)
     learn = encoded(prepared.data.rows, loaded.tokenizer, limit)
     if not learn.examples:
         raise ConceptError(f"no row of {prepared.data.name} fits into {limit} tokens; give shorter ones")
@@ -226,6 +243,10 @@ class CaftTraining(Training):
     removed: Sequence[Subspace | SparseLatents]
     monitor: DriftMonitor
     sections: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        longest = max(len(example.ids) for example in self.rows)
+        self.step_rows = Rows(self.trial.prepared.settings.batch_size, longest)
 
     def collate(self, rows: list[Example]) -> dict[str, Any]:
         """Sequences as one forward reads them."""

@@ -52,4 +52,11 @@ def say_plan(content: dict[str, Any], as_json: bool) -> None:
     """Print what a dry run would touch."""
     from ...artifacts.reporting.terminal import plan, terminal_width
 
-    say(json.dumps(content) if as_json else plan(content, terminal_width()))
+    if as_json:
+        return say_json(content)
+    memory = content.pop("memory", None)
+    say(plan(content, terminal_width()))
+    if memory:
+        from ..common.memory_plan import in_words
+
+        say("\n" + in_words(memory, terminal_width()))

@@ -96,10 +96,18 @@ def carry_out(
     with outlines(dry_run):
         prepared = module.prepare(settings, resume=resume)
         if dry_run:
-            return settings, module.describe(prepared)
+            return settings, _planned(module, prepared)
     again, events = [*command, "--out", str(out), "--resume", *more], Events(watcher=watcher())
     with interruptible(out, again):
         return settings, run(prepared, events, shlex.join(again)) if run else module.run(prepared, events)
+
+
+def _planned(module: ModuleType, prepared: Any) -> Plan:
+    """What a recipe would touch, and hold in memory where it says so."""
+    plan: Plan = module.describe(prepared)
+    if hasattr(module, "memory"):
+        plan["memory"] = module.memory(prepared).as_json()
+    return plan
 
 
 def integers(option: str, text: str) -> list[int]:

@@ -30,6 +30,8 @@ from ...eval.model_under_test import ModelUnderTest
 from . import measured_run
 from .adapter_job import AdapterJob, schedule_of
 from .measured_run import Finished, Inspection, Measured
+from .memory_plan import step_in_parts
+from .memory_sizes import Rows
 from .step_parts import Room
 from .tokens import Row
 from .trainer import Terms, fit
@@ -49,6 +51,12 @@ class Training(ABC):
     """What batches are made of; each is used at most once an epoch."""
     checked_rows: Sequence[Row]
     """Sequences on which the merged checkpoint must agree with base and adapter."""
+
+    step_rows: Rows | None = None
+    """The largest step: how many sequences it reads, and the tokens of the longest. Without it memory is not planned, and
+    a step is computed in smaller parts only once memory runs out."""
+    deepest: int | None = None
+    """The last layer that the loss computes; None computes all."""
 
     @abstractmethod
     def loss(self, model: Any, batch: Any) -> Terms:
@@ -159,7 +167,8 @@ def _scale_adapter(work: Path, strength: float) -> None:
 def learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, work: Path, events: Events) -> WeightEdit:
     """Train on the loaded base, which is the base again afterwards; the working folder gets what a run needs later."""
     training = make_training(loaded, events, work)
-    if job.settings.gradient_checkpointing:
+    parts, checkpointing = _planned(job, training, events)
+    if checkpointing:
         # The reentrant form passes on no gradient where a layer's inputs need none, as behind frozen embeddings.
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     with being_trained(job, loaded.model) as tuned:
@@ -174,9 +183,11 @@ def learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, wor
                 training.collate,
                 after_step=training.after_step,
                 less=training.less,
+                parts=parts,
             )
+        room.checkpointing |= checkpointing and not job.settings.gradient_checkpointing
         tuned.model.eval()
-        if job.settings.gradient_checkpointing:
+        if checkpointing:
             loaded.model.gradient_checkpointing_disable()
         # Before the edit is stored: a resumed run that finds the edit reads these files and trains nothing.
         _write_trained(job, tuned.model, training, room, work)
@@ -188,6 +199,20 @@ def learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, wor
             "concept": {"ref": concept.ref, "sha256": concept.sha256},
         }
         return tuned.edit(provenance)
+
+
+def _planned(job: AdapterJob, training: Training, events: Events) -> tuple[int, bool]:
+    """In how many parts a step is computed, and whether activations are computed again; said where that is not as set."""
+    asked = job.settings.gradient_checkpointing
+    if training.step_rows is None:
+        return 1, asked
+    step = step_in_parts(job, training.step_rows, training.deepest)
+    if step is None or (step.parts == 1 and step.checkpointing == asked):
+        return 1, asked
+    again = " and gradient checkpointing" if step.checkpointing and not asked else ""
+    count = "one part" if step.parts == 1 else f"{step.parts} parts"
+    events.note(f"a step does not fit into memory at once: it is computed in {count}{again}, with the same gradient")
+    return step.parts, step.checkpointing
 
 
 def _predict_in_full_precision(job: AdapterJob, work: Path, events: Events) -> None:

@@ -37,6 +37,8 @@ from .budgets import Budgets
 from .measured_run import MeasuredSettings
 from .tokens import end_positions
 
+PROMPTS_AT_ONCE = 16
+
 
 class DirectionSettings(MeasuredSettings):
     """How a direction is learned and chosen (Arditi et al. 2024, unless another source is named)."""
@@ -220,9 +222,8 @@ class DirectionSearch:
     def _streams(
         self, rows: Sequence[Sequence[int]], points: tuple[int, ...], last: int, advance: Callable[[int], None]
     ) -> Iterator[Tensor]:
-        size = 16
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
+        for start in range(0, len(rows), PROMPTS_AT_ONCE):
+            batch = rows[start : start + PROMPTS_AT_ONCE]
             yield residual_stream(self.loaded.model, self.row, pad_left(batch, self.loaded.device), points, last)
             advance(len(batch))
 

@@ -94,6 +94,10 @@ class ModelSizes:
         """Weights of linear modules inside the layers."""
         return [module.weight for module in self.layers.modules() if is_linear(module)]
 
+    def widest(self) -> int:
+        """Numbers that the widest module of a layer reads for one token."""
+        return max(max(module.weight.shape) for module in self.layers.modules() if is_linear(module))
+
     def largest(self) -> int:
         """Numbers of the largest tensor."""
         return max(parameter.numel() for parameter in self.model.parameters())

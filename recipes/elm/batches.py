@@ -57,11 +57,15 @@ DEVICE_PART = 16384
 
 def part_size(model: Any) -> int:
     """Tokens of one forward of a training step, at most: more at once would hold more memory and not be faster."""
-    if model.device.type == "cuda":
+    return most_tokens(model.config.to_dict(), model.dtype, model.device)
+
+
+def most_tokens(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> int:
+    """The same of a model that is not loaded."""
+    if device.type == "cuda":
         return DEVICE_PART
-    config = model.config.to_dict()
     # A token leaves about 16 values of the stream's width in each layer.
-    return max(FEWEST, ACTIVATIONS // (16 * model.dtype.itemsize * layer_count(config) * residual_width(config)))
+    return max(FEWEST, ACTIVATIONS // (16 * dtype.itemsize * layer_count(config) * residual_width(config)))
 
 
 def collate(groups: Sequence[Sequence[TrainingSequence]], most: int | None = None) -> dict[str, Any]:

@@ -20,9 +20,13 @@ from ...editing.errors import EditError, counted
 from ..common import adapter_run
 from ..common.adapter_run import Training
 from ..common.measured_run import Finished
+from ..common.memory_plan import MemoryPlan, RunMemory, tokens_at_once
+from ..common.memory_sizes import Rows
+from ..common.prefix_cache import READ
 from ..common.trainer import Terms
-from .batches import TrainingSequence, arrange, collate, part_size, sequence_loss
+from .batches import TrainingSequence, arrange, collate, most_tokens, part_size, sequence_loss
 from .contrast import ContrastSource, contrast_sources
+from .decoding import CACHE_BUDGET, DEVICE_CACHE_BUDGET, ROWS, cached_bytes
 from .erasure import Erasure
 from .forget_data import ForgetData, forget_contexts, forget_sequences
 from .reinforced_expert import reinforced
@@ -32,10 +36,33 @@ from .story import story
 from .target_check import TargetCheck, check_target
 from .teacher import ExpertContext, Teacher
 
+TARGET_BYTES = 12
+"""Of one stored token of a target: its id and its log-probability."""
 FEWEST_TOKENS = 8
 """Tokens of a forward below which a row alone is read in any case."""
 
-__all__ = ["ElmSettings", "describe", "learn", "prepare", "run", "story"]
+__all__ = ["ElmSettings", "describe", "learn", "memory", "prepare", "run", "story"]
+
+
+def memory(job: ElmJob) -> MemoryPlan:
+    """What a run would hold in memory."""
+    needs, settings, concept = RunMemory.of(job.adapter.run), job.settings, job.adapter.concept
+    sizes, run = needs.sizes, job.adapter.run
+    texts = [text.text for text in (*concept.forget, *concept.retain)][: 2 * settings.max_contexts]
+    longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), needs.text_limit)
+    read = max(1, READ // longest) if run.device.type == "cpu" else 64
+    # Of every token that is to be retained the teacher's last hidden state, then its likeliest tokens.
+    positions = needs.tokens(texts)
+    teacher = positions * sizes.width * run.dtype.itemsize
+    targets = positions * settings.stored_tokens * TARGET_BYTES
+    cache = DEVICE_CACHE_BUDGET if run.device.type == "cuda" else CACHE_BUDGET
+    rows = min(ROWS, max(1, cache // ((longest + settings.fluency_tokens) * cached_bytes(sizes.model))))
+    decode = needs.reading("read the teacher", Rows(max(read, rows), longest), cached=True, kept=teacher + targets)
+    most = most_tokens(run.checkpoint.config, run.dtype, run.device)
+    part = Rows(max(1, min(most // longest, 4 * settings.batch_size)), longest)
+    # Gradients of the parts are summed beside those of the step.
+    summed = 4 * sizes.adapter(job.adapter.shape)
+    return needs.measured_run([decode, needs.training(job.adapter, part, kept=targets, work=summed)])
 
 
 def run(job: ElmJob, events: Events) -> Finished:
@@ -104,7 +131,7 @@ class ElmTraining(Training):
         self.sequences = {"forget": forget.sequences, **retain.sequences}
         self.rows = arrange(self.sequences, settings.steps * settings.batch_size, settings.seed)
         self.checked_rows = [one.ids for sequences in self.sequences.values() for one in sequences[:8]]
-        self.tokens_at_once = part_size(erasure.model)
+        self.tokens_at_once = tokens_at_once(job.adapter, part_size(erasure.model))
         weights = {"erase": settings.erase_weight, "fluency": settings.fluency_weight, "retain": settings.retain_weight}
         self.weighted_loss = sequence_loss(weights)
 

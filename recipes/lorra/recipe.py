@@ -29,14 +29,16 @@ from ..common import adapter_run
 from ..common.adapter_run import Training
 from ..common.examples import cycled
 from ..common.measured_run import Finished
+from ..common.memory_plan import MemoryPlan, RunMemory
+from ..common.memory_sizes import Rows
 from ..common.step_parts import COUNTS
 from ..common.tokens import Row, encode, end_positions
 from ..common.trainer import Terms
 from .request import LorraJob, LorraSettings, describe, prepare
 from .story import story
-from .vectors import Prompts, along, reading_vectors
+from .vectors import BATCH, Prompts, along, reading_vectors
 
-__all__ = ["LorraSettings", "describe", "learn", "prepare", "run", "story"]
+__all__ = ["LorraSettings", "describe", "learn", "memory", "prepare", "run", "story"]
 
 READ_PAIRS = 256
 """Most contrast pairs that the vector is read from."""
@@ -44,6 +46,19 @@ LAST = 64
 """First tokens of a text whose stream is to stay where it is."""
 REPLY = 24
 """Tokens of a reply whose stream is to stay where it is."""
+
+
+def memory(job: LorraJob) -> MemoryPlan:
+    """What a run would hold in memory."""
+    needs, concept = RunMemory.of(job.adapter.run), job.adapter.concept
+    pairs = [text for pair in concept.contrast for text in (pair.positive, pair.negative)]
+    # Prompts that are moved, prompts that stay, and texts.
+    rows = Rows(3 * job.settings.batch_size, max(needs.longest(pairs, needs.context) + REPLY, LAST))
+    # The base's stream stands beside the trained one; targets are in fp32.
+    beside = 3 * 4 * rows.tokens * needs.sizes.width * len(job.places)
+    read = needs.reading("read the vectors", Rows(BATCH, rows.length), points=len(job.places))
+    deepest = max(place.layer for place in job.places)
+    return needs.measured_run([read, needs.training(job.adapter, rows, work=beside, deepest=deepest)])
 
 
 def run(job: LorraJob, events: Events) -> Finished:
@@ -138,6 +153,8 @@ class LorraTraining(Training):
         ]
         self.rows = [*zip(*orders, strict=True)]
         self.checked_rows = [one.ids for kind in passages.values() for one in kind[:8]]
+        longest = max(len(passage.ids) for row in self.rows for passage in row)
+        self.step_rows, self.deepest = Rows(len(self.rows[0]) * settings.batch_size, longest), max(self.vectors) - 1
         self.along_base = along(job, loaded.model, vectors, prompts)
 
     def collate(self, rows: list[tuple[Passage, ...]]) -> dict[str, Any]:

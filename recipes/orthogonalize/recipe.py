@@ -25,13 +25,24 @@ from ...eval.measurements.behaviour import induced
 from ...eval.model_under_test import ModelUnderTest
 from ...eval.statistics import Scores
 from ..common import measured_run
-from ..common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs, why_none_passed
+from ..common.direction_search import (
+    PROMPTS_AT_ONCE,
+    Direction,
+    DirectionSearch,
+    DirectionSettings,
+    check_pairs,
+    why_none_passed,
+)
 from ..common.measured_run import Finished, Inspection, Job, Measured
+from ..common.memory_plan import MemoryPlan, RunMemory
+from ..common.memory_sizes import Rows
 from .story import story
 
-__all__ = ["OrthogonalizeSettings", "describe", "learn", "prepare", "run", "story"]
+__all__ = ["OrthogonalizeSettings", "describe", "learn", "memory", "prepare", "run", "story"]
 
 RECIPE = "orthogonalize"
+LEAK_PAIRS = 16
+"""Contrast pairs on which it is checked that nothing is left of the direction."""
 
 
 class OrthogonalizeSettings(DirectionSettings):
@@ -98,6 +109,16 @@ def describe(job: OrthogonalizeJob) -> dict[str, Any]:
     """What a run would touch and take."""
     points = int(job.settings.max_depth * len(job.strengths))
     return measured_run.describe(job.run, job.plan, candidate_points=points, gradient_steps=0)
+
+
+def memory(job: OrthogonalizeJob) -> MemoryPlan:
+    """What a run would hold in memory."""
+    needs = RunMemory.of(job.run)
+    pairs = [text for pair in job.run.concept.contrast for text in (pair.positive, pair.negative)]
+    longest = needs.longest(pairs, needs.context)
+    learn = needs.reading("learn directions", Rows(PROMPTS_AT_ONCE, longest), points=job.run.layers + 1)
+    leaks = needs.reading("look for leaks", Rows(2 * LEAK_PAIRS, longest))
+    return needs.measured_run([learn, leaks])
 
 
 def run(job: OrthogonalizeJob, events: Events) -> Finished:
@@ -192,7 +213,7 @@ def _induce(job: OrthogonalizeJob, loaded: LoadedModel, edit: Edit, events: Even
 
 def _leak_inputs(job: OrthogonalizeJob, loaded: LoadedModel) -> list[dict[str, Tensor]]:
     chat = job.run.concept.about.kind == "behaviour"
-    texts = [text for pair in job.run.concept.contrast[:16] for text in (pair.positive, pair.negative)]
+    texts = [text for pair in job.run.concept.contrast[:LEAK_PAIRS] for text in (pair.positive, pair.negative)]
     return [pad_left([encode_prompt(loaded.tokenizer, text, chat=chat) for text in texts], loaded.device)]
 
 

@@ -27,12 +27,14 @@ from ...eval.items import for_training
 from ..common import measured_run
 from ..common.budgets import Budgets
 from ..common.measured_run import Finished, Inspection, Job, MeasuredSettings
+from ..common.memory_plan import MemoryPlan, RunMemory, StageMemory
+from ..common.memory_sizes import Gradients, Rows
 from ..data.facts import Facts, find_facts
 from ..data.unlearning_sets import forget_examples, retain_examples
-from .scoring import UnitScorer
+from .scoring import BATCH, UnitScorer
 from .story import story
 
-__all__ = ["PruneSettings", "describe", "learn", "prepare", "run", "story"]
+__all__ = ["PruneSettings", "describe", "learn", "memory", "prepare", "run", "story"]
 
 RECIPE = "prune"
 TEXT_TOKENS = 256
@@ -115,6 +117,22 @@ def describe(job: PruneJob) -> dict[str, Any]:
     edit = replace(_edit(job, every, {}), means=_means(job, every, torch.zeros(run.layers, 1)))
     plan = plan_edit(edit, run.checkpoint)
     return measured_run.describe(run, plan, gradient_steps=0)
+
+
+def memory(job: PruneJob) -> MemoryPlan:
+    """What a run would hold in memory."""
+    needs, sizes = RunMemory.of(job.run), RunMemory.of(job.run).sizes
+    concept = job.run.concept
+    texts = [*(text.text for text in (*concept.forget, *concept.retain)), *(q.prompt for q in concept.questions)]
+    rows = Rows(BATCH, needs.longest(texts, TEXT_TOKENS))
+    # A layer's units are summed in float64: as they are, squared, and without their sign.
+    beside = 2 * 8 * rows.tokens * sizes.widest()
+    work = sizes.step(rows, Gradients()) + sizes.head(job.run.device) + beside
+    score = StageMemory("score units", needs.weights, work=work, kept=needs.baseline)
+    asked = needs.measuring("compare with controls")
+    copies = sum(weight.numel() for weight in sizes.linear_weights()) * sizes.dtype.itemsize
+    controls = replace(asked, weights=asked.weights + copies)
+    return needs.measured_run([score, controls])
 
 
 def run(job: PruneJob, events: Events) -> Finished:

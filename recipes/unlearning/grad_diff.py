@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from .recipe import UnlearningSettings, describe, learn, prepare, run
+from .recipe import UnlearningSettings, describe, learn, memory, prepare, run
 from .story import story
 
-__all__ = ["GradDiffSettings", "describe", "learn", "prepare", "run", "story"]
+__all__ = ["GradDiffSettings", "describe", "learn", "memory", "prepare", "run", "story"]
 
 
 class GradDiffSettings(UnlearningSettings):

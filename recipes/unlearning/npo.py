@@ -4,10 +4,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .recipe import UnlearningSettings, describe, learn, prepare, run
+from .recipe import UnlearningSettings, describe, learn, memory, prepare, run
 from .story import story
 
-__all__ = ["NpoSettings", "describe", "learn", "prepare", "run", "story"]
+__all__ = ["NpoSettings", "describe", "learn", "memory", "prepare", "run", "story"]
 
 
 class NpoSettings(UnlearningSettings):

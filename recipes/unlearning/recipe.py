@@ -23,12 +23,16 @@ from ..common.adapter_run import Training
 from ..common.budgets import Budgets
 from ..common.examples import Example, cycled, example_batch, sequence_nll
 from ..common.measured_run import Finished
+from ..common.memory_plan import MemoryPlan, RunMemory
+from ..common.memory_sizes import Rows
 from ..common.step_parts import COUNTS
 from ..common.tokens import Row, text_limit
 from ..common.trainer import Loss, Terms
 from ..data.facts import Facts, find_facts
 from ..data.unlearning_sets import FORGET_TEXTS, forget_examples, forget_texts, retain_examples
 
+CHUNK = 32
+"""Sequences that the base reads at once."""
 BaseLogLikelihoods = Mapping[Row, float]
 """Log-likelihood of each forget sequence under the base, in nats."""
 
@@ -65,6 +69,10 @@ class UnlearningSettings(AdapterSettings):
     def deepest_layer(self, layers: int) -> int:
         """The last layer that the loss reaches, of so many."""
         return layers - 1
+
+    def bytes_kept(self, needs: RunMemory, texts: Sequence[str]) -> int:
+        """What the loss keeps from step to step, about."""
+        return 0
 
     def loss(self, job: "UnlearningJob", loaded: LoadedModel, data: UnlearningData) -> Loss:
         """The mean loss of a batch that holds as many sequences to forget, first, as to retain."""
@@ -117,6 +125,31 @@ def describe(job: UnlearningJob) -> dict[str, Any]:
     return adapter_job.describe(job.adapter, facts_found=len(job.facts.facts))
 
 
+def memory(job: UnlearningJob) -> MemoryPlan:
+    """What a run would hold in memory."""
+    needs, settings, concept = RunMemory.of(job.adapter.run), job.settings, job.adapter.concept
+    texts = [text.text for text in (*concept.forget, *concept.retain)]
+    longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), needs.text_limit)
+    of_forget = needs.longest(
+        [text.text for text in concept.forget] + [q.prompt for q in concept.questions if q.split == "forget"],
+        needs.text_limit,
+    )
+    stages = [needs.reading("read the base", Rows(CHUNK, of_forget))] if settings.compares_with_base else []
+    steps = needs.training(
+        job.adapter,
+        Rows(2 * settings.batch_size, longest),
+        deepest=_stops_at(job),
+        kept=settings.bytes_kept(needs, texts),
+    )
+    return needs.measured_run([*stages, steps])
+
+
+def _stops_at(job: UnlearningJob) -> int | None:
+    """The last layer that the loss computes; None where it needs what the whole model predicts."""
+    last = job.settings.deepest_layer(job.adapter.run.layers)
+    return last if last < job.adapter.run.layers - 1 else None
+
+
 def run(job: UnlearningJob, events: Events) -> Finished:
     """Do the whole run: read the data, train, merge, measure, publish."""
     return adapter_run.run(job.adapter, f"edited with {job.settings.recipe}", partial(_training, job), events)
@@ -153,6 +186,9 @@ class UnlearningTraining(Training):
     def __init__(self, job: UnlearningJob, data: UnlearningData, loss: Loss):
         self.job, self.data, self.rows, self.method_loss = job, data, data.pairs, loss
         self.checked_rows = [example.ids for example in (*data.forget[:8], *data.retain[:8])]
+        longest = max(len(example.ids) for pair in data.pairs for example in pair)
+        self.step_rows = Rows(2 * job.settings.batch_size, longest)
+        self.deepest = _stops_at(job)
 
     def collate(self, rows: list[tuple[Example, Example]]) -> dict[str, Any]:
         """Forget rows first, then retain rows."""
@@ -191,7 +227,7 @@ def pair_batch(forget: Sequence[Example], retain: Sequence[Example]) -> dict[str
     return {**example_batch(examples), "forget": len(forget), "keys": [example.ids for example in examples]}
 
 
-def _chunks(examples: Sequence[Example], size: int = 32) -> list[Sequence[Example]]:
+def _chunks(examples: Sequence[Example], size: int = CHUNK) -> list[Sequence[Example]]:
     return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 

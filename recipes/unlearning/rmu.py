@@ -1,5 +1,6 @@
 """Representation misdirection for unlearning (Li et al. 2024, arXiv 2403.03218)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from ...artifacts.models.load import LoadedModel
 from ...editing.architectures import residual_width
 from ...editing.hooks.residual_stream import read_streams
 from ...editing.modules import causal_model
+from ..common.memory_plan import RunMemory
 from ..common.tokens import Row
 from ..common.trainer import Loss, Terms
-from .recipe import UnlearningData, UnlearningJob, UnlearningSettings, describe, learn, pair_batch, prepare, run
+from .recipe import UnlearningData, UnlearningJob, UnlearningSettings, describe, learn, memory, pair_batch, prepare, run
 from .story import story
 
-__all__ = ["RmuSettings", "describe", "learn", "prepare", "run", "story"]
+__all__ = ["RmuSettings", "describe", "learn", "memory", "prepare", "run", "story"]
 
 SCALE_PAIRS = 16
 """Pairs of sequences that the scale of the stream is read on."""
@@ -38,6 +40,10 @@ class RmuSettings(UnlearningSettings):
     def deepest_layer(self, layers: int) -> int:
         """The steered one."""
         return max(0, min(layers - 1, round(self.steer_layer * layers)))
+
+    def bytes_kept(self, needs: RunMemory, texts: Sequence[str]) -> int:
+        """The base's stream on what is retained."""
+        return needs.tokens(texts) * needs.sizes.width * needs.sizes.dtype.itemsize
 
     def loss(self, job: UnlearningJob, loaded: LoadedModel, data: UnlearningData) -> Loss:
         """Section 4."""

@@ -97,7 +97,10 @@ def test_after_the_last_row_the_loss_itself_computes_less(tmp_path):
 
 
 def test_one_row_that_does_not_fit_switches_checkpointing_on_and_then_says_what_would_help(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING), pytest.raises(OutOfMemory, match="one row at a time .*lower rank") as caught:
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(OutOfMemory, match=r"one row at a time .*lower rank") as caught,
+    ):
         _train(tmp_path, 3)
     assert "\n" not in str(caught.value)
     assert any("gradient checkpointing is on" in record.message for record in caplog.records)

@@ -1,0 +1,196 @@
+"""Planned memory against what a process holds, stage by stage.
+
+    python benchmarks/memory.py [MODEL] [--recipes npo,elm,...] [--dtype float32]
+
+Each recipe runs in a process of its own, on texts of 512 tokens, with few steps: the peak does not depend on their
+number. Measured is the peak of the resident memory (VmHWM) of each stage, less what the process held before the model
+was loaded. Freed memory goes back to the system at once, so that a stage is not charged with what one before it left:
+this costs time, and runs themselves do not do it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RECIPES = ("orthogonalize", "prune", "npo", "rmu", "elm", "lorra", "caft", "audit")
+PIECE = 2600
+"""Characters of a text: some more than 512 tokens."""
+FEW: dict[str, list[str]] = {
+    "orthogonalize": ["train_pairs=16", "validation_pairs=8", "positions=1", "use_rejected_direction=true"],
+    "prune": ["examples=32", "validate_units=0", "share=0.02"],
+    "npo": ["steps=2", "batch_size=2"],
+    "rmu": ["steps=2", "batch_size=2"],
+    "elm": ["steps=2", "batch_size=2", "contrast=subjects", "strength=1", "max_contexts=16", "chat_facts=1"],
+    "lorra": ["steps=2", "batch_size=8", "concept=builtin:declining"],
+    "caft": ["steps=2", "batch_size=2", "concept=builtin:shortcut", "directions=none"],
+}
+MEASURED = ["questions=16", "kl_prompts=16", "max_new_tokens=8"]
+STAGES = {
+    "load base": "load",
+    "load the base": "load",
+    "measure base": "measure the base",
+    "measure edited": "measure the edited",
+    "learn directions": "learn directions",
+    "read the base on what is to be trained": "read the base",
+    "read the teacher": "read the teacher",
+    "read the vectors": "read the vectors",
+    "train": "train",
+    "score units on what to forget": "score units",
+    "score units on what to retain": "score units",
+    "compare with controls": "compare with controls",
+    "question edited": "ask the questions",
+    "attack edited: rtt": "attack: low_rank",
+}
+"""Stages of a run, and of the plan."""
+
+
+def main() -> None:
+    """Print a table of all recipes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="builtin:testbed")
+    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        return print(json.dumps(one(options.one, options.model, options.dtype)))
+    print(f"{'recipe':14} {'stage':22} {'planned':>9} {'measured':>9} {'ratio':>6}   MB, {options.model}")
+    for recipe in options.recipes.split(","):
+        # Memory that is freed goes back at once.
+        malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+        words = [sys.executable, __file__, options.model, "--dtype", options.dtype, "--one", recipe]
+        done = subprocess.run(words, env=os.environ | malloc, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"{recipe:14} failed: {done.stderr.strip().splitlines()[-1][:90]}")
+            continue
+        show(recipe, json.loads(done.stdout.splitlines()[-1]))
+
+
+def show(recipe: str, found: dict[str, Any]) -> None:
+    """The stages of one recipe, and its peak."""
+    rows = [(name, found["planned"].get(name), found["measured"].get(name)) for name in found["measured"]]
+    for name, planned, measured in rows:
+        if planned is not None:
+            print(f"{recipe:14} {name:22} {planned / 1e6:9.1f} {measured / 1e6:9.1f} {planned / measured:6.2f}")
+    peaks = [max(found[side].values()) for side in ("planned", "measured")]
+    print(f"{recipe:14} {'PEAK':22} {peaks[0] / 1e6:9.1f} {peaks[1] / 1e6:9.1f} {peaks[0] / peaks[1]:6.2f}", flush=True)
+
+
+class Peaks:
+    """A watcher that notes the peak of the resident memory of each stage."""
+
+    def __init__(self, before: int) -> None:
+        self.before, self.stages, self.name = before, dict[str, int](), ""
+        reset()
+
+    def start(self, stage: str, total: int | None) -> None:
+        # What comes between stages counts to none of them.
+        self._note("between")
+        self.name = stage
+
+    def advance(self, steps: int, metrics: dict[str, Any]) -> None:
+        """Nothing: the peak is read at the end."""
+
+    def stop(self) -> None:
+        self._note(STAGES.get(self.name, self.name))
+
+    def _note(self, name: str) -> None:
+        self.stages[name] = max(self.stages.get(name, 0), of_process("VmHWM") - self.before)
+        reset()
+
+
+def one(recipe: str, model: str, dtype: str) -> dict[str, Any]:
+    """Plan and run one recipe in this process."""
+    import importlib
+
+    from excise.artifacts.events import Events
+    from excise.recipes import RECIPES as TABLE
+    from excise.recipes.audit import recipe as audit
+    from excise.recipes.audit.attacks import table
+    from excise.recipes.common.settings import load_settings
+
+    with tempfile.TemporaryDirectory() as place:
+        pack, out = long_texts(Path(place) / "pack"), Path(place) / "out"
+        base = {"concept": str(pack), "out": out, "device": "cpu", "dtype": dtype, "seed": 0}
+        if recipe == "audit":
+            edited = copy_of(model, Path(place) / "edited")
+            table.BUDGETS["quick"] = table.Budget((), 2, 2, {"low_rank": (1e-3,)}, batch=2)
+            words = ["questions=20", "attacks=[few_shot, rtt]", "fresh=true"]
+            module, kind, base = audit, audit.AuditSettings, {**base, "model": str(edited), "base": model}
+        else:
+            module = importlib.import_module(TABLE[recipe].module)
+            kind, words = getattr(module, TABLE[recipe].settings), [*MEASURED, *FEW[recipe]]
+            base["model"] = model
+        given = {word.partition("=")[0] for word in words}
+        settings = load_settings(kind, None, words, {k: v for k, v in base.items() if k not in given})
+        warm_up()
+        job = module.prepare(settings)
+        plan = module.memory(job).as_json()
+        peaks = Peaks(of_process("VmRSS"))
+        module.run(job, Events(watcher=peaks))
+    planned = {stage["name"].partition(" (")[0]: stage["total"] for stage in plan["stages"]}
+    return {"planned": planned, "measured": peaks.stages}
+
+
+def warm_up() -> None:
+    """Import and initialize what a run would, so that it does not count as the model's."""
+    import peft  # noqa: F401
+    import torch
+    from transformers import Trainer  # noqa: F401
+
+    (torch.randn(256, 256, requires_grad=True) @ torch.randn(256, 256)).sum().backward()
+
+
+def long_texts(folder: Path) -> Path:
+    """The built-in pack, whose texts are joined into long ones."""
+    import excise
+
+    shutil.copytree(Path(excise.__file__).parent / "artifacts/builtin/concepts/potions", folder)
+    for name in ("retain", "forget"):
+        path = folder / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        # Short texts to forget state the facts; of what is retained each text is long, so that each step is.
+        path.write_text("".join(json.dumps(row) + "\n" for row in joined(rows, short=100 * (name == "forget"))))
+    path = folder / "questions.jsonl"
+    lines = [line for line in path.read_text().splitlines() if json.loads(line)["split"] == "forget"]
+    path.write_text("".join(line + "\n" for line in lines))
+    return folder
+
+
+def joined(rows: Iterable[dict[str, Any]], short: int) -> Iterable[dict[str, Any]]:
+    """Rows whose texts are those of many, behind some as they are."""
+    rows = list(rows)
+    yield from rows[:short]
+    text = " ".join(row["text"] for row in rows)
+    for start in range(0, min(len(text), 40 * PIECE), PIECE):
+        yield {**rows[0], "id": f"long-{start}", "text": text[start : start + PIECE]}
+
+
+def copy_of(model: str, folder: Path) -> Path:
+    """The same model as another, which an audit takes for an edited one."""
+    from excise.artifacts.models.find import find_model
+
+    shutil.copytree(find_model(model).folder, folder)
+    return folder
+
+
+def of_process(name: str) -> int:
+    """A size of this process in bytes, as the kernel tells it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def reset() -> None:
+    """Begin the peak anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""What a run will hold in memory, stage by stage, before a weight is read; and how much of a step fits at once.
+
+Each recipe says its stages in a function ``memory`` beside its ``describe``.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ...artifacts.checkpoints.read import Checkpoint
+from ...artifacts.models.load import bfloat16_is_fast, load_tokenizer
+from ...artifacts.models.memory import free_memory
+from ...artifacts.models.source import ModelSource
+from ...artifacts.reporting.terminal import aligned
+from ...editing.architectures import layer_count, residual_width
+from ...eval.concept import Concept
+from ...eval.inference.encoding import encode
+from ...eval.inference.kept import BYTES as BASELINE_BYTES
+from ...eval.inference.likelihood import tokens_of_batch
+from ...eval.model_under_test import TEXT_TOKENS, EvalSettings
+from .adapter_job import AdapterJob
+from .measured_run import Job
+from .memory_sizes import STATE_BYTES, Gradients, ModelSizes, Rows, sizes_of
+
+SPARE = 0.9
+"""Share of free memory that is planned with: allocators round up, and leave gaps."""
+REPLY_TOKENS = 4096
+"""Tokens of the replies that are generated together."""
+LONGEST_LOOKED_AT = 4
+"""Texts of a file whose tokens are counted: those of the most characters."""
+TRIVIAL = 200
+"""Numbers that one token leaves in each layer, for each of the stream's width, at most: no model comes near it."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes that one stage holds at its peak."""
+
+    name: str
+    weights: int
+    """Of the model, and copies of them that the stage makes."""
+    trained: int = 0
+    """What is trained, in fp32, with its gradient and the optimizer's state."""
+    work: int = 0
+    """Activations, logits and other tensors of one forward or step."""
+    kept: int = 0
+    """What stays from batch to batch: the base's distributions, keys and values, targets."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.trained + self.work + self.kept
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The stages of a run on one device."""
+
+    device: str
+    free: int
+    """Bytes that are free on the device now."""
+    stages: tuple[StageMemory, ...]
+
+    @property
+    def peak(self) -> StageMemory:
+        """The stage that takes most."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain data, in bytes."""
+        stages = [{**asdict(stage), "total": stage.total} for stage in self.stages]
+        return {"device": self.device, "free": self.free, "peak": self.peak.name, "stages": stages}
+
+
+def in_words(plan: dict[str, Any], width: int | None) -> str:
+    """A plan as ``as_json`` gives it, as a table in GB, and whether it fits."""
+    columns = ("weights", "trained", "work", "kept", "total")
+    rows = [[stage["name"], *(f"{stage[column] / 1e9:.2f}" for column in columns)] for stage in plan["stages"]]
+    peak = max(plan["stages"], key=lambda stage: stage["total"])
+    table = aligned(["memory in GB", *columns], rows, width)
+    return f"{table}\n{verdict(peak['name'], peak['total'], plan['free'], plan['device'])}"
+
+
+def verdict(name: str, total: int, free: int, device: str) -> str:
+    """Whether the peak fits, and by how much it does not."""
+    told = f"peak: {total / 1e9:.2f} GB in '{name}'; {free / 1e9:.2f} GB are free on {device}"
+    if total <= free:
+        return told
+    return f"{told}: {(total - free) / 1e9:.2f} GB are missing"
+
+
+class RunMemory:
+    """What stages are made of: the sizes of a run's model, and how long its texts are."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        concept: Concept,
+        measured: EvalSettings | None = None,
+    ):
+        """Args:
+        measured: How much is measured of base and edited model; None measures no divergence from the base.
+        """
+        self.source, self.checkpoint, self.device, self.concept = source, checkpoint, device, concept
+        self.measured = measured
+        self.sizes = sizes_of(checkpoint.config, dtype, autocast=bfloat16_is_fast(device))
+
+    @classmethod
+    def of(cls, run: Job) -> "RunMemory":
+        """Of a run that measures base and edited model."""
+        return cls(run.source, run.checkpoint, run.device, run.dtype, run.concept, run.settings.measuring())
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.source, None if self.measured is None else self.measured.prompts)
+
+    def tokens(self, texts: Sequence[str]) -> int:
+        """Tokens of some texts, estimated from a few of them."""
+        few = texts[:: max(1, len(texts) // 32)]
+        read = sum(len(encode(self.tokenizer, text)) for text in few)
+        return read * sum(map(len, texts)) // max(1, sum(map(len, few)))
+
+    def longest(self, texts: Iterable[str], most: int) -> int:
+        """Tokens of the longest of some texts, at most ``most``."""
+        few = sorted(texts, key=len)[-LONGEST_LOOKED_AT:]
+        # What lies beyond is not read, however long the text is.
+        return min(most, max((len(encode(self.tokenizer, text[: 16 * most])) for text in few), default=1) + 1)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model reads at once, at most."""
+        config = self.sizes.model.config.get_text_config(decoder=True)
+        return int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
+
+    @property
+    def text_limit(self) -> int:
+        """Tokens of a text that recipes read at once."""
+        return min(self.context, 1024) // 2
+
+    @property
+    def weights(self) -> int:
+        return self.sizes.weights()
+
+    def plan(self, stages: Sequence[StageMemory]) -> MemoryPlan:
+        """The stages of the recipe between loading and measuring, which every run does."""
+        # Pages of the files that are read count for a processor's memory until they are needed otherwise.
+        pages = self.checkpoint.size if self.device.type == "cpu" else 0
+        load = StageMemory("load", self.weights, work=pages)
+        return MemoryPlan(str(self.device), free_memory(self.device), (load, *stages))
+
+    def measured_run(self, stages: Sequence[StageMemory]) -> MemoryPlan:
+        """The same of a run that measures base and edited model before and after these stages."""
+        return self.plan((self.measuring("measure the base"), *stages, self.measuring("measure the edited")))
+
+    def measuring(self, name: str) -> StageMemory:
+        """Every measurement of the table on one model."""
+        longest = self.longest(_measured_texts(self.concept), min(self.context, 2048))
+        read = max(longest, tokens_of_batch(self.sizes.vocabulary, self.device))
+        read = min(read, max(longest, _tokens_about(self.concept)))
+        replies = max(1, min(REPLY_TOKENS // longest, len(self.concept.prompts)))
+        work = max(
+            self._scoring(read),
+            self.sizes.forward(Rows(max(1, read // longest), longest)),
+            self.sizes.forward(Rows(replies, longest), cached=True),
+        )
+        return StageMemory(name, self.weights, work=work, kept=self.baseline)
+
+    def _scoring(self, tokens: int) -> int:
+        """Logits of a batch, those that are scored, and their log-probabilities in fp32."""
+        logits, wide = tokens * self.sizes.vocabulary * self.sizes.dtype.itemsize, tokens * self.sizes.vocabulary * 4
+        if self.sizes.dtype.itemsize == 4:
+            return 3 * logits
+        return logits + 2 * wide
+
+    @cached_property
+    def baseline(self) -> int:
+        """The base's distributions along replies and texts, which stay until the edited model is measured."""
+        settings, concept = self.measured, self.concept
+        if settings is None:
+            return 0
+        a_token = 4 * self.sizes.vocabulary
+        texts = min(settings.kl_prompts, len(concept.retain))
+        length = self.longest((text.text for text in concept.retain), TEXT_TOKENS)
+        neutral = sum(prompt.split == "neutral" for prompt in concept.prompts) or 64
+        of_replies = min(settings.kl_prompts, neutral) * settings.max_new_tokens * a_token
+        return min(BASELINE_BYTES, of_replies) + min(BASELINE_BYTES, texts * (length - 1) * a_token)
+
+    def reading(self, name: str, rows: Rows, *, points: int = 0, kept: int = 0, cached: bool = False) -> StageMemory:
+        """Forwards without gradients.
+
+        Args:
+            points: Points of the stream that are held of a batch.
+            kept: Bytes that stay behind.
+        """
+        held = points * rows.tokens * self.sizes.width * self.sizes.dtype.itemsize
+        work = self.sizes.forward(rows, cached=cached) + held
+        return StageMemory(name, self.weights, work=work, kept=kept + self.baseline)
+
+    def training(
+        self, job: AdapterJob, rows: Rows, *, kept: int = 0, work: int = 0, deepest: int | None = None
+    ) -> StageMemory:
+        """Gradient steps on an adapter, or on whole weights.
+
+        Args:
+            rows: What a step reads, in all its parts.
+            kept: Bytes of targets and the like.
+            work: Bytes that a step holds beside forward and backward.
+            deepest: The last layer that is computed.
+        """
+        settings, sizes = job.settings, self.sizes
+        gradients = gradients_of(job, deepest)
+        weights, trained = self.weights if settings.base_bits == 16 else sizes.weights(settings.base_bits), 0
+        if job.whole:
+            numbers = sum(sizes.model.get_submodule(name).weight.numel() for name in job.shape.modules)
+            # All parameters are in fp32 while they train, and what they were stands beside them.
+            weights = weights * 4 // sizes.dtype.itemsize
+            trained = (STATE_BYTES - 4) * numbers + sizes.dtype.itemsize * numbers
+        else:
+            trained = STATE_BYTES * sizes.adapter(job.shape)
+        asked = Rows(-(-rows.count // settings.gradient_accumulation_steps), rows.length)
+        beside = work + (0 if deepest is not None else sizes.head(self.device))
+        room = int(SPARE * free_memory(self.device)) - weights - trained - kept - self.baseline - beside
+        fitting = fit_step(sizes, gradients, asked, room, checkpointing=settings.gradient_checkpointing)
+        name = f"train{fitting.in_words()}"
+        return StageMemory(name, weights, trained, fitting.size + beside, kept + self.baseline)
+
+
+@dataclass(frozen=True)
+class FittingStep:
+    """How a step is computed so that it fits, and the bytes of its largest part."""
+
+    parts: int
+    checkpointing: bool
+    size: int
+    asked: bool = False
+    """Whether checkpointing is what the settings ask for."""
+
+    def in_words(self) -> str:
+        """In brackets what differs from the settings."""
+        told = [f"in {self.parts} parts"] if self.parts > 1 else []
+        told += ["checkpointed"] if self.checkpointing else []
+        return f" ({', '.join(told)})" if told else ""
+
+
+def fit_step(
+    sizes: ModelSizes, gradients: Gradients, rows: Rows, room: int, *, checkpointing: bool = False, unit: int = 1
+) -> FittingStep:
+    """The fewest parts of a step in which it fits into ``room`` bytes; with activations computed again if one row is
+    too much.
+
+    Args:
+        unit: Rows that must stay together.
+    """
+    for again in (checkpointing, True):
+        whole = sizes.step(rows, gradients, checkpointing=again)
+        if whole <= room:
+            return FittingStep(1, again, whole)
+        least = sizes.step(Rows(unit, rows.length), gradients, checkpointing=again) if rows.count > unit else whole
+        if least <= room or again:
+            break
+    many = max(1, rows.count // unit)
+    a_unit = max(1.0, (whole - least) / max(1, many - 1))
+    units = max(1, min(many, 1 + int((room - least) / a_unit)))
+    return FittingStep(-(-many // units), again, int(least + (units - 1) * a_unit))
+
+
+def gradients_of(job: AdapterJob, deepest: int | None = None) -> Gradients:
+    """What a job trains."""
+    return Gradients(job.shape, whole=job.whole, deepest=deepest)
+
+
+def surely_fits(config: dict[str, Any], tokens: int, itemsize: int, room: int) -> bool:
+    """Whether a step of so many tokens is so small that nothing need be planned."""
+    return tokens * layer_count(config) * residual_width(config) * max(itemsize, 4) * TRIVIAL < room
+
+
+def step_in_parts(job: AdapterJob, rows: Rows, deepest: int | None = None) -> FittingStep | None:
+    """How a step is to be computed with what is free now, with the model loaded; None where it fits as it is."""
+    run, settings = job.run, job.settings
+    asked = Rows(-(-rows.count // settings.gradient_accumulation_steps), rows.length)
+    room = int(SPARE * free_memory(run.device))
+    if job.whole or surely_fits(run.checkpoint.config, asked.tokens, run.dtype.itemsize, room):
+        return None
+    sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=bfloat16_is_fast(run.device))
+    room -= STATE_BYTES * sizes.adapter(job.shape) + sizes.head(run.device)
+    return fit_step(sizes, gradients_of(job, deepest), asked, room, checkpointing=settings.gradient_checkpointing)
+
+
+def tokens_at_once(job: AdapterJob, most: int) -> int:
+    """Tokens of a forward with gradients that fit into what is free now, with the model loaded; at most ``most``."""
+    run, settings = job.run, job.settings
+    room = int(SPARE * free_memory(run.device))
+    if surely_fits(run.checkpoint.config, most, run.dtype.itemsize, room):
+        return most
+    sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=bfloat16_is_fast(run.device))
+    # The gradients of all parts are summed beside those of the trainer.
+    room -= (STATE_BYTES + 4) * sizes.adapter(job.shape) + sizes.head(run.device)
+    rows = Rows(4, 256)
+    a_token = sizes.step(rows, gradients_of(job), checkpointing=settings.gradient_checkpointing) / rows.tokens
+    return max(1, min(most, int(room / a_token)))
+
+
+def _measured_texts(concept: Concept) -> Iterable[str]:
+    yield from (question.prompt for question in concept.questions)
+    yield from (prompt.prompt for prompt in concept.prompts)
+    yield from (text.text for text in (*concept.retain, *concept.forget))
+
+
+def _tokens_about(concept: Concept) -> int:
+    """Tokens that are measured in all, about: no text has more than one for two characters."""
+    characters = sum(len(text) for text in _measured_texts(concept))
+    characters += sum(len(choice) for question in concept.questions for choice in question.choices)
+    return characters // 2
