@@ -291,6 +291,10 @@ class Concept:
     folder: Path | None = field(default=None, compare=False, repr=False)
     """Where it was read from; never published."""
 
+    def texts(self) -> list[str]:
+        """The forget texts, then the retain texts."""
+        return [*(text.text for text in self.forget), *(text.text for text in self.retain)]
+
     def require(self, recipe: str, *names: str) -> None:
         """Check that the pack has, or that there was made for it, what a recipe needs.
 

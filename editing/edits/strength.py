@@ -5,10 +5,10 @@ from functools import singledispatch
 from typing import Any
 
 from ..errors import RequestError
-from .adapter_merge import AdapterMerge, ExpertSums, Sum, Update
+from .adapter_merge import AdapterMerge
 from .base import WeightEdit
 from .dense import Delta, DenseUpdate
-from .low_rank import Factors, LowRankUpdate
+from .low_rank import ExpertFactors, Factors, LowRankUpdate, Update
 from .pruned_units import PrunedUnits
 from .subspace_removal import Edit
 
@@ -79,15 +79,13 @@ def _(edit: PrunedUnits, strength: float) -> PrunedUnits:
     )
 
 
-def _factors(factors: Factors, strength: float) -> Factors:
-    return Factors(factors.left * strength, factors.right)
+def _factors(factors: Factors | ExpertFactors, strength: float) -> Factors | ExpertFactors:
+    return replace(factors, left=factors.left * strength)
 
 
 def _update(name: str, update: Update, strength: float) -> Update:
-    if isinstance(update, Sum):
-        return Sum(_factors(update.factors, strength))
-    if isinstance(update, ExpertSums):
-        return ExpertSums(update.left * strength, update.right)
+    if isinstance(update, Factors | ExpertFactors):
+        return _factors(update, strength)
     raise RequestError(
         f"the adapter replaces or rescales {name}, which has no strength that a KL budget could choose; leave out the"
         " budget, or give an adapter of low-rank sums alone"

@@ -58,7 +58,7 @@ def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
     attackers = sum(
         len(budget.rates_of(ATTACKS[name])) * budget.seeds for name in job.attacks if ATTACKS[name].method == method
     )
-    texts = [text.text for text in (*concept.forget, *concept.retain)]
+    texts = concept.texts()
     longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), LONGEST_RETAIN)
     count = 1 if method == "all_weights" else min(attackers, MOST_ATTACKERS)
     rows, head = Rows(count * budget.batch, longest), sizes.head(job.device)

@@ -15,9 +15,10 @@ from ...editing.edits.strength import check_has_strength, scaled
 from ...editing.errors import EditError, RequestError
 from ...editing.numerics.strength_search import MOST_TRIES, StrengthFound, strength_within
 from ...eval.concept import Concept
+from ...eval.drawing import drawn
 from ...eval.inference.generation import Reply
 from ...eval.inference.kept import Kept, divergences, kept
-from ...eval.items import clusters_of, drawn, held_out_texts
+from ...eval.items import clusters_of, held_out_texts
 from ...eval.model_under_test import readable_texts
 
 RECORD = "kl_budget"

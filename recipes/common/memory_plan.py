@@ -214,7 +214,7 @@ class RunMemory:
         """
         settings, sizes = job.settings, self.sizes
         gradients = gradients_of(job, deepest)
-        weights, trained = self.weights if settings.base_bits == 16 else sizes.weights(settings.base_bits), 0
+        weights, trained = self.weights if job.base_bits == 16 else sizes.weights(job.base_bits), 0
         if job.whole:
             numbers = sum(sizes.model.get_submodule(name).weight.numel() for name in job.shape.modules)
             # All parameters are in fp32 while they train, and what they were stands beside them.
@@ -308,7 +308,7 @@ def tokens_at_once(job: AdapterJob, most: int) -> int:
 def _measured_texts(concept: Concept) -> Iterable[str]:
     yield from (question.prompt for question in concept.questions)
     yield from (prompt.prompt for prompt in concept.prompts)
-    yield from (text.text for text in (*concept.retain, *concept.forget))
+    yield from concept.texts()
 
 
 def _tokens_about(concept: Concept) -> int:

@@ -6,6 +6,7 @@ little training. A student whose weights were moved toward noise has lost it, an
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,58 @@ from torch import Tensor, nn
 from ...artifacts.checkpoints.read import read_tensor
 from ...artifacts.events import Events, Stage
 from ...artifacts.models.load import LoadedModel, load_model
+from ...editing.edits.base import WeightEdit
 from ...editing.modules import unembedding
 from ...editing.training.soft_targets import keep_top
 from ...editing.wiring.row import spelled
 from ..common import adapter_run
-from ..common.adapter_run import Training
 from ..common.examples import spread
 from ..common.measured_run import Finished
-from ..common.prefix_cache import final_hidden_states
+from ..common.memory_plan import MemoryPlan, RunMemory, tokens_at_once
+from ..common.memory_sizes import Rows
+from ..common.prefix_cache import READ, final_hidden_states
 from ..common.tokens import Row
-from ..common.trainer import Terms
-from ..elm.batches import TERMS, TrainingSequence, arrange, collate, part_size, sequence_loss
+from ..elm.batches import (
+    TARGET_BYTES,
+    TERMS,
+    SequenceTraining,
+    TrainingSequence,
+    arrange,
+    most_tokens,
+    part_size,
+    sequence_loss,
+)
 from .request import DistillJob, DistillSettings, describe, prepare
 from .rows import rows_to_read
 from .story import story
 
-__all__ = ["DistillSettings", "describe", "prepare", "run", "story"]
+__all__ = ["DistillSettings", "describe", "learn", "memory", "prepare", "run", "story"]
+
+
+def memory(job: DistillJob) -> MemoryPlan:
+    """What a run would hold in memory."""
+    needs, settings, run = RunMemory.of(job.adapter.run), job.settings, job.adapter.run
+    texts = job.adapter.concept.texts()
+    longest = needs.longest(texts, needs.text_limit)
+    positions = needs.tokens(texts) + settings.samples * settings.max_new_tokens
+    targets = positions * settings.stored_tokens * TARGET_BYTES
+    read = Rows(max(1, READ // longest) if run.device.type == "cpu" else 64, longest)
+    # The edited model stands beside the base while both are read.
+    reading = replace(needs.reading("read the models", read, kept=targets), weights=2 * needs.weights)
+    most = most_tokens(run.checkpoint.config, run.dtype, run.device)
+    rows = (1 + settings.retain_rows) * settings.batch_size
+    part = Rows(max(1, min(most // longest, rows)), longest)
+    return needs.measured_run([reading, needs.training(job.adapter, part, kept=targets)])
 
 
 def run(job: DistillJob, events: Events) -> Finished:
     """Do the whole run: read teacher and base, damage, distil, measure, publish."""
     return adapter_run.run(job.adapter, "distilled from an edited model", partial(_training, job), events)
+
+
+def learn(job: DistillJob, loaded: LoadedModel, events: Events, work: Path, _: dict[str, Any]) -> WeightEdit:
+    """The edit alone, for a search; the base is unchanged afterwards."""
+    return adapter_run.learn(job.adapter, loaded, partial(_training, job), work, events)
 
 
 def _training(job: DistillJob, loaded: LoadedModel, events: Events, _: Path) -> "DistillTraining":
@@ -70,7 +102,7 @@ def _read(
     return read
 
 
-class DistillTraining(Training):
+class DistillTraining(SequenceTraining):
     """Sequences about the concept as the edited model predicts them, and others as the base does."""
 
     def __init__(self, job: DistillJob, model: nn.Module, sequences: dict[str, list[TrainingSequence]]):
@@ -78,7 +110,7 @@ class DistillTraining(Training):
         self.job, self.sequences = job, sequences
         self.rows = arrange(sequences, settings.steps * settings.batch_size, settings.seed)
         self.checked_rows = [one.ids for kind in ("forget", "retain 0") for one in sequences[kind][:8]]
-        self.tokens_at_once = part_size(model)
+        self.tokens_at_once = tokens_at_once(job.adapter, part_size(model))
         self.weighted_loss = sequence_loss(dict.fromkeys(TERMS, 1.0))
 
     @contextmanager
@@ -86,14 +118,6 @@ class DistillTraining(Training):
         """The student begins as the teacher, moved toward noise."""
         damage(model, self.job)
         yield
-
-    def collate(self, rows: list[Sequence[TrainingSequence]]) -> dict[str, Any]:
-        """Parts of like length, each a forward of its own."""
-        return collate(rows, self.tokens_at_once)
-
-    def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
-        """Forward KL from teacher and base."""
-        return self.weighted_loss(model, batch)
 
     def report(self, model: Any) -> dict[str, Any]:
         """What was distilled from what."""

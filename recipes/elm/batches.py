@@ -13,6 +13,7 @@ from ...editing.architectures import layer_count, residual_width
 from ...editing.modules import final_hidden, unembedding
 from ...editing.training.soft_targets import SoftTargets, join, soft_divergence
 from ...eval.inference.likelihood import pad_right
+from ..common.adapter_run import Training
 from ..common.examples import cycled, split_by_length
 from ..common.tokens import Row
 from ..common.trainer import Loss, Terms
@@ -125,6 +126,35 @@ def sequence_loss(weights: Mapping[str, float]) -> Loss:
         return {**sums, TERMS[0]: sums[TERMS[0]] + (lever - lever.detach())}
 
     return loss
+
+
+class SequenceTraining(Training):
+    """Groups of sequences, trained toward soft targets in forwards of as many tokens as fit."""
+
+    tokens_at_once: int
+    """Tokens of one forward, at most."""
+    weighted_loss: Loss
+
+    def collate(self, rows: list[Sequence[TrainingSequence]]) -> dict[str, Any]:
+        """Parts of like length, each a forward of its own."""
+        return collate(rows, self.tokens_at_once)
+
+    def less(self) -> bool:
+        """Half as many tokens in a forward."""
+        if self.tokens_at_once <= FEWEST_TOKENS:
+            return False
+        self.tokens_at_once //= 2
+        return True
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
+        """The divergence from the targets; of ELM this is equation 10."""
+        return self.weighted_loss(model, batch)
+
+
+TARGET_BYTES = 12
+"""Of one stored token of a target: its id and its log-probability."""
+FEWEST_TOKENS = 8
+"""Tokens of a forward below which a row alone is read in any case."""
 
 
 def _part_terms(model: nn.Module, part: Mapping[str, Tensor], weights: Mapping[str, float]) -> Terms:

@@ -5,7 +5,6 @@ novice does. An adapter is trained toward that on contexts that elicit the conce
 everything that must stay, and along continuations sampled from the edited target so that replies stay fluent.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,11 @@ from ...artifacts.models.load import LoadedModel
 from ...editing.edits.base import WeightEdit
 from ...editing.errors import EditError, counted
 from ..common import adapter_run
-from ..common.adapter_run import Training
 from ..common.measured_run import Finished
 from ..common.memory_plan import MemoryPlan, RunMemory, tokens_at_once
 from ..common.memory_sizes import Rows
 from ..common.prefix_cache import READ
-from ..common.trainer import Terms
-from .batches import TrainingSequence, arrange, collate, most_tokens, part_size, sequence_loss
+from .batches import TARGET_BYTES, SequenceTraining, arrange, most_tokens, part_size, sequence_loss
 from .contrast import ContrastSource, contrast_sources
 from .decoding import CACHE_BUDGET, DEVICE_CACHE_BUDGET, ROWS, cached_bytes
 from .erasure import Erasure
@@ -36,11 +33,6 @@ from .story import story
 from .target_check import TargetCheck, check_target
 from .teacher import ExpertContext, Teacher
 
-TARGET_BYTES = 12
-"""Of one stored token of a target: its id and its log-probability."""
-FEWEST_TOKENS = 8
-"""Tokens of a forward below which a row alone is read in any case."""
-
 __all__ = ["ElmSettings", "describe", "learn", "memory", "prepare", "run", "story"]
 
 
@@ -48,7 +40,7 @@ def memory(job: ElmJob) -> MemoryPlan:
     """What a run would hold in memory."""
     needs, settings, concept = RunMemory.of(job.adapter.run), job.settings, job.adapter.concept
     sizes, run = needs.sizes, job.adapter.run
-    texts = [text.text for text in (*concept.forget, *concept.retain)][: 2 * settings.max_contexts]
+    texts = concept.texts()[: 2 * settings.max_contexts]
     longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), needs.text_limit)
     read = max(1, READ // longest) if run.device.type == "cpu" else 64
     # Of every token that is to be retained the teacher's last hidden state, then its likeliest tokens.
@@ -113,7 +105,7 @@ def _cache(job: ElmJob) -> TensorCache | None:
     return TensorCache(cache_folder() / "teacher", scope_of(run.source.folder, run.dtype, run.device))
 
 
-class ElmTraining(Training):
+class ElmTraining(SequenceTraining):
     """Groups of one sequence to forget and one of each kind to retain, trained toward the teacher's distributions."""
 
     def __init__(
@@ -134,21 +126,6 @@ class ElmTraining(Training):
         self.tokens_at_once = tokens_at_once(job.adapter, part_size(erasure.model))
         weights = {"erase": settings.erase_weight, "fluency": settings.fluency_weight, "retain": settings.retain_weight}
         self.weighted_loss = sequence_loss(weights)
-
-    def collate(self, rows: list[Sequence[TrainingSequence]]) -> dict[str, Any]:
-        """Parts of like length, each a forward of its own."""
-        return collate(rows, self.tokens_at_once)
-
-    def less(self) -> bool:
-        """Half as many tokens in a forward."""
-        if self.tokens_at_once <= FEWEST_TOKENS:
-            return False
-        self.tokens_at_once //= 2
-        return True
-
-    def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
-        """Equation 10."""
-        return self.weighted_loss(model, batch)
 
     def report(self, model: Any) -> dict[str, Any]:
         """How it was trained and what the target promised."""

@@ -159,7 +159,7 @@ def _submitted(jobs: Sequence[Job], folder: JobFolder, engine: Slurm) -> list[st
         if key in parameters:
             parameters[key] = int(parameters[key])
     # Those that submitit has no name for.
-    more = {
+    more: dict[str, Any] = {
         key: parameters.pop(key) for key in ("nodelist", "reservation", "mem", "gpus_per_node") if key in parameters
     }
     more["requeue"] = True

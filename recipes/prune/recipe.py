@@ -123,7 +123,7 @@ def memory(job: PruneJob) -> MemoryPlan:
     """What a run would hold in memory."""
     needs, sizes = RunMemory.of(job.run), RunMemory.of(job.run).sizes
     concept = job.run.concept
-    texts = [*(text.text for text in (*concept.forget, *concept.retain)), *(q.prompt for q in concept.questions)]
+    texts = [*concept.texts(), *(q.prompt for q in concept.questions)]
     rows = Rows(BATCH, needs.longest(texts, TEXT_TOKENS))
     # A layer's units are summed in float64: as they are, squared, and without their sign.
     beside = 2 * 8 * rows.tokens * sizes.widest()

@@ -13,8 +13,9 @@ from ...artifacts.models.load import LoadedModel
 from ...editing.edits.base import WeightEdit
 from ...editing.edits.in_place import edits_in_place
 from ...eval.concept import Concept
+from ...eval.drawing import drawn
 from ...eval.inference.generation import Reply, batched_log_probabilities
-from ...eval.items import clusters_of, drawn
+from ...eval.items import clusters_of
 from ...eval.measurements.table import scores_of
 from ...eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
 from ..common.measured_job import Job

@@ -137,7 +137,8 @@ def combinations_of(grid: Mapping[str, Any]) -> tuple[Combination, ...]:
             raise RequestError(f"set: {key} holds {'no value' if not value else 'a value twice'}; give each value once")
     lists = {key: value if isinstance(value, list) else [value] for key, value in grid.items()}
     varied = [key for key, values in lists.items() if len(values) > 1]
-    made, names = [], set()
+    made: list[Combination] = []
+    names: set[str] = set()
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values, strict=True))
         name = _unique(",".join(f"{key}={_short(chosen[key])}" for key in varied), names)

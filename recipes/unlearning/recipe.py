@@ -128,7 +128,7 @@ def describe(job: UnlearningJob) -> dict[str, Any]:
 def memory(job: UnlearningJob) -> MemoryPlan:
     """What a run would hold in memory."""
     needs, settings, concept = RunMemory.of(job.adapter.run), job.settings, job.adapter.concept
-    texts = [text.text for text in (*concept.forget, *concept.retain)]
+    texts = concept.texts()
     longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), needs.text_limit)
     of_forget = needs.longest(
         [text.text for text in concept.forget] + [q.prompt for q in concept.questions if q.split == "forget"],
