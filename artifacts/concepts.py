@@ -274,4 +274,6 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "string_pattern_mismatch":
         reason = "is blank"
     reason = PLAIN.get(detail["type"], reason)
+    if detail["type"] == "literal_error":
+        reason = f"is {str(detail['input'])!r:.60}; give {detail['ctx']['expected']}"
     return f"{where}: {reason}" if where else reason

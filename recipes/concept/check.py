@@ -27,6 +27,7 @@ from ...eval.model_under_test import EvalSettings
 from .. import RECIPES
 from ..audit import request as audit
 from ..audit.attacks.table import BUDGETS
+from ..common.settings import settings_of_call
 from ..suites import SUITES, suite_module
 from .cost import Cost, estimated, in_words, rate_here
 
@@ -123,9 +124,13 @@ def _recipes(pack: str, model: str | None, lengths: dict[str, float]) -> tuple[l
     for name, recipe in RECIPES.items():
         module = importlib.import_module(recipe.module)
         with TemporaryDirectory(prefix="excise-check-") as folder:
-            settings = {"model": model or STANDS_IN, "concept": pack, "out": Path(folder) / "run"}
+            settings: dict[str, Any] = {"model": model or STANDS_IN, "concept": pack, "out": Path(folder) / "run"}
+            kind = getattr(module, recipe.settings)
+            # What a recipe cannot do without is a further model, such as one to learn from.
+            required = [key for key, field in kind.model_fields.items() if field.is_required()]
+            settings |= {key: settings["model"] for key in required if key not in settings}
             try:
-                asked = getattr(module, recipe.settings)(**settings)
+                asked = settings_of_call(kind, settings)
                 plan = module.describe(module.prepare(asked))
                 uses.append(_use("recipe", name, list(plan.get("gaps", ()))))
                 if model:

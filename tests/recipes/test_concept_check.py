@@ -40,6 +40,8 @@ def test_the_built_in_packs_run_where_they_are_made_for():
     assert potions["caft"].answer == "does not run" and "kind task" in potions["caft"].why
     assert declining["orthogonalize"].answer == "runs" and declining["audit"].answer == "does not run"
     assert shortcut["caft"].answer == "runs"
+    # Every recipe answers, also one that cannot do without a further model.
+    assert RECIPES.keys() <= potions.keys() and potions["distill"].answer == "runs"
 
 
 def test_questions_of_group_v_alone_train_nothing_and_it_says_what_to_add(tmp_path):
