@@ -1,3 +1,4 @@
+import ast
 import os
 import re
 import subprocess
@@ -6,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from excise.editing.errors import counted
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,3 +71,31 @@ def test_whatever_the_commands_of_readme_and_contributing_install_by_name_is_pin
     assert all(
         re.fullmatch(r"[A-Za-z0-9._-]+==[\w.+]+", line) for line in (ROOT / "constraints.txt").read_text().split()
     )
+
+
+COUNTS = {
+    "artifacts/checkpoints/read.py": "of all tensors of a checkpoint",
+    "artifacts/models/gguf_header.py": "of all tensors of a file",
+    "recipes/common/settings.py": "one problem is a line of its own",
+    "recipes/concept/make.py": "the split stands there, and not a count",
+}
+"""Files with a count before a plural that is never one, and why."""
+
+
+def test_counts_that_may_be_one_are_put_into_words_by_the_one_helper():
+    found = {}
+    for folder in ("editing", "eval", "artifacts", "recipes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(node, ast.JoinedStr):
+                    continue
+                for before, value, after in zip([None, *node.values], node.values, node.values[1:], strict=False):
+                    text = after.value if isinstance(after, ast.Constant) else ""
+                    counts = isinstance(value, ast.FormattedValue) and re.match(
+                        r" (?:[a-z-]+ )*?[a-z]+s (?:were|are|have|do)\b", text
+                    )
+                    # "3 of 40 rows are": the verb goes with the many.
+                    if counts and not (isinstance(before, ast.Constant) and before.value.endswith(" of ")):
+                        found[str(path.relative_to(ROOT))] = text
+    assert found.keys() == COUNTS.keys(), found
+    assert counted(1, "row was", "rows were") == "1 row was" and counted(0, "row was", "rows were") == "0 rows were"

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import RequestError, UnsupportedArchitecture
+from ..errors import RequestError, UnsupportedArchitecture, counted
 
 Kind = Literal["embedding", "position", "attention", "mlp"]
 
@@ -187,7 +187,7 @@ def classify(row: Architecture, names: Collection[str], depth: int | None = None
     if unknown:
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise UnsupportedArchitecture(
-            f"{len(unknown)} tensors are not in the architecture's row and might write to the residual stream: "
+            f"{counted(len(unknown), 'tensor is', 'tensors are')} not in the architecture's row and might write to the stream: "
             f"{shown}; add them in editing/architectures.py"
         )
     if not sites:
