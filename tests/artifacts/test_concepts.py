@@ -115,7 +115,7 @@ def test_an_unknown_concept_suggests_the_nearest():
         ('{"id": NaN}', "NaN is not a finite number"),
         ("[" * 5000, "nested deeper than 100 levels"),
         ('{"id": "\\ud800"}', "half of a character pair"),
-        ("[]", "valid dictionary"),
+        ("[]", "not an object of keys"),
     ],
 )
 def test_a_line_that_readers_would_disagree_about_is_listed(pack, line, told):

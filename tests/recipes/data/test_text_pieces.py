@@ -69,12 +69,12 @@ def test_texts_to_forget_are_drawn_before_any_is_tokenized(tokenizer, monkeypatc
     concept = load_concept("builtin:potions")
     texts = tuple(row.model_copy(update={"text": f"{row.text} Indeed."}) for row in concept.forget[:60])
     concept = dataclasses.replace(concept, forget=texts, questions=())
-    every = unlearning_sets.forget_examples(concept, Facts((), {}), tokenizer, 0, 64)
+    all_read, counted = _Counted(tokenizer), _Counted(tokenizer)
+    every = unlearning_sets.forget_examples(concept, Facts((), {}), all_read, 0, 64)
     monkeypatch.setattr(unlearning_sets, "FORGET_TEXTS", 20)
-    counted = _Counted(tokenizer)
     few = unlearning_sets.forget_examples(concept, Facts((), {}), counted, 0, 64)
     assert len(few) == 20 and len(every) == 60 and set(few) < set(every)
-    assert counted.read < sum(len(row.text) for row in texts) / 2
+    assert counted.read < all_read.read / 2
     # Another seed draws others; the same seed the same.
     assert few == unlearning_sets.forget_examples(concept, Facts((), {}), tokenizer, 0, 64)
     assert few != unlearning_sets.forget_examples(concept, Facts((), {}), tokenizer, 1, 64)
