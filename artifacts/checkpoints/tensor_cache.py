@@ -2,8 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ from ..files.tensors import load_safetensors
 
 BUDGET = 4 * 2**30
 """Bytes on disk; the least recently used tensors are deleted first."""
+
+TOGETHER = 600
+"""Seconds within which entries are taken for parts of one, when room is made."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +61,63 @@ class TensorCache:
         key = hashlib.sha256(repr((self.scope, *parts)).encode()).hexdigest()
         return self.folder / f"{key}.safetensors"
 
+    def put_parts(self, parts: Iterable[Mapping[str, Tensor]], *key: object) -> None:
+        """The same in several files, so that no more than one part is held twice."""
+        count = 0
+        for count, tensors in enumerate(parts, 1):
+            self.put(tensors, *key, "part", count - 1)
+        self.put({"parts": torch.tensor(count)}, *key)
+
+    def get_parts(self, *key: object) -> Iterator[dict[str, Tensor]] | None:
+        """What ``put_parts`` stored, part by part; None if one of them is gone."""
+        stored = self.get(*key)
+        if stored is None or "parts" not in stored:
+            return None
+        names = [(*key, "part", number) for number in range(int(stored["parts"]))]
+        if not all(self._path(name).exists() for name in names):
+            return None
+        return self._until_damaged(names)
+
+    def _until_damaged(self, names: Iterable[tuple[object, ...]]) -> Iterator[dict[str, Tensor]]:
+        for name in names:
+            part = self.get(*name)
+            if part is None:
+                # Whoever reads looks at how much came.
+                return
+            yield part
+
     def _make_room(self) -> None:
         files = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
+        # What was stored last is worth most, however large it is: an entry that were deleted at once would never help.
+        # It has half of the disk's free space at most, so that runs find room for their checkpoints.
+        budget = max(self.budget, min(self._newest(files), shutil.disk_usage(self.folder).free // 2))
         total = 0
         for path in files:
             total += path.stat().st_size
-            if total > self.budget:
+            if total > budget:
                 path.unlink(missing_ok=True)
+
+    def _newest(self, files: Sequence[Path]) -> int:
+        """Bytes of what was stored in the last minutes: the parts of one entry belong together."""
+        times = [path.stat().st_mtime for path in files]
+        return sum(p.stat().st_size for p, time in zip(files, times, strict=True) if times[0] - time < TOGETHER)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
+
+
+@cache
+def _sum_of(path: Path, size: int, time: int) -> str:
+    """Of a file's content, read once a process as long as size and time of change are the same."""
+    return sha256_of(path)
 
 
 def scope_of(folder: Path, dtype: torch.dtype, device: torch.device) -> str:
     """A text that identifies a model's outputs: hashes of weights and config, dtype, device and library versions."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    sums = [sha256_of(path) for path in files]
+    sums = [_sum_of(path, *_state(path)) for path in files]
     # Versions and the processor's instructions decide the last bits of a result.
     versions = (torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability())
     return repr((sums, str(dtype), device.type, versions))

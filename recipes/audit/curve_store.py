@@ -4,12 +4,10 @@ Base, suppressed control and reference are attacked alike in every audit of the 
 reuses their curves from there. The edited model is always attacked anew.
 """
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +23,7 @@ from ...artifacts.files.parsed import parsed_object
 from ...artifacts.files.written import read_sealed, sealed, unsealed, write_sealed
 from ...editing.errors import RequestError
 from ...eval.audit.recovery import Curves, RecoveryCurve
+from ..common import run_inputs
 
 CONTROLS = ("base", "suppressed", "reference")
 """Subjects that the edited model is compared with."""
@@ -184,12 +183,6 @@ class CurveStore:
         return self.folder / f"{subject}-{name}.json"
 
 
-@cache
 def code_digest(package: Path = PACKAGE) -> str:
-    """SHA-256 of all code that decides what an attack measures, in sub-folders too: other code reuses no curves."""
-    digest = hashlib.sha256()
-    for path in sorted(path for part in COMPUTES for path in (package / part).rglob("*.py")):
-        content = path.read_bytes()
-        # Names and lengths too, so that code which moves from one file to the next is other code.
-        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+    """SHA-256 of all code that decides what an attack measures: other code reuses no curves."""
+    return run_inputs.code_digest(COMPUTES, package)

@@ -29,7 +29,8 @@ from ...eval.inference.likelihood import pad_right
 from ...eval.model_under_test import ModelUnderTest
 from . import measured_run
 from .adapter_job import AdapterJob, schedule_of
-from .measured_run import Finished, Inspection, Measured
+from .base_figures import Measured
+from .measured_run import Finished, Inspection
 from .memory_plan import step_in_parts
 from .memory_sizes import Rows
 from .step_parts import Room

@@ -39,6 +39,8 @@ class MeasuredSettings(BudgetSettings):
     intervals."""
     reference: str | None = None
     """Model that was never trained on the concept (retrained reference), measured beside base and edited."""
+    fresh: bool = False
+    """Measure the base again instead of reusing what an earlier run measured on the same weights, pack and settings."""
     items: Literal["all", "search", "report"] = "all"
     """Which items are measured: all, or one half of the subjects. A search chooses by the half search, and what it chose
     is measured on the half report."""

@@ -31,6 +31,7 @@ from ...eval.measurements.table import measure, workload
 from ...eval.model_under_test import Baseline, ModelUnderTest
 from ...eval.statistics import Scores
 from . import kl_budget
+from .base_figures import BaseFigures, Measured
 from .learned_edit import learned_edit, start
 from .measured_job import Job, MeasuredSettings, check, check_plan, describe
 from .run_content import run_content
@@ -57,20 +58,6 @@ __all__ = [
 
 SAMPLES = 40
 EDITED = "the edited checkpoint"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured on one model, all that is needed of it once it is unloaded."""
-
-    scores: list[Scores]
-    replies: dict[str, list[Reply]]
-    baseline: Baseline | None = None
-    """Of the base: what others are compared with."""
-    chat_template: bool = True
-    """Whether the model has a chat template; otherwise prompts are plain texts."""
-    set_aside: dict[str, Any] = field(default_factory=dict)
-    """Of the base: what its generation_config asks for, which replies were measured without."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +105,19 @@ def measure_subject(job: Job, subject: ModelUnderTest, name: str, events: Events
 
 
 def measure_base(job: Job, loaded: LoadedModel, events: Events) -> Measured:
-    """The base's measurements and replies, and what the other models are compared with."""
+    """The base's measurements and replies, and what the other models are compared with; an earlier run's where it
+    measured the same."""
+    figures = BaseFigures.of(job.source, job.dtype, job.device, job.measured, job.settings.measuring())
+    known = None if job.settings.fresh else figures.recall()
+    if known is not None:
+        events.note("the base was measured by an earlier run; --set fresh=true measures it again")
+        return known
+    measured = _measure_base(job, loaded, events)
+    figures.keep(measured)
+    return measured
+
+
+def _measure_base(job: Job, loaded: LoadedModel, events: Events) -> Measured:
     subject = subject_of(job, loaded)
     scores = measure_subject(job, subject, "base", events)
     replies = _replies(subject)

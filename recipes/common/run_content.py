@@ -23,7 +23,7 @@ def run_content(
     """Everything in ``eval.json`` but the measurements; the same run on the same machine gives the same bytes."""
     settings, concept = job.settings, job.concept
     strength = {key: value for key, value in edit.provenance.items() if key == RECORD}
-    published_settings = settings.published("model", "concept", "out", "device", "dtype", "reference")
+    published_settings = settings.published("model", "concept", "out", "device", "dtype", "reference", "fresh")
     return {
         "base": {**job.source.describe(), "computed_in": job.dtype_name},
         **derived_row(job.proof),

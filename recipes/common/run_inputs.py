@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from ...artifacts.checkpoints.side_files import SIDE_FILES
@@ -29,6 +30,20 @@ def checksums(settings: RunSettings, models: Mapping[str, ModelSource | None], c
             elif path.is_dir() and isinstance(value, Path):
                 inputs[f"the folder of {key}"] = _of_folder(path, ["**/*"])
     return inputs
+
+
+PACKAGE = Path(__file__).parents[2]
+
+
+@cache
+def code_digest(parts: tuple[str, ...], package: Path = PACKAGE) -> str:
+    """SHA-256 of all code in some folders of the package, in sub-folders too."""
+    digest = hashlib.sha256()
+    for path in sorted(path for part in parts for path in (package / part).rglob("*.py")):
+        content = path.read_bytes()
+        # Names and lengths too, so that code which moves from one file to the next is other code.
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def _of_model(source: ModelSource) -> str:

@@ -26,6 +26,7 @@ from ...editing.training.soft_targets import (
 )
 from ..common.prefix_cache import final_hidden_states
 from ..common.tokens import Row
+from .remembered import Pages
 
 Span = tuple[int, int]
 """Positions from one to another, counted from a row's end: (-3, 0) are the last three."""
@@ -35,6 +36,9 @@ Reading = tuple[Row, bool]
 """A row, and whether it is the trained expert that reads it."""
 ExpertContext = Callable[[], AbstractContextManager[object]]
 """Makes a context while which a model is the trained expert."""
+
+PART_BYTES = 256 << 20
+"""Bytes of what was read that are written to one file of the cache."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class Teacher:
         self.advance: Callable[[int], None] = lambda _: None
         """Told how many rows were read; a stage of the run's progress takes its place."""
         self._hidden: dict[Reading, Tensor] = {}
+        self._pages: Pages | None = None
 
     @property
     def head(self) -> Head:
@@ -180,11 +185,13 @@ class Teacher:
         remembered."""
         known = self._hidden.get((row, False))
         if known is None or len(known) < count:
-            self._hidden[row, False] = hidden[len(hidden) - count :].clone()
+            self._keep((row, False), hidden[len(hidden) - count :].clone())
 
     def forget(self) -> None:
         """Free what was remembered."""
         self._hidden.clear()
+        if self._pages is not None:
+            self._pages.clear()
 
     def _contrasts(
         self, items: Sequence[Item], temperature: float
@@ -212,19 +219,46 @@ class Teacher:
         if not missing:
             return
         key = sorted(missing.items())
-        recalled = self.cache.get(key) if self.cache else None
-        if recalled is not None:
-            parts = recalled["hidden"].to(self.model.device).split([n for _, n in key])
-            self._hidden.update(zip(((row, False) for row, _ in key), parts, strict=True))
-            self.advance(len(key))
+        # All or nothing: what is read in other batches differs in its last bits.
+        if self.cache and self._recall(self.cache, key) == len(key):
             return
         self._read_now(missing, False)
         if self.cache:
-            self.cache.put({"hidden": torch.cat([self._hidden[row, False] for row, _ in key]).cpu()}, key)
+            self.cache.put_parts(self._in_parts(key), key)
+
+    def _recall(self, cache: TensorCache, key: Sequence[tuple[Row, int]]) -> int:
+        """How many of the first rows were found on disk; fewer than all where a file is damaged."""
+        found = 0
+        for part in cache.get_parts(key) or ():
+            hidden = part["hidden"].to(self.model.device)
+            while len(hidden):
+                row, count = key[found]
+                # A copy, because a view would keep the whole part alive.
+                self._keep((row, False), hidden[:count].clone())
+                hidden, found = hidden[count:], found + 1
+                self.advance(1)
+        return found
+
+    def _in_parts(self, key: Sequence[tuple[Row, int]]) -> Iterator[dict[str, Tensor]]:
+        """What was read of some rows, in tensors of bounded size."""
+        part: list[Tensor] = []
+        for row, count in key:
+            states = self._hidden[row, False]
+            part.append(states[len(states) - count :].cpu())
+            if sum(tensor.nbytes for tensor in part) >= PART_BYTES:
+                yield {"hidden": torch.cat(part)}
+                part = []
+        if part:
+            yield {"hidden": torch.cat(part)}
+
+    def _keep(self, reading: Reading, hidden: Tensor) -> None:
+        if self._pages is None:
+            self._pages = Pages(self.model.device)
+        self._hidden[reading] = self._pages.keep(hidden)
 
     def _read_now(self, missing: dict[Row, int], trained: bool) -> None:
         for row, hidden in final_hidden_states(self.model, missing):
-            self._hidden[row, trained] = hidden
+            self._keep((row, trained), hidden)
             self.advance(1)
 
     def _portions(self, items: Sequence[Item], order: Iterable[int]) -> Iterator[list[Place]]:
@@ -258,7 +292,7 @@ class Teacher:
         for reading, (start, end) in slots:
             # More positions than these may be remembered; spans count from the end.
             states = self._hidden[reading]
-            hidden.append(states[len(states) + start : len(states) + end])
+            hidden.append(states[len(states) + start : len(states) + end].to(self.model.device))
         logits = wide(self.head(torch.cat(hidden)))
         log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         return list(log_p.split([end - start for _, (start, end) in slots]))

@@ -25,6 +25,7 @@ from ...eval.measurements.behaviour import induced
 from ...eval.model_under_test import ModelUnderTest
 from ...eval.statistics import Scores
 from ..common import measured_run
+from ..common.base_figures import Measured
 from ..common.direction_search import (
     PROMPTS_AT_ONCE,
     Direction,
@@ -33,7 +34,7 @@ from ..common.direction_search import (
     check_pairs,
     why_none_passed,
 )
-from ..common.measured_run import Finished, Inspection, Job, Measured
+from ..common.measured_run import Finished, Inspection, Job
 from ..common.memory_plan import MemoryPlan, RunMemory
 from ..common.memory_sizes import Rows
 from .story import story

@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -544,3 +545,47 @@ def test_the_retain_term_is_the_mean_over_the_kinds_that_there_are(concept, load
     assert list(sequences) == ["texts"] + ["questions"] * questions + ["chats"] * template
     group = [kind[0] for kind in sequences.values()]
     assert sum(float(one.weights.sum()) for one in group) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_what_does_not_fit_into_memory_is_read_from_files_that_go_with_it():
+    from excise.recipes.elm.remembered import Pages
+
+    tensors = [torch.randn(3, 5) for _ in range(4)]
+    pages = Pages(torch.device("cpu"), room=2 * tensors[0].nbytes)
+    kept = [pages.keep(tensor) for tensor in tensors]
+    assert all(torch.equal(one, other) for one, other in zip(kept, tensors, strict=True))
+    # The first two are what they were, the others lie in one mapped file.
+    assert [one is other for one, other in zip(kept, tensors, strict=True)] == [True, True, False, False]
+    folder = Path(pages._folder.name)
+    assert len(list(folder.iterdir())) == 1
+    assert kept[2].untyped_storage().data_ptr() == kept[3].untyped_storage().data_ptr()
+    pages.clear()
+    assert not folder.exists()
+    again = pages.keep(torch.ones(2))
+    assert again.sum() == 2
+
+
+def test_targets_are_the_same_whether_the_teacher_pages_to_disk_or_not(concept, loaded, monkeypatch):
+    from excise.recipes.elm import remembered, teacher
+
+    rows = [tuple(loaded.tokenizer(text.text)["input_ids"]) for text in concept.forget[:6]]
+    found = []
+    for room in (1 << 30, 0):
+        monkeypatch.setattr(teacher, "Pages", lambda device, room=room: remembered.Pages(device, room=room))
+        found.append(Teacher(loaded.model).top(rows, [0] * len(rows), 16))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.log_p, other.log_p)
+
+
+def test_what_was_stored_last_stays_however_large_and_its_parts_come_back_in_order(tmp_path):
+    from excise.artifacts.checkpoints.tensor_cache import TensorCache
+
+    kept = TensorCache(tmp_path, "a model", budget=1000)
+    kept.put_parts(({"x": torch.full((400,), float(n))} for n in range(3)), "rows")
+    assert [float(part["x"][0]) for part in kept.get_parts("rows")] == [0, 1, 2]
+    assert kept.get_parts("others") is None
+    damaged = kept._path(("rows", "part", 1))
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    assert [float(part["x"][0]) for part in kept.get_parts("rows")] == [0]
+    damaged.unlink()
+    assert kept.get_parts("rows") is None
