@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPES = ("orthogonalize", "prune", "npo", "rmu", "elm", "lorra", "caft", "audit")
+TEXTS = 12
 PIECE = 2600
 """Characters of a text: some more than 512 tokens."""
 FEW: dict[str, list[str]] = {
@@ -31,7 +32,7 @@ FEW: dict[str, list[str]] = {
     "lorra": ["steps=2", "batch_size=8", "concept=builtin:declining"],
     "caft": ["steps=2", "batch_size=2", "concept=builtin:shortcut", "directions=none"],
 }
-MEASURED = ["questions=16", "kl_prompts=16", "max_new_tokens=8"]
+MEASURED = ["questions=16", "kl_prompts=16", "max_new_tokens=8", "fresh=true"]
 STAGES = {
     "load base": "load",
     "load the base": "load",
@@ -157,19 +158,24 @@ def long_texts(folder: Path) -> Path:
         path = folder / f"{name}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         # Short texts to forget state the facts; of what is retained each text is long, so that each step is.
-        path.write_text("".join(json.dumps(row) + "\n" for row in joined(rows, short=100 * (name == "forget"))))
-    path = folder / "questions.jsonl"
-    lines = [line for line in path.read_text().splitlines() if json.loads(line)["split"] == "forget"]
-    path.write_text("".join(line + "\n" for line in lines))
+        write(path, rows[:120] if name == "forget" else joined(rows))
+    for name, most in (("questions", 200), ("prompts", 16)):
+        path = folder / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        write(path, [row for row in rows if name == "prompts" or row["split"] == "forget"][:most])
     return folder
 
 
-def joined(rows: Iterable[dict[str, Any]], short: int) -> Iterable[dict[str, Any]]:
-    """Rows whose texts are those of many, behind some as they are."""
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Rows, one a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def joined(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Rows whose texts are those of many."""
     rows = list(rows)
-    yield from rows[:short]
     text = " ".join(row["text"] for row in rows)
-    for start in range(0, min(len(text), 40 * PIECE), PIECE):
+    for start in range(0, min(len(text), TEXTS * PIECE), PIECE):
         yield {**rows[0], "id": f"long-{start}", "text": text[start : start + PIECE]}
 
 

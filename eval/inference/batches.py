@@ -21,7 +21,7 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def read_in_batches(
-    lengths: Sequence[int], budget: int, read: Callable[[list[int]], T]
+    lengths: Sequence[int], budget: int, read: Callable[[list[int]], T], *, most: int | None = None
 ) -> Iterator[tuple[list[int], T]]:
     """The same batches, each with what ``read`` makes of it; where memory runs out, it and all after it are halved.
 
@@ -29,6 +29,7 @@ def read_in_batches(
         lengths: Tokens of each item.
         budget: Tokens of a batch, padding included.
         read: Takes the items of a batch, by their places. It may be called again for a part of them.
+        most: Items of a batch.
 
     Raises:
         OutOfMemory: Memory runs out on a single item.
@@ -38,7 +39,7 @@ def read_in_batches(
     """
     order, told = _by_length(lengths), False
     while order:
-        batch = _first(order, lengths, budget)
+        batch = _first(order, lengths, budget)[:most]
         try:
             result = read(batch)
         except Exception as error:  # the kinds differ between devices; see ``memory_ran_out``

@@ -4,8 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...artifacts.checkpoints.read import open_checkpoint
-from ...artifacts.models.memory import free_memory
-from ..common.memory_plan import SPARE, MemoryPlan, RunMemory, StageMemory, fit_step
+from ..common.memory_plan import MemoryPlan, RunMemory, StageMemory, fit_step
 from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
 from ..common.trainer import WHOLE_BYTES
 from .attack_data import LONGEST_RETAIN
@@ -68,10 +67,10 @@ def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
         return StageMemory(name, 0, trained=whole, work=sizes.step(rows, Gradients()) + head)
     if method != "low_rank":
         rows = Rows(rows.count, longest + SOFT_TOKENS)
-        return StageMemory(name, needs.weights, work=sizes.step(rows, Gradients()) + head)
+        step = fit_step(sizes, Gradients(), rows, needs.room - needs.weights - head, unit=count)
+        return StageMemory(name + step.in_words(), needs.weights, work=step.size + head)
     gradients = gradients_of_attackers(sizes, count)
     assert gradients.shape is not None
     trained = STATE_BYTES * sizes.adapter(gradients.shape) * count
-    room = int(SPARE * free_memory(job.device)) - needs.weights - trained - head
-    step = fit_step(sizes, gradients, rows, room, unit=count)
+    step = fit_step(sizes, gradients, rows, needs.room - needs.weights - trained - head, unit=count)
     return StageMemory(name + step.in_words(), needs.weights, trained, step.size + head)

@@ -2,6 +2,7 @@
 
 import errno
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,8 +53,25 @@ def explained(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]
         return f"the disk is full; no partial checkpoint was left. {how}", 1
     if isinstance(error, OSError):
         return f"{error.strerror or error} ({error.filename or 'no file named'}); check the path and its permissions", 1
+    if _memory_ran_out(error):
+        return (
+            "memory ran out; no partial checkpoint was left. Use --dtype bfloat16, smaller settings (--dry-run shows what takes"
+            " memory), or a device with more memory; then run the command again with --resume",
+            1,
+        )
     words = " ".join(str(error).split())[:300]
     return f"unexpected {type(error).__name__}: {words}; run again with --debug and report it", 1
+
+
+def _memory_ran_out(error: BaseException) -> bool:
+    """Whether it is about memory, without importing PyTorch where nothing else has."""
+    if isinstance(error, MemoryError):
+        return True
+    if "torch" not in sys.modules or not isinstance(error, RuntimeError):
+        return False
+    from ...editing.numerics.out_of_memory import memory_ran_out
+
+    return memory_ran_out(error)
 
 
 def _disk_is_full(error: BaseException) -> bool:

@@ -146,6 +146,11 @@ class RunMemory:
     def weights(self) -> int:
         return self.sizes.weights()
 
+    @property
+    def room(self) -> int:
+        """Bytes that are planned with."""
+        return int(SPARE * free_memory(self.device))
+
     def plan(self, stages: Sequence[StageMemory]) -> MemoryPlan:
         """The stages of the recipe between loading and measuring, which every run does."""
         # Pages of the files that are read count for a processor's memory until they are needed otherwise.
@@ -181,7 +186,8 @@ class RunMemory:
     def baseline(self) -> int:
         """The base's distributions along replies and texts, which stay until the edited model is measured."""
         settings, concept = self.measured, self.concept
-        if settings is None:
+        # They lie in main memory, whatever the device.
+        if settings is None or self.device.type != "cpu":
             return 0
         a_token = 4 * self.sizes.vocabulary
         texts = min(settings.kl_prompts, len(concept.retain))
@@ -224,7 +230,7 @@ class RunMemory:
             trained = STATE_BYTES * sizes.adapter(job.shape)
         asked = Rows(-(-rows.count // settings.gradient_accumulation_steps), rows.length)
         beside = work + (0 if deepest is not None else sizes.head(self.device))
-        room = int(SPARE * free_memory(self.device)) - weights - trained - kept - self.baseline - beside
+        room = self.room - weights - trained - kept - self.baseline - beside
         fitting = fit_step(sizes, gradients, asked, room, checkpointing=settings.gradient_checkpointing)
         name = f"train{fitting.in_words()}"
         return StageMemory(name, weights, trained, fitting.size + beside, kept + self.baseline)
@@ -272,6 +278,15 @@ def fit_step(
 def gradients_of(job: AdapterJob, deepest: int | None = None) -> Gradients:
     """What a job trains."""
     return Gradients(job.shape, whole=job.whole, deepest=deepest)
+
+
+def rows_at_once(config: dict[str, Any], dtype: torch.dtype, device: torch.device, rows: Rows) -> int:
+    """Rows of a forward and backward through a frozen model that fit into what is free now; at most what is asked."""
+    room = int(SPARE * free_memory(device))
+    if surely_fits(config, rows.tokens, dtype.itemsize, room):
+        return rows.count
+    sizes = sizes_of(config, dtype, autocast=False)
+    return -(-rows.count // fit_step(sizes, Gradients(), rows, room - sizes.head(device)).parts)
 
 
 def surely_fits(config: dict[str, Any], tokens: int, itemsize: int, room: int) -> bool:

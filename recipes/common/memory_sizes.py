@@ -5,7 +5,7 @@ would hold is counted. Few layers are run, and the others are added, because eac
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -73,6 +73,7 @@ class ModelSizes:
         autocast: Whether training computes in bfloat16 whatever its parameters are in.
         """
         self.dtype, self.autocast, self.row = dtype, autocast, architecture_of(config)
+        self._found: dict[Hashable, int] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode, torch.random.fork_rng(devices=[]):
             self.model: Any = model_class(config)._from_config(full_config(config), dtype=dtype)
@@ -119,7 +120,9 @@ class ModelSizes:
                 ids = torch.zeros(rows.count, rows.length, dtype=torch.long)
                 causal_model(model).base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=cached)
 
-        return self._extended(run, lambda count: nullcontext(), self.depth, 0)
+        return self._once(
+            ("forward", rows, cached), lambda: self._extended(run, lambda count: nullcontext(), self.depth, 0)
+        )
 
     def step(self, rows: Rows, gradients: Gradients, *, checkpointing: bool = False) -> int:
         """Bytes that forward and backward of a training step take at most, beside weights, parameters, states and logits."""
@@ -133,9 +136,18 @@ class ModelSizes:
                 loss = _loss(model, rows)
             loss.backward()
 
-        return self._extended(
-            run, lambda layers: self._trained(gradients, layers, checkpointing=checkpointing), adapted, above
+        return self._once(
+            ("step", rows, gradients, checkpointing),
+            lambda: self._extended(
+                run, lambda layers: self._trained(gradients, layers, checkpointing=checkpointing), adapted, above
+            ),
         )
+
+    def _once(self, key: Hashable, find: Callable[[], int]) -> int:
+        """A size that is asked for again and again, found once."""
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
 
     def _adapted_layers(self, gradients: Gradients) -> tuple[int, int]:
         """How many layers are adapted or between those, and how many above them gradients pass through."""

@@ -131,11 +131,15 @@ def _recipes(pack: str, model: str | None, lengths: dict[str, float]) -> tuple[l
             settings |= {key: settings["model"] for key in required if key not in settings}
             try:
                 asked = settings_of_call(kind, settings)
-                plan = module.describe(module.prepare(asked))
+                job = module.prepare(asked)
+                plan = module.describe(job)
                 uses.append(_use("recipe", name, list(plan.get("gaps", ()))))
                 if model:
                     itemsize = getattr(torch, plan["dtype"]).itemsize
-                    costs.append(estimated(name, plan, itemsize, getattr(asked, "batch_size", 0), lengths, rate))
+                    memory = module.memory(job).peak.total
+                    costs.append(
+                        estimated(name, plan, itemsize, getattr(asked, "batch_size", 0), lengths, rate, memory)
+                    )
             except ExciseError as error:
                 uses.append(Use("recipe", name, "does not run", one_line(error)))
     return uses, costs

@@ -28,10 +28,18 @@ class Cost:
     """Of the products alone, at the rate of this machine in float32."""
     rate: float
     """Floating-point operations a second."""
+    memory: int = 0
+    """Bytes that it holds at its peak; 0 where that is not planned."""
 
 
 def estimated(
-    recipe: str, plan: Mapping[str, Any], itemsize: int, batch: int, lengths: Mapping[str, float], rate: float
+    recipe: str,
+    plan: Mapping[str, Any],
+    itemsize: int,
+    batch: int,
+    lengths: Mapping[str, float],
+    rate: float,
+    memory: int = 0,
 ) -> Cost:
     """The cost of a recipe from what its dry run says.
 
@@ -42,6 +50,7 @@ def estimated(
         batch: Rows of an optimizer step.
         lengths: Mean tokens of a row, by file of the pack.
         rate: Floating-point operations a second.
+        memory: Bytes at the run's peak.
     """
     items, steps = int(plan.get("items_measured", 0)), int(plan.get("gradient_steps", 0))
     asked = [lengths[name] for name in ("questions", "prompts") if name in lengths]
@@ -51,7 +60,7 @@ def estimated(
     parameters = int(plan.get("memory_bytes", 0)) // itemsize
     # Two operations a weight and token forward, four more backward.
     operations = 2 * parameters * MODELS * measured + 6 * parameters * trained
-    return Cost(recipe, items, measured, steps, trained, parameters, operations / rate, rate)
+    return Cost(recipe, items, measured, steps, trained, parameters, operations / rate, rate, memory)
 
 
 def rate_here() -> float:
@@ -71,6 +80,7 @@ def in_words(costs: Sequence[Cost]) -> list[str]:
         f"{cost.recipe}: {cost.items:,} items a model ({cost.measured_tokens:,} tokens)"
         + (f", {cost.steps:,} steps ({cost.trained_tokens:,} tokens)" if cost.steps else "")
         + f"; at least {_time(cost.seconds)} on this machine's processor ({cost.rate / 1e9:.0f} GFLOP/s)"
+        + (f"; peak memory {cost.memory / 1e9:.2f} GB" if cost.memory else "")
         for cost in costs
     ]
 

@@ -9,11 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import StaticCache
 
+from ...artifacts.models.memory import free_memory
 from ...editing.architectures import layer_count
 from ...editing.modules import causal_model, language_config
 from ...editing.numerics.cpu_attention import products_everywhere
 from ...editing.training.edited_target import TargetEdit
 from ...editing.training.soft_targets import SoftTargets, keep_top, wide
+from ...eval.inference.batches import read_in_batches
 from ...eval.inference.caches import takes_cache
 from ...eval.inference.generation import end_tokens
 from ...eval.inference.likelihood import pad_left
@@ -88,16 +90,9 @@ def decode(
     # Drawn for all contexts before any is decoded, so that draws do not depend on which contexts share a batch.
     chances = torch.rand(len(starts), how.tokens, generator=generator, device=generator.device)
     continuations: dict[int, Continuation] = {}
-    # Contexts of like length stand together, so that little is padding.
-    order = sorted(range(len(starts)), key=lambda index: -max(map(len, starts[index].rows)))
     width = max((len(start.rows) for start in starts), default=1)
-    budget = DEVICE_CACHE_BUDGET if model.device.type == "cuda" else CACHE_BUDGET
-    begin = 0
-    while begin < len(order):
-        length = max(map(len, starts[order[begin]].rows)) + how.tokens
-        rows_at_once = min(ROWS, budget // (length * cached_bytes(model)))
-        batch = order[begin : begin + max(1, rows_at_once // width)]
-        begin += len(batch)
+
+    def read_and_go_on(batch: list[int]) -> list[Continuation]:
         rows = [row for index in batch for row in starts[index].rows]
         wanted = [count for index in batch for count in starts[index].remembered]
         lockstep = _Lockstep(model, tokenizer, rows, how.tokens)
@@ -110,9 +105,19 @@ def decode(
         else:
             last = torch.stack([of_row[-1] for of_row in states])
             chosen = draw(predicted(teacher.head(last), how.edit, width), chances[batch, 0])
-        continuations.update(zip(batch, lockstep.go_on(teacher, chosen, chances[batch], how), strict=True))
+        return lockstep.go_on(teacher, chosen, chances[batch], how)
+
+    lengths = [max(map(len, start.rows)) + how.tokens for start in starts]
+    tokens = cache_budget(model.device, free_memory(model.device)) // (cached_bytes(model) * width)
+    for batch, continued in read_in_batches(lengths, tokens, read_and_go_on, most=ROWS // width):
+        continuations.update(zip(batch, continued, strict=True))
         teacher.advance(len(batch))
     return [continuations[index] for index in range(len(starts))]
+
+
+def cache_budget(device: torch.device, free: int) -> int:
+    """Bytes of keys and values held at a time: a quarter of what is free, and no more than is worth it."""
+    return max(1, min(DEVICE_CACHE_BUDGET if device.type == "cuda" else CACHE_BUDGET, free // 4))
 
 
 def cached_bytes(model: Any) -> int:

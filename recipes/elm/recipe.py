@@ -16,6 +16,7 @@ from ...artifacts.models.cache import cache_folder
 from ...artifacts.models.load import LoadedModel
 from ...editing.edits.base import WeightEdit
 from ...editing.errors import EditError, counted
+from ...eval.inference.likelihood import tokens_of_batch
 from ..common import adapter_run
 from ..common.measured_run import Finished
 from ..common.memory_plan import MemoryPlan, RunMemory, tokens_at_once
@@ -23,10 +24,11 @@ from ..common.memory_sizes import Rows
 from ..common.prefix_cache import READ
 from .batches import TARGET_BYTES, SequenceTraining, arrange, most_tokens, part_size, sequence_loss
 from .contrast import ContrastSource, contrast_sources
-from .decoding import CACHE_BUDGET, DEVICE_CACHE_BUDGET, ROWS, cached_bytes
+from .decoding import ROWS, cache_budget, cached_bytes
 from .erasure import Erasure
 from .forget_data import ForgetData, forget_contexts, forget_sequences
 from .reinforced_expert import reinforced
+from .remembered import SHARE
 from .request import ElmJob, ElmSettings, describe, prepare
 from .retain_data import RetainData, retain_sequences
 from .story import story
@@ -42,12 +44,14 @@ def memory(job: ElmJob) -> MemoryPlan:
     sizes, run = needs.sizes, job.adapter.run
     texts = concept.texts()[: 2 * settings.max_contexts]
     longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), needs.text_limit)
-    read = max(1, READ // longest) if run.device.type == "cpu" else 64
+    on_cpu = run.device.type == "cpu"
+    read = max(1, (READ if on_cpu else 4 * tokens_of_batch(sizes.vocabulary, run.device)) // longest)
     # Of every token that is to be retained the teacher's last hidden state, then its likeliest tokens.
     positions = needs.tokens(texts)
-    teacher = positions * sizes.width * run.dtype.itemsize
+    left = max(0, needs.room - needs.weights)
+    teacher = min(positions * sizes.width * run.dtype.itemsize, int(SHARE * left))
     targets = positions * settings.stored_tokens * TARGET_BYTES
-    cache = DEVICE_CACHE_BUDGET if run.device.type == "cuda" else CACHE_BUDGET
+    cache = cache_budget(run.device, left)
     rows = min(ROWS, max(1, cache // ((longest + settings.fluency_tokens) * cached_bytes(sizes.model))))
     decode = needs.reading("read the teacher", Rows(max(read, rows), longest), cached=True, kept=teacher + targets)
     most = most_tokens(run.checkpoint.config, run.dtype, run.device)

@@ -27,7 +27,7 @@ from ...eval.items import for_training
 from ..common import measured_run
 from ..common.budgets import Budgets
 from ..common.measured_run import Finished, Inspection, Job, MeasuredSettings
-from ..common.memory_plan import MemoryPlan, RunMemory, StageMemory
+from ..common.memory_plan import MemoryPlan, RunMemory, StageMemory, fit_step
 from ..common.memory_sizes import Gradients, Rows
 from ..data.facts import Facts, find_facts
 from ..data.unlearning_sets import forget_examples, retain_examples
@@ -126,9 +126,10 @@ def memory(job: PruneJob) -> MemoryPlan:
     texts = [*concept.texts(), *(q.prompt for q in concept.questions)]
     rows = Rows(BATCH, needs.longest(texts, TEXT_TOKENS))
     # A layer's units are summed in float64: as they are, squared, and without their sign.
-    beside = 2 * 8 * rows.tokens * sizes.widest()
-    work = sizes.step(rows, Gradients()) + sizes.head(job.run.device) + beside
-    score = StageMemory("score units", needs.weights, work=work, kept=needs.baseline)
+    beside = 2 * 8 * rows.tokens * sizes.widest() + sizes.head(job.run.device)
+    room = needs.room - needs.weights - needs.baseline - beside
+    step = fit_step(sizes, Gradients(), rows, room)
+    score = StageMemory(f"score units{step.in_words()}", needs.weights, work=step.size + beside, kept=needs.baseline)
     asked = needs.measuring("compare with controls")
     copies = sum(weight.numel() for weight in sizes.linear_weights()) * sizes.dtype.itemsize
     controls = replace(asked, weights=asked.weights + copies)

@@ -25,6 +25,8 @@ from ...editing.hooks.unit_scores import (
 )
 from ...editing.wiring.row import Architecture
 from ..common.examples import Example, example_batch, scored_nats
+from ..common.memory_plan import rows_at_once
+from ..common.memory_sizes import Rows
 
 BATCH = 32
 VALIDATED_ON = 64
@@ -106,10 +108,12 @@ class UnitScorer:
         """One pass, forward and backward, over sequences; the loss is the log-odds against each sequence's answer."""
         model, row = self.loaded.model, self.row
         layers = len(model.get_submodule(row.layers))
+        longest = Rows(BATCH, max(len(example.ids) for example in examples))
+        size = rows_at_once(model.config.to_dict(), model.dtype, self.loaded.device, longest)
         neurons, heads = (_Seen(UnitMoments(layers), UnitAttribution(layers)) for _ in range(2))
         with gradients_reach_units(model):
-            for start in range(0, len(examples), BATCH):
-                part = examples[start : start + BATCH]
+            for start in range(0, len(examples), size):
+                part = examples[start : start + size]
                 batch = {key: value.to(self.loaded.device) for key, value in example_batch(part).items()}
                 mask = batch["attention_mask"].bool()
                 with ExitStack() as hooks:
