@@ -21,7 +21,8 @@ removed from the embeddings."""
 
 def settings_of(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """The settings of ``excise run orthogonalize`` that these values stand for."""
-    peak, reach = float(values["peak"]), max(float(values["reach"]), 1e-6)
+    # Half the way between two layers at least, so that some layer loses the direction.
+    peak, reach = float(values["peak"]), max(float(values["reach"]), 0.51 / max(1, layers - 1))
     strengths = []
     for layer in range(layers):
         distance = abs(layer / max(1, layers - 1) - float(values["centre"])) / reach

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...artifacts.events import Events
 from ...editing.edits.base import WeightEdit
+from ...editing.errors import RequestError
 from ..common import measured_run
 from .bench import Bench
 from .page import write_page
@@ -14,6 +15,8 @@ from .results import SearchResults, results_of
 from .study import Done, Study
 from .trial import tried
 
+FAILED_AT_ONCE = 5
+"""Trials that end a search where all failed."""
 Told = Callable[[Sequence[Done], Sequence[Done]], None]
 """Called with all trials that ended, and those of the front."""
 
@@ -62,6 +65,7 @@ def run(request: Request, events: Events, told: Told = lambda *_: None) -> Searc
         while len(done) + study.running() < request.trials:
             _one(request, study, bench, done)
             done = study.done()
+            _check_some_work(done)
             told(done, study.front(done))
             write_page(request, done, study.front(done))
     results = results_of(request, done, study.front(done))
@@ -72,15 +76,26 @@ def run(request: Request, events: Events, told: Told = lambda *_: None) -> Searc
 def _one(request: Request, study: Study, bench: Bench, before: Sequence[Done]) -> None:
     trial, values = study.ask()
     settings = request.settings_of(values)
-    folder = request.folder / "trials" / f"{trial.number:04}"
-    job = request.job_with(settings, folder.with_name(f"{folder.name}-run"))
+    folder = trial_folder(request.folder, trial.number)
 
     def learn(work: Path) -> WeightEdit:
+        # Values that each can be had may not go together; then the trial failed, and says so.
+        job = request.job_with(settings, folder.with_name(f"{folder.name}-run"))
         edit: WeightEdit = request.module.learn(job, bench.loaded, Events(), work, bench.shared)
         return measured_run.within_budget(measured_job_of(job), edit, bench.loaded, Events())
 
     outcome = tried(learn, bench, request.rules, before, settings, folder)
     study.tell(trial, outcome.state, outcome.values or None, outcome.record)
+
+
+def _check_some_work(done: Sequence[Done]) -> None:
+    """Stop a search all of whose trials fail.
+
+    Raises:
+        RequestError: The first ones failed, all of them.
+    """
+    if len(done) >= FAILED_AT_ONCE and all(one.state == "failed" for one in done):
+        raise RequestError(f"all of the first {len(done)} trials failed, the last one: {done[-1].error}")
 
 
 def trial_folder(folder: Path, number: int) -> Path:

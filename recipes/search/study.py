@@ -72,7 +72,7 @@ class Study:
             raise RequestError("the study in the storage has other objectives; give another --out or --storage")
 
     def _sampler(self, number: int) -> Any:
-        # A seed for each trial, so that a search that was killed goes on as one that was not.
+        # A seed for each trial, because a sampler's own state is lost when a search ends.
         return self.optuna.samplers.TPESampler(
             seed=(self.seed * 1_000_003 + number) % 2**32,
             multivariate=True,
@@ -84,7 +84,8 @@ class Study:
 
     def ask(self) -> Any:
         """The next trial, with its values."""
-        self.study.sampler = self._sampler(len(self.study.get_trials(deepcopy=False)))
+        # What was killed does not count, so that the draws after it are those of a search that was not killed.
+        self.study.sampler = self._sampler(len(self.done()) + self.running())
         trial = self.study.ask()
         trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
         trial.set_user_attr("seen", time.time())

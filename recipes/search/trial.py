@@ -10,7 +10,7 @@ from typing import Any
 
 from ...artifacts.checkpoints.edits import save_edit
 from ...editing.edits.base import WeightEdit
-from ...editing.errors import EditError, ExciseError, RequestError
+from ...editing.errors import ExciseError
 from .bench import Bench, Sitting
 from .figures import Figure, Guard, Objective, dominated
 from .study import CONSTRAINTS, ERROR, FIGURES, SECONDS, SETTINGS, TOKENS, Done
@@ -63,9 +63,6 @@ def tried(
         learn: Learns the edit on the bench's base, with a folder to work in.
         before: Trials that ended.
         settings: Those of this trial, for the record.
-
-    Raises:
-        RequestError: The request itself cannot work.
     """
     began, figures = time.monotonic(), dict[str, dict[str, float]]()
     outcome, generated = Outcome("failed"), 0
@@ -78,9 +75,7 @@ def tried(
         with bench.edited(edit) as sittings:
             outcome = _measured(bench, sittings, rules, before, figures)
             generated = sum(one.generated for one in sittings.values())
-    except RequestError:
-        raise
-    except (EditError, ExciseError) as error:
+    except ExciseError as error:
         outcome = Outcome("failed", record={ERROR: str(error)})
     finally:
         shutil.rmtree(work, ignore_errors=True)
