@@ -36,6 +36,8 @@ class _TimedLine(_Line):
     time: float
 
 
+TELL_SECONDS = 10.0
+"""Between two events that tell nothing but a step."""
 ENDS = 1 << 16
 """Bytes at a file's beginning and at its end in which the first and the last events are looked for."""
 
@@ -114,12 +116,15 @@ class Stage:
 
     def __init__(self, events: "Events", name: str):
         self.events, self.name, self.step = events, name, 0
+        self.written = time.monotonic()
 
     def advance(self, steps: int = 1, **metrics: Any) -> None:
         self.step += steps
         if self.events.watcher:
             self.events.watcher.advance(steps, metrics)
-        if metrics:
+        # Steps without figures are told now and then, to whoever watches from elsewhere.
+        if metrics or time.monotonic() - self.written > TELL_SECONDS:
+            self.written = time.monotonic()
             self.events.write(self.name, self.step, metrics)
 
 

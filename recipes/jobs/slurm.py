@@ -1,10 +1,10 @@
 """Jobs on a SLURM cluster, through submitit: an array whose jobs are requeued when they are preempted or out of time."""
 
-import getpass
 import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,6 +33,8 @@ class Attempt:
     def __init__(self, job: Job, folder: Path):
         self.job, self.folder = job, folder
         self.process: subprocess.Popen[bytes] | None = None
+        self.code: int | None = None
+        """How the process ended."""
 
     def __call__(self) -> str:
         """Returns the state in which the job is left."""
@@ -48,17 +50,28 @@ class Attempt:
                 self.job, records, os.environ, pass_fds=(descriptor,), preexec_fn=_leave_signal_to_parent
             )
             records.update(self.job.name, process=self.process.pid)
-            return records.end(self.job, self.process.wait()).state
+            # In a thread: ``checkpoint`` runs in a signal's handler, where the lock of a wait that it interrupts never
+            # comes free.
+            threading.Thread(target=self._wait, args=(self.process,), daemon=True).start()
+            return records.end(self.job, self._code()).state
 
     def checkpoint(self) -> Any:
         """Stop the process so that it can be resumed, and ask for another turn."""
         from submitit.helpers import DelayedSubmission
 
         if self.process is not None:
-            self.process.terminate()
-            self.process.wait()
+            os.kill(self.process.pid, signal.SIGTERM)
+            self._code()
             JobFolder(self.folder).update(self.job.name, state="waiting", ended=time.time(), more="requeued")
         return DelayedSubmission(Attempt(self.job, self.folder))
+
+    def _wait(self, process: "subprocess.Popen[bytes]") -> None:
+        self.code = process.wait()
+
+    def _code(self) -> int:
+        while self.code is None:
+            time.sleep(0.1)
+        return self.code
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "process": None}
@@ -141,7 +154,7 @@ def queued_numbers(known: Iterable[str]) -> set[str] | None:
     """Which of these SLURM still has in its queue; None where it does not answer."""
     if not set(known):
         return set()
-    command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}"]
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -11,6 +11,9 @@ from ...eval.measurements import columns
 from ..jobs.job import Outcome
 from .request import Combination, SweepJob
 
+DISTANCES = {"KL, neutral": ("kl_from_base", "neutral"), "KL, retain": ("kl_from_base", "retain")}
+"""What a sweep shows beside the columns of `excise compare`: how far from its base the model is."""
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -69,16 +72,21 @@ def lines_of(job: SweepJob, outcomes: Sequence[Outcome]) -> tuple[list[Line], di
         found = [_values(run, "edited") for run in runs.values()]
         bases += [_values(run, "base") for run in runs.values()]
         # A mean over some of the seeds would be of other runs than the rest of its line.
-        shared = [name for name in columns() if found and all(name in values for values in found)]
+        shared = [name for name in figures() if found and all(name in values for values in found)]
         means = {name: mean_of([values[name] for values in found]) for name in shared}
         failed = {seed: outcome.error for seed, outcome in of_seed.items() if outcome.failed}
         lines.append(Line(one, tuple(runs), failed, means))
     return lines, bases[0] if bases and all(base == bases[0] for base in bases) else {}
 
 
+def figures() -> dict[str, tuple[str, str]]:
+    """Headings, each with its measurement and split."""
+    return {**columns(), **DISTANCES}
+
+
 def headings(lines: Sequence[Line]) -> list[str]:
     """The measurements that any line has."""
-    return [name for name in columns() if any(name in line.means for line in lines)]
+    return [name for name in figures() if any(name in line.means for line in lines)]
 
 
 def as_json(job: SweepJob, lines: Sequence[Line], base: Mapping[str, float]) -> dict[str, Any]:
@@ -124,4 +132,4 @@ def rows(lines: Sequence[Line], base: Mapping[str, float]) -> tuple[list[str], l
 
 def _values(run: Run, subject: str) -> dict[str, float]:
     measured = {(item.name, item.split): item.value for item in run.measurements if item.subject == subject}
-    return {name: measured[key] for name, key in columns().items() if key in measured}
+    return {name: measured[key] for name, key in figures().items() if key in measured}
