@@ -62,13 +62,13 @@ def test_every_help_page_fits_80_columns_but_for_the_example(path):
     assert [line for line in page.splitlines() if len(line) > 80 and not line.startswith("Example")] == []
 
 
-@pytest.mark.parametrize("name", [*RECIPES, "audit", "eval"])
+@pytest.mark.parametrize("name", [*RECIPES, "audit", "eval", "sweep"])
 def test_every_setting_says_what_it_does(name):
     wrong = {setting.name: _wrong(setting.about.split(" One of ")[0]) for setting in settings_of(name)}
     assert {setting: problem for setting, problem in wrong.items() if problem} == {}
 
 
-@pytest.mark.parametrize("name", [*RECIPES, "audit", "eval"])
+@pytest.mark.parametrize("name", [*RECIPES, "audit", "eval", "sweep"])
 def test_settings_read_from_source_are_those_of_the_class(name):
     module, kind = (RECIPES[name].module, RECIPES[name].settings) if name in RECIPES else COMMAND_SETTINGS[name]
     read = [(setting.name, setting.default, setting.about) for setting in settings_of(name)]

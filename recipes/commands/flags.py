@@ -28,9 +28,8 @@ Jobs = Annotated[
     str | None,
     typer.Option(
         metavar="ENGINE",
-        help="Run parts beside each other: local:N for N processes on this machine, or slurm[:key=value,...] for a"
-        " cluster, with the keys partition, time, mem, cpus, gpus, account, qos, constraint, nodelist, exclude,"
-        " reservation, at_once.",
+        help="Work beside each other: local:N for N processes on this machine, or slurm[:key=value,...] for a cluster,"
+        " such as slurm:partition=gpu,time=2:00:00,gpus=1.",
     ),
 ]
 Folder = Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint that excise wrote.")]

@@ -24,11 +24,11 @@ def sweep(
     Each is an ordinary run in OUT. The table has means over seeds with Student's t intervals; OUT/results.json too. The same
     command with the same --out goes on: finished runs are not repeated.
     """
-    from ...artifacts.reporting.terminal import aligned, paths, terminal_width
+    from ...artifacts.reporting.terminal import paths, terminal_width
     from ..common.run_folder import free_folder
     from ..common.settings import load_settings
     from ..sweep import recipe
-    from ..sweep.table import rows
+    from ..sweep.table import text
 
     settings = load_settings(recipe.SweepSettings, file, [], {"out": out, "jobs": jobs})
     settle()
@@ -42,7 +42,7 @@ def sweep(
     if as_json:
         say_json({"out": str(job.out), **done.as_json()})
     else:
-        say(aligned(*rows(done.lines, done.base), terminal_width()) + "\n")
+        say(text(done.lines, done.base, terminal_width()) + "\n")
         say(paths({"results": job.out / recipe.RESULTS, "runs": job.out}))
     if done.failed:
         first = done.failed[0]

@@ -125,7 +125,9 @@ def audit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be attacked; load no weights.")] = False,
     resume: Resume = False,
     jobs: Jobs = None,
-    part: Annotated[str | None, typer.Option(hidden=True)] = None,
+    part: Annotated[
+        str | None, typer.Option(hidden=True, help="Do one part of an audit that --jobs has split up.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Red-team an edited model: try to recover what was erased.

@@ -82,7 +82,8 @@ def _is_done(records: JobFolder, job: Job) -> bool:
     record = records.read(job.name)
     if record.state == "finished" and (job.out.exists() or not job.own_folder):
         return True
-    if record.state != "running" or not job.is_complete():
+    # What says that it runs may do so on another host, which then writes its end.
+    if record.state not in ("running", "waiting"):
         records.update(job.name, state="waiting", attempts=0, error="", exit_code=None, more="")
     return False
 

@@ -34,8 +34,8 @@ class SweepSettings(Settings):
     concept: str | None = None
     """Concept pack to use; by default the recipe's."""
     set: dict[str, Any] = {}  # noqa: RUF012
-    """Settings of the recipe. A list is tried value by value, with every value of the other lists; a setting that is
-    itself a list is written as a list in a list."""
+    """Settings of the recipe. Each value of a list is run with each of the other lists; what is itself a list stands
+    in one more."""
     seeds: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)] = [0]  # noqa: RUF012
     """Seeds with which each combination is run. Intervals need two or more."""
     out: Path | None = None

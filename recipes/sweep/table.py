@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...artifacts.reporting.outcomes import Run
+from ...artifacts.reporting.terminal import aligned
 from ...eval.intervals import Interval, student
 from ...eval.measurements import columns
 from ..jobs.job import Outcome
@@ -13,6 +14,9 @@ from .request import Combination, SweepJob
 
 DISTANCES = {"KL, neutral": ("kl_from_base", "neutral"), "KL, retain": ("kl_from_base", "retain")}
 """What a sweep shows beside the columns of `excise compare`: how far from its base the model is."""
+
+MAIN = ("forget V", "flipped", "declines", "neighbour", "retain", "KL, neutral")
+"""What a narrow terminal shows."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,8 @@ class Mean:
     """In the order of the seeds."""
 
     def __str__(self) -> str:
-        if self.ci95 is None:
-            return f"{self.value:.3f}"
-        return f"{self.value:.3f} [{self.ci95[0]:.3f}, {self.ci95[1]:.3f}]"
+        half = "" if self.ci95 is None else f" ±{self.ci95[1] - self.value:.3f}"
+        return f"{self.value:.3f}{half}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def mean_of(values: Sequence[float]) -> Mean:
 
     Example:
         >>> str(mean_of([0.2, 0.3, 0.4]))
-        '0.300 [0.052, 0.548]'
+        '0.300 ±0.248'
     """
     n = len(values)
     mean = math.fsum(values) / n
@@ -119,15 +122,31 @@ def as_json(job: SweepJob, lines: Sequence[Line], base: Mapping[str, float]) -> 
     }
 
 
-def rows(lines: Sequence[Line], base: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of the table for a terminal."""
+def text(lines: Sequence[Line], base: Mapping[str, float], width: int | None) -> str:
+    """The table for a terminal, with as many figures as it holds; all of them where there is none."""
     names = headings(lines)
+    shown = list(names)
+    while width is not None and len(shown) > 1 and _widest(lines, base, shown) > width:
+        # Those that matter most stay, in the order of the table.
+        shown.remove(max(shown, key=lambda name: (name not in MAIN, names.index(name))))
+    table = aligned(["settings", "seeds", *shown], _rows(lines, base, shown), width)
+    notes = ["± is half of Student's 95% interval over seeds"] if any(len(line.seeds) > 1 for line in lines) else []
+    notes += [f"{len(names) - len(shown)} more figures are in results.json"] if len(shown) < len(names) else []
+    return "\n".join([table, *notes])
+
+
+def _widest(lines: Sequence[Line], base: Mapping[str, float], names: Sequence[str]) -> int:
+    table = aligned(["settings", "seeds", *names], _rows(lines, base, names), None)
+    return max(map(len, table.splitlines()))
+
+
+def _rows(lines: Sequence[Line], base: Mapping[str, float], names: Sequence[str]) -> list[list[str]]:
     table = [["base", "", *(f"{base[name]:.3f}" if name in base else "" for name in names)]] if base else []
     for line in lines:
         count = str(len(line.seeds)) + (f", {len(line.failed)} failed" if line.failed else "")
         values = [str(line.means[name]) if name in line.means else "" for name in names]
         table.append([line.combination.name or "all runs", count, *values])
-    return ["settings", "seeds", *names], table
+    return table
 
 
 def _values(run: Run, subject: str) -> dict[str, float]:

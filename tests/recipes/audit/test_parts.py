@@ -1,0 +1,61 @@
+"""An audit in parts: the same figures as in one process, and no curve made twice."""
+
+import json
+import threading
+import time
+
+import pytest
+from excise.editing.errors import RequestError
+from excise.recipes.audit import recipe as audit
+from excise.recipes.audit.curve_store import CurveStore
+from excise.recipes.audit.parts import UNTRAINED, Part, part_called, parts_of
+from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise
+
+ATTACKS = ("few_shot", "rtt", "soft_prompt", "int8")
+SETTINGS = {"model": SMALL_REFERENCE, "base": SMALL_TESTBED, "concept": "builtin:potions", "attacks": ATTACKS}
+
+
+def test_parts_cover_every_model_and_attack_once(tmp_path):
+    job = audit.prepare(audit.AuditSettings(**SETTINGS, reference=SMALL_REFERENCE, out=tmp_path / "a"))
+    subjects = ("base", "edited", "reference")
+    expected = {Part(subject, method) for subject in subjects for method in ("low_rank", "soft_prompt", UNTRAINED)}
+    assert len(parts_of(job)) == 10 and set(parts_of(job)) == {*expected, Part("suppressed")}
+    without = audit.prepare(audit.AuditSettings(**SETTINGS, out=tmp_path / "a"))
+    # The floor is then made from the base, and attacked as the other models are.
+    assert set(parts_of(without)) == set(parts_of(job))
+    assert part_called(job, "base-low_rank") == Part("base", "low_rank")
+    with pytest.raises(RequestError, match="no such part; parts: suppressed, base-low_rank"):
+        part_called(job, "base-lowrank")
+
+
+def test_who_comes_second_waits_until_the_first_has_made_a_curve(tmp_path):
+    store, order = CurveStore(tmp_path), []
+
+    def second():
+        with store.claimed("base", "low_rank"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with store.claimed("base", "low_rank"), store.claimed("base", "soft_prompt"):
+        thread.start()
+        time.sleep(0.3)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+def test_an_audit_in_parts_gives_the_figures_of_one_process(tmp_path):
+    """With made-up facts as the floor, so that two kinds of controls are made from the base."""
+    models = [SMALL_REFERENCE, "--base", SMALL_TESTBED, "--concept", "builtin:potions"]
+    command = ["audit", *models, "--questions", "20", "--attacks", "few_shot,rtt", "--fresh"]
+    one = excise(*command, "--out", "one", cwd=tmp_path, OMP_NUM_THREADS="1")
+    parts = excise(*command, "--out", "parts", "--jobs", "local:2", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert (one.returncode, parts.returncode) == (0, 0), one.stderr + parts.stderr
+    assert (tmp_path / "parts" / "audit.json").read_bytes() == (tmp_path / "one" / "audit.json").read_bytes()
+    assert not (tmp_path / "parts" / ".work").exists()
+    stages = [
+        {json.loads(line)["stage"] for line in (tmp_path / name / "events.jsonl").read_text().splitlines()}
+        for name in ("one", "parts")
+    ]
+    assert stages[0] == stages[1]
+    assert parts.stderr.count("finished after") == 7
