@@ -156,7 +156,7 @@ def queued_numbers(known: Iterable[str]) -> set[str] | None:
         return set()
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return set(done.stdout.split())

@@ -34,6 +34,12 @@ ACCEPTED: dict[str, dict[tuple[str, ...], str]] = {
     "settings/config.yaml": {
         ("word", *BYTES): "another valid value of a setting, or a setting less, which then has its default",
     },
+    "sweep/sweep.yaml": {
+        ("word", *BYTES): "another valid value of a setting, or a setting less, which then has its default",
+    },
+    "jobs/*": {
+        (*OF_VALUES, *BYTES): "a record of progress that a table shows; a job that is not finished in it starts again",
+    },
     "checkpoint/config.json": {
         (*FIELDS, *TEXT): "an edit needs the sizes and the model type; what else is wrong is refused on loading",
     },

@@ -40,7 +40,11 @@ from excise.recipes.compare import table_of
 from excise.recipes.data.datasets import find_data
 from excise.recipes.data.schemas import read_items
 from excise.recipes.elm.request import ElmSettings
+from excise.recipes.jobs.job import Job, JobFolder
+from excise.recipes.jobs.slurm import read_numbers
+from excise.recipes.jobs.status import rows_of
 from excise.recipes.judging import RUBRIC, read_rubric
+from excise.recipes.sweep.request import SweepSettings, combinations_of
 from excise.recipes.ui.pages import _line
 from pyarrow import parquet
 from safetensors.torch import save_file
@@ -186,6 +190,19 @@ def _curves(folder: Path) -> None:
         store.put("base", name, AttackCurves.of_one_point([1.0, 0.0]))
 
 
+SWEEP = "recipe: elm\nmodel: builtin:testbed\nset:\n  steps: [60, 120]\n  layers: [[1, 2], [3]]\nseeds: [0, 1]\n"
+
+
+def _jobs(folder: Path) -> None:
+    jobs = [Job(name, ("list", "recipes"), folder / name) for name in ("one", "two")]
+    records = JobFolder(folder)
+    records.register(jobs)
+    for job, code in zip(jobs, (0, 1), strict=True):
+        records.begin(job)
+        records.end(job, code)
+    (folder / "jobs" / "submitted.json").write_text(json.dumps({"numbers": {"one": "7_0", "two": "7_1"}}))
+
+
 def _trainer_state(folder: Path) -> None:
     inner = folder / "checkpoint-50"
     inner.mkdir()
@@ -314,6 +331,16 @@ EXAMPLES: dict[str, Example] = {
         lambda folder: start_folder(folder / "run", "elm", ElmSettings(out=folder / "run"), {"the base": "a"}),
         lambda folder: resumed(ElmSettings(out=folder / "run"), "elm"),
         {"run/.work/settings.json": SEALED},
+    ),
+    "jobs": Example(
+        _jobs,
+        lambda folder: (rows_of(folder), read_numbers(JobFolder(folder))),
+        {f"jobs/{name}.json": ANY_JSON for name in ("order", "one", "submitted")},
+    ),
+    "sweep": Example(
+        lambda folder: (folder / "sweep.yaml").write_text(SWEEP),
+        lambda folder: combinations_of(load_settings(SweepSettings, folder / "sweep.yaml", []).set),
+        {"sweep.yaml": (of_words, of_bytes)},
     ),
     "curves": Example(
         _curves,
