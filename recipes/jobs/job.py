@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from ...artifacts.files.forms import Form, validated
 from ...artifacts.files.locks import Lock
@@ -67,14 +69,18 @@ class Job:
             shutil.rmtree(self.out)
 
 
+Name = Annotated[str, Field(pattern=r"^[^/\x00]+$")]
+PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+
+
 class Record(Form):
     """What is known of a job."""
 
-    name: str
+    name: Name
     command: list[str]
-    out: str
+    out: PathText
     state: State
-    events: str = ""
+    events: PathText = ""
     own_folder: bool = True
     attempts: int = 0
     """How often it was started."""
@@ -120,6 +126,12 @@ class JobFolder:
     def __init__(self, folder: Path):
         self.folder = folder / JOBS
 
+    @property
+    def place(self) -> Path:
+        """The folder as users know it; an audit keeps its jobs in its working folder."""
+        folder = self.folder.parent
+        return folder.parent if folder.name == WORK else folder
+
     def log(self, name: str) -> Path:
         """Everything that a job printed, of all its attempts."""
         return self.folder / f"{name}.log"
@@ -147,7 +159,7 @@ class JobFolder:
                 self.write(_new(job))
             elif before.command != [*job.command] or before.out != str(job.out):
                 raise RequestError(
-                    f"{self.folder.parent} holds a job {job.name} of another command"
+                    f"{self.place} holds a job {job.name} of another command"
                     f" (excise {' '.join(before.command)}); give another --out, or remove the folder first"
                 )
         write_whole(self.folder / "order.json", json.dumps({"names": names}))
@@ -228,7 +240,7 @@ class JobFolder:
 
 
 class _Order(Form):
-    names: list[str]
+    names: list[Name]
 
 
 def state_of(code: int) -> State:

@@ -73,7 +73,7 @@ def run_jobs(
                 runner.submit(waiting)
                 _follow(runner, records, display)
             except KeyboardInterrupt:
-                raise _interrupted(runner, folder, again, display) from None
+                raise _interrupted(runner, records.place, again, display) from None
         return [records.outcome(job) for job in jobs]
 
 
@@ -126,8 +126,7 @@ def _alone(records: JobFolder) -> Iterator[None]:
         time.sleep(0.1)
     else:
         raise RequestError(
-            f"another command is running the jobs in {records.folder.parent}; follow it with excise watch"
-            f" {records.folder.parent}"
+            f"another command is running the jobs in {records.place}; follow it with excise watch {records.place}"
         )
     try:
         yield

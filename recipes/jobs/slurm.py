@@ -178,7 +178,7 @@ def _submitted(jobs: Sequence[Job], folder: JobFolder, engine: Slurm) -> list[st
     more["requeue"] = True
     executor = submitit.SlurmExecutor(folder.folder / "submitit", max_num_timeout=REQUEUES)
     executor.update_parameters(
-        job_name=f"excise-{folder.folder.parent.name}",
+        job_name=f"excise-{folder.place.name}",
         additional_parameters={key.replace("_", "-"): value for key, value in more.items()},
         **parameters,
     )
