@@ -73,5 +73,6 @@ RECIPES: dict[str, Recipe] = {
         "excise.recipes.distill.recipe",
         "DistillSettings",
         "distil an edited model into a damaged copy, so that less comes back",
+        "excise.recipes.distill.space:READY",
     ),
 }

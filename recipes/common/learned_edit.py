@@ -23,7 +23,7 @@ def start(job: Job) -> Path:
     Raises:
         RequestError: An unfinished run there was begun otherwise, or what it left was changed.
     """
-    models = {"the base": job.source, "the reference": job.reference}
+    models = {"the base": job.source, "the reference": job.reference, **job.read}
     work = start_folder(job.out, job.recipe, job.settings, checksums(job.settings, models, job.concept))
     if (work / LEARNED).exists():
         # Said now, not after the base was measured.

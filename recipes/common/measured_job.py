@@ -1,7 +1,7 @@
 """What a recipe that measures its edit is asked for, and the request once it was checked."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +75,8 @@ class Job:
     """The pack with the items that are measured; training takes ``concept``."""
     proof: Proof | None = None
     """Of a row that was derived: that an edit by it leaves nothing of a direction."""
+    read: Mapping[str, ModelSource] = field(default_factory=dict)
+    """Further models that the run learns from, by what a message may call them, such as "the teacher"."""
 
     @property
     def layers(self) -> int:

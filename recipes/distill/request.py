@@ -1,6 +1,6 @@
 """What distillation is asked for, and a request that was checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
@@ -79,6 +79,7 @@ def prepare(settings: DistillSettings, *, resume: bool = False) -> DistillJob:
     teacher = find_model(settings.teacher)
     edited = open_checkpoint(checkpoint_of(teacher.folder))
     _check_alike(adapter.run.checkpoint, edited, teacher.name)
+    adapter = replace(adapter, run=replace(adapter.run, read={"the teacher": teacher}))
     return DistillJob(adapter, settings, teacher, edited, find_facts(adapter.run.concept))
 
 

@@ -10,6 +10,7 @@ from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.editing.edits.dense import weights_trained
 from excise.editing.errors import RequestError
+from excise.recipes.common.learned_edit import start
 from excise.recipes.distill.recipe import DistillSettings, _training, damage, prepare
 from helpers import SMALL_TESTBED, excise, with_settings
 from safetensors.torch import load_file, save_file
@@ -32,9 +33,11 @@ def teacher(tmp_path_factory):
     return folder
 
 
-def _job(teacher, tmp_path, **settings):
+def _job(teacher, tmp_path, resume=False, **settings):
     chosen = {"model": SMALL_TESTBED, "concept": "builtin:potions", "teacher": str(teacher), "out": tmp_path / "run"}
-    return prepare(DistillSettings(**{**chosen, "device": "cpu", "dtype": "float32", "steps": 4, **settings}))
+    return prepare(
+        DistillSettings(**{**chosen, "device": "cpu", "dtype": "float32", "steps": 4, **settings}), resume=resume
+    )
 
 
 def test_the_student_begins_as_the_formula_says_one_matrix_at_a_time(teacher, tmp_path):
@@ -114,3 +117,15 @@ def test_a_run_takes_base_and_concept_from_the_teachers_run_and_names_no_folder(
 def test_what_cannot_work_is_refused_before_any_weight_is_read(teacher, tmp_path, changed, said):
     with pytest.raises(RequestError, match=said):
         _job(**{"teacher": teacher, "tmp_path": tmp_path, **changed})
+
+
+def test_a_run_does_not_go_on_with_another_teacher(teacher, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(teacher, mine)
+    job = _job(mine, tmp_path)
+    start(job.adapter.run)
+    tensors = load_file(mine / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, mine / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RequestError, match="the teacher"):
+        start(_job(mine, tmp_path, resume=True).adapter.run)
