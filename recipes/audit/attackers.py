@@ -18,7 +18,7 @@ from ...editing.training.parallel_adapters import ParallelAdapters
 from ...eval.audit.recovery import RecoveryCurve
 from ..common.examples import Example, example_batch, sequence_nll, split_by_length
 from ..common.memory_plan import SPARE, fit_step, surely_fits
-from ..common.memory_sizes import Gradients, ModelSizes, Rows, sizes_of
+from ..common.memory_sizes import Gradients, ModelSizes, Rows, Unplanned, sizes_of
 from ..common.trainer import Group, Schedule, Terms, fit
 from .attack_data import AttackData
 from .attacks.fine_tuning import ALPHA, RANK
@@ -175,12 +175,15 @@ class _SideBySide:
         room = int(SPARE * free_memory(device))
         if surely_fits(config, count * batch * longest, model.dtype.itemsize, room):
             return 1
-        sizes = sizes_of(config, model.dtype, autocast=bfloat16_is_fast(device))
         trained = sum(p.numel() for owned in self.adapters.owned for p in owned)
-        # Gradients and moments are still to be made.
-        room -= 12 * trained + sizes.head(device)
-        step = fit_step(sizes, gradients_of_attackers(sizes, count), Rows(count * batch, longest), room, unit=count)
-        return step.parts
+        rows = Rows(count * batch, longest)
+        try:
+            sizes = sizes_of(config, model.dtype, autocast=bfloat16_is_fast(device))
+            # Gradients and moments are still to be made.
+            room -= 12 * trained + sizes.head(device)
+            return fit_step(sizes, gradients_of_attackers(sizes, count), rows, room, unit=count).parts
+        except Unplanned:
+            return 1
 
     def _less(self) -> bool:
         """Half as many attackers in a forward, because memory ran out."""

@@ -106,7 +106,12 @@ def _planned(module: ModuleType, prepared: Any) -> Plan:
     """What a recipe would touch, and hold in memory where it says so."""
     plan: Plan = module.describe(prepared)
     if hasattr(module, "memory"):
-        plan["memory"] = module.memory(prepared).as_json()
+        from ..common.memory_sizes import Unplanned
+
+        try:
+            plan["memory"] = module.memory(prepared).as_json()
+        except Unplanned as error:
+            plan["memory_not_planned"] = str(error)
     return plan
 
 

@@ -23,7 +23,7 @@ from ...eval.inference.likelihood import tokens_of_batch
 from ...eval.model_under_test import TEXT_TOKENS, EvalSettings
 from .adapter_job import AdapterJob
 from .measured_run import Job
-from .memory_sizes import STATE_BYTES, Gradients, ModelSizes, Rows, sizes_of
+from .memory_sizes import STATE_BYTES, Gradients, ModelSizes, Rows, Unplanned, sizes_of
 
 SPARE = 0.9
 """Share of free memory that is planned with: allocators round up, and leave gaps."""
@@ -285,8 +285,12 @@ def rows_at_once(config: dict[str, Any], dtype: torch.dtype, device: torch.devic
     room = int(SPARE * free_memory(device))
     if surely_fits(config, rows.tokens, dtype.itemsize, room):
         return rows.count
-    sizes = sizes_of(config, dtype, autocast=False)
-    return -(-rows.count // fit_step(sizes, Gradients(), rows, room - sizes.head(device)).parts)
+    try:
+        sizes = sizes_of(config, dtype, autocast=False)
+        step = fit_step(sizes, Gradients(), rows, room - sizes.head(device))
+    except Unplanned:
+        return rows.count
+    return -(-rows.count // step.parts)
 
 
 def surely_fits(config: dict[str, Any], tokens: int, itemsize: int, room: int) -> bool:
@@ -301,9 +305,13 @@ def step_in_parts(job: AdapterJob, rows: Rows, deepest: int | None = None) -> Fi
     room = int(SPARE * free_memory(run.device))
     if job.whole or surely_fits(run.checkpoint.config, asked.tokens, run.dtype.itemsize, room):
         return None
-    sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=bfloat16_is_fast(run.device))
-    room -= STATE_BYTES * sizes.adapter(job.shape) + sizes.head(run.device)
-    return fit_step(sizes, gradients_of(job, deepest), asked, room, checkpointing=settings.gradient_checkpointing)
+    try:
+        sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=bfloat16_is_fast(run.device))
+        room -= STATE_BYTES * sizes.adapter(job.shape) + sizes.head(run.device)
+        return fit_step(sizes, gradients_of(job, deepest), asked, room, checkpointing=settings.gradient_checkpointing)
+    except Unplanned:
+        # Memory that runs out halves the step all the same.
+        return None
 
 
 def tokens_at_once(job: AdapterJob, most: int) -> int:
@@ -312,11 +320,14 @@ def tokens_at_once(job: AdapterJob, most: int) -> int:
     room = int(SPARE * free_memory(run.device))
     if surely_fits(run.checkpoint.config, most, run.dtype.itemsize, room):
         return most
-    sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=bfloat16_is_fast(run.device))
+    rows = Rows(4, 256)
+    try:
+        sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=bfloat16_is_fast(run.device))
+        a_token = sizes.step(rows, gradients_of(job), checkpointing=settings.gradient_checkpointing) / rows.tokens
+    except Unplanned:
+        return most
     # The gradients of all parts are summed beside those of the trainer.
     room -= (STATE_BYTES + 4) * sizes.adapter(job.shape) + sizes.head(run.device)
-    rows = Rows(4, 256)
-    a_token = sizes.step(rows, gradients_of(job), checkpointing=settings.gradient_checkpointing) / rows.tokens
     return max(1, min(most, int(room / a_token)))
 
 

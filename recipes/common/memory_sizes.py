@@ -5,6 +5,7 @@ would hold is counted. Few layers are run, and the others are added, because eac
 """
 
 import json
+import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...editing.architectures import architecture_of
+from ...editing.errors import ExciseError, one_line
 from ...editing.hooks.residual_stream import decoder_layers
 from ...editing.modules import causal_model, final_hidden, is_linear, language_config
 from ...editing.numerics.live_bytes import LiveBytes
@@ -58,8 +60,15 @@ class Gradients:
     """The last layer that is computed; None computes all, and the unembedding."""
 
 
+class Unplanned(ExciseError):
+    """The model's code looks at values, and a pretended copy has none."""
+
+
 class ModelSizes:
     """The sizes of one model in one dtype.
+
+    Raises:
+        Unplanned: The model's code cannot be run without values.
 
     Example:
         >>> sizes = ModelSizes(config, torch.bfloat16, autocast=True)
@@ -75,8 +84,12 @@ class ModelSizes:
         self.dtype, self.autocast, self.row = dtype, autocast, architecture_of(config)
         self._found: dict[Hashable, int] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._mode, torch.random.fork_rng(devices=[]):
+        with _explained(config), self._mode, torch.random.fork_rng(devices=[]):
             self.model: Any = model_class(config)._from_config(full_config(config), dtype=dtype)
+            # The pretended product of experts is there for bfloat16 alone; in float32 all is twice as large.
+            self._times = 2 if dtype == torch.float32 and any(p.dim() == 3 for p in self.model.parameters()) else 1
+            if self._times == 2:
+                self.model = model_class(config)._from_config(full_config(config), dtype=torch.bfloat16)
         self.model.eval().requires_grad_(False)
         self.layers: nn.ModuleList = decoder_layers(self.model, self.row)
         self.depth, self.period = len(self.layers), _period(self.layers, language_config(self.model))
@@ -146,7 +159,8 @@ class ModelSizes:
     def _once(self, key: Hashable, find: Callable[[], int]) -> int:
         """A size that is asked for again and again, found once."""
         if key not in self._found:
-            self._found[key] = find()
+            with _explained(self.model.config.to_dict()):
+                self._found[key] = self._times * find()
         return self._found[key]
 
     def _adapted_layers(self, gradients: Gradients) -> tuple[int, int]:
@@ -256,6 +270,22 @@ class ModelSizes:
         finally:
             setattr(holder, name, self.layers)
             config.num_hidden_layers = before
+
+
+@contextmanager
+def _explained(config: dict[str, Any]) -> Iterator[None]:
+    # PyTorch logs a failure as an error of its own before it raises it.
+    told = logging.getLogger("torch._subclasses.fake_tensor")
+    level = told.level
+    told.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:  # models of others' making can fail anywhere on tensors without values
+        raise Unplanned(
+            f"memory is not planned for {config.get('model_type')} models ({one_line(error, 100)}); runs work all the same"
+        ) from error
+    finally:
+        told.setLevel(level)
 
 
 def _loss(model: Any, rows: Rows) -> Tensor:

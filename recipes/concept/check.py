@@ -27,6 +27,7 @@ from ...eval.model_under_test import EvalSettings
 from .. import RECIPES
 from ..audit import request as audit
 from ..audit.attacks.table import BUDGETS
+from ..common.memory_sizes import Unplanned
 from ..common.settings import settings_of_call
 from ..suites import SUITES, suite_module
 from .cost import Cost, estimated, in_words, rate_here
@@ -136,13 +137,21 @@ def _recipes(pack: str, model: str | None, lengths: dict[str, float]) -> tuple[l
                 uses.append(_use("recipe", name, list(plan.get("gaps", ()))))
                 if model:
                     itemsize = getattr(torch, plan["dtype"]).itemsize
-                    memory = module.memory(job).peak.total
+                    memory = _peak_memory(module, job)
                     costs.append(
                         estimated(name, plan, itemsize, getattr(asked, "batch_size", 0), lengths, rate, memory)
                     )
             except ExciseError as error:
                 uses.append(Use("recipe", name, "does not run", one_line(error)))
     return uses, costs
+
+
+def _peak_memory(module: Any, job: Any) -> int:
+    """Bytes that a run holds at its peak; 0 where that is not planned."""
+    try:
+        return int(module.memory(job).peak.total) if hasattr(module, "memory") else 0
+    except Unplanned:
+        return 0
 
 
 def _audit(pack: str) -> list[Use]:
