@@ -1,5 +1,6 @@
 """The command line: one row a command, and every error as one line. Commands import what is heavy when they need it."""
 
+import os
 import signal
 import sys
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from .recipes.commands.failures import INTERRUPTED, explained
 from .recipes.commands.flags import say
 from .recipes.commands.help import PanelGroup, SettingsCommand
 from .recipes.commands.session import watcher
+from .recipes.common.ranks import work_alone
 
 app = typer.Typer(
     cls=PanelGroup,
@@ -100,6 +102,11 @@ def main() -> None:
     """Entry point: turns every error into one line and an exit code."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    works, sentence = work_alone(os.environ)
+    if sentence:
+        sys.stderr.write(f"excise: {sentence}\n")
+    if not works:
+        sys.exit(0)
     # Not by way of SIGINT, which a shell's background jobs ignore.
     signal.signal(signal.SIGTERM, _stop)
     try:

@@ -63,8 +63,8 @@ def load_model(reference: str | Path, device: str = "auto", dtype: str = "auto")
     Args:
         reference: ``builtin:NAME``, a Hub id with optional ``@revision``, a folder, a .gguf file, or the folder of a
             run.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
 
     Returns:
         The model, and the tokenizer with padding on the left.

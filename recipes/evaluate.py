@@ -83,9 +83,9 @@ class EvaluateSettings(PromptSettings):
     """Also run benchmarks of the lm-evaluation-harness: task names, or YAML files whose code will run. Separated by
     commas."""
     device: str = "auto"
-    """Device to compute on: auto, cpu, cuda or cuda:N."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type to compute in; auto takes bfloat16 where the processor multiplies it natively, float32 elsewhere."""
+    """Device to compute on: auto, cpu, cuda, cuda:N or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type to compute in; auto takes bfloat16 where the device multiplies it natively, else float16 on CUDA, float32 elsewhere."""
 
     def completed(self, models: Sequence[str | ModelInMemory]) -> Self:
         """With how the runs that made the models rendered their prompts, where nothing was set.

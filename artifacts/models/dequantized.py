@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...editing.errors import CheckpointError, RequestError, one_line
+from ...editing.errors import CheckpointError, ExciseError, RequestError, one_line
 from ..checkpoints.dequantize import bytes_needed, write_dequantized
 from ..checkpoints.export import check_disk
 from ..checkpoints.quantized import FORMATS, method_of, quantization_of, read_quantized
@@ -20,6 +20,7 @@ from ..files.opened import Unreadable, sha256_of
 from ..files.parsed import read_object
 from .cache import cache_folder
 from .memory import check_memory
+from .placement import placement_of, spreads
 from .source import ModelSource
 
 PACKAGES = {
@@ -76,7 +77,16 @@ def check_loadable(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
     about = quantization_of(checkpoint.config)
     if about is not None:
         _check_library(about, checkpoint.folder.name, device)
-    check_memory(checkpoint, device, dtype)
+    if not spreads(device):
+        check_memory(checkpoint, device, dtype)
+        return
+    where = placement_of(checkpoint, device, dtype)
+    if not where.fits:
+        raise ExciseError(
+            f"the model needs {where.weights / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}; GPUs and main memory"
+            f" have room for {sum(where.room.values()) / 1e9:.1f} GB; use --dtype bfloat16 or a larger machine; `excise"
+            " apply` needs no memory for the model"
+        )
 
 
 def _check_library(about: Mapping[str, Any], name: str, device: torch.device) -> None:

@@ -10,14 +10,18 @@ from ...editing.errors import ExciseError
 from ..checkpoints.read import Checkpoint
 
 
+def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights in memory."""
+    return sum(elements(tensor.shape) for tensor in checkpoint.tensors.values()) * dtype.itemsize
+
+
 def check_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     """Check that the weights alone fit into the device's free memory.
 
     Raises:
         ExciseError: They do not fit.
     """
-    weights = sum(elements(tensor.shape) for tensor in checkpoint.tensors.values()) * dtype.itemsize
-    free = free_memory(device)
+    weights, free = weight_bytes(checkpoint, dtype), free_memory(device)
     if weights > free:
         raise ExciseError(
             f"the model needs {weights / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, "

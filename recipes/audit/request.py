@@ -16,6 +16,7 @@ from ...artifacts.models.adapter import recorded_base
 from ...artifacts.models.dequantized import check_full_precision, check_loadable
 from ...artifacts.models.find import find_adapter, find_model
 from ...artifacts.models.load import choose_device, choose_dtype, load_tokenizer
+from ...artifacts.models.placement import check_trainable
 from ...artifacts.models.source import ModelSource, builtin_models
 from ...editing.errors import RequestError, nearest
 from ...eval.audit.recovery import questions_needed
@@ -156,6 +157,7 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
         # Attacks train weights and compare them with the base's, tensor by tensor.
         check_full_precision(checkpoints[name], source.name)
         check_loadable(checkpoints[name], device, dtype)
+        check_trainable(checkpoints[name], device, dtype)
         # Attacks that undo the edit read the base's tensors under the names and shapes of the edited model.
         if name != "base":
             _check_same_tensors(source, checkpoints[name], sources["base"], checkpoints["base"])

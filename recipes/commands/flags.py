@@ -20,8 +20,8 @@ Config = Annotated[Path | None, typer.Option(help="YAML file of settings, one KE
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
 ]
-Device = Annotated[str, typer.Option(help="Device to compute on: auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="Type to compute in: auto, float32 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="Device to compute on: auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, typer.Option(help="Type to compute in: auto, float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished work in --out.")]
 Jobs = Annotated[

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ...artifacts.checkpoints.export import check_disk
 from ...artifacts.checkpoints.heads import plan_edit
+from ...artifacts.models.placement import check_trainable
 from ...editing.architectures import layer_selection, residual_width
 from ...editing.edits.base import WeightEdit
 from ...editing.edits.dense import DenseUpdate
@@ -144,6 +145,8 @@ def prepare(
         )
     if isinstance(settings, AdapterSettings) and settings.base_bits == 4:
         _check_four_bits(run.device)
+    bits = settings.base_bits if isinstance(settings, AdapterSettings) else 16
+    check_trainable(run.checkpoint, run.device, run.dtype, bits=bits)
     concept, warnings = without_overlap(for_training(run.concept))
     layers = tuple(layer_selection(settings.layers, run.layers))
     skeleton = _skeleton(run)

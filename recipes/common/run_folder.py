@@ -45,9 +45,10 @@ class RunSettings(PromptSettings):
     seed: int = Field(0, ge=0, le=2**31 - 1)
     """Seed of every random choice. The same seed gives the same checkpoint on the same machine."""
     device: str = "auto"
-    """Where to compute: cpu, cuda or cuda:N. auto takes the GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number type to compute in. auto takes bfloat16 where the hardware multiplies it natively, else float32."""
+    """Where to compute: cpu, cuda, cuda:N or mps. auto takes the GPU if there is one, and all if the model needs them."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type to compute in. auto takes bfloat16 where the hardware multiplies it natively,
+    else float16 on a CUDA GPU and float32 elsewhere."""
 
     def completed(self) -> Self:
         """The same, with what the model's own record says where nothing was set.

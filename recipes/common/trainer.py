@@ -1,5 +1,6 @@
 """The one trainer: every gradient step of every recipe is taken here."""
 
+import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,10 +21,13 @@ from ...artifacts.files.written import SEAL, check_sealed, files_in, seal_files
 from ...artifacts.models.load import bfloat16_is_fast
 from ...artifacts.models.memory import free_memory
 from ...editing.errors import ExciseError, OutOfMemory, RequestError, one_line
+from ...editing.modules import causal_model
 from ...editing.numerics.out_of_memory import give_back, memory_ran_out
 from ...editing.training.dropout import without_dropout
+from .ranks import refuse_ranks
 from .step_parts import ADVICE, SHARES, Room, split
 
+log = logging.getLogger(__name__)
 Terms = dict[str, Tensor]
 """Parts of a loss, each weighted already; their sum is minimized."""
 Loss = Callable[[nn.Module, Any], Terms]
@@ -82,6 +86,11 @@ class _Rows:
 
 
 class _StepCallback(TrainerCallback):
+    trainer: Any
+    """Set once there is one."""
+    skipped = 0
+    """Steps that were not taken, because gradients in float16 were infinite while their scale was found."""
+
     def __init__(
         self,
         stage: Stage,
@@ -92,6 +101,9 @@ class _StepCallback(TrainerCallback):
         self.stage, self.groups, self.max_grad_norm, self.after_step = stage, groups, max_grad_norm, after_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self.groups and (scaler := getattr(self.trainer.accelerator, "scaler", None)):
+            # In float16 gradients are those of a scaled loss until here, and clipping is about the plain ones.
+            scaler.unscale_(self.trainer.optimizer.optimizer)
         # Each group is clipped apart: one attacker's large gradient must not shrink the steps of the others.
         for group in self.groups if self.max_grad_norm else ():
             nn.utils.clip_grad_norm_(group.parameters, self.max_grad_norm)
@@ -107,6 +119,7 @@ class _StepCallback(TrainerCallback):
         for parameter in (p for group in self.groups for p in group.parameters):
             # The trainer knows of the model's own parameters alone.
             parameter.grad = None
+        self.skipped += bool(self.trainer.accelerator.optimizer_step_was_skipped)
         self.stage.advance(state.global_step - self.stage.step)
         if self.after_step:
             self.after_step(state.global_step)
@@ -210,17 +223,21 @@ def fit(
         ExciseError: A term of the loss is not finite, or no gradient reached what is to be trained.
         RequestError: A stored state was changed since it was written.
     """
+    device = _device_of(model)
+    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
     optimizer = _grouped(groups, schedule) if groups else None
+    steps = _StepCallback(stage, groups, schedule.max_grad_norm, after_step)
     trainer = _Trainer(
         model=model,
-        args=_arguments(schedule, folder, next(model.parameters()).device, clipped=not groups),
+        args=_arguments(schedule, folder, device, clipped=not groups, half=half),
         train_dataset=list(rows),
         data_collator=lambda some: {ROWS: _Rows(some)},
         optimizers=(optimizer, _warm_from_the_first_step(optimizer, schedule)),
-        callbacks=[_StepCallback(stage, groups, schedule.max_grad_norm, after_step)],
+        callbacks=[steps],
     )
     trainer.recipe_loss, trainer.recipe_collate = loss, collate or default_data_collator
     trainer.stage, trainer.folder, trainer.groups = stage, folder, groups
+    steps.trainer = trainer
     asked = schedule.gradient_accumulation_steps
     trainer.room = room = Room(asked * parts, asked, less)
     trainer.model_accepts_loss_kwargs = False
@@ -231,12 +248,33 @@ def fit(
             trainer.train(resume_from_checkpoint=_last_complete(folder, schedule.steps))
     finally:
         room.restore(model)
+    if steps.skipped:
+        log.warning(
+            "%d of %d steps changed nothing, while the scale of float16 gradients was found",
+            steps.skipped,
+            schedule.steps,
+        )
     if trainer.state.global_step != schedule.steps:
         raise ExciseError(
             f"training ended at step {trainer.state.global_step} of {schedule.steps}, so nothing is published; start "
             "the run again"
         )
     return room
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where the batches of a training go.
+
+    Raises:
+        ExciseError: A part of the model is not on a device, or this process is one of several.
+    """
+    places = {str(place) for place in getattr(causal_model(model), "hf_device_map", {}).values()}
+    if len(places) > 1 and places & {"cpu", "disk"}:
+        raise ExciseError(
+            "a part of the model is in main memory or on disk, from where it cannot be trained; use a GPU that holds it"
+        )
+    refuse_ranks()
+    return next(model.parameters()).device
 
 
 @dataclass
@@ -255,7 +293,9 @@ class _Arguments(TrainingArguments):
         return int(self.device.type == "cuda")
 
 
-def _arguments(schedule: Schedule, folder: Path, device: torch.device, *, clipped: bool) -> TrainingArguments:
+def _arguments(
+    schedule: Schedule, folder: Path, device: torch.device, *, clipped: bool, half: bool
+) -> TrainingArguments:
     arguments = _Arguments(
         output_dir=str(folder),
         model_device=str(device),
@@ -272,8 +312,9 @@ def _arguments(schedule: Schedule, folder: Path, device: torch.device, *, clippe
         max_grad_norm=schedule.max_grad_norm if clipped else 0.0,
         seed=schedule.seed,
         data_seed=schedule.seed,
-        bf16=bfloat16_is_fast(device),
-        use_cpu=device.type == "cpu",
+        **precision(device, half),
+        # The library knows CUDA and Apple's GPUs; any other device is the processor to it, and models stay where they are.
+        use_cpu=device.type not in ("cuda", "mps"),
         save_strategy="steps" if schedule.save_every else "no",
         save_steps=schedule.save_every or 500,
         # A run is resumed from its newest state only.
@@ -290,6 +331,12 @@ def _arguments(schedule: Schedule, folder: Path, device: torch.device, *, clippe
         # The library has just made its first GPU the current one.
         torch.cuda.set_device(device)
     return arguments
+
+
+def precision(device: torch.device, half: bool) -> dict[str, bool]:
+    """In what products are computed while training; ``half`` says that frozen weights are in float16."""
+    # With fp16 the library scales the loss, because gradients below 6e-8 are 0 in it; it can on CUDA alone.
+    return {"fp16": half and device.type == "cuda", "bf16": bfloat16_is_fast(device) and not half}
 
 
 def _grouped(groups: Sequence[Group], schedule: Schedule) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 import weakref
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from excise.editing.training.adapters import AdapterShape, adapter_modules, atta
 from excise.editing.training.soft_targets import keep_top
 from excise.recipes.common.examples import FORWARD, split_by_length
 from excise.recipes.common.step_parts import add_shares
-from excise.recipes.common.trainer import LAST_GOOD, Group, Schedule, fit
+from excise.recipes.common.trainer import LAST_GOOD, Group, Schedule, _StepCallback, fit, precision
 from excise.recipes.elm.batches import TERMS, TrainingSequence, arrange, collate, part_size, sequence_loss
 from helpers import make_pico
+from torch import nn
 
 WEIGHTS = dict.fromkeys(TERMS, 1.0)
 
@@ -302,3 +304,29 @@ def test_training_stays_on_the_device_of_the_model(tmp_path, monkeypatch):
     beside_gpus, _ = _train(tmp_path / "gpus", save_every=0)
     assert torch.equal(_weights(beside_gpus), _weights(by_default))
     assert {parameter.device.type for parameter in beside_gpus.parameters()} == {"cpu"}
+
+
+def test_attackers_gradients_are_clipped_without_their_scale():
+    """In float16 the loss is scaled; a limit is about the plain gradient."""
+    parameters = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    groups = [Group([parameter], 0.1) for parameter in parameters]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(sum((parameter * (place + 0.01)).sum() for place, parameter in enumerate(parameters))).backward()
+    steps = _StepCallback(None, groups, max_grad_norm=1.0)
+    accelerator = SimpleNamespace(scaler=scaler, optimizer_step_was_skipped=False)
+    steps.trainer = SimpleNamespace(accelerator=accelerator, optimizer=SimpleNamespace(optimizer=optimizer))
+    steps.on_pre_optimizer_step(None, SimpleNamespace(global_step=0), None)
+    # The first is 0.02 long and stays; the second is 2.02 long and is cut to 1. With the scale both would be cut.
+    lengths = [float(parameter.grad.norm()) for parameter in parameters]
+    assert lengths == pytest.approx([0.02, 1.0], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "half", "expected"),
+    [("cuda", True, (True, False)), ("cuda", False, (False, True)), ("cpu", True, (False, False))],
+)
+def test_weights_in_float16_train_with_a_scaled_loss_on_cuda_alone(device, half, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=False: True)
+    chosen = precision(torch.device(device), half)
+    assert (chosen["fp16"], chosen["bf16"]) == expected
