@@ -1,9 +1,10 @@
 """Parts of a transformers model by role: the causal model inside a wrapper, linear modules, the unembedding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 Head = Callable[[Tensor], Tensor]
@@ -11,7 +12,8 @@ Head = Callable[[Tensor], Tensor]
 
 
 def final_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Hidden states [batch, positions, d] that the unembedding reads; inputs must be right-padded."""
+    """Hidden states [batch, positions, d] that the unembedding reads, on the inputs' device; inputs must be
+    right-padded."""
     # No position_ids: positions counted from the left are right as long as the padding is on the right.
     inner = causal_model(model)
     decoder: Any = inner.base_model
@@ -19,22 +21,38 @@ def final_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     while decoder.get_output_embeddings() is not None:
         decoder = decoder.language_model if hasattr(decoder, "language_model") else decoder.model
     hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
-    return hidden
+    # The last layer of a model over several GPUs lies on another one than its first.
+    return hidden.to(inputs["input_ids"].device)
 
 
 def unembedding(model: nn.Module) -> Head:
-    """The function from final hidden states to logits, with the scales and the softcap that the model has."""
+    """The function from final hidden states to logits on their device, with the model's scales and softcap."""
     inner, config = causal_model(model), language_config(model)
     head: Any = inner.get_output_embeddings()
     cap, factor = getattr(config, "final_logit_softcapping", None), _logit_factor(config)
 
     def logits(hidden: Tensor) -> Tensor:
-        values: Tensor = head(hidden.to(head.weight.dtype))
+        # Called as a module and never by its weight, which an offloaded model holds only while it runs.
+        values: Tensor = head(hidden.to(head.weight.dtype)).to(hidden.device)
         if factor != 1.0:
             values = values * factor
         return values if cap is None else torch.tanh(values / cap) * cap
 
     return logits
+
+
+@torch.no_grad()
+def unembedding_rows(model: Any, tokens: Sequence[int] | None = None) -> Float[Tensor, "n d"]:
+    """Rows of the unembedding of some tokens, or of all, in fp32 on the CPU.
+
+    An offloaded model holds them only while it runs, so they are fetched as its own forward fetches them.
+    """
+    from accelerate.utils import align_module_device
+
+    head = causal_model(model).get_output_embeddings()
+    with align_module_device(head):
+        rows: Tensor = head.weight.detach() if tokens is None else head.weight.detach()[list(tokens)]
+        return rows.float().cpu()
 
 
 def _logit_factor(config: Any) -> float:

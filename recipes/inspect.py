@@ -24,7 +24,7 @@ from ..editing.directions.sae_latents import SparseLatents
 from ..editing.directions.subspaces import Subspace
 from ..editing.errors import RequestError, nearest
 from ..editing.hooks.concept_ablation import concept_ablated
-from ..editing.modules import language_config
+from ..editing.modules import language_config, unembedding_rows
 from ..eval.concept import Concept, TrainingRow
 from .caft.direction_sources import BATCH, activations
 from .caft.sae_latent_scores import SCORES, by_attribution, by_contrast, ranked
@@ -246,8 +246,7 @@ def _loss(loaded: LoadedModel, rows: Sequence[Row]) -> float:
 
 
 def _ends(loaded: LoadedModel, direction: Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    weight = loaded.model.get_output_embeddings().weight
-    logits = weight.detach().float().cpu() @ direction
+    logits = unembedding_rows(loaded.model) @ direction
     return tuple(
         tuple(loaded.tokenizer.decode([token]) for token in (sign * logits).topk(TOKENS).indices.tolist())
         for sign in (1, -1)

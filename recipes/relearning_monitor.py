@@ -273,7 +273,7 @@ class RelearningMonitor(TrainerCallback):
                     moments[kind].see(layer, values, mask)
                     for unit in sums:
                         if unit[0] == layer:
-                            sums[unit].index_add_(0, ids, values[..., unit[1]][mask].double().cpu())
+                            sums[unit].index_add_(0, ids, values[..., unit[1]][mask.to(values.device)].cpu().double())
 
                 with unit_inputs(model, row.mlp_units, row, see):
                     final_hidden(model, inputs)

@@ -186,7 +186,7 @@ def principal_components(
     return Subspace(
         place,
         vectors.float(),
-        (mean if offset is None else offset).float(),
+        (mean if offset is None else offset).float().cpu(),
         tuple(f"component {i}" for i in range(spanned)),
         tuple(float(value) / total for value in values),
         "pca" if centred else "pca_uncentred",

@@ -298,7 +298,8 @@ def keep_pruned(model: nn.Module, edit: PrunedUnits, config: dict[str, Any]) -> 
         if isinstance(tensor, ZeroedTensor):
             parameter = parameters[tensor.name]
             mask = torch.ones_like(parameter)
-            mask.index_fill_(parameter.dim() + max(tensor.axis, -parameter.dim()), torch.tensor(tensor.units), 0.0)
+            pruned = torch.tensor(tensor.units, device=parameter.device)
+            mask.index_fill_(parameter.dim() + max(tensor.axis, -parameter.dim()), pruned, 0.0)
             # The default binds this tensor's mask; a closure would see the last one of the loop.
             handles.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
     return handles

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import EditError
+from ..numerics.wide import in_float64
 from ..wiring.row import Architecture
 from .residual_stream import run_decoder, written
 
@@ -54,8 +55,9 @@ def measure_writes(
     mask: list[Tensor] = []
 
     def see(layer: int | None, sublayer: str, output: Tensor) -> None:
-        values = output.reshape(-1, output.shape[-1])[mask[0].reshape(-1).bool()].double()
-        along = (values @ basis.to(values.device).double()).square().sum()
+        seen = mask[0].to(output.device).reshape(-1).bool()
+        values = in_float64(output.reshape(-1, output.shape[-1])[seen])
+        along = (values @ basis.to(values)).square().sum()
         total = sums.setdefault((layer, sublayer), [0.0, 0.0, 0.0])
         total[0] += float(along)
         total[1] += float(values.square().sum())

@@ -46,7 +46,7 @@ def sublayers_of(layer: nn.Module, row: Architecture) -> list[tuple[str, nn.Modu
 def read_streams(
     model: nn.Module, row: Architecture, inputs: dict[str, Tensor], points: Sequence[int]
 ) -> dict[int, Float[Tensor, "batch positions d"]]:
-    """The stream at ``points``, by point, in the model's dtype, with gradients if they are enabled.
+    """The stream at ``points``, by point, in the model's dtype, on the inputs' device, with gradients if enabled.
 
     The forward stops at the deepest point, so nothing above it is computed.
 
@@ -58,11 +58,11 @@ def read_streams(
         EditError: A hook did not run, as happens in a compiled model.
     """
     layers = decoder_layers(model, row)
-    deepest = max(points)
+    deepest, device = max(points), inputs["input_ids"].device
     streams: dict[int, Tensor] = {}
 
     def keep(point: int, hidden: Tensor) -> None:
-        streams[point] = hidden
+        streams[point] = hidden.to(device)
         if point == deepest:
             raise _DeepEnough
 
@@ -104,7 +104,7 @@ def residual_stream(
         EditError: A hook did not run, as happens in a compiled model.
     """
     streams = {point: hidden[:, -last:] for point, hidden in read_streams(model, row, inputs, points).items()}
-    return torch.stack([streams[point].to(streams[max(points)].device) for point in points])
+    return torch.stack([streams[point] for point in points])
 
 
 @contextmanager

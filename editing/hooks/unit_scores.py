@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ..numerics.wide import in_float64
 from ..wiring.row import Architecture
 from .residual_stream import RowsAndPositions, decoder_layers
 
@@ -60,12 +61,14 @@ class UnitMoments:
         self, layer: int, activations: Float[Tensor, "batch positions units"], mask: Bool[Tensor, "batch positions"]
     ) -> None:
         """Add one layer of a batch to the sums; positions outside the mask are ignored."""
-        values = activations.detach()[mask].double()
+        values = in_float64(activations.detach()[mask.to(activations.device)])
         if self.total is None or self.squares is None or self.sizes is None:
             shape = (self.layers, values.shape[-1])
             self.total, self.squares, self.sizes = (
                 torch.zeros(shape, dtype=torch.float64, device=values.device) for _ in range(3)
             )
+        # Layers may lie on several devices.
+        values = values.to(self.total.device)
         self.total[layer] += values.sum(0)
         self.squares[layer] += values.square().sum(0)
         self.sizes[layer] += values.abs().sum(0)
@@ -111,13 +114,11 @@ class UnitAttribution:
         values = activations.detach()
 
         def backward(gradient: Tensor) -> None:
+            product, total = (in_float64(addend).sum((0, 1)) for addend in (values * gradient, gradient))
             if self.product is None or self.gradient is None:
-                shape = (self.layers, values.shape[-1])
-                self.product, self.gradient = (
-                    torch.zeros(shape, dtype=torch.float64, device=values.device) for _ in range(2)
-                )
-            self.product[layer] += (values * gradient).double().sum((0, 1))
-            self.gradient[layer] += gradient.double().sum((0, 1))
+                self.product, self.gradient = (product.new_zeros(self.layers, len(product)) for _ in range(2))
+            self.product[layer] += product.to(self.product.device)
+            self.gradient[layer] += total.to(self.gradient.device)
 
         activations.register_hook(backward)
 
@@ -125,7 +126,7 @@ class UnitAttribution:
         """Change of the summed loss, in nats, if each unit alone were set to 0, or to its mean if ``mean`` is given."""
         assert self.product is not None and self.gradient is not None
         # The sum of (activation - mean) times gradient, without the activations themselves.
-        return -(self.product if mean is None else self.product - mean * self.gradient)
+        return -(self.product if mean is None else self.product - mean.to(self.gradient) * self.gradient)
 
 
 def mean_difference(concept: UnitMoments, rest: UnitMoments) -> Float[Tensor, "layers units"]:
@@ -161,7 +162,7 @@ def rank_correlation(first: Float[Tensor, " n"], second: Float[Tensor, " n"]) ->
     """Spearman's rank correlation, -1 to 1; NaN for fewer than three values."""
     if len(first) < 3:
         return float("nan")
-    ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
+    ranks = torch.stack([in_float64(values.argsort().argsort()) for values in (first, second)])
     return float(torch.corrcoef(ranks)[0, 1])
 
 

@@ -6,10 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .wide import in_float64
+
 
 @dataclass
 class Moments:
-    """Streaming mean, and covariance if ``covariance`` is set, in float64.
+    """Streaming mean, and covariance if ``covariance`` is set, in float64 (on the processor where the GPU has none).
 
     Example:
         >>> moments = Moments(width=d, covariance=True)
@@ -29,7 +31,7 @@ class Moments:
 
     def update(self, values: Float[Tensor, "n *where d"]) -> None:
         """Add n samples; each entry of the middle dimensions (layers, positions) has moments of its own."""
-        values = values.double()
+        values = in_float64(values)
         n, mean = values.shape[0], values.mean(0)
         if self.mean is None:
             self.mean = torch.zeros_like(mean)

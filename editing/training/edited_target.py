@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..numerics.wide import widest
 from .soft_targets import cut_to, mixed
 
 
@@ -35,7 +36,7 @@ class TargetEdit:
     def strengths(self, count: int, device: torch.device) -> Float[Tensor, " count"]:
         """The strength at each of a context's positions."""
         first = 1.0 if self.ramp else self.strength
-        return torch.linspace(first, self.strength, count, device=device, dtype=torch.float64)
+        return torch.linspace(first, self.strength, count, device=device, dtype=widest(device))
 
     def log_p(
         self,

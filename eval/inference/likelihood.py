@@ -214,7 +214,8 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) 
 def padded_logits(model: Any, rows: Sequence[Sequence[int]], first: int) -> Float[Tensor, "batch positions vocab"]:
     """Logits of right-padded rows from position ``first`` on."""
     inputs = pad_right(rows, model.device)
-    keep = torch.arange(first, inputs["input_ids"].shape[1], device=model.device)
+    # Indices on the processor suit any device, and the last layer may lie on another GPU than the inputs.
+    keep = torch.arange(first, inputs["input_ids"].shape[1])
     logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=keep).logits
     return logits
 
@@ -239,6 +240,6 @@ def score_rows(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tupl
     ranks = 1 + torch.cat(
         [(log_probabilities[inverse[chunk]] > chosen[chunk, None]).sum(-1) for chunk in starts.split(256)]
     )
-    sums = [float(piece.sum()) for piece in chosen.double().cpu().split(lengths)]
+    sums = [float(piece.sum()) for piece in chosen.cpu().double().split(lengths)]
     hits = [tuple(piece.tolist()) for piece in greedy.cpu().split(lengths)]
     return [Likelihood(total, len(hit), hit, rank) for total, hit, rank in zip(sums, hits, ranks.tolist(), strict=True)]

@@ -220,7 +220,7 @@ class _Reading:
             past_key_values=self.cache,
             use_cache=True,
         )
-        log_p = self.head(output.last_hidden_state[:, -1]).float().log_softmax(-1)
+        log_p = self.head(output.last_hidden_state[:, -1].to(self.device)).float().log_softmax(-1)
         rows = torch.tensor(list(self.row.values()), device=self.device)
         firsts = torch.tensor(
             [parts[index].ids[questions[row][0]] for index, row in self.row.items()], device=self.device
@@ -254,7 +254,8 @@ class _Reading:
         rows = [self.row[index] for index in longer]
         # A forward appends to its cache, and answers that are read later need the prompts alone.
         cache, before = copy.deepcopy(self.cache), self.mask[rows]
-        cache.batch_select_indices(torch.tensor(rows, device=self.device))
+        # Indices on the processor, because each layer's cache lies where the layer does.
+        cache.batch_select_indices(torch.tensor(rows))
         inputs = pad_right(
             [self.parts[i].ids[self.questions[row][0] : -1] for i, row in zip(longer, rows, strict=True)], self.device
         )
@@ -275,7 +276,7 @@ class _Reading:
         places, offsets, indices, tokens = (list(column) for column in zip(*cells, strict=True))
         for start in range(0, len(cells), CELLS):
             chunk = slice(start, start + CELLS)
-            logits = self.head(hidden[places[chunk], offsets[chunk]]).float().log_softmax(-1)
+            logits = self.head(hidden[places[chunk], offsets[chunk]].to(self.device)).float().log_softmax(-1)
             values = logits.gather(-1, torch.tensor(tokens[chunk], device=self.device)[:, None])[:, 0]
             for index, value in zip(indices[chunk], values.tolist(), strict=True):
                 self.log_p[index] += value

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...editing.architectures import architecture_of, layer_count, residual_width
 from ...editing.hooks.residual_stream import residual_stream
+from ...editing.modules import unembedding_rows
 from ..concept import Question
 from ..inference.batches import read_in_batches
 from ..inference.encoding import encode
@@ -106,11 +107,10 @@ def question_ends(
 @torch.no_grad()
 def _read(subject: ModelUnderTest, questions: Sequence[Question], points: Sequence[int]) -> Asked:
     states = question_ends(subject, questions, points)
-    unembedding = subject.model.get_output_embeddings().weight
     choices = []
     for question in questions:
         parts = [encode_request(subject.tokenizer, request) for request in requests_of(question)]
-        choices.append(unembedding[[part.ids[part.start] for part in parts]].float().cpu())
+        choices.append(unembedding_rows(subject.model, [part.ids[part.start] for part in parts]))
     return Asked(states, choices, [question.answer for question in questions])
 
 

@@ -102,7 +102,7 @@ def _read_rest(
     inputs = pad_right(rows, device)
     if cache is None:
         hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
-        return hidden
+        return hidden.to(device)
     # A forward appends to its cache, and further batches need the prefix alone.
     repeated = copy.deepcopy(cache)
     repeated.batch_repeat_interleave(len(rows))
@@ -110,4 +110,4 @@ def _read_rest(
     inputs["attention_mask"] = torch.cat([before, inputs["attention_mask"]], -1)
     output = decoder(**inputs, past_key_values=repeated, use_cache=True)
     hidden = output.last_hidden_state
-    return hidden
+    return hidden.to(device)

@@ -112,7 +112,9 @@ def sequence_loss(weights: Mapping[str, float]) -> Loss:
         if len(batch["parts"]) == 1:
             return _part_terms(model, batch["parts"][0], weights)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        sums = {term: torch.zeros((), device=trained[0].device) for term in TERMS}
+        # Where the terms are; what is trained may lie on other GPUs.
+        device = batch["parts"][0]["input_ids"].device
+        sums = {term: torch.zeros((), device=device) for term in TERMS}
         gradients = [torch.zeros_like(parameter) for parameter in trained]
         for part in batch["parts"]:
             terms = _part_terms(model, part, weights)
@@ -122,7 +124,8 @@ def sequence_loss(weights: Mapping[str, float]) -> Loss:
                     total += gradient
             sums = {term: sums[term] + value.detach() for term, value in terms.items()}
         # Nothing in value, with the parts' gradients: the trainer goes backward through it as through any loss.
-        lever = torch.stack([(p * gradient).sum() for p, gradient in zip(trained, gradients, strict=True)]).sum()
+        levers = [(p * gradient).sum().to(device) for p, gradient in zip(trained, gradients, strict=True)]
+        lever = torch.stack(levers).sum()
         return {**sums, TERMS[0]: sums[TERMS[0]] + (lever - lever.detach())}
 
     return loss

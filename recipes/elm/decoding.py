@@ -197,7 +197,7 @@ class _Lockstep:
             if ids is not self.ids:
                 self.ids = torch.cat([self.ids, ids], -1)
             states: Tensor = decoder(input_ids=self.ids, attention_mask=self.mask, use_cache=False).last_hidden_state
-            return states[:, -ids.shape[1] :]
+            return states[:, -ids.shape[1] :].to(ids.device)
         hidden: Tensor = decoder(
             input_ids=ids,
             attention_mask=self.mask,
@@ -205,7 +205,8 @@ class _Lockstep:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        return hidden
+        # The last layer of a model over several GPUs lies on another one than its first.
+        return hidden.to(ids.device)
 
 
 def predicted(logits: Float[Tensor, "rows v"], edit: TargetEdit | None, width: int) -> Float[Tensor, "contexts v"]:

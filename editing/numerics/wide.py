@@ -1,0 +1,23 @@
+"""Sums in float64, which some GPUs do not know."""
+
+import torch
+from torch import Tensor
+
+NO_FLOAT64 = {"mps"}
+"""Kinds of devices without float64; what is summed in it is moved to the processor."""
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """Values [*n] in float64, on their device where it has that, otherwise on the processor.
+
+    Example:
+        >>> in_float64(torch.ones(2)).dtype
+        torch.float64
+    """
+    # Moved first: a device without float64 cannot convert to it.
+    return (values.cpu() if values.device.type in NO_FLOAT64 else values).double()
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64 where a device has it, otherwise float32."""
+    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
