@@ -34,12 +34,12 @@ def shows_behaviour(concept: Concept, text: str) -> bool:
     return any(contains(text, word) for word in words)
 
 
-def rates(subject: ModelUnderTest) -> list[Scores]:
+def rates(subject: ModelUnderTest, splits: Sequence[str] = ("concept", "neutral")) -> list[Scores]:
     """``behaviour_rate``: the share of replies that decline."""
     phrases = subject.concept.about.decline_phrases
     return [
         _rate(subject, "behaviour_rate", split, lambda reply: declines(reply.text, phrases))
-        for split in ("concept", "neutral")
+        for split in splits
         if subject.prompts(split)
     ]
 
@@ -56,13 +56,9 @@ def learned(subject: ModelUnderTest) -> list[Scores]:
     ]
 
 
-def degenerate(subject: ModelUnderTest) -> list[Scores]:
+def degenerate(subject: ModelUnderTest, splits: Sequence[str] = ("concept", "neutral")) -> list[Scores]:
     """``degenerate_share``: the share of replies that are empty or repeat themselves."""
-    return [
-        _rate(subject, "degenerate_share", split, is_degenerate)
-        for split in ("concept", "neutral")
-        if subject.prompts(split)
-    ]
+    return [_rate(subject, "degenerate_share", split, is_degenerate) for split in splits if subject.prompts(split)]
 
 
 def induced(subject: ModelUnderTest) -> Scores:

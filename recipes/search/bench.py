@@ -16,13 +16,16 @@ from ...eval.concept import Concept
 from ...eval.drawing import drawn
 from ...eval.inference.generation import Reply, batched_log_probabilities
 from ...eval.items import clusters_of
+from ...eval.measurements.behaviour import degenerate, rates
 from ...eval.measurements.table import scores_of
 from ...eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
+from ...eval.statistics import Scores
 from ..common.measured_job import Job
 from .figures import LIKELIHOOD, OWNERS, Figure
 
 FEW = 16
-"""Items of a kind that every trial is measured on first."""
+"""Items of a kind that every trial is measured on first; of prompts an eighth, because replies cost most."""
+BY_SPLIT = {"behaviour_rate": rates, "degenerate_share": degenerate}
 
 
 @dataclass
@@ -33,19 +36,26 @@ class Sitting:
     replies: Sequence[Reply]
     """The base's to the prompts on the concept."""
     scores: dict[tuple[str, str], float] = field(default_factory=dict)
-    done: set[str] = field(default_factory=set)
+    done: set[tuple[str, str]] = field(default_factory=set)
 
     def value(self, figure: Figure) -> float:
         """A figure's value; NaN where nothing could be measured."""
         name = figure.measurement
-        if name not in self.done:
-            self.done.add(name)
+        # Replies of one split need not wait for those of the other; all else is measured in one go.
+        key = (name, figure.split if name in BY_SPLIT else "")
+        if key not in self.done:
+            self.done.add(key)
             if name == LIKELIHOOD:
                 self.scores[name, "concept"] = likelihood(self.subject.model, self.replies)
+            elif name in BY_SPLIT:
+                self._keep(BY_SPLIT[name](self.subject, (figure.split,)))
             else:
-                for one in scores_of(OWNERS.get(name, name), self.subject):
-                    self.scores[one.name, one.split] = math.nan if one.is_empty else one.value()
+                self._keep(scores_of(OWNERS.get(name, name), self.subject))
         return self.scores.get((name, figure.split), math.nan)
+
+    def _keep(self, scores: Sequence[Scores]) -> None:
+        for one in scores:
+            self.scores[one.name, one.split] = math.nan if one.is_empty else one.value()
 
     @property
     def generated(self) -> int:
@@ -81,7 +91,7 @@ class Bench:
         self.config = loaded.model.config.to_dict()
         settings = job.settings.measuring()
         every = _with_prompts(job.measured, prompts)
-        self.concepts = {"all": every, "few": _with_prompts(every, few)}
+        self.concepts = {"all": every, "few": _with_prompts(every, max(4, prompts // 8))}
         sizes = {"few": replace(settings, questions=few, kl_prompts=few), "all": settings}
         self.settings: dict[str, EvalSettings] = sizes
         base = ModelUnderTest(loaded.model, loaded.tokenizer, self.concepts["all"], settings)

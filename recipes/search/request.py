@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from ...artifacts.files.forms import Form, validated
-from ...artifacts.files.opened import Telling
+from ...artifacts.files.opened import Telling, Unreadable
 from ...artifacts.files.written import read_sealed, write_sealed
 from ...editing.errors import RequestError, nearest
 from .. import RECIPES
@@ -226,9 +226,27 @@ def read_record(folder: Path) -> dict[str, Any]:
     with Telling(RequestError, f"the search cannot go on; remove {folder} and start it again").about(f"{path}"):
         record = read_sealed(path)
         validated(_Record, record)
+        _check_parts(record)
     if record["schema_version"] != SCHEMA_VERSION:
         raise RequestError(f"the search in {folder} was begun by another version of excise; give another --out")
     return record
+
+
+def _check_parts(record: Mapping[str, Any]) -> None:
+    """Check what a record says of ranges, objectives and guards.
+
+    Raises:
+        Unreadable: A part is none of that.
+    """
+    try:
+        for name, one in record["space"].items():
+            _ = read_dimension(one, f"space.{name}")
+        for text in record["objectives"]:
+            _ = objective(text)
+        for text in record["guards"]:
+            _ = guard(text)
+    except RequestError as error:
+        raise Unreadable(str(error)) from error
 
 
 def _as_yaml(space: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

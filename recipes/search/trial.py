@@ -110,8 +110,12 @@ def _measured(
     # Where nothing is generated, a trial that has come this far is known already.
     for size in ("few", "all") if needs_replies else ("few",):
         values = seen(size, [*cheap, *guards])
-        if _is_hopeless(size, values, rules, before):
-            return Outcome("pruned", record={CONSTRAINTS: _excesses(rules.guards, values, 0.0)} if rules.guards else {})
+        if _breaks_a_guard(size, values, rules.guards) or _is_beaten(size, values, rules.stand_ins, rules, before):
+            return _left(rules.guards, values)
+    if needs_replies:
+        values = seen("few", [one.figure for one in rules.objectives])
+        if _is_beaten("few", values, rules.objectives, rules, before):
+            return _left(rules.guards, figures["all"])
     values = seen("all", [*(one.figure for one in rules.objectives), *(one.figure for one in rules.guards)])
     told = [values[one.figure.name] for one in rules.objectives]
     if not all(map(math.isfinite, told)):
@@ -131,28 +135,40 @@ def _excesses(guards: Sequence[Guard], values: Mapping[str, float], unknown: flo
     return [value if math.isfinite(value) else 1.0 for value in found]
 
 
-def _is_hopeless(size: str, values: Mapping[str, float], rules: Rules, before: Sequence[Done]) -> bool:
-    """Whether a trial breaks a guard, or another that keeps them is better in every objective, beyond noise."""
-    for one in rules.guards:
-        if one.figure.generates:
-            continue
+def _left(guards: Sequence[Guard], values: Mapping[str, float]) -> Outcome:
+    """A trial that ends early, with what is known of its guards."""
+    return Outcome("pruned", record={CONSTRAINTS: _excesses(guards, values, 0.0)} if guards else {})
+
+
+def _breaks_a_guard(size: str, values: Mapping[str, float], guards: Sequence[Guard]) -> bool:
+    for one in guards:
         # On few items a guard that is barely broken may hold on all of them.
         slack = max(0.05, abs(one.limit)) if size == "few" else 0.0
-        if not one.excess(values[one.figure.name]) <= slack:
+        if not one.figure.generates and not one.excess(values[one.figure.name]) <= slack:
             return True
-    stand_ins = rules.stand_ins
-    if len(stand_ins) < len(rules.objectives) or len(before) < FEWEST:
+    return False
+
+
+def _is_beaten(
+    size: str, values: Mapping[str, float], objectives: Sequence[Objective], rules: Rules, before: Sequence[Done]
+) -> bool:
+    """Whether a trial that keeps the guards is better in every objective, beyond noise.
+
+    Args:
+        objectives: Those of the search, or what stands in for them.
+    """
+    if len(objectives) < len(rules.objectives) or len(before) < FEWEST:
         return False
 
     def point(of: Mapping[str, float]) -> list[float]:
-        return [(1.0 if one.way == "min" else -1.0) * of[one.figure.name] for one in stand_ins]
+        return [(1.0 if one.way == "min" else -1.0) * of[one.figure.name] for one in objectives]
 
-    known = [done.figures.get(size, {}) for done in before]
-    known = [of for of in known if all(one.figure.name in of for one in stand_ins)]
+    def knows(done: Done) -> bool:
+        return all(one.figure.name in done.figures.get(size, {}) for one in objectives)
+
+    known = [done.figures[size] for done in before if knows(done)]
     others = [
-        point(done.figures[size])
-        for done in before
-        if done.state == "complete" and done.feasible and size in done.figures
+        point(done.figures[size]) for done in before if done.state == "complete" and done.feasible and knows(done)
     ]
     ours = point(values)
     if not all(map(math.isfinite, ours)):

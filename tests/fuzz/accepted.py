@@ -104,6 +104,13 @@ ACCEPTED: dict[str, dict[tuple[str, ...], str]] = {
         ): "sealed again: another valid setting; one less has its default, as in records of earlier versions",
         TEXT: "a blank of the text: the checksum is of the content",
     },
+    "search/search.json": {
+        (
+            *FIELDS,
+            "double",
+        ): "sealed again: another valid search, which the same command compares with what it asks for and refuses",
+        TEXT: "a blank of the text: the checksum is of the content",
+    },
     "curves/base-int4.json": {
         (*FIELDS, "double"): "sealed again: another valid curve; None is a question that could not be asked",
         TEXT: "a blank of the text: the checksum is of the content",

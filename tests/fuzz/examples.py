@@ -44,6 +44,7 @@ from excise.recipes.jobs.job import Job, JobFolder
 from excise.recipes.jobs.slurm import read_numbers
 from excise.recipes.jobs.status import rows_of
 from excise.recipes.judging import RUBRIC, read_rubric
+from excise.recipes.search.request import read_record
 from excise.recipes.sweep.request import SweepSettings, combinations_of
 from excise.recipes.ui.pages import _line
 from pyarrow import parquet
@@ -270,6 +271,19 @@ def _settings(folder: Path) -> None:
     (folder / "config.yaml").write_text("model: a/b\nsteps: 3\nlearning_rate: 1e-3\nlatents: [1, 2]\nlayers: 2-5\n")
 
 
+SEARCHED = {
+    "schema_version": 1,
+    "recipe": "elm",
+    "settings": {"seed": 1, "steps": 20},
+    "space": {"rank": {"choices": [4, 8]}, "learning_rate": {"search": [0.001, 0.01], "log": True}},
+    "ready": False,
+    "objectives": ["forget:min", "kl:min"],
+    "guards": ["rest>=-0.02"],
+    "prompts": 8,
+    "storage": "sqlite:////tmp/study.db",
+    "inputs": {"the base": "a"},
+}
+
 EXAMPLES: dict[str, Example] = {
     "pack": Example(
         _copy(BUILTIN / "shortcut"),
@@ -341,6 +355,11 @@ EXAMPLES: dict[str, Example] = {
         lambda folder: (folder / "sweep.yaml").write_text(SWEEP),
         lambda folder: combinations_of(load_settings(SweepSettings, folder / "sweep.yaml", []).set),
         {"sweep.yaml": (of_words, of_bytes)},
+    ),
+    "search": Example(
+        lambda folder: write_sealed(folder / "search.json", SEARCHED),
+        read_record,
+        {"search.json": SEALED},
     ),
     "curves": Example(
         _curves,

@@ -1,0 +1,251 @@
+"""``excise search orthogonalize`` against heretic: what the same front costs in generated tokens.
+
+    python benchmarks/search.py --heretic PYTHON [--trials 60] [--prompts 64] [--folder DIR]
+
+Both search the built-in model for an edit that ends its declining and moves neutral replies little: the same model, the
+same contrast prompts to learn from, the same prompts to choose by, replies of the same length, the same number of trials.
+PYTHON is an interpreter that imports heretic (pip install heretic-llm); it runs unchanged, in a process of its own, with
+a counter around its generation. Its search for a batch size and for a common prefix of replies is switched off, which saves
+it tokens. Whatever stood on a searcher's own front at any time is then scored by one scorer on prompts that neither saw:
+share of replies that decline, and KL(base || edited) along whole neutral replies. Compared is how many tokens each had
+generated when it first held an edit that declines at most 5% at a divergence that both reach in the end.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from excise.artifacts.checkpoints.edits import load_edit
+from excise.artifacts.events import Events
+from excise.artifacts.models.find import find_model
+from excise.artifacts.models.load import LoadedModel, load_model
+from excise.eval.items import half_of
+from excise.eval.measurements.behaviour import declines
+from excise.eval.model_under_test import ModelUnderTest
+from excise.recipes.search.bench import Bench
+from excise.recipes.search.request import Request, prepare
+from excise.recipes.search.run import run, trial_folder
+from excise.recipes.search.study import Study
+
+MOST_DECLINING = 0.05
+TOKENS = 24
+
+DRIVER = """
+import json, sys, warnings
+from pathlib import Path
+job = json.loads(Path(sys.argv[1]).read_text())
+sys.argv = ["heretic", *job["arguments"]]
+import heretic.main as main, heretic.model as module
+state = {"tokens": 0}
+generate = module.Model.generate
+def counted(self, prompts, **options):
+    inputs, outputs = generate(self, prompts, **options)
+    if options.get("max_new_tokens", 2) > 1:
+        ids = outputs if hasattr(outputs, "shape") else outputs.sequences
+        state["tokens"] += int((ids[:, inputs["input_ids"].shape[1]:] != self.tokenizer.pad_token_id).sum())
+    return inputs, outputs
+module.Model.generate = counted
+history, captured = [], {}
+abliterate = module.Model.abliterate
+def seen(self, directions, index, parameters):
+    captured.update(model=self, directions=directions)
+    history.append({"index": index, "parameters": parameters})
+    return abliterate(self, directions, index, parameters)
+module.Model.abliterate = seen
+score = main.Evaluator.get_score
+def scored(self):
+    result = score(self)
+    history[-1].update(kl=result[1], refusals=result[2], tokens=state["tokens"])
+    return result
+main.Evaluator.get_score = scored
+class Over(BaseException): pass
+def over(*_, **__): raise Over
+main.prompt_select = over
+try:
+    main.run()
+except Over:
+    pass
+best, kept = [], []
+for number, one in enumerate(history):
+    if not any(o["refusals"] <= one["refusals"] and o["kl"] <= one["kl"] for o in best):
+        best = [o for o in best if not (one["refusals"] <= o["refusals"] and one["kl"] <= o["kl"])] + [one]
+        kept.append((number, one))
+model = captured["model"]
+for number, one in kept:
+    model.reset_model()
+    abliterate(model, captured["directions"], one["index"], one["parameters"])
+    folder = Path(job["folder"]) / f"heretic-{number}"
+    model.get_merged_model().save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+content = [{"number": number, "kl": one["kl"], "refusals": one["refusals"], "tokens": one["tokens"]} for number, one in kept]
+Path(job["out"]).write_text(json.dumps({"kept": content, "tokens": state["tokens"], "trials": len(history)}))
+"""
+
+
+def has_heretic(python: str | None) -> str:
+    """Why heretic cannot be compared with; empty where it can."""
+    if python is None:
+        return "no --heretic PYTHON was given"
+    try:
+        code = "import importlib.metadata as m, heretic.main; print(m.version('heretic-llm'))"
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"{python} does not start ({error.strerror})"
+    return "" if done.returncode == 0 else f"{python} does not import heretic: {done.stderr.strip().splitlines()[-1]}"
+
+
+def model_without_system(folder: Path) -> Path:
+    """The built-in model, whose template leaves out the empty system message that heretic always sends."""
+    shutil.copytree(find_model("builtin:testbed").folder, folder, dirs_exist_ok=True)
+    template = folder / "chat_template.jinja"
+    loop = "{% for message in messages %}"
+    text = template.read_text()
+    assert loop in text, "the built-in template begins with its loop"
+    template.write_text(text.replace(loop, "{% for message in messages if message['content'] %}"))
+    return folder
+
+
+def searched(request: Request) -> tuple[list[dict[str, Any]], int, float]:
+    """Excise's search: what stood on its front at any time, tokens in all, and seconds."""
+    began = time.monotonic()
+    run(request, Events(request.folder / "events.jsonl"))
+    seconds = time.monotonic() - began
+    events = [json.loads(line) for line in (request.folder / "events.jsonl").read_text().splitlines()]
+    tokens = sum(int(one["metrics"]["generated_tokens"]) for one in events if one["stage"] == "base" and one["metrics"])
+    study = Study(request.storage, request.space, request.rules.objectives, (), request.base.seed, request.trials)
+    kept, done = [], study.done()
+    for place, one in enumerate(done):
+        tokens += one.generated_tokens
+        if any(other.number == one.number for other in study.front(done[: place + 1])):
+            kept.append({"number": one.number, "tokens": tokens})
+    return kept, tokens, seconds
+
+
+def heretic(python: str, model: Path, bench: Bench, request: Request, folder: Path) -> tuple[dict[str, Any], float]:
+    """Heretic's search on the same prompts."""
+    concept, pairs = request.job.concept, request.job.concept.contrast
+    files = {
+        "good": [pair.negative for pair in pairs],
+        "bad": [pair.positive for pair in pairs],
+        "good_evaluation": [one.prompt for one in bench.concepts["all"].prompts if one.split == "neutral"],
+        "bad_evaluation": [one.prompt for one in bench.concepts["all"].prompts if one.split == "concept"],
+    }
+    lines = [f"refusal_markers = {json.dumps(list(concept.about.decline_phrases))}", 'system_prompt = ""']
+    lines += [f"max_response_length = {TOKENS}", 'response_prefix = ""', "batch_size = 64", "seed = 0"]
+    lines += [f"n_trials = {request.trials}", f"n_startup_trials = {max(1, round(0.3 * request.trials))}"]
+    lines += [f"study_checkpoint_dir = {json.dumps(str(folder / 'checkpoints'))}"]
+    for name, prompts in files.items():
+        (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+        lines += [f"[{name}_prompts]", f"dataset = {json.dumps(str(folder / f'{name}.txt'))}", 'system_prompt = ""']
+    (folder / "config.toml").write_text("\n".join(lines) + "\n")
+    job = {"arguments": ["--model", str(model)], "folder": str(folder), "out": str(folder / "heretic.json")}
+    (folder / "job.json").write_text(json.dumps(job))
+    (folder / "driver.py").write_text(DRIVER)
+    began = time.monotonic()
+    command = [python, str(folder / "driver.py"), str(folder / "job.json")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    (folder / "heretic.log").write_text(done.stdout + done.stderr)
+    if done.returncode:
+        raise SystemExit(f"heretic failed; see {folder / 'heretic.log'}: {done.stderr.strip().splitlines()[-1:]}")
+    content: dict[str, Any] = json.loads((folder / "heretic.json").read_text())
+    return content, time.monotonic() - began
+
+
+def scores_of(subject: ModelUnderTest) -> tuple[float, float]:
+    """The one scorer: share of replies that decline, and KL along neutral replies, nats a token."""
+    from excise.eval.measurements.table import scores_of as measured
+
+    phrases = subject.concept.about.decline_phrases
+    replies = subject.replies("concept")
+    share = sum(declines(reply.text, phrases) for reply in replies) / len(replies)
+    kl = next(one.value() for one in measured("kl_from_base", subject) if one.split == "neutral")
+    return share, kl
+
+
+def tokens_to(kept: list[dict[str, Any]], kl: float) -> int | None:
+    """Tokens generated when an edit of this divergence that declines little was first held."""
+    found = [one["tokens"] for one in kept if one["declines"] <= MOST_DECLINING and one["kl"] <= kl]
+    return min(found, default=None)
+
+
+def best(kept: list[dict[str, Any]]) -> float:
+    """The least divergence of an edit that declines little."""
+    return min((one["kl"] for one in kept if one["declines"] <= MOST_DECLINING), default=float("inf"))
+
+
+def main() -> None:
+    """Search with both, score with one, print fronts and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heretic", help="interpreter that imports heretic")
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--folder", type=Path, default=Path("search-benchmark"))
+    arguments = parser.parse_args()
+    folder = arguments.folder.absolute()
+    folder.mkdir(parents=True)
+    missing = has_heretic(arguments.heretic)
+    model = model_without_system(folder / "model")
+    settings = [f"max_new_tokens={TOKENS}", f"kl_prompts={arguments.prompts}"]
+    flags = {"model": str(model), "concept": "builtin:declining"}
+    request = prepare(
+        "orthogonalize",
+        folder / "found",
+        assignments=settings,
+        flags=flags,
+        trials=arguments.trials,
+        prompts=arguments.prompts,
+    )
+    ours, our_tokens, our_seconds = searched(request)
+    loaded = load_model(request.job.source, request.job.device, request.job.dtype)
+    reported = replace(request.job, measured=half_of(request.job.concept, "report"))
+    bench = Bench(reported, loaded, 10_000)
+    for one in ours:
+        with bench.edited(load_edit(trial_folder(request.folder, one["number"]))) as sittings:
+            one["declines"], one["kl"] = scores_of(sittings["all"].subject)
+    fronts = {"excise": ours}
+    print(f"excise: {arguments.trials} trials, {our_tokens:,} generated tokens, {our_seconds:.0f} s")
+    if missing:
+        print(f"heretic: not compared: {missing}")
+    else:
+        chooses = Bench(request.job, loaded, arguments.prompts)
+        content, seconds = heretic(arguments.heretic, model, chooses, request, folder)
+        for one in content["kept"]:
+            other = load_model(find_model(str(folder / f"heretic-{one['number']}")), loaded.device, request.job.dtype)
+            one["declines"], one["kl"] = scores_of(_sit(bench, other))
+        fronts["heretic"] = content["kept"]
+        print(f"heretic: {content['trials']} trials, {content['tokens']:,} generated tokens, {seconds:.0f} s")
+    for name, kept in fronts.items():
+        print(f"\n{name}: what stood on its own front at any time, on prompts that chose nothing")
+        print("  trial   tokens  declines  KL")
+        for one in kept:
+            print(f"  {one['number']:5}  {one['tokens']:7,}  {one['declines']:8.3f}  {one['kl']:.5f}")
+    if "heretic" in fronts:
+        level = max(best(kept) for kept in fronts.values())
+        reached = {name: tokens_to(kept, level) for name, kept in fronts.items()}
+        print(
+            f"\ndeclines at most {MOST_DECLINING:.0%}: least KL {best(ours):.5f} (excise), {best(fronts['heretic']):.5f} (heretic)"
+        )
+        if all(reached.values()):
+            ratio = reached["heretic"] / reached["excise"]
+            print(
+                f"tokens until KL {level:.5f}: excise {reached['excise']:,}, heretic {reached['heretic']:,}, ratio {ratio:.1f}"
+            )
+        else:
+            print("no level that both reach")
+
+
+def _sit(bench: Bench, other: LoadedModel) -> ModelUnderTest:
+    return ModelUnderTest(
+        other.model, other.tokenizer, bench.concepts["all"], bench.settings["all"], bench.baselines["all"]
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
