@@ -119,6 +119,12 @@ class Bench:
         value = sitting.value(figure)
         return value - self.base[size].value(figure) if figure.change else value
 
+    def of_base(self, figure: Figure, size: str) -> float:
+        """A figure of the unchanged base, which moves nothing."""
+        if figure.change or figure.measurement == "kl_from_base":
+            return 0.0
+        return self.base[size].value(figure)
+
     def _sit(self, size: str, baseline: Baseline | None) -> Sitting:
         subject = ModelUnderTest(
             self.loaded.model, self.loaded.tokenizer, self.concepts[size], self.settings[size], baseline

@@ -1,5 +1,6 @@
 """Figures that a search goes by, their names, and objectives and guards made of them."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ GENERATED = (
     "on_topic",
 )
 """Measurements that read greedy replies."""
+SHARES = ("exact_answer", "behaviour_rate", "learned_rate", "degenerate_share")
+"""Figures between 0 and 1."""
 Way = Literal["min", "max"]
 
 
@@ -81,6 +84,19 @@ class Objective:
     @property
     def name(self) -> str:
         return f"{self.figure.name}:{self.way}"
+
+    def signed(self, value: float) -> float:
+        """The value as something to be small; of a divergence its logarithm, because it spans orders of magnitude."""
+        if self.figure.measurement == "kl_from_base" and not self.figure.change:
+            value = math.log(max(value, 1e-12))
+        return value if self.way == "min" else -value
+
+    @property
+    def bound(self) -> float:
+        """The best value that a share of replies can have; the worst is no news where it is not known."""
+        if self.figure.measurement not in SHARES or self.figure.change:
+            return -math.inf if self.way == "min" else math.inf
+        return 0.0 if self.way == "min" else 1.0
 
     def stand_in(self) -> "Objective | None":
         """The same without replies; None where nothing stands in for it."""

@@ -8,6 +8,8 @@ from excise.recipes import RECIPES
 from excise.recipes.common.search_space import read_dimension
 from excise.recipes.orthogonalize.space import SPACE, settings_of
 from excise.recipes.search.figures import dominated, figure, front, guard, objective
+from excise.recipes.search.study import Done
+from excise.recipes.search.trial import Rules, _cannot_win, _gains_nothing
 
 
 def _naive_front(points):
@@ -102,3 +104,48 @@ def test_a_profile_peaks_at_its_centre_and_ends_at_its_reach():
 
 def test_every_recipe_has_a_ready_space():
     assert [name for name, row in RECIPES.items() if not row.space] == []
+
+
+def _done(number, values, few=None, every=None, state="complete", feasible=True):
+    figures = {"few": few or {}, "all": every or {}}
+    return Done(number, state, values, {}, {}, figures, feasible, "", 0, 0.0)
+
+
+RULES = Rules((objective("behaviour:min"), objective("kl.replies:min")), ())
+
+
+def test_a_trial_that_could_not_win_by_any_reply_makes_none():
+    before = [_done(0, (0.0, 1e-3))]
+    # No share of replies is less than 0, and its divergence is known to be larger.
+    assert _cannot_win({"kl.replies": 2e-3}, RULES, before)
+    assert not _cannot_win({"kl.replies": 5e-4}, RULES, before)
+    # Another that replies badly says nothing of one with a larger divergence.
+    assert not _cannot_win({"kl.replies": 2e-3}, RULES, [_done(0, (0.5, 1e-3))])
+    assert not _cannot_win({"kl.replies": 2e-3}, RULES, [_done(0, (0.0, 1e-3), feasible=False)])
+    # Whatever its own replies would have been, it would not have been on the front.
+    for share in (0.0, 0.3, 1.0):
+        assert 1 not in front({0: [0.0, 1e-3], 1: [share, 2e-3]})
+
+
+def test_divergences_are_compared_by_their_ratio():
+    kl, rest = objective("kl:min"), objective("rest:max")
+    assert (
+        kl.signed(2e-3) - kl.signed(1e-3) == pytest.approx(kl.signed(2e-1) - kl.signed(1e-1)) and kl.signed(0.0) < -20
+    )
+    assert rest.signed(0.5) == -0.5 and rest.bound == math.inf
+    assert objective("behaviour:min").bound == 0.0 and objective("exact_answer.concept:max").bound == 1.0
+
+
+def test_an_edit_that_does_nothing_is_left_and_one_that_does_something_is_not():
+    class Base:
+        def of_base(self, one, size):
+            return -0.07 if one.name == "behaviour.likelihood" else 0.0
+
+    def known(likelihood, kl):
+        return {"behaviour.likelihood": likelihood, "kl.replies": kl}
+
+    before = [_done(number, (0.0, 1e-3), every=known(-0.1 * number, 1e-3)) for number in range(8)]
+    assert _gains_nothing(Base(), "all", known(-0.071, 1e-5), RULES, before)
+    assert not _gains_nothing(Base(), "all", known(-0.2, 1e-2), RULES, before)
+    # Too few trials to know what noise is.
+    assert not _gains_nothing(Base(), "all", known(-0.071, 1e-5), RULES, before[:2])
