@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ...artifacts.files.forms import Form, validated
 from ...artifacts.files.locks import Lock
-from ...artifacts.files.opened import Telling
+from ...artifacts.files.opened import Telling, lines_at_ends
 from ...artifacts.files.parsed import read_object
 from ...artifacts.files.written import write_whole
 from ...editing.errors import RequestError
@@ -225,12 +225,8 @@ class JobFolder:
 
     def _error_line(self, name: str, code: int) -> str:
         """The line with which excise ends, from the end of the log."""
-        text = ""
-        if self.log(name).is_file():
-            with self.log(name).open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
-                text = file.read().decode(errors="replace")
-        lines = [line for line in text.splitlines() if line.startswith("excise: ")]
+        log = self.log(name)
+        lines = [line for line in lines_at_ends(log, 1 << 16) if line.startswith("excise: ")] if log.is_file() else []
         if lines and code > 0:
             return lines[-1].removeprefix("excise: ")
         return f"ended by signal {-code}" if code < 0 else f"ended with exit code {code} and no message"

@@ -73,7 +73,7 @@ def run_jobs(
                 runner.submit(waiting)
                 _follow(runner, records, display)
             except KeyboardInterrupt:
-                raise _interrupted(runner, records.place, again, display) from None
+                raise _interrupted(runner, records, again, display) from None
         return [records.outcome(job) for job in jobs]
 
 
@@ -97,11 +97,12 @@ def _follow(runner: LocalRunner | SlurmRunner, records: JobFolder, display: Boar
         time.sleep(POLL_SECONDS)
 
 
-def _interrupted(runner: LocalRunner | SlurmRunner, folder: Path, again: str, display: Board) -> JobsInterrupted:
+def _interrupted(runner: LocalRunner | SlurmRunner, records: JobFolder, again: str, display: Board) -> JobsInterrupted:
     """Stop the jobs, or leave them to the cluster; what the user is told."""
     if isinstance(runner, LocalRunner):
         display.say("stopping the jobs; each leaves a folder that can be resumed")
         runner.stop()
+        display.show(rows_of_jobs(records), runner.notes)
         return JobsInterrupted(f"interrupted; the jobs were stopped. Continue with {again}")
     try:
         display.say(f"the jobs go on without this command; Ctrl-C again within {SECOND_THOUGHT:.0f} s cancels them")
@@ -110,7 +111,7 @@ def _interrupted(runner: LocalRunner | SlurmRunner, folder: Path, again: str, di
         runner.cancel()
         return JobsInterrupted(f"interrupted; the jobs were cancelled. Continue with {again}")
     return JobsInterrupted(
-        f"interrupted; the jobs go on. Follow them with excise watch {folder}, cancel them with"
+        f"interrupted; the jobs go on. Follow them with excise watch {records.place}, cancel them with"
         f" {runner.how_to_cancel()}; {again} collects what they made"
     )
 
