@@ -37,6 +37,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}},
     "deepseek_v2": {"model_type": "deepseek_v2", "num_experts_per_tok": 6, "n_routed_experts": 64,
         "topk_method": "greedy"},
+    "aya_vision": {"model_type": "aya_vision", "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152,
+        "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 364,
+        "patch_size": 14}},
+    "dbrx": {"model_type": "dbrx", "d_model": 6144, "n_heads": 48, "n_layers": 40, "attn_config": {"model_type": "",
+        "clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000}, "ffn_config": {"model_type": "", "ffn_hidden_size": 10752,
+        "moe_num_experts": 16, "moe_top_k": 4}},
+    "dots1": {"model_type": "dots1", "n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "moe_intermediate_size": 1408},
 }  # fmt: skip
 """Options under which a type is wired in another way; and types whose class leaves out what every release says."""
 

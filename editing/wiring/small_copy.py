@@ -180,10 +180,13 @@ def _shrunk(values: dict[str, Any], full: Any) -> dict[str, Any]:
     numbers = values if inner is None else values[inner]
     old_width, old_length = _value(text.to_dict(), _WIDTHS), _value(text.to_dict(), _COUNTS_OF_LAYERS)
     factor, width = _factor(text)
+    towers = {}
     for key in full.sub_configs:
         part = values.get(key)
         if isinstance(part, dict) and key != inner:
             _shrink_tower(part, old_width, width)
+            # Kept apart: where the language model's options stand beside a tower, they shrink next.
+            towers[key] = values.pop(key)
     if inner is not None:
         for key, value in list(values.items()):
             if isinstance(value, int) and not isinstance(value, bool) and value == old_width:
@@ -191,6 +194,7 @@ def _shrunk(values: dict[str, Any], full: Any) -> dict[str, Any]:
             elif isinstance(value, int) and key.startswith("vocab_size"):
                 values[key] = VOCABULARY
     _shrink_text(numbers, factor, old_length)
+    values |= towers
     # Some wrappers read it from themselves, and have it nowhere.
     values.setdefault("pad_token_id", None)
     _name_tokens(values)
@@ -302,7 +306,9 @@ def _number(key: str, value: int, factor: int, layers: int) -> int:
     if key in _KEPT or value < factor:
         return value
     if "intermediate_size" in key or key in ("ffn_dim", "ffn_hidden_size"):
-        return min(max(1, value // factor), INNER)
+        inner = min(max(1, value // factor), INNER)
+        # Grouped products over experts want rows of a multiple of 16 bytes.
+        return max(8, inner - inner % 8) if key.startswith("moe_") else inner
     return max(1, value // factor) if key in _MORE_SIZES or key.endswith(_SIZES) else value
 
 
