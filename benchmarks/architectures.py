@@ -134,7 +134,7 @@ def page(records: list[dict[str, Any]], seconds: float, jobs: int) -> str:
         f"`python benchmarks/architectures.py --jobs {jobs}`, {len(records)} types and variants of transformers {transformers.__version__} in "
         f"{seconds / 60:.0f} minutes:\n"
         f"{len(proved)} can be edited ({len(derived)} of them by a derived row), {len(records) - len(proved)} are refused. Of the "
-        f"direction at most {worst:.0e} is left. Each is tried with the\ndefault configuration of its class; released models "
+        f"direction at most {worst:.0e} is left. Each is tried with the\ndefault configuration of its class (some, such as dbrx and dots1, with a release's); released models "
         "of a type that is refused here for its defaults may have a configuration that works.\n\n"
         "| type | row | left | units to prune | proof takes |\n|---|---|---|---|---|\n"
     )
