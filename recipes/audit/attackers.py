@@ -176,12 +176,12 @@ class _SideBySide:
         if surely_fits(config, count * batch * longest, model.dtype.itemsize, room):
             return 1
         trained = sum(p.numel() for owned in self.adapters.owned for p in owned)
-        rows = Rows(count * batch, longest)
+        read = Rows(count * batch, longest)
         try:
             sizes = sizes_of(config, model.dtype, autocast=bfloat16_is_fast(device))
             # Gradients and moments are still to be made.
             room -= 12 * trained + sizes.head(device)
-            return fit_step(sizes, gradients_of_attackers(sizes, count), rows, room, unit=count).parts
+            return fit_step(sizes, gradients_of_attackers(sizes, count), read, room, unit=count).parts
         except Unplanned:
             return 1
 

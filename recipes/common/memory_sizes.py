@@ -92,7 +92,7 @@ class ModelSizes:
                 self.model = model_class(config)._from_config(full_config(config), dtype=torch.bfloat16)
         self.model.eval().requires_grad_(False)
         self.layers: nn.ModuleList = decoder_layers(self.model, self.row)
-        self.depth, self.period = len(self.layers), _period(self.layers, language_config(self.model))
+        self.depth, self.period = len(self.layers), _period(list(self.layers), language_config(self.model))
         self.vocabulary = int(language_config(self.model).vocab_size)
         self.width = int(self.model.get_input_embeddings().weight.shape[1])
 
@@ -106,11 +106,11 @@ class ModelSizes:
 
     def linear_weights(self) -> list[nn.Parameter]:
         """Weights of linear modules inside the layers."""
-        return [module.weight for module in self.layers.modules() if is_linear(module)]
+        return [module.get_parameter("weight") for module in self.layers.modules() if is_linear(module)]
 
     def widest(self) -> int:
         """Numbers that the widest module of a layer reads for one token."""
-        return max(max(module.weight.shape) for module in self.layers.modules() if is_linear(module))
+        return max(max(weight.shape) for weight in self.linear_weights())
 
     def largest(self) -> int:
         """Numbers of the largest tensor."""
@@ -308,11 +308,11 @@ def _gradients_from_embeddings(model: Any) -> None:
 def _left_where_made() -> Iterator[None]:
     """Keep peft from moving new adapters to the base's device: pretended parameters cannot be moved, and all have one."""
     moving = nn.Module.to
-    nn.Module.to = lambda module, *_, **__: module
+    setattr(nn.Module, "to", lambda module, *_, **__: module)  # noqa: B010 - mypy refuses a plain assignment
     try:
         yield
     finally:
-        nn.Module.to = moving
+        setattr(nn.Module, "to", moving)  # noqa: B010
 
 
 @contextmanager
