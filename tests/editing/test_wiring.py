@@ -207,3 +207,21 @@ def test_the_record_that_is_listed_proves_every_row_of_the_table():
     assert all(records[name]["proved"] and records[name]["row"] == "derived" for name in TYPES)
     page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
     assert all(f"| {name} |" in page for name in records)
+
+
+@pytest.mark.parametrize("model_type", ["git", "idefics", "evolla"])
+def test_a_tower_beside_the_language_models_options_is_shrunk_once(model_type):
+    full = AutoConfig.for_model(model_type)
+    small = small_copy.small_config(config_of(model_type))
+    towers = [key for key in full.sub_configs if hasattr(getattr(full, key, None), "num_attention_heads")]
+    for key in towers or pytest.fail("it has no tower"):
+        one, other = getattr(full, key), getattr(small, key)
+        assert other.num_attention_heads == one.num_attention_heads and other.hidden_size < one.hidden_size
+        assert other.hidden_size % other.num_attention_heads == 0
+
+
+def test_rows_of_small_experts_are_what_grouped_products_take():
+    # A head of 144 makes other sizes uneven.
+    config = config_of("dots1", n_routed_experts=128, n_group=1, topk_group=1, moe_intermediate_size=1408)
+    assert 1408 // (4608 // 32 // small_copy.HEAD) % 8
+    assert small_copy.small_config(config).moe_intermediate_size % 8 == 0
