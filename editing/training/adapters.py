@@ -35,7 +35,7 @@ class AdapterShape:
     """The update is scaled by alpha / rank."""
     modules: tuple[str, ...]
     """Full names of linear modules."""
-    experts: Mapping[str, int] = field(default_factory=dict)
+    experts: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Full names of parameters that hold all experts of a layer, with their number of experts."""
 
     @property

@@ -222,12 +222,13 @@ class RunMemory:
         gradients = gradients_of(job, deepest)
         weights, trained = self.weights if job.base_bits == 16 else sizes.weights(job.base_bits), 0
         if job.whole:
-            numbers = sum(sizes.model.get_submodule(name).weight.numel() for name in job.shape.modules)
+            numbers = sum(sizes.model.get_parameter(name).numel() for name in job.shape.weights)
             # All parameters are in fp32 while they train, and what they were stands beside them.
             weights = weights * 4 // sizes.dtype.itemsize
             trained = (STATE_BYTES - 4) * numbers + sizes.dtype.itemsize * numbers
         else:
             trained = STATE_BYTES * sizes.adapter(job.shape)
+            work += 0 if settings.gradient_checkpointing else sizes.experts(job.shape)
         asked = Rows(-(-rows.count // settings.gradient_accumulation_steps), rows.length)
         beside = work + (0 if deepest is not None else sizes.head(self.device))
         room = self.room - weights - trained - kept - self.baseline - beside

@@ -118,8 +118,14 @@ class ModelSizes:
 
     def adapter(self, shape: AdapterShape) -> int:
         """Numbers of an adapter."""
-        modules = [self.model.get_submodule(name) for name in shape.modules]
-        return sum(shape.rank * sum(module.weight.shape) for module in modules)
+        modules = [self.model.get_parameter(f"{name}.weight") for name in shape.modules]
+        matrices = sum(sum(weight.shape) for weight in modules)
+        fused = sum(count * sum(self.model.get_parameter(name).shape[-2:]) for name, count in shape.experts.items())
+        return shape.rank * int(matrices + fused)
+
+    def experts(self, shape: AdapterShape) -> int:
+        """Bytes of the fused experts that carry an adapter: a step holds their sum with it beside them."""
+        return sum(self.model.get_parameter(name).numel() for name in shape.experts) * self.dtype.itemsize
 
     def head(self, device: torch.device) -> int:
         """Bytes of the logits that a loss holds at a time, with their gradient."""
