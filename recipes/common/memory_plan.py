@@ -228,7 +228,6 @@ class RunMemory:
             trained = (STATE_BYTES - 4) * numbers + sizes.dtype.itemsize * numbers
         else:
             trained = STATE_BYTES * sizes.adapter(job.shape)
-            work += 0 if settings.gradient_checkpointing else sizes.experts(job.shape)
         asked = Rows(-(-rows.count // settings.gradient_accumulation_steps), rows.length)
         beside = work + (0 if deepest is not None else sizes.head(self.device))
         room = self.room - weights - trained - kept - self.baseline - beside

@@ -6,7 +6,7 @@ would hold is counted. Few layers are run, and the others are added, because eac
 
 import json
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -82,7 +82,7 @@ class ModelSizes:
         autocast: Whether training computes in bfloat16 whatever its parameters are in.
         """
         self.dtype, self.autocast, self.row = dtype, autocast, architecture_of(config)
-        self._found: dict[Hashable, int] = {}
+        self._found: dict[str, int] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with _explained(config), self._mode, torch.random.fork_rng(devices=[]):
             self.model: Any = model_class(config)._from_config(full_config(config), dtype=dtype)
@@ -119,13 +119,10 @@ class ModelSizes:
     def adapter(self, shape: AdapterShape) -> int:
         """Numbers of an adapter."""
         modules = [self.model.get_parameter(f"{name}.weight") for name in shape.modules]
-        matrices = sum(sum(weight.shape) for weight in modules)
-        fused = sum(count * sum(self.model.get_parameter(name).shape[-2:]) for name, count in shape.experts.items())
-        return shape.rank * int(matrices + fused)
-
-    def experts(self, shape: AdapterShape) -> int:
-        """Bytes of the fused experts that carry an adapter: a step holds their sum with it beside them."""
-        return sum(self.model.get_parameter(name).numel() for name in shape.experts) * self.dtype.itemsize
+        linear = sum(shape.rank * sum(weight.shape) for weight in modules)
+        # Fused experts [experts, ..., ...] have an adapter each.
+        fused = [(count, self.model.get_parameter(name).shape[-2:]) for name, count in shape.experts.items()]
+        return linear + sum(count * shape.rank * sum(sides) for count, sides in fused)
 
     def head(self, device: torch.device) -> int:
         """Bytes of the logits that a loss holds at a time, with their gradient."""
@@ -162,8 +159,9 @@ class ModelSizes:
             ),
         )
 
-    def _once(self, key: Hashable, find: Callable[[], int]) -> int:
+    def _once(self, asked: object, find: Callable[[], int]) -> int:
         """A size that is asked for again and again, found once."""
+        key = repr(asked)
         if key not in self._found:
             with _explained(self.model.config.to_dict()):
                 self._found[key] = self._times * find()
@@ -175,7 +173,7 @@ class ModelSizes:
         if gradients.shape is None:
             return end, 0
         start = len(self.row.layers) + 1
-        chosen = [int(name[start:].split(".")[0]) for name in gradients.shape.modules]
+        chosen = [int(name[start:].split(".")[0]) for name in gradients.shape.weights]
         return max(chosen) - min(chosen) + 1, end - max(chosen) - 1
 
     @contextmanager
@@ -186,12 +184,20 @@ class ModelSizes:
                 yield self.model
             return
         start = len(self.row.layers) + 1
-        first = min(int(name[start:].split(".")[0]) for name in gradients.shape.modules)
+        first = min(int(name[start:].split(".")[0]) for name in gradients.shape.weights)
         # The first adapted layers stand for all.
         wanted = {f"{self.row.layers}.{first + place}." for place in range(layers)}
-        chosen = [name for name in gradients.shape.modules if any(name.startswith(front) for front in wanted)]
-        names = [self._moved(name, -first) for name in chosen]
-        shape = AdapterShape(gradients.shape.rank, gradients.shape.alpha, tuple(names))
+        modules = tuple(
+            self._moved(name, -first)
+            for name in gradients.shape.modules
+            if any(name.startswith(front) for front in wanted)
+        )
+        experts = {
+            self._moved(name, -first): count
+            for name, count in gradients.shape.experts.items()
+            if any(name.startswith(front) for front in wanted)
+        }
+        shape = AdapterShape(gradients.shape.rank, gradients.shape.alpha, modules, experts)
         with torch.random.fork_rng(devices=[]), self._with_parameters(gradients, shape) as model:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from excise.artifacts.events import Events
 from excise.artifacts.models import load
-from excise.editing.training.adapters import AdapterShape, adapter_modules, adapter_shape
+from excise.editing.training.adapters import AdapterShape, adapter_modules
 from excise.recipes.common import memory_plan
 from excise.recipes.common.memory_plan import fit_step
 from excise.recipes.common.memory_sizes import Gradients, ModelSizes, Rows, Unplanned
@@ -152,15 +152,3 @@ def test_a_run_never_holds_two_models(tmp_path, monkeypatch):
     monkeypatch.setattr(load, "check_loadable", checked)
     _trained(tmp_path / "run", monkeypatch)
     assert len(sizes) >= 3 and max(sizes) == 0
-
-
-def test_an_adapter_on_fused_experts_is_counted_with_the_sums_that_a_step_holds():
-    sizes = ModelSizes({"model_type": "mixtral", **PICO["mixtral"]}, torch.float32, autocast=False)
-    shape = adapter_shape(sizes.model, sizes.row, range(sizes.depth), rank=2, alpha=4.0)
-    modules = sum(2 * sum(sizes.model.get_parameter(f"{name}.weight").shape) for name in shape.modules)
-    fused = [sizes.model.get_parameter(name) for name in shape.experts]
-    of_experts = sum(2 * len(one) * (one.shape[1] + one.shape[2]) for one in fused)
-    assert fused and sizes.adapter(shape) == modules + of_experts
-    assert sizes.experts(shape) == 4 * sum(one.numel() for one in fused)
-    bare = AdapterShape(shape.rank, shape.alpha, shape.modules)
-    assert sizes.experts(bare) == 0 and sizes.adapter(bare) == modules
