@@ -22,6 +22,7 @@ from excise.editing.directions.sae_latents import SparseLatents
 from excise.editing.directions.subspaces import Place, Subspace
 from excise.editing.edits import adapter_merge, dense, fake_quantization, unit_choice
 from excise.editing.edits.base import edit_model
+from excise.editing.edits.in_place import edits_in_place
 from excise.editing.edits.low_rank import Factors, LowRankUpdate
 from excise.editing.edits.pruned_units import PrunedUnits, keep_pruned
 from excise.editing.hooks import concept_ablation, leaks, residual_stream, unit_scores
@@ -230,6 +231,11 @@ def edits(place: Placed) -> Result:
         changes.append([change.relative_change for change in edit_model(edit, model, model.config.to_dict())])
         with torch.no_grad():
             made.append(model(**inputs).logits)
+    model, _, inputs = _model(place)
+    before = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+    with edits_in_place(model, model.config.to_dict(), before.__getitem__) as tries, torch.no_grad():
+        tries.apply(random_edit(model.config.to_dict()))
+        made.append(model(**inputs).logits)
     return made, changes
 
 
