@@ -60,6 +60,7 @@ NO_TENSORS = {
     "summarize": "numbers that were measured",
     "losses": "numbers that were measured",
     "priv_leak": "numbers that were measured",
+    "probability_and_ratio": "numbers that were measured",
     "set_aside": "a configuration",
     "lm_eval:scores": "lm-eval's own forwards, on the model's device",
 }
