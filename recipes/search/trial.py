@@ -110,9 +110,16 @@ def _measured(
     # Where nothing is generated, a trial that has come this far is known already.
     for size in ("few", "all") if needs_replies else ("few",):
         values = seen(size, [*cheap, *guards])
-        if _breaks_a_guard(size, values, rules.guards) or _is_beaten(size, values, rules.stand_ins, rules, before):
+        if (
+            _breaks_a_guard(size, values, rules.guards)
+            or _gains_nothing(bench, size, values, rules, before)
+            or _is_beaten(size, values, rules.stand_ins, rules, before)
+        ):
             return _left(rules.guards, values)
     if needs_replies:
+        seen("all", [one.figure for one in rules.objectives if not one.figure.generates])
+        if _cannot_win(figures["all"], rules, before):
+            return _left(rules.guards, figures["all"])
         values = seen("few", [one.figure for one in rules.objectives])
         if _is_beaten("few", values, rules.objectives, rules, before):
             return _left(rules.guards, figures["all"])
@@ -149,6 +156,30 @@ def _breaks_a_guard(size: str, values: Mapping[str, float], guards: Sequence[Gua
     return False
 
 
+def _gains_nothing(bench: Bench, size: str, values: Mapping[str, float], rules: Rules, before: Sequence[Done]) -> bool:
+    """Whether the unchanged base is as good in every objective: an edit that does nothing moves nothing."""
+    stand_ins = rules.stand_ins
+    if len(stand_ins) < len(rules.objectives) or len(before) < FEWEST:
+        return False
+    margins = _margins(size, stand_ins, before, NOISE["all"])
+    base = [bench.of_base(one.figure, size) for one in stand_ins]
+    return all(
+        one.signed(values[one.figure.name]) > one.signed(value) - margin
+        for one, value, margin in zip(stand_ins, base, margins, strict=True)
+    )
+
+
+def _cannot_win(values: Mapping[str, float], rules: Rules, before: Sequence[Done]) -> bool:
+    """Whether another is better even if every figure that is not known yet were the best that it can be."""
+    hoped = [one.signed(values.get(one.figure.name, one.bound)) for one in rules.objectives]
+    complete = [done.values for done in before if done.state == "complete" and done.feasible]
+    for known in complete:
+        theirs = [one.signed(value) for one, value in zip(rules.objectives, known, strict=True)]
+        if theirs != hoped and all(one <= other for one, other in zip(theirs, hoped, strict=True)):
+            return True
+    return False
+
+
 def _is_beaten(
     size: str, values: Mapping[str, float], objectives: Sequence[Objective], rules: Rules, before: Sequence[Done]
 ) -> bool:
@@ -161,21 +192,27 @@ def _is_beaten(
         return False
 
     def point(of: Mapping[str, float]) -> list[float]:
-        return [(1.0 if one.way == "min" else -1.0) * of[one.figure.name] for one in objectives]
+        return [one.signed(of[one.figure.name]) for one in objectives]
 
-    def knows(done: Done) -> bool:
-        return all(one.figure.name in done.figures.get(size, {}) for one in objectives)
-
-    known = [done.figures[size] for done in before if knows(done)]
-    others = [
-        point(done.figures[size]) for done in before if done.state == "complete" and done.feasible and knows(done)
-    ]
+    complete = [done for done in before if done.state == "complete" and done.feasible]
+    others = [point(done.figures[size]) for done in complete if _knows(done, size, objectives)]
     ours = point(values)
     if not all(map(math.isfinite, ours)):
         return True
-    columns = list(zip(*map(point, known), strict=True))
-    margins = [NOISE[size] * (_spread(column)) for column in columns] or [0.0] * len(ours)
-    return dominated(ours, others, margins)
+    return dominated(ours, others, _margins(size, objectives, before, NOISE[size]))
+
+
+def _margins(size: str, objectives: Sequence[Objective], before: Sequence[Done], share: float) -> list[float]:
+    """The part of each objective's spread, among the trials that ended, that counts as noise."""
+    return [
+        share
+        * _spread([one.signed(done.figures[size][one.figure.name]) for done in before if _knows(done, size, [one])])
+        for one in objectives
+    ]
+
+
+def _knows(done: Done, size: str, objectives: Sequence[Objective]) -> bool:
+    return all(one.figure.name in done.figures.get(size, {}) for one in objectives)
 
 
 def _spread(column: Sequence[float]) -> float:
