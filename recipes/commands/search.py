@@ -46,6 +46,11 @@ def search(
     worker: Annotated[
         Path | None, typer.Option("--worker", metavar="DIR", help="Join the search in this folder as one more worker.")
     ] = None,
+    jobs: Annotated[
+        str | None,
+        typer.Option(help="Search with several workers: local:N on this machine, or slurm:KEY=VALUE,... on a cluster."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="With --jobs slurm: number of workers; 0 takes 4.")] = 0,
     budget: Text = None,
     seed: Whole = None,
     device: Text = None,
@@ -84,7 +89,7 @@ def search(
     if dry_run:
         return say_plan(loop.describe(asked), as_json)
     settle()
-    results = _carried_out(asked, loop)
+    results = _carried_out(asked, loop) if jobs is None or worker else _by_workers(asked, jobs, workers)
     if as_json:
         return say_json(results.content)
     return _show(asked.folder, results)
@@ -120,6 +125,14 @@ def pick(
     if dry_run:
         return say_plan(done, as_json)
     return show_run(chosen, done, all_rows=False, as_json=as_json)
+
+
+def _by_workers(asked: Any, jobs: str, count: int) -> Any:
+    """Run the search by jobs, which show their own progress."""
+    from ..search import workers
+
+    engine, number = workers.prepare(asked, jobs, count)
+    return workers.run(asked, engine, number)
 
 
 def _free_folder() -> Path:

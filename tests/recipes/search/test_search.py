@@ -174,6 +174,17 @@ def test_a_worker_joins_and_another_command_is_refused(searched):
     assert record["storage"] == file_in(folder)
 
 
+def test_workers_of_one_machine_share_a_study_and_do_no_trial_twice(tmp_path):
+    folder = tmp_path / "shared"
+    done = excise(*SEARCH, "--trials", "4", "--jobs", "local:2", "--out", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    assert sum(json.loads(done.stdout)["trials"].values()) == 4
+    _, study = _study(folder)
+    assert len({tuple(sorted(one.params.items())) for one in study.done()}) == 4
+    workers = {tuple(trial.user_attrs["worker"]) for trial in study.study.get_trials()}
+    assert 1 <= len(workers) <= 2 and all(os.getpid() != process for _, process in workers)
+
+
 def test_a_damaged_record_and_a_wrong_folder_are_one_line(searched, tmp_path):
     folder, _, _ = searched
     (tmp_path / "search.json").write_text((folder / "search.json").read_text().replace('"prompts": 6', '"prompts": 7'))
