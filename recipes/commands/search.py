@@ -10,7 +10,7 @@ import typer
 from ...artifacts.events import Events
 from ...editing.errors import RequestError
 from .. import RECIPES
-from .flags import Json, Out, Set, Text, Whole, say, say_json, say_plan
+from .flags import Json, Set, Text, Whole, say, say_json, say_plan
 from .session import carry_out, settle, watcher
 
 Storage = Annotated[
@@ -98,7 +98,9 @@ def search(
 def pick(
     folder: Annotated[Path, typer.Argument(help="Folder of a search.")],
     trial: Annotated[int, typer.Argument(help="Number of a trial, as the search shows it.")],
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE-N, with the first free N.")
+    ] = None,
     storage: Storage = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be edited; load no weights.")] = False,
     as_json: Json = False,
