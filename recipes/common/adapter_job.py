@@ -39,9 +39,8 @@ class TrainedSettings(MeasuredSettings):
     modules: Literal["all", "attention", "mlp"] = "all"
     """Which linear modules of these layers are trained."""
     experts: bool = True
-    """Also train experts that the model holds in one tensor a layer, where ``modules`` includes the MLP. ``false`` leaves
-    what experts hold as it is. Training experts keeps a second copy of their weights in memory, unless
-    ``gradient_checkpointing=true``."""
+    """Also train fused experts, where modules includes the MLP; false leaves what they hold. Needs a second copy of their
+    weights in memory, unless gradient_checkpointing=true."""
     steps: int = Field(400, ge=1, le=MOST_ROWS)
     """Number of optimizer steps."""
     batch_size: int = Field(8, ge=1, le=MOST_ROWS)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...artifacts.files.parsed import parsed_object
 from ...editing.architectures import architecture_of
 from ...editing.errors import ExciseError, one_line
 from ...editing.hooks.residual_stream import decoder_layers
@@ -353,7 +354,7 @@ def _period(layers: Sequence[nn.Module], config: Any) -> int:
 
 @cache
 def _sizes(config: str, dtype: torch.dtype, autocast: bool) -> ModelSizes:
-    return ModelSizes(json.loads(config), dtype, autocast=autocast)
+    return ModelSizes(parsed_object(config), dtype, autocast=autocast)
 
 
 def sizes_of(config: dict[str, Any], dtype: torch.dtype, *, autocast: bool) -> ModelSizes:

@@ -36,8 +36,8 @@ class DistillSettings(TrainedSettings):
     retain_rows: int = Field(3, ge=1, le=64)
     """Sequences that must stay for each one about the concept (paper: everything is general text)."""
     samples: int = Field(2000, ge=0, le=1_000_000)
-    """Sequences that the edited model writes from short beginnings, to be learned beside the pack's texts and replies in
-    chat: what it knows beyond the pack would be lost. 0 learns the pack's texts alone (paper: general text)."""
+    """Sequences that the edited model writes from short beginnings, to be learned beside the pack's texts and replies:
+    what it knows beyond the pack would be lost. 0 learns the pack alone."""
     stored_tokens: int = Field(128, ge=8)
     """Tokens stored of each distribution; all others count as one token. More take more memory and are more exact."""
     steps: int = Field(600, ge=1, le=MOST_ROWS)

@@ -12,11 +12,11 @@ SPACE = {
     "centre": between(0.2, 1.0),
     "reach": between(0.1, 1.0),
     "edge": between(0.0, 1.0),
-    "embedding": between(0.0, 1.0),
+    "embedding": between(-0.5, 1.0),
 }
 """``depth``: the layer whose input the direction is taken from, as a share of the depth. The strength is ``peak`` at
 ``centre``, falls to ``edge`` times that over ``reach``, and is 0 beyond, all three as shares of the depth. ``embedding``: share
-removed from the embeddings."""
+removed from the embeddings; below 0 they are left alone, as in a third of what is drawn at random."""
 
 
 def settings_of(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def settings_of(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
         "point": round(float(values["depth"]) * layers),
         "position": values["position"],
         "strength": strengths,
-        "embedding_strength": round(float(values["embedding"]), 4),
+        "embedding_strength": round(max(0.0, float(values["embedding"])), 4),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...artifacts.reporting.outcomes import Run
 from ...artifacts.reporting.terminal import aligned
+from ...editing.errors import counted
 from ...eval.intervals import Interval, student
 from ...eval.measurements import columns
 from ..jobs.job import Outcome
@@ -131,7 +132,11 @@ def text(lines: Sequence[Line], base: Mapping[str, float], width: int | None) ->
         shown.remove(max(shown, key=lambda name: (name not in MAIN, names.index(name))))
     table = aligned(["settings", "seeds", *shown], _rows(lines, base, shown), width)
     notes = ["± is half of Student's 95% interval over seeds"] if any(len(line.seeds) > 1 for line in lines) else []
-    notes += [f"{len(names) - len(shown)} more figures are in results.json"] if len(shown) < len(names) else []
+    notes += (
+        [counted(len(names) - len(shown), "more figure is", "more figures are") + " in results.json"]
+        if len(shown) < len(names)
+        else []
+    )
     return "\n".join([table, *notes])
 
 

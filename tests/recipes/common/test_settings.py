@@ -63,7 +63,7 @@ def test_every_setting_of_a_recipe_is_listed_with_its_default_and_a_help_text(re
     listed = {key: (default, about) for key, default, about in settings_help(kind)}
     assert set(listed) == set(kind.model_fields)
     assert all(about and not about.startswith("One of") for _, about in listed.values())
-    assert listed["dtype"][0] == "auto" and listed["dtype"][1].endswith("One of auto, float32, bfloat16.")
+    assert listed["dtype"][0] == "auto" and listed["dtype"][1].endswith("One of auto, float32, bfloat16, float16.")
 
 
 def test_a_renamed_setting_answers_with_its_new_name(tmp_path):
@@ -92,7 +92,8 @@ NUMBERS = sorted(
 def test_numbers_are_decimal_and_bounded(recipe, name):
     kind = _kind(recipe)
     default = kind.model_fields[name].default
-    assert getattr(load_settings(kind, None, [f"{name}={default}"]), name) == default
+    needed = [f"{key}=x" for key, field in kind.model_fields.items() if field.is_required()]
+    assert getattr(load_settings(kind, None, [*needed, f"{name}={default}"]), name) == default
     wrong = [
         "0-3",
         "1:30",
@@ -115,7 +116,7 @@ def test_numbers_are_decimal_and_bounded(recipe, name):
             wrong.append("-1")
     for text in wrong:
         with pytest.raises(RequestError) as caught:
-            load_settings(kind, None, [f"{name}={text}"])
+            load_settings(kind, None, [*needed, f"{name}={text}"])
         assert "\n" not in str(caught.value) and name in str(caught.value) and len(str(caught.value)) < 600
 
 
