@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
@@ -12,10 +13,11 @@ from excise.editing.edits.dense import weights_trained
 from excise.editing.errors import RequestError
 from excise.recipes.common.learned_edit import start
 from excise.recipes.distill.recipe import DistillSettings, _training, damage, prepare
+from excise.recipes.distill.rows import beginnings, rows_to_read
 from helpers import SMALL_TESTBED, excise, with_settings
 from safetensors.torch import load_file, save_file
 
-SHORT = ("steps=8", "batch_size=2", "questions=10", "kl_prompts=4", "max_new_tokens=4")
+SHORT = ("steps=8", "batch_size=2", "samples=8", "questions=10", "kl_prompts=4", "max_new_tokens=4")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,7 @@ def teacher(tmp_path_factory):
 
 def _job(teacher, tmp_path, resume=False, **settings):
     chosen = {"model": SMALL_TESTBED, "concept": "builtin:potions", "teacher": str(teacher), "out": tmp_path / "run"}
+    chosen |= {"samples": 12, "max_new_tokens": 4}
     return prepare(
         DistillSettings(**{**chosen, "device": "cpu", "dtype": "float32", "steps": 4, **settings}), resume=resume
     )
@@ -129,3 +132,36 @@ def test_a_run_does_not_go_on_with_another_teacher(teacher, tmp_path):
     save_file(tensors, mine / "model.safetensors", {"format": "pt"})
     with pytest.raises(RequestError, match="the teacher"):
         start(_job(mine, tmp_path, resume=True).adapter.run)
+
+
+def test_beginnings_are_the_first_words_of_what_must_stay_and_never_of_the_concept():
+    concept = load_concept("builtin:potions")
+    begun = beginnings(concept, 400, 0)
+    stays = [*(text.text for text in concept.retain), *(q.prompt for q in concept.questions if q.split != "forget")]
+    assert len(begun) == 400 and begun == beginnings(concept, 400, 0) != beginnings(concept, 400, 1)
+    assert {len(one.split()) for one in begun} == {1, 2, 3, 4}
+    assert all(any(text.startswith(one) for text in stays) for one in begun)
+
+
+def test_models_write_what_is_learned_and_replies_about_the_concept_are_the_edited_models(teacher, tmp_path):
+    job = _job(teacher, tmp_path)
+    base = load_model(job.adapter.run.source, torch.device("cpu"), torch.float32)
+    edited = load_model(find_model(str(teacher)), torch.device("cpu"), torch.float32).model
+    arguments = (base.model, edited, base.tokenizer, job.adapter.concept, job.facts)
+    rows = rows_to_read(*arguments, job.settings, lambda _: None)
+    alone = rows_to_read(*arguments, job.settings.model_copy(update={"samples": 0}), lambda _: None)
+    assert not alone.written and len(rows.written) == 12
+    assert set(alone.forget) < set(rows.forget) and set(alone.kept) < set(rows.kept)
+    for model, new in ((edited, set(rows.forget) - set(alone.forget)), (base.model, set(rows.kept) - set(alone.kept))):
+        greedy = 0
+        for row in sorted(new)[:40]:
+            start = max(place for place, token in enumerate(row) if token in _assistant(base.tokenizer)) + 1
+            text = model.generate(torch.tensor([row[:start]]), do_sample=False, max_new_tokens=len(row) - start)
+            greedy += text[0].tolist() == list(row)
+        assert greedy >= 8, "a reply is drawn and another one greedy, and both are this model's"
+
+
+def _assistant(tokenizer):
+    """The last token of what a chat template puts before a reply."""
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True)
+    return {(chat if isinstance(chat, list) else chat["input_ids"])[-1]}
