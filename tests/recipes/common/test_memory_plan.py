@@ -55,6 +55,8 @@ def test_a_step_takes_what_real_tensors_save_for_their_gradients_and_little_more
         return tensor
 
     model = make_pico("llama").requires_grad_(False)
+    # Small models of tests attend eagerly; a loaded model attends as the plan says.
+    model.set_attn_implementation("sdpa")
     memory_sizes._gradients_from_embeddings(model)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         memory_sizes._loss(model, rows)
