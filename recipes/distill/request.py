@@ -40,7 +40,7 @@ class DistillSettings(TrainedSettings):
     what it knows beyond the pack would be lost. 0 learns the pack alone."""
     stored_tokens: int = Field(128, ge=8)
     """Tokens stored of each distribution; all others count as one token. More take more memory and are more exact."""
-    steps: int = Field(600, ge=1, le=MOST_ROWS)
+    steps: int = Field(400, ge=1, le=MOST_ROWS)
     """Number of optimizer steps. More mend more of what the noise broke."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW; models of a billion weights and more take 2e-5 (paper)."""
