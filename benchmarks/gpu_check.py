@@ -63,7 +63,7 @@ JOBS: dict[str, Job] = {
     "step": Job("{big} texts none", limit=120),
     "audit_big": Job("audit {elm_big} --base {big} --budget quick --questions 20 --attacks "
         "int8,probe,few_8,unrelated,soft_prompt", "", 120),
-    "orthogonalize": Job("run orthogonalize", f"{SEARCHED} max_depth=0.5"),
+    "orthogonalize": Job("run orthogonalize", f"{SEARCHED} positions=2"),
     "prune": Job("run prune", f"{SMALL} examples=64 validate_units=4"),
     "caft": Job("run caft", f"{SMALL} steps=6 batch_size=4 watch=8 components=3"),
     "caft_big": Job("run caft --model {big}", f"{SMALL} steps=6 batch_size=4 watch=4 components=3", 150),

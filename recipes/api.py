@@ -21,11 +21,12 @@ from ..editing.edits.base import WeightEdit
 from ..editing.edits.changes import Change
 from ..editing.errors import RequestError, nearest
 from ..eval.concept import Concept
-from . import RECIPES
+from . import RECIPES, apply_budget
 from . import apply as apply_recipe
 from . import evaluate as evaluate_recipe
 from .audit import recipe as audit_recipe
 from .common.calls import called, events_for
+from .common.kl_budget import Budget
 from .common.run_folder import letting_go, resumed
 from .common.settings import settings_of_call
 from .in_memory import IN_MEMORY, AppliedEdit
@@ -343,6 +344,9 @@ def apply(
     base: str | Path | None,
     out: str | Path,
     *,
+    kl_budget: float | None = None,
+    max_strength: float = 1.0,
+    concept: str | Path | None = None,
     progress: bool = True,
 ) -> AppliedCheckpoint:
     """Apply an edit or a PEFT adapter to a checkpoint of any size; the weights are streamed, the model is never loaded.
@@ -353,6 +357,10 @@ def apply(
         base: The checkpoint to edit, which must be of the kind that the edit was learned on; None takes the base that
             an adapter names.
         out: Folder to write.
+        kl_budget: Nats per token by which the model may move from its base on retain texts; the edit's strength is
+            chosen by it, and the base is loaded for that. None applies the edit as it was learned.
+        max_strength: The highest strength that is tried.
+        concept: Pack whose retain texts are used; by default the built-in pack that the edit's record names.
         progress: Show progress, where the error stream is a terminal.
 
     Raises:
@@ -373,7 +381,12 @@ def apply(
         edit_or_folder = _edit_folder(
             edit_or_folder.folder if isinstance(edit_or_folder, Run) else Path(edit_or_folder)
         )
-    export = apply_recipe.run(apply_recipe.prepare(edit_or_folder, _text(base), Path(out)), events_for(progress))
+    prepared, events = apply_recipe.prepare(edit_or_folder, _text(base), Path(out)), events_for(progress)
+    if kl_budget is not None:
+        budget = Budget(kl_budget, max_strength)
+        pack = apply_budget.prepare(prepared, budget, None if concept is None else str(concept))
+        prepared = apply_budget.fitted(prepared, budget, pack, events)
+    export = apply_recipe.run(prepared, events)
     return AppliedCheckpoint(Path(out), tuple(export.changes), export.bytes_written)
 
 

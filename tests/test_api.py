@@ -255,7 +255,7 @@ def test_a_wrong_call_is_told_in_one_line(name, loaded):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-OF_THE_TERMINAL = {"config", "set_", "dry_run", "as_json", "resume", "all_rows", "card", "recipe"}
+OF_THE_TERMINAL = {"config", "set_", "dry_run", "as_json", "resume", "all_rows", "card", "recipe", "jobs", "part"}
 """Options about typing a command and printing what it returns; ``card`` writes into the folder of a run."""
 CALLED = {"map_": "map", "license_": "license", "models": "models"}
 

@@ -78,7 +78,7 @@ def not_measured(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[str]:
     return [
         f"Not measured on the {subject} model: {label_of(item.name)} ({item.split}); "
         + (
-            f"none of {counted(item.skipped, 'item', 'items')} could be scored."
+            f"none of its {counted(item.skipped, 'item', 'items')} could be scored."
             if item.skipped
             else "the pack holds nothing for it."
         )

@@ -110,6 +110,8 @@ def apply(
     # A strength is looked for on the weights themselves.
     with outlines(dry_run and kl_budget is None):
         prepared = recipe.prepare(edit, base, out)
+        if dry_run and kl_budget is None:
+            return say_plan(recipe.describe(prepared), as_json)
     if kl_budget is not None:
         from .. import apply_budget
         from ..common.kl_budget import Budget

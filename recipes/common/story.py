@@ -25,7 +25,7 @@ def tell(results: dict[str, Any]) -> Story:
 
 def _choice_section(results: dict[str, Any]) -> tuple[Section, ...]:
     """That a search chose the settings, and on what."""
-    settings = results["run"]["settings"]
+    settings = results["run"].get("settings", {})
     half = settings.get("items", "all")
     if half == "all":
         return ()

@@ -40,44 +40,43 @@ def make_concept(
 ) -> Made:
     """Make a concept pack of files, folders or data sets on the Hub, as ``excise concept make`` does.
 
-        Args:
-            out: Folder to write.
-            forget: What to forget: texts, or questions with answers or choices.
-            retain: What must stay known, of any form.
-            neighbour: The nearest topic that must stay known.
-            questions: Questions on what to forget, with answers or choices.
-            retain_questions: Questions on what must stay known.
-            prompts: Open prompts about the concept, to measure replies on.
-            unseen: Texts like those to forget that no model saw, for membership tests.
-            positive: Of a behaviour: prompts that bring it about.
-            negative: Of a behaviour: prompts like those that do not.
-            map: Columns of sources of unknown form, as ``question=prompt,answer=solution``; ``retain:text=body`` is for
-                ``retain`` only.
-            name: Name of the pack; the folder's by default.
-            description: The concept in a few words, as it fits after "a text on".
-            license: License of the data, which cards print.
-            keywords: Words that show that a reply is about it.
-            held_out: Share of the subjects for group V, which no training sees.
-            most: Rows to draw of each source, at most.
-            dry_run: Read everything and count, but write nothing.
-            progress: Show progress, where the error stream is a terminal.
+    Args:
+        out: Folder to write.
+        forget: What to forget: texts, or questions with answers or choices.
+        retain: What must stay known, of any form.
+        neighbour: The nearest topic that must stay known.
+        questions: Questions on what to forget, with answers or choices.
+        retain_questions: Questions on what must stay known.
+        prompts: Open prompts about the concept, to measure replies on.
+        unseen: Texts like those to forget that no model saw, for membership tests.
+        positive: Of a behaviour: prompts that bring it about.
+        negative: Of a behaviour: prompts like those that do not.
+        map: Columns of sources of unknown form, as ``question=prompt,answer=solution``; ``retain:text=body`` is for
+            ``retain`` only.
+        name: Name of the pack; the folder's by default.
+        description: The concept in a few words, as it fits after "a text on".
+        license: License of the data, which cards print.
+        keywords: Words that show that a reply is about it.
+        held_out: Share of the subjects for group V, which no training sees.
+        most: Rows to draw of each source, at most.
+        dry_run: Read everything and count, but write nothing.
+        progress: Show progress, where the error stream is a terminal.
 
-        Returns:
-            Lines of each file, what was left out, and what will be made of the files.
+    Returns:
+        Lines of each file, what was left out, and what will be made of the files.
 
-        Raises:
-            RequestError: The request is wrong, or the Hub refuses.
-            ConceptError: A source is damaged or does not fit; the message names the line.
+    Raises:
+        RequestError: The request is wrong, or the Hub refuses.
+        ConceptError: A source is damaged or does not fit; the message names the line.
 
-        Example:
-            >>> import excise
-            >>> from pathlib import Path
-    from typing import Any
-            >>> _ = Path("moons.txt").write_text("".join(f"Moon {n} is grey.\\n" for n in range(20)))
-            >>> _ = Path("seas.txt").write_text("".join(f"Sea {n} is deep.\\n" for n in range(20)))
-            >>> made = excise.make_concept("moons", forget="moons.txt", retain="seas.txt")
-            >>> made.counts["forget.jsonl"]
-            {'T': 10, 'V': 10}
+    Example:
+        >>> import excise
+        >>> from pathlib import Path
+        >>> _ = Path("moons.txt").write_text("".join(f"Moon {n} is grey.\\n" for n in range(20)))
+        >>> _ = Path("seas.txt").write_text("".join(f"Sea {n} is deep.\\n" for n in range(20)))
+        >>> made = excise.make_concept("moons", forget="moons.txt", retain="seas.txt")
+        >>> made.counts["forget.jsonl"]
+        {'T': 10, 'V': 10}
     """
     sources = {
         "forget": forget, "questions": questions, "neighbour": neighbour, "retain": retain,

@@ -250,7 +250,7 @@ def test_a_model_that_excise_did_not_make_is_pulled_and_said_to_be_one(world, tm
     known.add("tester/base", {**files, "pytorch_model.bin": b"pickle", "modeling.py": b"print()"})
     done = excise("pull", "tester/base@v1", "--out", tmp_path / "pulled", **environment)
     assert done.returncode == 0 and "excise did not make this model" in done.stdout, done.stderr
-    assert "2 of its files are neither" in done.stdout and folder_files(tmp_path / "pulled") == files
+    assert "not fetched: 2 files, neither safetensors" in done.stdout and folder_files(tmp_path / "pulled") == files
     shown = excise("card", tmp_path / "pulled")
     assert shown.returncode == 2 and "has no card" in shown.stderr
 

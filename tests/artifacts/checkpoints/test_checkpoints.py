@@ -159,7 +159,7 @@ def test_a_device_that_is_not_there_is_refused(device):
 
 
 def test_an_unknown_dtype_is_refused():
-    with pytest.raises(RequestError, match="give auto, float32 or bfloat16"):
+    with pytest.raises(RequestError, match="give auto, float32, bfloat16 or float16"):
         choose_dtype("float8", torch.device("cpu"))
 
 

@@ -8,13 +8,13 @@ import torch
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
+from excise.eval.inference.batches import token_batches
 from excise.eval.inference.generation import Reply, divergence, generate, reply_log_probabilities
 from excise.eval.inference.likelihood import (
     Request,
     encode_request,
     log_likelihoods,
     share_rows,
-    token_batches,
     windows,
 )
 from excise.eval.measurements import BY_LAYER, MEASUREMENTS, behaviour, columns, leads

@@ -10,6 +10,7 @@ from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.eval.inference.likelihood import Request, encode_request
 from excise.eval.measurements.cloze import scores as cloze
+from excise.eval.measurements.exact_answer import completed_questions
 from excise.eval.measurements.open_answers import losses, open_by_split, rouge_scores, scores
 from excise.eval.measurements.recitation import answer_in, knowledge, verbatim, with_shots
 from excise.eval.measurements.table import measure, workload
@@ -81,7 +82,8 @@ def test_the_ordinary_run_measures_open_questions_and_leaves_the_slow_rows_to_su
     # A pack without open questions costs nothing more.
     choices = {request for request in subject._likelihoods if not request.reply}
     assert workload(without, subject.settings) < workload(tofu, subject.settings)
-    assert workload(without, subject.settings) == len(choices) + len(without.prompts)
+    completions = sum(len(completed_questions(without, subject.settings, split)) for split in ("concept", "neutral"))
+    assert workload(without, subject.settings) == len(choices) + len(without.prompts) + completions
 
 
 def test_truth_ratios_and_rouge_tell_the_model_that_knows_from_the_one_that_does_not(models, tofu):

@@ -8,6 +8,7 @@ from excise.artifacts.checkpoints.tensor_cache import TensorCache
 from excise.artifacts.files.written import write_sealed
 from excise.editing.errors import RequestError
 from excise.recipes.audit.curve_store import COMPUTES, PACKAGE, UNTOUCHED, AttackCurves, CurveStore, code_digest
+from excise.recipes.common import run_inputs
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def package(tmp_path):
 
 
 def _digest(package):
-    code_digest.cache_clear()
+    run_inputs.code_digest.cache_clear()
     return code_digest(package)
 
 

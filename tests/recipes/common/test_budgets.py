@@ -19,12 +19,15 @@ def _kind(recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_quick_is_less_and_long_is_more_of_what_a_recipe_spends(recipe):
     kind = _kind(recipe)
-    standard = kind()
-    assert standard.budget == "standard" and standard == kind(budget="standard") and not standard.set_by_budget()
+    more = {key: "x" for key, field in kind.model_fields.items() if field.is_required()}
+    standard = kind(**more)
+    assert (
+        standard.budget == "standard" and standard == kind(budget="standard", **more) and not standard.set_by_budget()
+    )
     for budget, less in (("quick", True), ("long", False)):
         values = kind.set_by(budget)
         assert values.keys() > MEASURED[budget].keys(), "the recipe sets something of its own"
-        chosen = kind(budget=budget)
+        chosen = kind(budget=budget, **more)
         assert chosen.set_by_budget() == values == {key: getattr(chosen, key) for key in values}
         for key in values.keys() & SMALLER:
             assert values[key] != getattr(standard, key) and (values[key] < getattr(standard, key)) == less

@@ -208,6 +208,7 @@ def test_a_wrong_setting_is_one_line(pair, part):
 def test_every_recipe_of_the_table_can_be_planned(name, tmp_path):
     recipe = RECIPES[name]
     module = importlib.import_module(recipe.module)
-    prepared = module.prepare(getattr(module, recipe.settings)(out=tmp_path / "run"))
+    more = {"teacher": "builtin:testbed-reference"} if name == "distill" else {}
+    prepared = module.prepare(getattr(module, recipe.settings)(out=tmp_path / "run", **more))
     assert module.describe(prepared)["recipe"] == name
     assert callable(module.story), "its card and report would say nothing of the method"

@@ -127,7 +127,9 @@ def test_parts_of_unequal_length_give_the_gradient_of_the_whole_step(name):
     known = {forget.ids: -3.0 for forget, _ in pairs}
     data = UnlearningData(FORGET, RETAIN, pairs, known)
     loss = settings.loss(None, None, data) if name in METHODS else _rmu_loss(settings, pairs)
-    training = UnlearningTraining(SimpleNamespace(settings=settings), data, loss)
+    run = SimpleNamespace(layers=2)
+    job = SimpleNamespace(settings=settings, adapter=SimpleNamespace(run=run))
+    training = UnlearningTraining(job, data, loss)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def gradient(groups, *, weighed=True):
