@@ -1,5 +1,6 @@
 """Jobs on a real SLURM cluster of two nodes on this machine, with jobs killed and nodes lost."""
 
+import functools
 import json
 import os
 import signal
@@ -19,7 +20,8 @@ from helpers import SMALL_TESTBED
 from slurm import cluster
 
 __all__ = ["cluster"]
-SMALL = {"questions": 20, "kl_prompts": 2, "max_new_tokens": 2}
+# Long enough to be hit while it works, on a quick machine too.
+SMALL = {"questions": 60, "kl_prompts": 32, "max_new_tokens": 24, "train_pairs": 128}
 SEEDS = [0, 1, 2]
 
 
@@ -127,7 +129,9 @@ def test_a_command_that_is_left_finds_its_jobs_again(cluster, tmp_path):
         "ends = run.run_jobs(jobs, 'slurm:time=5,mem=500M', out); print([(o.state, o.attempts) for o in ends])"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    left = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    # A test session in the background ignores interrupts, and its processes would too.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    left = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ), preexec_fn=heard)
     _when((tmp_path / "jobs" / "submitted.json").is_file)
     left.send_signal(signal.SIGINT)
     _, said = left.communicate(timeout=60)
