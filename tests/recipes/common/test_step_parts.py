@@ -12,7 +12,10 @@ from excise.eval.inference.likelihood import Request, log_likelihoods
 from excise.recipes.common.trainer import Schedule, fit
 from excise.recipes.elm.batches import TERMS, arrange, collate, sequence_loss
 from helpers import SMALL_TESTBED
-from recipes.common.test_trainer import Stage, _adapted, _lessons, _weights
+from training_rows import Stage
+from training_rows import adapted as _adapted
+from training_rows import lessons as _lessons
+from training_rows import trained_weights as _weights
 
 WEIGHTS = dict.fromkeys(TERMS, 1.0)
 CPU_WORDS = (

@@ -6,51 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from excise.editing.architectures import ARCHITECTURES
 from excise.editing.errors import ExciseError, RequestError
-from excise.editing.training.adapters import AdapterShape, adapter_modules, attach
-from excise.editing.training.soft_targets import keep_top
 from excise.recipes.common.examples import FORWARD, split_by_length
 from excise.recipes.common.step_parts import add_shares
 from excise.recipes.common.trainer import LAST_GOOD, Group, Schedule, _StepCallback, fit, precision
-from excise.recipes.elm.batches import TERMS, TrainingSequence, arrange, collate, part_size, sequence_loss
+from excise.recipes.elm.batches import TERMS, arrange, collate, part_size, sequence_loss
 from helpers import make_pico
 from torch import nn
+from training_rows import Stage
+from training_rows import adapted as _adapted
+from training_rows import lessons as _lessons
+from training_rows import trained_weights as _weights
 
 WEIGHTS = dict.fromkeys(TERMS, 1.0)
-
-
-class Stage:
-    step = 0
-
-    def __init__(self):
-        self.seen = []
-
-    def advance(self, count, **metrics):
-        self.step += count
-        self.seen.append(metrics)
-
-
-def _lessons(count=24, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for number in range(count):
-        length = 4 + number % 5
-        ids = tuple(torch.randint(3, 96, (length,), generator=generator).tolist())
-        log_p = torch.randn(length - 1, 96, generator=generator).log_softmax(-1)
-        weights = torch.rand(length - 1, generator=generator)
-        terms = torch.randint(0, 3, (length - 1,), generator=generator)
-        made.append(TrainingSequence(ids, keep_top(log_p, 20), weights, terms))
-    return made
-
-
-def _adapted():
-    model = make_pico("llama")
-    return attach(model, AdapterShape(2, 4.0, adapter_modules(model, ARCHITECTURES["llama"], range(2))), seed=0)
-
-
-def _weights(adapted):
-    return torch.cat([p.detach().flatten() for p in adapted.parameters() if p.requires_grad])
 
 
 def _train(folder, *, steps=3, loss=None, **options):
