@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from typing import Annotated, Any
 
 import typer
@@ -109,6 +110,7 @@ def main() -> None:
         sys.exit(0)
     # Not by way of SIGINT, which a shell's background jobs ignore.
     signal.signal(signal.SIGTERM, _stop)
+    sys.unraisablehook = _interrupt_again
     try:
         code = app(args=arguments, prog_name="excise", standalone_mode=False)
         if code == INTERRUPTED:
@@ -129,6 +131,15 @@ def main() -> None:
 
 def _stop(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _interrupt_again(ignored: Any) -> None:
+    """Python ignores what is raised while an object is destroyed; an interrupt that came just then is sent once more."""
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        # From another thread, once this call, which is within the destructor, has returned.
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,18 @@ def test_an_interrupt_within_compiled_text_ends_with_the_code_of_an_interrupt(tm
     assert (done.returncode, done.stderr) == (130, "excise: interrupted; nothing was written\n")
 
 
+def test_an_interrupt_while_an_object_is_destroyed_is_not_lost(tmp_path):
+    """Python prints and ignores what is raised there, so that a run which was stopped went on to its end."""
+    (tmp_path / "stopped.py").write_text(
+        "import os, signal, sys, time\nfrom excise import cli\n"
+        "class Thing:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(0.01)\n"
+        "def work(**_):\n    Thing()\n    time.sleep(20)\n    print('went on to its end')\n"
+        "cli.app = work\nsys.argv = ['excise', 'list']\ncli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "excise: interrupted; nothing was written\n")
+
+
 def test_an_interrupt_is_one_line_and_the_run_can_go_on(tmp_path):
     out = tmp_path / "run"
     small = with_settings("questions=20", "kl_prompts=4", "max_new_tokens=8")
