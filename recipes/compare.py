@@ -8,7 +8,7 @@ from typing import Any
 
 from ..artifacts.checkpoints.manifest import check_unchanged
 from ..artifacts.checkpoints.staging import staged_folder
-from ..artifacts.events import read_events
+from ..artifacts.event_log import read_events
 from ..artifacts.reporting import charts
 from ..artifacts.reporting.results import RESULTS, format_value, read_measurements
 from ..artifacts.upgrade import ConceptRecord, ModelRecord, Results, RunRecord, read_json

@@ -8,7 +8,8 @@ facts).
 import shutil
 from typing import Any
 
-from ...artifacts.events import Events, gather_events
+from ...artifacts.event_log import gather_events
+from ...artifacts.events import Events
 from ...editing.errors import ExciseError
 from ..jobs.engines import Engine
 from ..jobs.job import Job

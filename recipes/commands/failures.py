@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...artifacts.upgrade import RENAMED_SETTINGS
 from ...editing.errors import ExciseError
 from .. import RECIPES
 
@@ -89,6 +88,9 @@ def _unknown_option(error: Any, arguments: Sequence[str]) -> str:
 
     option = str(error.option_name)
     key = option.lstrip("-").removeprefix("no-").replace("-", "_")
+    # Here and not above: it brings pydantic, which a command that works has no use for.
+    from ...artifacts.upgrade import RENAMED_SETTINGS
+
     name = RENAMED_SETTINGS.get(key, key)
     flag = ("--no-" if option.startswith("--no-") else "--") + name.replace("_", "-")
     command = error.ctx.command if error.ctx else None

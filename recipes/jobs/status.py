@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...artifacts.events import LastStage, last_stage
+from ...artifacts.event_log import LastStage, last_stage
 from ...artifacts.files.locks import is_held
 from ...artifacts.runs import run_in
 from ...editing.errors import RequestError

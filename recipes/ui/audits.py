@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ...artifacts.events import read_events
+from ...artifacts.event_log import read_events
 from ...artifacts.reporting.audit_page import HEADLINES
 from ...artifacts.reporting.charts import SERIES
 from ...artifacts.runs import Run

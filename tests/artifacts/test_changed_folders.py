@@ -7,7 +7,8 @@ import shutil
 import pytest
 from excise.artifacts.checkpoints.edits import load_edit, save_edit
 from excise.artifacts.checkpoints.read import open_checkpoint
-from excise.artifacts.events import Events, read_events
+from excise.artifacts.event_log import read_events
+from excise.artifacts.events import Events
 from excise.artifacts.models.load import load_tokenizer
 from excise.artifacts.models.source import ModelSource
 from excise.artifacts.runs import find_runs

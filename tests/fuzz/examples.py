@@ -17,7 +17,7 @@ from excise.artifacts.checkpoints.manifest import verify_folder
 from excise.artifacts.checkpoints.read import check_finite, open_checkpoint
 from excise.artifacts.checkpoints.sae import FORMATS, load_latents
 from excise.artifacts.concepts import BUILTIN, load_concept
-from excise.artifacts.events import read_events
+from excise.artifacts.event_log import read_events
 from excise.artifacts.files.opened import OF_A_CHECKPOINT, sha256_of
 from excise.artifacts.files.written import SEAL, files_in, seal_files, write_sealed
 from excise.artifacts.models.find import find_model

@@ -6,7 +6,8 @@ import sys
 import time
 
 import pytest
-from excise.artifacts.events import Events, gather_events, last_stage
+from excise.artifacts.event_log import gather_events, last_stage
+from excise.artifacts.events import Events
 from excise.artifacts.files.locks import Lock, is_held
 from excise.editing.errors import RequestError
 from excise.recipes.jobs import watch as watching
