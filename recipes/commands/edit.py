@@ -110,8 +110,7 @@ def apply(
     # A strength is looked for on the weights themselves.
     with outlines(dry_run and kl_budget is None):
         prepared = recipe.prepare(edit, base, out)
-        if dry_run and kl_budget is None:
-            return say_plan(recipe.describe(prepared), as_json)
+        plan = recipe.describe(prepared) if dry_run else {}
     if kl_budget is not None:
         from .. import apply_budget
         from ..common.kl_budget import Budget
@@ -121,7 +120,7 @@ def apply(
         pack = apply_budget.prepare(prepared, budget, concept)
         prepared = prepared if dry_run else apply_budget.fitted(prepared, budget, pack, events)
     if dry_run:
-        return say_plan(recipe.describe(prepared), as_json)
+        return say_plan(plan, as_json)
     export = recipe.run(prepared, events)
     summary = recipe.summary(export, out) | recipe.strength_of(prepared)
     if as_json:

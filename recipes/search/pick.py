@@ -16,14 +16,7 @@ def settings_of_trial(folder: Path, number: int, storage: str | None = None) -> 
     """
     check_optuna()
     request = recorded(folder, storage)
-    study = Study(
-        request.storage,
-        request.space,
-        request.rules.objectives,
-        request.rules.guards,
-        request.base.seed,
-        request.trials,
-    )
+    study = Study.of(request)
     done = study.done()
     found = {one.number: one for one in done}
     if number not in found or found[number].state != "complete":

@@ -45,14 +45,7 @@ def run(request: Request, events: Events, told: Told = lambda *_: None) -> Searc
     Raises:
         RequestError: The storage cannot be opened, or a trial's settings cannot work.
     """
-    study = Study(
-        request.storage,
-        request.space,
-        request.rules.objectives,
-        request.rules.guards,
-        request.base.seed,
-        request.trials,
-    )
+    study = Study.of(request)
     study.redo_what_was_killed()
     done = study.done()
     if len(done) < request.trials:

@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...editing.errors import RequestError, one_line
 from ..common.search_space import Dimension, Space
+from ..jobs.local import is_alive
 from .figures import Guard, Objective, front
+
+if TYPE_CHECKING:
+    from .request import Request
 
 NAME = "excise"
 GONE_AFTER = 3600.0
@@ -43,6 +47,12 @@ class Done:
 class Study:
     """Asks for trials and remembers them."""
 
+    @classmethod
+    def of(cls, request: "Request") -> "Study":
+        """The study of a search; see ``__init__`` for what it raises."""
+        rules = request.rules
+        return cls(request.storage, request.space, rules.objectives, rules.guards, request.base.seed, request.trials)
+
     def __init__(
         self, url: str, space: Space, objectives: Sequence[Objective], guards: Sequence[Guard], seed: int, trials: int
     ):
@@ -62,8 +72,7 @@ class Study:
             self.study = optuna.create_study(
                 storage=url, sampler=self._sampler(0), study_name=NAME, directions=ways, load_if_exists=True
             )
-        # What a database's driver raises is its own.
-        except (ImportError, Exception) as error:
+        except Exception as error:  # what a database's driver raises is its own
             raise RequestError(
                 f"the storage {without_password(url)} cannot be opened ({one_line(error)}); give a URL that SQLAlchemy reads,"
                 " such as sqlite:////ABSOLUTE/PATH.db or postgresql://USER@HOST/NAME, and install its driver"
@@ -160,18 +169,8 @@ def _is_gone(trial: Any) -> bool:
     """Whether nobody is at a trial any more."""
     host, process = trial.user_attrs.get("worker", ["", 0])
     if host == socket.gethostname():
-        return process == os.getpid() or not _lives(int(process))
+        return process == os.getpid() or not is_alive(int(process))
     return time.time() - float(trial.user_attrs.get("seen", 0.0)) > GONE_AFTER
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _done(trial: Any) -> Done:

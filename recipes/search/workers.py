@@ -35,14 +35,7 @@ def run(request: Request, engine: Engine, workers: int) -> SearchResults:
         RequestError: A worker failed; its log is named.
     """
     # Made here, so that workers do not make it twice.
-    study = Study(
-        request.storage,
-        request.space,
-        request.rules.objectives,
-        request.rules.guards,
-        request.base.seed,
-        request.trials,
-    )
+    study = Study.of(request)
     command = ("search", "--worker", str(request.folder.absolute()), "--trials", str(request.trials))
     # Workers of an earlier call with fewer trials are other jobs.
     folder = request.folder / f"workers-{request.trials}"
