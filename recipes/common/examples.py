@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...editing.errors import EditError
 from ...editing.modules import final_hidden, unembedding
 from ...editing.training.soft_targets import SoftTargets, soft_divergence
 from ...eval.inference.likelihood import pad_right
@@ -64,7 +65,16 @@ T = TypeVar("T")
 
 
 def cycled(rows: Sequence[T], count: int, rng: random.Random) -> list[T]:
-    """``count`` rows: all of them in a shuffled order, again and again."""
+    """``count`` rows: all of them in a shuffled order, again and again.
+
+    Raises:
+        EditError: There is no row.
+    """
+    if not rows:
+        raise EditError(
+            "no sequence is left to train on: all are shorter than two tokens, or end within their question; give longer"
+            " texts"
+        )
     order: list[T] = []
     while len(order) < count:
         order += rng.sample(list(rows), k=len(rows))

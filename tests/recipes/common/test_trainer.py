@@ -1,13 +1,14 @@
 """The one trainer: accumulation, refusals, and going on after a kill."""
 
+import random
 import weakref
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
-from excise.editing.errors import ExciseError, RequestError
-from excise.recipes.common.examples import FORWARD, split_by_length
+from excise.editing.errors import EditError, ExciseError, RequestError
+from excise.recipes.common.examples import FORWARD, cycled, split_by_length
 from excise.recipes.common.step_parts import add_shares
 from excise.recipes.common.trainer import LAST_GOOD, Group, Schedule, _StepCallback, fit, precision
 from excise.recipes.elm.batches import TERMS, arrange, collate, part_size, sequence_loss
@@ -298,3 +299,9 @@ def test_weights_in_float16_train_with_a_scaled_loss_on_cuda_alone(device, half,
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=False: True)
     chosen = precision(torch.device(device), half)
     assert (chosen["fp16"], chosen["bf16"]) == expected
+
+
+def test_nothing_to_train_on_is_an_error_and_not_an_endless_search_for_rows():
+    with pytest.raises(EditError, match="no sequence is left to train on"):
+        cycled([], 4, random.Random(0))
+    assert sorted(cycled([1, 2], 4, random.Random(0))) == [1, 1, 2, 2]
