@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,6 +29,17 @@ from .run_folder import free_folder, refuse_taken
 
 class MeasuredSettings(BudgetSettings):
     """Settings of every recipe that measures what its edit did."""
+
+    flags: ClassVar[tuple[str, ...] | None] = (
+        "model",
+        "concept",
+        "budget",
+        "kl_budget",
+        "seed",
+        "device",
+        "dtype",
+        "out",
+    )
 
     max_new_tokens: int = Field(24, ge=1, le=4096)
     """Longest reply to measure, in tokens (greedy decoding). More take longer."""

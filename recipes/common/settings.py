@@ -4,7 +4,7 @@ import types
 import typing
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -23,6 +23,8 @@ LARGEST = 2**31 - 1
 class Settings(BaseModel):
     """Base of all recipe settings: unknown keys are errors, a docstring under a field is its help."""
 
+    flags: ClassVar[tuple[str, ...] | None] = None
+    """Settings that have a flag of their own in the command; the others are given by ``--set``. None: all have one."""
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
@@ -165,7 +167,9 @@ def _explain(detail: Any, kind: type[BaseModel], places: dict[str, str]) -> str:
     key = str(detail["loc"][0]) if detail["loc"] else "settings"
     place = f"{places.get(key, key):.200}"
     if detail["type"] == "missing":
-        return f"{key} is missing; give --{key.replace('_', '-')}, or write it into the --config file"
+        flags = getattr(kind, "flags", None)
+        flag = f"--{key.replace('_', '-')}" if flags is None or key in flags else f"--set {key}=VALUE"
+        return f"{key} is missing; give {flag}, or write it into the --config file"
     if detail["type"] == "extra_forbidden":
         if RENAMED_SETTINGS.get(key) in kind.model_fields:
             return (

@@ -1,5 +1,6 @@
 """Noise and distillation: the student's start is the published formula, and what it learns is what it is shown."""
 
+import inspect
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.editing.edits.dense import weights_trained
 from excise.editing.errors import RequestError
+from excise.recipes.commands import edit
 from excise.recipes.common.learned_edit import start
 from excise.recipes.distill.recipe import DistillSettings, _training, damage, prepare
 from excise.recipes.distill.rows import beginnings, rows_to_read
@@ -165,3 +167,9 @@ def _assistant(tokenizer):
     """The last token of what a chat template puts before a reply."""
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True)
     return {(chat if isinstance(chat, list) else chat["input_ids"])[-1]}
+
+
+def test_a_run_without_a_teacher_is_told_what_to_type():
+    done = excise("run", "distill")
+    assert done.returncode == 2 and "teacher is missing; give --set teacher=VALUE" in done.stderr
+    assert set(DistillSettings.flags) <= set(inspect.signature(edit.run).parameters)
