@@ -90,6 +90,7 @@ def _training(job: DistillJob, loaded: LoadedModel, events: Events, _: Path) -> 
     return DistillTraining(job, base, sequences)
 
 
+@torch.no_grad()
 def _read(
     model: Any, rows: Sequence[Row], *, stored: int, term: str, weight: float, stage: Stage
 ) -> list[TrainingSequence]:

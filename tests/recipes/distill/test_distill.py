@@ -83,6 +83,7 @@ def test_each_sequence_is_learned_as_the_model_that_is_named_predicts_it(teacher
             with torch.no_grad():
                 log_p = model(input_ids=torch.tensor([one.ids])).logits[0].double().log_softmax(-1)
                 others = None if other is None else other(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(-1)
+            assert not one.targets.log_p.requires_grad, "a target would hold the logits that it was made of"
             for place, (ids, values) in enumerate(zip(one.targets.ids, one.targets.log_p, strict=True)):
                 largest = sorted(range(log_p.shape[-1]), key=lambda token: -float(log_p[place, token]))[:16]
                 assert set(ids.tolist()) == set(largest)
