@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files.opened import Unreadable, sha256_of
+from ..files.opened import Unreadable, sum_of_input
 from ..files.tensors import load_safetensors
 
 BUDGET = 4 * 2**30
@@ -103,21 +102,10 @@ class TensorCache:
         return sum(p.stat().st_size for p, time in zip(files, times, strict=True) if times[0] - time < TOGETHER)
 
 
-def _state(path: Path) -> tuple[int, int]:
-    state = path.stat()
-    return state.st_size, state.st_mtime_ns
-
-
-@cache
-def _sum_of(path: Path, size: int, time: int) -> str:
-    """Of a file's content, read once a process as long as size and time of change are the same."""
-    return sha256_of(path)
-
-
 def scope_of(folder: Path, dtype: torch.dtype, device: torch.device) -> str:
     """A text that identifies a model's outputs: hashes of weights and config, dtype, device and library versions."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    sums = [_sum_of(path, *_state(path)) for path in files]
+    sums = [sum_of_input(path) for path in files]
     # Versions and the processor's instructions decide the last bits of a result.
     versions = (torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability())
     return repr((sums, str(dtype), device.type, versions))

@@ -160,7 +160,10 @@ def text_lines(path: Path, longest: int = MAX_LINE) -> Iterator[tuple[int, str]]
         yield number, line
 
 
-_SUMS: ContextVar[dict[tuple[str, int, int, int], str] | None] = ContextVar("_SUMS", default=None)
+_Version = tuple[str, int, int, int]
+"""A file as it stands: place, inode, size and time of change."""
+_INPUTS: dict[_Version, str] = {}
+_SUMS: ContextVar[dict[_Version, str] | None] = ContextVar("_SUMS", default=None)
 
 
 @contextmanager
@@ -176,13 +179,25 @@ def summed_once() -> Iterator[None]:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     held = _SUMS.get()
-    if held is None or not path.is_file():
-        return _summed(path)
+    return _summed(path) if held is None or not path.is_file() else _remembered(path, held)
+
+
+def sum_of_input(path: Path) -> str:
+    """SHA-256 of a file that this process reads and does not write, such as a base's weights: summed once a process.
+
+    Raises:
+        CheckpointError: It is no regular file.
+        OSError: It does not exist, or the system refuses it.
+    """
+    return _remembered(path, _INPUTS)
+
+
+def _remembered(path: Path, held: dict[_Version, str]) -> str:
     about = path.stat()
-    key = (str(path.resolve()), about.st_ino, about.st_size, about.st_mtime_ns)
-    if key not in held:
-        held[key] = _summed(path)
-    return held[key]
+    version = (str(path.resolve()), about.st_ino, about.st_size, about.st_mtime_ns)
+    if version not in held:
+        held[version] = _summed(path)
+    return held[version]
 
 
 def _summed(path: Path) -> str:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from ...artifacts.checkpoints.side_files import SIDE_FILES
-from ...artifacts.files.opened import sha256_of
+from ...artifacts.files.opened import sha256_of, sum_of_input
 from ...artifacts.models.source import ModelSource
 from ...eval.concept import Concept
 from .run_folder import PLACES, RunSettings
@@ -53,7 +53,7 @@ def _of_model(source: ModelSource) -> str:
 
 def _of_folder(folder: Path, patterns: list[str]) -> str:
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    return _digest({path.relative_to(folder).as_posix(): sha256_of(path) for path in files})
+    return _digest({path.relative_to(folder).as_posix(): sum_of_input(path) for path in files})
 
 
 def _digest(content: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """A base is measured once: the next run takes its figures, bit for bit, and nothing else is taken for them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -84,3 +85,28 @@ def test_distributions_come_back_bit_for_bit_and_too_many_are_not_kept(tmp_path,
     less = BaseFigures(TensorCache(tmp_path / "small", "this"))
     less.keep(measured)
     assert less.recall() is None
+
+
+def test_a_runs_weights_are_summed_once_for_its_record_and_its_caches(tmp_path, monkeypatch):
+    """The record of inputs, the base's figures and the teacher's states all go by them, and a large model takes minutes."""
+    from excise.artifacts.checkpoints.tensor_cache import scope_of
+    from excise.artifacts.concepts import load_concept
+    from excise.artifacts.files import opened
+    from excise.artifacts.models.find import find_model
+    from excise.recipes.common.run_inputs import checksums
+    from excise.recipes.unlearning.grad_diff import GradDiffSettings
+
+    shutil.copytree(SMALL_TESTBED, tmp_path / "model")
+    summed, whole = [], opened._summed
+    monkeypatch.setattr(opened, "_summed", lambda file: (summed.append(file.name), whole(file))[1])
+    source = find_model(str(tmp_path / "model"))
+    before = checksums(GradDiffSettings(), {"the base": source}, load_concept("builtin:potions"))
+    scope = scope_of(source.folder, torch.float32, torch.device("cpu"))
+    assert summed.count("model.safetensors") == 1
+    weights = tmp_path / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert checksums(GradDiffSettings(), {"the base": source}, load_concept("builtin:potions")) != before
+    assert scope_of(source.folder, torch.float32, torch.device("cpu")) != scope
+    assert summed.count("model.safetensors") == 2
