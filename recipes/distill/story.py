@@ -6,8 +6,8 @@ from ...artifacts.reporting.sections import Story
 from ..common.story import UNLEARNING_TAGS, tensors_changed, training_section
 
 LIMIT = (
-    "What the edited model still predicted was learned again, and so was what its weights held outside of those that were"
-    " damaged. Only an audit says how much of the concept can be brought back."
+    "What the edited model still predicts was learned again, and weights that were not moved hold what they held before."
+    " Only an audit says how much of the concept can be brought back."
 )
 
 
