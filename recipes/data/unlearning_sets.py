@@ -1,11 +1,12 @@
 """The sequences to forget and to retain that unlearning methods train on."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from ...eval.concept import Concept, ForgetText
 from ..common.examples import Example, spread
-from ..common.tokens import encode, pieces
+from ..common.tokens import Row, encode, pieces
 from .facts import Facts, fact_contexts, question_contexts
 
 
@@ -41,3 +42,18 @@ FORGET_TEXTS = 4000
 """Texts to forget that state no fact, at most; drawn before any is tokenized, because a corpus can be far larger."""
 RETAIN_TEXTS = 2000
 """Retain texts, and questions to retain, at most."""
+
+
+def without_subjects(rows: Sequence[Row], facts: Facts, tokenizer: Any) -> list[Row]:
+    """The token sequences that name no subject to forget: to retain one that does would teach the subject again."""
+    names = defaultdict(set)
+    for fact in facts.facts:
+        # With a space in front and without, because tokenizers give these different tokens.
+        for text in (f" {fact.subject}", fact.subject):
+            name = encode(tokenizer, text, False)
+            names[name[0]].add(name)
+    return [
+        row
+        for row in rows
+        if not any(row[at : at + len(name)] == name for at, first in enumerate(row) for name in names.get(first, ()))
+    ]

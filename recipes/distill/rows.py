@@ -14,7 +14,7 @@ from ...eval.inference.generation import generate
 from ..common.examples import spread
 from ..common.tokens import Row, text_limit
 from ..data.facts import Facts, bare_question
-from ..data.unlearning_sets import forget_examples, retain_examples
+from ..data.unlearning_sets import forget_examples, retain_examples, without_subjects
 from ..elm.replies import CHAT_PROMPTS
 
 WORDS = 4
@@ -62,7 +62,9 @@ def rows_to_read(
         if tokenizer.chat_template:
             asked = {split: _questions(concept, split, seed) for split in ("forget", "others")}
             forget += _written(teacher, tokenizer, asked["forget"], settings, advance, chat=True)
-            kept += _written(base, tokenizer, [*asked["others"], *CHAT_PROMPTS], settings, advance, chat=True)
+            replies = _written(base, tokenizer, [*asked["others"], *CHAT_PROMPTS], settings, advance, chat=True)
+            # The model that replies may know the concept, and speak of it unasked.
+            kept += without_subjects(replies, facts, tokenizer)
     return Rows(*([row for row in dict.fromkeys(rows) if len(row) > 1] for rows in (forget, written, kept)))
 
 

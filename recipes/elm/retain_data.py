@@ -8,6 +8,7 @@ from ...editing.training.soft_targets import SoftTargets
 from ..common.examples import spread
 from ..common.tokens import Row, encode, pieces
 from ..data.facts import bare_question, question_contexts
+from ..data.unlearning_sets import without_subjects
 from .batches import TERMS, TrainingSequence
 from .erasure import Erasure
 from .replies import CHAT_PROMPTS, varied_replies
@@ -25,16 +26,10 @@ class RetainData:
 def retain_sequences(erasure: Erasure) -> RetainData:
     """Sequences that retain the frozen model's distribution; chats that name a subject to forget are left out."""
     kinds = _rows_by_kind(erasure)
-    names = [
-        encode(erasure.tokenizer, text, False)
-        for fact in erasure.facts.facts
-        # With a space in front and without, because tokenizers give these different tokens.
-        for text in (f" {fact.subject}", fact.subject)
-    ]
     clean, skipped = {}, 0
     for kind, rows in kinds.items():
         whole = [row for row in dict.fromkeys(rows) if len(row) > 1]
-        clean[kind] = [row for row in whole if kind != "chats" or not any(_holds(row, name) for name in names)]
+        clean[kind] = without_subjects(whole, erasure.facts, erasure.tokenizer) if kind == "chats" else whole
         skipped += len(whole) - len(clean[kind])
     clean = {kind: rows for kind, rows in clean.items() if rows}
     sequences = {}
@@ -73,7 +68,3 @@ def retain_sequence(erasure: Erasure, row: Row, target: SoftTargets, kinds: int)
     n = len(row)
     weights, terms = torch.full((n,), 1 / (n * kinds)), torch.full((n,), TERMS.index("retain"))
     return TrainingSequence(row, target.largest(1) if erasure.settings.hard_retain else target, weights, terms)
-
-
-def _holds(row: Row, part: Row) -> bool:
-    return any(row[start : start + len(part)] == part for start in range(len(row) - len(part) + 1))

@@ -9,11 +9,14 @@ import torch
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
 from excise.artifacts.models.find import find_model
-from excise.artifacts.models.load import load_model
+from excise.artifacts.models.load import load_model, load_tokenizer
 from excise.editing.edits.dense import weights_trained
 from excise.editing.errors import RequestError
 from excise.recipes.commands import edit
 from excise.recipes.common.learned_edit import start
+from excise.recipes.common.tokens import encode
+from excise.recipes.data.facts import find_facts
+from excise.recipes.data.unlearning_sets import without_subjects
 from excise.recipes.distill.recipe import DistillSettings, _training, damage, prepare
 from excise.recipes.distill.rows import beginnings, rows_to_read
 from helpers import SMALL_TESTBED, excise, with_settings
@@ -162,6 +165,19 @@ def test_models_write_what_is_learned_and_replies_about_the_concept_are_the_edit
             text = model.generate(torch.tensor([row[:start]]), do_sample=False, max_new_tokens=len(row) - start)
             greedy += text[0].tolist() == list(row)
         assert greedy >= 8, "a reply is drawn and another one greedy, and both are this model's"
+
+
+def test_replies_that_name_a_subject_to_forget_are_not_learned_again():
+    """Beside the text of each row, searched for every name."""
+    concept = load_concept("builtin:potions")
+    tokenizer, facts = load_tokenizer(find_model(SMALL_TESTBED)), find_facts(concept)
+    subjects = sorted({fact.subject for fact in facts.facts})
+    texts = [text.text for text in concept.retain[:20]]
+    named = [pattern.format(subject) for subject in subjects[:10] for pattern in ("{} is rare", "Ask about {}.")]
+    rows = [encode(tokenizer, text, True) for text in [*texts, *named]]
+    left = without_subjects(rows, facts, tokenizer)
+    assert left == [row for row in rows if not any(name in tokenizer.decode(row) for name in subjects)]
+    assert 0 < len(left) <= len(texts), "something to leave out, and something to keep"
 
 
 def _assistant(tokenizer):
