@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .recipes.looks import compare as compare
     from .recipes.looks import diff as diff
     from .recipes.looks import inspect as inspect
+    from .recipes.looks import localize as localize
     from .recipes.looks import verify as verify
     from .recipes.relearning_monitor import RelearningMonitor as RelearningMonitor
     from .recipes.suites.figures import SuiteTable as SuiteTable
@@ -76,6 +77,7 @@ _HOMES = {
     "load_concept": "artifacts.concepts",
     "load_model": "recipes.api",
     "load_run": "recipes.api",
+    "localize": "recipes.looks",
     "make_concept": "recipes.concept.api",
     "orthogonalize": "recipes.in_memory",
     "run": "recipes.api",

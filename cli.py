@@ -70,6 +70,7 @@ COMMANDS: dict[str, tuple[str, Any, str]] = {
     "diff": ("Look", look.diff, "Example: excise diff builtin:testbed runs/elm-1"),
     "inspect": ("Look", look.inspect,
         "Example: excise inspect runs/caft-1 --model builtin:testbed --concept builtin:shortcut"),
+    "localize": ("Look", look.localize, "Example: excise localize builtin:testbed --concept builtin:potions"),
     "architecture": ("Look", look.architecture, "Example: excise architecture Qwen/Qwen3-8B, or a folder with a config.json"),
     "ui": ("Look", look.ui, "Example: excise ui runs, then open the address that it prints"),
     "verify": ("Publish", publish.verify, "Example: excise verify runs/elm-1"),

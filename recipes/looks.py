@@ -10,10 +10,12 @@ from ..artifacts.reporting.outcomes import Run
 from . import compare as compare_recipe
 from . import diff as diff_recipe
 from . import inspect as inspect_recipe
+from . import localize as localize_recipe
 from .common.calls import events_for
 from .compare import Line
 from .diff import Difference
 from .inspect import Looked
+from .localize import Localized
 
 
 def diff(
@@ -135,6 +137,56 @@ def inspect(
             top=top,
             score=score,
         )
+
+
+def localize(
+    model: str | Path | Run,
+    concept: str | Path,
+    out: str | Path | None = None,
+    *,
+    facts: int = localize_recipe.FACTS,
+    checked: int = localize_recipe.CHECKED,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: bool = True,
+) -> Localized:
+    """Find in which layers a model computes a concept's facts, as ``excise localize`` does.
+
+    Args:
+        model: A model on disk.
+        concept: A knowledge pack; its facts are recovered from texts and questions.
+        out: Folder for ``localize.json`` and ``localize.svg``; none by default.
+        facts: Facts to trace, at most.
+        checked: Facts on which the estimates are checked by exact patching.
+        seed: Draws facts, and the subjects that they are compared with.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        progress: Show progress, where the error stream is a terminal.
+
+    Returns:
+        Each site's effect with its interval: a share of the right answer, 0 to 1.
+
+    Raises:
+        RequestError: ``out`` exists, the pack states no facts, or fewer than five can be traced.
+
+    Source:
+        Meng et al. 2022 (causal tracing); Zhang and Nanda 2023 (replaced subjects); Nanda 2023 (attribution patching).
+
+    Example:
+        >>> import excise
+        >>> found = excise.localize("builtin:testbed", "builtin:potions", checked=0)  # doctest: +SKIP
+        >>> found.window  # doctest: +SKIP
+        (0, 6)
+    """
+    if out is not None:
+        refuse_existing(Path(out))
+    with quiet_libraries():
+        job = localize_recipe.prepare(_place(model), str(concept), facts=facts, checked=checked, seed=seed)
+        found = localize_recipe.run(job, events_for(progress), device, dtype)
+    if out is not None:
+        localize_recipe.write(found, Path(out))
+    return found
 
 
 def verify(folder: str | Path | Run, key: str | Path | None = None) -> int:

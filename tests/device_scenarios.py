@@ -31,6 +31,7 @@ from excise.editing.numerics.cpu_attention import attention
 from excise.editing.numerics.moments import Moments
 from excise.editing.training import adapters, parallel_adapters, soft_targets
 from excise.editing.training.edited_target import TargetEdit
+from excise.eval import localization
 from excise.eval.inference import candidates, generation, kept, likelihood, token_statistics
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
 from excise.eval.measurements import MEASUREMENTS, behaviour
@@ -398,6 +399,20 @@ def inference(place: Placed) -> Result:
     return [], [[reply.ids for reply in replies], nats, [(one.log_p, one.mean) for one in read], asked, log_p]
 
 
+def localized(place: Placed) -> Result:
+    """Which pairs a model knows, and the effects of its sites."""
+    model, row, _ = _model(place)
+    pair = localization.Pair((5, 9, 7, 3), (5, 8, 7, 3), (1, 2), 4, 6, "one")
+    pairs = [pair, replace(pair, answer=6, other=4, name="two")]
+    effects = [
+        *localization.attribution(model, row, pairs[:1]),
+        *localization.exact(model, row, pairs[:1]),
+        *localization.exact(model, row, pairs[:1], remove=True),
+    ]
+    ranked = localization.rank_correlation(*[[effect.value for effect in effects]] * 2)
+    return [], [[effect.value for effect in effects], localization.known(model, pairs), ranked]
+
+
 def searched(place: Placed) -> Result:
     """Candidate directions by both probes."""
     model, tokenizer = _loaded(place)
@@ -423,7 +438,7 @@ SCENARIOS: dict[str, Callable[[Placed], Result]] = {
     function.__name__: function
     for function in (
         targets, statistics, streams, ablation, units, edits, rounding, whole_weights, low_rank, attackers, products,
-        measurements, suites, inference, searched,
+        measurements, suites, inference, localized, searched,
     )
 }  # fmt: skip
 

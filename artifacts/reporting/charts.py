@@ -146,6 +146,21 @@ def watched(looks: Sequence[dict[str, Any]], chance: float) -> Any:
     return figure
 
 
+def localized(grids: Mapping[str, Sequence[Sequence[float | None]]], columns: Sequence[str]) -> Any:
+    """Layers by sites, one heat map a figure; blue restores or is needed, red pushes the other way."""
+    layers = max(map(len, grids.values()))
+    size = (1.2 + 0.42 * len(columns) * len(grids), 1.8 + 0.2 * layers)
+    figure, panels = _panels(1, len(grids), size)
+    for axes, (name, grid) in zip(panels, grids.items(), strict=True):
+        _label(axes, "", "layer", title=name)
+        values = [[math.nan if value is None else value for value in row] for row in grid]
+        image = axes.imshow(values, aspect="auto", origin="lower", cmap="RdBu", vmin=-1, vmax=1)
+        axes.set_xticks(range(len(columns)), columns, rotation=90)
+        axes.set_yticks(range(0, layers, -(-layers // 16)))
+    figure.colorbar(image, ax=panels, label="share of the answer")
+    return figure
+
+
 def svg(figure: Any, label: str) -> Markup:
     """A figure for a page: text stays text, ink and series follow the page's colours."""
     text = _svg(figure, label, transparent=True)

@@ -1,4 +1,5 @@
-"""Commands that look at models and at what excise has: list, architecture, chat, card, report, inspect, diff and ui."""
+"""Commands that look at models and at what excise has: list, architecture, chat, card, report, inspect,
+localize, diff and ui."""
 
 import sys
 from pathlib import Path
@@ -178,6 +179,47 @@ def inspect(
         else "directions_file=FILE --set pick="
     )
     say("\n" + next_steps([f"excise run caft --set {keys}[...]"]))
+
+
+def localize(
+    model: Annotated[str, typer.Argument(help=f"Model to look into: {ANY_MODEL}.")],
+    concept: Annotated[str, typer.Option(help="Knowledge pack whose facts are traced: builtin:NAME or a folder.")],
+    facts: Annotated[int, typer.Option(min=5, help="Trace at most this many facts.")] = 128,
+    checked: Annotated[
+        int, typer.Option(min=0, help="Check the estimates by exact patching on this many facts; slow for deep models.")
+    ] = 16,
+    seed: Annotated[int, typer.Option(help="Seed that draws facts and the subjects they are compared with.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder to write localize.json and localize.svg into.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show in which layers a model computes a concept's facts.
+
+    Each site's activation is put from a prompt into the same prompt about another subject (activation patching); the
+    share of the right answer that comes back is the site's effect.
+    """
+    from dataclasses import asdict
+
+    from ...artifacts.checkpoints.staging import refuse_existing
+    from ...artifacts.reporting.terminal import next_steps, paths, terminal_width
+    from .. import localize as recipe
+    from . import shown
+
+    if out:
+        refuse_existing(out)
+    settle()
+    job = recipe.prepare(model, concept, facts=facts, checked=checked, seed=seed)
+    found = recipe.run(job, Events(watcher=watcher()), device, dtype)
+    if out:
+        recipe.write(found, out)
+    if as_json:
+        return say_json(asdict(found))
+    say(shown.localization(found, terminal_width()))
+    if out:
+        say("\n" + paths({"table": out / "localize.json", "heat map": out / "localize.svg"}))
+    first, last = found.window
+    say("\n" + next_steps([f"excise run elm --model {model} --concept {concept} --set layers={first}-{last}"]))
 
 
 def diff(

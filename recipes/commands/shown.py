@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..compare import Line
     from ..diff import Difference
     from ..inspect import Looked
+    from ..localize import Localized
     from ..reproduce import Reproduced
 
 SHOWN_ROWS = 12
@@ -121,6 +122,25 @@ def audit_end(results: dict[str, Any], width: int | None) -> str:
         reused = f"curves of {', '.join(results['reused'])} come from an earlier audit; --fresh computes them again"
         parts.append(bullets([reused], width))
     return "\n".join(parts)
+
+
+def localization(found: Localized, width: int | None) -> str:
+    """Where facts are computed: sentences, then effects layer by layer, exact ones where there are any."""
+    from ..localize import grids, sentences
+
+    shares, columns = grids(found)
+    parts = list(dict.fromkeys(column.rsplit(" ", 1)[0] for column in columns))
+    rows = [
+        [str(layer), *(" ".join(map(_share, row[place : place + 3])) for place in range(0, len(columns), 3))]
+        for layer, row in enumerate(shares.get("restored") or shares["estimated"])
+    ]
+    return "\n".join(
+        [bullets(sentences(found), width), "", aligned(["layer", *(f"{part} s b l" for part in parts)], rows, width)]
+    )
+
+
+def _share(value: float | None) -> str:
+    return "    –" if value is None else f"{round(value, 2) + 0.0:5.2f}"
 
 
 def difference(comparison: Difference, most: int, width: int | None) -> str:
