@@ -224,13 +224,13 @@ def pairs_of(facts: Facts, tokenizer: Any, seed: int, most: int) -> tuple[list[P
     rng = random.Random(f"excise localize {seed}")
     asked: dict[Fact, Context] = {}
     for kind in ("texts", "questions"):
-        for context in fact_contexts(facts, kind, seed):  # type: ignore[arg-type]
+        for context in fact_contexts(facts, kind, seed):
             assert context.fact is not None
             asked.setdefault(context.fact, context)
     by_relation: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts.facts:
         by_relation[fact.relation].append(fact)
-    pairs, alone = [], 0
+    pairs, alone = list[Pair](), 0
     for fact in spread(list(asked), len(asked), f"excise localize {seed}"):
         if len(pairs) == most:
             break
