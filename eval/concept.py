@@ -308,6 +308,11 @@ class Concept:
             raise ConceptError(f"{recipe} needs {files}, which concept {self.ref} does not have; add {to_add}")
 
 
+FILES = (
+    "forget", "retain", "questions", "open_questions", "prompts", "contrast", "train", "passages", "shots", "unseen",
+    "members",
+)  # fmt: skip
+"""Fields of a pack that hold the rows of a file each."""
 _TO_ADD = {
     "forget": "forget.jsonl with texts on the concept, or forget questions of group T to make texts of",
     "retain": "retain.jsonl with texts on other things, or retain or neighbour questions of group T to make texts of",

@@ -17,7 +17,16 @@ from excise.recipes.chat import recorded_base
 from excise.recipes.commands.failures import Interrupted, explained, interruptible
 from excise.recipes.commands.help import PANELS
 from excise.recipes.commands.lists import KINDS
-from helpers import SMALL_TESTBED, excise, in_fresh_process, publish, publish_small, random_edit, with_settings
+from helpers import (
+    SMALL_TESTBED,
+    excise,
+    in_fresh_process,
+    publish,
+    publish_small,
+    random_edit,
+    run_on_knowledge,
+    with_settings,
+)
 from safetensors import SafetensorError
 
 
@@ -240,17 +249,7 @@ def test_commands_that_train_nothing_wait_for_no_trainer(tmp_path):
         ["push", run, "me/mine", "--dry-run"],
         ["pull", "me/mine", "--out", tmp_path / "pulled"],
     ]
-    code = (
-        "import json, sys; from contextlib import redirect_stdout; from excise.cli import main\n"
-        "codes = []\n"
-        "with redirect_stdout(sys.stderr):\n"
-        "    for sys.argv in json.loads(sys.argv[1]):\n"
-        "        try: codes.append(main() or 0)\n"
-        "        except SystemExit as stop: codes.append(stop.code or 0)\n"
-        "print(json.dumps([codes, [*sys.modules]]))"
-    )
-    words = json.dumps([["excise", *map(str, command)] for command in commands])
-    codes, modules = in_fresh_process(code, words, cold=True)
+    codes, modules = _one_after_the_other(commands)
     # All did their work, but for the pull, which finds no Hub.
     assert codes == [0, 0, 0, 0, 2] and {"torch", "huggingface_hub"} <= set(modules)
     assert not set(modules) & {"transformers.trainer", "transformers.modeling_utils", "peft", "datasets"}
@@ -272,3 +271,37 @@ def test_the_base_of_a_local_model_has_to_be_given(tmp_path):
     (tmp_path / "excise" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RequestError, match="was the local model mine; give its folder with --base"):
         recorded_base(tmp_path)
+
+
+def test_commands_that_only_read_records_load_no_torch(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for place in (run, other):
+        run_on_knowledge(place)
+    commands = [
+        ["card", run],
+        ["report", run, "--out", tmp_path / "report.html"],
+        ["watch", run],
+        ["compare", run, other],
+        ["concept", "show", "builtin:potions"],
+        ["concept", "new", tmp_path / "pack"],
+        ["list", "elm"],
+    ]
+    codes, modules = _one_after_the_other(commands)
+    assert codes == [0] * len(commands)
+    assert not set(modules) & {"torch", "transformers", "peft", "datasets"}
+
+
+def _one_after_the_other(commands):
+    """Exit codes of commands in one process, and all modules that they loaded."""
+    code = (
+        "import json, sys; from contextlib import redirect_stdout; from excise.cli import main\n"
+        "codes = []\n"
+        "with redirect_stdout(sys.stderr):\n"
+        "    for sys.argv in json.loads(sys.argv[1]):\n"
+        "        try: codes.append(main() or 0)\n"
+        "        except SystemExit as stop: codes.append(stop.code or 0)\n"
+        "print(json.dumps([codes, [*sys.modules]]))"
+    )
+    words = json.dumps([["excise", *map(str, command)] for command in commands])
+    codes, modules = in_fresh_process(code, words, cold=True)
+    return codes, modules

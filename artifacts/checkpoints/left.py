@@ -1,10 +1,15 @@
 """What an edit of the language model leaves as it is: other towers, and tensors that transformers does not load."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from ...editing.architectures import architecture_of, layer_count
 from ...editing.wiring.row import left_alone
-from .read import Checkpoint
+
+if TYPE_CHECKING:
+    # The name of a type alone: cards say what was left alone, and need no torch for it.
+    from .read import Checkpoint
 
 TOWERS = {"vision_config": "images", "audio_config": "sound"}
 

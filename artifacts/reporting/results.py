@@ -1,15 +1,16 @@
 """``eval.json`` and the one table that terminal, card and report all show."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...editing.errors import counted
 from ...eval.concept import Concept
-from ...eval.inference.generation import Reply
 from ...eval.intervals import Z, holm
 from ...eval.measurements import BY_LAYER, MEASUREMENTS, SPLITS, OnSplit, label_of, place_of
 from ...eval.ratios import FEWEST_SUBJECTS
@@ -17,6 +18,10 @@ from ...eval.statistics import Measurement, Scores, summarize
 from ..checkpoints.manifest import FOLDER
 from ..upgrade import SCHEMA_VERSION
 from .sections import Story, measurement_from
+
+if TYPE_CHECKING:
+    # The name of a type alone: at run time it would bring torch, which showing results does not need.
+    from ...eval.inference.generation import Reply
 
 RESULTS = f"{FOLDER}/eval.json"
 INTERVALS = (

@@ -19,7 +19,7 @@ from ...artifacts.models.load import load_tokenizer
 from ...artifacts.models.source import ModelSource
 from ...artifacts.reporting.terminal import aligned, bullets, terminal_width
 from ...editing.errors import ExciseError, counted, one_line
-from ...eval.concept import Concept, Prompt
+from ...eval.concept import FILES, Concept, Prompt
 from ...eval.inference.encoding import encode
 from ...eval.measurements import MEASUREMENTS
 from ...eval.measurements.table import function_of
@@ -35,10 +35,6 @@ from .cost import Cost, estimated, in_words, rate_here
 STANDS_IN, STANDS_IN_EDITED = "builtin:testbed", "builtin:testbed-reference"
 """Models by which a pack is checked where none is named: checks read the pack and the configuration alone."""
 Answer = Literal["runs", "runs with less", "does not run"]
-FILES = (
-    "forget", "retain", "questions", "open_questions", "prompts", "contrast", "train", "passages", "shots", "unseen",
-    "members",
-)  # fmt: skip
 MOST_COUNTED = 400_000
 """Tokens of a text file that are counted, at most; more are estimated from these."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...artifacts.concepts import load_concept
 from ...editing.errors import counted
-from .check import FILES
+from ...eval.concept import FILES
 
 ROWS = 2
 """Rows of a file that are shown."""
