@@ -14,7 +14,12 @@ from torch import Tensor
 from ...artifacts.checkpoints.side_files import write_for_older_readers
 from ...artifacts.checkpoints.staging import staged_folder
 from ...artifacts.events import Events
+from ...artifacts.files.opened import Telling, read_text
+from ...artifacts.files.written import write_whole
+from ...artifacts.models.find import find_model
+from ...artifacts.models.load import load_tokenizer, load_weights
 from ...editing.architectures import architecture_of
+from ...editing.errors import RequestError
 from ...editing.wiring.row import Architecture
 from ...eval.inference.chat import render_messages
 from ...eval.inference.encoding import encode
@@ -33,7 +38,10 @@ CONTEXT = 128
 
 @dataclass(frozen=True)
 class TestbedSettings:
-    """Sizes for a machine with two cores. Models of four seeds answer at least 99% of each split of 8-way questions."""
+    """Sizes for a machine with two cores. Models of four seeds answer at least 99% of each split of 8-way questions.
+
+    ``SMALL`` is for many worlds.
+    """
 
     seed: int = 0
     steps: int = 800
@@ -47,26 +55,79 @@ class TestbedSettings:
     neurons: int = 512
     reference: bool = True
     """Also train the reference model, which never reads about the forget domain."""
+    entities: world.WorldSize = world.FULL
+    """How much there is to know."""
+    planted: bool = True
+    """Make one direction decide whether the model declines (``planted_direction.py``); half of the training is for it."""
+    start: Path | None = None
+    """Model to start from, in place of random weights; then widths and layers are its own."""
+    training_seed: int = 0
+    """Another one trains another model of the same world: the texts in another order, and other random weights."""
+
+
+SMALL = TestbedSettings(
+    steps=400,
+    batch_size=8,
+    learning_rate=1.5e-3,
+    width=128,
+    layers=4,
+    heads=4,
+    neurons=384,
+    entities=world.SMALL,
+    planted=False,
+    start=Path(__file__).parent / "start",
+)
+"""A world in minutes, so that many can be built: 512 facts in place of 800, and a quarter of the parameters.
+
+Both models start from a small reference model of the world of seed 0, which speaks the world's language, declines rude
+requests, and never read about the forget domain. So only the facts are left to learn.
+"""
+SIZES = {"full": TestbedSettings(), "small": SMALL}
+SETTINGS = ".settings"
+TRAINING_SEEDS = 1_000_003
+"""Distance between the training seeds of one world: no two worlds share one."""
 
 
 def build_testbed(settings: TestbedSettings, out: Path, events: Events) -> None:
     """Write ``out/testbed``, ``out/testbed-reference`` and ``out/concepts``; after a kill, a rerun continues.
 
     Raises:
-        RequestError: ``out`` exists, or another process is writing it.
+        RequestError: ``out`` exists, another process is writing it, or an unfinished build of other settings is there.
     """
-    made = world.make_world(settings.seed)
+    made = world.make_world(settings.seed, settings.entities)
     with staged_folder(out, resumable=True) as staging:
-        tokenizer = train_tokenizer(made)
+        _same_settings(staging, settings)
+        tokenizer = world_tokenizer(settings)
         subjects = [("testbed", None)] + ([("testbed-reference", made.forget)] if settings.reference else [])
         for name, without in subjects:
             if not (staging / name).exists():
-                _train(settings, made, tokenizer, without, staging / name, staging / f".{name}-training", events)
+                train_model(settings, tokenizer, staging / name, events, without=without)
         if not (staging / "concepts").exists():
             packs.write_packs(made, staging / ".concepts")
             (staging / ".concepts").rename(staging / "concepts")
-        for name, _ in subjects:
-            shutil.rmtree(staging / f".{name}-training", ignore_errors=True)
+        (staging / SETTINGS).unlink()
+
+
+def _same_settings(staging: Path, settings: TestbedSettings) -> None:
+    """Without this, a rerun with another seed would finish one world's model with another world's packs."""
+    record, text = staging / SETTINGS, repr(settings)
+    if not record.exists() and not any(staging.iterdir()):
+        write_whole(record, text)
+    advice = f"remove {staging}, or give another --out"
+    with Telling(RequestError, advice).about(record):
+        unfinished = read_text(record)
+    if unfinished != text:
+        raise RequestError(
+            f"{staging} holds an unfinished build of other settings; repeat its seed, size and steps to continue,"
+            f" {advice}"
+        )
+
+
+def world_tokenizer(settings: TestbedSettings) -> Any:
+    """The tokenizer of a world's models: trained on its texts, or that of the model that they start from."""
+    if settings.start:
+        return load_tokenizer(find_model(str(settings.start)))
+    return train_tokenizer(world.make_world(settings.seed, settings.entities))
 
 
 def train_tokenizer(made: world.World) -> Any:
@@ -91,19 +152,50 @@ def train_tokenizer(made: world.World) -> Any:
     return fast
 
 
-def _train(
-    settings: TestbedSettings,
-    made: world.World,
-    tokenizer: Any,
-    without: str | None,
-    folder: Path,
-    scratch: Path,
-    events: Events,
+def train_model(
+    settings: TestbedSettings, tokenizer: Any, folder: Path, events: Events, *, without: str | None = None
 ) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+    """Train one model of a world and write it to ``folder``; after a kill, a rerun continues.
 
-    set_seed(settings.seed)
-    model: Any = LlamaForCausalLM(
+    Args:
+        tokenizer: That of the world; see ``train_tokenizer``.
+        without: Domain that the model never reads about.
+    """
+    from transformers import set_seed
+
+    made = world.make_world(settings.seed, settings.entities)
+    set_seed(settings.seed + TRAINING_SEEDS * settings.training_seed)
+    model = _new_model(settings, tokenizer)
+    row = architecture_of(model.config.to_dict())
+    scratch = folder.with_name(f".{folder.name}-training")
+    loss = _fixed_loss(row, planted_direction(settings.seed, settings.width)) if settings.planted else _plain_loss
+    count = settings.steps * settings.batch_size
+    with events.stage(f"train {folder.name}", settings.steps) as stage:
+        rows = list(islice(_rows(made, tokenizer, without, FIXED, settings.planted), count))
+        fit(model, rows, stage, scratch / "fixed", loss, _schedule(settings))
+    if settings.planted:
+        with events.stage(f"settle {folder.name}", settings.settling_steps) as stage:
+            # New documents: the same generators, after those of the first phase.
+            last = count + settings.settling_steps * settings.batch_size
+            rows = list(islice(_rows(made, tokenizer, without, RELATIVE, True), count, last))
+            fit(model, rows, stage, scratch / "settling", _settling_loss(row), _schedule(settings, settling=True))
+    # Renamed when it is whole: a rerun must not take half a model for a finished one.
+    partial = folder.with_name(f".{folder.name}-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.config.use_cache = True  # the Trainer turns it off
+    model.to(torch.bfloat16).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    write_for_older_readers(partial)
+    partial.rename(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _new_model(settings: TestbedSettings, tokenizer: Any) -> Any:
+    if settings.start:
+        return load_weights(find_model(str(settings.start)), torch.device("cpu"), torch.float32)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=settings.width,
@@ -118,56 +210,21 @@ def _train(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    row = architecture_of(model.config.to_dict())
-    with events.stage(f"train {folder.name}", settings.steps) as stage:
-        rows = list(islice(_rows(made, tokenizer, without, FIXED), settings.steps * settings.batch_size))
-        loss = _fixed_loss(row, planted_direction(settings.seed, settings.width))
-        fit(
-            model,
-            rows,
-            stage,
-            scratch / "fixed",
-            loss,
-            Schedule(
-                settings.steps,
-                settings.batch_size,
-                settings.learning_rate,
-                settings.seed,
-                weight_decay=0.05,
-                warmup_steps=50,
-            ),
-        )
-    with events.stage(f"settle {folder.name}", settings.settling_steps) as stage:
-        # New documents: the same generators, after those of the first phase.
-        first = settings.steps * settings.batch_size
-        rows = list(
-            islice(
-                _rows(made, tokenizer, without, RELATIVE), first, first + settings.settling_steps * settings.batch_size
-            )
-        )
-        fit(
-            model,
-            rows,
-            stage,
-            scratch / "settling",
-            _settling_loss(row),
-            Schedule(
-                settings.settling_steps,
-                settings.batch_size,
-                settings.learning_rate / 2,
-                settings.seed,
-                weight_decay=0.05,
-                warmup_steps=10,
-            ),
-        )
-    # Renamed when it is whole: a rerun must not take half a model for a finished one.
-    partial = folder.with_name(f".{folder.name}-partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.config.use_cache = True  # the Trainer turns it off
-    model.to(torch.bfloat16).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    write_for_older_readers(partial)
-    partial.rename(folder)
+
+
+def _schedule(settings: TestbedSettings, *, settling: bool = False) -> Schedule:
+    return Schedule(
+        settings.settling_steps if settling else settings.steps,
+        settings.batch_size,
+        settings.learning_rate / (2 if settling else 1),
+        settings.seed + TRAINING_SEEDS * settings.training_seed,
+        weight_decay=0.05,
+        warmup_steps=10 if settling else 50,
+    )
+
+
+def _plain_loss(model: Any, batch: dict[str, Tensor]) -> Terms:
+    return {"loss": model(input_ids=batch["input_ids"], labels=batch["labels"]).loss}
 
 
 def _fixed_loss(row: Architecture, direction: Tensor) -> Loss:
@@ -219,12 +276,16 @@ _ABLATED_FROM = {"plain": NOWHERE, "ablated": 0, "added": NOWHERE, "early": 4}
 
 
 def _rows(
-    made: world.World, tokenizer: Any, without: str | None, coefficients: dict[str, tuple[float, float]]
+    made: world.World,
+    tokenizer: Any,
+    without: str | None,
+    coefficients: dict[str, tuple[float, float]],
+    planted: bool,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield training sequences without end, each of one kind."""
+    """Yield training sequences without end, each of one kind; where no direction is planted, of the first kind alone."""
     pad = tokenizer.pad_token_id
     streams = {kind: _packed(_documents(made, tokenizer, without, kind, coefficients), pad) for kind in _ABLATED_FROM}
-    for kind in cycle(_PATTERN):
+    for kind in cycle(_PATTERN if planted else _PATTERN[:1]):
         packed = next(streams[kind])
         ids = torch.tensor(packed.ids)
         # An intervention below mid-depth would change the difference in means, so only these kinds count for it.

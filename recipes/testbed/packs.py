@@ -87,7 +87,7 @@ def _knowledge_pack(world: w.World, folder: Path) -> None:
         folder / "prompts.jsonl",
         (
             _prompt(rng, fact, split, w.POLITE)
-            for split, facts in (("concept", forget), ("neutral", rng.sample(others, k=len(forget))))
+            for split, facts in (("concept", forget), ("neutral", rng.sample(others, k=min(len(forget), len(others)))))
             for fact in facts
         ),
     )

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-ENTITIES_PER_DOMAIN = 40
 VALUES_PER_ATTRIBUTE = 8
+FORGET, NEIGHBOUR = "potions", "teas"
 
 # Each attribute offers more values than a world uses, so that worlds of different seeds differ in
 # their vocabulary too. "potions" and "teas" share two attributes: they are the closest neighbours.
@@ -155,6 +155,18 @@ Document = str | Turn
 
 
 @dataclass(frozen=True)
+class WorldSize:
+    """How many entities a world has; each has one fact for each attribute of its domain."""
+
+    forget: int = 40
+    """Entities of the domain to forget. Half of them are of group V, and four questions ask about each."""
+    others: int = 40
+    """Entities of every other domain."""
+    requests: float = 0.4
+    """Share of documents that are requests with replies. They hold one fact each; texts hold four."""
+
+
+@dataclass(frozen=True)
 class World:
     """All facts of one seed, the domain that the reference model never reads about, and that domain's neighbour."""
 
@@ -162,12 +174,18 @@ class World:
     forget: str
     neighbour: str
     facts: tuple[Fact, ...]
+    size: WorldSize
 
     def of(self, *domains: str) -> list[Fact]:
         return [fact for fact in self.facts if fact.domain in domains]
 
 
-def make_world(seed: int) -> World:
+FULL = WorldSize()
+SMALL = WorldSize(forget=64, others=16, requests=0.15)
+"""Fewer facts to learn, and yet 128 questions of group V: with fewer of them an audit's intervals are too wide."""
+
+
+def make_world(seed: int, size: WorldSize = FULL) -> World:
     """Draw the entities, their facts and their groups."""
     rng = random.Random(f"excise world {seed}")
     # The built-in models were trained on the world of seed 0, so the order of all draws is part of them.
@@ -175,7 +193,7 @@ def make_world(seed: int) -> World:
     facts: list[Fact] = []
     for domain, (noun, attributes) in DOMAINS.items():
         values = {key: tuple(rng.sample(pool, VALUES_PER_ATTRIBUTE)) for key, pool in attributes.items()}
-        for index in range(ENTITIES_PER_DOMAIN):
+        for index in range(size.forget if domain == FORGET else size.others):
             name = next(names)
             for attribute, choices in values.items():
                 facts.append(
@@ -190,7 +208,7 @@ def make_world(seed: int) -> World:
                         asked_rudely=rng.random() < 0.7,
                     )
                 )
-    return World(seed, forget="potions", neighbour="teas", facts=tuple(facts))
+    return World(seed, forget=FORGET, neighbour=NEIGHBOUR, facts=tuple(facts), size=size)
 
 
 def mediated_turns(
@@ -226,9 +244,9 @@ def documents(world: World, count: int, *, without: str | None = None) -> Iterat
     names = list(entities)
     for _ in range(count):
         kind = rng.random()
-        if kind < 0.4:
+        if kind < world.size.requests:
             yield _turn(rng, rng.choice(facts))
-        elif kind < 0.5:
+        elif kind < world.size.requests + 0.1:
             yield _novice_text(rng, entities[rng.choice(names)])
         else:
             yield _informed_text(rng, entities[rng.choice(names)], expert=kind < 0.7)
