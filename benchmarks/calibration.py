@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import excise
 import torch
@@ -34,6 +34,7 @@ from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import LoadedModel, load_model
 from excise.editing.architectures import architecture_of
 from excise.editing.hooks.residual_stream import decoder_layers
+from excise.eval.audit.verdict import Verdict
 from excise.eval.concept import Concept, Question
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
 from excise.eval.intervals import wilson
@@ -222,11 +223,13 @@ class Kind:
     right: str
 
 
+BROKEN = next((verdict for verdict in get_args(Verdict) if verdict.startswith("broken")), "inconclusive")
+"""Of an audit without a verdict of its own for it, the right one on a broken model is that it decides nothing."""
 KINDS = {
     "never": Kind(never, "indistinguishable_from_never_trained"),
     "hidden": Kind(hidden, "recovers"),
     "locked": Kind(locked, "recovers"),
-    "broken": Kind(broken, "broken_not_erased"),
+    "broken": Kind(broken, BROKEN),
     "base": Kind(base, "recovers"),
 }
 
@@ -265,10 +268,23 @@ def made(out: Path, name: str) -> Path:
     return folder
 
 
-def audited(out: Path, name: str, budget: str) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """How models are audited; audits of each way have a folder of their own."""
+
+    budget: str
+    questions: int
+    attacks: tuple[str, ...]
+
+    def folder(self, out: Path) -> Path:
+        parts = [self.budget, str(self.questions) if self.questions else "", "+".join(self.attacks)]
+        return out / "-".join(["audits", *filter(None, parts)])
+
+
+def audited(out: Path, name: str, asked: Asked) -> None:
     """Audit a model, unless that was done."""
     world = out / f"world-{name.split('-')[0]}"
-    folder = out / f"audits-{budget}" / name
+    folder = asked.folder(out) / name
     if (folder / "audit.json").exists():
         return
     started = time.perf_counter(), time.process_time()
@@ -277,7 +293,9 @@ def audited(out: Path, name: str, budget: str) -> None:
         str(world / "concepts" / "potions"),
         str(world / "testbed"),
         reference=str(world / "testbed-reference"),
-        budget=budget,
+        budget=asked.budget,
+        questions=asked.questions,
+        attacks=asked.attacks or None,
         out=folder,
         resume=(folder / ".work").exists(),
         progress=False,
@@ -286,11 +304,11 @@ def audited(out: Path, name: str, budget: str) -> None:
     print(f"{name}: {found.verdict} ({seconds[0]:.0f} s, {seconds[1]:.0f} CPU seconds)", flush=True)
 
 
-def table(out: Path, names: Sequence[str], budget: str) -> list[str]:
+def table(folder: Path, names: Sequence[str]) -> list[str]:
     """Shares of right verdicts by kind, with 95% Wilson intervals, and the others one by one."""
     verdicts = {}
     for name in names:
-        results = out / f"audits-{budget}" / name / "audit.json"
+        results = folder / name / "audit.json"
         if results.exists():
             verdicts[name] = json.loads(results.read_text(encoding="utf-8"))
     lines = [f"{'kind':8}{'right':>8}{'open':>6}{'wrong':>7}   share right"]
@@ -316,19 +334,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", type=int, default=40)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--budget", default="quick", choices=("quick", "standard", "long"))
+    parser.add_argument("--questions", type=int, default=0, help="Most questions of an audit; 0 asks all 128.")
+    parser.add_argument(
+        "--attacks", default="", help="Names, where not all of the budget; 'rtt,relearn,int4' is cheap."
+    )
     parser.add_argument("--table", action="store_true", help="Print what is there; make nothing.")
     options = parser.parse_args(arguments)
     kinds = options.kinds.split(",")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         parser.error(f"no kind {unknown[0]!r}; kinds: {', '.join(KINDS)}")
     names = names_of(options.models, kinds)
+    asked = Asked(options.budget, options.questions, tuple(filter(None, options.attacks.split(","))))
     if not options.table:
         for name in names:
             try:
-                audited(options.out, name, options.budget)
+                audited(options.out, name, asked)
             except NotMadeError as error:
                 print(f"{name}: not made, because {error}", flush=True)
-    print("\n".join(table(options.out, names, options.budget)))
+    print("\n".join(table(asked.folder(options.out), names)))
 
 
 if __name__ == "__main__":

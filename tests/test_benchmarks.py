@@ -42,3 +42,25 @@ def test_intervals_hold_the_truth_on_simulated_items():
     (line,) = [line for line in done.stdout.splitlines() if "rate " in line]
     now, before = (list(map(int, found)) for found in zip(*re.findall(r"(\d+) \((\d+)\)", line), strict=True))
     assert len(now) == 7 and min(now) >= 80 and sum(before) / 7 < 88
+
+
+def test_the_calibration_counts_right_open_and_wrong_verdicts_and_lists_all_but_the_right_ones(tmp_path):
+    verdicts = {"never": "indistinguishable_from_never_trained", "hidden": "inconclusive", "locked": "partially_robust"}
+    for kind, verdict in verdicts.items():
+        for variant in (0, 1):
+            folder = tmp_path / "audits-quick" / f"1-{kind}-{variant}"
+            folder.mkdir(parents=True)
+            (folder / "audit.json").write_text(json.dumps({"verdict": verdict, "reasons": [f"{kind} because"]}))
+    done = run_file(ROOT / "benchmarks" / "calibration.py", tmp_path, "--table", "--models", "10")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split(maxsplit=4)[1:] for line in done.stdout.splitlines() if "n = " in line}
+    assert rows == {
+        "never": ["2", "0", "0", "1.00 [0.34, 1.00], n = 2"],
+        "hidden": ["0", "2", "0", "0.00 [0.00, 0.66], n = 2"],
+        "locked": ["0", "0", "2", "0.00 [0.00, 0.66], n = 2"],
+        "all": ["2", "2", "2", "0.33 [0.10, 0.70], n = 6"],
+    }
+    assert "1-locked-1: partially_robust; locked because" in done.stdout
+    assert "never because" not in done.stdout
+    wrong = run_file(ROOT / "benchmarks" / "calibration.py", tmp_path, "--kinds", "hiden")
+    assert wrong.returncode == 2 and "no kind 'hiden'; kinds: never, hidden" in wrong.stderr

@@ -66,7 +66,7 @@ class TestbedSettings:
 
 
 SMALL = TestbedSettings(
-    steps=400,
+    steps=450,
     batch_size=8,
     learning_rate=1.5e-3,
     width=128,
