@@ -43,6 +43,7 @@ from excise.recipes.common.tokens import encode
 from excise.recipes.common.trainer import Schedule, fit
 from excise.recipes.testbed.build import SMALL, build_testbed, train_model
 from excise.recipes.testbed.world import FORGET
+from transformers.utils.logging import disable_progress_bar
 
 PER_WORLD = 10
 STEPS, BATCH, RATE = 60, 16, 2e-3
@@ -234,10 +235,10 @@ KINDS = {
 }
 
 
-def names_of(count: int, kinds: Sequence[str]) -> list[str]:
-    """The first models: WORLD-KIND-VARIANT."""
+def names_of(count: int, kinds: Sequence[str], first: int) -> list[str]:
+    """The first models, from a world on: WORLD-KIND-VARIANT."""
     whole = [(kind, variant) for variant in (0, 1) for kind in KINDS]
-    numbered = (f"{1 + n // PER_WORLD}-{'-'.join(map(str, whole[n % PER_WORLD]))}" for n in range(count))
+    numbered = (f"{first + n // PER_WORLD}-{'-'.join(map(str, whole[n % PER_WORLD]))}" for n in range(count))
     return [name for name in numbered if name.split("-")[1] in kinds]
 
 
@@ -333,6 +334,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", type=int, default=40)
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument(
+        "--first", type=int, default=1, help="Seed of the first world; a world-SEED in OUT is taken as is."
+    )
     parser.add_argument("--budget", default="quick", choices=("quick", "standard", "long"))
     parser.add_argument("--questions", type=int, default=0, help="Most questions of an audit; 0 asks all 128.")
     parser.add_argument(
@@ -343,9 +347,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kinds = options.kinds.split(",")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         parser.error(f"no kind {unknown[0]!r}; kinds: {', '.join(KINDS)}")
-    names = names_of(options.models, kinds)
+    names = names_of(options.models, kinds, options.first)
     asked = Asked(options.budget, options.questions, tuple(filter(None, options.attacks.split(","))))
     if not options.table:
+        disable_progress_bar()
         for name in names:
             try:
                 audited(options.out, name, asked)
