@@ -41,7 +41,7 @@ def shown(results: dict[str, Any]) -> dict[str, Any]:
             f"Recovery under {attack['name']}",
         )
 
-    return {"figure": figure, "best": best, "estimate": estimate, "tokens": tokens}
+    return {"figure": figure, "best": best, "estimate": estimate, "tokens": tokens, "working": working, "gain": gain}
 
 
 def card_section(results: dict[str, Any], picture: str | None) -> str:
@@ -62,6 +62,8 @@ def card_section(results: dict[str, Any], picture: str | None) -> str:
         best=best,
         estimate=estimate,
         tokens=tokens,
+        working=working,
+        gain=gain,
         picture=picture,
     )
 
@@ -114,6 +116,18 @@ def best(attack: dict[str, Any], subject: str) -> str:
     """The highest accuracy of a subject under an attack."""
     values = [point[subject] for point in attack["curve"] if subject in point]
     return f"{max(values):.3f}" if values else ""
+
+
+def working(attack: dict[str, Any]) -> str:
+    """What the edited model answers of everything else where the attack gets furthest; older audits did not ask it."""
+    utility = attack.get("utility")
+    return "" if utility is None else f"{utility['edited']:.3f}"
+
+
+def gain(attack: dict[str, Any]) -> str:
+    """What the floor itself gains by the attack, marked where that is so much that the attack teaches."""
+    value = attack.get("floor_gain")
+    return "" if value is None else f"{value:+.3f}{' teaches' if attack['teaches'] else ''}"
 
 
 def tokens(attack: dict[str, Any], key: str) -> str:

@@ -5,8 +5,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .contrasts import Contrast, Paired, share_regained
 from .recovery import Estimate, RecoveryCurve, Scale, area, regained, speed_up, time_to, worst
+
+TEACHES = 0.1
+"""Accuracy that the floor gains by an attack beyond which the attack counts as one that teaches."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,10 @@ class Compared:
 
     afresh: bool = True
     """Whether the floor learned what the edited model relearns, so that their times can be compared."""
+    floor_before: float | None = None
+    """What the floor answers without the attack; None where that is not asked in the same way, or nobody measured it."""
+    near: tuple[int, ...] = ()
+    """Which of the questions on everything else are on neighbouring topics."""
 
     def scale(self, scale: Scale) -> Scale:
         """What recovery under this attack is measured between."""
@@ -54,12 +64,47 @@ class Compared:
         value = regained(*(one.accuracy for one in (self.edited, self.floor, self.base)))
         return share_regained(self.paired, value)
 
+    @property
+    def floor_gain(self) -> float | None:
+        """Accuracy that the floor, which never knew, wins by the attack: what the attack itself tells."""
+        return None if self.floor_before is None else float(self.floor.accuracy.max()) - self.floor_before
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the attack tells so much that what comes back under it may be what it told."""
+        return self.floor_gain is not None and self.floor_gain > TEACHES
+
+    def utility(self, before: float | None) -> dict[str, Any] | None:
+        """What base and edited model answer of everything else at the step at which they answer most of group V.
+
+        Args:
+            before: What the edited model answers of it without any attack.
+        """
+        asked = {"base": self.base, "edited": self.edited}
+        values = {name: _utility_at_best(curve) for name, curve in asked.items()}
+        edited = values["edited"]
+        if edited is None or before is None:
+            return None
+        near = edited[list(self.near)]
+        rest = np.delete(edited, list(self.near))
+        return {
+            **{name: None if each is None else float(each.mean()) for name, each in values.items()},
+            "kept": float(edited.mean()) / before if before else None,
+            "neighbour": float(near.mean()) if near.size else None,
+            "rest": float(rest.mean()) if rest.size else None,
+            "n": int(edited.size),
+        }
+
     def beyond(self, share: float) -> Contrast:
         """Accuracy above the point that lies this share of the way from the floor to the base."""
         return self.paired.contrast(1, -(1 - share), -share)
 
-    def describe(self, scale: Scale) -> dict[str, Any]:
-        """As ``audit.json`` holds it; ``reference`` is the floor."""
+    def describe(self, scale: Scale, utility: float | None = None) -> dict[str, Any]:
+        """As ``audit.json`` holds it; ``reference`` is the floor.
+
+        Args:
+            utility: What the edited model answers of everything else without any attack.
+        """
         scale, accuracy, tokens = self.scale(scale), self.edited.accuracy, self.edited.tokens
         return {
             "name": self.name,
@@ -77,16 +122,33 @@ class Compared:
             "n": self.n,
             "chance": scale.chance,
             "diverged": self.diverged,
+            "utility": self.utility(utility),
+            "floor_gain": self.floor_gain,
+            "teaches": self.teaches,
         }
+
+    def _utility_point(self, place: int) -> dict[str, float]:
+        asked = self.edited.utility
+        return {} if asked is None else {"edited_utility": float(asked[:, place].mean())}
 
     def _points(self) -> list[dict[str, Any]]:
         curves = {"base": self.base, "edited": self.edited, "reference": self.floor}
         if self.control:
             curves["suppressed"] = self.control
         return [
-            {"step": step, "tokens": tokens} | {name: float(curve.accuracy[place]) for name, curve in curves.items()}
+            {"step": step, "tokens": tokens}
+            | {name: float(curve.accuracy[place]) for name, curve in curves.items()}
+            | self._utility_point(place)
             for place, (step, tokens) in enumerate(zip(self.edited.steps, self.edited.tokens, strict=True))
         ]
+
+
+def _utility_at_best(curve: RecoveryCurve) -> NDArray[np.float64] | None:
+    """Of each question on everything else, its mean over seeds at the step that is best on group V."""
+    if curve.utility is None:
+        return None
+    mean: NDArray[np.float64] = curve.utility[:, int(curve.accuracy.argmax())].mean(0)
+    return mean
 
 
 def furthest(by_rate: Mapping[float, RecoveryCurve]) -> tuple[float, RecoveryCurve]:

@@ -30,6 +30,9 @@ class RecoveryCurve:
     hits: Curves
     clusters: tuple[str, ...] = ()
     """The subject of each question; without them questions count as independent."""
+    utility: Curves | None = None
+    """Hits of the same model at the same steps on everything else [seeds, steps, other questions]; None where it was
+    not asked."""
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
@@ -39,7 +42,10 @@ class RecoveryCurve:
 
     def joined(self, other: "RecoveryCurve") -> "RecoveryCurve":
         """The same attack with further seeds."""
-        return replace(self, hits=np.concatenate([self.hits, other.hits]))
+        asked = None
+        if self.utility is not None and other.utility is not None:
+            asked = np.concatenate([self.utility, other.utility])
+        return replace(self, hits=np.concatenate([self.hits, other.hits]), utility=asked)
 
     def interval(self, step: int) -> tuple[float, float]:
         """95% interval of the accuracy at the step that stands at this place."""

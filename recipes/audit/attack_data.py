@@ -25,6 +25,21 @@ MOST_PIECES = 2000
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What a model answered right: 1 for each question that it did, else 0."""
+
+    hits: Sequence[float]
+    """Of group V."""
+    utility: Sequence[float] | None = None
+    """On everything else; None where it was not asked."""
+
+    @classmethod
+    def of(cls, result: "Answers | Sequence[float]") -> "Answers":
+        """From what an attack's function returns: attacks that change no weights give hits of group V alone."""
+        return result if isinstance(result, Answers) else cls(result)
+
+
+@dataclass(frozen=True)
 class AttackData:
     """A concept for attackers: questions to be tested on, and sequences to train on."""
 
@@ -37,6 +52,19 @@ class AttackData:
     seed: int
     base: Path | None = None
     """Checkpoint of the base, for attacks that undo what was added to it."""
+    others: tuple[Question, ...] = ()
+    """On everything else: asked beside those of group V, so that an attack that breaks the model is seen."""
+
+    def ask(self, model: Any, placeholders: int = 0) -> "Answers":
+        """Ask the questions of group V and those on everything else, in the same forward passes."""
+        if not self.others:
+            return Answers(self.multiple_choice.hits(model, placeholders))
+        hits = self._all_questions.hits(model, placeholders)
+        return Answers(hits[: len(self.questions)], hits[len(self.questions) :])
+
+    @cached_property
+    def _all_questions(self) -> MultipleChoiceSet:
+        return MultipleChoiceSet(self.tokenizer, (*self.questions, *self.others))
 
     @cached_property
     def multiple_choice(self) -> MultipleChoiceSet:

@@ -15,12 +15,12 @@ from ...artifacts.models.load import bfloat16_is_fast
 from ...artifacts.models.memory import free_memory
 from ...editing.training.adapters import AdapterShape, adapter_modules
 from ...editing.training.parallel_adapters import ParallelAdapters
-from ...eval.audit.recovery import RecoveryCurve
+from ...eval.audit.recovery import Curves, RecoveryCurve
 from ..common.examples import Example, example_batch, sequence_nll, split_by_length
 from ..common.memory_plan import SPARE, fit_step, surely_fits
 from ..common.memory_sizes import Gradients, ModelSizes, Rows, Unplanned, sizes_of
 from ..common.trainer import Group, Schedule, Terms, fit
-from .attack_data import AttackData
+from .attack_data import Answers, AttackData
 from .attacks.fine_tuning import ALPHA, RANK
 from .attacks.table import Attack, Budget
 from .curve_store import AttackCurves
@@ -99,11 +99,18 @@ def _joined(name: str, results: Mapping[_Attacker, tuple[RecoveryCurve, bool]]) 
                 # Seeds read texts of different lengths, and their curves need one axis.
                 tuple(int(read) for read in np.mean([curve.tokens for curve in curves], axis=0)),
                 np.concatenate([curve.hits for curve in curves]),
+                utility=_stacked([curve.utility for curve in curves]),
             )
             for rate, curves in by_rate.items()
         },
         diverged,
     )
+
+
+def _stacked(utility: Sequence[Curves | None]) -> Curves | None:
+    """Of all seeds; None where nothing else was asked."""
+    asked = [one for one in utility if one is not None]
+    return np.concatenate(asked) if asked else None
 
 
 class _SideBySide:
@@ -115,7 +122,8 @@ class _SideBySide:
         self.training, self.attackers, self.adapters, self.stage = training, attackers, adapters, stage
         count = training.budget.steps * training.budget.batch
         self.orders = [training.data.reading_order(one.source, count, one.order) for one in attackers]
-        self.hits: list[list[Sequence[float]]] = [[] for _ in attackers]
+        self.answers: list[list[Answers]] = [[] for _ in attackers]
+        """Of each attacker, at each mark so far."""
         self.diverged: set[int] = set()
         self.at_once = len(attackers)
         """Attackers that share a forward."""
@@ -159,13 +167,16 @@ class _SideBySide:
             parts=self._parts(rows),
         )
         model.train(was_training)
-        return [
-            (
-                RecoveryCurve(budget.marks, self._tokens(place), np.asarray(hits, dtype=float)[None]),
-                place in self.diverged,
-            )
-            for place, hits in enumerate(self.hits)
-        ]
+        return [(self._curve(place), place in self.diverged) for place in range(len(self.attackers))]
+
+    def _curve(self, place: int) -> RecoveryCurve:
+        """What one attacker reached at each mark."""
+        looks = self.answers[place]
+        hits = np.asarray([look.hits for look in looks], dtype=float)[None]
+        asked = None
+        if looks[0].utility is not None:
+            asked = np.asarray([look.utility for look in looks], dtype=float)[None]
+        return RecoveryCurve(self.training.budget.marks, self._tokens(place), hits, utility=asked)
 
     def _parts(self, rows: Sequence[Sequence[Example]]) -> int:
         """In how many parts a step fits into what is free now."""
@@ -259,25 +270,25 @@ class _SideBySide:
         was_training = model.training
         model.eval()
         for place in range(len(self.attackers)):
-            self.hits[place].append(self._hits(place, step))
+            self.answers[place].append(self._ask(place, step))
             self.stage.advance()
         best: dict[str, float] = {}
-        for attacker, hits in zip(self.attackers, self.hits, strict=True):
-            best[attacker.attack] = max(best.get(attacker.attack, 0.0), float(np.mean(hits[-1])))
+        for attacker, answers in zip(self.attackers, self.answers, strict=True):
+            best[attacker.attack] = max(best.get(attacker.attack, 0.0), float(np.mean(answers[-1].hits)))
         # The page of a running audit draws its curves from these figures.
         self.stage.advance(0, at=step, **best)
         model.train(was_training)
 
-    def _hits(self, place: int, step: int) -> Sequence[float]:
-        questions = self.training.data.multiple_choice
+    def _ask(self, place: int, step: int) -> Answers:
+        data = self.training.data
         # What has diverged answers nothing; NaN would spoil the mean over seeds.
         if place in self.diverged:
-            return [0.0] * len(questions.ids)
+            return Answers([0.0] * len(data.questions), [0.0] * len(data.others) if data.others else None)
         if step == 0 and place and not self.adapters.prefix:
             # Before its first step an attacker changes nothing.
-            return self.hits[0][0]
+            return self.answers[0][0]
         with self.adapters.only(place):
-            return questions.hits(self.training.model, self.adapters.prefix)
+            return data.ask(self.training.model, self.adapters.prefix)
 
     def _tokens(self, place: int) -> tuple[int, ...]:
         """Tokens that one attacker read up to each mark."""

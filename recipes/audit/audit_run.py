@@ -15,14 +15,18 @@ from ...eval.concept import Question
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet
 from ..common.run_folder import start_folder
 from ..common.run_inputs import checksums
-from .attack_data import AttackData
+from .attack_data import Answers, AttackData
 from .attackers import AttackTraining
 from .attacks.table import ATTACKS
 from .curve_store import CONTROLS, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest
 from .novel_facts import novel_concept, novel_facts
 from .parts import UNTRAINED, Part, by_method
-from .request import NOVEL, AuditJob, other_questions
+from .request import NOVEL, AuditJob, other_questions, questions_at_looks
 from .suppressed_control import suppressed_control
+
+
+WATCHED = ("base", "edited")
+"""Subjects that are asked about everything else too while they are attacked."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,10 @@ class AuditRun:
         with self.events.stage(f"load {subject}"):
             loaded = load_model(job.sources[subject], job.device, job.dtype, prompts=job.settings.prompt_format())
         base = job.sources["base"].folder
-        data = AttackData(job.concept, job.facts, job.questions, loaded.tokenizer, job.settings.seed, base)
+        others = questions_at_looks(job.concept, job.budget.others) if subject in WATCHED else []
+        data = AttackData(
+            job.concept, job.facts, job.questions, loaded.tokenizer, job.settings.seed, base, tuple(others)
+        )
         return Target(subject, loaded.model, data, job.attacks)
 
     def attack(self, target: Target) -> None:
@@ -97,7 +104,8 @@ class AuditRun:
         if self._suppressed_is_complete():
             return
         with suppressed_control(base.model, base.data, self.events, self.scratch / "suppressed"):
-            self.attack(replace(base, subject="suppressed", attacks=self.job.suppressed_attacks))
+            data = replace(base.data, others=())
+            self.attack(replace(base, subject="suppressed", data=data, attacks=self.job.suppressed_attacks))
 
     def attack_novel_facts(self, base: Target) -> None:
         """Without a model that never knew the concept: the base, attacked about facts that nobody knows."""
@@ -105,7 +113,7 @@ class AuditRun:
             return
         job = self.job
         if job.novel:
-            data = replace(base.data, concept=job.novel.concept, questions=job.novel.questions)
+            data = replace(base.data, concept=job.novel.concept, questions=job.novel.questions, others=())
             return self.attack(replace(base, subject="reference", data=data))
         facts, questions = novel_facts(job.facts, job.concept.questions, job.settings.seed)
         forget = tuple(q for q in questions if q.split == "forget")
@@ -113,7 +121,7 @@ class AuditRun:
         by_id = {q.id: q for q in forget}
         held_out = tuple(by_id[q.id] for q in job.questions if q.id in by_id)
         concept = novel_concept(job.concept, facts, forget)
-        data = replace(base.data, concept=concept, facts=facts, questions=held_out)
+        data = replace(base.data, concept=concept, facts=facts, questions=held_out, others=())
         self.attack(replace(base, subject="reference", data=data))
 
     def _measure_untouched(self, target: Target) -> None:
@@ -132,8 +140,8 @@ class AuditRun:
         if missing:
             with self.events.stage(f"question {target.subject}", len(missing)) as stage:
                 for name in missing:
-                    hits = ATTACKS[name].load()(target.model, target.data)
-                    self.curves.put(target.subject, name, AttackCurves.of_one_point(hits))
+                    answers = Answers.of(ATTACKS[name].load()(target.model, target.data))
+                    self.curves.put(target.subject, name, AttackCurves.of_one_point(answers.hits, answers.utility))
                     stage.advance()
 
     def _train_attackers(self, target: Target, names: Sequence[str]) -> None:

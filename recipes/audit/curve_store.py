@@ -40,6 +40,7 @@ class _Curve(Form):
     tokens: list[Annotated[int, Field(ge=0)]]
     hits: list[list[list[Annotated[float, Field(ge=-1.001, le=1.001)] | None]]]
     """None where a question could not be asked. Below 0 are differences of two shares; rounding may leave the range."""
+    utility: list[list[list[Annotated[float, Field(ge=0, le=1)]]]] | None = None
 
 
 class _Curves(Form):
@@ -55,9 +56,9 @@ class AttackCurves:
     diverged: int
 
     @classmethod
-    def of_one_point(cls, hits: Sequence[float]) -> "AttackCurves":
-        """Of a model that nobody trains: one value a question."""
-        return cls({0.0: RecoveryCurve((0,), (0,), np.asarray(hits, dtype=float)[None, None])}, 0)
+    def of_one_point(cls, hits: Sequence[float], utility: Sequence[float] | None = None) -> "AttackCurves":
+        """Of a model that nobody trains: one value a question, and one for each question on everything else."""
+        return cls({0.0: one_point(hits, utility)}, 0)
 
     @property
     def only(self) -> RecoveryCurve:
@@ -68,6 +69,7 @@ class AttackCurves:
         """As JSON."""
         curves = [
             {"rate": rate, "steps": curve.steps, "tokens": curve.tokens, "hits": _without_nan(curve.hits)}
+            | ({} if curve.utility is None else {"utility": curve.utility.tolist()})
             for rate, curve in self.by_rate.items()
         ]
         return {"diverged": self.diverged, "by_rate": curves}
@@ -84,16 +86,28 @@ class AttackCurves:
             raise Unreadable("by_rate holds no curve")
         curves = {}
         for one in form.by_rate:
-            shape = {(len(seed), *{len(step) for step in seed}) for seed in one.hits}
-            if (
-                len(one.tokens) != len(one.steps)
-                or len(shape) != 1
-                or len(*shape) != 2
-                or min(shape)[0] != len(one.steps)
-            ):
+            if len(one.tokens) != len(one.steps) or not _is_whole(one.hits, len(one.steps)):
                 raise Unreadable(f"hits at rate {one.rate} are not one for each seed, step and question")
-            curves[one.rate] = RecoveryCurve(tuple(one.steps), tuple(one.tokens), np.asarray(one.hits, dtype=float))
+            asked = None
+            if one.utility is not None:
+                if len(one.utility) != len(one.hits) or not _is_whole(one.utility, len(one.steps)):
+                    raise Unreadable(f"utility at rate {one.rate} is not one hit for each seed, step and question")
+                asked = np.asarray(one.utility, dtype=float)
+            hits = np.asarray(one.hits, dtype=float)
+            curves[one.rate] = RecoveryCurve(tuple(one.steps), tuple(one.tokens), hits, utility=asked)
         return cls(curves, form.diverged)
+
+
+def one_point(hits: Sequence[float], utility: Sequence[float] | None = None) -> RecoveryCurve:
+    """The curve of a model that nobody trains."""
+    asked = None if utility is None else np.asarray(utility, dtype=float)[None, None]
+    return RecoveryCurve((0,), (0,), np.asarray(hits, dtype=float)[None, None], utility=asked)
+
+
+def _is_whole(hits: Sequence[Sequence[Sequence[float | None]]], steps: int) -> bool:
+    """Whether there is one hit for each seed, step and question."""
+    shape = {(len(seed), *{len(step) for step in seed}) for seed in hits}
+    return len(shape) == 1 and len(*shape) == 2 and min(shape)[0] == steps
 
 
 def _without_nan(hits: Curves) -> list[Any]:

@@ -192,6 +192,17 @@ def other_questions(concept: Concept) -> list[Question]:
     return drawn(others, clusters_of(concept, others), OTHER_QUESTIONS, "audit utility")
 
 
+def questions_at_looks(concept: Concept, most: int) -> list[Question]:
+    """Those of ``other_questions`` that are asked while a model is attacked: at most so many, half of them on neighbours,
+    where there are enough of both."""
+    others = other_questions(concept)
+    near = [q for q in others if q.split == "neighbour"]
+    far = [q for q in others if q.split != "neighbour"]
+    of_near = min(len(near), max(most // 2, most - len(far)))
+    counts = ((near, of_near), (far, min(len(far), most - of_near)))
+    return [q for some, n in counts if n for q in drawn(some, clusters_of(concept, some), n, "audit looks")]
+
+
 def _sources(settings: AuditSettings) -> dict[str, ModelSource]:
     sources = {"base": find_model(settings.base), "edited": find_model(settings.model, settings.base)}
     if reference := settings.reference or _builtin_reference(settings):

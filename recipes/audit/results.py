@@ -10,6 +10,8 @@ import numpy as np
 from ...artifacts.files.written import write_whole
 from ...artifacts.reporting import audit_page, report
 from ...artifacts.upgrade import SCHEMA_VERSION
+from ...eval.audit.bounded import worst_cases
+from ...eval.audit.findings import findings
 from ...eval.audit.recovery import RecoveryCurve, Scale
 from ...eval.audit.verdict import Compared, furthest, judge
 from ...eval.intervals import rate_interval
@@ -19,7 +21,7 @@ from .command import command
 from .curve_store import UNTOUCHED, UTILITY, CurveStore
 from .floor import chance_of, floor_gaps, floor_of, guessing_curve, guessing_of, in_words, missing, unsure
 from .notes import continues_text
-from .request import GUESSING, AuditJob, other_questions
+from .request import GUESSING, AuditJob, other_questions, questions_at_looks
 
 NOT_RECORDED = {"out", "model", "base", "reference", "concept", "card", "fresh"}
 """Settings that say nothing of how models were attacked, or stand elsewhere."""
@@ -40,6 +42,9 @@ def conclude(job: AuditJob, curves: CurveStore) -> dict[str, Any]:
 
     both = (of_others("base"), of_others("edited")) if has_both else None
     judged = judge(compared, scale, both, in_words(floor), missing(job, floor))
+    before = _utility_before(job, curves)
+    unknowing = [one.name for one in compared if not one.known and one.guessing is None]
+    cases = worst_cases({name: curves.get("edited", name).by_rate for name in unknowing}, before)
     return {
         "schema_version": SCHEMA_VERSION,
         "verdict": judged.verdict,
@@ -47,7 +52,9 @@ def conclude(job: AuditJob, curves: CurveStore) -> dict[str, Any]:
         "speed_up": {**judged.speed_up.describe(), "share": judged.share},
         "worst_attack": judged.worst and judged.worst.describe(),
         "controls": {**judged.controls, "floor_is": floor},
-        "attacks": [attack.describe(scale) | {"about": ATTACKS[attack.name].about} for attack in compared],
+        "worst_cases": cases.describe(),
+        "findings": findings(compared, cases, None if floor == GUESSING else in_words(floor)),
+        "attacks": [attack.describe(scale, before) | {"about": ATTACKS[attack.name].about} for attack in compared],
         "untouched": untouched,
         "utility": utility,
         "n": len(job.questions),
@@ -100,6 +107,8 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
     compared: list[Compared] = []
     unscored: list[str] = []
     given_v, lacking = unsure(job, floor), missing(job, floor)
+    asked = questions_at_looks(job.concept, job.budget.others)
+    near = tuple(place for place, question in enumerate(asked) if question.split == "neighbour")
     measured = ("base", "edited") if floor == GUESSING else ("base", "edited", "reference")
     for name in job.attacks:
         by_subject = {subject: curves.get(subject, name) for subject in measured}
@@ -129,9 +138,28 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
                 diverged=sum(one.diverged for one in by_subject.values()),
                 guessing=ATTACKS[name].guessing,
                 afresh=not (lacking.afresh and (floor == GUESSING or "V" in ATTACKS[name].sources)),
+                floor_before=_floor_before(job, curves, name, floor),
+                near=near,
             )
         )
     return compared, unscored
+
+
+def _floor_before(job: AuditJob, curves: CurveStore, name: str, floor: str) -> float | None:
+    """What the measured floor answers without an attack; None of one that counts in another way."""
+    if floor == GUESSING or ATTACKS[name].guessing is not None:
+        return None
+    return float(curves.get("reference", UNTOUCHED).only.accuracy[0])
+
+
+def _utility_before(job: AuditJob, curves: CurveStore) -> float | None:
+    """What the edited model answers without an attack of the questions that are asked while it is attacked."""
+    asked = {question.id for question in questions_at_looks(job.concept, job.budget.others)}
+    if not asked or not curves.has("edited", UTILITY):
+        return None
+    hits = curves.get("edited", UTILITY).only.hits.ravel()
+    others = other_questions(job.concept)
+    return float(np.mean([hit for hit, question in zip(hits, others, strict=True) if question.id in asked]))
 
 
 def _matched(floor: RecoveryCurve, base: RecoveryCurve) -> RecoveryCurve:

@@ -3,7 +3,8 @@
 Importing this table imports no PyTorch: a row names its function, which ``Attack.load`` imports. To add an attack,
 write one function in its tier's file and one row here. What the function is:
 
-- without ``data``: ``function(model, attack_data) -> hits``, one value a question of group V;
+- without ``data``: ``function(model, attack_data) -> hits``, one value a question of group V, or, of an attack that
+  changes weights, ``Answers``, which say beside this whether the model still works;
 - with ``data``: ``function(model, seeds) -> context manager of ParallelAdapters``, what attackers train, one a seed.
 """
 
@@ -143,6 +144,8 @@ class Budget:
     """Learning rates that each method tries; the one that gets furthest counts."""
     batch: int = 8
     """Sequences of a step."""
+    others: int = 48
+    """Questions on everything else that are asked beside those of group V, half of them on neighbouring topics."""
 
     @property
     def marks(self) -> tuple[int, ...]:
@@ -168,7 +171,11 @@ BUDGETS: dict[str, Budget] = {
         QUICK, 64, 2, {"low_rank": (2e-3,), "all_weights": (1e-4,), "soft_prompt": (1e-1,), "latent": (1e-1,)}
     ),
     "standard": Budget(
-        STANDARD, 100, 2, {"low_rank": (5e-4, 2e-3), "all_weights": (3e-4,), "soft_prompt": (1e-1,), "latent": (1e-1,)}
+        STANDARD,
+        100,
+        2,
+        {"low_rank": (5e-4, 2e-3), "all_weights": (3e-4,), "soft_prompt": (1e-1,), "latent": (1e-1,)},
+        others=100,
     ),
     "long": Budget(
         STANDARD,
@@ -180,5 +187,6 @@ BUDGETS: dict[str, Budget] = {
             "soft_prompt": (1e-2, 3e-2, 1e-1),
             "latent": (1e-2, 3e-2, 1e-1),
         },
+        others=200,
     ),
 }

@@ -1,6 +1,6 @@
 """Tier 0: the weights are rounded, or moved back toward the base; nothing is trained."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,43 +13,43 @@ from ....artifacts.models.load import load_weights
 from ....artifacts.models.source import ModelSource
 from ....editing.edits.fake_quantization import changed_weights, rounded_weights
 from ....editing.errors import CheckpointError, EditError
-from ..attack_data import AttackData
+from ..attack_data import Answers, AttackData
 from .table import SINGULAR
 
 
-def int8(model: Any, data: AttackData) -> Sequence[float]:
+def int8(model: Any, data: AttackData) -> Answers:
     """Round to 8 bits."""
     return _rounded(model, data, 8)
 
 
-def int4(model: Any, data: AttackData) -> Sequence[float]:
+def int4(model: Any, data: AttackData) -> Answers:
     """Round to 4 bits."""
     return _rounded(model, data, 4)
 
 
-def bf16(model: Any, data: AttackData) -> Sequence[float]:
+def bf16(model: Any, data: AttackData) -> Answers:
     """Cast to bfloat16 and back; a checkpoint in bfloat16 stays what it is."""
     return _rounded(model, data, 16)
 
 
-def undo_half(model: Any, data: AttackData) -> Sequence[float]:
+def undo_half(model: Any, data: AttackData) -> Answers:
     """Take half of the edit out."""
     return _undone(model, data, lambda added: added / 2)
 
 
-def undo_singular(model: Any, data: AttackData) -> Sequence[float]:
+def undo_singular(model: Any, data: AttackData) -> Answers:
     """Take the largest singular directions of the edit out."""
     return _undone(model, data, _without_largest)
 
 
-def _rounded(model: Any, data: AttackData, bits: int) -> Sequence[float]:
+def _rounded(model: Any, data: AttackData, bits: int) -> Answers:
     with rounded_weights(model, bits) as changed:
         if not changed and bits < 16:
             raise EditError("rounding changed no weight, so nothing was tested")
-        return data.multiple_choice.hits(model)
+        return data.ask(model)
 
 
-def _undone(model: Any, data: AttackData, part: Callable[[Tensor], Tensor]) -> Sequence[float]:
+def _undone(model: Any, data: AttackData, part: Callable[[Tensor], Tensor]) -> Answers:
     """Keep only a part of what an edit added to each matrix; the base itself stays what it is."""
     assert data.base is not None
     with base_parameters(data.base) as read:
@@ -61,7 +61,7 @@ def _undone(model: Any, data: AttackData, part: Callable[[Tensor], Tensor]) -> S
             return weight if not added.any() else before + part(added)
 
         with changed_weights(model, less, dict(model.named_parameters())):
-            return data.multiple_choice.hits(model)
+            return data.ask(model)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from excise.recipes.audit import audit_run
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit import request as audit_request
 from excise.recipes.audit import suppressed_control as control
-from excise.recipes.audit.attack_data import AttackData
+from excise.recipes.audit.attack_data import Answers, AttackData
 from excise.recipes.audit.attackers import AttackTraining
 from excise.recipes.audit.attacks import inputs
 from excise.recipes.audit.attacks import table as attacks
@@ -102,7 +102,13 @@ def test_the_twin_that_never_knew_is_found_to_be_one(audited):
     by_name = {attack["name"]: attack for attack in results["attacks"]}
     # The same model twice: nothing may tell them apart.
     assert all(abs(attack["rtt_leak"]["value"]) < 1e-9 for attack in by_name.values())
-    assert by_name["rtt"]["curve"][0].keys() == {"step", "tokens", "base", "edited", "reference", "suppressed"}
+    keys = {"step", "tokens", "base", "edited", "reference", "suppressed", "edited_utility"}
+    assert by_name["rtt"]["curve"][0].keys() == keys and not by_name["few_shot"]["curve"][0].keys() & {"edited_utility"}
+    cases = results["worst_cases"]
+    assert cases["worst_while_working"]["value"] <= cases["worst"]["value"]
+    # Of two attacks that train, the untouched model is asked at step 0.
+    assert by_name["rtt"]["curve"][0]["edited_utility"] == cases["utility_before"] > 0.9
+    assert by_name["rtt"]["utility"]["n"] == SHORT.others and by_name["few_shot"]["utility"] is None
     suppressed = results["controls"]["suppressed"]
     assert suppressed["before"] < 0.4 and suppressed["regained"] > 0.5
 
@@ -261,8 +267,20 @@ def test_an_attack_that_diverges_is_recorded_and_the_others_go_on(material, tmp_
 @pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.tier == 0])
 def test_attacks_without_training_leave_the_base_knowing(material, name):
     loaded, gathered = material
-    hits = ATTACKS[name].load()(loaded.model, gathered)
+    hits = Answers.of(ATTACKS[name].load()(loaded.model, gathered)).hits
     assert len(hits) == len(gathered.questions) and np.mean(hits) > 0.5
+
+
+def test_everything_else_is_asked_in_the_same_passes_and_answered_as_alone(material):
+    loaded, gathered = material
+    others = audit_request.questions_at_looks(gathered.concept, 48)
+    assert len(others) == 48 and sum(q.split == "neighbour" for q in others) == 24
+    assert {q.id for q in others} <= {q.id for q in audit_request.other_questions(gathered.concept)}
+    for model in (loaded.model, load_model(find_model(SMALL_REFERENCE), torch.device("cpu"), torch.float32).model):
+        answers = dataclasses.replace(gathered, others=tuple(others)).ask(model)
+        assert list(answers.hits) == list(gathered.multiple_choice.hits(model))
+        assert list(answers.utility) == list(MultipleChoiceSet(loaded.tokenizer, others).hits(model))
+    assert gathered.ask(loaded.model).utility is None
 
 
 def test_sampling_does_not_take_a_guesser_for_one_who_knows(material):
