@@ -58,7 +58,7 @@ JOBS: dict[str, Job] = {
     "elm": Job("run elm", ERASED),
     "elm_big": Job("run elm --model {big}", ERASED, 150),
     "audit": Job("audit {elm} --budget quick --questions 20 --attacks "
-        "few_shot,hints,int8,int4,bf16,undo_half,undo_singular,undo_direction,logit_lens,probe,soft_prompt,latent,rtt,"
+        "few_shot,hints,int8,int4,bf16,prune,skip_layer,interpolate,undo_cliff,amplify,undo_singular,undo_direction,logit_lens,probe,soft_prompt,latent,rtt,"
         "few_8,unrelated,rtt_full,relearn", limit=120),
     "step": Job("{big} texts none", limit=120),
     "audit_big": Job("audit {elm_big} --base {big} --budget quick --questions 20 --attacks "

@@ -22,6 +22,7 @@ HEADLINES = {
     "recovers": "The knowledge recovers",
     "partially_robust": "Partially robust: recovery is not shown, and neither is absence",
     "indistinguishable_from_never_trained": "Indistinguishable from a model that was never trained on it",
+    "broken_not_erased": "Broken, not erased",
     "inconclusive": "Inconclusive",
 }
 

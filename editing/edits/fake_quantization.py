@@ -35,14 +35,17 @@ def round_to_nearest(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
     return rounded.flatten(-2).to(weight.dtype)
 
 
-def rounded_weights(model: nn.Module, bits: int) -> AbstractContextManager[int]:
+def rounded_weights(
+    model: nn.Module, bits: int, stored: Callable[[str], Tensor | None] | None = None
+) -> AbstractContextManager[int]:
     """Round weights to nearest while the context lasts; yields the number of tensors that changed.
 
     In 16 bits, bfloat16, these are all parameters. In fewer they are linear weights and experts, as low-bit inference
-    rounds them; embeddings, norms and biases stay.
+    rounds them; embeddings, norms and biases stay. ``stored`` is that of ``changed_weights``.
     """
     if bits == 16:
-        return changed_weights(model, lambda _, weight: round_to_nearest(weight, bits), dict(model.named_parameters()))
+        every = dict(model.named_parameters())
+        return changed_weights(model, lambda _, weight: round_to_nearest(weight, bits), every, stored)
     # Groups run along inputs, which are the first axis in GPT-2's Conv1D and in some experts.
     transposed = {f"{name}.weight" for name, module in model.named_modules() if is_conv1d(module)}
     experts = expert_weights(model)
@@ -52,7 +55,7 @@ def rounded_weights(model: nn.Module, bits: int) -> AbstractContextManager[int]:
     def rounded(name: str, weight: Tensor) -> Tensor:
         return round_to_nearest(weight.mT, bits).mT if name in transposed else round_to_nearest(weight, bits)
 
-    return changed_weights(model, rounded, linear_weights(model) | experts)
+    return changed_weights(model, rounded, linear_weights(model) | experts, stored)
 
 
 def expert_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -80,27 +83,61 @@ def linear_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def changed_weights(
-    model: nn.Module, change: Callable[[str, Tensor], Tensor], weights: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    change: Callable[[str, Tensor], Tensor],
+    weights: Mapping[str, Tensor] | None = None,
+    stored: Callable[[str], Tensor | None] | None = None,
 ) -> Iterator[int]:
     """Replace each weight by ``change(name, weight)`` while the context lasts; yields the number that changed.
 
     Args:
         weights: Which ones, by name; all linear weights by default.
+        stored: Where old values may be read again, such as the model's checkpoint; None for a name that it lacks. A
+            weight that is there bit for bit is not copied, so memory holds one old weight at a time. Without it memory
+            holds all of them.
 
     Raises:
         EditError: A weight could not be restored.
     """
     weights = linear_weights(model) if weights is None else weights
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    before: dict[str, Tensor] = {}
+    bits: dict[str, int] = {}
     changed = 0
     try:
         with torch.no_grad():
             for name, weight in weights.items():
-                weight.copy_(change(name, before[name]))
-                changed += not torch.equal(weight, before[name])
+                old = weight.detach().clone()
+                if _is_stored(old, stored(name) if stored else None):
+                    bits[name] = _bits(old)
+                else:
+                    before[name] = old
+                weight.copy_(change(name, old))
+                changed += not torch.equal(weight, old)
         yield changed
     finally:
-        restore(weights, before)
+        restore({name: weights[name] for name in before}, before)
+        for name, expected in bits.items():
+            assert stored is not None
+            restore({name: weights[name]}, {name: _read(stored(name), weights[name])})
+            if _bits(weights[name]) != expected:
+                raise EditError(f"{name} is no longer what it was on disk; load the model again")
+
+
+def _is_stored(old: Tensor, on_disk: Tensor | None) -> bool:
+    return on_disk is not None and on_disk.shape == old.shape and torch.equal(_read(on_disk, old), old)
+
+
+def _read(on_disk: Tensor | None, like: Tensor) -> Tensor:
+    """A tensor as a checkpoint is loaded: in the dtype and at the place of the weight in memory."""
+    assert on_disk is not None
+    return on_disk.to(like.device, like.dtype)
+
+
+@torch.no_grad()
+def _bits(weight: Tensor) -> int:
+    """A checksum of a weight's bits."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return int(weight.detach().contiguous().view(whole).sum(dtype=torch.int64))
 
 
 @torch.no_grad()

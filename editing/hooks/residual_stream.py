@@ -159,6 +159,21 @@ def added(model: nn.Module, row: Architecture, vector: Float[Tensor, " d"], poin
 
 
 @contextmanager
+def skipped(model: nn.Module, row: Architecture, layer: int) -> Iterator[None]:
+    """Leave out one decoder layer: its output is its input. Layers are counted from 0."""
+
+    def passed_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = _hidden(args, kwargs)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = decoder_layers(model, row)[layer].register_forward_hook(passed_on, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def read_early(model: nn.Module, row: Architecture, point: int) -> Iterator[None]:
     """Replace the last layer's output by the stream at ``point``, so that logits are read there (logit lens).
 

@@ -40,6 +40,10 @@ class Compared:
     """What the floor answers without the attack; None where that is not asked in the same way, or nobody measured it."""
     near: tuple[int, ...] = ()
     """Which of the questions on everything else are on neighbouring topics."""
+    subjects: tuple[str, ...] = ()
+    """The subject of each question on everything else."""
+    repaired: int = 0
+    """Steps for which the attack fine-tunes on retain texts before it attacks; 0 of an attack that repairs nothing."""
 
     def scale(self, scale: Scale) -> Scale:
         """What recovery under this attack is measured between."""

@@ -91,6 +91,10 @@ class MultipleChoiceSet:
         """Probability that sampling produces each choice, question by question."""
         return [[math.exp(value) for value in values] for values in self._by_question(self.log_probabilities(model))]
 
+    def highest(self, log_p: Sequence[float]) -> Hits:
+        """Whether the true choice is the highest, by a log-probability (nats) of every choice of every question."""
+        return self._marked(log_p)
+
     def _marked(self, log_p: Sequence[float]) -> Hits:
         by_question = zip(self._by_question(self._per_token(log_p)), self.answers, strict=True)
         return tuple(float(is_highest(values, answer)) for values, answer in by_question)

@@ -1,7 +1,7 @@
 """What attackers train on and are tested with: the same for every model of an audit."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,8 @@ from ..common.tokens import encode, pieces
 from ..data.facts import SUBJECT, Facts, fact_contexts
 from ..data.unlearning_sets import retain_examples
 
+REPAIR = 0.5
+"""Of the sequences of an attack that repairs first, the share that it repairs with."""
 LONGEST_RETAIN = 256
 """Tokens of a retain sequence, at most."""
 LONGEST_TEXT = 256
@@ -34,9 +36,14 @@ class Answers:
     """On everything else; None where it was not asked."""
 
     @classmethod
-    def of(cls, result: "Answers | Sequence[float]") -> "Answers":
-        """From what an attack's function returns: attacks that change no weights give hits of group V alone."""
-        return result if isinstance(result, Answers) else cls(result)
+    def by_strength(cls, result: Any) -> "dict[float, Answers]":
+        """From what an attack's function returns: answers for each strength that it has, or for the only one.
+
+        Attacks that change no weights give hits of group V alone.
+        """
+        if isinstance(result, Mapping):
+            return dict(result)
+        return {0.0: result if isinstance(result, Answers) else cls(result)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class AttackData:
     seed: int
     base: Path | None = None
     """Checkpoint of the base, for attacks that undo what was added to it."""
+    own: Path | None = None
+    """Checkpoint of the model under attack, from which attacks that change its weights read the old ones again."""
     others: tuple[Question, ...] = ()
     """On everything else: asked beside those of group V, so that an attack that breaks the model is seen."""
 
@@ -97,13 +106,12 @@ class AttackData:
         """The sequences that one attacker reads, in order.
 
         Args:
-            source: A key of ``examples``; ``T:8`` takes 8 of its sequences; ``retain+T`` reads 40% of the count from
-                the one,
-                then the rest from the other.
+            source: A key of ``examples``; ``T:8`` takes 8 of its sequences; ``retain+T`` reads half of the count from
+                the one, then the rest from the other.
         """
         if "+" in source:
             first, second = source.split("+")
-            early = int(0.4 * count)
+            early = int(REPAIR * count)
             return [*self.reading_order(first, early, seed), *self.reading_order(second, count - early, seed)]
         name, _, most = source.partition(":")
         # A fresh generator for each attacker, so that what it reads does not depend on who reads beside it.

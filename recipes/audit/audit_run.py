@@ -18,12 +18,11 @@ from ..common.run_inputs import checksums
 from .attack_data import Answers, AttackData
 from .attackers import AttackTraining
 from .attacks.table import ATTACKS
-from .curve_store import CONTROLS, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest
+from .curve_store import CONTROLS, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest, one_point
 from .novel_facts import novel_concept, novel_facts
 from .parts import UNTRAINED, Part, by_method
 from .request import NOVEL, AuditJob, other_questions, questions_at_looks
 from .suppressed_control import suppressed_control
-
 
 WATCHED = ("base", "edited")
 """Subjects that are asked about everything else too while they are attacked."""
@@ -80,7 +79,14 @@ class AuditRun:
         base = job.sources["base"].folder
         others = questions_at_looks(job.concept, job.budget.others) if subject in WATCHED else []
         data = AttackData(
-            job.concept, job.facts, job.questions, loaded.tokenizer, job.settings.seed, base, tuple(others)
+            job.concept,
+            job.facts,
+            job.questions,
+            loaded.tokenizer,
+            job.settings.seed,
+            base,
+            job.sources[subject].folder,
+            tuple(others),
         )
         return Target(subject, loaded.model, data, job.attacks)
 
@@ -140,8 +146,9 @@ class AuditRun:
         if missing:
             with self.events.stage(f"question {target.subject}", len(missing)) as stage:
                 for name in missing:
-                    answers = Answers.of(ATTACKS[name].load()(target.model, target.data))
-                    self.curves.put(target.subject, name, AttackCurves.of_one_point(answers.hits, answers.utility))
+                    answers = Answers.by_strength(ATTACKS[name].load()(target.model, target.data))
+                    points = {strength: one_point(one.hits, one.utility) for strength, one in answers.items()}
+                    self.curves.put(target.subject, name, AttackCurves(points, 0))
                     stage.advance()
 
     def _train_attackers(self, target: Target, names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...artifacts.checkpoints.read import open_checkpoint
+from ...editing.edits.fake_quantization import expert_weights
 from ..common.memory_plan import MemoryPlan, RunMemory, StageMemory, fit_step
 from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
 from ..common.trainer import WHOLE_BYTES
@@ -12,6 +13,8 @@ from .attackers import MOST_ATTACKERS, gradients_of_attackers
 from .attacks.table import ATTACKS, SOFT_TOKENS
 from .floor import floor_gaps
 from .request import AuditJob
+
+CHANGES_WEIGHTS = {name for name, row in ATTACKS.items() if str(row.function).startswith("weights:")}
 
 
 def describe(job: AuditJob) -> dict[str, Any]:
@@ -39,13 +42,11 @@ def memory(job: AuditJob) -> MemoryPlan:
     needs = RunMemory(source, open_checkpoint(source.folder), job.device, job.dtype, job.concept)
     asked = needs.measuring("ask the questions")
     stages, rows = [asked], {name: ATTACKS[name] for name in job.attacks}
-    copies = {
-        "bf16": needs.weights,
-        **dict.fromkeys(("int8", "int4"), sum(w.numel() for w in needs.sizes.linear_weights()) * job.dtype.itemsize),
-        **dict.fromkeys(("undo_half", "undo_singular"), needs.weights),
-    }
-    if changed := max((copies[name] for name in rows if name in copies), default=0):
-        stages.append(replace(asked, name="ask with changed weights", weights=asked.weights + changed))
+    experts = sum(weight.numel() for weight in expert_weights(needs.sizes.model).values())
+    if experts and CHANGES_WEIGHTS & set(rows):
+        # Other weights are read again from the checkpoint; experts stand there one by one, so they are copied.
+        changed = asked.weights + experts * job.dtype.itemsize
+        stages.append(replace(asked, name="ask with changed weights", weights=changed))
     for method in dict.fromkeys(row.method for row in rows.values() if row.trains):
         stages.append(_attackers(job, needs, method))
     return needs.plan(stages)

@@ -14,6 +14,7 @@ from ...editing.errors import ExciseError
 from ..jobs.engines import Engine
 from ..jobs.job import Job
 from ..jobs.run import run_jobs
+from .anatomy import anatomy_of
 from .audit_run import AuditRun
 from .parts import Part, part_called, parts_of
 from .plan import describe, memory
@@ -81,7 +82,9 @@ def _job_of(job: AuditJob, audit: AuditRun, part: Part) -> Job:
 
 
 def _concluded(audit: AuditRun) -> dict[str, Any]:
-    results = conclude(audit.job, audit.curves)
+    with audit.events.stage("compare the weights") as stage:
+        edit = anatomy_of(audit.job, stage)
+    results = conclude(audit.job, audit.curves, edit)
     write_results(audit.job, results)
     shutil.rmtree(audit.work)
     return results

@@ -27,8 +27,12 @@ NOT_RECORDED = {"out", "model", "base", "reference", "concept", "card", "fresh"}
 """Settings that say nothing of how models were attacked, or stand elsewhere."""
 
 
-def conclude(job: AuditJob, curves: CurveStore) -> dict[str, Any]:
-    """The content of ``audit.json``: every attack's curves, the controls, the verdict, and what could not be tested."""
+def conclude(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``audit.json``: every attack's curves, the controls, the verdict, and what could not be tested.
+
+    Args:
+        edit: The anatomy of the edit.
+    """
     floor = floor_of(job, curves.get("reference", UNTOUCHED).only if job.novel else None)
     compared, unscored = _compared(job, curves, floor)
     utility = _utility(job, curves)
@@ -53,7 +57,8 @@ def conclude(job: AuditJob, curves: CurveStore) -> dict[str, Any]:
         "worst_attack": judged.worst and judged.worst.describe(),
         "controls": {**judged.controls, "floor_is": floor},
         "worst_cases": cases.describe(),
-        "findings": findings(compared, cases, None if floor == GUESSING else in_words(floor)),
+        "findings": [*findings(compared, cases, None if floor == GUESSING else in_words(floor)), *edit["sentences"]],
+        "anatomy": edit,
         "attacks": [attack.describe(scale, before) | {"about": ATTACKS[attack.name].about} for attack in compared],
         "untouched": untouched,
         "utility": utility,
@@ -108,6 +113,7 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
     unscored: list[str] = []
     given_v, lacking = unsure(job, floor), missing(job, floor)
     asked = questions_at_looks(job.concept, job.budget.others)
+    subjects = clusters_of(job.concept, asked)
     near = tuple(place for place, question in enumerate(asked) if question.split == "neighbour")
     measured = ("base", "edited") if floor == GUESSING else ("base", "edited", "reference")
     for name in job.attacks:
@@ -140,6 +146,8 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
                 afresh=not (lacking.afresh and (floor == GUESSING or "V" in ATTACKS[name].sources)),
                 floor_before=_floor_before(job, curves, name, floor),
                 near=near,
+                subjects=subjects,
+                repaired=job.budget.repaired if ATTACKS[name].data == "retain+T" else 0,
             )
         )
     return compared, unscored

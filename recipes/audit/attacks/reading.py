@@ -9,14 +9,13 @@ import numpy as np
 from torch import Tensor
 
 from ....editing.architectures import architecture_of, layer_count
-from ....editing.edits.fake_quantization import changed_weights
-from ....editing.hooks.residual_stream import added, read_early
+from ....editing.hooks.residual_stream import added, read_early, skipped
 from ....eval.inference.multiple_choice_set import MultipleChoiceSet
 from ....eval.measurements.probe import question_ends
 from ....eval.measurements.probe import scores as probe_scores
 from ....eval.model_under_test import EvalSettings, ModelUnderTest
 from ..attack_data import AttackData
-from .weights import base_parameters
+from .weights import as_base
 
 
 def logit_lens(model: Any, data: AttackData) -> Sequence[float]:
@@ -45,20 +44,24 @@ def undo_direction(model: Any, data: AttackData) -> Sequence[float]:
         return question_ends(_under_test(model, data), data.training_questions, layers).mean(1)
 
     now = mean_ends()
-    with base_parameters(data.base) as read:
-        every = dict(model.named_parameters())
-        with changed_weights(model, lambda name, weight: read(name).to(weight.device, weight.dtype), every):
-            lost = mean_ends() - now
+    with as_base(model, data):
+        lost = mean_ends() - now
     return _at_best_layer(model, data, lambda layer: added(model, row, lost[layer - 1], layer))
 
 
+def skip_layer(model: Any, data: AttackData) -> Sequence[float]:
+    """Leave out the layer without which group T gains most."""
+    row = architecture_of(model.config.to_dict())
+    return _at_best_layer(model, data, lambda layer: skipped(model, row, layer), first=0)
+
+
 def _at_best_layer(
-    model: Any, data: AttackData, attacked: Callable[[int], AbstractContextManager[Any]]
+    model: Any, data: AttackData, attacked: Callable[[int], AbstractContextManager[Any]], first: int = 1
 ) -> Sequence[float]:
     """Under an attack at one layer of the stream, the layer that brings out most of T; asked V."""
     of_t = MultipleChoiceSet(data.tokenizer, data.training_questions)
     layers, best = layer_count(model.config.to_dict()), (-1.0, 0)
-    for layer in range(1, layers):
+    for layer in range(first, layers):
         with attacked(layer):
             best = max(best, (float(np.mean(of_t.hits(model))), layer), key=lambda pair: pair[0])
     with attacked(best[1]):

@@ -1,6 +1,6 @@
 """Tier 0: the weights are rounded, or moved back toward the base; nothing is trained."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from ....artifacts.models.load import load_weights
 from ....artifacts.models.source import ModelSource
 from ....editing.edits.fake_quantization import changed_weights, rounded_weights
 from ....editing.errors import CheckpointError, EditError
+from ....eval.anatomy import spectrum_of
 from ..attack_data import Answers, AttackData
-from .table import SINGULAR
+from .table import AMPLIFIED, PRUNED, SHARES, SINGULAR
 
 
 def int8(model: Any, data: AttackData) -> Answers:
@@ -32,9 +33,47 @@ def bf16(model: Any, data: AttackData) -> Answers:
     return _rounded(model, data, 16)
 
 
-def undo_half(model: Any, data: AttackData) -> Answers:
-    """Take half of the edit out."""
-    return _undone(model, data, lambda added: added / 2)
+def prune(model: Any, data: AttackData) -> dict[float, Answers]:
+    """Set the smallest weights of each matrix to 0, in several shares."""
+    answers = {}
+    for share in PRUNED:
+        with _own(data) as stored, changed_weights(model, _without_smallest(share), stored=stored):
+            answers[share] = data.ask(model)
+    return answers
+
+
+def _without_smallest(share: float) -> Callable[[str, Tensor], Tensor]:
+    def pruned(_: str, weight: Tensor) -> Tensor:
+        sizes = weight.abs().flatten()
+        count = int(share * sizes.numel())
+        if not count:
+            return weight
+        smallest = sizes.topk(count, largest=False).indices
+        return weight.flatten().index_fill(0, smallest, 0.0).view_as(weight)
+
+    return pruned
+
+
+def interpolate(model: Any, data: AttackData) -> dict[float, Answers]:
+    """Take a share of the edit out, in several shares."""
+    return {share: _undone(model, data, lambda added, s=share: (1 - s) * added) for share in SHARES}
+
+
+def undo_cliff(model: Any, data: AttackData) -> Answers:
+    """Take the singular directions of the edit out that stand before a cliff."""
+    return _undone(model, data, _without_cliff)
+
+
+def amplify(model: Any, data: AttackData) -> dict[float, Sequence[float]]:
+    """Choose by the edited model's log-probabilities, moved beyond the base's by several times their difference."""
+    questions = data.multiple_choice
+    edited = questions.log_probabilities(model)
+    with as_base(model, data):
+        base = questions.log_probabilities(model)
+    return {
+        times: questions.highest([e + times * (b - e) for e, b in zip(edited, base, strict=True)])
+        for times in AMPLIFIED
+    }
 
 
 def undo_singular(model: Any, data: AttackData) -> Answers:
@@ -43,7 +82,7 @@ def undo_singular(model: Any, data: AttackData) -> Answers:
 
 
 def _rounded(model: Any, data: AttackData, bits: int) -> Answers:
-    with rounded_weights(model, bits) as changed:
+    with _own(data) as stored, rounded_weights(model, bits, stored) as changed:
         if not changed and bits < 16:
             raise EditError("rounding changed no weight, so nothing was tested")
         return data.ask(model)
@@ -60,8 +99,38 @@ def _undone(model: Any, data: AttackData, part: Callable[[Tensor], Tensor]) -> A
             # A weight that the edit left alone is not sent through float32 and back.
             return weight if not added.any() else before + part(added)
 
-        with changed_weights(model, less, dict(model.named_parameters())):
+        with _own(data) as stored, changed_weights(model, less, dict(model.named_parameters()), stored):
             return data.ask(model)
+
+
+@contextmanager
+def as_base(model: Any, data: AttackData) -> Iterator[None]:
+    """While this lasts, the model has the base's weights."""
+    assert data.base is not None
+    every = dict(model.named_parameters())
+    with base_parameters(data.base) as read, _own(data) as stored:
+        with changed_weights(model, lambda name, weight: read(name).to(weight), every, stored):
+            yield
+
+
+@contextmanager
+def _own(data: AttackData) -> Iterator[Callable[[str], Tensor | None] | None]:
+    """Yield a function that reads the model's own weights from its checkpoint; None where it has none.
+
+    It gives nothing of a weight that its checkpoint holds in several tensors, as experts.
+    """
+    if data.own is None:
+        yield None
+        return
+    with open_tensors(data.own) as read:
+
+        def stored(name: str) -> Tensor | None:
+            try:
+                return read(name)
+            except CheckpointError:
+                return None
+
+        yield stored
 
 
 @contextmanager
@@ -93,4 +162,16 @@ def _without_largest(added: Tensor) -> Tensor:
         return added
     left, values, right = torch.linalg.svd(added, full_matrices=False)
     values[..., :SINGULAR] = 0
+    return (left * values[..., None, :]) @ right
+
+
+def _without_cliff(added: Tensor) -> Tensor:
+    """What stays of a change without the directions before its cliff; a change that has none, or of a vector, stays."""
+    if added.dim() < 2:
+        return added
+    left, values, right = torch.linalg.svd(added, full_matrices=False)
+    # One row a matrix; of experts together in one tensor, one row an expert.
+    for each in values.view(-1, values.shape[-1]):
+        if each.any() and (found := spectrum_of(each)).shallow:
+            each[: found.cliff_rank] = 0
     return (left * values[..., None, :]) @ right

@@ -21,6 +21,7 @@ from excise.recipes.audit import audit_run
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit import request as audit_request
 from excise.recipes.audit import suppressed_control as control
+from excise.recipes.audit.anatomy import _affordable
 from excise.recipes.audit.attack_data import Answers, AttackData
 from excise.recipes.audit.attackers import AttackTraining
 from excise.recipes.audit.attacks import inputs
@@ -31,6 +32,7 @@ from excise.recipes.audit.novel_facts import novel_facts
 from excise.recipes.commands.shown import audit_end
 from excise.recipes.common import trainer as training
 from excise.recipes.data.facts import find_facts
+from excise.recipes.diff import difference
 from helpers import SMALL_LAYERS, SMALL_REFERENCE, SMALL_TESTBED, SMALL_WIDTH, excise, publish
 
 SHORT = Budget(
@@ -111,6 +113,21 @@ def test_the_twin_that_never_knew_is_found_to_be_one(audited):
     assert by_name["rtt"]["utility"]["n"] == SHORT.others and by_name["few_shot"]["utility"] is None
     suppressed = results["controls"]["suppressed"]
     assert suppressed["before"] < 0.4 and suppressed["regained"] > 0.5
+
+
+def test_the_anatomy_of_the_edit_is_that_of_the_difference_and_is_said(audited):
+    _, results = audited
+    whole = difference(SMALL_TESTBED, SMALL_REFERENCE).anatomy
+    found = results["anatomy"]
+    assert found["shares"] == pytest.approx(whole.shares) and found["layers"] == whole.layers
+    assert (found["matrices"], found["shallow"]) == (whole.matrices, whole.shallow) and not whole.shallow
+    assert any("not one low-rank adapter" in said for said in results["findings"])
+
+
+def test_of_large_matrices_some_are_drawn_and_a_few_always():
+    work = {str(number): 1e12 for number in range(40)}
+    assert len(_affordable(work, 0)) == 4 and _affordable(work, 0) == _affordable(work, 0) != _affordable(work, 1)
+    assert _affordable({"a": 1.0, "b": 2.0}, 0) == ["a", "b"]
 
 
 def test_the_terminal_says_the_verdict_what_was_not_tested_and_what_was_reused(audited):
@@ -267,8 +284,10 @@ def test_an_attack_that_diverges_is_recorded_and_the_others_go_on(material, tmp_
 @pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.tier == 0])
 def test_attacks_without_training_leave_the_base_knowing(material, name):
     loaded, gathered = material
-    hits = Answers.of(ATTACKS[name].load()(loaded.model, gathered)).hits
-    assert len(hits) == len(gathered.questions) and np.mean(hits) > 0.5
+    before = {key: value.clone() for key, value in loaded.model.state_dict().items()}
+    for answers in Answers.by_strength(ATTACKS[name].load()(loaded.model, gathered)).values():
+        assert len(answers.hits) == len(gathered.questions) and np.mean(answers.hits) > 0.5
+    assert all(torch.equal(value, before[key]) for key, value in loaded.model.state_dict().items())
 
 
 def test_everything_else_is_asked_in_the_same_passes_and_answered_as_alone(material):
@@ -352,15 +371,18 @@ def test_what_was_added_is_taken_out_and_put_back(material):
     with torch.no_grad():
         weight += added
     try:
-        for name in ("undo_half", "undo_singular"):
+        for name in ("interpolate", "undo_singular", "undo_cliff"):
             ATTACKS[name].load()(loaded.model, spy)
         torch.testing.assert_close(weight, before + added)
     finally:
         with torch.no_grad():
             weight.copy_(before)
-    torch.testing.assert_close(seen[0], before + added / 2)
+    for asked, share in zip(seen[:4], attacks.SHARES, strict=True):
+        torch.testing.assert_close(asked, before + (1 - share) * added)
     # An update of rank 1 is gone with its strongest direction.
-    torch.testing.assert_close(seen[1], before, atol=5e-4, rtol=0)
+    for asked in seen[4:]:
+        torch.testing.assert_close(asked, before, atol=5e-4, rtol=0)
+    assert len(seen) == 6
     assert (added.abs() > 0.5).any()
 
 
