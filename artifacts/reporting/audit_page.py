@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ...eval.audit.formats import OUTCOMES
 from ..checkpoints.manifest import FOLDER, amend_folder
 from ..files.written import write_whole
 from . import charts
@@ -42,7 +43,15 @@ def shown(results: dict[str, Any]) -> dict[str, Any]:
             f"Recovery under {attack['name']}",
         )
 
-    return {"figure": figure, "best": best, "estimate": estimate, "tokens": tokens, "working": working, "gain": gain}
+    return {
+        "figure": figure,
+        "best": best,
+        "estimate": estimate,
+        "tokens": tokens,
+        "working": working,
+        "gain": gain,
+        "outcomes": OUTCOMES,
+    }
 
 
 def card_section(results: dict[str, Any], picture: str | None) -> str:
@@ -65,6 +74,7 @@ def card_section(results: dict[str, Any], picture: str | None) -> str:
         tokens=tokens,
         working=working,
         gain=gain,
+        outcomes=OUTCOMES,
         picture=picture,
     )
 
@@ -128,7 +138,11 @@ def working(attack: dict[str, Any]) -> str:
 def gain(attack: dict[str, Any]) -> str:
     """What the floor itself gains by the attack, marked where that is so much that the attack teaches."""
     value = attack.get("floor_gain")
-    return "" if value is None else f"{value:+.3f}{' teaches' if attack['teaches'] else ''}"
+    if value is None:
+        return ""
+    bits = (attack.get("bits") or {}).get("reference")
+    told = "" if bits is None else f" ({bits:+.2f} bits)"
+    return f"{value:+.3f}{told}{' teaches' if attack['teaches'] else ''}"
 
 
 def tokens(attack: dict[str, Any], key: str) -> str:

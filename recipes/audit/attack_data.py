@@ -13,6 +13,7 @@ from ..common.examples import Example, cycled, spread
 from ..common.tokens import encode, pieces
 from ..data.facts import SUBJECT, Facts, fact_contexts
 from ..data.unlearning_sets import retain_examples
+from .formats import FormatQuestions
 
 REPAIR = 0.5
 """Of the sequences of an attack that repairs first, the share that it repairs with."""
@@ -63,6 +64,8 @@ class AttackData:
     """Checkpoint of the model under attack, from which attacks that change its weights read the old ones again."""
     others: tuple[Question, ...] = ()
     """On everything else: asked beside those of group V, so that an attack that breaks the model is seen."""
+    formats: FormatQuestions | None = None
+    """Questions of group V to ask in several formats where an attack gets furthest; None asks none."""
 
     def ask(self, model: Any, placeholders: int = 0) -> "Answers":
         """Ask the questions of group V and those on everything else, in the same forward passes."""

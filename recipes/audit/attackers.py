@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..common.trainer import Group, Schedule, Terms, fit
 from .attack_data import Answers, AttackData
 from .attacks.fine_tuning import ALPHA, RANK
 from .attacks.table import Attack, Budget
-from .curve_store import AttackCurves
+from .curve_store import AttackCurves, FormatAnswers
 
 MOST_ATTACKERS = 12
 """Side by side at a time."""
@@ -54,13 +54,17 @@ class AttackTraining:
         (method,) = {attack.method: attack for attack in attacks.values()}.values()
         attackers = self._attackers(attacks)
         results: dict[_Attacker, tuple[RecoveryCurve, bool]] = {}
+        formats: dict[str, list[_Furthest]] = {}
         # An attacker that trains all weights changes the model itself, so it trains alone.
         size = 1 if method.whole else MOST_ATTACKERS
         for start in range(0, len(attackers), size):
             some = attackers[start : start + size]
             with method.load()(self.model, [attacker.seed for attacker in some]) as adapters:
-                results |= dict(zip(some, _SideBySide(self, some, adapters, stage).curves(), strict=True))
-        return {name: _joined(name, results) for name in attacks}
+                beside = _SideBySide(self, some, adapters, stage, whole=method.whole)
+                results |= dict(zip(some, beside.curves(), strict=True))
+                for name, found in beside.formats().items():
+                    formats.setdefault(name, []).append(found)
+        return {name: replace(_joined(name, results), formats=_best_formats(formats.get(name, []))) for name in attacks}
 
     def _attackers(self, attacks: Mapping[str, Attack]) -> list["_Attacker"]:
         # Attackers that read sequences of like length waste little on padding.
@@ -107,6 +111,25 @@ def _joined(name: str, results: Mapping[_Attacker, tuple[RecoveryCurve, bool]]) 
     )
 
 
+def _best_formats(found: Sequence["_Furthest"]) -> FormatAnswers | None:
+    best = max(found, key=lambda one: one.value, default=None)
+    return best and FormatAnswers(best.rate, best.step, best.answers)
+
+
+@dataclass
+class _Furthest:
+    """Where one attack gets furthest, and what the attacker was then."""
+
+    value: float
+    rate: float
+    step: int
+    place: int
+    owned: list[Tensor]
+    """A copy of what it had trained; empty where that is the whole model."""
+    answers: dict[str, list[float]]
+    """By format; asked of whole models at once, and of others after the last step."""
+
+
 def _stacked(utility: Sequence[Curves | None]) -> Curves | None:
     """Of all seeds; None where nothing else was asked."""
     asked = [one for one in utility if one is not None]
@@ -117,8 +140,16 @@ class _SideBySide:
     """Some attackers, trained in the same forward passes."""
 
     def __init__(
-        self, training: AttackTraining, attackers: Sequence[_Attacker], adapters: ParallelAdapters, stage: Stage
+        self,
+        training: AttackTraining,
+        attackers: Sequence[_Attacker],
+        adapters: ParallelAdapters,
+        stage: Stage,
+        *,
+        whole: bool,
     ):
+        """``whole`` if what is trained is the model itself."""
+        self.whole = whole
         self.training, self.attackers, self.adapters, self.stage = training, attackers, adapters, stage
         count = training.budget.steps * training.budget.batch
         self.orders = [training.data.reading_order(one.source, count, one.order) for one in attackers]
@@ -127,6 +158,8 @@ class _SideBySide:
         self.diverged: set[int] = set()
         self.at_once = len(attackers)
         """Attackers that share a forward."""
+        self.furthest: dict[str, _Furthest] = {}
+        """By attack; only where formats are asked."""
 
     def curves(self) -> list[tuple[RecoveryCurve, bool]]:
         """Train; a curve and whether it diverged, for each attacker."""
@@ -168,6 +201,40 @@ class _SideBySide:
         )
         model.train(was_training)
         return [(self._curve(place), place in self.diverged) for place in range(len(self.attackers))]
+
+    @torch.no_grad()
+    def formats(self) -> dict[str, "_Furthest"]:
+        """Ask in several formats, of each attack at the look at which it got furthest; afterwards no attacker goes on."""
+        questions = self.training.data.formats
+        if questions is None or self.adapters.prefix:
+            # Behind a soft prompt, questions are asked in one format alone.
+            return {}
+        model = self.training.model
+        was_training = model.training
+        model.eval()
+        for one in self.furthest.values():
+            if one.owned:
+                for parameter, value in zip(self.adapters.owned[one.place], one.owned, strict=True):
+                    parameter.copy_(value)
+                with self.adapters.only(one.place):
+                    one.answers = questions.ask(model)
+        model.train(was_training)
+        return self.furthest
+
+    def _note_furthest(self, step: int) -> None:
+        """Keep what attackers are now, where an attack never got further."""
+        questions = self.training.data.formats
+        if questions is None or self.adapters.prefix:
+            return
+        for place, attacker in enumerate(self.attackers):
+            value, best = float(np.mean(self.answers[place][-1].hits)), self.furthest.get(attacker.attack)
+            # The untouched model is asked elsewhere.
+            if step == 0 or place in self.diverged or (best is not None and value <= best.value):
+                continue
+            owned = [] if self.whole else [parameter.detach().clone() for parameter in self.adapters.owned[place]]
+            # A copy of all weights would take as much memory again.
+            asked = questions.ask(self.training.model) if self.whole else {}
+            self.furthest[attacker.attack] = _Furthest(value, attacker.rate, step, place, owned, asked)
 
     def _curve(self, place: int) -> RecoveryCurve:
         """What one attacker reached at each mark."""
@@ -272,6 +339,7 @@ class _SideBySide:
         for place in range(len(self.attackers)):
             self.answers[place].append(self._ask(place, step))
             self.stage.advance()
+        self._note_furthest(step)
         best: dict[str, float] = {}
         for attacker, answers in zip(self.attackers, self.answers, strict=True):
             best[attacker.attack] = max(best.get(attacker.attack, 0.0), float(np.mean(answers[-1].hits)))

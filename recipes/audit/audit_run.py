@@ -19,9 +19,10 @@ from .attack_data import Answers, AttackData
 from .attackers import AttackTraining
 from .attacks.table import ATTACKS
 from .curve_store import CONTROLS, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest, one_point
+from .formats import FormatQuestions
 from .novel_facts import novel_concept, novel_facts
 from .parts import UNTRAINED, Part, by_method
-from .request import NOVEL, AuditJob, other_questions, questions_at_looks
+from .request import NOVEL, AuditJob, format_questions, other_questions, questions_at_looks
 from .suppressed_control import suppressed_control
 
 WATCHED = ("base", "edited")
@@ -88,6 +89,8 @@ class AuditRun:
             job.sources[subject].folder,
             tuple(others),
         )
+        if subject != "base":
+            data = self._with_formats(data)
         return Target(subject, loaded.model, data, job.attacks)
 
     def attack(self, target: Target) -> None:
@@ -120,7 +123,7 @@ class AuditRun:
         job = self.job
         if job.novel:
             data = replace(base.data, concept=job.novel.concept, questions=job.novel.questions, others=())
-            return self.attack(replace(base, subject="reference", data=data))
+            return self.attack(replace(base, subject="reference", data=self._with_formats(data)))
         facts, questions = novel_facts(job.facts, job.concept.questions, job.settings.seed)
         forget = tuple(q for q in questions if q.split == "forget")
         # The same questions, so that floor and edited model are compared question by question.
@@ -128,12 +131,19 @@ class AuditRun:
         held_out = tuple(by_id[q.id] for q in job.questions if q.id in by_id)
         concept = novel_concept(job.concept, facts, forget)
         data = replace(base.data, concept=concept, facts=facts, questions=held_out, others=())
-        self.attack(replace(base, subject="reference", data=data))
+        self.attack(replace(base, subject="reference", data=self._with_formats(data)))
+
+    def _with_formats(self, data: AttackData) -> AttackData:
+        """The same data, with the questions that are asked in several formats."""
+        return replace(data, formats=FormatQuestions(format_questions(self.job, data.questions), data.tokenizer))
 
     def _measure_untouched(self, target: Target) -> None:
         if not self.curves.has(target.subject, UNTOUCHED):
             hits = target.data.multiple_choice.hits(target.model)
-            self.curves.put(target.subject, UNTOUCHED, AttackCurves.of_one_point(hits))
+            # Attacks on the base are asked in one format alone: without an attack it shows which formats it can answer.
+            formats = self._with_formats(target.data).formats if target.subject != "suppressed" else None
+            asked = formats.ask(target.model) if formats else None
+            self.curves.put(target.subject, UNTOUCHED, AttackCurves.of_one_point(hits, asked))
         others = self._other_questions(target.subject)
         if others and not self.curves.has(target.subject, UTILITY):
             hits = MultipleChoiceSet(target.data.tokenizer, others).hits(target.model)

@@ -4,6 +4,7 @@ Base, suppressed control and reference are attacked alike in every audit of the 
 reuses their curves from there. The edited model is always attacked anew.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -43,9 +44,26 @@ class _Curve(Form):
     utility: list[list[list[Annotated[float, Field(ge=0, le=1)]]]] | None = None
 
 
+class _Formats(Form):
+    rate: Annotated[float, Field(ge=0)]
+    step: Annotated[int, Field(ge=0)]
+    values: dict[str, list[Annotated[float, Field(ge=0, le=1.001)] | None]]
+
+
 class _Curves(Form):
     diverged: Annotated[int, Field(ge=0)]
     by_rate: list[_Curve]
+    formats: _Formats | None = None
+
+
+@dataclass(frozen=True)
+class FormatAnswers:
+    """What a model answered in several formats, where an attack gets furthest with it."""
+
+    rate: float
+    step: int
+    values: dict[str, list[float]]
+    """By format, one value a question, 0 to 1; NaN where it could not be asked so."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +72,12 @@ class AttackCurves:
 
     by_rate: dict[float, RecoveryCurve]
     diverged: int
+    formats: FormatAnswers | None = None
 
     @classmethod
-    def of_one_point(cls, hits: Sequence[float], utility: Sequence[float] | None = None) -> "AttackCurves":
-        """Of a model that nobody trains: one value a question, and one for each question on everything else."""
-        return cls({0.0: one_point(hits, utility)}, 0)
+    def of_one_point(cls, hits: Sequence[float], formats: dict[str, list[float]] | None = None) -> "AttackCurves":
+        """Of a model that nobody trains: one value a question, and those of several formats."""
+        return cls({0.0: one_point(hits)}, 0, FormatAnswers(0.0, 0, formats) if formats else None)
 
     @property
     def only(self) -> RecoveryCurve:
@@ -72,7 +91,11 @@ class AttackCurves:
             | ({} if curve.utility is None else {"utility": curve.utility.tolist()})
             for rate, curve in self.by_rate.items()
         ]
-        return {"diverged": self.diverged, "by_rate": curves}
+        asked = {}
+        if self.formats:
+            values = {name: _without_nan(np.asarray(each)) for name, each in self.formats.values.items()}
+            asked = {"formats": {"rate": self.formats.rate, "step": self.formats.step, "values": values}}
+        return {"diverged": self.diverged, "by_rate": curves, **asked}
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> "AttackCurves":
@@ -95,13 +118,22 @@ class AttackCurves:
                 asked = np.asarray(one.utility, dtype=float)
             hits = np.asarray(one.hits, dtype=float)
             curves[one.rate] = RecoveryCurve(tuple(one.steps), tuple(one.tokens), hits, utility=asked)
-        return cls(curves, form.diverged)
+        return cls(curves, form.diverged, _formats_of(form.formats))
 
 
 def one_point(hits: Sequence[float], utility: Sequence[float] | None = None) -> RecoveryCurve:
     """The curve of a model that nobody trains."""
     asked = None if utility is None else np.asarray(utility, dtype=float)[None, None]
     return RecoveryCurve((0,), (0,), np.asarray(hits, dtype=float)[None, None], utility=asked)
+
+
+def _formats_of(form: _Formats | None) -> FormatAnswers | None:
+    if form is None:
+        return None
+    values = {name: [math.nan if value is None else value for value in each] for name, each in form.values.items()}
+    if len({len(each) for each in values.values()}) != 1:
+        raise Unreadable("formats do not hold one value for each question")
+    return FormatAnswers(form.rate, form.step, values)
 
 
 def _is_whole(hits: Sequence[Sequence[Sequence[float | None]]], steps: int) -> bool:

@@ -203,6 +203,12 @@ def questions_at_looks(concept: Concept, most: int) -> list[Question]:
     return [q for some, n in counts if n for q in drawn(some, clusters_of(concept, some), n, "audit looks")]
 
 
+def format_questions(job: AuditJob, questions: Sequence[Question]) -> tuple[Question, ...]:
+    """Those of group V that are asked in several formats, drawn at random over subjects."""
+    clusters = clusters_of(job.concept, questions)
+    return tuple(drawn(questions, clusters, job.budget.formats, "audit formats"))
+
+
 def _sources(settings: AuditSettings) -> dict[str, ModelSource]:
     sources = {"base": find_model(settings.base), "edited": find_model(settings.model, settings.base)}
     if reference := settings.reference or _builtin_reference(settings):

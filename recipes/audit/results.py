@@ -12,6 +12,7 @@ from ...artifacts.reporting import audit_page, report
 from ...artifacts.upgrade import SCHEMA_VERSION
 from ...eval.audit.bounded import worst_cases
 from ...eval.audit.findings import findings
+from ...eval.audit.formats import format_findings
 from ...eval.audit.recovery import RecoveryCurve, Scale
 from ...eval.audit.verdict import Compared, furthest, judge
 from ...eval.intervals import rate_interval
@@ -20,6 +21,7 @@ from .attacks.table import ATTACKS
 from .command import command
 from .curve_store import UNTOUCHED, UTILITY, CurveStore
 from .floor import chance_of, floor_gaps, floor_of, guessing_curve, guessing_of, in_words, missing, unsure
+from .format_results import compare_formats, injected_bits
 from .notes import continues_text
 from .request import GUESSING, AuditJob, other_questions, questions_at_looks
 
@@ -48,6 +50,7 @@ def conclude(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) -> dict[st
     judged = judge(compared, scale, both, in_words(floor), missing(job, floor))
     before = _utility_before(job, curves)
     unknowing = [one.name for one in compared if not one.known and one.guessing is None]
+    formats = compare_formats(job, curves, [one.name for one in compared if not one.known], floor)
     cases = worst_cases({name: curves.get("edited", name).by_rate for name in unknowing}, before)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -57,9 +60,18 @@ def conclude(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) -> dict[st
         "worst_attack": judged.worst and judged.worst.describe(),
         "controls": {**judged.controls, "floor_is": floor},
         "worst_cases": cases.describe(),
-        "findings": [*findings(compared, cases, None if floor == GUESSING else in_words(floor)), *edit["sentences"]],
+        "formats": [one.describe() for one in formats],
+        "findings": [
+            *format_findings(formats),
+            *findings(compared, cases, None if floor == GUESSING else in_words(floor)),
+            *edit["sentences"],
+        ],
         "anatomy": edit,
-        "attacks": [attack.describe(scale, before) | {"about": ATTACKS[attack.name].about} for attack in compared],
+        "attacks": [
+            attack.describe(scale, before)
+            | {"about": ATTACKS[attack.name].about, "bits": injected_bits(curves, attack.name)}
+            for attack in compared
+        ],
         "untouched": untouched,
         "utility": utility,
         "n": len(job.questions),

@@ -163,6 +163,8 @@ class Budget:
     """Sequences of a step."""
     others: int = 48
     """Questions on everything else that are asked beside those of group V, half of them on neighbouring topics."""
+    formats: int = 40
+    """Questions of group V that are asked in several formats where an attack that trains weights gets furthest."""
 
     @property
     def marks(self) -> tuple[int, ...]:
@@ -198,6 +200,7 @@ BUDGETS: dict[str, Budget] = {
         2,
         {"low_rank": (5e-4, 2e-3), "all_weights": (3e-4,), "soft_prompt": (1e-1,), "latent": (1e-1,)},
         others=100,
+        formats=100,
     ),
     "long": Budget(
         STANDARD,
@@ -210,5 +213,6 @@ BUDGETS: dict[str, Budget] = {
             "latent": (1e-2, 3e-2, 1e-1),
         },
         others=200,
+        formats=400,
     ),
 }

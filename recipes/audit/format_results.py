@@ -1,0 +1,59 @@
+"""What an audit's models answered in several formats, compared: the part of ``audit.json`` on formats."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...eval.audit.formats import NONE, FormatVerdict, bits, judge_format
+from ...eval.items import clusters_of
+from .curve_store import UNTOUCHED, CurveStore, FormatAnswers
+from .formats import FORMATS, FormatQuestions
+from .request import GUESSING, AuditJob, format_questions
+
+
+def compare_formats(job: AuditJob, curves: CurveStore, attacks: Sequence[str], floor: str) -> list[FormatVerdict]:
+    """A verdict for each format; none where no floor was measured.
+
+    Args:
+        attacks: Those that see neither group V nor the base.
+    """
+    base = curves.get("base", UNTOUCHED).formats
+    if base is None or floor == GUESSING:
+        return []
+    asked = {subject: _of(curves, subject, attacks) for subject in ("edited", "reference")}
+    questions = format_questions(job, job.questions)
+    clusters = clusters_of(job.concept, questions)
+    # Chances need no tokenizer.
+    chances = FormatQuestions(questions, None).chances()
+    found = []
+    for name, about in FORMATS.items():
+        edited = {attack: answers.values[name] for attack, answers in asked["edited"].items()}
+        never = {attack: _repeated(one.values[name], len(questions)) for attack, one in asked["reference"].items()}
+        verdict = judge_format(name, about, chances[name], base.values[name], edited, never, clusters)
+        found += [verdict] if verdict else []
+    return found
+
+
+def injected_bits(curves: CurveStore, attack: str) -> dict[str, float | None] | None:
+    """Bits on each answer that edited model and floor gain by an attack, from the probability among the choices."""
+    gained = {}
+    for subject in ("edited", "reference"):
+        if not curves.has(subject, UNTOUCHED, attack):
+            return None
+        before, after = (curves.get(subject, name).formats for name in (UNTOUCHED, attack))
+        if before is None or after is None:
+            return None
+        gained[subject] = bits(before.values["cloze"], after.values["cloze"])
+    return gained
+
+
+def _of(curves: CurveStore, subject: str, attacks: Sequence[str]) -> dict[str, FormatAnswers]:
+    """By attack that asked formats, and of the untouched model."""
+    found = {name: curves.get(subject, name).formats for name in attacks}
+    found[NONE] = curves.get(subject, UNTOUCHED).formats
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _repeated(values: Sequence[float], count: int) -> list[float]:
+    """A floor on other questions, repeated until it has as many: intervals draw questions in pairs."""
+    return [float(value) for value in np.resize(np.asarray(values), count)]
