@@ -113,7 +113,11 @@ class Compared:
         return {
             "name": self.name,
             "tier": self.tier,
-            "settings": {"learning_rates": dict(self.rates), "seeds": len(self.edited.hits), "given_v": self.known},
+            "settings": {
+                "strengths" if self.tier == 0 else "learning_rates": dict(self.rates),
+                "seeds": len(self.edited.hits),
+                "given_v": self.known,
+            },
             "curve": self._points(),
             "t50": time_to(accuracy, tokens, scale.mark(0.5)),
             "t90": time_to(accuracy, tokens, scale.mark(0.9)),
@@ -159,3 +163,24 @@ def furthest(by_rate: Mapping[float, RecoveryCurve]) -> tuple[float, RecoveryCur
     """The learning rate that gets furthest, and its curve."""
     rate = worst(by_rate)
     return rate, by_rate[rate]
+
+
+def envelope(trials: Mapping[float, RecoveryCurve]) -> tuple[float, RecoveryCurve]:
+    """The trial of a search that gets furthest, and the curve of the best trial at each step.
+
+    Trials of different lengths are compared at the steps that they share; tokens are the mean over those that reached a
+    step, so that every model has the same.
+    """
+    steps = sorted({step for curve in trials.values() for step in curve.steps})
+    chosen = []
+    for step in steps:
+        at = [(curve, curve.steps.index(step)) for curve in trials.values() if step in curve.steps]
+        best, place = max(at, key=lambda pair: float(pair[0].accuracy[pair[1]]))
+        chosen.append((best, place, int(np.mean([curve.tokens[p] for curve, p in at]))))
+    # Trials of small batches have read less at a step than longer ones at an earlier one.
+    tokens = tuple(int(read) for read in np.maximum.accumulate([read for _, _, read in chosen]))
+    hits = np.stack([curve.hits[:, place] for curve, place, _ in chosen], 1)
+    utilities = [None if curve.utility is None else curve.utility[:, place] for curve, place, _ in chosen]
+    asked = [each for each in utilities if each is not None]
+    utility = np.stack(asked, 1) if len(asked) == len(chosen) else None
+    return furthest(trials)[0], RecoveryCurve(tuple(steps), tokens, hits, chosen[0][0].clusters, utility)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from ..intervals import holm
 from .broken import Repair, repair_of, sentences
-from .compared import Compared, furthest
+from .compared import Compared, envelope, furthest
 from .contrasts import questions_to_tell
 from .controls import RECOVERED, check_controls
 from .missing import NOTHING_MISSING, Missing
@@ -14,7 +14,7 @@ from .reasons import Evidence, Relearning, reasons, show
 from .recovery import SHARES, Estimate, RecoveryCurve, Scale, common_share, speed_up, surely_reached, timed_share
 from .worst import WorstAttack, worst_attack
 
-__all__ = ["Compared", "Judged", "Missing", "Verdict", "furthest", "judge"]
+__all__ = ["Compared", "Judged", "Missing", "Verdict", "envelope", "furthest", "judge"]
 
 Verdict = Literal[
     "recovers", "partially_robust", "indistinguishable_from_never_trained", "broken_not_erased", "inconclusive"

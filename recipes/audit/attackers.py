@@ -1,7 +1,7 @@
 """Attackers that train, side by side where they share the frozen model; recovery is measured as they go."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,18 @@ from ..common.memory_plan import SPARE, fit_step, surely_fits
 from ..common.memory_sizes import Gradients, ModelSizes, Rows, Unplanned, sizes_of
 from ..common.trainer import Group, Schedule, Terms, fit
 from .attack_data import Answers, AttackData
-from .attacks.fine_tuning import ALPHA, RANK
-from .attacks.table import Attack, Budget
+from .attacks.fine_tuning import ALPHA_OVER_RANK
+from .attacks.table import RANK, Attack, Budget, Setup
 from .curve_store import AttackCurves, FormatAnswers
 
 MOST_ATTACKERS = 12
 """Side by side at a time."""
 
 
-def gradients_of_attackers(sizes: ModelSizes, count: int) -> Gradients:
+def gradients_of_attackers(sizes: ModelSizes, count: int, rank: int = RANK) -> Gradients:
     """What some attackers on all linear modules train; of other methods, which train less, it is an upper bound."""
     modules = adapter_modules(sizes.model, sizes.row, range(sizes.depth))
-    return Gradients(AdapterShape(RANK, ALPHA, modules), attackers=count)
+    return Gradients(AdapterShape(rank, ALPHA_OVER_RANK * rank, modules), attackers=count)
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class AttackTraining:
         formats: dict[str, list[_Furthest]] = {}
         # An attacker that trains all weights changes the model itself, so it trains alone.
         size = 1 if method.whole else MOST_ATTACKERS
-        for start in range(0, len(attackers), size):
-            some = attackers[start : start + size]
-            with method.load()(self.model, [attacker.seed for attacker in some]) as adapters:
+        for some in _alike(attackers, size):
+            rank = {} if some[0].setup.rank == RANK else {"rank": some[0].setup.rank}
+            with method.load()(self.model, [attacker.seed for attacker in some], **rank) as adapters:
                 beside = _SideBySide(self, some, adapters, stage, whole=method.whole)
                 results |= dict(zip(some, beside.curves(), strict=True))
                 for name, found in beside.formats().items():
@@ -71,10 +71,10 @@ class AttackTraining:
         by_length = sorted(attacks, key=lambda name: self.data.mean_length(attacks[name].data))
         return [
             # The order does not depend on the learning rate, so that rates are compared on the same reading.
-            _Attacker(name, attacks[name].data, rate, number, f"{self.data.seed}-{number}")
+            _Attacker(name, attacks[name].data, key, setup, number, f"{self.data.seed}-{number}")
             for name in by_length
-            for rate in self.budget.rates_of(attacks[name])
-            for number in range(self.budget.seeds)
+            for key, setup in self.budget.setups_of(attacks[name], self.data.seed).items()
+            for number in range(self.budget.seeds_of(attacks[name]))
         ]
 
 
@@ -82,10 +82,22 @@ class AttackTraining:
 class _Attacker:
     attack: str
     source: str
-    rate: float
+    key: float
+    """Its learning rate, or its number in a search."""
+    setup: Setup
     seed: int
     order: str
     """Seed of the order in which it reads."""
+
+
+def _alike(attackers: Sequence[_Attacker], most: int) -> Iterator[list[_Attacker]]:
+    """Attackers that differ in their learning rate alone, at most so many at a time: they can train side by side."""
+    groups: dict[Setup, list[_Attacker]] = {}
+    for attacker in attackers:
+        groups.setdefault(replace(attacker.setup, rate=0.0), []).append(attacker)
+    for group in groups.values():
+        for start in range(0, len(group), most):
+            yield group[start : start + most]
 
 
 def _joined(name: str, results: Mapping[_Attacker, tuple[RecoveryCurve, bool]]) -> AttackCurves:
@@ -94,7 +106,7 @@ def _joined(name: str, results: Mapping[_Attacker, tuple[RecoveryCurve, bool]]) 
     diverged = 0
     for attacker, (curve, broken) in results.items():
         if attacker.attack == name:
-            by_rate.setdefault(attacker.rate, []).append(curve)
+            by_rate.setdefault(attacker.key, []).append(curve)
             diverged += broken
     return AttackCurves(
         {
@@ -151,7 +163,9 @@ class _SideBySide:
         """``whole`` if what is trained is the model itself."""
         self.whole = whole
         self.training, self.attackers, self.adapters, self.stage = training, attackers, adapters, stage
-        count = training.budget.steps * training.budget.batch
+        self.setup = attackers[0].setup
+        """All of them share it but for its learning rate."""
+        count = self.setup.steps * self.setup.batch
         self.orders = [training.data.reading_order(one.source, count, one.order) for one in attackers]
         self.answers: list[list[Answers]] = [[] for _ in attackers]
         """Of each attacker, at each mark so far."""
@@ -163,16 +177,16 @@ class _SideBySide:
 
     def curves(self) -> list[tuple[RecoveryCurve, bool]]:
         """Train; a curve and whether it diverged, for each attacker."""
-        model, budget = self.training.model, self.training.budget
+        model, setup = self.training.model, self.setup
         self._test(0)
         schedule = Schedule(
-            budget.steps,
-            budget.batch,
+            setup.steps,
+            setup.batch,
             # Only learning rates differ between attackers, and each group of parameters carries its own.
             learning_rate=1.0,
             seed=0,
-            decay="constant",
-            warmup_steps=max(1, budget.steps // 20),
+            decay=setup.decay,
+            warmup_steps=setup.warmup,
             # The first mark is step 1.
             idle_first_step=False,
             beta2=0.999,
@@ -180,7 +194,7 @@ class _SideBySide:
             shuffled=False,
             save_every=0,
         )
-        groups = [Group(owned, one.rate) for one, owned in zip(self.attackers, self.adapters.owned, strict=True)]
+        groups = [Group(owned, one.setup.rate) for one, owned in zip(self.attackers, self.adapters.owned, strict=True)]
         # A row of the trainer is what all attackers read at one place, each in its own order.
         rows = list(zip(*self.orders, strict=True))
         # Progress counts the tests of attackers, so the trainer's own steps are told to nobody.
@@ -234,7 +248,7 @@ class _SideBySide:
             owned = [] if self.whole else [parameter.detach().clone() for parameter in self.adapters.owned[place]]
             # A copy of all weights would take as much memory again.
             asked = questions.ask(self.training.model) if self.whole else {}
-            self.furthest[attacker.attack] = _Furthest(value, attacker.rate, step, place, owned, asked)
+            self.furthest[attacker.attack] = _Furthest(value, attacker.key, step, place, owned, asked)
 
     def _curve(self, place: int) -> RecoveryCurve:
         """What one attacker reached at each mark."""
@@ -243,11 +257,11 @@ class _SideBySide:
         asked = None
         if looks[0].utility is not None:
             asked = np.asarray([look.utility for look in looks], dtype=float)[None]
-        return RecoveryCurve(self.training.budget.marks, self._tokens(place), hits, utility=asked)
+        return RecoveryCurve(self.setup.marks, self._tokens(place), hits, utility=asked)
 
     def _parts(self, rows: Sequence[Sequence[Example]]) -> int:
         """In how many parts a step fits into what is free now."""
-        model, batch = self.training.model, self.training.budget.batch
+        model, batch = self.training.model, self.setup.batch
         longest = self.adapters.prefix + max(len(example.ids) for row in rows for example in row)
         config, device, count = model.config.to_dict(), next(model.parameters()).device, len(self.attackers)
         room = int(SPARE * free_memory(device))
@@ -259,7 +273,7 @@ class _SideBySide:
             sizes = sizes_of(config, model.dtype, autocast=bfloat16_is_fast(device))
             # Gradients and moments are still to be made.
             room -= 12 * trained + sizes.head(device)
-            return fit_step(sizes, gradients_of_attackers(sizes, count), read, room, unit=count).parts
+            return fit_step(sizes, gradients_of_attackers(sizes, count, self.setup.rank), read, room, unit=count).parts
         except Unplanned:
             return 1
 
@@ -331,7 +345,7 @@ class _SideBySide:
     @torch.no_grad()
     def _test(self, step: int) -> None:
         """Ask every attacker the questions of group V, at the budget's marks."""
-        if step not in self.training.budget.marks:
+        if step not in self.setup.marks:
             return
         model = self.training.model
         was_training = model.training
@@ -360,6 +374,5 @@ class _SideBySide:
 
     def _tokens(self, place: int) -> tuple[int, ...]:
         """Tokens that one attacker read up to each mark."""
-        budget = self.training.budget
         read = np.cumsum([0, *(len(example.ids) for example in self.orders[place])])
-        return tuple(int(read[step * budget.batch]) for step in budget.marks)
+        return tuple(int(read[step * self.setup.batch]) for step in self.setup.marks)

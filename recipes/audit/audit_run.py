@@ -165,8 +165,8 @@ class AuditRun:
         """Attacks of one method, side by side."""
         budget = self.job.budget
         rows = {name: ATTACKS[name] for name in names}
-        attackers = sum(len(budget.rates_of(row)) * budget.seeds for row in rows.values())
-        with self.events.stage(f"attack {target.subject}: {', '.join(names)}", attackers * len(budget.marks)) as stage:
+        looks = sum(budget.looks_of(row, target.data.seed) for row in rows.values())
+        with self.events.stage(f"attack {target.subject}: {', '.join(names)}", looks) as stage:
             training = AttackTraining(target.model, target.data, budget, self.scratch / "attack")
             for name, curves in training.curves(rows, stage).items():
                 self.curves.put(target.subject, name, curves, names)

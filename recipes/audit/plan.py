@@ -1,6 +1,6 @@
 """What an audit would do, for a dry run."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ...artifacts.checkpoints.read import open_checkpoint
@@ -10,16 +10,17 @@ from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
 from ..common.trainer import WHOLE_BYTES
 from .attack_data import LONGEST_RETAIN
 from .attackers import MOST_ATTACKERS, gradients_of_attackers
-from .attacks.table import ATTACKS, SOFT_TOKENS
+from .attacks.table import ATTACKS, SOFT_TOKENS, Attack
 from .floor import floor_gaps
-from .request import AuditJob
+from .formats import FORMATS
+from .request import AuditJob, format_questions, questions_at_looks
 
 CHANGES_WEIGHTS = {name for name, row in ATTACKS.items() if str(row.function).startswith("weights:")}
 
 
 def describe(job: AuditJob) -> dict[str, Any]:
     """What an audit would do."""
-    budget = job.budget
+    budget, seed = job.budget, job.settings.seed
     training = [ATTACKS[name] for name in job.attacks if ATTACKS[name].trains]
     return {
         "recipe": "audit",
@@ -29,11 +30,22 @@ def describe(job: AuditJob) -> dict[str, Any]:
         "questions": len(job.questions),
         "attacks": list(job.attacks),
         # Of four models at most: base, edited, suppressed control and reference.
-        "attackers_that_train": sum(budget.seeds * len(budget.rates_of(row)) for row in training) * 4,
+        "attackers_that_train": sum(_count(job, row) for row in training) * 4,
         "steps_each": budget.steps,
+        "search": [asdict(setup) for row in training if row.searched for setup in budget.setups_of(row, seed).values()],
+        "asked_at_each_look": {
+            "group V": len(job.questions),
+            "everything else": len(questions_at_looks(job.concept, budget.others)),
+        },
+        "formats": {"asked": list(FORMATS), "questions": len(format_questions(job, job.questions))},
         "gaps": [*job.gaps, *floor_gaps(job)],
         "notes": list(job.notes),
     }
+
+
+def _count(job: AuditJob, attack: Attack) -> int:
+    """Attackers of an attack on one model."""
+    return job.budget.seeds_of(attack) * len(job.budget.setups_of(attack, job.settings.seed))
 
 
 def memory(job: AuditJob) -> MemoryPlan:
@@ -55,9 +67,9 @@ def memory(job: AuditJob) -> MemoryPlan:
 def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
     """Attackers of one method, as many as train side by side."""
     sizes, budget, concept = needs.sizes, job.budget, job.concept
-    attackers = sum(
-        len(budget.rates_of(ATTACKS[name])) * budget.seeds for name in job.attacks if ATTACKS[name].method == method
-    )
+    # Those of a search train in groups of their own, of which each is smaller.
+    rows_of = [ATTACKS[name] for name in job.attacks if ATTACKS[name].method == method]
+    attackers = max(1, sum(_count(job, row) for row in rows_of if not row.searched))
     texts = concept.texts()
     longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), LONGEST_RETAIN)
     count = 1 if method == "all_weights" else min(attackers, MOST_ATTACKERS)

@@ -122,7 +122,7 @@ class AuditJob:
         """
         data = ("T",) if teaches_questions(self.concept) else ("T", "V")
         rows = ((name, ATTACKS[name]) for name in self.attacks)
-        return tuple(name for name, row in rows if row.method == "low_rank" and row.data in data)
+        return tuple(name for name, row in rows if row.method == "low_rank" and row.data in data and not row.searched)
 
 
 def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:

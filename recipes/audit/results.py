@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ...eval.audit.bounded import worst_cases
 from ...eval.audit.findings import findings
 from ...eval.audit.formats import format_findings
 from ...eval.audit.recovery import RecoveryCurve, Scale
-from ...eval.audit.verdict import Compared, furthest, judge
+from ...eval.audit.verdict import Compared, envelope, furthest, judge
 from ...eval.intervals import rate_interval
 from ...eval.items import clusters_of
 from .attacks.table import ATTACKS
@@ -70,6 +70,7 @@ def conclude(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) -> dict[st
         "attacks": [
             attack.describe(scale, before)
             | {"about": ATTACKS[attack.name].about, "bits": injected_bits(curves, attack.name)}
+            | _tried(job, attack)
             for attack in compared
         ],
         "untouched": untouched,
@@ -133,7 +134,7 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
         chosen = {
             subject: (rate, replace(curve, clusters=base.clusters))
             for subject, one in by_subject.items()
-            for rate, curve in [furthest(one.by_rate)]
+            for rate, curve in [envelope(one.by_rate) if ATTACKS[name].searched else furthest(one.by_rate)]
         }
         # NaN stands where a question could not be scored; a mean over the rest would be of other questions than the
         # base's.
@@ -152,7 +153,7 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
                 edited=chosen["edited"][1],
                 floor=_matched(chosen["reference"][1], base),
                 control=furthest(suppressed.by_rate)[1] if suppressed else None,
-                rates={subject: rate for subject, (rate, _) in chosen.items()},
+                rates={subject: _rate(job, name, key) for subject, (key, _) in chosen.items()},
                 diverged=sum(one.diverged for one in by_subject.values()),
                 guessing=ATTACKS[name].guessing,
                 afresh=not (lacking.afresh and (floor == GUESSING or "V" in ATTACKS[name].sources)),
@@ -215,6 +216,22 @@ def _gaps(job: AuditJob, curves: CurveStore, unscored: Sequence[str], utility: d
     if not {"base", "edited"} <= set(utility):
         gaps.append("the concept pack asks about nothing else, so nothing says whether the model still works")
     return gaps
+
+
+def _tried(job: AuditJob, attack: Compared) -> dict[str, Any]:
+    """What a search tried; the learning rate of the trial that got furthest with each model says which it was."""
+    row = ATTACKS[attack.name]
+    if not row.searched:
+        return {}
+    setups = [asdict(setup) for setup in job.budget.setups_of(row, job.settings.seed).values()]
+    return {"trials": setups}
+
+
+def _rate(job: AuditJob, name: str, key: float) -> float:
+    """The learning rate of a curve; that of an untrained attack is its strength."""
+    row = ATTACKS[name]
+    tried = job.budget.setups_of(row, job.settings.seed) if row.searched else {}
+    return tried[key].rate if key in tried else key
 
 
 def _settings(job: AuditJob) -> dict[str, Any]:

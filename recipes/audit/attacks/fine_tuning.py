@@ -8,16 +8,17 @@ from ....editing.architectures import architecture_of, layer_count
 from ....editing.edits.dense import weights_trained
 from ....editing.training.adapters import adapter_modules
 from ....editing.training.parallel_adapters import ParallelAdapters, low_rank_attackers
+from .table import RANK
 
-RANK, ALPHA = 8, 16.0
+ALPHA_OVER_RANK = 2.0
 
 
 @contextmanager
-def low_rank(model: Any, seeds: Sequence[int]) -> Iterator[ParallelAdapters]:
+def low_rank(model: Any, seeds: Sequence[int], rank: int = RANK) -> Iterator[ParallelAdapters]:
     """LoRA on all linear modules of all layers, one adapter a seed, side by side."""
     config = model.config.to_dict()
     modules = adapter_modules(model, architecture_of(config), range(layer_count(config)))
-    with low_rank_attackers(model, modules, RANK, ALPHA, seeds) as adapters:
+    with low_rank_attackers(model, modules, rank, ALPHA_OVER_RANK * rank, seeds) as adapters:
         yield adapters
 
 

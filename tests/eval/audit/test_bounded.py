@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from excise.eval.audit.bounded import KEPT, furthest_look, worst_cases
-from excise.eval.audit.compared import Compared
+from excise.eval.audit.compared import Compared, envelope
 from excise.eval.audit.findings import findings
 from excise.eval.audit.recovery import RecoveryCurve
 
@@ -73,6 +73,20 @@ def test_an_attack_teaches_where_who_never_knew_gains_by_it(before, after, teach
     # Where no floor was measured, nothing is known of what an attack tells.
     unmeasured = Compared("rtt", 2, False, _curve([1, 1]), _curve([0.1, 0.5]), floor, None, {})
     assert unmeasured.floor_gain is None and not unmeasured.teaches
+
+
+def test_the_envelope_of_a_search_is_the_best_trial_at_each_step():
+    short, long = _curve([0.1, 0.5, 0.6], [1.0, 0.9, 0.1]), _curve([0.1, 0.2, 0.7, 0.4], [1.0, 0.8, 0.7, 0.6])
+    number, best = envelope({0.0: short, 1.0: long})
+    assert number == 1.0 and best.steps == (0, 1, 2, 3)
+    assert list(best.accuracy) == pytest.approx([0.1, 0.5, 0.7, 0.4])
+    assert list(best.utility.mean((0, 2))) == pytest.approx([1.0, 0.9, 0.7, 0.6])
+    # Of one trial it is that trial.
+    alone = envelope({0.0: short})[1]
+    assert np.array_equal(alone.hits, short.hits) and alone.tokens == short.tokens
+    without = envelope({0.0: _curve([0.1, 0.5]), 1.0: long})[1]
+    assert without.utility is None and len(without.steps) == 4
+    assert list(without.tokens) == sorted(without.tokens)
 
 
 def test_utility_is_that_of_the_step_that_gets_furthest_neighbours_apart():
