@@ -187,8 +187,8 @@ class _SideBySide:
             seed=0,
             decay=setup.decay,
             warmup_steps=setup.warmup,
-            # The first mark is step 1.
-            idle_first_step=False,
+            # The first mark is step 1. The library's cosine, of a search alone, begins its warm-up at 0.
+            idle_first_step=setup.decay == "cosine",
             beta2=0.999,
             # The order in which an attacker reads is decided already.
             shuffled=False,
