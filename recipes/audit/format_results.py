@@ -34,6 +34,12 @@ def compare_formats(job: AuditJob, curves: CurveStore, attacks: Sequence[str], f
     return found
 
 
+def format_gaps(found: Sequence[FormatVerdict]) -> list[str]:
+    """Formats in which no question could be asked."""
+    missing = [name.replace("_", " ") for name in FORMATS if found and name not in {one.name for one in found}]
+    return [f"format {name}: no question names its subject, so none could be asked so" for name in missing]
+
+
 def injected_bits(curves: CurveStore, attack: str) -> dict[str, float | None] | None:
     """Bits on each answer that edited model and floor gain by an attack, from the probability among the choices."""
     gained = {}

@@ -21,7 +21,7 @@ from .attacks.table import ATTACKS
 from .command import command
 from .curve_store import UNTOUCHED, UTILITY, CurveStore
 from .floor import chance_of, floor_gaps, floor_of, guessing_curve, guessing_of, in_words, missing, unsure
-from .format_results import compare_formats, injected_bits
+from .format_results import compare_formats, format_gaps, injected_bits
 from .notes import continues_text
 from .request import GUESSING, AuditJob, other_questions, questions_at_looks
 
@@ -76,7 +76,7 @@ def conclude(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) -> dict[st
         "untouched": untouched,
         "utility": utility,
         "n": len(job.questions),
-        "gaps": _gaps(job, curves, unscored, utility, floor),
+        "gaps": [*_gaps(job, curves, unscored, utility, floor), *format_gaps(formats)],
         "notes": list(job.notes),
         "reused": curves.reused(),
         "command": command(job),

@@ -162,6 +162,7 @@ def test_attackers_side_by_side_share_less_where_memory_runs_out(tmp_path):
     from excise.recipes.audit.attack_data import AttackData
     from excise.recipes.audit.attackers import AttackTraining
     from excise.recipes.audit.attacks.table import ATTACKS, Budget
+    from excise.recipes.audit.curve_store import AttackCurves
     from excise.recipes.data.facts import find_facts
 
     concept = load_concept("builtin:potions")
@@ -180,8 +181,8 @@ def test_attackers_side_by_side_share_less_where_memory_runs_out(tmp_path):
 
         with pytest.MonkeyPatch.context() as patch, at_most(loaded.model.model, tokens) as tried:
             patch.setattr("excise.recipes.audit.attackers._SideBySide._test", after)
-            patch.setattr("excise.recipes.audit.attackers.RecoveryCurve", lambda *_: None)
-            patch.setattr("excise.recipes.audit.attackers._joined", lambda *_: None)
+            patch.setattr("excise.recipes.audit.attackers._SideBySide._curve", lambda *_: None)
+            patch.setattr("excise.recipes.audit.attackers._joined", lambda *_: AttackCurves({}, 0))
             training.curves({"rtt": ATTACKS["rtt"]}, RunStage(Events(), "attack"))
         found[tokens] = trained[2] - trained[0], tried
     (whole, before), (parts, after_all) = found.values()
