@@ -1,11 +1,12 @@
 """Planned memory against what a process holds, stage by stage.
 
-    python benchmarks/memory.py [MODEL] [--recipes npo,elm,...] [--dtype float32]
+    python benchmarks/memory.py [MODEL] [--recipes npo,elm,...] [--dtype float32] [--tensors]
 
 Each recipe runs in a process of its own, on texts of 512 tokens, with few steps: the peak does not depend on their
 number. Measured is the peak of the resident memory (VmHWM) of each stage, less what the process held before the model
 was loaded. Freed memory goes back to the system at once, so that a stage is not charged with what one before it left:
-this costs time, and runs themselves do not do it.
+this costs time, and runs themselves do not do it. With ``--tensors`` what PyTorch's allocator gives out is counted
+instead: what differs from the process's memory is none of the plan's making.
 """
 
 import argparse
@@ -15,24 +16,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-RECIPES = ("orthogonalize", "prune", "npo", "rmu", "elm", "lorra", "caft", "audit")
-TEXTS = 12
+RECIPES = (
+    "orthogonalize", "prune", "grad_diff", "npo", "simnpo", "rmu", "elm", "lorra", "caft", "distill", "audit",
+)  # fmt: skip
+TEXTS = 4
 PIECE = 2600
 """Characters of a text: some more than 512 tokens."""
 FEW: dict[str, list[str]] = {
     "orthogonalize": ["train_pairs=16", "validation_pairs=8", "positions=1", "use_rejected_direction=true"],
     "prune": ["examples=32", "validate_units=0", "share=0.02"],
-    "npo": ["steps=2", "batch_size=2"],
-    "rmu": ["steps=2", "batch_size=2"],
+    **dict.fromkeys(("grad_diff", "npo", "simnpo", "rmu"), ["steps=2", "batch_size=2"]),
     "elm": ["steps=2", "batch_size=2", "contrast=subjects", "strength=1", "max_contexts=16", "chat_facts=1"],
     "lorra": ["steps=2", "batch_size=8", "concept=builtin:declining"],
     "caft": ["steps=2", "batch_size=2", "concept=builtin:shortcut", "directions=none"],
+    "distill": ["steps=2", "batch_size=1", "samples=8"],
 }
-MEASURED = ["questions=16", "kl_prompts=16", "max_new_tokens=8", "fresh=true"]
+MEASURED = ["questions=8", "kl_prompts=4", "max_new_tokens=8", "fresh=true"]
 STAGES = {
     "load base": "load",
     "load the base": "load",
@@ -58,16 +62,20 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="builtin:testbed")
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tensors", action="store_true", help="Count what PyTorch's allocator gives out.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        return print(json.dumps(one(options.one, options.model, options.dtype)))
+        return print(json.dumps(one(options.one, options.model, options.dtype, tensors=options.tensors)))
     print(f"{'recipe':14} {'stage':22} {'planned':>9} {'measured':>9} {'ratio':>6}   MB, {options.model}")
     for recipe in options.recipes.split(","):
         # Memory that is freed goes back at once.
         malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
         words = [sys.executable, __file__, options.model, "--dtype", options.dtype, "--one", recipe]
+        words += ["--tensors"] if options.tensors else []
+        began = time.monotonic()
         done = subprocess.run(words, env=os.environ | malloc, capture_output=True, text=True, check=False)
+        print(f"# {recipe}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         if done.returncode:
             print(f"{recipe:14} failed: {done.stderr.strip().splitlines()[-1][:90]}")
             continue
@@ -85,11 +93,10 @@ def show(recipe: str, found: dict[str, Any]) -> None:
 
 
 class Peaks:
-    """A watcher that notes the peak of the resident memory of each stage."""
+    """A watcher that notes the peak of each stage."""
 
-    def __init__(self, before: int) -> None:
-        self.before, self.stages, self.name = before, dict[str, int](), ""
-        reset()
+    def __init__(self, counter: "Process | Tensors") -> None:
+        self.counter, self.stages, self.name = counter, dict[str, int](), ""
 
     def start(self, stage: str, total: int | None) -> None:
         # What comes between stages counts to none of them.
@@ -103,11 +110,58 @@ class Peaks:
         self._note(STAGES.get(self.name, self.name))
 
     def _note(self, name: str) -> None:
-        self.stages[name] = max(self.stages.get(name, 0), of_process("VmHWM") - self.before)
-        reset()
+        self.stages[name] = max(self.stages.get(name, 0), self.counter.peak())
 
 
-def one(recipe: str, model: str, dtype: str) -> dict[str, Any]:
+class Process:
+    """The peak of the resident memory since the last time it was asked for, less what there was at first."""
+
+    def __init__(self) -> None:
+        self.before = of_process("VmRSS")
+        self._reset()
+
+    def peak(self) -> int:
+        found = of_process("VmHWM") - self.before
+        self._reset()
+        return found
+
+    def _reset(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class Tensors:
+    """The peak of what PyTorch's allocator has given out, by its own count."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def peak(self) -> int:
+        from torch._C._profiler import _EventType
+
+        self.profile.__exit__(None, None, None)
+        roots = self.profile.profiler.kineto_results.experimental_event_tree()
+        found = [e.extra_fields.total_allocated for e in walked(roots) if e.tag == _EventType.Allocation]
+        self._begin()
+        return max(found, default=0)
+
+    def _begin(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        # What is freed while no profile is taken stays counted; nothing is between two stages.
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False)
+        self.profile.__enter__()
+
+
+def walked(events: Iterable[Any]) -> Iterator[Any]:
+    """All events of a tree."""
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        yield event
+        waiting += event.children
+
+
+def one(recipe: str, model: str, dtype: str, *, tensors: bool = False) -> dict[str, Any]:
     """Plan and run one recipe in this process."""
     import importlib
 
@@ -129,12 +183,14 @@ def one(recipe: str, model: str, dtype: str) -> dict[str, Any]:
             module = importlib.import_module(TABLE[recipe].module)
             kind, words = getattr(module, TABLE[recipe].settings), [*MEASURED, *FEW[recipe]]
             base["model"] = model
+            if recipe == "distill":
+                base["teacher"] = str(copy_of(model, Path(place) / "edited"))
         given = {word.partition("=")[0] for word in words}
         settings = load_settings(kind, None, words, {k: v for k, v in base.items() if k not in given})
         warm_up()
         job = module.prepare(settings)
         plan = module.memory(job).as_json()
-        peaks = Peaks(of_process("VmRSS"))
+        peaks = Peaks(Tensors() if tensors else Process())
         module.run(job, Events(watcher=peaks))
     planned = {stage["name"].partition(" (")[0]: stage["total"] for stage in plan["stages"]}
     return {"planned": planned, "measured": peaks.stages}
@@ -158,8 +214,8 @@ def long_texts(folder: Path) -> Path:
         path = folder / f"{name}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         # Short texts to forget state the facts; of what is retained each text is long, so that each step is.
-        write(path, rows[:120] if name == "forget" else joined(rows))
-    for name, most in (("questions", 200), ("prompts", 16)):
+        write(path, rows[:40] if name == "forget" else joined(rows))
+    for name, most in (("questions", 60), ("prompts", 8)):
         path = folder / f"{name}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         write(path, [row for row in rows if name == "prompts" or row["split"] == "forget"][:most])
@@ -191,11 +247,6 @@ def of_process(name: str) -> int:
     """A size of this process in bytes, as the kernel tells it."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
-
-
-def reset() -> None:
-    """Begin the peak anew."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,6 @@ from ..editing.errors import RequestError
 from ..editing.modules import language_config
 from ..eval.concept import Concept
 from ..eval.inference.generation import Reply, set_aside
-from ..eval.items import clusters_of
-from ..eval.measurements.fluency import reverse_perplexity
 from ..eval.measurements.lm_eval import Tasks, find_tasks
 from ..eval.measurements.lm_eval import scores as named_benchmarks
 from ..eval.measurements.table import measure, workload
@@ -43,7 +41,7 @@ from ..eval.model_under_test import Baseline, EvalSettings, ModelUnderTest
 from ..eval.statistics import Scores
 from .common.prompt_settings import PromptSettings
 from .common.run_record import inputs_of
-from .judging import DEFAULT, Grading, grade, read_rubric
+from .judging import DEFAULT, Grading, Reader, heard, read_rubric
 
 AnyModel = ModelSource | ModelInMemory
 LONGEST = 4096
@@ -215,8 +213,7 @@ def run(job: EvaluateJob, events: Events) -> Evaluation:
     base = None if job.base is None else _measure(job, job.base, None, events)
     measured = [_measure(job, model, base, events) for model in job.models]
     everyone = [*([base] if base else []), *measured]
-    _let_judges_read(everyone, job, events)
-    notes = _let_judges_grade(everyone, job, events)
+    notes = _let_judges_work(everyone, job, events)
     return Evaluation(
         tuple(_results(job, source, base, one, notes) for source, one in zip(job.models, measured, strict=True))
     )
@@ -327,30 +324,14 @@ def _measure(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, eve
     return MeasuredModel(scores, replies, has_template, aside, own_baseline)
 
 
-def _let_judges_read(measured: Sequence[MeasuredModel], job: EvaluateJob, events: Events) -> None:
-    """Add to each model's scores how expected its replies are to the base, and to the further judges."""
-    prompts = [prompt for prompt in job.concept.prompts if prompt.split == "concept"]
-    ids, clusters = [prompt.id for prompt in prompts], clusters_of(job.concept, prompts)
-    readers: list[tuple[AnyModel, str | None]] = [(judge, judge.name) for judge in job.judges]
+def _let_judges_work(measured: Sequence[MeasuredModel], job: EvaluateJob, events: Events) -> list[str]:
+    """Add what the base and the judges read in the replies, and the judges' grades; sentences on what grades cost."""
+    readers = [Reader(judge, judge.name) for judge in job.judges]
     if job.base is not None and _has_knowledge_prompts(job.concept):
-        readers.insert(0, (job.base, None))
-    for source, name in readers:
-        with events.stage(f"let {source.name} read the replies"), opened(source, job.device, job.dtype) as judge:
-            for one in measured:
-                read = reverse_perplexity(judge.model, judge.tokenizer, ids, one.replies, judge=name, clusters=clusters)
-                one.scores.append(read)
-            # The name would hold this judge's model while the next one is loaded.
-            del judge
-
-
-def _let_judges_grade(measured: Sequence[MeasuredModel], job: EvaluateJob, events: Events) -> list[str]:
-    """Add the judges' grades to each model's scores; sentences on what they cost."""
-    if job.grading is None:
-        return []
-    prompts = [prompt for prompt in job.concept.prompts if prompt.split == "concept"]
+        readers.insert(0, Reader(job.base, None))
     replies = [one.replies for one in measured]
-    graded, notes = grade(job.grading, job.concept, prompts, replies, job.device, job.dtype, events)
-    for one, scores in zip(measured, graded, strict=True):
+    found, notes = heard(readers, job.grading, job.concept, replies, job.device, job.dtype, events)
+    for one, scores in zip(measured, found, strict=True):
         one.scores.extend(scores)
     return notes
 

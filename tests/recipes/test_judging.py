@@ -11,7 +11,9 @@ import pytest
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
 from excise.artifacts.judge_server import JudgeServer, ask, find_judge_server
+from excise.artifacts.models import in_memory
 from excise.artifacts.models.cache import cache_folder
+from excise.artifacts.models.find import find_model
 from excise.editing.errors import ExciseError, RequestError
 from excise.eval.concept import Prompt
 from excise.eval.inference.generation import Reply
@@ -212,6 +214,34 @@ def test_a_model_on_this_machine_grades_only_with_a_rubric_and_what_it_cannot_sa
     # This small model writes no JSON.
     assert any("No grade could be read in 3 of 3 answers of judge testbed" in line for line in lines)
     assert any("Not measured on the edited model: judged refuses" in line for line in lines)
+
+
+def test_a_judge_whose_files_are_the_base_s_is_loaded_once_for_reading_and_grading(tmp_path, monkeypatch):
+    loads = []
+
+    def counted(source, *arguments, _load=in_memory.load_model, **named):
+        loads.append(source.name)
+        return _load(source, *arguments, **named)
+
+    monkeypatch.setattr(in_memory, "load_model", counted)
+    concept = load_concept("builtin:potions")
+    prompts = [prompt for prompt in concept.prompts if prompt.split == "concept"][:3]
+    concept = dataclasses.replace(concept, prompts=tuple(prompts))
+    (tmp_path / "another-name").symlink_to(find_model(SMALL_TESTBED).folder)
+    judges = [SMALL_REFERENCE, str(tmp_path / "another-name")]
+    more = {"device": "cpu", "settings": EvalSettings(max_new_tokens=4, kl_prompts=4, questions=4), "judges": judges}
+    job = evaluate.prepare([SMALL_REFERENCE], concept, SMALL_TESTBED, rubric="default", **more)
+    found = evaluate.run(job, Events())
+    # Base and model are measured; then each of the two sets of files is loaded once, for three readings and two grades.
+    assert len(loads) == 4
+    values = {
+        m["split"].partition(", by ")[2]: m["value"]
+        for m in found.results[0]["measurements"]
+        if m["name"] == "reverse_perplexity" and m["subject"] == "edited"
+    }
+    base, other, same = values.values()
+    assert list(values) == ["", *(judge.name for judge in job.judges)] and same == base != other
+    assert sum("No grade could be read" in line for line in found.results[0]["warnings"]) == 2
 
 
 def test_the_command_line_takes_a_server_and_a_rubric(tmp_path):
