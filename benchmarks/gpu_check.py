@@ -6,8 +6,8 @@
 Needs no network: the models are the built-in one and a Llama of random weights, made in place. One process runs the jobs
 one after the other, because imports take longer than many of them; after a job that failed a new one goes on, because
 an error on a GPU can spoil all that follows. Prints a line a job and a table; ``FOLDER/gpu_check.json`` holds all of it,
-and each job's log and ``events.jsonl`` stand beside. ``--tiny`` makes the random model small and takes the CPU where
-there is no GPU.
+and each job's log and ``events.jsonl`` stand beside. ``--tiny`` makes the random model and every job small, takes the CPU
+where there is no GPU, and times nothing: it shows that all of it works.
 """
 
 import argparse
@@ -41,6 +41,14 @@ SMALL = "questions=12 kl_prompts=4 max_new_tokens=4"
 TRAINED = f"{SMALL} steps=6 batch_size=4"
 ERASED = f"{TRAINED} max_contexts=48 chat_facts=8 reference_subjects=4 fluency_tokens=4"
 SEARCHED = f"{SMALL} train_pairs=32 validation_pairs=8"
+TINY: dict[str, int] = {
+    "questions": 6, "kl_prompts": 2, "max_new_tokens": 2, "steps": 2, "batch_size": 2, "max_contexts": 12,
+    "chat_facts": 1, "reference_subjects": 2, "fluency_tokens": 2, "train_pairs": 12, "validation_pairs": 4,
+    "examples": 8, "validate_units": 1, "watch": 1, "components": 1, "rank": 2,
+}  # fmt: skip
+"""What ``--tiny`` gives the settings that a job names."""
+PATIENCE = 8
+"""How many times longer ``--tiny`` waits for a job: processors are slow, and may be busy with other things."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ JOBS: dict[str, Job] = {
     "npo": Job("run npo", TRAINED),
     "simnpo": Job("run simnpo", TRAINED),
     "audit_searched": Job("audit {elm} --budget quick --questions 20 --attacks sampling,prefix", limit=120),
-    "eval": Job("eval builtin:testbed-reference --concept builtin:potions --base builtin:testbed --questions 12"),
+    "eval": Job("eval builtin:testbed-reference --concept builtin:potions --base builtin:testbed", SMALL),
 }  # fmt: skip
 """In the order of what would be missed most if time ran out. ``{NAME}`` is an earlier job's folder, ``{big}`` the
 random model."""
@@ -111,7 +119,7 @@ def main() -> int:
     """Run the jobs; 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="Folder of results.")
-    parser.add_argument("--minutes", type=float, default=9, help="No job begins after so many.")
+    parser.add_argument("--minutes", type=float, help="No job begins after so many: 9, with --tiny 60.")
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="Of the random model.")
     parser.add_argument("--only", help="Names of jobs, comma-separated; those that they need are run too.")
     parser.add_argument("--tiny", action="store_true", help="A tiny random model; also runs without a GPU.")
@@ -122,6 +130,7 @@ def main() -> int:
         return 0
     if options.tiny:
         options.shape = "tiny"
+    options.minutes = options.minutes or (60 if options.tiny else 9)
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     names = wanted(options.only.split(",") if options.only else list(JOBS))
@@ -155,7 +164,7 @@ def check(options: argparse.Namespace, names: list[str], scratch: Path) -> list[
         elif time.monotonic() - started > 60 * options.minutes:
             outcomes[name] = Outcome(name, "not run", why="no time was left")
         else:
-            outcomes[name] = worker.run(name, job.limit)
+            outcomes[name] = worker.run(name, job.limit * (PATIENCE if options.tiny else 1))
             keep_files(name, scratch, options.out)
             if outcomes[name].status != "passed":
                 worker.stop()
@@ -296,13 +305,20 @@ def do(name: str, scratch: Path, shape: dict[str, int]) -> dict[str, Any] | None
     words = JOBS[name].command.format_map(folders).split()
     if name == "make":
         return make_model(scratch / "make", shape)
+    tiny = shape == SHAPES["tiny"]
     if name.startswith("step"):
-        return step_times(*words)
+        return step_times(*words, tiny=tiny)
     if words[0] in WRITES:
         words += ["--out", folders[name]]
-    words += [word for pair in JOBS[name].settings.split() for word in ("--set", pair)]
-    command(words, scratch)
+    words += [word for pair in JOBS[name].settings.split() for word in ("--set", as_small(pair) if tiny else pair)]
+    command(words, scratch, tiny=tiny)
     return None
+
+
+def as_small(pair: str) -> str:
+    """A setting as ``--tiny`` gives it."""
+    key = pair.partition("=")[0]
+    return f"{key}={TINY[key]}" if key in TINY else pair
 
 
 def machine() -> dict[str, Any]:
@@ -327,12 +343,13 @@ def peaks() -> dict[str, float]:
     return {name: round(value, 2) for name, value in found.items()}
 
 
-def command(words: list[str], scratch: Path) -> None:
+def command(words: list[str], scratch: Path, *, tiny: bool) -> None:
     """The command line, in this process."""
     from excise import cli
     from excise.recipes.audit.attacks.table import BUDGETS
 
-    BUDGETS["quick"] = replace(BUDGETS["quick"], steps=AUDIT_STEPS)
+    fewer = {"seeds": 1, "batch": 2} if tiny else {}
+    BUDGETS["quick"] = replace(BUDGETS["quick"], steps=2 if tiny else AUDIT_STEPS, **fewer)
     os.environ |= {"XDG_CACHE_HOME": str(scratch / "cache"), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
     os.chdir(scratch)
     sys.argv = ["excise", *words, "--debug"]
@@ -358,14 +375,16 @@ def make_model(out: Path, shape: dict[str, int]) -> dict[str, Any]:
     return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
-def step_times(model: str, length: str, mode: str) -> dict[str, Any]:
+def step_times(model: str, length: str, mode: str, *, tiny: bool) -> dict[str, Any]:
     """Seconds of an ELM step of excise and of the plain loop, and the products' own time."""
     import torch
 
     sys.path.insert(0, str(Path(__file__).parent))
     import elm
 
-    elm.STEPS = {"excise": {length: 4}, "plain": {length: 1}}
+    if tiny:
+        length, elm.NEW_TOKENS = "lines", 4
+    elm.STEPS = {"excise": {length: 1 if tiny else 4}, "plain": {length: 1}}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # The first kernels of a process are loaded when they are called.
     elm.measure(model, device, "auto", "excise", length, "none")

@@ -30,7 +30,7 @@ PIECE = 2600
 FEW: dict[str, list[str]] = {
     "orthogonalize": ["train_pairs=16", "validation_pairs=8", "positions=1", "use_rejected_direction=true"],
     "prune": ["examples=32", "validate_units=0", "share=0.02"],
-    **dict.fromkeys(("grad_diff", "npo", "simnpo", "rmu"), ["steps=2", "batch_size=2"]),
+    **{name: ["steps=2", "batch_size=2"] for name in ("grad_diff", "npo", "simnpo", "rmu")},
     "elm": ["steps=2", "batch_size=2", "contrast=subjects", "strength=1", "max_contexts=16", "chat_facts=1"],
     "lorra": ["steps=2", "batch_size=8", "concept=builtin:declining"],
     "caft": ["steps=2", "batch_size=2", "concept=builtin:shortcut", "directions=none"],

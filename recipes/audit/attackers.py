@@ -20,6 +20,7 @@ from ..common.examples import Example, example_batch, sequence_nll, split_by_len
 from ..common.memory_plan import SPARE, fit_step, surely_fits
 from ..common.memory_sizes import Gradients, ModelSizes, Rows, Unplanned, sizes_of
 from ..common.trainer import Group, Schedule, Terms, fit
+from ..common.whole_weights import Optimizer
 from .attack_data import Answers, AttackData
 from .attacks.fine_tuning import ALPHA_OVER_RANK
 from .attacks.table import RANK, Attack, Budget, Setup
@@ -44,6 +45,8 @@ class AttackTraining:
     budget: Budget
     folder: Path
     """For the trainer's files."""
+    optimizer: Optimizer = "adamw"
+    """Of attackers that train all weights."""
 
     def curves(self, attacks: Mapping[str, Attack], stage: Stage) -> dict[str, AttackCurves]:
         """Run attacks of one method: all their learning rates and seeds, as many side by side as fit.
@@ -57,10 +60,12 @@ class AttackTraining:
         formats: dict[str, list[_Furthest]] = {}
         # An attacker that trains all weights changes the model itself, so it trains alone.
         size = 1 if method.whole else MOST_ATTACKERS
+        # What others train is small.
+        training = self if method.whole else replace(self, optimizer="adamw")
         for some in _alike(attackers, size):
             rank = {} if some[0].setup.rank == RANK else {"rank": some[0].setup.rank}
             with method.load()(self.model, [attacker.seed for attacker in some], **rank) as adapters:
-                beside = _SideBySide(self, some, adapters, stage, whole=method.whole)
+                beside = _SideBySide(training, some, adapters, stage, whole=method.whole)
                 results |= dict(zip(some, beside.curves(), strict=True))
                 for name, found in beside.formats().items():
                     formats.setdefault(name, []).append(found)
@@ -193,6 +198,7 @@ class _SideBySide:
             # The order in which an attacker reads is decided already.
             shuffled=False,
             save_every=0,
+            optimizer=self.training.optimizer,
         )
         groups = [Group(owned, one.setup.rate) for one, owned in zip(self.attackers, self.adapters.owned, strict=True)]
         # A row of the trainer is what all attackers read at one place, each in its own order.

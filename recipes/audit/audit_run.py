@@ -65,7 +65,12 @@ class AuditRun:
             # only.
             for names in by_method(attacks):
                 for name in names:
-                    self.curves.reuse(subject, name, names)
+                    self.curves.reuse(subject, name, self._beside(names))
+
+    def _beside(self, names: Sequence[str]) -> tuple[str, ...]:
+        """What curves of attacks depend on: who trained side by side, and states of an optimizer that are not in full."""
+        whole = any(ATTACKS[name].whole for name in names)
+        return (*names, *((self.job.optimizer,) if whole and self.job.optimizer != "adamw" else ()))
 
     def is_complete(self, subject: str) -> bool:
         """Whether a model need not be loaded; controls that are made from the base count with it."""
@@ -167,9 +172,10 @@ class AuditRun:
         rows = {name: ATTACKS[name] for name in names}
         looks = sum(budget.looks_of(row, target.data.seed) for row in rows.values())
         with self.events.stage(f"attack {target.subject}: {', '.join(names)}", looks) as stage:
-            training = AttackTraining(target.model, target.data, budget, self.scratch / "attack")
+            folder = self.scratch / "attack"
+            training = AttackTraining(target.model, target.data, budget, folder, self.job.optimizer)
             for name, curves in training.curves(rows, stage).items():
-                self.curves.put(target.subject, name, curves, names)
+                self.curves.put(target.subject, name, curves, self._beside(names))
 
     def is_done(self, part: Part) -> bool:
         """Whether nothing of a part is left to do."""

@@ -7,7 +7,7 @@ from ...artifacts.checkpoints.read import open_checkpoint
 from ...editing.edits.fake_quantization import expert_weights
 from ..common.memory_plan import MemoryPlan, RunMemory, StageMemory, fit_step
 from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
-from ..common.trainer import WHOLE_BYTES
+from ..common.whole_weights import need_of
 from .attack_data import LONGEST_RETAIN
 from .attackers import MOST_ATTACKERS, gradients_of_attackers
 from .attacks.table import ATTACKS, SOFT_TOKENS, Attack
@@ -76,7 +76,7 @@ def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
     rows, head = Rows(count * budget.batch, longest), sizes.head(job.device)
     name = f"attack: {method}"
     if method == "all_weights":
-        whole = needs.weights // sizes.dtype.itemsize * WHOLE_BYTES
+        whole = need_of(needs.weights // sizes.dtype.itemsize, job.optimizer)
         return StageMemory(name, 0, trained=whole, work=sizes.step(rows, Gradients()) + head)
     if method != "low_rank":
         rows = Rows(rows.count, longest + SOFT_TOKENS)

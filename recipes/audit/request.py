@@ -25,7 +25,7 @@ from ...eval.drawing import drawn
 from ...eval.items import clusters_of, unseen
 from ..common.run_folder import RunSettings, free_folder, refuse_taken
 from ..common.run_record import inputs_of
-from ..common.trainer import memory_for_whole_weights
+from ..common.whole_weights import Optimizer, whole_weights
 from ..data.facts import Facts, find_facts
 from .attacks.table import ATTACKS, BUDGETS, Budget
 from .gaps import without_gaps
@@ -106,6 +106,8 @@ class AuditJob:
     """Questions that nobody can answer, where neither a reference nor the pack's facts give a floor."""
     notes: tuple[str, ...] = ()
     """What of the pack is asked and read, where that is not what its files say."""
+    optimizer: Optimizer = "adamw"
+    """How attackers that train all weights keep the moments of AdamW."""
 
     @property
     def reference(self) -> str:
@@ -164,7 +166,7 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
             _check_same_tokenizer(source, sources["base"])
     if settings.card:
         verify_folder(sources["edited"].folder)
-    attacks, costly = _affordable(attacks, checkpoints["base"], device)
+    attacks, costly, optimizer, told = _affordable(attacks, checkpoints["base"], device)
     novel = None
     if "reference" not in sources and not facts.facts:
         novel = novel_pack(concept, questions, FEWEST, settings.seed)
@@ -181,7 +183,8 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
         out,
         (*gaps, *costly),
         novel,
-        (*apart.notes, *notes_on(concept, questions, attacks)),
+        (*apart.notes, *notes_on(concept, questions, attacks), *told),
+        optimizer,
     )
 
 
@@ -282,11 +285,14 @@ def _check_same_tokenizer(source: ModelSource, base: ModelSource) -> None:
 
 def _affordable(
     attacks: Sequence[str], checkpoint: Checkpoint, device: torch.device
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Attacks that fit into memory, and what is left out: all weights take their gradient, two moments and a copy."""
-    need, free = memory_for_whole_weights(checkpoint, device)
+) -> tuple[tuple[str, ...], tuple[str, ...], Optimizer, tuple[str, ...]]:
+    """Attacks that fit into memory, what is left out, the optimizer of those that train all weights, and what is to be
+    said of it."""
+    room = whole_weights(checkpoint, device)
     whole = [name for name in attacks if ATTACKS[name].whole]
-    if not whole or need <= free:
-        return tuple(attacks), ()
-    gap = f"{', '.join(whole)}: fine-tuning of all weights needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
-    return tuple(name for name in attacks if name not in whole), (gap,)
+    if not whole:
+        return tuple(attacks), (), "adamw", ()
+    if room.fits:
+        return tuple(attacks), (), room.optimizer, (room.sentence,) if room.sentence else ()
+    gap = f"{', '.join(whole)}: fine-tuning of all weights {room.missing}"
+    return tuple(name for name in attacks if name not in whole), (gap,), "adamw", ()

@@ -81,7 +81,7 @@ class ControlRuns:
                 self.events.stage(f"train the control: {name}", settings.steps) as stage,
                 self.ablated(model, removed),
             ):
-                schedule = adapter_job.schedule_of(settings, save_every=0)
+                schedule = adapter_job.schedule_of(prepared.adapter, save_every=0)
                 fit(model, self.order, stage, self.work / f"control-{name}", completion_loss, schedule, example_batch)
             model.eval()
             readings = self.read()

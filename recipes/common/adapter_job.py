@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ...artifacts.checkpoints.export import check_disk
 from ...artifacts.checkpoints.heads import plan_edit
+from ...artifacts.models.memory import elements
 from ...artifacts.models.placement import check_trainable
 from ...editing.architectures import layer_selection, residual_width
 from ...editing.edits.base import WeightEdit
@@ -23,7 +24,8 @@ from ...eval.items import for_training
 from . import measured_run
 from .deduplicate import without_overlap
 from .measured_run import Job, MeasuredSettings
-from .trainer import WHOLE_BYTES, Schedule, memory_for_whole_weights
+from .trainer import Schedule
+from .whole_weights import Optimizer, whole_weights
 
 MOST_ROWS = 20_000_000
 """Rows that a training may read, steps times batch size: their order is drawn before it begins."""
@@ -84,6 +86,8 @@ class AdapterJob:
     warnings: tuple[str, ...] = ()
     whole: bool = False
     """Train the modules' weights themselves instead of an adapter."""
+    optimizer: Optimizer = "adamw"
+    """How the moments of AdamW are kept."""
 
     @property
     def base_bits(self) -> int:
@@ -156,9 +160,7 @@ def prepare(
     warnings += _left_out(skeleton, run, layers, settings, shape)
     job = AdapterJob(run, settings, layers, shape, concept, warnings, whole)
     measured_run.check_plan(run, plan_edit(job.unlearned(), run.checkpoint))
-    if whole:
-        _check_room(run)
-    return job
+    return replace(job, optimizer=_checked_room(run)) if whole else job
 
 
 def _check_four_bits(device: torch.device) -> None:
@@ -176,6 +178,8 @@ def _check_four_bits(device: torch.device) -> None:
 def describe(job: AdapterJob, **more: Any) -> dict[str, Any]:
     """What a run would touch and take."""
     plan = plan_edit(job.unlearned(), job.run.checkpoint)
+    if job.optimizer != "adamw":
+        more |= {"optimizer": job.optimizer}
     return measured_run.describe(
         job.run,
         plan,
@@ -186,8 +190,9 @@ def describe(job: AdapterJob, **more: Any) -> dict[str, Any]:
     )
 
 
-def schedule_of(settings: TrainedSettings, save_every: int) -> Schedule:
-    """How the settings say that an adapter is trained."""
+def schedule_of(job: AdapterJob, save_every: int) -> Schedule:
+    """How a job is trained."""
+    settings = job.settings
     return Schedule(
         settings.steps,
         settings.batch_size // settings.gradient_accumulation_steps,
@@ -199,19 +204,18 @@ def schedule_of(settings: TrainedSettings, save_every: int) -> Schedule:
         beta2=0.999,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         save_every=save_every,
+        optimizer=job.optimizer,
     )
 
 
-def _check_room(run: Job) -> None:
+def _checked_room(run: Job) -> Optimizer:
     """Whole weights need memory to train, and disk to be kept as an edit: once for the run, once in the checkpoint."""
-    need, free = memory_for_whole_weights(run.checkpoint, run.device)
-    if need > free:
-        raise RequestError(
-            f"training whole weights needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; use"
-            " tune=lora"
-        )
-    # A float32 addend takes 4 of WHOLE_BYTES, and it is stored twice.
-    check_disk(run.out, run.checkpoint.size + 8 * need // WHOLE_BYTES)
+    whole = whole_weights(run.checkpoint, run.device)
+    if not whole.fits:
+        raise RequestError(f"training whole weights {whole.missing}; or use tune=lora")
+    # A float32 addend of each weight is stored twice.
+    check_disk(run.out, run.checkpoint.size + 8 * sum(elements(one.shape) for one in run.checkpoint.tensors.values()))
+    return whole.optimizer
 
 
 def _skeleton(run: Job) -> Any:

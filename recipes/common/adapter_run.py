@@ -25,7 +25,8 @@ from ...editing.edits.low_rank import LowRankUpdate
 from ...editing.errors import EditError
 from ...editing.modules import causal_model
 from ...editing.training.adapters import attach, detach, learned_factors, loads_in_peft, targets_as_given
-from ...eval.inference.likelihood import pad_right
+from ...eval.inference.batches import read_in_batches
+from ...eval.inference.likelihood import batch_budget, pad_right
 from ...eval.model_under_test import ModelUnderTest
 from . import measured_run
 from .adapter_job import AdapterJob, schedule_of
@@ -180,7 +181,7 @@ def learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, wor
                 stage,
                 work / "training",
                 training.loss,
-                schedule_of(job.settings, save_every=50),
+                schedule_of(job, save_every=50),
                 training.collate,
                 after_step=training.after_step,
                 less=training.less,
@@ -245,6 +246,8 @@ def _write_trained(job: AdapterJob, model: Any, training: Training, room: Room, 
     report = training.report(model)
     # How a step was computed changes no more than rounding, and is recorded all the same.
     report["training"] |= room.describe()
+    if job.optimizer != "adamw":
+        report["training"]["optimizer"] = job.optimizer
     write_sealed(work / REPORT, report)
 
 
@@ -277,10 +280,19 @@ def being_trained(job: AdapterJob, model: Any) -> Iterator[Tuned]:
 def _log_p(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     """Log-probabilities of the token after each row [rows, v], on the CPU."""
     inner = causal_model(model)
-    inputs = pad_right(rows, inner.device)
-    last = inputs["attention_mask"].sum(-1) - 1
-    logits = inner(**inputs, use_cache=False).logits
-    return logits[torch.arange(len(rows)), last].float().log_softmax(-1).cpu()
+    found: dict[int, Tensor] = {}
+
+    def read(batch: list[int]) -> Tensor:
+        inputs = pad_right([rows[place] for place in batch], inner.device)
+        last = inputs["attention_mask"].sum(-1).cpu() - 1
+        # Logits of all positions would be the largest tensor of the run.
+        kept, place = last.unique(return_inverse=True)
+        logits = inner(**inputs, use_cache=False, logits_to_keep=kept).logits
+        return logits[torch.arange(len(batch)), place].float().log_softmax(-1).cpu()
+
+    for batch, log_p in read_in_batches([len(row) for row in rows], batch_budget(inner), read):
+        found |= dict(zip(batch, log_p, strict=True))
+    return torch.stack([found[place] for place in range(len(rows))])
 
 
 def _checked_divergence(trained: dict[str, Any], model: Any) -> float:

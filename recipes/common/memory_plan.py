@@ -20,15 +20,20 @@ from ...eval.concept import Concept
 from ...eval.inference.encoding import encode
 from ...eval.inference.kept import BYTES as BASELINE_BYTES
 from ...eval.inference.likelihood import tokens_of_batch
+from ...eval.items import held_out_texts
 from ...eval.model_under_test import TEXT_TOKENS, EvalSettings
 from .adapter_job import AdapterJob
+from .measured_memory import requests_of, scored_at_once, scored_bytes
 from .measured_run import Job
 from .memory_sizes import STATE_BYTES, Gradients, ModelSizes, Rows, Unplanned, sizes_of
+from .whole_weights import MOMENT_BYTES
 
 SPARE = 0.9
 """Share of free memory that is planned with: allocators round up, and leave gaps."""
 REPLY_TOKENS = 4096
 """Tokens of the replies that are generated together."""
+TEMPLATE_TOKENS = 32
+"""Tokens that a chat template adds to a prompt, about."""
 LONGEST_LOOKED_AT = 4
 """Texts of a file whose tokens are counted: those of the most characters."""
 TRIVIAL = 200
@@ -160,27 +165,61 @@ class RunMemory:
 
     def measured_run(self, stages: Sequence[StageMemory]) -> MemoryPlan:
         """The same of a run that measures base and edited model before and after these stages."""
-        return self.plan((self.measuring("measure the base"), *stages, self.measuring("measure the edited")))
+        return self.plan((self.measuring_base(), *stages, self.measuring("measure the edited")))
 
     def measuring(self, name: str) -> StageMemory:
-        """Every measurement of the table on one model."""
+        """Every measurement of the table on one model, which is compared with its base."""
+        # The base's distribution of a text, the model's, and their divergence's terms.
+        compared = self._logits_of_texts + 4 * 4 * self._longest_text * self.sizes.vocabulary if self.baseline else 0
+        return StageMemory(name, self.weights, work=max(self._measured, compared), kept=self.baseline)
+
+    def measuring_base(self) -> StageMemory:
+        """The same of the base, whose distributions are read once all else is measured."""
+        name = "measure the base"
+        itemsize = self.sizes.dtype.itemsize
+        made = self._logits_of_texts + (4 * self._longest_text * self.sizes.vocabulary if itemsize < 4 else 0)
+        scored = StageMemory(name, self.weights, work=self._measured)
+        read = StageMemory(name, self.weights, work=made if self.baseline else 0, kept=self.baseline)
+        return max(scored, read, key=lambda stage: stage.total)
+
+    @cached_property
+    def _measured(self) -> int:
+        """What the measurements take that compare with nothing."""
         longest = self.longest(_measured_texts(self.concept), min(self.context, 2048))
         read = max(longest, tokens_of_batch(self.sizes.vocabulary, self.device))
         read = min(read, max(longest, _tokens_about(self.concept)))
-        replies = max(1, min(REPLY_TOKENS // longest, len(self.concept.prompts)))
-        work = max(
-            self._scoring(read),
+        vocabulary, itemsize = self.sizes.vocabulary, self.sizes.dtype.itemsize
+        scored = max(scored_bytes(*counts, vocabulary, itemsize) for counts in self.scored(read))
+        prompts = self.longest((prompt.prompt for prompt in self.concept.prompts), longest)
+        reply = self.measured.max_new_tokens if self.measured else 0
+        length = prompts + TEMPLATE_TOKENS + reply
+        count = max(1, min(REPLY_TOKENS // length, max(len(self.concept.prompts), len(self.concept.questions))))
+        return max(
+            scored,
             self.sizes.forward(Rows(max(1, read // longest), longest)),
-            self.sizes.forward(Rows(replies, longest), cached=True),
+            self.sizes.forward(Rows(count, length), cached=True),
         )
-        return StageMemory(name, self.weights, work=work, kept=self.baseline)
 
-    def _scoring(self, tokens: int) -> int:
-        """Logits of a batch, those that are scored, and their log-probabilities in fp32."""
-        logits, wide = tokens * self.sizes.vocabulary * self.sizes.dtype.itemsize, tokens * self.sizes.vocabulary * 4
-        if self.sizes.dtype.itemsize == 4:
-            return 3 * logits
-        return logits + 2 * wide
+    def scored(self, full: int) -> list[tuple[int, int]]:
+        """Positions of which a batch computes logits, and those that are scored; batches are full where texts are not
+        read."""
+        asked = [] if self.measured is None else requests_of(self.concept, self.measured)
+        budget = tokens_of_batch(self.sizes.vocabulary, self.device)
+        counts = scored_at_once(asked, self.tokenizer, self.context, budget) if asked else None
+        return counts or [(full, full)]
+
+    @cached_property
+    def _longest_text(self) -> int:
+        """Tokens of the longest text along which distributions are compared."""
+        return self.longest((text.text for text in held_out_texts(self.concept)), TEXT_TOKENS)
+
+    @property
+    def _logits_of_texts(self) -> int:
+        """Logits of as many of these texts as are read at once."""
+        length = self._longest_text
+        rows = max(1, tokens_of_batch(self.sizes.vocabulary, self.device) // length)
+        rows = min(rows, max(1, len(self.concept.retain)), self.measured.kl_prompts if self.measured else 1)
+        return rows * length * self.sizes.vocabulary * self.sizes.dtype.itemsize
 
     @cached_property
     def baseline(self) -> int:
@@ -190,11 +229,10 @@ class RunMemory:
         if settings is None or self.device.type != "cpu":
             return 0
         a_token = 4 * self.sizes.vocabulary
-        texts = min(settings.kl_prompts, len(concept.retain))
-        length = self.longest((text.text for text in concept.retain), TEXT_TOKENS)
+        texts = min(settings.kl_prompts, len(held_out_texts(concept)))
         neutral = sum(prompt.split == "neutral" for prompt in concept.prompts) or 64
         of_replies = min(settings.kl_prompts, neutral) * settings.max_new_tokens * a_token
-        return min(BASELINE_BYTES, of_replies) + min(BASELINE_BYTES, texts * (length - 1) * a_token)
+        return min(BASELINE_BYTES, of_replies) + min(BASELINE_BYTES, texts * (self._longest_text - 1) * a_token)
 
     def reading(self, name: str, rows: Rows, *, points: int = 0, kept: int = 0, cached: bool = False) -> StageMemory:
         """Forwards without gradients.
@@ -225,7 +263,8 @@ class RunMemory:
             numbers = sum(sizes.model.get_parameter(name).numel() for name in job.shape.weights)
             # All parameters are in fp32 while they train, and what they were stands beside them.
             weights = weights * 4 // sizes.dtype.itemsize
-            trained = (STATE_BYTES - 4) * numbers + sizes.dtype.itemsize * numbers
+            # Beside the weights: the gradient, the moments, and what the weights were.
+            trained = int((4 + MOMENT_BYTES[job.optimizer] + sizes.dtype.itemsize) * numbers)
         else:
             trained = STATE_BYTES * sizes.adapter(job.shape)
         asked = Rows(-(-rows.count // settings.gradient_accumulation_steps), rows.length)

@@ -127,7 +127,10 @@ class ModelSizes:
 
     def head(self, device: torch.device) -> int:
         """Bytes of the logits that a loss holds at a time, with their gradient."""
-        return positions_at_once(self.vocabulary, device) * self.vocabulary * (12 + self.dtype.itemsize)
+        logits = positions_at_once(self.vocabulary, device) * self.vocabulary * (12 + self.dtype.itemsize)
+        # Where products are computed in bfloat16, the whole unembedding is turned into it for each of them.
+        narrowed = 2 * self.vocabulary * self.width if self.autocast and self.dtype.itemsize == 4 else 0
+        return logits + narrowed
 
     def forward(self, rows: Rows, *, cached: bool = False) -> int:
         """Bytes that a forward without gradients takes at most; its keys and values included where they are kept."""

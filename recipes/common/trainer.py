@@ -1,7 +1,6 @@
 """The one trainer: every gradient step of every recipe is taken here."""
 
 import logging
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,26 +13,23 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from ...artifacts.checkpoints.read import Checkpoint
 from ...artifacts.events import Stage
 from ...artifacts.files.opened import Telling, Unreadable
 from ...artifacts.files.written import SEAL, check_sealed, files_in, seal_files
 from ...artifacts.models.load import bfloat16_is_fast
-from ...artifacts.models.memory import free_memory
 from ...editing.errors import ExciseError, OutOfMemory, RequestError, one_line
 from ...editing.modules import causal_model
 from ...editing.numerics.out_of_memory import give_back, memory_ran_out
 from ...editing.training.dropout import without_dropout
 from .ranks import refuse_ranks
 from .step_parts import ADVICE, SHARES, Room, split
+from .whole_weights import Optimizer
 
 log = logging.getLogger(__name__)
 Terms = dict[str, Tensor]
 """Parts of a loss, each weighted already; their sum is minimized."""
 Loss = Callable[[nn.Module, Any], Terms]
 """Terms of the mean loss of a batch."""
-WHOLE_BYTES = 20
-"""What training takes of each whole weight: itself in fp32, what it was, its gradient and two moments."""
 LAST_GOOD = "last-good"
 CHECKPOINT = "checkpoint-"
 
@@ -59,6 +55,8 @@ class Schedule:
     """Take rows in an order that the seed decides; otherwise as they come."""
     save_every: int = 200
     """Steps between the states that a killed run resumes from; 0 stores none."""
+    optimizer: Optimizer = "adamw"
+    """How the moments of AdamW are kept."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,6 @@ class Group:
 
     parameters: Sequence[nn.Parameter]
     learning_rate: float
-
-
-def memory_for_whole_weights(checkpoint: Checkpoint, device: torch.device) -> tuple[int, int]:
-    """Bytes that training every weight takes, and bytes that are free."""
-    elements = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return WHOLE_BYTES * elements, free_memory(device)
 
 
 ROWS = "rows"
@@ -313,6 +305,7 @@ def _arguments(
         seed=schedule.seed,
         data_seed=schedule.seed,
         **precision(device, half),
+        **({} if schedule.optimizer == "adamw" else {"optim": schedule.optimizer}),
         # The library knows CUDA and Apple's GPUs; any other device is the processor to it, and models stay where they are.
         use_cpu=device.type not in ("cuda", "mps"),
         save_strategy="steps" if schedule.save_every else "no",
@@ -340,12 +333,17 @@ def precision(device: torch.device, half: bool) -> dict[str, bool]:
 
 
 def _grouped(groups: Sequence[Group], schedule: Schedule) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        [{"params": list(group.parameters), "lr": group.learning_rate} for group in groups],
-        betas=(0.9, schedule.beta2),
-        weight_decay=schedule.weight_decay,
-        fused=True,
-    )
+    parameters: list[dict[str, Any]] = [
+        {"params": list(group.parameters), "lr": group.learning_rate} for group in groups
+    ]
+    how: dict[str, Any] = {"betas": (0.9, schedule.beta2), "weight_decay": schedule.weight_decay}
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **how)
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    kind = PagedAdamW8bit if schedule.optimizer == "paged_adamw_8bit" else AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(parameters, **how)
+    return optimizer
 
 
 def _warm_from_the_first_step(optimizer: torch.optim.Optimizer | None, schedule: Schedule) -> LambdaLR | None:

@@ -93,9 +93,10 @@ class Study:
 
     def ask(self) -> Any:
         """The next trial, with its values."""
-        # What was killed does not count, so that the draws after it are those of a search that was not killed.
-        self.study.sampler = self._sampler(len(self.done()) + self.running())
         trial = self.study.ask()
+        # What was killed does not count, so that the draws after it are those of a search that was not killed. Values are
+        # drawn when they are asked for, so the seed is that of this trial's number, which no other worker has.
+        self.study.sampler = self._sampler(self._before(trial.number))
         trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
         trial.set_user_attr("seen", time.time())
         values = {name: _drawn(trial, name, one) for name, one in self.space.items()}
@@ -123,6 +124,12 @@ class Study:
     def running(self) -> int:
         """Trials that some worker is at."""
         return sum(trial.state.name == "RUNNING" for trial in self.study.get_trials(deepcopy=False))
+
+    def _before(self, number: int) -> int:
+        """Trials of lower numbers that ended or that some worker is at."""
+        ended = sum(one.number < number for one in self.done())
+        trials = self.study.get_trials(deepcopy=False)
+        return ended + sum(one.number < number and one.state.name == "RUNNING" for one in trials)
 
     def done(self) -> list[Done]:
         """Every trial that ended, without those that were killed and are done again."""

@@ -11,7 +11,7 @@ from excise.editing.edits.dense import DenseUpdate, learned_deltas, weights_trai
 from excise.editing.errors import EditError, RequestError
 from excise.editing.training.adapters import adapter_modules
 from excise.recipes.caft.recipe import CaftSettings, prepare
-from excise.recipes.common import trainer as training
+from excise.recipes.common import whole_weights
 from helpers import SMALL_TESTBED, excise, make_pico, with_settings
 
 INPUTS = {"input_ids": torch.tensor([[5, 9, 7, 3, 11]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
@@ -73,7 +73,7 @@ def test_a_training_that_learned_nothing_is_an_error_when_applied():
 
 
 def test_without_memory_for_whole_weights_the_request_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "free_memory", lambda device: 10**6)
+    monkeypatch.setattr(whole_weights, "free_memory", lambda device: 10**6)
     with pytest.raises(RequestError, match="use tune=lora"):
         prepare(CaftSettings(tune="full", out=tmp_path / "run"))
     assert prepare(CaftSettings(out=tmp_path / "run")).settings.learning_rate == 1e-3

@@ -30,7 +30,7 @@ from excise.recipes.audit.attacks.prompts import wordings_of
 from excise.recipes.audit.attacks.table import ATTACKS, Budget
 from excise.recipes.audit.novel_facts import novel_facts
 from excise.recipes.commands.shown import audit_end
-from excise.recipes.common import trainer as training
+from excise.recipes.common import whole_weights
 from excise.recipes.data.facts import find_facts
 from excise.recipes.diff import difference
 from helpers import SMALL_LAYERS, SMALL_REFERENCE, SMALL_TESTBED, SMALL_WIDTH, excise, publish
@@ -523,7 +523,7 @@ def test_a_model_of_another_shape_is_no_descendant(save_pico, tmp_path):
 
 
 def test_without_memory_for_all_weights_the_rest_goes_on_and_the_gap_is_said(monkeypatch):
-    monkeypatch.setattr(training, "free_memory", lambda device: 10**6)
+    monkeypatch.setattr(whole_weights, "free_memory", lambda device: 10**6)
     prepared = audit.prepare(audit.AuditSettings(model="builtin:testbed-reference", attacks=("rtt", "rtt_full")))
     assert prepared.attacks == ("rtt",) and "fine-tuning of all weights needs" in prepared.gaps[0]
 

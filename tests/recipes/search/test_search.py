@@ -15,6 +15,8 @@ from excise.artifacts.events import Events
 from excise.artifacts.models.load import load_model
 from excise.editing.edits.base import edit_model
 from excise.eval.items import clusters_of, for_training, half_of, held_out_texts, text_of
+from excise.recipes.common.search_space import Dimension
+from excise.recipes.search.figures import Figure, Objective
 from excise.recipes.search.request import prepare, read_record, recorded
 from excise.recipes.search.run import run
 from excise.recipes.search.study import Study, file_in, without_password
@@ -213,3 +215,22 @@ def test_settings_that_are_searched_and_objectives_are_checked_before_a_weight_i
         assert done.returncode == 2 and said in done.stderr, (words, done.stderr)
         assert len(done.stderr.splitlines()) == 1
     assert excise("search", "grad_dif").stderr.count("did you mean 'grad_diff'") == 1
+
+
+def test_workers_that_ask_at_once_draw_what_one_worker_would(tmp_path):
+    space = {"strength": Dimension(0.0, 1.0), "layers": Dimension(1, 24)}
+
+    perplexity = Figure("retain perplexity", "perplexity", "retain")
+
+    def study(name):
+        return Study(f"sqlite:///{tmp_path / name}.db", space, [Objective(perplexity, "min")], [], 0, 40)
+
+    alone, both = study("alone"), [study("shared"), study("shared")]
+    drawn = []
+    for _ in range(6):
+        trial, values = alone.ask()
+        alone.tell(trial, "complete", [0.5], {})
+        drawn.append(values)
+    # Each asks before the other has told anything.
+    at_once = [worker.ask()[1] for _ in range(3) for worker in both]
+    assert at_once == drawn and len({tuple(values.values()) for values in drawn}) == 6
