@@ -75,4 +75,10 @@ RECIPES: dict[str, Recipe] = {
         "distil an edited model into a damaged copy, so that less comes back",
         "excise.recipes.distill.space:READY",
     ),
+    "repselect": Recipe(
+        "excise.recipes.repselect.recipe",
+        "RepselectSettings",
+        "step up the loss along what only the concept shares, at a KL budget",
+        "excise.recipes.repselect.space:READY",
+    ),
 }

@@ -31,12 +31,16 @@ MOST_ROWS = 20_000_000
 """Rows that a training may read, steps times batch size: their order is drawn before it begins."""
 
 
+LayersToTrain = Annotated[str, Field(coerce_numbers_to_str=True)]
+"""Layers as a user names them; one number is a word too."""
+
+
 class TrainedSettings(MeasuredSettings):
     """Settings of every recipe that trains weights."""
 
     concept: str = "builtin:potions"
     """Concept pack to erase: builtin:NAME or a folder."""
-    layers: Annotated[str, Field(coerce_numbers_to_str=True)] = "all"
+    layers: LayersToTrain = "all"
     """Layers to train: all, a number, a range such as 4-7, or fractions of the depth such as 0.125-0.25."""
     modules: Literal["all", "attention", "mlp"] = "all"
     """Which linear modules of these layers are trained."""

@@ -36,7 +36,7 @@ CHECKPOINT = "checkpoint-"
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a model is trained; AdamW throughout."""
+    """How a model is trained; by AdamW, unless another optimizer is named."""
 
     steps: int
     batch_size: int
@@ -50,6 +50,8 @@ class Schedule:
     weight_decay: float = 0.0
     beta2: float = 0.98
     max_grad_norm: float = 1.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """``sgd`` is plain gradient descent, without momentum."""
     gradient_accumulation_steps: int = 1
     shuffled: bool = True
     """Take rows in an order that the seed decides; otherwise as they come."""
@@ -304,6 +306,7 @@ def _arguments(
         max_grad_norm=schedule.max_grad_norm if clipped else 0.0,
         seed=schedule.seed,
         data_seed=schedule.seed,
+        **({"optim": "sgd"} if schedule.optimizer == "sgd" else {}),
         **precision(device, half),
         **({} if schedule.optimizer == "adamw" else {"optim": schedule.optimizer}),
         # The library knows CUDA and Apple's GPUs; any other device is the processor to it, and models stay where they are.

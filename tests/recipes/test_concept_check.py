@@ -36,7 +36,7 @@ def _answers(folder):
 
 def test_the_built_in_packs_run_where_they_are_made_for():
     potions, declining, shortcut = (_answers(f"builtin:{name}") for name in ("potions", "declining", "shortcut"))
-    assert all(potions[name].answer == "runs" for name in (*TRAINED, "prune", "orthogonalize", "audit"))
+    assert all(potions[name].answer == "runs" for name in (*TRAINED, "prune", "repselect", "orthogonalize", "audit"))
     assert potions["caft"].answer == "does not run" and "kind task" in potions["caft"].why
     assert declining["orthogonalize"].answer == "runs" and declining["audit"].answer == "does not run"
     assert shortcut["caft"].answer == "runs"

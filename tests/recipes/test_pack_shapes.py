@@ -23,9 +23,9 @@ TRAINED = ("elm", "npo", "rmu", "simnpo", "grad_diff")
 NEEDS_TEXTS = "needs forget.jsonl.*add forget.jsonl with texts on the concept, or forget questions of group T"
 NEEDS_RETAIN = "needs retain.jsonl.*add retain.jsonl with texts on other things, or retain or neighbour questions"
 REFUSED = {
-    **{(recipe, "v_only"): NEEDS_TEXTS for recipe in (*TRAINED, "prune")},
-    **{(recipe, "no_retain"): NEEDS_RETAIN for recipe in (*TRAINED, "prune")},
-    **{(recipe, "lists"): "needs forget.jsonl, retain.jsonl" for recipe in (*TRAINED, "prune")},
+    **{(recipe, "v_only"): NEEDS_TEXTS for recipe in (*TRAINED, "prune", "repselect")},
+    **{(recipe, "no_retain"): NEEDS_RETAIN for recipe in (*TRAINED, "prune", "repselect")},
+    **{(recipe, "lists"): "needs forget.jsonl, retain.jsonl" for recipe in (*TRAINED, "prune", "repselect")},
     **{(recipe, shape): "needs contrast.jsonl.*add contrast.jsonl with pairs"
        for recipe in ("orthogonalize", "lorra") for shape in ("v_only", "no_retain")},
     ("orthogonalize", "two_texts"): "no forget questions of group T to choose a direction by; add some",
@@ -94,7 +94,7 @@ SHAPES = (
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("recipe", [*TRAINED, "prune", "orthogonalize", "lorra"])
+@pytest.mark.parametrize("recipe", [*TRAINED, "prune", "repselect", "orthogonalize", "lorra"])
 def test_a_recipe_runs_on_a_shape_or_says_what_to_add(packs, tmp_path, recipe, shape):
     module = importlib.import_module(RECIPES[recipe].module)
     flags = {"model": SMALL_TESTBED, "concept": str(packs / shape), "out": tmp_path / "out"}

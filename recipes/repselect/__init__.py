@@ -1,0 +1,1 @@
+"""RepSelect: one step up the loss on the concept, along what nothing else shares."""

@@ -1,0 +1,151 @@
+"""What RepSelect is asked for, and a request that was checked."""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ...artifacts.checkpoints.export import check_disk, required_bytes
+from ...artifacts.checkpoints.heads import plan_edit
+from ...artifacts.checkpoints.read import ITEM_SIZES
+from ...editing.architectures import residual_width
+from ...editing.edits.base import Plan
+from ...editing.errors import RequestError
+from ...editing.numerics.spectrum import Rule, Sides
+from ..common import adapter_job, measured_run
+from ..common.adapter_job import AdapterJob, AdapterSettings, LayersToTrain
+from ..common.budgets import Budgets
+from ..common.measured_job import MeasuredSettings
+from ..data.facts import Facts, find_facts
+
+RECIPE = "repselect"
+WIDTH_SHARE = 8
+"""By default one component for so many of the model's width."""
+
+
+class RepselectSettings(MeasuredSettings):
+    """Settings of RepSelect (arXiv 2606.17168), the authors' single-shot variant."""
+
+    budgets: ClassVar[Budgets] = {"quick": {"texts": 400, "controls": False}, "long": {"texts": 16000}}
+    concept: str = "builtin:potions"
+    """Concept pack to erase: builtin:NAME or a folder."""
+    layers: LayersToTrain = "all"
+    """Layers to edit: all, a number, a range such as 4-7, or fractions of the depth such as 0.125-0.25."""
+    modules: Literal["all", "attention", "mlp"] = "mlp"
+    """Which linear modules of these layers are edited (paper: those of the MLP)."""
+    experts: bool = True
+    """Also edit fused experts, where modules includes the MLP."""
+    scored: Literal["texts", "answers"] = "texts"
+    """What is made unlikely: every token of the forget texts (paper), or only answers, in the contexts of the pack's
+    facts."""
+    texts: int = Field(4000, ge=1)
+    """Most sequences that gradients are summed over, drawn at random."""
+    components: int = Field(0, ge=0)
+    """Leading components of each gradient that are made smaller. 0 takes an eighth of the model's width (paper: 512 of
+    4096). More spare what the concept shares with other topics, and erase less."""
+    rule: Rule = "soft"
+    """What becomes of them on each side: divided by their relative size (soft, paper), by its square (quadratic), or
+    removed (hard)."""
+    sides: Sides = "both"
+    """On which sides of the matrices: inputs, outputs or both (paper)."""
+    basis: Literal["forget", "retain"] = "forget"
+    """Whose components: those of the gradient itself (paper), or of the gradient on retain texts."""
+    adversary: bool = True
+    """Train adapters on the concept for one epoch before gradients are taken, so that hidden knowledge shows (paper)."""
+    adversary_rate: float = Field(0.01, gt=0)
+    """Learning rate of this training, by plain gradient descent (paper: 0.01, searched from 0.005 to 0.5)."""
+    rank: int = Field(8, ge=1, le=16384)
+    """LoRA rank of these adapters (paper: 8)."""
+    alpha: float = Field(8.0, gt=0)
+    """LoRA alpha of these adapters (paper: 8)."""
+    batch_size: int = Field(4, ge=1)
+    """Sequences a step of this training."""
+    controls: bool = True
+    """Also measure the plain gradient, nothing made smaller, at the same budget."""
+    kl_budget: float = Field(0.01, gt=0)
+    """KL(base || edited) on retain texts, in nats per token, that the step's length is chosen by: 95% to 100% of it is used
+    (paper: 0.01). Higher values erase and damage more."""
+
+    def adversary_settings(self) -> AdapterSettings:
+        """How the adapters are trained. The number of steps is known once the texts are read."""
+        shared = {key: getattr(self, key) for key in MeasuredSettings.model_fields if key != "concept"}
+        return AdapterSettings(
+            **shared,
+            concept=self.concept,
+            layers=self.layers,
+            modules=self.modules,
+            experts=self.experts,
+            rank=self.rank,
+            alpha=self.alpha,
+            batch_size=self.batch_size,
+            steps=1,
+            learning_rate=self.adversary_rate,
+            schedule="constant",
+            max_grad_norm=0.0,
+        )
+
+
+@dataclass(frozen=True)
+class RepselectJob:
+    """A checked request, and the facts that its pack teaches."""
+
+    adapter: AdapterJob
+    """Of the adversary, whose modules are the ones that are edited; ``adapter.run`` is the whole run."""
+    settings: RepselectSettings
+    facts: Facts
+
+    @property
+    def numbers(self) -> int:
+        """Weights that the edit adds to."""
+        return _numbers(self.adapter, plan_edit(self.adapter.unlearned(), self.adapter.run.checkpoint))
+
+
+def prepare(settings: RepselectSettings, *, resume: bool = False) -> RepselectJob:
+    """Check names, files, memory and disk, before any weight is read.
+
+    Raises:
+        RequestError: Anything that could not work.
+    """
+    adapter = adapter_job.prepare(RECIPE, settings.adversary_settings(), resume=resume)
+    adapter = replace(adapter, run=replace(adapter.run, settings=settings))
+    run = adapter.run
+    plan = plan_edit(adapter.unlearned(), run.checkpoint)
+    _check_left(settings, adapter, plan)
+    # A float32 addend for each weight is stored twice: in the run's working folder, and in the checkpoint.
+    check_disk(run.out, required_bytes(run.checkpoint, plan) + 8 * _numbers(adapter, plan))
+    return RepselectJob(adapter, settings, find_facts(run.concept))
+
+
+def _check_left(settings: RepselectSettings, adapter: AdapterJob, plan: Plan) -> None:
+    shapes = [adapter.run.checkpoint.tensors[name].shape for name in plan.declared]
+    narrowest, count = min(min(shape[-2:]) for shape in shapes), components_of(settings, adapter)
+    if settings.rule == "hard" and count >= narrowest:
+        raise RequestError(
+            f"rule=hard removes {count} components, and some matrices have {narrowest}: nothing would be left of their"
+            " gradients; lower components, or use rule=soft"
+        )
+
+
+def components_of(settings: RepselectSettings, adapter: AdapterJob) -> int:
+    """q: how many components of each gradient are made smaller."""
+    return settings.components or max(1, residual_width(adapter.run.checkpoint.config) // WIDTH_SHARE)
+
+
+def _numbers(adapter: AdapterJob, plan: Plan) -> int:
+    tensors = adapter.run.checkpoint.tensors
+    return sum(tensors[name].size // ITEM_SIZES[tensors[name].dtype] for name in plan.declared)
+
+
+def describe(job: RepselectJob) -> dict[str, Any]:
+    """What a run would touch and take."""
+    settings, texts = job.settings, len(job.adapter.concept.forget)
+    plan = plan_edit(job.adapter.unlearned(), job.adapter.run.checkpoint)
+    return measured_run.describe(
+        job.adapter.run,
+        plan,
+        # Of the adapters: one epoch.
+        gradient_steps=-(-min(settings.texts, texts) // settings.batch_size) if settings.adversary else 0,
+        layers_edited=len(job.adapter.layers),
+        facts_found=len(job.facts.facts),
+        kl_budget=settings.kl_budget,
+    )

@@ -1,0 +1,82 @@
+"""What RepSelect says of its runs: what was made smaller, and what the plain gradient does at the same budget."""
+
+from typing import Any
+
+from ...artifacts.reporting.sections import Control, Section, Story
+from ...eval.measurements import MEASUREMENTS
+from ...eval.statistics import Measurement
+from ..common.kl_budget import RECORD
+from ..common.story import UNLEARNING_TAGS, tensors_changed
+
+LIMIT = (
+    "The step was taken along the pack's texts. What other texts on the concept show may be left, and longer fine-tuning may"
+    " bring it back. Only an audit says how much."
+)
+RULES = {
+    "soft": "divided by their relative size",
+    "quadratic": "divided by the square of their relative size",
+    "hard": "removed",
+}
+SIDES = {"both": "on both sides", "inputs": "on the side of the inputs", "outputs": "on the side of the outputs"}
+
+
+def story(results: dict[str, Any]) -> Story:
+    """From everything else that ``eval.json`` holds."""
+    edited, about = results["edited"], results["repselect"]
+    headline = (
+        f"**What was edited.** `{results['base']['name']}` took one step up its loss on"
+        f" *{results['concept']['description']}* ({tensors_changed(results)}; {edited['about']}), without what the leading"
+        " components of the gradient share with other topics."
+    )
+    return Story(
+        headline,
+        limits=(LIMIT,),
+        sections=(Section("How the step was chosen", tuple(_sentences(results, about))),),
+        controls=_controls(about.get("controls", {})),
+        tags=UNLEARNING_TAGS,
+    )
+
+
+def _sentences(results: dict[str, Any], about: dict[str, Any]) -> list[str]:
+    of = "the gradient itself" if about["basis"] == "forget" else "the gradient on retain texts"
+    kind = "every token of texts" if about["scored"] == "texts" else "answers"
+    steps = about["adversary_steps"]
+    adversary = (
+        f"An adversary was trained first: adapters, {steps} steps of gradient descent at {about['adversary_rate']:g}, and taken"
+        " off again."
+        if steps
+        else "No adversary was trained first."
+    )
+    strength = results[RECORD]["strength"]
+    return [
+        adversary,
+        f"Gradients were summed over {about['sequences']} sequences ({about['tokens']} tokens scored: {kind}). The"
+        f" {about['components']} leading components of {of} were {RULES[about['rule']]}, {SIDES[about['sides']]};"
+        f" {about['share_left']:.1%} of the gradient's norm is left.",
+        f"The step is {strength:.3g} times as long as the weights that it is added to.",
+    ]
+
+
+def _controls(compared: dict[str, Any]) -> tuple[Control, ...]:
+    kind = MEASUREMENTS["multiple_choice"]
+    return tuple(
+        Control(
+            "the plain gradient at the same KL",
+            tuple(
+                Measurement(
+                    "multiple_choice",
+                    split,
+                    "edited",
+                    one["value"],
+                    "accuracy",
+                    kind.better(split),
+                    one["n"],
+                    0,
+                    (one["ci95"][0], one["ci95"][1]),
+                )
+                for split, one in splits.items()
+            ),
+            in_findings=True,
+        )
+        for splits in compared.values()
+    )
