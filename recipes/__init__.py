@@ -69,6 +69,12 @@ RECIPES: dict[str, Recipe] = {
         "negative preference optimization, by length, without the base",
         "excise.recipes.unlearning.space:READY",
     ),
+    "jensun": Recipe(
+        "excise.recipes.unlearning.jensun",
+        "JensunSettings",
+        "learn a refusal in place of answers, by a loss that has a bound",
+        "excise.recipes.unlearning.space:READY",
+    ),
     "distill": Recipe(
         "excise.recipes.distill.recipe",
         "DistillSettings",

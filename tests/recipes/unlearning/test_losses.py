@@ -11,16 +11,14 @@ from excise.recipes import RECIPES
 from excise.recipes.common.examples import Example
 from excise.recipes.common.step_parts import add_shares
 from excise.recipes.unlearning.grad_diff import GradDiffSettings
+from excise.recipes.unlearning.jensun import JensunSettings
 from excise.recipes.unlearning.npo import NpoSettings
 from excise.recipes.unlearning.recipe import UnlearningData, UnlearningTraining, pair_batch
 from excise.recipes.unlearning.rmu import RmuSettings
 from excise.recipes.unlearning.simnpo import SimNpoSettings
 from helpers import make_pico
-from peft import LoraConfig, get_peft_model
-
-# Prompt and answer of unequal lengths: a mean over tokens is then no mean over sequences.
-FORGET = [Example((5, 9, 7, 3, 11), 2), Example((4, 8, 2), 2), Example((12, 40, 41, 42, 43, 44, 45), 3)]
-RETAIN = [Example((30, 31, 32), 1), Example((50, 51, 52, 53, 54, 55), 4), Example((60, 61, 62, 63), 1)]
+from unlearning_rows import FORGET, RETAIN
+from unlearning_rows import adapted as _adapted
 
 
 def _log_likelihood(model, example):
@@ -103,30 +101,23 @@ def test_a_step_down_the_loss_makes_what_is_to_be_forgotten_less_likely(name):
     assert sum(_log_likelihood(edited, example)[0] for example in FORGET) < sum(before)
 
 
-def _adapted():
-    """A model whose adapter does something."""
-    model = get_peft_model(make_pico("llama"), LoraConfig(target_modules=["down_proj", "q_proj"], r=2))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def _rmu_loss(settings, pairs=PAIRS):
     run = SimpleNamespace(row=ARCHITECTURES["llama"], layers=2)
     job, loaded = SimpleNamespace(adapter=SimpleNamespace(run=run)), SimpleNamespace(model=make_pico("llama"))
     return settings.loss(job, loaded, UnlearningData(FORGET, RETAIN, pairs, {}))
 
 
-@pytest.mark.parametrize("name", [*METHODS, "rmu"])
+@pytest.mark.parametrize("name", [*METHODS, "rmu", "jensun"])
 def test_parts_of_unequal_length_give_the_gradient_of_the_whole_step(name):
-    settings = METHODS[name][0] if name in METHODS else RmuSettings(steer_layer=0.34, retain_weight=7.0)
+    others = {"rmu": RmuSettings(steer_layer=0.34, retain_weight=7.0), "jensun": JensunSettings()}
+    settings = METHODS[name][0] if name in METHODS else others[name]
     model, pairs = _adapted(), [*PAIRS, (Example((7, 8, 9), 1), Example(tuple(range(20, 60)), 2))]
     known = {forget.ids: -3.0 for forget, _ in pairs}
     data = UnlearningData(FORGET, RETAIN, pairs, known)
-    loss = settings.loss(None, None, data) if name in METHODS else _rmu_loss(settings, pairs)
+    if name in METHODS:
+        loss = settings.loss(None, None, data)
+    else:
+        loss = _rmu_loss(settings, pairs) if name == "rmu" else _jensun_loss(settings)
     run = SimpleNamespace(layers=2)
     job = SimpleNamespace(settings=settings, adapter=SimpleNamespace(run=run))
     training = UnlearningTraining(job, data, loss)
@@ -160,7 +151,49 @@ def test_the_length_of_rmus_target_does_not_depend_on_what_is_read_first():
 
 def test_every_method_on_likelihoods_has_a_reference_here():
     of_unlearning = {name for name in RECIPES if ".unlearning." in RECIPES[name].module}
-    assert of_unlearning == {*METHODS, "rmu"}
+    assert of_unlearning == {*METHODS, "rmu", "jensun"}
+
+
+def _jensun_loss(settings=None, refusal=(17, 18)):
+    class Tokenizer:
+        def __call__(self, text, **_):
+            return {"input_ids": list(refusal)}
+
+        def __len__(self):
+            return 96
+
+    loaded = SimpleNamespace(tokenizer=Tokenizer())
+    return (settings or JensunSettings(retain_weight=0.5)).loss(None, loaded, _data({}))
+
+
+def _jsd(p, q):
+    m = (p + q) / 2
+    return sum(float(torch.where(one > 0, one * (one / m).log(), 0.0).sum()) for one in (p, q)) / 2
+
+
+def test_jensun_pulls_answers_to_the_refusal_and_holds_the_rest_at_the_base():
+    model = _adapted()
+    terms = _jensun_loss()(model, _batch())
+
+    @torch.no_grad()
+    def distributions(ids):
+        return copy.deepcopy(model).double()(input_ids=torch.tensor([ids])).logits[0].softmax(-1)
+
+    wanted = {"forget": 0.0, "retain": 0.0}
+    for example in FORGET:
+        p = distributions(example.ids)
+        each = []
+        for number, place in enumerate(range(example.start, len(example.ids))):
+            each.append(_jsd(p[place - 1], torch.eye(96, dtype=torch.float64)[(17, 18)[number % 2]]))
+        wanted["forget"] += sum(each) / len(each) / len(FORGET)
+    for example in RETAIN:
+        with model.disable_adapter():
+            q = distributions(example.ids)
+        p = distributions(example.ids)
+        each = [_jsd(p[place - 1], q[place - 1]) for place in range(example.start, len(example.ids))]
+        wanted["retain"] += 0.5 * sum(each) / len(each) / len(RETAIN)
+    assert {key: value.item() for key, value in terms.items()} == pytest.approx(wanted, rel=1e-4)
+    assert 0 < wanted["retain"] < 0.5 * math.log(2) and wanted["forget"] < math.log(2)
 
 
 def test_rmu_steers_the_stream_to_a_random_vector_and_holds_the_rest_where_the_base_has_it():
