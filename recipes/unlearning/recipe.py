@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...artifacts.events import Events
 from ...artifacts.models.load import LoadedModel
 from ...editing.edits.base import WeightEdit
+from ...editing.errors import RequestError
 from ..common import adapter_job, adapter_run
 from ..common.adapter_job import AdapterJob, AdapterSettings
 from ..common.adapter_run import Training
@@ -30,6 +31,7 @@ from ..common.tokens import Row, text_limit
 from ..common.trainer import Loss, Terms
 from ..data.facts import Facts, find_facts
 from ..data.unlearning_sets import FORGET_TEXTS, forget_examples, forget_texts, retain_examples
+from .robust import RobustLoss, is_robust, options_in_words, options_of, vectors_held
 
 CHUNK = 32
 """Sequences that the base reads at once."""
@@ -65,6 +67,24 @@ class UnlearningSettings(AdapterSettings):
     """What the terms of the loss are means over."""
     retain_weight: float = Field(1.0, ge=0)
     """Weight of the retain loss. Lower values damage other topics; higher values erase less."""
+    sam: float = Field(0.0, ge=0)
+    """Take the forget gradient at the worst point this far away, by one step up its loss (SAM, Fan et al. 2025: 0.01). 0:
+    off. Costs one more forward and backward pass."""
+    noise: float = Field(0.0, ge=0)
+    """Take the forget gradient as a mean over points with Gaussian noise of this standard deviation on what is trained
+    (random smoothing, Fan et al. 2025). 0: off."""
+    noise_samples: int = Field(3, ge=1, le=64)
+    """With noise: how many points. Each costs a forward and backward pass."""
+    mask: Literal["none", "sign"] = "none"
+    """sign: keep the forget gradient only where its sign is that of the retain gradient's running mean (MUDMAN, Sondej et
+    al. 2025)."""
+    normalize: bool = False
+    """Give the forget gradient the length that it had at the first step (MUDMAN)."""
+    adversary: int = Field(0, ge=0)
+    """Take the forget gradient where an adversary is: a copy of what is trained that takes a step down the loss on what is to
+    be forgotten at each step, and starts anew from the model every so many steps (MUDMAN, TAR). 0: off."""
+    adversary_rate: float = Field(0.01, gt=0)
+    """With adversary: its learning rate, by plain gradient descent."""
 
     def deepest_layer(self, layers: int) -> int:
         """The last layer that the loss reaches, of so many."""
@@ -115,6 +135,11 @@ def prepare(settings: UnlearningSettings, *, resume: bool = False) -> Unlearning
     Raises:
         RequestError: Anything that could not work.
     """
+    if is_robust(settings) and settings.gradient_accumulation_steps > 1:
+        raise RequestError(
+            "sam, noise, mask, normalize and adversary need the gradient of a whole step; use gradient_accumulation_steps=1"
+            " and a lower batch_size"
+        )
     adapter = adapter_job.prepare(settings.recipe, settings, resume=resume)
     adapter = adapter.up_to(settings.deepest_layer(adapter.run.layers))
     return UnlearningJob(adapter, settings, find_facts(adapter.run.concept))
@@ -140,6 +165,7 @@ def memory(job: UnlearningJob) -> MemoryPlan:
         Rows(2 * settings.batch_size, longest),
         deepest=_stops_at(job),
         kept=settings.bytes_kept(needs, texts),
+        work=4 * vectors_held(settings) * needs.sizes.adapter(job.adapter.shape),
     )
     return needs.measured_run([*stages, steps])
 
@@ -160,7 +186,7 @@ def learn(job: UnlearningJob, loaded: LoadedModel, events: Events, work: Path, _
     return adapter_run.learn(job.adapter, loaded, partial(_training, job), work, events)
 
 
-def _training(job: UnlearningJob, loaded: LoadedModel, events: Events, _: Path) -> "UnlearningTraining":
+def _training(job: UnlearningJob, loaded: LoadedModel, events: Events, work: Path) -> "UnlearningTraining":
     settings, concept = job.settings, job.adapter.concept
     with events.stage("read the base on what is to be trained") as stage:
         limit = text_limit(loaded.model)
@@ -177,7 +203,8 @@ def _training(job: UnlearningJob, loaded: LoadedModel, events: Events, _: Path) 
                 stage.advance(len(examples))
         pairs = list(zip(forget_order, retain_order, strict=True))
         data = UnlearningData(forget, retain, pairs, base_log_likelihoods)
-        return UnlearningTraining(job, data, settings.loss(job, loaded, data))
+        loss = settings.loss(job, loaded, data)
+        return UnlearningTraining(job, data, RobustLoss(settings, loss, work) if is_robust(settings) else loss)
 
 
 class UnlearningTraining(Training):
@@ -202,6 +229,11 @@ class UnlearningTraining(Training):
         """The method's."""
         return self.method_loss(model, batch)
 
+    def after_step(self, step: int) -> None:
+        """Options keep a state of their own."""
+        if isinstance(self.method_loss, RobustLoss):
+            self.method_loss.after_step(step)
+
     def report(self, model: Any) -> dict[str, Any]:
         """The method's formula, and what it was trained on."""
         settings, data = self.job.settings, self.data
@@ -213,6 +245,9 @@ class UnlearningTraining(Training):
             "data": f"{counts['forget']} sequences to forget, {counts['retain']} to retain{self._drawn()}",
             "lessons": counts,
         }
+        if options := options_in_words(settings):
+            training["about"] += f" With {options}."
+            training["options"] = options_of(settings)
         return {"training": training, "warnings": list(self.job.adapter.warnings)}
 
     def _drawn(self) -> str:
