@@ -8,12 +8,17 @@ import torch
 from excise.artifacts.checkpoints.edits import load_edit
 from excise.artifacts.events import Events
 from excise.artifacts.models.load import load_model
+from excise.editing.architectures import ARCHITECTURES
+from excise.editing.edits.base import edit_model
+from excise.editing.edits.dense import Delta, DenseUpdate
 from excise.editing.errors import RequestError
-from excise.editing.training.adapters import attach, detach
+from excise.editing.numerics.spectrum import leading_components, reshaped
+from excise.editing.numerics.summed_gradients import summed_gradients
+from excise.editing.training.adapters import adapter_shape, attach, detach
 from excise.recipes.common.examples import example_batch, scored_nats
 from excise.recipes.repselect.gradients import base_weights, gradients, sequences_to_forget, train_adversary
 from excise.recipes.repselect.recipe import RepselectSettings, describe, learn, memory, prepare, run
-from helpers import SMALL_TESTBED, excise, with_settings
+from helpers import SMALL_TESTBED, excise, make_pico, with_settings
 from safetensors.torch import load_file
 
 CPU = torch.device("cpu")
@@ -174,3 +179,33 @@ def test_a_dry_run_names_its_stages_and_its_steps(tmp_path):
     kept = {basis: memory(_job(tmp_path, basis=basis)).stages for basis in ("forget", "retain")}
     more = [after.kept - before.kept for before, after in zip(kept["forget"], kept["retain"], strict=True)]
     assert max(more) == 4 * job.numbers > 0
+
+
+def test_fused_experts_get_gradients_components_and_a_step_of_their_own():
+    model = make_pico("qwen3_moe")
+    row = ARCHITECTURES["qwen3_moe"]
+    shape = adapter_shape(model, row, range(2), rank=2, alpha=2.0, part="mlp")
+    assert len(shape.experts) == 2 and len(shape.modules) == 3, "a layer of fused experts and a dense one"
+    rows = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0))
+    # In float32: the library multiplies experts in no wider type.
+    plain = make_pico("qwen3_moe")
+    plain(input_ids=rows, labels=rows).loss.backward()
+    adapted = attach(model, shape, 0)
+    try:
+        adapted.eval()
+        # A fresh adapter changes nothing, so these are the base's own gradients.
+        with summed_gradients(adapted, base_weights(adapted, shape.weights)) as sums:
+            adapted(input_ids=rows, labels=rows).loss.backward()
+    finally:
+        detach(adapted)
+    for name, found in sums.items():
+        wanted = plain.get_parameter(name).grad
+        assert found.shape == wanted.shape and found.dim() == (3 if name in shape.experts else 2)
+        assert (found - wanted).norm() < 1e-3 * wanted.norm() > 0
+    steps = {name: reshaped(one, leading_components(one, 4, seed=0), "soft") for name, one in sums.items()}
+    before = {name: model.get_parameter(name).detach().clone() for name in steps}
+    config = model.config.to_dict()
+    edit = DenseUpdate({name: Delta(one) for name, one in steps.items()}, "qwen3_moe", 32, 3)
+    edit_model(edit, model, config)
+    for name, one in steps.items():
+        assert torch.allclose(model.get_parameter(name), before[name] + one, atol=1e-6)
