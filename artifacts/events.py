@@ -29,6 +29,8 @@ class Stage:
     def __init__(self, events: "Events", name: str):
         self.events, self.name, self.step = events, name, 0
         self.written = time.monotonic()
+        self.counts: dict[tuple[str, str], Any] = {}
+        """By what is counted and the device that counts it."""
 
     def advance(self, steps: int = 1, **metrics: Any) -> None:
         self.step += steps
@@ -38,6 +40,25 @@ class Stage:
         if metrics or time.monotonic() - self.written > TELL_SECONDS:
             self.written = time.monotonic()
             self.events.write(self.name, self.step, metrics)
+
+    def counted(self) -> dict[str, int]:
+        """What ``count`` was told while the stage lasted, by name."""
+        sums: dict[str, int] = {}
+        for (name, _), number in self.counts.items():
+            sums[name] = sums.get(name, 0) + int(number)
+        return sums
+
+
+def count(name: str, number: Any) -> None:
+    """Add to what the stage in progress counts, if there is one; its last event tells the sums.
+
+    Args:
+        number: An integer, or a tensor that holds one: it is read once, at the stage's end.
+    """
+    stage = _STAGE.get()
+    if stage is not None:
+        key = name, str(getattr(number, "device", ""))
+        stage.counts[key] = stage.counts.get(key, 0) + number
 
 
 class Events:
@@ -72,21 +93,24 @@ class Events:
         self.write(name, 0, {"total": total})
         if self.watcher:
             self.watcher.start(name, total)
-        token = _BUSY.set(self.watcher is not None)
+        token, outer = _BUSY.set(self.watcher is not None), _STAGE.set(stage)
         try:
             yield stage
         finally:
+            _STAGE.reset(outer)
             _BUSY.reset(token)
             if self.watcher:
                 self.watcher.stop()
         # Not in ``finally``, so that a stage that failed gets no line that says how long it took.
-        self.write(name, stage.step, {"seconds": round(time.monotonic() - started, 2)})
+        self.write(name, stage.step, {"seconds": round(time.monotonic() - started, 2), **stage.counted()})
 
 
 SHOWN_AFTER = 2.0
 """Seconds after which a late stage is announced."""
 _WAITING: ContextVar[Callable[[], Watcher] | None] = ContextVar("_WAITING", default=None)
 """Makes a watcher for what takes long before there are events."""
+_STAGE: ContextVar[Stage | None] = ContextVar("_STAGE", default=None)
+"""The stage in progress, the innermost of several."""
 _BUSY: ContextVar[bool] = ContextVar("_BUSY", default=False)
 """Whether a stage is shown already."""
 

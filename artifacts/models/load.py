@@ -8,10 +8,12 @@ from typing import Any, Literal
 import torch
 
 from ...editing.errors import CheckpointError, ExciseError, RequestError, one_line
+from ...editing.hooks.token_counts import count_tokens
 from ...editing.numerics.cpu_attention import attend_by_products
 from ...editing.wiring.small_copy import model_class
 from ...eval.inference.chat import PromptFormat
 from ..checkpoints.read import open_checkpoint
+from ..events import count
 from .chat_template import check_chat_template
 from .dequantized import check_loadable
 from .filled import check_filled
@@ -95,6 +97,7 @@ def load_weights(source: ModelSource, device: torch.device, dtype: torch.dtype, 
         log.warning(where.sentence(source.name))
     if device.type == "cpu" and dtype == torch.bfloat16:
         attend_by_products(model)
+    count_tokens(model, count)
     return model.eval()
 
 

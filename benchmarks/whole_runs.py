@@ -1,0 +1,194 @@
+"""Where the time of whole runs goes: every stage's seconds and tokens, beside what its matrix products alone would take.
+
+    python benchmarks/whole_runs.py [elm,orthogonalize,...] [--model builtin:testbed] [--concept PACK] [--set key=value]
+        [--device cpu] [--dtype auto] [--json]
+
+Each run is the real command line, in a process of its own and with an empty cache. Stages say themselves how many
+tokens they read (``events.jsonl``). The floor of a stage is the time of the layers' products with its tokens, padding
+left out, and of the unembedding's with the positions that are scored, forward and, where there is a gradient, back to
+the inputs; each at the rate that this machine reaches for that product now, with 512 tokens at a time. A ratio of 1
+would be a run that does nothing else. Decoding reads few tokens at a time, at a lower rate than that, and an update of
+whole weights takes one more product. ``audit`` is the quick one of the edit before it. Runs of different machines
+compare by tokens, padding and ratio.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from excise.artifacts.checkpoints.read import open_checkpoint
+from excise.artifacts.event_log import read_events
+from excise.artifacts.models.find import find_model
+from excise.artifacts.models.load import choose_dtype
+from excise.artifacts.reporting.terminal import aligned
+from excise.editing.hooks.token_counts import DIFFERENTIATED, PADDING, SCORED, TOKENS
+from excise.editing.modules import is_conv1d, is_linear
+from excise.editing.wiring.small_copy import full_config, model_class
+
+RUNS = ("elm", "audit", "orthogonalize", "prune", "caft", "npo")
+FEWEST_SECONDS = 0.5
+"""Of a stage that has a line of its own."""
+AT_ONCE = 512
+"""Tokens of the products that are timed."""
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """One stage of a run, or all stages of one name."""
+
+    name: str
+    seconds: float
+    tokens: int = 0
+    """Positions that the layers read, padding among them."""
+    padding: int = 0
+    floor: float = 0.0
+    """Seconds of the matrix products alone."""
+
+    def cells(self) -> list[str]:
+        """A line of the table."""
+        if not self.tokens:
+            return [self.name, f"{self.seconds:.1f}", "", "", "", ""]
+        ratio = f"{self.seconds / self.floor:.2f}" if self.floor else ""
+        share = f"{self.padding / self.tokens:.1%}"
+        return [self.name, f"{self.seconds:.1f}", f"{self.tokens:,}", share, f"{self.floor:.1f}", ratio]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Seconds of matrix products."""
+
+    token: float
+    """Of all layers, for one token, forward."""
+    position: float
+    """Of the unembedding, for one position, forward."""
+
+    def floor(self, counts: dict[str, Any]) -> float:
+        """Seconds of a stage's products."""
+        tokens = counts.get(TOKENS, 0)
+        if not tokens:
+            return 0.0
+        passes = 1 + counts.get(DIFFERENTIATED, 0) / tokens
+        real = tokens - counts.get(PADDING, 0)
+        return passes * (self.token * real + self.position * counts.get(SCORED, 0))
+
+
+def main() -> None:
+    """Run each and print its table, or all as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="?", default=",".join(RUNS), help="Recipes, and audit; comma-separated.")
+    parser.add_argument("--model", default="builtin:testbed")
+    parser.add_argument("--concept", help="By default each recipe's own.")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--json", action="store_true", help="One object for all runs, to stdout.")
+    options = parser.parse_args()
+    rate, found, edited = measured_rate(options.model, options.device, options.dtype), {}, None
+    with tempfile.TemporaryDirectory(prefix="excise-whole-runs-") as place:
+        for name in options.runs.split(","):
+            out = Path(place) / name
+            if name == "audit" and edited is None:
+                sys.exit("audit needs the edit of a run before it: elm,audit")
+            whole = run(command(name, out, edited, options), Path(place) / f"{name}-cache")
+            edited = edited if name == "audit" else out
+            found[name] = stages(out / "events.jsonl", whole, rate)
+            if not options.json:
+                header = ["stage", "seconds", "tokens", "padding", "floor", "ratio"]
+                print(
+                    f"\n{name}: {whole:.0f} s\n{aligned(header, [one.cells() for one in found[name]], 110)}", flush=True
+                )
+    if options.json:
+        print(json.dumps({name: [asdict(one) for one in lines] for name, lines in found.items()}, indent=1))
+
+
+def command(name: str, out: Path, edited: Path | None, options: argparse.Namespace) -> list[str]:
+    """The words of one run."""
+    words = ["audit", str(edited), "--budget", "quick"] if name == "audit" else ["run", name, "--model", options.model]
+    words += ["--device", options.device, "--dtype", options.dtype, "--out", str(out), "--json"]
+    if options.concept:
+        words += ["--concept", options.concept]
+    return words + ([word for pair in options.settings for word in ("--set", pair)] if name != "audit" else [])
+
+
+def run(words: list[str], cache: Path) -> float:
+    """Seconds of a whole command."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "excise.cli", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+    )
+    if done.returncode:
+        sys.exit(f"excise {' '.join(words)}\n{done.stderr[-2000:]}")
+    return time.perf_counter() - start
+
+
+def stages(events: Path, whole: float, rate: Rate) -> list[StageTime]:
+    """What a run's stages took, the short ones and what stands between them in one line, and last the sum."""
+    sums: dict[str, dict[str, Any]] = {}
+    for event in read_events(events):
+        if "seconds" in event["metrics"]:
+            of_stage = sums.setdefault(event["stage"], {})
+            for key, value in event["metrics"].items():
+                of_stage[key] = of_stage.get(key, 0) + value
+    lines = [
+        StageTime(name, counts["seconds"], counts.get(TOKENS, 0), counts.get(PADDING, 0), rate.floor(counts))
+        for name, counts in sums.items()
+    ]
+    shown = [line for line in lines if line.seconds >= FEWEST_SECONDS]
+    rest = StageTime("start-up, and the rest", whole - sum(line.seconds for line in shown))
+    tokens, padding = sum(line.tokens for line in lines), sum(line.padding for line in lines)
+    return [*shown, rest, StageTime("whole run", whole, tokens, padding, sum(line.floor for line in lines))]
+
+
+def measured_rate(ref: str, device: str, dtype: str) -> Rate:
+    """Time each distinct product of a model's layers and of its unembedding on random numbers."""
+    from accelerate import init_empty_weights
+
+    config = open_checkpoint(find_model(ref).folder).config
+    with init_empty_weights():
+        model = model_class(config)._from_config(full_config(config))
+    head = model.get_output_embeddings()
+    where, kind = torch.device(device), choose_dtype(dtype, torch.device(device))
+    shapes: dict[tuple[int, int], int] = {}
+    for module in model.modules():
+        if is_linear(module) and module is not head:
+            weight: Any = module.weight
+            shape = (weight.shape[0], weight.shape[1]) if is_conv1d(module) else (weight.shape[1], weight.shape[0])
+            shapes[shape] = shapes.get(shape, 0) + 1
+    token = sum(count * seconds_of_product(*shape, where, kind) for shape, count in shapes.items())
+    vocabulary, width = head.weight.shape
+    return Rate(token, seconds_of_product(width, vocabulary, where, kind))
+
+
+def seconds_of_product(width: int, outputs: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Of one token with one matrix, the fastest of several times."""
+    inputs = torch.randn(AT_ONCE, width, device=device, dtype=dtype)
+    weight = torch.randn(outputs, width, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        _finished()
+        start = time.perf_counter()
+        inputs @ weight.mT
+        _finished()
+        best = min(best, time.perf_counter() - start)
+    return best / AT_ONCE
+
+
+def _finished() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
