@@ -61,7 +61,8 @@ def _work(shape: Sequence[int]) -> float:
 
 def _affordable(work: dict[str, float], seed: int) -> list[str]:
     """All matrices, or those of a random order that can be afforded."""
-    order, spent, chosen = random.Random(f"excise anatomy {seed}").sample(list(work), k=len(work)), 0.0, []
+    order, spent = random.Random(f"excise anatomy {seed}").sample(list(work), k=len(work)), 0.0
+    chosen: list[str] = []
     for name in order:
         spent += work[name]
         if len(chosen) >= FEWEST_MATRICES and spent > MOST_WORK:

@@ -130,7 +130,7 @@ def _joined(name: str, results: Mapping[_Attacker, tuple[RecoveryCurve, bool]]) 
 
 def _best_formats(found: Sequence["_Furthest"]) -> FormatAnswers | None:
     best = max(found, key=lambda one: one.value, default=None)
-    return best and FormatAnswers(best.rate, best.step, best.answers)
+    return None if best is None else FormatAnswers(best.rate, best.step, best.answers)
 
 
 @dataclass

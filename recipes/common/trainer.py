@@ -50,15 +50,13 @@ class Schedule:
     weight_decay: float = 0.0
     beta2: float = 0.98
     max_grad_norm: float = 1.0
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """``sgd`` is plain gradient descent, without momentum."""
     gradient_accumulation_steps: int = 1
     shuffled: bool = True
     """Take rows in an order that the seed decides; otherwise as they come."""
     save_every: int = 200
     """Steps between the states that a killed run resumes from; 0 stores none."""
-    optimizer: Optimizer = "adamw"
-    """How the moments of AdamW are kept."""
+    optimizer: Optimizer | Literal["sgd"] = "adamw"
+    """How the moments of AdamW are kept; ``sgd`` is plain gradient descent, without momentum."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +304,6 @@ def _arguments(
         max_grad_norm=schedule.max_grad_norm if clipped else 0.0,
         seed=schedule.seed,
         data_seed=schedule.seed,
-        **({"optim": "sgd"} if schedule.optimizer == "sgd" else {}),
         **precision(device, half),
         **({} if schedule.optimizer == "adamw" else {"optim": schedule.optimizer}),
         # The library knows CUDA and Apple's GPUs; any other device is the processor to it, and models stay where they are.

@@ -238,7 +238,7 @@ class UnlearningTraining(Training):
         """The method's formula, and what it was trained on."""
         settings, data = self.job.settings, self.data
         counts = {"forget": len(data.forget), "retain": len(data.retain)}
-        training = {
+        training: dict[str, Any] = {
             "about": (type(settings).__doc__ or "").split(":")[0] + ".",
             "steps": settings.steps,
             "rows": 2 * settings.batch_size,

@@ -56,7 +56,11 @@ def _without_smallest(share: float) -> Callable[[str, Tensor], Tensor]:
 
 def interpolate(model: Any, data: AttackData) -> dict[float, Answers]:
     """Take a share of the edit out, in several shares."""
-    return {share: _undone(model, data, lambda added, s=share: (1 - s) * added) for share in SHARES}
+
+    def without(share: float) -> Answers:
+        return _undone(model, data, lambda added: (1 - share) * added)
+
+    return {share: without(share) for share in SHARES}
 
 
 def undo_cliff(model: Any, data: AttackData) -> Answers:
