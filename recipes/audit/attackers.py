@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ...artifacts.events import Events, Stage
-from ...artifacts.models.load import bfloat16_is_fast
 from ...artifacts.models.memory import free_memory
 from ...editing.training.adapters import AdapterShape, adapter_modules
 from ...editing.training.parallel_adapters import ParallelAdapters
@@ -276,7 +275,7 @@ class _SideBySide:
         trained = sum(p.numel() for owned in self.adapters.owned for p in owned)
         read = Rows(count * batch, longest)
         try:
-            sizes = sizes_of(config, model.dtype, autocast=bfloat16_is_fast(device))
+            sizes = sizes_of(config, model.dtype, autocast=False)
             # Gradients and moments are still to be made.
             room -= 12 * trained + sizes.head(device)
             return fit_step(sizes, gradients_of_attackers(sizes, count, self.setup.rank), read, room, unit=count).parts

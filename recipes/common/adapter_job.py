@@ -216,7 +216,9 @@ def _checked_room(run: Job) -> Optimizer:
     """Whole weights need memory to train, and disk to be kept as an edit: once for the run, once in the checkpoint."""
     whole = whole_weights(run.checkpoint, run.device)
     if not whole.fits:
-        raise RequestError(f"training whole weights {whole.missing}; or use tune=lora")
+        # Not every recipe can train an adapter instead.
+        other = "tune=lora" if hasattr(run.settings, "tune") else "a smaller model or a device with more memory"
+        raise RequestError(f"training whole weights {whole.missing}; or use {other}")
     # A float32 addend of each weight is stored twice.
     check_disk(run.out, run.checkpoint.size + 8 * sum(elements(one.shape) for one in run.checkpoint.tensors.values()))
     return whole.optimizer

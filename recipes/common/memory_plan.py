@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...artifacts.checkpoints.read import Checkpoint
-from ...artifacts.models.load import bfloat16_is_fast, load_tokenizer
+from ...artifacts.models.load import load_tokenizer
 from ...artifacts.models.memory import free_memory
 from ...artifacts.models.source import ModelSource
 from ...artifacts.reporting.terminal import aligned
@@ -113,7 +113,7 @@ class RunMemory:
         """
         self.source, self.checkpoint, self.device, self.concept = source, checkpoint, device, concept
         self.measured = measured
-        self.sizes = sizes_of(checkpoint.config, dtype, autocast=bfloat16_is_fast(device))
+        self.sizes = sizes_of(checkpoint.config, dtype, autocast=False)
 
     @classmethod
     def of(cls, run: Job) -> "RunMemory":
@@ -345,7 +345,7 @@ def step_in_parts(job: AdapterJob, rows: Rows, deepest: int | None = None) -> Fi
     if job.whole or surely_fits(run.checkpoint.config, asked.tokens, run.dtype.itemsize, room):
         return None
     try:
-        sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=bfloat16_is_fast(run.device))
+        sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=False)
         room -= STATE_BYTES * sizes.adapter(job.shape) + sizes.head(run.device)
         return fit_step(sizes, gradients_of(job, deepest), asked, room, checkpointing=settings.gradient_checkpointing)
     except Unplanned:
@@ -361,7 +361,7 @@ def tokens_at_once(job: AdapterJob, most: int) -> int:
         return most
     rows = Rows(4, 256)
     try:
-        sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=bfloat16_is_fast(run.device))
+        sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=False)
         a_token = sizes.step(rows, gradients_of(job), checkpointing=settings.gradient_checkpointing) / rows.tokens
     except Unplanned:
         return most

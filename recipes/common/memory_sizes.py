@@ -80,7 +80,8 @@ class ModelSizes:
         """Args:
         config: The content of ``config.json``.
         dtype: What the weights are loaded in.
-        autocast: Whether training computes in bfloat16 whatever its parameters are in.
+        autocast: Whether training computes in bfloat16 whatever its parameters are in. The trainer's losses do not:
+            they call the model inside the wrapper for which the library does it.
         """
         self.dtype, self.autocast, self.row = dtype, autocast, architecture_of(config)
         self._found: dict[str, int] = {}
@@ -127,10 +128,7 @@ class ModelSizes:
 
     def head(self, device: torch.device) -> int:
         """Bytes of the logits that a loss holds at a time, with their gradient."""
-        logits = positions_at_once(self.vocabulary, device) * self.vocabulary * (12 + self.dtype.itemsize)
-        # Where products are computed in bfloat16, the whole unembedding is turned into it for each of them.
-        narrowed = 2 * self.vocabulary * self.width if self.autocast and self.dtype.itemsize == 4 else 0
-        return logits + narrowed
+        return positions_at_once(self.vocabulary, device) * self.vocabulary * (12 + self.dtype.itemsize)
 
     def forward(self, rows: Rows, *, cached: bool = False) -> int:
         """Bytes that a forward without gradients takes at most; its keys and values included where they are kept."""

@@ -4,15 +4,17 @@ import json
 
 import pytest
 import torch
-from excise.artifacts.events import Events
+from excise.artifacts.events import Events, Stage
 from excise.artifacts.models import load
+from excise.editing.modules import final_hidden
 from excise.editing.training.adapters import AdapterShape, adapter_modules
 from excise.recipes.common import memory_plan
 from excise.recipes.common.memory_plan import fit_step
 from excise.recipes.common.memory_sizes import Gradients, ModelSizes, Rows, Unplanned
+from excise.recipes.common.trainer import Schedule, fit
 from excise.recipes.unlearning import recipe
 from excise.recipes.unlearning.grad_diff import GradDiffSettings
-from helpers import PICO, SMALL_TESTBED, excise, with_settings
+from helpers import PICO, SMALL_TESTBED, excise, make_pico, with_settings
 
 
 def _config(name, layers=8):
@@ -46,7 +48,6 @@ def test_few_layers_stand_for_all(name, checkpointing):
 
 def test_a_step_takes_what_real_tensors_save_for_their_gradients_and_little_more():
     from excise.recipes.common import memory_sizes
-    from helpers import make_pico
 
     sizes, rows, saved = _sizes("llama", 2), Rows(4, 60), {}
 
@@ -63,6 +64,22 @@ def test_a_step_takes_what_real_tensors_save_for_their_gradients_and_little_more
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held = sum(size for place, (_, size) in saved.items() if place not in weights)
     assert held > 0 and held <= sizes.step(rows, Gradients()) <= 1.6 * held
+
+
+def test_training_computes_in_the_type_that_is_planned_for(tmp_path):
+    """Plans take that products are computed in the weights' own type. The library is told of bfloat16, and losses call
+    the model inside what it wraps."""
+    model, seen = make_pico("llama"), []
+    model.requires_grad_(False)
+    weight = model.model.layers[0].mlp.down_proj.weight.requires_grad_(True)
+
+    def loss(trained, batch):
+        hidden = final_hidden(trained, {"input_ids": batch["x"], "attention_mask": torch.ones_like(batch["x"])})
+        seen.append((hidden.dtype, torch.is_autocast_enabled("cpu")))
+        return {"a": hidden.square().mean() + weight.square().sum()}
+
+    fit(model, [{"x": torch.tensor([1, 2, 3])}], Stage(Events(), "train"), tmp_path, loss, Schedule(1, 1, 1e-3, 0))
+    assert seen == [(torch.float32, False)]
 
 
 def test_more_tokens_take_more_and_checkpointing_takes_less():
