@@ -281,7 +281,7 @@ def test_commands_that_only_read_records_load_no_torch(tmp_path):
         ["card", run],
         ["report", run, "--out", tmp_path / "report.html"],
         ["watch", run],
-        ["compare", run, other],
+        ["compare", run, other, "--out", tmp_path / "compared"],
         ["concept", "show", "builtin:potions"],
         ["concept", "new", tmp_path / "pack"],
         ["list", "elm"],
