@@ -81,8 +81,8 @@ class UnlearningSettings(AdapterSettings):
     normalize: bool = False
     """Give the forget gradient the length that it had at the first step (MUDMAN)."""
     adversary: int = Field(0, ge=0)
-    """Take the forget gradient where an adversary is: a copy of what is trained that takes a step down the loss on what is to
-    be forgotten at each step, and starts anew from the model every so many steps (MUDMAN, TAR). 0: off."""
+    """Take the forget gradient at a copy of what is trained that learns the concept, a step at a time, and starts anew every
+    so many steps (MUDMAN, TAR). 0: off."""
     adversary_rate: float = Field(0.01, gt=0)
     """With adversary: its learning rate, by plain gradient descent."""
 

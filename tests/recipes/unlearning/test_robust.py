@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from excise.artifacts.events import Events
+from excise.artifacts.models.load import load_model
 from excise.editing.errors import RequestError
 from excise.recipes.unlearning import robust
 from excise.recipes.unlearning.grad_diff import GradDiffSettings
 from excise.recipes.unlearning.npo import NpoSettings, prepare, run
-from excise.recipes.unlearning.recipe import UnlearningData, UnlearningTraining, pair_batch
+from excise.recipes.unlearning.recipe import UnlearningData, UnlearningTraining, _training, pair_batch
 from excise.recipes.unlearning.robust import RobustLoss, is_robust, options_in_words
 from helpers import SMALL_TESTBED
 from unlearning_rows import FORGET, RETAIN
@@ -128,8 +129,15 @@ def test_noise_takes_the_mean_over_points_that_the_seed_and_the_step_decide():
     assert (seen[0] - seen[1]).norm() > 1e-3 * seen[0].norm()
 
 
-def test_without_options_the_methods_own_loss_is_trained():
+def test_without_options_the_methods_own_loss_is_trained(tmp_path):
     settings = _settings()
+    small = {"model": SMALL_TESTBED, "steps": 2, "batch_size": 1, "device": "cpu", "dtype": "float32"}
+    kinds = []
+    for options in ({}, {"sam": 0.01}):
+        job = prepare(NpoSettings(**small, **options, out=tmp_path / "run"))
+        loaded = load_model(job.adapter.run.source, torch.device("cpu"), torch.float32)
+        kinds.append(type(_training(job, loaded, Events(), tmp_path).method_loss).__name__)
+    assert kinds == ["partial", "RobustLoss"]
     assert not is_robust(settings) and options_in_words(settings) == "" and robust.vectors_held(settings) == 0
     on = _settings(adversary=5, mask="sign", normalize=True)
     assert options_in_words(on) == "adversary=5, normalize=true, mask=sign, adversary_rate=0.01"
