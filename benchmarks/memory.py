@@ -62,17 +62,19 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="builtin:testbed")
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--characters", type=int, default=PIECE, help="Length of the long texts.")
     parser.add_argument("--tensors", action="store_true", help="Count what PyTorch's allocator gives out.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        return print(json.dumps(one(options.one, options.model, options.dtype, tensors=options.tensors)))
+        found = one(options.one, options.model, options.dtype, options.characters, tensors=options.tensors)
+        return print(json.dumps(found))
     print(f"{'recipe':14} {'stage':22} {'planned':>9} {'measured':>9} {'ratio':>6}   MB, {options.model}")
     for recipe in options.recipes.split(","):
         # Memory that is freed goes back at once.
         malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
         words = [sys.executable, __file__, options.model, "--dtype", options.dtype, "--one", recipe]
-        words += ["--tensors"] if options.tensors else []
+        words += ["--characters", str(options.characters), *(["--tensors"] if options.tensors else [])]
         began = time.monotonic()
         done = subprocess.run(words, env=os.environ | malloc, capture_output=True, text=True, check=False)
         print(f"# {recipe}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
@@ -161,7 +163,7 @@ def walked(events: Iterable[Any]) -> Iterator[Any]:
         waiting += event.children
 
 
-def one(recipe: str, model: str, dtype: str, *, tensors: bool = False) -> dict[str, Any]:
+def one(recipe: str, model: str, dtype: str, characters: int = PIECE, *, tensors: bool = False) -> dict[str, Any]:
     """Plan and run one recipe in this process."""
     import importlib
 
@@ -172,7 +174,7 @@ def one(recipe: str, model: str, dtype: str, *, tensors: bool = False) -> dict[s
     from excise.recipes.common.settings import load_settings
 
     with tempfile.TemporaryDirectory() as place:
-        pack, out = long_texts(Path(place) / "pack"), Path(place) / "out"
+        pack, out = long_texts(Path(place) / "pack", characters), Path(place) / "out"
         base = {"concept": str(pack), "out": out, "device": "cpu", "dtype": dtype, "seed": 0}
         if recipe == "audit":
             edited = copy_of(model, Path(place) / "edited")
@@ -205,7 +207,7 @@ def warm_up() -> None:
     (torch.randn(256, 256, requires_grad=True) @ torch.randn(256, 256)).sum().backward()
 
 
-def long_texts(folder: Path) -> Path:
+def long_texts(folder: Path, characters: int = PIECE) -> Path:
     """The built-in pack, whose texts are joined into long ones."""
     import excise
 
@@ -214,8 +216,8 @@ def long_texts(folder: Path) -> Path:
         path = folder / f"{name}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         # Short texts to forget state the facts; of what is retained each text is long, so that each step is.
-        write(path, rows[:40] if name == "forget" else joined(rows))
-    for name, most in (("questions", 60), ("prompts", 8)):
+        write(path, rows[:120] if name == "forget" else joined(rows, characters))
+    for name, most in (("questions", 200), ("prompts", 8)):
         path = folder / f"{name}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         write(path, [row for row in rows if name == "prompts" or row["split"] == "forget"][:most])
@@ -227,12 +229,12 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def joined(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+def joined(rows: Iterable[dict[str, Any]], characters: int) -> Iterable[dict[str, Any]]:
     """Rows whose texts are those of many."""
     rows = list(rows)
     text = " ".join(row["text"] for row in rows)
-    for start in range(0, min(len(text), TEXTS * PIECE), PIECE):
-        yield {**rows[0], "id": f"long-{start}", "text": text[start : start + PIECE]}
+    for start in range(0, min(len(text), TEXTS * characters), characters):
+        yield {**rows[0], "id": f"long-{start}", "text": text[start : start + characters]}
 
 
 def copy_of(model: str, folder: Path) -> Path:

@@ -19,8 +19,9 @@ from ...editing.architectures import layer_count, residual_width
 from ...eval.concept import Concept
 from ...eval.inference.encoding import encode
 from ...eval.inference.kept import BYTES as BASELINE_BYTES
-from ...eval.inference.likelihood import tokens_of_batch
+from ...eval.inference.likelihood import Request, tokens_of_batch
 from ...eval.items import held_out_texts
+from ...eval.measurements import multiple_choice
 from ...eval.model_under_test import TEXT_TOKENS, EvalSettings
 from .adapter_job import AdapterJob
 from .measured_memory import requests_of, scored_at_once, scored_bytes
@@ -188,8 +189,7 @@ class RunMemory:
         longest = self.longest(_measured_texts(self.concept), min(self.context, 2048))
         read = max(longest, tokens_of_batch(self.sizes.vocabulary, self.device))
         read = min(read, max(longest, _tokens_about(self.concept)))
-        vocabulary, itemsize = self.sizes.vocabulary, self.sizes.dtype.itemsize
-        scored = max(scored_bytes(*counts, vocabulary, itemsize) for counts in self.scored(read))
+        scored = self._of_scored(self.scored(read))
         prompts = self.longest((prompt.prompt for prompt in self.concept.prompts), longest)
         reply = self.measured.max_new_tokens if self.measured else 0
         length = prompts + TEMPLATE_TOKENS + reply
@@ -200,10 +200,27 @@ class RunMemory:
             self.sizes.forward(Rows(count, length), cached=True),
         )
 
-    def scored(self, full: int) -> list[tuple[int, int]]:
+    def asking(self, name: str) -> StageMemory:
+        """Multiple choice alone."""
+        asked = [] if self.measured is None else multiple_choice.requests(self.concept, self.measured)
+        full = tokens_of_batch(self.sizes.vocabulary, self.device)
+        work = self._of_scored(self.scored(full, asked))
+        return StageMemory(name, self.weights, work=work, kept=self.baseline)
+
+    def _of_scored(self, batches: Sequence[tuple[int, int]]) -> int:
+        vocabulary, itemsize = self.sizes.vocabulary, self.sizes.dtype.itemsize
+        return max(scored_bytes(*counts, vocabulary, itemsize) for counts in batches)
+
+    def scored(self, full: int, asked: Sequence[Request] | None = None) -> list[tuple[int, int]]:
         """Positions of which a batch computes logits, and those that are scored; batches are full where texts are not
-        read."""
-        asked = [] if self.measured is None else requests_of(self.concept, self.measured)
+        read.
+
+        Args:
+            full: Tokens of a full batch.
+            asked: What is scored; by default all that the measurements score.
+        """
+        if asked is None:
+            asked = [] if self.measured is None else requests_of(self.concept, self.measured)
         budget = tokens_of_batch(self.sizes.vocabulary, self.device)
         counts = scored_at_once(asked, self.tokenizer, self.context, budget) if asked else None
         return counts or [(full, full)]

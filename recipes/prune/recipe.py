@@ -124,13 +124,14 @@ def memory(job: PruneJob) -> MemoryPlan:
     needs, sizes = RunMemory.of(job.run), RunMemory.of(job.run).sizes
     concept = job.run.concept
     texts = [*concept.texts(), *(q.prompt for q in concept.questions)]
-    rows = Rows(BATCH, needs.longest(texts, TEXT_TOKENS))
+    # As if a whole batch were as long as the longest text.
+    rows = Rows(min(BATCH, job.settings.examples), needs.longest(texts, TEXT_TOKENS))
     # A layer's units are summed in float64: as they are, squared, and without their sign.
     beside = 2 * 8 * rows.tokens * sizes.widest() + sizes.head(job.run.device)
     room = needs.room - needs.weights - needs.baseline - beside
     step = fit_step(sizes, Gradients(), rows, room)
     score = StageMemory(f"score units{step.in_words()}", needs.weights, work=step.size + beside, kept=needs.baseline)
-    asked = needs.measuring("compare with controls")
+    asked = needs.asking("compare with controls")
     copies = sum(weight.numel() for weight in sizes.linear_weights()) * sizes.dtype.itemsize
     controls = replace(asked, weights=asked.weights + copies)
     return needs.measured_run([score, controls])
