@@ -134,6 +134,7 @@ def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, s
     """The recipe's own parts: streams, decoding, lessons, loss."""
     import torch
     from accelerate.utils import send_to_device
+    from excise.editing.training.packing import packing
     from excise.recipes.common.memory import keep_freed_memory
     from excise.recipes.elm.batches import collate, part_size, sequence_loss
 
@@ -142,20 +143,21 @@ def excise_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, s
     with watch("teacher and decoding" if mode == "decoded" else "teacher"):
         lessons, retained = _lessons(loaded, forget, retain, mode)
     model, optimizer = _adapter(loaded)
-    part = part_size(loaded.model)
+    part = part_size(loaded.device)
     loss = sequence_loss({"erase": 1.0, "fluency": 1.0, "retain": 1.0})
-    for step in range(steps):
-        chosen = slice(step * GROUPS, (step + 1) * GROUPS)
-        groups = [list(pair) for pair in zip(lessons[chosen], retained[chosen], strict=True)]
-        with watch("student forward and loss"):
-            # As the library's trainer does with what a collation gives.
-            batch = send_to_device(collate(groups, part), loaded.device)
-            total = torch.stack(list(loss(model, batch).values())).sum()
-        with watch("student backward"):
-            total.backward()
-        with watch("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
+    with packing(model) as packs:
+        for step in range(steps):
+            chosen = slice(step * GROUPS, (step + 1) * GROUPS)
+            groups = [list(pair) for pair in zip(lessons[chosen], retained[chosen], strict=True)]
+            with watch("student forward and loss"):
+                # As the library's trainer does with what a collation gives.
+                batch = send_to_device(collate(groups, part, in_one_row=packs), loaded.device)
+                total = torch.stack(list(loss(model, batch).values())).sum()
+            with watch("student backward"):
+                total.backward()
+            with watch("optimizer"):
+                optimizer.step()
+                optimizer.zero_grad()
     student = sum(len(lesson.ids) for lesson in [*lessons, *retained])
     continued = 0 if mode == "none" else len(lessons) * NEW_TOKENS
     contexts = sum(len(lesson.ids) for lesson in lessons) - continued

@@ -24,6 +24,7 @@ from ..errors import EditError, RequestError
 from ..modules import is_conv1d, is_linear
 from ..wiring.experts import fused_family
 from ..wiring.row import Architecture
+from .low_rank_layer import low_rank_layer, plain_layers
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def attach(model: nn.Module, shape: AdapterShape, seed: int) -> Any:
         # peft has to be told that Conv1D stores its weight as [in, out].
         fan_in_fan_out=bool(shape.modules) and is_conv1d(model.get_submodule(shape.modules[0])),
     )
+    if all(type(model.get_submodule(name)) in plain_layers() for name in shape.modules):
+        config._register_custom_module(dict.fromkeys(plain_layers(), low_rank_layer()))
     with targets_as_given():
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     carrying = set(_carriers(adapted))

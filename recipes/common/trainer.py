@@ -98,7 +98,7 @@ class _StepCallback(TrainerCallback):
             scaler.unscale_(self.trainer.optimizer.optimizer)
         # Each group is clipped apart: one attacker's large gradient must not shrink the steps of the others.
         for group in self.groups if self.max_grad_norm else ():
-            nn.utils.clip_grad_norm_(group.parameters, self.max_grad_norm)
+            _clip(group.parameters, self.max_grad_norm)
         in_groups = [p for group in self.groups for p in group.parameters]
         trained = in_groups or [p for p in model.parameters() if p.requires_grad]
         if state.global_step == 0 and not any(p.grad is not None and bool(p.grad.any()) for p in trained):
@@ -153,32 +153,52 @@ class _Trainer(Trainer):
                 raise OutOfMemory(f"memory ran out in a training step that reads one row at a time ({words}); {ADVICE}")
 
     def _whole_step(self, model: nn.Module, rows: Sequence[Any]) -> Tensor:
-        total: Tensor | float = 0.0
+        sums: Terms = {}
         for part in split(rows, self.room.parts, self.recipe_collate):
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, self._prepare_inputs(part.batch)) / part.divisor
+                terms = self._terms(model, self._prepare_inputs(part.batch))
+                weighted = {name: value / part.divisor for name, value in terms.items()}
+                loss = torch.stack(list(weighted.values())).sum()
             self.accelerator.backward(loss)
-            total = total + loss.detach()
-        assert isinstance(total, Tensor), "a step has rows"
-        return total
+            sums = {name: sums.get(name, 0.0) + value.detach() for name, value in weighted.items()}
+        assert sums, "a step has rows"
+        stacked = torch.stack(list(sums.values()))
+        # The one place where a step waits for its device: all terms of all parts at once.
+        self._check(dict(zip(sums, stacked.tolist(), strict=True)))
+        return stacked.sum()
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def _terms(self, model: nn.Module, inputs: Any) -> Terms:
+        """The loss's terms, each with its share of the step."""
         terms = self.recipe_loss(model, inputs)
-        broken = [name for name, value in terms.items() if not torch.isfinite(value)]
+        shares = inputs.get(SHARES, {}) if isinstance(inputs, dict) else {}
+        return {name: value * shares[name] if name in shares else value for name, value in terms.items()}
+
+    def _check(self, values: dict[str, float]) -> None:
+        """Tell the terms' values, and refuse a step in which one is no number."""
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
             # No step was taken with this gradient, so what is in memory is still good.
             self.save_model(str(self.folder / LAST_GOOD))
             raise ExciseError(
-                f"the loss became {float(terms[broken[0]].detach())} at step {self.state.global_step + 1}, in the term"
+                f"the loss became {values[broken[0]]} at step {self.state.global_step + 1}, in the term"
                 f" {broken[0]}; the state before it is in {self.folder.name}/{LAST_GOOD}. Lower the learning rate"
             )
         if self.state.global_step % self.args.logging_steps == 0:
-            self.stage.advance(0, **{name: float(value.detach()) for name, value in terms.items()})
-        shares = inputs.get(SHARES, {}) if isinstance(inputs, dict) else {}
-        loss = torch.stack([value * shares.get(name, 1.0) for name, value in terms.items()]).sum()
-        return (loss, {}) if return_outputs else loss
+            self.stage.advance(0, **values)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self.accelerator.unscale_gradients()
+        return _clip([p for p in model.parameters() if p.requires_grad], self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """What clipping found; the library measures it where nothing is clipped, and nothing here reads that."""
+        return grad_norm
+
+
+def _clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale gradients down to a norm, all in a few operations; on processors the library would go one by one."""
+    on_processor = all(parameter.device.type == "cpu" for parameter in parameters)
+    return nn.utils.clip_grad_norm_(parameters, most, foreach=True if on_processor else None)
 
 
 def fit(
@@ -313,6 +333,8 @@ def _arguments(
         # A run is resumed from its newest state only.
         save_total_limit=1,
         logging_steps=25,
+        # A loss that is no number ends the training here, so that the library need not look at each.
+        logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,

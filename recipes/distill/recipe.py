@@ -34,7 +34,6 @@ from ..elm.batches import (
     SequenceTraining,
     TrainingSequence,
     arrange,
-    most_tokens,
     part_size,
     sequence_loss,
 )
@@ -55,7 +54,7 @@ def memory(job: DistillJob) -> MemoryPlan:
     read = Rows(max(1, READ // longest) if run.device.type == "cpu" else 64, longest)
     # The edited model stands beside the base while both are read.
     reading = replace(needs.reading("read the models", read, kept=targets), weights=2 * needs.weights)
-    most = most_tokens(run.checkpoint.config, run.dtype, run.device)
+    most = part_size(run.device)
     rows = (1 + settings.retain_rows) * settings.batch_size
     part = Rows(max(1, min(most // longest, rows)), longest)
     return needs.measured_run([reading, needs.training(job.adapter, part, kept=targets)])
@@ -111,14 +110,15 @@ class DistillTraining(SequenceTraining):
         self.job, self.sequences = job, sequences
         self.rows = arrange(sequences, settings.steps * settings.batch_size, settings.seed)
         self.checked_rows = [one.ids for kind in ("forget", "retain 0") for one in sequences[kind][:8]]
-        self.tokens_at_once = tokens_at_once(job.adapter, part_size(model))
+        self.tokens_at_once = tokens_at_once(job.adapter, part_size(job.adapter.run.device))
         self.weighted_loss = sequence_loss(dict.fromkeys(TERMS, 1.0))
 
     @contextmanager
     def while_training(self, model: Any) -> Iterator[None]:
         """The student begins as the teacher, moved toward noise."""
         damage(model, self.job)
-        yield
+        with super().while_training(model):
+            yield
 
     def report(self, model: Any) -> dict[str, Any]:
         """What was distilled from what."""

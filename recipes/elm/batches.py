@@ -1,16 +1,19 @@
 """Training toward soft targets: what a model reads, what it should predict there, and the loss of a batch."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from ...editing.architectures import layer_count, residual_width
 from ...editing.modules import final_hidden, unembedding
+from ...editing.training.packing import packed, packing, read_packed, recomputes
 from ...editing.training.soft_targets import SoftTargets, join, soft_divergence
 from ...eval.inference.likelihood import pad_right
 from ..common.adapter_run import Training
@@ -44,56 +47,70 @@ def arrange(kinds: Mapping[str, Sequence[TrainingSequence]], groups: int, seed: 
     return [list(group) for group in zip(*orders, strict=True)]
 
 
-ACTIVATIONS = 96 << 20
-"""Bytes that the activations of one forward of a training step may take on a processor, about."""
+PROCESSOR_PART, DEVICE_PART = 2048, 16384
+"""Tokens of one forward of a training step, at most, on a processor and on an accelerator: more at once would not be
+faster. Where memory has room for fewer, ``tokens_at_once`` says how many."""
 
 
-FEWEST = 128
-"""Tokens of one forward, at least."""
+def part_size(device: torch.device) -> int:
+    """Tokens of one forward of a training step, at most."""
+    return DEVICE_PART if device.type == "cuda" else PROCESSOR_PART
 
 
-DEVICE_PART = 16384
-"""Tokens of one forward on an accelerator, at most."""
-
-
-def part_size(model: Any) -> int:
-    """Tokens of one forward of a training step, at most: more at once would hold more memory and not be faster."""
-    return most_tokens(model.config.to_dict(), model.dtype, model.device)
-
-
-def most_tokens(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> int:
-    """The same of a model that is not loaded."""
-    if device.type == "cuda":
-        return DEVICE_PART
-    # A token leaves about 16 values of the stream's width in each layer.
-    return max(FEWEST, ACTIVATIONS // (16 * dtype.itemsize * layer_count(config) * residual_width(config)))
-
-
-def collate(groups: Sequence[Sequence[TrainingSequence]], most: int | None = None) -> dict[str, Any]:
-    """Sequences of like length together, so that little of a batch is padding; ``parts`` are forwards of their own.
+def collate(
+    groups: Sequence[Sequence[TrainingSequence]], most: int | None = None, *, in_one_row: bool = False
+) -> dict[str, Any]:
+    """The sequences of a step in ``parts``, each a forward of its own.
 
     Args:
-        most: Tokens of one forward, at most.
+        most: Tokens of one forward, at most, but for a single sequence that is longer.
+        in_one_row: Pack the sequences of a part into one row, which a model that ``packing`` made ready reads; otherwise
+            sequences of like length stand below each other, so that little of a part is padding.
     """
     sequences = sorted((one for group in groups for one in group), key=lambda one: len(one.ids))
-    parts, start = [], 0
+    divided = _by_tokens(sequences, most) if in_one_row else _by_length(sequences, most)
+    # The loss is a mean over groups, so that a batch and its parts agree on its gradient.
+    return {"parts": [_part(some, 1 / len(groups), in_one_row=in_one_row) for some in divided]}
+
+
+def _by_length(sequences: Sequence[TrainingSequence], most: int | None) -> Iterator[Sequence[TrainingSequence]]:
+    start = 0
     for size in split_by_length([len(one.ids) for one in sequences]):
         rows = sequences[start : start + size]
         at_once = max(1, most // len(rows[-1].ids)) if most else size
-        # The loss is a mean over groups, so that a batch and its parts agree on its gradient.
-        parts += [_part(rows[begin : begin + at_once], 1 / len(groups)) for begin in range(0, size, at_once)]
+        yield from (rows[begin : begin + at_once] for begin in range(0, size, at_once))
         start += size
-    return {"parts": parts}
 
 
-def _part(sequences: Sequence[TrainingSequence], weight: float) -> dict[str, Tensor]:
-    """Rows of one forward; ``rows`` and ``places`` say which positions have targets."""
+def _by_tokens(sequences: Sequence[TrainingSequence], most: int | None) -> Iterator[Sequence[TrainingSequence]]:
+    """Parts of about as many tokens each, in as few as there can be."""
+    total = sum(len(one.ids) for one in sequences)
+    share = -(-total // -(-total // most)) if most else total
+    part: list[TrainingSequence] = []
+    tokens = 0
+    for one in sequences:
+        if part and (tokens >= share or (most is not None and tokens + len(one.ids) > most)):
+            yield part
+            part, tokens = [], 0
+        part.append(one)
+        tokens += len(one.ids)
+    yield part
+
+
+def _part(sequences: Sequence[TrainingSequence], weight: float, *, in_one_row: bool) -> dict[str, Any]:
+    """What one forward reads; ``rows`` and ``places`` say which positions have targets."""
     targets = join([one.targets for one in sequences])
     counts = torch.tensor([len(one.targets) for one in sequences])
+    rows = torch.repeat_interleave(torch.arange(len(sequences)), counts, output_size=len(targets))
+    places = torch.cat([torch.arange(one.first, len(one.ids)) for one in sequences])
+    ids = [one.ids for one in sequences]
+    if in_one_row:
+        starts = torch.tensor([0, *accumulate(map(len, ids[:-1]))])
+        places, rows = places + starts[rows], torch.zeros_like(rows)
     return {
-        **pad_right([one.ids for one in sequences], torch.device("cpu")),
-        "rows": torch.repeat_interleave(torch.arange(len(sequences)), counts),
-        "places": torch.cat([torch.arange(one.first, len(one.ids)) for one in sequences]),
+        **(packed(ids) if in_one_row else pad_right(ids, torch.device("cpu"))),
+        "rows": rows,
+        "places": places,
         "terms": torch.cat([one.terms for one in sequences]),
         "weights": weight * torch.cat([one.weights for one in sequences]),
         "target_ids": targets.ids,
@@ -112,23 +129,48 @@ def sequence_loss(weights: Mapping[str, float]) -> Loss:
         if len(batch["parts"]) == 1:
             return _part_terms(model, batch["parts"][0], weights)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Where the terms are; what is trained may lie on other GPUs.
-        device = batch["parts"][0]["input_ids"].device
-        sums = {term: torch.zeros((), device=device) for term in TERMS}
-        gradients = [torch.zeros_like(parameter) for parameter in trained]
+        sums: Terms = {}
+        gradients: dict[int, Tensor] = {}
         for part in batch["parts"]:
             terms = _part_terms(model, part, weights)
             of_part = torch.autograd.grad(torch.stack(list(terms.values())).sum(), trained, allow_unused=True)
-            for total, gradient in zip(gradients, of_part, strict=True):
-                if gradient is not None:
-                    total += gradient
-            sums = {term: sums[term] + value.detach() for term, value in terms.items()}
+            _add(gradients, {index: one for index, one in enumerate(of_part) if one is not None})
+            sums = {term: value.detach() + sums.get(term, 0.0) for term, value in terms.items()}
         # Nothing in value, with the parts' gradients: the trainer goes backward through it as through any loss.
-        levers = [(p * gradient).sum().to(device) for p, gradient in zip(trained, gradients, strict=True)]
-        lever = torch.stack(levers).sum()
-        return {**sums, TERMS[0]: sums[TERMS[0]] + (lever - lever.detach())}
+        reached = [trained[index] for index in gradients]
+        nothing: Tensor | float = _Given.apply(list(gradients.values()), *reached) if reached else 0.0
+        # Where the terms are; what is trained may lie on other GPUs.
+        device = batch["parts"][0]["input_ids"].device
+        sums[TERMS[0]] = sums[TERMS[0]] + (nothing.to(device) if isinstance(nothing, Tensor) else nothing)
+        return sums
 
     return loss
+
+
+def _add(sums: dict[int, Tensor], more: Mapping[int, Tensor]) -> None:
+    """Add gradients to those that there are, all in one operation where they are on one device."""
+    again = [index for index in more if index in sums]
+    if again:
+        torch._foreach_add_([sums[index] for index in again], [more[index] for index in again])
+    sums.update({index: one for index, one in more.items() if index not in sums})
+
+
+class _Given(torch.autograd.Function):
+    """A loss of 0 whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *trained: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return torch.zeros((), device=trained[0].device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # The trainer divides by its parts, and in float16 multiplies by a scale.
+        one_device = len({one.device for one in ctx.gradients}) == 1
+        if one_device:
+            return None, *torch._foreach_mul(ctx.gradients, upstream[0].to(ctx.gradients[0]))
+        return None, *(one * upstream[0].to(one) for one in ctx.gradients)
 
 
 class SequenceTraining(Training):
@@ -137,10 +179,21 @@ class SequenceTraining(Training):
     tokens_at_once: int
     """Tokens of one forward, at most."""
     weighted_loss: Loss
+    _packing: Any = None
+    """The model, while it reads packed rows."""
+
+    @contextmanager
+    def while_training(self, model: Any) -> Iterator[None]:
+        """Rows are packed where the model can read them so."""
+        with packing(model) as can:
+            self._packing = model if can else None
+            yield
 
     def collate(self, rows: list[Sequence[TrainingSequence]]) -> dict[str, Any]:
-        """Parts of like length, each a forward of its own."""
-        return collate(rows, self.tokens_at_once)
+        """Parts, each a forward of its own."""
+        # Activations that are computed again are computed of padded rows: nothing says there how a row is packed.
+        in_one_row = self._packing is not None and not recomputes(self._packing)
+        return collate(rows, self.tokens_at_once, in_one_row=in_one_row)
 
     def less(self) -> bool:
         """Half as many tokens in a forward."""
@@ -160,9 +213,13 @@ FEWEST_TOKENS = 8
 """Tokens of a forward below which a row alone is read in any case."""
 
 
-def _part_terms(model: nn.Module, part: Mapping[str, Tensor], weights: Mapping[str, float]) -> Terms:
-    hidden = final_hidden(model, {key: part[key] for key in ("input_ids", "attention_mask")})
+def _part_terms(model: nn.Module, part: Mapping[str, Any], weights: Mapping[str, float]) -> Terms:
+    if "blocks" in part:
+        hidden = read_packed(model, part)[part["places"]]
+    else:
+        padded = final_hidden(model, {key: part[key] for key in ("input_ids", "attention_mask")})
+        hidden = padded[part["rows"], part["places"]]
     targets = SoftTargets(part["target_ids"], part["log_p"], part["rest"])
-    weighted = soft_divergence(hidden[part["rows"], part["places"]], unembedding(model), targets) * part["weights"]
+    weighted = soft_divergence(hidden, unembedding(model), targets) * part["weights"]
     sums = weighted.new_zeros(len(TERMS)).index_add(0, part["terms"], weighted)
     return {term: sums[index] * weights[term] for index, term in enumerate(TERMS)}

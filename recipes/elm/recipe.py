@@ -22,7 +22,7 @@ from ..common.measured_run import Finished
 from ..common.memory_plan import MemoryPlan, RunMemory, tokens_at_once
 from ..common.memory_sizes import Rows
 from ..common.prefix_cache import READ
-from .batches import TARGET_BYTES, SequenceTraining, arrange, most_tokens, part_size, sequence_loss
+from .batches import TARGET_BYTES, SequenceTraining, arrange, part_size, sequence_loss
 from .contrast import ContrastSource, contrast_sources
 from .decoding import ROWS, cache_budget, cached_bytes
 from .erasure import Erasure
@@ -54,7 +54,7 @@ def memory(job: ElmJob) -> MemoryPlan:
     cache = cache_budget(run.device, left)
     rows = min(ROWS, max(1, cache // ((longest + settings.fluency_tokens) * cached_bytes(sizes.model))))
     decode = needs.reading("read the teacher", Rows(max(read, rows), longest), cached=True, kept=teacher + targets)
-    most = most_tokens(run.checkpoint.config, run.dtype, run.device)
+    most = part_size(run.device)
     part = Rows(max(1, min(most // longest, 4 * settings.batch_size)), longest)
     # Gradients of the parts are summed beside those of the step.
     summed = 4 * sizes.adapter(job.adapter.shape)
@@ -127,7 +127,7 @@ class ElmTraining(SequenceTraining):
         self.sequences = {"forget": forget.sequences, **retain.sequences}
         self.rows = arrange(self.sequences, settings.steps * settings.batch_size, settings.seed)
         self.checked_rows = [one.ids for sequences in self.sequences.values() for one in sequences[:8]]
-        self.tokens_at_once = tokens_at_once(job.adapter, part_size(erasure.model))
+        self.tokens_at_once = tokens_at_once(job.adapter, part_size(job.adapter.run.device))
         weights = {"erase": settings.erase_weight, "fluency": settings.fluency_weight, "retain": settings.retain_weight}
         self.weighted_loss = sequence_loss(weights)
 

@@ -240,12 +240,16 @@ def test_every_kind_of_lesson_is_in_every_group_and_none_is_forgotten():
     assert {id(group[1]) for group in groups} == {id(lesson) for lesson in kinds["b"]}
 
 
-def test_a_forward_is_sized_by_the_bytes_of_its_activations():
-    half, full = (make_pico("llama", dtype) for dtype in (torch.bfloat16, torch.float32))
-    assert part_size(half) == 2 * part_size(full)
-    # However large the model, a forward is of some tokens.
-    full.config.num_hidden_layers = 10**6
-    assert part_size(full) == 128
+def test_a_step_is_one_forward_unless_it_is_large():
+    long = [[one] for one in _lessons(24)]
+    most = part_size(torch.device("cpu"))
+    assert len(collate(long, most, in_one_row=True)["parts"]) == 1 < most <= part_size(torch.device("cuda"))
+    tokens = sum(len(one.ids) for (one,) in long)
+    for most in (tokens // 2 + 8, tokens // 3 + 8, 20, 9):
+        divided = collate(long, most, in_one_row=True)["parts"]
+        sizes, fewest = [part["input_ids"].numel() for part in divided], -(-tokens // most)
+        assert sum(sizes) == tokens and max(sizes) <= most
+        assert fewest <= len(sizes) and (most < 20 or len(sizes) <= fewest + 2)
 
 
 def test_rows_are_split_where_that_saves_padding_and_only_there():

@@ -1,0 +1,225 @@
+"""Several sequences read as one row, without padding: each attends to itself alone, and its positions begin at 0.
+
+All that a model does position by position it does on the row as it stands. Attention alone takes the sequences apart
+again: those of like length stand below each other, padded to the longest of them, so that its cost is that of short
+sequences and not of one long one. What is computed is what padded rows give, up to rounding.
+
+Example:
+    >>> with packing(model) as can:
+    ...     hidden = read_packed(model, packed([(5, 6), (7, 8, 9)])) if can else None  # [5, d]
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..modules import causal_model, final_hidden
+from ..numerics.cpu_attention import PRODUCTS
+
+PACKED = "excise_packed_"
+"""Begins the names under which attention over packed rows is known; what follows is the attention that it rests on."""
+RESTS_ON = ("sdpa", PRODUCTS)
+BLOCK = 1 << 16
+"""What one more block of sequences costs in attention, in scores of padding that it must save."""
+MOST_BLOCKS = 4
+CLOSE, CLOSE_IN_16_BITS = 1e-4, 0.03
+"""How far a packed row's states may lie from those of its sequences alone, relative to their mean norm."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sequences that attention reads below each other; they stand in the row one after another."""
+
+    start: int
+    """Where in the row they begin."""
+    length: int
+    """Tokens of the longest."""
+    taken: Tensor
+    """Places, counted from the start, of every position of the block [sequences * length]; padding repeats a sequence's
+    last."""
+    real: Tensor
+    """Places in the block of what is no padding, in the row's order."""
+
+
+_blocks: ContextVar[tuple[Block, ...]] = ContextVar("_blocks", default=())
+
+
+def packed(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Inputs of one row that holds all sequences: ids, positions, and the blocks that attention reads.
+
+    Args:
+        rows: Token ids, sorted by length so that blocks are small.
+    """
+    ids = torch.tensor([token for row in rows for token in row])
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    blocks, first, start = [], 0, 0
+    for count in _block_sizes([len(row) for row in rows]):
+        lengths = [len(row) for row in rows[first : first + count]]
+        longest = max(lengths)
+        starts = [0, *accumulate(lengths)]
+        taken = [at + min(place, n - 1) for at, n in zip(starts, lengths, strict=False) for place in range(longest)]
+        real = [place for turn, n in enumerate(lengths) for place in range(turn * longest, turn * longest + n)]
+        blocks.append({"start": start, "length": longest, "taken": torch.tensor(taken), "real": torch.tensor(real)})
+        first, start = first + count, start + starts[-1]
+    return {"input_ids": ids[None], "position_ids": positions[None], "blocks": blocks}
+
+
+def _block_sizes(lengths: Sequence[int]) -> list[int]:
+    """Sizes of consecutive blocks with the fewest scores, padding among them."""
+    best: list[tuple[int, list[int]]] = [(0, []), *[(1 << 62, [])] * len(lengths)]
+    for end in range(1, len(lengths) + 1):
+        longest = 0
+        for start in range(end - 1, -1, -1):
+            longest = max(longest, lengths[start])
+            cost, sizes = best[start]
+            cost += (end - start) * longest**2 + BLOCK
+            if cost < best[end][0] and len(sizes) < MOST_BLOCKS:
+                best[end] = cost, [*sizes, end - start]
+    return best[-1][1]
+
+
+@contextmanager
+def packing(model: nn.Module) -> Iterator[bool]:
+    """Let a model read packed rows while the context lasts; yields whether it can, which is tried out.
+
+    It can where its attention is transformers' own, over queries, keys and values, and where nothing else mixes
+    positions: state-space layers and short convolutions do, and so do positions that are counted in another way.
+    """
+    inner = causal_model(model)
+    usual = getattr(inner.config, "_attn_implementation", None)
+    if usual not in RESTS_ON:
+        yield False
+        return
+    _register(usual)
+    inner.set_attn_implementation(PACKED + usual)
+    try:
+        yield inner.config._attn_implementation == PACKED + usual and agrees(inner)
+    finally:
+        inner.set_attn_implementation(usual)
+
+
+def read_packed(model: nn.Module, inputs: Mapping[str, Any]) -> Float[Tensor, "n d"]:
+    """Hidden states that the unembedding reads at every position of a packed row."""
+    token = _blocks.set(tuple(Block(**block) for block in inputs["blocks"]))
+    try:
+        ids = inputs["input_ids"]
+        # With a mask, transformers does not look for where sequences begin, which would wait for the device.
+        whole = {"input_ids": ids, "position_ids": inputs["position_ids"], "attention_mask": torch.ones_like(ids)}
+        return final_hidden(model, whole)[0]
+    finally:
+        _blocks.reset(token)
+
+
+@torch.no_grad()
+def agrees(model: Any) -> bool:
+    """Whether a model computes the same of packed rows as of each row alone."""
+    generator, known = torch.Generator().manual_seed(0), int(model.get_input_embeddings().weight.shape[0])
+    rows = [torch.randint(known, (length,), generator=generator).tolist() for length in (3, 5, 9)]
+    training = model.training
+    model.eval()
+    try:
+        inputs = _on(packed(rows), model.device)
+        together = read_packed(model, inputs).double()
+        alone = [final_hidden(model, {"input_ids": torch.tensor([row], device=model.device)})[0] for row in rows]
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        # A decoder that takes no positions, or looks into the mask.
+        return False
+    finally:
+        model.train(training)
+    wanted = torch.cat(alone).double()
+    # Of all positions' norm: the token that pads may have an embedding of 0.
+    far = (together - wanted).norm(dim=-1) / wanted.norm(dim=-1).mean()
+    return bool((far < (CLOSE_IN_16_BITS if model.dtype.itemsize == 2 else CLOSE)).all())
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether a model computes activations again in its backward pass, where nothing says how its row is packed."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _on(one, device) for key, one in value.items()}
+    return [_on(one, device) for one in value] if isinstance(value, list) else value
+
+
+def _register(usual: str) -> None:
+    """Make attention over packed rows known to transformers, resting on one that it knows."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[usual]
+    make_mask: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[usual]
+
+    def attend_apart(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
+    ) -> tuple[Tensor, None]:
+        blocks = _blocks.get()
+        if not blocks:
+            return attend(module, query, key, value, attention_mask, **how)
+        outputs = []
+        for block in blocks:
+            mask = None if attention_mask is None else attention_mask[..., : block.length, : block.length]
+            parts = [x if len(blocks) == 1 else x.narrow(2, block.start, len(block.real)) for x in (query, key, value)]
+            output, _ = attend(module, *(_Apart.apply(part, block) for part in parts), mask, **how)
+            outputs.append(_Joined.apply(output, block))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None
+
+    def mask_apart(*args: Any, **how: Any) -> Any:
+        blocks = _blocks.get()
+        if not blocks:
+            return make_mask(*args, **how)
+        # Padding comes last, and no position looks ahead: one mask suits all sequences, and mostly none is needed.
+        longest = max(block.length for block in blocks)
+        kept = {name: how[name] for name in ("mask_function", "local_size", "device", "dtype", "config") if name in how}
+        return sdpa_mask(batch_size=1, q_length=longest, kv_length=longest, **kept)
+
+    AttentionInterface.register(PACKED + usual, attend_apart)
+    AttentionMaskInterface.register(PACKED + usual, mask_apart)
+
+
+class _Apart(torch.autograd.Function):
+    """[1, heads, n, d] to [sequences, heads, length, d]; what padding repeats gets no gradient from there."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, block: Block) -> Tensor:
+        ctx.real, (_, heads, n, _) = block.real.to(states.device), states.shape
+        flat = states.transpose(1, 2).reshape(n, -1)
+        apart = flat.index_select(0, block.taken.to(states.device))
+        return apart.view(-1, block.length, heads, states.shape[-1]).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        heads, width = gradient.shape[1], gradient.shape[3]
+        flat = gradient.transpose(1, 2).reshape(-1, heads * width)
+        # That of padding is 0: no query looks at a padded key, and what a padded query finds is left out.
+        return flat.index_select(0, ctx.real).view(1, -1, heads, width).transpose(1, 2), None
+
+
+class _Joined(torch.autograd.Function):
+    """[sequences, length, heads, d] to [1, n, heads, d], without padding."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, block: Block) -> Tensor:
+        ctx.real, ctx.shape = block.real.to(output.device), output.shape
+        flat = output.reshape(-1, output.shape[2] * output.shape[3])
+        return flat.index_select(0, ctx.real).view(1, -1, *output.shape[2:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        sequences, length, heads, width = ctx.shape
+        whole = gradient.new_zeros(sequences * length, heads * width)
+        return whole.index_copy_(0, ctx.real, gradient.reshape(-1, heads * width)).view(ctx.shape), None
