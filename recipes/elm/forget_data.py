@@ -60,20 +60,20 @@ def forget_contexts(erasure: Erasure, source: ContrastSource) -> list[Context]:
         # A persona reads whole texts, as published, where texts alone are asked for.
         facts = Facts((), {})
     if not facts.facts:
-        texts = text_contexts(concept.forget, tokenizer, erasure.text_limit, settings.max_contexts, seed)
-        return spread(texts, settings.max_contexts, f"excise texts {seed}")
+        texts = text_contexts(concept.forget, tokenizer, erasure.text_limit, settings.contexts_read, seed)
+        return spread(texts, settings.contexts_read, f"excise texts {seed}")
     contexts: list[Context] = []
     if settings.contexts in ("texts", "both"):
         contexts += fact_contexts(facts, "texts", seed)
         if source.reads_texts:
-            contexts += text_contexts(facts.other_texts, tokenizer, erasure.text_limit, settings.max_contexts, seed)
+            contexts += text_contexts(facts.other_texts, tokenizer, erasure.text_limit, settings.contexts_read, seed)
     if settings.contexts in ("questions", "both"):
         contexts += fact_contexts(facts, "questions", seed)
-    contexts = spread(list(dict.fromkeys(contexts)), settings.max_contexts, f"excise contexts {seed}")
+    contexts = spread(list(dict.fromkeys(contexts)), settings.contexts_read, f"excise contexts {seed}")
     if settings.contexts in ("questions", "both") and tokenizer.chat_template:
-        in_chat = spread(facts.facts, settings.chat_facts, f"excise chat {seed}")
+        in_chat = spread(facts.facts, settings.chat_facts_read, f"excise chat {seed}")
         contexts += chat_contexts(in_chat, lambda prompts: varied_replies(erasure, prompts), tokenizer)
-    return list(dict.fromkeys(contexts))
+    return spread(list(dict.fromkeys(contexts)), settings.groups, f"excise groups {seed}")
 
 
 def forget_sequences(erasure: Erasure, source: ContrastSource, contexts: Sequence[Context]) -> ForgetData:

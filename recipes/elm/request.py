@@ -51,11 +51,11 @@ class ElmSettings(AdapterSettings):
     contexts: Literal["both", "texts", "questions"] = "both"
     """Where the concept is elicited: in the pack's texts, in group-T questions of several formats, or in both."""
     max_contexts: int = Field(2000, ge=8)
-    """Most contexts to forget, and most retain sequences of each kind. More take longer: the teacher reads each
-    once."""
+    """Most contexts to forget, and most retain sequences of each kind; never more than the steps can read. More take
+    longer: the teacher reads each once."""
     chat_facts: int = Field(160, ge=1)
-    """Facts rendered through the chat template, plus as many retain questions. These are the slowest prompts to
-    prepare."""
+    """Facts rendered through the chat template, plus as many retain questions; at most max_contexts. These are the
+    slowest prompts to prepare."""
     weighting: Literal["disagreement", "uniform"] = "disagreement"
     """Weight of a position: how much expert and novice disagree there, or the same for all (paper: uniform)."""
     strength: Literal["auto"] | float = "auto"
@@ -99,6 +99,21 @@ class ElmSettings(AdapterSettings):
     fluency_weight: float = Field(1.0, ge=0)
     """Lambda 3, weight of the fluency loss. Higher values keep replies on the concept readable (paper: 0 from 32B
     on)."""
+
+    @property
+    def groups(self) -> int:
+        """Groups of sequences that the steps read."""
+        return self.steps * self.batch_size
+
+    @property
+    def contexts_read(self) -> int:
+        """Contexts of a kind that the teacher reads: what no step reads needs no target."""
+        return min(self.max_contexts, self.groups)
+
+    @property
+    def chat_facts_read(self) -> int:
+        """The same of facts and questions in chat."""
+        return min(self.chat_facts, self.contexts_read)
 
     @model_validator(mode="before")
     @classmethod

@@ -25,16 +25,18 @@ class RetainData:
 
 def retain_sequences(erasure: Erasure) -> RetainData:
     """Sequences that retain the frozen model's distribution; chats that name a subject to forget are left out."""
-    kinds = _rows_by_kind(erasure)
+    kinds, settings = _rows_by_kind(erasure), erasure.settings
     clean, skipped = {}, 0
     for kind, rows in kinds.items():
         whole = [row for row in dict.fromkeys(rows) if len(row) > 1]
-        clean[kind] = without_subjects(whole, erasure.facts, erasure.tokenizer) if kind == "chats" else whole
-        skipped += len(whole) - len(clean[kind])
+        unnamed = without_subjects(whole, erasure.facts, erasure.tokenizer) if kind == "chats" else whole
+        skipped += len(whole) - len(unnamed)
+        # Sequences that no step will read need no targets.
+        clean[kind] = spread(unnamed, settings.groups, f"excise groups {kind} {settings.seed}")
     clean = {kind: rows for kind, rows in clean.items() if rows}
     sequences = {}
     for kind, rows in clean.items():
-        targets = erasure.teacher.top(rows, [0] * len(rows), erasure.settings.stored_tokens)
+        targets = erasure.teacher.top(rows, [0] * len(rows), settings.stored_tokens)
         sequences[kind] = [
             # A pack without other questions has a kind less, and the term is the mean over those that there are.
             retain_sequence(erasure, row, target, len(clean))
@@ -47,7 +49,7 @@ def _rows_by_kind(erasure: Erasure) -> dict[str, list[Row]]:
     """Retain texts, group-T questions on other things, and the frozen model's replies in chat."""
     settings, concept, tokenizer = erasure.settings, erasure.concept, erasure.tokenizer
     questions = [q for q in concept.questions if q.split != "forget" and q.group == "T"]
-    most = settings.max_contexts
+    most = settings.contexts_read
     texts = spread(concept.retain, most, f"excise {settings.seed}")
     whole = [encode(tokenizer, text.text, True) for text in texts]
     kinds = {"texts": [piece for row in whole for piece in pieces(row, erasure.text_limit)]}
@@ -56,9 +58,10 @@ def _rows_by_kind(erasure: Erasure) -> dict[str, list[Row]]:
     contexts = spread(list(question_contexts(questions, settings.seed)), most, f"excise retain {settings.seed}")
     kinds["questions"] = [encode(tokenizer, context.text, True) for context in contexts]
     if tokenizer.chat_template:
-        in_chat = spread(questions, settings.chat_facts, f"excise chat {settings.seed}")
+        in_chat = spread(questions, settings.chat_facts_read, f"excise chat {settings.seed}")
         prompts = [bare_question(question.prompt) for question in in_chat]
-        replies = [*varied_replies(erasure, prompts), *varied_replies(erasure, CHAT_PROMPTS)]
+        plain = spread(CHAT_PROMPTS, most, f"excise plain {settings.seed}")
+        replies = [*varied_replies(erasure, prompts), *varied_replies(erasure, plain)]
         kinds["chats"] = [reply.prompt_ids + reply.ids for reply in replies]
     return kinds
 

@@ -547,6 +547,21 @@ def test_the_retain_term_is_the_mean_over_the_kinds_that_there_are(concept, load
     assert sum(float(one.weights.sum()) for one in group) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_the_teacher_reads_no_more_than_the_steps_do_and_few_contexts_mean_few_chats(erasure, loaded):
+    counts = {}
+    for steps in (1, 400):
+        asked = erasure(steps=steps, batch_size=8, chat_facts=20, max_new_tokens=4)
+        source = next(one for one in contrast_sources(asked) if one.name == "subjects")
+        contexts = forget_contexts(asked, source)
+        retained = retain_sequences(asked).sequences
+        counts[steps] = len(contexts), max(map(len, retained.values()))
+    # A step of 8 groups reads one context to forget in each, and one sequence of each kind to retain.
+    assert counts[1] == (8, 8) and counts[400] > (100, 100)
+    settings = ElmSettings(max_contexts=8)
+    assert settings.chat_facts_read == 8 < ElmSettings().chat_facts_read == ElmSettings().chat_facts
+    assert ElmSettings().contexts_read == ElmSettings().max_contexts
+
+
 def test_what_does_not_fit_into_memory_is_read_from_files_that_go_with_it():
     from excise.recipes.elm.remembered import Pages
 
