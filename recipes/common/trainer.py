@@ -1,6 +1,7 @@
 """The one trainer: every gradient step of every recipe is taken here."""
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
