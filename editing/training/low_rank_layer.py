@@ -69,7 +69,7 @@ def low_rank_layer() -> type[nn.Module]:
     """The library's layer with this computation; imported when it is wanted."""
     from peft.tuners.lora.layer import Linear
 
-    class LowRankLayer(Linear):  # type: ignore[misc]  # the library has no types
+    class LowRankLayer(Linear):
         """What the library's layer is, for one plain adapter; in all else it computes as that does."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
