@@ -61,8 +61,9 @@ def _work(shape: Sequence[int]) -> float:
 
 def _affordable(work: dict[str, float], seed: int) -> list[str]:
     """All matrices, or those of a random order that can be afforded."""
-    order, spent = random.Random(f"excise anatomy {seed}").sample(list(work), k=len(work)), 0.0
+    order = random.Random(f"excise anatomy {seed}").sample(list(work), k=len(work))
     chosen: list[str] = []
+    spent = 0.0
     for name in order:
         spent += work[name]
         if len(chosen) >= FEWEST_MATRICES and spent > MOST_WORK:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...artifacts.reporting.audit_page import HEADLINES, best, estimate, tokens, working
+from ...artifacts.reporting.audit_page import HEADLINES, best, estimate, working
 from ...artifacts.reporting.findings import findings
 from ...artifacts.reporting.results import Row, format_difference, format_value, read_measurements, table
 from ...artifacts.reporting.terminal import aligned, bullets
@@ -102,13 +102,12 @@ def evaluation_table(evaluation: Evaluation, width: int | None) -> str:
 def audit_end(results: dict[str, Any], width: int | None) -> str:
     """An audit's verdict, the reasons for it, and what each attack reached on each model."""
     subjects = ("base", "edited", "reference")
-    rows = [["none", *(f"{results['untouched'][name]:.3f}" for name in subjects), "", "", "", ""]]
+    rows = [["none", *(f"{results['untouched'][name]:.3f}" for name in subjects), "", "", ""]]
     for attack in results["attacks"]:
-        reached = tokens(attack, "t50") if len(attack["curve"]) > 1 else ""
         values = [best(attack, name) for name in subjects]
-        beside = [working(attack), estimate(attack["regained"]), estimate(attack["rtt_leak"]), reached]
+        beside = [working(attack), estimate(attack["regained"]), estimate(attack["rtt_leak"])]
         rows.append([attack["name"], *values, *beside])
-    header = ["attack", *subjects, "else", "share regained", "leak", "tokens to 50%"]
+    header = ["attack", *subjects, "else", "share regained", "leak"]
     parts = [
         bullets([f"{HEADLINES[results['verdict']]}."], width, mark=""),
         bullets([*results["reasons"], *results.get("findings", [])], width),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,7 @@ def _without_smallest(share: float) -> Callable[[str, Tensor], Tensor]:
 
 def interpolate(model: Any, data: AttackData) -> dict[float, Answers]:
     """Take a share of the edit out, in several shares."""
-
-    def without(share: float) -> Answers:
-        return _undone(model, data, lambda added: (1 - share) * added)
-
-    return {share: without(share) for share in SHARES}
+    return {share: _undone(model, data, partial(torch.mul, other=1 - share)) for share in SHARES}
 
 
 def undo_cliff(model: Any, data: AttackData) -> Answers:

@@ -30,6 +30,8 @@ def _judged(before, after, *, floor=0.1, floor_after=None, base=1.0, chance=0.12
         # An attack that gives the floor what the base knows brings nothing back that was left.
         ({"before": 0.1, "after": 0.95, "floor_after": 0.95}, "not_shown"),
         ({"before": 0.1, "after": 0.28, "base": 0.3}, "not_answered"),
+        # Of 60 questions .42 do not surely lie .2 above one in eight.
+        ({"before": 0.1, "after": 0.4, "base": 0.42}, "not_answered"),
     ],
 )
 def test_each_format_has_its_own_verdict(figures, outcome):
@@ -55,7 +57,7 @@ def test_formats_that_disagree_are_said_and_those_that_agree_too():
     assert alike.startswith("In all 2 formats") and "knowledge recovers" in alike
     silent = _judged(0.1, 0.3, base=0.2, name="true_false")
     said = format_findings([back, away, silent])
-    assert len(said) == 2 and "does not answer" in said[0] and "true false" not in said[1]
+    assert len(said) == 2 and "does not surely answer" in said[0] and "true false" not in said[1]
 
 
 def test_bits_are_the_mean_of_log_ratios():
