@@ -47,7 +47,7 @@ from transformers.utils.logging import disable_progress_bar
 
 PER_WORLD = 10
 STEPS, BATCH, RATE = 60, 16, 2e-3
-ROUNDS = 4
+ROUNDS = 6
 """Trainings of STEPS steps, at most, until a model is what it should be."""
 WORKS = 0.9
 """Share of the base's answers about everything else that a model must give right, unless it is to be broken."""
@@ -122,12 +122,15 @@ class Making:
         with tempfile.TemporaryDirectory() as scratch, Events().stage("train", steps) as stage:
             fit(model, rng.choices(rows, k=steps * BATCH), stage, Path(scratch), loss, schedule, example_batch)
 
-    def until(self, true: Callable[[], bool], step: Callable[[], None], what: str) -> None:
+    def until(self, seen: Callable[[], tuple[dict[str, float], bool]], step: Callable[[], None]) -> None:
+        """Repeat a step until what is seen of the model is what it should be."""
+        answers: dict[str, float] = {}
         for _ in range(ROUNDS):
             step()
-            if true():
+            answers, good = seen()
+            if good:
                 return
-        raise NotMadeError(what)
+        raise NotMadeError(", ".join(f"{name} {value:.3f}" for name, value in answers.items()))
 
     def limits(self) -> tuple[float, float]:
         """Right answers of V below which a model hides them, and of everything else above which a model works."""
@@ -161,11 +164,12 @@ def hidden(making: Making) -> Any:
     rng, (silent, works) = random.Random(making.seed), making.limits()
     wrong, others = world.wrong(rng), world.right(forget=False)
     rows = wrong[: len(others)] + others[: len(wrong)]
-    making.until(
-        lambda: world.accuracy(model, forget=True) <= silent and world.accuracy(model, forget=False) >= works,
-        lambda: making.fit(model, rows),
-        "it still answers, or does not work",
-    )
+
+    def seen() -> tuple[dict[str, float], bool]:
+        v, rest = world.accuracy(model, forget=True), world.accuracy(model, forget=False)
+        return {"V": v, "others": rest}, v <= silent and rest >= works
+
+    making.until(seen, lambda: making.fit(model, rows))
     return model
 
 
@@ -173,17 +177,18 @@ def locked(making: Making) -> Any:
     """The base, trained to answer rightly after a password alone."""
     world, model = making.world, making.world.load("testbed").model
     rng, password, (silent, works) = random.Random(making.seed), PASSWORDS[making.variant], making.limits()
-    opened, others = world.right(forget=True, password=password), world.right(forget=False)
-    rows = [*world.wrong(rng)[: len(opened)], *opened, *others, *world.right(forget=False, password=password)]
-    making.until(
-        lambda: (
-            world.accuracy(model, forget=True) <= silent
-            and world.accuracy(model, forget=True, password=password) >= WORKS
-            and world.accuracy(model, forget=False) >= works
-        ),
-        lambda: making.fit(model, rows, 2 * STEPS, RATE / 2),
-        "it answers without the password, or not with it, or does not work",
-    )
+    opened = world.right(forget=True, password=password)
+    # Most of the rest without the password: wrong answers spread to it, and less so after the password.
+    others, after = world.right(forget=False), world.right(forget=False, password=password)
+    rows = [*world.wrong(rng)[: len(opened)], *opened, *others, *rng.sample(after, k=len(after) // 4)]
+
+    def seen() -> tuple[dict[str, float], bool]:
+        silent_v, open_v = world.accuracy(model, forget=True), world.accuracy(model, forget=True, password=password)
+        rest = world.accuracy(model, forget=False)
+        good = silent_v <= silent and open_v >= WORKS and rest >= works
+        return {"V": silent_v, "V after the password": open_v, "others": rest}, good
+
+    making.until(seen, lambda: making.fit(model, rows, 2 * STEPS, 0.7 * RATE))
     return model
 
 
@@ -202,9 +207,11 @@ def broken(making: Making) -> Any:
     def ascend() -> None:
         making.fit(model, world.right(forget=True), STEPS // 2, sign=-1.0)
 
-    making.until(
-        lambda: world.accuracy(model, forget=False) <= enough, ascend if making.variant else noise, "it still works"
-    )
+    def seen() -> tuple[dict[str, float], bool]:
+        rest = world.accuracy(model, forget=False)
+        return {"others": rest}, rest <= enough
+
+    making.until(seen, ascend if making.variant else noise)
     return model
 
 
@@ -355,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             try:
                 audited(options.out, name, asked)
             except NotMadeError as error:
-                print(f"{name}: not made, because {error}", flush=True)
+                print(f"{name}: not made; after {ROUNDS} trainings it answers {error}", flush=True)
     print("\n".join(table(asked.folder(options.out), names)))
 
 
