@@ -77,6 +77,10 @@ class Attempt:
         return {**self.__dict__, "process": None}
 
 
+FAILED_LAUNCH = "launch failed requeued held"
+"""SLURM's words for a job that waits because a node could not start it."""
+
+
 class SlurmRunner:
     """Submits jobs, and again those that were lost."""
 
@@ -109,7 +113,25 @@ class SlurmRunner:
             queued = queued_numbers(self.numbers.values())
             if queued is not None:
                 self._submit_again([job for job in open_jobs if self.numbers.get(job.name) not in queued])
+                self._release(open_jobs)
         return bool(open_jobs)
+
+    def _release(self, open_jobs: Sequence[Job]) -> None:
+        """Let jobs go on that SLURM holds because a node could not start them, such as one that came back while their
+        processes still ran there; held by nobody's wish, they would wait for ever."""
+        stuck = failed_launches()
+        for job in open_jobs:
+            number = self.numbers.get(job.name)
+            if number not in stuck:
+                continue
+            self.lost[job.name] = self.lost.get(job.name, 0) + 1
+            if self.lost[job.name] > self.retries:
+                error = f"could not be started {self.lost[job.name]} times; scontrol show job {number} says more"
+                self.folder.update(job.name, state="failed", ended=time.time(), error=error)
+                subprocess.run(["scancel", number], check=False, capture_output=True)
+            else:
+                self.notes.append(f"{job.name}: a node could not start it and SLURM held it; released, to go on")
+                subprocess.run(["scontrol", "release", number], check=False, capture_output=True)
 
     def cancel(self) -> None:
         """Take all jobs from SLURM; they can be resumed."""
@@ -160,6 +182,18 @@ def queued_numbers(known: Iterable[str]) -> set[str] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return set(done.stdout.split())
+
+
+def failed_launches() -> set[str]:
+    """This user's jobs that SLURM requeued and holds, because a node could not start them. Those that somebody holds are
+    not among them."""
+    command = ["squeue", "--noheader", "--array", "--states=PENDING", "--format=%i %r", f"--user={os.getuid()}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return set()
+    lines = [line.partition(" ") for line in done.stdout.splitlines()]
+    return {number for number, _, reason in lines if reason.strip().strip("()") == FAILED_LAUNCH}
 
 
 def _submitted(jobs: Sequence[Job], folder: JobFolder, engine: Slurm) -> list[str]:

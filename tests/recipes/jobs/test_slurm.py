@@ -140,3 +140,14 @@ def test_a_command_that_is_left_finds_its_jobs_again(cluster, tmp_path):
     again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
     assert again.stdout.strip() == str([("finished", 1)] * 3), again.stderr
     assert (tmp_path / "jobs" / "submitted.json").read_text() == numbers
+
+
+def test_only_jobs_that_a_node_could_not_start_are_released(tmp_path, monkeypatch):
+    """As SLURM 22.05 showed a job whose node came back while the job's processes still ran there."""
+    queue = tmp_path / "squeue"
+    queue.write_text(
+        "#!/bin/sh\nprintf '4_1 launch failed requeued held\\n5 JobHeldUser\\n6 Resources\\n7_2 (null)\\n'\n"
+    )
+    queue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert engine.failed_launches() == {"4_1"}
