@@ -11,7 +11,8 @@ trained on; of the texts a quarter is held out.
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from .concept import (
@@ -38,9 +39,8 @@ HELD_OUT = 4
 
 def clusters_of(concept: Concept, rows: Sequence[Item]) -> tuple[str, ...]:
     """The subject of each row, or its text where no subject is known."""
-    named = {question.subject for question in concept.questions} | {text.subject for text in concept.forget}
-    names = sorted((name for name in named if name), key=len, reverse=True)
-    return tuple(row.subject or _named(text_of(row), names) or text_of(row) for row in rows)
+    subjects = _subjects(_Same(concept.questions), _Same(concept.forget))
+    return tuple(row.subject or subjects.named_in(text_of(row)) or text_of(row) for row in rows)
 
 
 def text_of(row: Item) -> str:
@@ -124,6 +124,34 @@ def measured_on(concept: Concept) -> dict[str, dict[str, int]]:
     return {**counts, "retain texts": {"n": len(held_out_texts(concept)), "of": len(concept.retain)}}
 
 
-def _named(text: str, names: Sequence[str]) -> str | None:
-    """The first of the names that stands in a text as whole words."""
-    return next((name for name in names if name in text and has_words(text, name)), None)
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """A key for caches that is equal to itself alone: rows are many, and comparing them takes longer than the work."""
+
+    value: Any
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+@dataclass(frozen=True)
+class _Subjects:
+    names: list[str]
+    """Longest first."""
+    found: dict[str, str | None] = field(default_factory=dict)
+
+    def named_in(self, text: str) -> str | None:
+        """The first of the names that stands in a text as whole words."""
+        if text not in self.found:
+            self.found[text] = next((name for name in self.names if name in text and has_words(text, name)), None)
+        return self.found[text]
+
+
+@lru_cache(maxsize=4)
+def _subjects(questions: _Same, forget: _Same) -> _Subjects:
+    """The subjects that a pack names. Every measurement asks for those of its rows, many times a run."""
+    named = {question.subject for question in questions.value} | {text.subject for text in forget.value}
+    return _Subjects(sorted((name for name in named if name), key=len, reverse=True))

@@ -27,9 +27,11 @@ from excise.editing.edits.low_rank import Factors, LowRankUpdate
 from excise.editing.edits.pruned_units import PrunedUnits, keep_pruned
 from excise.editing.hooks import concept_ablation, leaks, residual_stream, unit_scores
 from excise.editing.modules import final_hidden, unembedding
+from excise.editing.numerics import spectrum
 from excise.editing.numerics.cpu_attention import attention
 from excise.editing.numerics.moments import Moments
-from excise.editing.training import adapters, parallel_adapters, soft_targets
+from excise.editing.numerics.summed_gradients import summed_gradients
+from excise.editing.training import adapters, jensen_shannon, packing, parallel_adapters, soft_targets
 from excise.editing.training.edited_target import TargetEdit
 from excise.eval import localization
 from excise.eval.inference import candidates, generation, kept, likelihood, token_statistics
@@ -134,6 +136,7 @@ def streams(place: Placed) -> Result:
         residual_stream.added(model, row, basis[:, 0], 2),
         residual_stream.read_early(model, row, 1),
         residual_stream.written(model, row, lambda *values: seen.append(values[-1])),
+        residual_stream.skipped(model, row, 1),
     ]
     for change in changes:
         with change, torch.no_grad():
@@ -399,6 +402,43 @@ def inference(place: Placed) -> Result:
     return [], [[reply.ids for reply in replies], nats, [(one.log_p, one.mean) for one in read], asked, log_p]
 
 
+def selective(place: Placed) -> Result:
+    """Summed gradients, their spectrum made flat by every rule, and both Jensen-Shannon divergences."""
+    model, _, inputs = _model(place)
+    weights = {"down": model.model.layers[1].mlp.down_proj.weight}
+    with summed_gradients(model, weights) as sums:
+        for _ in range(2):
+            model(**inputs).logits.logsumexp(-1).mean().backward()
+    made = [sums["down"]]
+    leading = spectrum.leading_components(sums["down"], 4, 0)
+    for rule in ("soft", "hard", "quadratic"):
+        made += [
+            spectrum.reshaped(sums["down"], leading, rule),
+            spectrum.reshaped(sums["down"], leading, rule, "inputs"),
+        ]
+    linear = nn.Linear(32, 40, bias=False)
+    linear.weight.data = _drawn(40, 32)
+    hidden = place(_drawn(12, 32)).requires_grad_(True)
+    between = jensen_shannon.between_hidden(hidden, place(_drawn(12, 32, seed=1)), place(linear))
+    between.sum().backward()
+    return [*made, between.detach(), hidden.grad, jensen_shannon.from_certain(place(_log_p()[0])[:, 0])], []
+
+
+def packs(place: Placed) -> Result:
+    """Rows of several sequences, without padding, and with their gradient."""
+    model = place(make_pico("llama"))
+    model.set_attn_implementation("sdpa")
+    inputs = packing.packed(sorted(ROWS, key=len))
+    blocks = [
+        {name: place(one) if isinstance(one, Tensor) else one for name, one in b.items()} for b in inputs["blocks"]
+    ]
+    inputs = {name: place(inputs[name]) for name in ("input_ids", "position_ids")} | {"blocks": blocks}
+    with packing.packing(model) as can:
+        hidden = packing.read_packed(model, inputs)
+        hidden.square().mean().backward()
+    return [hidden.detach(), model.get_input_embeddings().weight.grad], [can, packing.recomputes(model)]
+
+
 def localized(place: Placed) -> Result:
     """Which pairs a model knows, and the effects of its sites."""
     model, row, _ = _model(place)
@@ -438,7 +478,8 @@ SCENARIOS: dict[str, Callable[[Placed], Result]] = {
     function.__name__: function
     for function in (
         targets, statistics, streams, ablation, units, edits, rounding, whole_weights, low_rank, attackers, products,
-        measurements, suites, inference, localized, searched,
+        measurements, suites, inference, selective, packs, localized,
+        searched,
     )
 }  # fmt: skip
 

@@ -36,7 +36,8 @@ def updated(
 
 
 def _computed_in(device: torch.device, usual: torch.dtype) -> torch.dtype:
-    on = torch.is_autocast_enabled(device.type)
+    # Of a kind of device that has no autocast, it cannot be asked whether it is on.
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on and usual != torch.float64 else usual
 
 

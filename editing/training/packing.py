@@ -127,14 +127,15 @@ def agrees(model: Any) -> bool:
     model.eval()
     try:
         inputs = _on(packed(rows), model.device)
-        together = read_packed(model, inputs).double()
+        together = read_packed(model, inputs)
         alone = [final_hidden(model, {"input_ids": torch.tensor([row], device=model.device)})[0] for row in rows]
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         # A decoder that takes no positions, or looks into the mask.
         return False
     finally:
         model.train(training)
-    wanted = torch.cat(alone).double()
+    # On the processor: not every device has float64.
+    together, wanted = together.cpu().double(), torch.cat(alone).cpu().double()
     # Of all positions' norm: the token that pads may have an embedding of 0.
     far = (together - wanted).norm(dim=-1) / wanted.norm(dim=-1).mean()
     return bool((far < (CLOSE_IN_16_BITS if model.dtype.itemsize == 2 else CLOSE)).all())

@@ -42,9 +42,8 @@ class Answers:
 
         Attacks that change no weights give hits of group V alone.
         """
-        if isinstance(result, Mapping):
-            return dict(result)
-        return {0.0: result if isinstance(result, Answers) else cls(result)}
+        by_strength = result if isinstance(result, Mapping) else {0.0: result}
+        return {strength: one if isinstance(one, Answers) else cls(one) for strength, one in by_strength.items()}
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def test_the_window_holds_its_share_in_the_fewest_layers():
     effects.append(Effect(Site(4, STREAM), "last", 9.0, None))
     assert by_layer(effects, 5) == [0.1, 0.6, 0.4, 0.0, 0.1]
     assert (
-        window(effects, 5) == (1, 2) and window(effects, 5, share=0.5) == (1, 1) and window(effects, 5, 1.0) == (0, 4)
+        window(effects, 5) == (1, 2) and window(effects, 5, share=0.4) == (1, 1) and window(effects, 5, 1.0) == (0, 4)
     )
 
 

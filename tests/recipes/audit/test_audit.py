@@ -389,7 +389,7 @@ def test_what_was_added_is_taken_out_and_put_back(material):
     weight = loaded.model.model.layers[3].mlp.down_proj.weight
     before = weight.detach().clone()
     seen = []
-    spy = _asked_instead(gathered, Spy(lambda model: seen.append(weight.detach().clone())))
+    spy = _asked_instead(gathered, Spy(lambda *_: seen.append(weight.detach().clone())))
     added = torch.outer(torch.ones(len(weight)), torch.linspace(-1, 1, weight.shape[1]))
     with torch.no_grad():
         weight += added

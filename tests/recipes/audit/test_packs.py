@@ -25,7 +25,7 @@ from pack_shapes import SHAPES, shaped
 
 BUDGET = Budget(("few_shot", "int4", "bf16", "rtt", "unrelated", "relearn"), 4, 1, {"low_rank": (2e-3,)})
 FLOORS = {"texts": GUESSING, "unnamed": GUESSING, "held_out_alone": NOVEL, "documents": NOVEL}
-OF_T = {"few_shot", "hints", "probe", "rtt", "soft_prompt"}
+OF_T = {"few_shot", "hints", "probe", "rtt", "rtt_search", "retain_then_forget", "soft_prompt"}
 """Attacks of the quick budget that need something of group T."""
 
 
