@@ -48,7 +48,7 @@ def novel_pack(concept: Concept, questions: Sequence[Question], fewest: int, see
     """
     rng = random.Random(f"excise novel questions {seed}")
     forget = [q for q in concept.questions if q.split == "forget"]
-    named = [q for q in forget if q.subject and whole_words(q.subject).search(q.prompt)]
+    named = [q for q in forget if q.subject and whole_words(q.subject, q.prompt).search(q.prompt)]
     subjects = sorted({q.subject for q in named if q.subject})
     if len(subjects) < FEWEST_SUBJECTS:
         return None

@@ -221,7 +221,7 @@ def chat_contexts(facts: Sequence[Fact], reply: Callable[[list[str]], list[Reply
     for answered in reply(list(by_prompt)):
         fact = by_prompt[answered.prompt]
         rendered = render(tokenizer, answered.prompt)
-        place = whole_words(fact.answer).search(answered.text)
+        place = whole_words(fact.answer, answered.text).search(answered.text)
         if place:
             text = rendered + answered.text[: place.start()].rstrip(" ")
             contexts.append(Context(text, False, rendered.index(answered.prompt), len(rendered), fact))
@@ -254,7 +254,7 @@ def _phrase(text: str, fact: Fact) -> str | None:
     if text.count(fact.subject) != 1:
         return None
     opened = text.replace(fact.subject, SUBJECT)
-    opened, count = whole_words(fact.answer).subn(ANSWER, opened)
+    opened, count = whole_words(fact.answer, opened).subn(ANSWER, opened)
     return opened if count == 1 else None
 
 

@@ -1,12 +1,13 @@
 """Words in any script: answers that stand in sentences, and letters that only look like them."""
 
+import random
 import unicodedata
 
 import pytest
 from excise.eval.inference.generation import Reply
 from excise.eval.measurements.exact_answer import holds_answer
 from excise.eval.measurements.fluency import distinct_runs, is_on_topic
-from excise.eval.words import has_words, words_of
+from excise.eval.words import has_words, topical, whole_words, words_of
 
 STANDS = {
     "latin": ("They live in New York now.", "new york"),
@@ -44,6 +45,19 @@ def test_an_answer_is_found_where_it_stands_whole(name):
 @pytest.mark.parametrize("name", DOES_NOT)
 def test_what_only_contains_its_letters_is_not_the_answer(name):
     assert not has_words(*DOES_NOT[name])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plain_texts_are_read_as_texts_of_any_script_are(seed):
+    """The quick patterns beside those for any script, on random texts of words, numbers and signs."""
+    rng = random.Random(seed)
+    text = "".join(rng.choice("ab_1 .'-C+") for _ in range(60))
+    for start in range(0, 50, 3):
+        words = text[start : start + rng.randint(1, 5)]
+        places = [[m.span() for m in whole_words(words, searched).finditer(text)] for searched in (text, None)]
+        assert places[0] == places[1]
+    assert words_of(text) == words_of(text + "é")[: len(words_of(text))] or text[-1:].isalnum() or text[-1:] == "_"
+    assert topical(text) == {word for word in words_of(text + " é") if len(word) >= 4}
 
 
 def test_characters_are_words_where_no_spaces_part_words():
