@@ -25,7 +25,7 @@ from excise.editing.edits.base import edit_model
 from excise.editing.edits.in_place import edits_in_place
 from excise.editing.edits.low_rank import Factors, LowRankUpdate
 from excise.editing.edits.pruned_units import PrunedUnits, keep_pruned
-from excise.editing.hooks import concept_ablation, leaks, residual_stream, unit_scores
+from excise.editing.hooks import concept_ablation, leaks, residual_stream, token_counts, unit_scores
 from excise.editing.modules import final_hidden, unembedding
 from excise.editing.numerics import spectrum
 from excise.editing.numerics.cpu_attention import attention
@@ -126,6 +126,8 @@ def statistics(place: Placed) -> Result:
 def streams(place: Placed) -> Result:
     """Reading and changing the residual stream."""
     model, row, inputs = _model(place)
+    counts: list[tuple[str, int]] = []
+    token_counts.count_tokens(model, lambda name, number: counts.append((name, int(number))))
     read = residual_stream.read_streams(model, row, inputs, [0, 1, 2])
     made = [*read.values(), residual_stream.residual_stream(model, row, inputs, [2, 0], 1)]
     basis = torch.linalg.qr(_drawn(32, 2)).Q
@@ -142,7 +144,7 @@ def streams(place: Placed) -> Result:
         with change, torch.no_grad():
             made.append(model(**inputs).logits)
     writes = leaks.measure_writes(model, row, basis, [inputs])
-    return [*made, *seen], [(one.along, one.norm) for one in writes]
+    return [*made, *seen], [[(one.along, one.norm) for one in writes], counts]
 
 
 def _latents() -> SparseLatents:

@@ -67,7 +67,10 @@ def run(request: Request, events: Events, told: Told = lambda *_: None) -> Searc
 
 
 def _one(request: Request, study: Study, bench: Bench, before: Sequence[Done]) -> None:
-    trial, values = study.ask()
+    asked = study.ask(request.trials)
+    if asked is None:
+        return
+    trial, values = asked
     settings = request.settings_of(values)
     folder = trial_folder(request.folder, trial.number)
 

@@ -91,12 +91,17 @@ class Study:
             else None,
         )
 
-    def ask(self) -> Any:
-        """The next trial, with its values."""
+    def ask(self, trials: int) -> tuple[Any, dict[str, Any]] | None:
+        """The next trial, with its values; None where ``trials`` ended or are under way, as another worker saw too."""
         trial = self.study.ask()
+        before = self._before(trial.number)
+        if before >= trials:
+            # Two workers asked for the last one at the same moment. Without a record, what failed does not count.
+            self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
+            return None
         # What was killed does not count, so that the draws after it are those of a search that was not killed. Values are
         # drawn when they are asked for, so the seed is that of this trial's number, which no other worker has.
-        self.study.sampler = self._sampler(self._before(trial.number))
+        self.study.sampler = self._sampler(before)
         trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
         trial.set_user_attr("seen", time.time())
         values = {name: _drawn(trial, name, one) for name, one in self.space.items()}

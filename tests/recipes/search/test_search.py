@@ -228,9 +228,12 @@ def test_workers_that_ask_at_once_draw_what_one_worker_would(tmp_path):
     alone, both = study("alone"), [study("shared"), study("shared")]
     drawn = []
     for _ in range(6):
-        trial, values = alone.ask()
+        trial, values = alone.ask(40)
         alone.tell(trial, "complete", [0.5], {})
         drawn.append(values)
     # Each asks before the other has told anything.
-    at_once = [worker.ask()[1] for _ in range(3) for worker in both]
+    at_once = [worker.ask(40)[1] for _ in range(3) for worker in both]
     assert at_once == drawn and len({tuple(values.values()) for values in drawn}) == 6
+    # Both saw that one more is wanted, and one of them gets it; what the other asked for is no trial.
+    assert [worker.ask(7) is None for worker in both] == [False, True]
+    assert both[0].running() == 7 and both[0].done() == []
