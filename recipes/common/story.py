@@ -1,10 +1,13 @@
 """What recipes say of their runs, and the parts that several of them say alike."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
-from ...artifacts.reporting.sections import Section, Story, Table
+from ...artifacts.reporting.sections import Control, Section, Story, Table
+from ...eval.measurements import MEASUREMENTS
+from ...eval.statistics import Measurement
 from .. import RECIPES
 from .kl_budget import RECORD, in_words
 
@@ -74,6 +77,22 @@ def low_rank_headline(results: dict[str, Any]) -> str:
         f"**What was edited.** A low-rank update against *{results['concept']['description']}* was added to the weights"
         f" of `{results['base']['name']}` ({tensors_changed(results)}; rank {edited['rank']}, {edited['about']})."
     )
+
+
+def multiple_choice_control(name: str, splits: Mapping[str, Any], *, in_findings: bool) -> Control:
+    """What a control answers, split by split, from what its run recorded: ``value``, ``n`` and ``ci95``."""
+    kind = MEASUREMENTS["multiple_choice"]
+    return Control(
+        name,
+        tuple(
+            Measurement(
+                "multiple_choice", split, "edited", one["value"], "accuracy", kind.better(split), one["n"], 0,
+                (one["ci95"][0], one["ci95"][1]),
+            )
+            for split, one in splits.items()
+        ),
+        in_findings=in_findings,
+    )  # fmt: skip
 
 
 LOW_RANK_LIMIT = (

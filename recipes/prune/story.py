@@ -3,9 +3,7 @@
 from typing import Any
 
 from ...artifacts.reporting.sections import Control, Section, Story, bars
-from ...eval.measurements import MEASUREMENTS
-from ...eval.statistics import Measurement
-from ..common.story import UNLEARNING_TAGS, tensors_changed
+from ..common.story import UNLEARNING_TAGS, multiple_choice_control, tensors_changed
 
 
 def story(results: dict[str, Any]) -> Story:
@@ -50,23 +48,5 @@ def _as_controls(compared: dict[str, dict[str, Any]]) -> tuple[Control, ...]:
         "largest": "the largest units",
     }
     return tuple(
-        Control(
-            names[name],
-            tuple(
-                Measurement(
-                    "multiple_choice",
-                    split,
-                    "edited",
-                    one["value"],
-                    "accuracy",
-                    MEASUREMENTS["multiple_choice"].better(split),
-                    one["n"],
-                    0,
-                    (one["ci95"][0], one["ci95"][1]),
-                )
-                for split, one in splits.items()
-            ),
-            in_findings=name == "random",
-        )
-        for name, splits in compared.items()
+        multiple_choice_control(names[name], splits, in_findings=name == "random") for name, splits in compared.items()
     )

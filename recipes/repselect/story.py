@@ -3,10 +3,8 @@
 from typing import Any
 
 from ...artifacts.reporting.sections import Control, Section, Story
-from ...eval.measurements import MEASUREMENTS
-from ...eval.statistics import Measurement
 from ..common.kl_budget import RECORD
-from ..common.story import UNLEARNING_TAGS, tensors_changed
+from ..common.story import UNLEARNING_TAGS, multiple_choice_control, tensors_changed
 
 LIMIT = (
     "The step was taken along the pack's texts. What other texts on the concept show may be left, and longer fine-tuning may"
@@ -58,25 +56,5 @@ def _sentences(results: dict[str, Any], about: dict[str, Any]) -> list[str]:
 
 
 def _controls(compared: dict[str, Any]) -> tuple[Control, ...]:
-    kind = MEASUREMENTS["multiple_choice"]
-    return tuple(
-        Control(
-            "the plain gradient at the same KL",
-            tuple(
-                Measurement(
-                    "multiple_choice",
-                    split,
-                    "edited",
-                    one["value"],
-                    "accuracy",
-                    kind.better(split),
-                    one["n"],
-                    0,
-                    (one["ci95"][0], one["ci95"][1]),
-                )
-                for split, one in splits.items()
-            ),
-            in_findings=True,
-        )
-        for splits in compared.values()
-    )
+    name = "the plain gradient at the same KL"
+    return tuple(multiple_choice_control(name, splits, in_findings=True) for splits in compared.values())
