@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..editing.hooks.patching import Site, patched, sites_of, sites_read
+from ..editing.hooks.patching import STREAM, Site, patched, sites_of, sites_read
 from ..editing.modules import final_hidden, unembedding
 from ..editing.wiring.row import Architecture
 from .inference.batches import read_in_batches
+from .inference.likelihood import pad_right
 from .intervals import Interval
 from .ratios import ratio_interval
 
@@ -182,32 +183,9 @@ def by_layer(effects: Sequence[Effect], layers: int) -> list[float]:
     """What each layer's sublayers restore together, at all positions; effects below 0 count as 0."""
     mass = [0.0] * layers
     for effect in effects:
-        if effect.site.part != "stream":
+        if effect.site.part != STREAM:
             mass[effect.site.layer] += max(0.0, effect.value)
     return mass
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation of two lists.
-
-    Example:
-        >>> rank_correlation([1.0, 2.0, 3.0], [10.0, 30.0, 20.0])
-        0.5
-    """
-    ranks = [_ranks(values) for values in (first, second)]
-    middle = (len(first) - 1) / 2
-    moved = [[rank - middle for rank in values] for values in ranks]
-    scale = (sum(a * a for a in moved[0]) * sum(b * b for b in moved[1])) ** 0.5
-    return sum(a * b for a, b in zip(*moved, strict=True)) / scale if scale else 0.0
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 0; equal values share the mean of theirs."""
-    ordered = sorted(values)
-    places: dict[float, list[int]] = {}
-    for place, value in enumerate(ordered):
-        places.setdefault(value, []).append(place)
-    return [sum(places[value]) / len(places[value]) for value in values]
 
 
 Read = Callable[[Sequence[Pair]], tuple[Tensor, Tensor, dict[tuple[Site, Group], Tensor]]]
@@ -239,10 +217,7 @@ def _both(model: Any, batch: Sequence[Pair]) -> tuple[Tensor, Tensor]:
 
 def _difference(model: Any, batch: Sequence[Pair], rows: Sequence[tuple[int, ...]]) -> Float[Tensor, " batch"]:
     """Logit of the clean prompt's answer minus that of the corrupted one's, after each row, in fp32 on the CPU."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-    hidden = final_hidden(model, {"input_ids": ids, "attention_mask": mask})
+    hidden = final_hidden(model, pad_right(rows, model.device))
     last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
     places = torch.arange(len(rows), device=hidden.device)
     logits = unembedding(model)(hidden[places, last]).float().cpu()

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..artifacts.checkpoints.read import open_checkpoint
 from ..artifacts.checkpoints.staging import refuse_existing, staged_folder
 from ..artifacts.concepts import load_concept
@@ -19,6 +21,7 @@ from ..artifacts.reporting import charts
 from ..editing.architectures import architecture_of, layer_count
 from ..editing.errors import RequestError, counted
 from ..editing.hooks.patching import STREAM
+from ..editing.hooks.unit_scores import rank_correlation
 from ..eval.concept import Concept
 from ..eval.localization import (
     GROUPS,
@@ -28,7 +31,6 @@ from ..eval.localization import (
     by_layer,
     exact,
     known,
-    rank_correlation,
     window,
 )
 from .common.examples import spread
@@ -144,7 +146,7 @@ def run(job: LocalizeJob, events: Events, device: str = "auto", dtype: str = "au
         tuple(restored),
         tuple(removed),
         {
-            name: rank_correlation(*_together(attributed, effects))
+            name: _agreement(attributed, effects)
             for name, effects in (("restored", restored), ("removed", removed))
             if effects
         },
@@ -206,11 +208,14 @@ def short(part: str) -> str:
     return part.rsplit(".", 1)[-1].replace("self_attn", "attention")
 
 
-def _together(first: Sequence[Effect], second: Sequence[Effect]) -> tuple[list[float], list[float]]:
-    """Values of the same sublayers and positions."""
-    other = {(effect.site, effect.group): effect.value for effect in second}
-    both = [(e.value, other[e.site, e.group]) for e in first if e.site.part != STREAM and (e.site, e.group) in other]
-    return [a for a, _ in both], [b for _, b in both]
+def _agreement(estimated: Sequence[Effect], exactly: Sequence[Effect]) -> float:
+    """Rank correlation over the same sublayers and positions."""
+    other = {(effect.site, effect.group): effect.value for effect in exactly}
+    both = [
+        (e.value, other[e.site, e.group]) for e in estimated if e.site.part != STREAM and (e.site, e.group) in other
+    ]
+    first, second = zip(*both, strict=True)
+    return rank_correlation(torch.tensor(first), torch.tensor(second))
 
 
 def pairs_of(facts: Facts, tokenizer: Any, seed: int, most: int) -> tuple[list[Pair], int]:

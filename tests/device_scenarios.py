@@ -451,8 +451,7 @@ def localized(place: Placed) -> Result:
         *localization.exact(model, row, pairs[:1]),
         *localization.exact(model, row, pairs[:1], remove=True),
     ]
-    ranked = localization.rank_correlation(*[[effect.value for effect in effects]] * 2)
-    return [], [[effect.value for effect in effects], localization.known(model, pairs), ranked]
+    return [], [[effect.value for effect in effects], localization.known(model, pairs)]
 
 
 def searched(place: Placed) -> Result:

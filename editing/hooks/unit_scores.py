@@ -159,11 +159,16 @@ def rank_saliency(concept: UnitMoments, rest: UnitMoments) -> Float[Tensor, "lay
 
 
 def rank_correlation(first: Float[Tensor, " n"], second: Float[Tensor, " n"]) -> float:
-    """Spearman's rank correlation, -1 to 1; NaN for fewer than three values."""
+    """Spearman's rank correlation, -1 to 1; NaN for fewer than three values, and where all of one side are equal."""
     if len(first) < 3:
         return float("nan")
-    ranks = torch.stack([in_float64(values.argsort().argsort()) for values in (first, second)])
-    return float(torch.corrcoef(ranks)[0, 1])
+    return float(torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1])
+
+
+def _ranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Ranks in float64; equal values share the mean of theirs."""
+    _, places, counts = values.unique(return_inverse=True, return_counts=True)
+    return (in_float64(counts.cumsum(0)) - in_float64(counts - 1) / 2)[places.cpu()]
 
 
 def by_head(scores: Float[Tensor, "layers columns"], width: int) -> Float[Tensor, "layers heads"]:

@@ -5,7 +5,8 @@ import torch
 from excise.editing.architectures import architecture_of
 from excise.editing.errors import EditError
 from excise.editing.hooks.patching import STREAM, Site, patched, sites_of, sites_read
-from excise.eval.localization import Effect, Pair, attribution, by_layer, exact, known, rank_correlation, window
+from excise.editing.hooks.unit_scores import rank_correlation
+from excise.eval.localization import Effect, Pair, attribution, by_layer, exact, known, window
 from helpers import make_pico
 from scipy.stats import spearmanr
 
@@ -154,5 +155,5 @@ def test_the_window_holds_its_share_in_the_fewest_layers():
 @pytest.mark.parametrize("seed", range(3))
 def test_the_rank_correlation_is_scipys(seed):
     generator = torch.Generator().manual_seed(seed)
-    first, second = (torch.randint(0, 5, (12,), generator=generator).tolist() for _ in range(2))
+    first, second = (torch.randint(0, 5, (12,), generator=generator).float() for _ in range(2))
     assert rank_correlation(first, second) == pytest.approx(spearmanr(first, second).statistic)
