@@ -35,7 +35,7 @@ from excise.editing.training import adapters, jensen_shannon, packing, parallel_
 from excise.editing.training.edited_target import TargetEdit
 from excise.eval import localization
 from excise.eval.inference import candidates, generation, kept, likelihood, token_statistics
-from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
+from excise.eval.inference.multiple_choice_set import MultipleChoiceSet, accuracies
 from excise.eval.measurements import MEASUREMENTS, behaviour
 from excise.eval.measurements.fluency import reverse_perplexity
 from excise.eval.measurements.table import measure, scores_of
@@ -400,6 +400,7 @@ def inference(place: Placed) -> Result:
     questions = MultipleChoiceSet(tokenizer, _less("potions", 5).questions)
     asked = [questions.hits(model), questions.hits(model, 2), questions.picks(model), questions.probabilities(model)]
     asked.append(questions.hits_and_probabilities(model))
+    asked.append(accuracies(model, tokenizer, _less("potions", 5), 3))
     log_p = generation.reply_log_probabilities(model, replies)
     return [], [[reply.ids for reply in replies], nats, [(one.log_p, one.mean) for one in read], asked, log_p]
 

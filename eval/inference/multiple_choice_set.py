@@ -14,7 +14,8 @@ import torch
 from transformers import DynamicCache
 
 from ...editing.modules import causal_model, unembedding
-from ..concept import Question
+from ..concept import Concept, Question
+from ..intervals import rate_interval
 from .batches import read_in_batches
 from .caches import repeats_cache
 from .likelihood import (
@@ -27,7 +28,7 @@ from .likelihood import (
     score_rows,
     share_rows,
 )
-from .questions import requests_of
+from .questions import questions_by_split, requests_of
 
 CELLS = 1024
 """Distributions over the vocabulary held in memory at a time."""
@@ -284,3 +285,18 @@ class _Reading:
             values = logits.gather(-1, torch.tensor(tokens[chunk], device=self.device)[:, None])[:, 0]
             for index, value in zip(indices[chunk], values.tolist(), strict=True):
                 self.log_p[index] += value
+
+
+def accuracies(model: Any, tokenizer: Any, concept: Concept, most: int) -> dict[str, dict[str, Any]]:
+    """What a model answers of each split, as records hold it: ``value``, ``n`` and ``ci95``.
+
+    Args:
+        most: Questions of a split, at most; 0 takes all.
+    """
+    found = {}
+    for split, questions in questions_by_split(concept, most).items():
+        exam = MultipleChoiceSet(tokenizer, questions)
+        hits = exam.hits(model)
+        n, interval = len(hits), rate_interval(hits, exam.clusters)
+        found[split] = {"value": sum(hits) / n, "n": n, "ci95": list(interval)}
+    return found

@@ -20,9 +20,7 @@ from ...editing.edits.unit_choice import Units, UnitScores, combine, in_both, ma
 from ...editing.errors import RequestError
 from ...editing.hooks.unit_scores import by_head
 from ...editing.modules import language_config
-from ...eval.inference.multiple_choice_set import MultipleChoiceSet
-from ...eval.inference.questions import questions_by_split
-from ...eval.intervals import rate_interval
+from ...eval.inference import multiple_choice_set
 from ...eval.items import for_training
 from ..common import measured_run
 from ..common.budgets import Budgets
@@ -241,20 +239,15 @@ def _accuracies(job: PruneJob, loaded: LoadedModel, edit: PrunedUnits, stage: St
     weights_before = {name: weight.detach().clone() for name, weight in weights.items()}
     biases = {name: p for name, p in loaded.model.named_parameters() if name.endswith("bias")}
     biases_before = {name: p.detach().clone() for name, p in biases.items()}
-    accuracies = {}
     try:
         edit_model(edit, loaded.model, job.run.checkpoint.config)
-        for split, questions in questions_by_split(job.run.measured, job.settings.questions).items():
-            exam = MultipleChoiceSet(loaded.tokenizer, questions)
-            hits = exam.hits(loaded.model)
-            n, interval = len(hits), rate_interval(hits, exam.clusters)
-            accuracies[split] = {"value": sum(hits) / n, "n": n, "ci95": list(interval)}
+        found = multiple_choice_set.accuracies(loaded.model, loaded.tokenizer, job.run.measured, job.settings.questions)
     finally:
         # Half of the edit may be applied when it fails, so weights and biases are put back in any case.
         restore(weights, weights_before)
         restore(biases, biases_before)
     stage.advance()
-    return accuracies
+    return found
 
 
 def _head_width(job: PruneJob, loaded: LoadedModel) -> int:
