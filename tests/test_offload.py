@@ -40,8 +40,8 @@ def test_measuring_an_offloaded_model_equals_measuring_the_whole(scenario, tmp_p
         return offloaded(value, tmp_path / f"{next(count)}")
 
     with torch.no_grad():
-        expected = outcome(scenario, None)
-    for before, after in zip(expected[:2], SCENARIOS[scenario](place), strict=True):
+        expected, made = outcome(scenario, None), SCENARIOS[scenario](place)
+    for before, after in zip(expected[:2], made, strict=True):
         assert all(_near(one, other) for one, other in zip(before, leaves(after), strict=True))
 
 
