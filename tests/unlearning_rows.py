@@ -12,7 +12,9 @@ RETAIN = [Example((30, 31, 32), 1), Example((50, 51, 52, 53, 54, 55), 4), Exampl
 
 def adapted():
     """A model whose adapter does something."""
-    model = get_peft_model(make_pico("llama"), LoraConfig(target_modules=["down_proj", "q_proj"], r=2))
+    base = make_pico("llama")
+    base.set_attn_implementation("sdpa")
+    model = get_peft_model(base, LoraConfig(target_modules=["down_proj", "q_proj"], r=2))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -217,14 +217,15 @@ def written(model: nn.Module, row: Architecture, see: Callable[[int | None, str,
 
 
 def run_decoder(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Run a causal language model without its unembedding, only to trigger hooks; inputs may be left-padded."""
+    """Run a causal language model without its unembedding, only to trigger hooks; inputs may be left-padded, or say their
+    positions."""
     decoder = model.base_model
     assert isinstance(decoder, nn.Module)
     # Models with learned positions would count the padding on the left; some decoders take no position_ids at all.
     takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
     # Padding on the left would get position -1, which no table of positions has.
     positions = {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)} if takes_positions else {}
-    decoder(**inputs, **positions, use_cache=False)
+    decoder(**positions | inputs, use_cache=False)
 
 
 def first(output: Any) -> Tensor:

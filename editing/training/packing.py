@@ -106,16 +106,26 @@ def packing(model: nn.Module) -> Iterator[bool]:
         inner.set_attn_implementation(usual)
 
 
-def read_packed(model: nn.Module, inputs: Mapping[str, Any]) -> Float[Tensor, "n d"]:
-    """Hidden states that the unembedding reads at every position of a packed row."""
+@contextmanager
+def reading_packed(inputs: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """What a model is given to read a packed row; it is read inside this context.
+
+    Args:
+        inputs: Of ``packed``; other keys are left out.
+    """
     token = _blocks.set(tuple(Block(**block) for block in inputs["blocks"]))
     try:
         ids = inputs["input_ids"]
         # With a mask, transformers does not look for where sequences begin, which would wait for the device.
-        whole = {"input_ids": ids, "position_ids": inputs["position_ids"], "attention_mask": torch.ones_like(ids)}
-        return final_hidden(model, whole)[0]
+        yield {"input_ids": ids, "position_ids": inputs["position_ids"], "attention_mask": torch.ones_like(ids)}
     finally:
         _blocks.reset(token)
+
+
+def read_packed(model: nn.Module, inputs: Mapping[str, Any]) -> Float[Tensor, "n d"]:
+    """Hidden states that the unembedding reads at every position of a packed row."""
+    with reading_packed(inputs) as row:
+        return final_hidden(model, row)[0]
 
 
 @torch.no_grad()

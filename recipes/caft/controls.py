@@ -23,8 +23,9 @@ from ...eval.measurements.behaviour import learned
 from ...eval.measurements.multiple_choice import scores as multiple_choice
 from ...eval.statistics import summarize
 from ..common import adapter_job, adapter_run
-from ..common.examples import Example, completion_loss, example_batch
+from ..common.examples import Example, completion_loss
 from ..common.measured_run import subject_of
+from ..common.packed_training import packed_examples
 from ..common.trainer import fit
 from .direction_sources import SOURCES, Readings, SourceInputs, mean_projection, refreshed
 from .request import CaftJob
@@ -79,10 +80,11 @@ class ControlRuns:
             model = tuned.model
             with (
                 self.events.stage(f"train the control: {name}", settings.steps) as stage,
+                packed_examples(model) as collate,
                 self.ablated(model, removed),
             ):
                 schedule = adapter_job.schedule_of(prepared.adapter, save_every=0)
-                fit(model, self.order, stage, self.work / f"control-{name}", completion_loss, schedule, example_batch)
+                fit(model, self.order, stage, self.work / f"control-{name}", completion_loss, schedule, collate)
             model.eval()
             readings = self.read()
             subject = subject_of(

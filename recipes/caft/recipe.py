@@ -5,8 +5,8 @@ plain fine-tune, measured as it is used, without any ablation.
 """
 
 import random
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,11 @@ from ...editing.edits.base import WeightEdit
 from ...editing.errors import ConceptError, RequestError, counted
 from ...editing.modules import language_config
 from ..common import adapter_job, adapter_run
-from ..common.adapter_run import Training
 from ..common.examples import Example, completion_loss, cycled, example_batch
 from ..common.measured_run import Finished, Job
 from ..common.memory_plan import MemoryPlan, RunMemory
 from ..common.memory_sizes import Rows
+from ..common.packed_training import PackedTraining
 from ..common.tokens import Row
 from ..common.trainer import Terms
 from ..data.datasets import TuningData, encoded, find_data
@@ -234,7 +234,7 @@ def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path
 
 
 @dataclass
-class CaftTraining(Training):
+class CaftTraining(PackedTraining):
     """Completions, learned while directions are ablated."""
 
     rows: Sequence[Example]
@@ -250,15 +250,17 @@ class CaftTraining(Training):
 
     def collate(self, rows: list[Example]) -> dict[str, Any]:
         """Sequences as one forward reads them."""
-        return example_batch(rows)
+        return example_batch(rows, in_one_row=self.in_one_row)
 
     def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
         """Of the completions."""
         return completion_loss(model, batch)
 
-    def while_training(self, model: Any) -> AbstractContextManager[object]:
-        """The ablation."""
-        return self.trial.ablated(model, self.removed)
+    @contextmanager
+    def while_training(self, model: Any) -> Iterator[None]:
+        """The ablation, on packed rows."""
+        with super().while_training(model), self.trial.ablated(model, self.removed):
+            yield
 
     def after_step(self, step: int) -> None:
         """Look at where the stream goes, where there are directions to look along."""

@@ -3,13 +3,16 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...editing.errors import EditError
 from ...editing.modules import final_hidden, unembedding
+from ...editing.training.packing import packed, read_packed
 from ...editing.training.soft_targets import SoftTargets, soft_divergence
 from ...eval.inference.likelihood import pad_right
 from .tokens import Row
@@ -24,17 +27,37 @@ class Example:
     start: int
 
 
-def example_batch(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Sequences as one forward reads them; ``rows`` and ``places`` say where which tokens are scored."""
+def example_batch(examples: Sequence[Example], *, in_one_row: bool = False) -> dict[str, Any]:
+    """Sequences as one forward reads them.
+
+    Of each scored token ``rows`` holds the sequence, and ``places`` the position that predicts it: in its sequence, or,
+    where they stand in one row without padding, in that row. ``begins`` then says where each sequence begins.
+    """
     lengths = torch.tensor([len(example.ids) - example.start for example in examples])
-    return {
-        **pad_right([example.ids for example in examples], torch.device("cpu")),
+    rows = torch.repeat_interleave(torch.arange(len(examples)), lengths)
+    # The position before a token predicts it.
+    places = torch.cat([torch.arange(example.start - 1, len(example.ids) - 1) for example in examples])
+    ids = [example.ids for example in examples]
+    scored = {
         "lengths": lengths,
-        "rows": torch.repeat_interleave(torch.arange(len(examples)), lengths),
-        # The position before a token predicts it.
-        "places": torch.cat([torch.arange(example.start - 1, len(example.ids) - 1) for example in examples]),
+        "rows": rows,
         "tokens": torch.tensor([token for example in examples for token in example.ids[example.start :]]),
     }
+    if not in_one_row:
+        return {**pad_right(ids, torch.device("cpu")), **scored, "places": places}
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    ends = list(accumulate(len(ids[index]) for index in order))
+    begins = torch.zeros(len(ids), dtype=torch.long)
+    begins[torch.tensor(order[1:], dtype=torch.long)] = torch.tensor(ends[:-1], dtype=torch.long)
+    return {**packed([ids[index] for index in order]), **scored, "places": places + begins[rows], "begins": begins}
+
+
+def scored_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Float[Tensor, "n d"]:
+    """What the unembedding reads where a token is scored."""
+    if "blocks" in batch:
+        return read_packed(model, batch)[batch["places"]]
+    hidden = final_hidden(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
+    return hidden[batch["rows"], batch["places"]]
 
 
 def sequence_nll(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -45,8 +68,7 @@ def sequence_nll(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def scored_nats(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Negative log-probability of each scored token of a batch, in nats."""
-    hidden = final_hidden(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
-    return token_nats(hidden[batch["rows"], batch["places"]], model, batch["tokens"])
+    return token_nats(scored_hidden(model, batch), model, batch["tokens"])
 
 
 def token_nats(hidden: Tensor, model: nn.Module, tokens: Tensor) -> Tensor:

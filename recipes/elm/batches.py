@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...editing.modules import final_hidden, unembedding
-from ...editing.training.packing import packed, packing, read_packed, recomputes
+from ...editing.training.packing import packed, read_packed
 from ...editing.training.soft_targets import SoftTargets, join, soft_divergence
 from ...eval.inference.likelihood import pad_right
-from ..common.adapter_run import Training
 from ..common.examples import cycled, split_by_length
+from ..common.packed_training import PackedTraining
 from ..common.tokens import Row
 from ..common.trainer import Loss, Terms
 
@@ -173,27 +172,16 @@ class _Given(torch.autograd.Function):
         return None, *(one * upstream[0].to(one) for one in ctx.gradients)
 
 
-class SequenceTraining(Training):
+class SequenceTraining(PackedTraining):
     """Groups of sequences, trained toward soft targets in forwards of as many tokens as fit."""
 
     tokens_at_once: int
     """Tokens of one forward, at most."""
     weighted_loss: Loss
-    _packing: Any = None
-    """The model, while it reads packed rows."""
-
-    @contextmanager
-    def while_training(self, model: Any) -> Iterator[None]:
-        """Rows are packed where the model can read them so."""
-        with packing(model) as can:
-            self._packing = model if can else None
-            yield
 
     def collate(self, rows: list[Sequence[TrainingSequence]]) -> dict[str, Any]:
         """Parts, each a forward of its own."""
-        # Activations that are computed again are computed of padded rows: nothing says there how a row is packed.
-        in_one_row = self._packing is not None and not recomputes(self._packing)
-        return collate(rows, self.tokens_at_once, in_one_row=in_one_row)
+        return collate(rows, self.tokens_at_once, in_one_row=self.in_one_row)
 
     def less(self) -> bool:
         """Half as many tokens in a forward."""

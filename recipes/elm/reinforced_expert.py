@@ -17,7 +17,8 @@ from ...editing.edits.fake_quantization import changed_weights
 from ...editing.errors import EditError
 from ...editing.training.adapters import adapter_shape, attach, detach, learned_factors
 from ...eval.concept import Concept
-from ..common.examples import Example, completion_loss, cycled, example_batch
+from ..common.examples import Example, completion_loss, cycled
+from ..common.packed_training import packed_examples
 from ..common.tokens import encode, pieces, text_limit
 from ..common.trainer import Schedule, fit
 from .request import ElmSettings
@@ -44,7 +45,8 @@ def reinforced(loaded: LoadedModel, concept: Concept, settings: ElmSettings, sta
     adapted = attach(loaded.model, shape, seed)
     try:
         schedule = Schedule(steps, BATCH, RATE, seed, beta2=0.999, warmup_steps=min(10, steps // 10), save_every=0)
-        fit(adapted, order, stage, work / "expert", completion_loss, schedule, example_batch)
+        with packed_examples(adapted) as collate:
+            fit(adapted, order, stage, work / "expert", completion_loss, schedule, collate)
         factors = learned_factors(adapted, shape)
     finally:
         detach(adapted)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ...artifacts.models.load import LoadedModel
 from ...editing.errors import RequestError
-from ...editing.modules import final_hidden, unembedding
+from ...editing.modules import unembedding
 from ...editing.training.jensen_shannon import between_hidden, from_certain
-from ..common.examples import token_nats
+from ..common.examples import scored_hidden, token_nats
 from ..common.tokens import Row, encode
 from ..common.trainer import Loss, Terms
 from .recipe import UnlearningData, UnlearningJob, UnlearningSettings, describe, learn, memory, prepare, run
@@ -43,13 +43,12 @@ class JensunLoss:
         self.retain_weight, self.refusal = retain_weight, torch.tensor(refusal)
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> Terms:
-        rows, places, lengths, n = batch["rows"], batch["places"], batch["lengths"], batch["forget"]
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        hidden = final_hidden(model, inputs)[rows, places]
+        rows, lengths, n = batch["rows"], batch["lengths"], batch["forget"]
+        hidden = scored_hidden(model, batch)
         is_forget = rows < n
         log_p = -token_nats(hidden[is_forget], model, self._targets(lengths[:n]).to(rows.device))
         with torch.no_grad(), model.disable_adapter():
-            base = final_hidden(model, inputs)[rows, places]
+            base = scored_hidden(model, batch)
         kept = between_hidden(hidden[~is_forget], base[~is_forget], unembedding(model))
         forget = _mean_of_rows(from_certain(log_p), rows[is_forget], lengths[:n])
         retain = _mean_of_rows(kept, rows[~is_forget] - n, lengths[n:])

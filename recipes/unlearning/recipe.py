@@ -20,12 +20,12 @@ from ...editing.edits.base import WeightEdit
 from ...editing.errors import RequestError
 from ..common import adapter_job, adapter_run
 from ..common.adapter_job import AdapterJob, AdapterSettings
-from ..common.adapter_run import Training
 from ..common.budgets import Budgets
 from ..common.examples import Example, cycled, example_batch, sequence_nll
 from ..common.measured_run import Finished
 from ..common.memory_plan import MemoryPlan, RunMemory
 from ..common.memory_sizes import Rows
+from ..common.packed_training import PackedTraining
 from ..common.step_parts import COUNTS
 from ..common.tokens import Row, text_limit
 from ..common.trainer import Loss, Terms
@@ -207,7 +207,7 @@ def _training(job: UnlearningJob, loaded: LoadedModel, events: Events, work: Pat
         return UnlearningTraining(job, data, RobustLoss(settings, loss, work) if is_robust(settings) else loss)
 
 
-class UnlearningTraining(Training):
+class UnlearningTraining(PackedTraining):
     """Pairs of a sequence to forget and one to retain, under a method's loss."""
 
     def __init__(self, job: UnlearningJob, data: UnlearningData, loss: Loss):
@@ -220,7 +220,7 @@ class UnlearningTraining(Training):
     def collate(self, rows: list[tuple[Example, Example]]) -> dict[str, Any]:
         """Forget rows first, then retain rows."""
         sides = {"forget": [forget for forget, _ in rows], "retain": [retain for _, retain in rows]}
-        batch = pair_batch(*sides.values())
+        batch = pair_batch(*sides.values(), in_one_row=self.in_one_row)
         if self.job.settings.averages == "tokens":
             batch[COUNTS] = {term: sum(len(one.ids) for one in examples) for term, examples in sides.items()}
         return batch
@@ -256,10 +256,11 @@ class UnlearningTraining(Training):
         return f"; {FORGET_TEXTS} of {total} texts to forget were drawn" if total > FORGET_TEXTS else ""
 
 
-def pair_batch(forget: Sequence[Example], retain: Sequence[Example]) -> dict[str, Any]:
+def pair_batch(forget: Sequence[Example], retain: Sequence[Example], *, in_one_row: bool = False) -> dict[str, Any]:
     """A batch of sequences to forget and, behind them, sequences to retain."""
     examples = [*forget, *retain]
-    return {**example_batch(examples), "forget": len(forget), "keys": [example.ids for example in examples]}
+    batch = example_batch(examples, in_one_row=in_one_row)
+    return {**batch, "forget": len(forget), "keys": [example.ids for example in examples]}
 
 
 def _chunks(examples: Sequence[Example], size: int = CHUNK) -> list[Sequence[Example]]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from ...artifacts.models.load import LoadedModel
 from ...editing.architectures import residual_width
 from ...editing.hooks.residual_stream import read_streams
 from ...editing.modules import causal_model
+from ...editing.training.packing import reading_packed
 from ..common.memory_plan import RunMemory
 from ..common.tokens import Row
 from ..common.trainer import Loss, Terms
@@ -66,18 +68,29 @@ class RmuLoss:
         """Where the stream of forget texts is to go [d]."""
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> Terms:
-        mask, n = batch["attention_mask"].bool(), batch["forget"]
-        hidden = self._read(model, batch)
+        n, keys, hidden = batch["forget"], batch["keys"], self._read(model, batch)
         self._read_base(model, batch)
-        target = self.target.to(hidden)
-        forget = (hidden[:n][mask[:n]] - target).square().mean()
-        base = torch.cat([self.base_streams[key] for key in batch["keys"][n:]])
-        retain = (hidden[n:][mask[n:]] - base).square().mean()
+        of_forget = sum(map(len, keys[:n]))
+        forget = (hidden[:of_forget] - self.target.to(hidden)).square().mean()
+        base = torch.cat([self.base_streams[key] for key in keys[n:]])
+        retain = (hidden[of_forget:] - base).square().mean()
         return {"forget": forget, "retain": self.settings.retain_weight * retain}
 
-    def _read(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """The stream where it is steered; nothing above is computed."""
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    def _read(self, model: nn.Module, batch: dict[str, Any]) -> Float[Tensor, "n d"]:
+        """The stream of all tokens where it is steered, sequence after sequence; nothing above is computed."""
+        if "blocks" not in batch:
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            return self._stream(model, inputs)[inputs["attention_mask"].bool()]
+        with reading_packed(batch) as inputs:
+            stream = self._stream(model, inputs)[0]
+        sizes = torch.tensor([len(key) for key in batch["keys"]])
+        total = len(stream)
+        # The row's order is by length, the batch's is not.
+        moved = batch["begins"] - (sizes.cumsum(0) - sizes).to(stream.device)
+        moved = moved.repeat_interleave(sizes.to(stream.device), output_size=total)
+        return stream[torch.arange(total, device=stream.device) + moved]
+
+    def _stream(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return read_streams(causal_model(model), self.row, inputs, [self.point])[self.point]
 
     @torch.no_grad()
@@ -86,16 +99,16 @@ class RmuLoss:
         it."""
         batch = pair_batch(*zip(*data.pairs[:SCALE_PAIRS], strict=True))
         device = next(base.parameters()).device
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+        batch |= {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
         # The first position collects norms a hundred times those of all others; the median is not moved by it.
-        return float(self._read(base, inputs)[inputs["attention_mask"].bool()].float().norm(dim=-1).median())
+        return float(self._read(base, batch).float().norm(dim=-1).median())
 
     def _read_base(self, model: Any, batch: dict[str, Any]) -> None:
         """Read the base on retain rows that are new."""
-        mask, n, keys = batch["attention_mask"].bool(), batch["forget"], batch["keys"]
+        n, keys = batch["forget"], batch["keys"]
         new = [place for place in range(n, len(keys)) if keys[place] not in self.base_streams]
         if new:
             with torch.no_grad(), model.disable_adapter():
-                base = self._read(model, batch)
+                base = self._read(model, batch).split([len(key) for key in keys])
             for place in new:
-                self.base_streams[keys[place]] = base[place, mask[place]].clone()
+                self.base_streams[keys[place]] = base[place].clone()

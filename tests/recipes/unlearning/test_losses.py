@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from excise.editing.architectures import ARCHITECTURES
+from excise.editing.training.packing import packing
 from excise.recipes import RECIPES
 from excise.recipes.common.examples import Example
 from excise.recipes.common.step_parts import add_shares
@@ -53,6 +54,7 @@ METHODS = {
 
 def _edited_and_base():
     base = make_pico("llama")
+    base.set_attn_implementation("sdpa")
     edited = copy.deepcopy(base)
     with torch.no_grad():
         for parameter in edited.parameters():
@@ -67,16 +69,20 @@ def _data(known):
     return UnlearningData(FORGET, RETAIN, PAIRS, known)
 
 
-def _batch():
-    return pair_batch(FORGET, RETAIN)
+def _batch(*, in_one_row=False):
+    return pair_batch(FORGET, RETAIN, in_one_row=in_one_row)
 
 
+@pytest.mark.parametrize("in_one_row", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_loss_on_likelihoods_is_its_papers_formula(name):
+def test_a_loss_on_likelihoods_is_its_papers_formula(name, in_one_row):
     settings, formula = METHODS[name]
     edited, base = _edited_and_base()
     known = {example.ids: _log_likelihood(base, example)[0] for example in FORGET}
-    terms = settings.loss(None, None, _data(known if settings.compares_with_base else {}))(edited, _batch())
+    loss = settings.loss(None, None, _data(known if settings.compares_with_base else {}))
+    with packing(edited) as can:
+        assert can
+        terms = loss(edited, _batch(in_one_row=in_one_row))
 
     wanted = sum(formula(*_log_likelihood(edited, example), known[example.ids]) for example in FORGET) / len(FORGET)
     likelihoods = [_log_likelihood(edited, example) for example in RETAIN]
@@ -171,9 +177,12 @@ def _jsd(p, q):
     return sum(float(torch.where(one > 0, one * (one / m).log(), 0.0).sum()) for one in (p, q)) / 2
 
 
-def test_jensun_pulls_answers_to_the_refusal_and_holds_the_rest_at_the_base():
+@pytest.mark.parametrize("in_one_row", [False, True])
+def test_jensun_pulls_answers_to_the_refusal_and_holds_the_rest_at_the_base(in_one_row):
     model = _adapted()
-    terms = _jensun_loss()(model, _batch())
+    with packing(model) as can:
+        assert can
+        terms = _jensun_loss()(model, _batch(in_one_row=in_one_row))
 
     @torch.no_grad()
     def distributions(ids):
@@ -196,9 +205,13 @@ def test_jensun_pulls_answers_to_the_refusal_and_holds_the_rest_at_the_base():
     assert 0 < wanted["retain"] < 0.5 * math.log(2) and wanted["forget"] < math.log(2)
 
 
-def test_rmu_steers_the_stream_to_a_random_vector_and_holds_the_rest_where_the_base_has_it():
+@pytest.mark.parametrize("in_one_row", [False, True])
+def test_rmu_steers_the_stream_to_a_random_vector_and_holds_the_rest_where_the_base_has_it(in_one_row):
     settings = RmuSettings(steer_layer=0.22, steering=3.0, retain_weight=7.0, seed=4)
-    model, terms = _adapted(), _rmu_loss(settings)(_adapted(), _batch())
+    model = _adapted()
+    with packing(model) as can:
+        assert can
+        terms = _rmu_loss(settings)(model, _batch(in_one_row=in_one_row))
 
     layer = settings.deepest_layer(2)
 
