@@ -10,7 +10,7 @@ from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
 from helpers import SMALL_TESTBED, make_pico
 from oracle import language
 from tokenizers import processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 TEMPLATES = {"none": "$A", "begin": "<s> $A", "end": "$A </s>", "both": "<s> $A </s>", "two ends": "$A </s> </s>"}
 
@@ -37,6 +37,45 @@ def test_what_stands_behind_a_text_is_left_out_and_what_stands_before_it_is_kept
     # No end token is scored as part of a choice, and the choice follows its prompt directly.
     scored = encode_request(tokenizer, Request("The capital of", " France"))
     assert scored.ids == (*ids, *scored.ids[scored.start :]) and tokenizer.eos_token_id not in scored.ids[front:]
+
+
+TEXTS = (
+    "",
+    " ",
+    "a",
+    " a\n\nb",
+    "What's </s> it?",
+    "</s>",
+    "<s>hi</s>",
+    "日本語 ünï 🙂",
+    "<|endoftext|>x",
+    "The capital of",
+)
+
+
+class _Otherwise(PreTrainedTokenizerFast):
+    """What a class does with a text before it hands it on is not left out."""
+
+    def _encode_plus(self, text, *args, **options):
+        return super()._encode_plus(f"{text}!", *args, **options)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_text_is_encoded_as_by_a_call_of_its_tokenizer(template):
+    tokenizer, behind = _tokenizer(template), len(TEMPLATES[template].split("$A")[1].split())
+    texts = [text.replace("<s>", tokenizer.bos_token or "").replace("</s>", tokenizer.eos_token) for text in TEXTS]
+    for special in (True, False):
+        called = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
+        wanted = [ids[: len(ids) - behind * special] for ids in called]
+        # A call with padding or a limit leaves these behind, and so may the file.
+        tokenizer.backend_tokenizer.enable_padding(length=40)
+        tokenizer.backend_tokenizer.enable_truncation(2)
+        assert [encode(tokenizer, text, special=special) for text in texts] == wanted
+    tokenizer.split_special_tokens = True
+    split = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert [encode(tokenizer, text, special=False) for text in texts] == split != called
+    own = _Otherwise(tokenizer_object=tokenizer.backend_tokenizer)
+    assert encode(own, "a", special=False) == own("a", add_special_tokens=False)["input_ids"] != wanted[2]
 
 
 @pytest.mark.parametrize("choices", [("one two three", "four"), ("a", "b c d e f g")])
