@@ -100,9 +100,9 @@ def outcome(scenario: str, machine: str | None) -> tuple[list[Any], list[Any], f
     """What a scenario returns on a machine (None: the processor), and the functions that it entered."""
     codes: set[CodeType] = set()
 
-    def note(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call":
-            codes.add(frame.f_code)
+    def note(frame: FrameType, _: str, __: Any) -> None:
+        # Asked at every call of a Python function; that nothing is returned leaves out its lines.
+        codes.add(frame.f_code)
 
     if machine is None:
         placed, plain = SCENARIOS[scenario](lambda value: value)
@@ -111,12 +111,13 @@ def outcome(scenario: str, machine: str | None) -> tuple[list[Any], list[Any], f
     if not has_float64:
         wide.NO_FLOAT64.add(pretended.GPU.type)
     # Calls are noted on one machine only, because that takes long.
-    sys.setprofile(note if machine == NOTED else None)
+    before = sys.gettrace()
+    sys.settrace(note if machine == NOTED else before)
     try:
         with pretended_gpus(wide=has_float64):
             placed, plain = SCENARIOS[scenario](place)
     finally:
-        sys.setprofile(None)
+        sys.settrace(before)
         wide.NO_FLOAT64.discard(pretended.GPU.type)
     inside = [code for code in codes if Path(code.co_filename).is_relative_to(ROOT)]
     entered = {f"{Path(code.co_filename).relative_to(ROOT)}:{code.co_qualname}" for code in inside}

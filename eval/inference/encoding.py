@@ -1,6 +1,5 @@
 """Texts to token ids. What a tokenizer appends, such as an end token, is left out: nothing measured comes after an end."""
 
-from functools import cache
 from typing import Any
 
 from ...editing.errors import RequestError
@@ -60,8 +59,7 @@ def _backend(tokenizer: Any) -> Any | None:
     return backend
 
 
-@cache
-def _hands_on(kind: type) -> bool:
+def _hands_on(kind: type[Any]) -> bool:
     from transformers import PreTrainedTokenizerFast
 
     usual = ("__call__", "_encode_plus")

@@ -168,7 +168,7 @@ def learn(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path, _:
     return adapter_run.learn(prepared.adapter, loaded, partial(_training, prepared), work, events)
 
 
-def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path) -> Training:
+def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path) -> "CaftTraining":
     settings = prepared.settings
     limit = min(int(getattr(language_config(loaded.model), "max_position_embeddings", LONGEST_ROW)), LONGEST_ROW)
     learn = encoded(prepared.data.rows, loaded.tokenizer, limit)

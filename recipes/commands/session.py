@@ -1,5 +1,6 @@
 """What a command does before and after its work: quiet libraries, progress on stderr, settings, what to type next."""
 
+import gc
 import os
 import shlex
 import sys
@@ -30,6 +31,9 @@ def settle() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # What was imported lives as long as the process; each training and each model that goes would look through it again
+    # for garbage, which takes longer than many a step.
+    gc.freeze()
 
 
 def quiet_hub() -> None:
