@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..intervals import LEVEL, boundary, effective_size, widening
-from .recovery import RESAMPLES, SEED, Estimate, RecoveryCurve, question_draws
+from .recovery import RESAMPLES, SEED, Estimate, RecoveryCurve, asked_alike, draws_of_each
 
 Z = NormalDist().inv_cdf(1 - LEVEL / 2)
 ONE_SIDED = NormalDist().inv_cdf(1 - LEVEL)
@@ -59,21 +59,42 @@ class Paired:
 
     def __init__(self, curves: Sequence[RecoveryCurve]):
         self.best = np.asarray([float(curve.accuracy.max()) for curve in curves])
-        self.hits = np.stack([curve.hits[:, int(curve.accuracy.argmax())].mean(0) for curve in curves])
-        """At each model's best step, its mean over seeds for each question [models, questions]."""
-        self.draws = _bootstrap(curves)
-        self.clusters = curves[0].clusters
+        draws = _bootstrap(curves)
+        self.groups = [_Asked.of(curves, places, draws) for places in asked_alike(curves)]
 
     def contrast(self, *weights: float) -> Contrast:
         """The sum of the models' accuracies with these weights, one a model."""
         each = np.asarray(weights)
-        by_question = each @ self.hits
+        # Models on other questions vary on their own, and variances add up.
+        errors = [group.error(each[group.places]) for group in self.groups if each[group.places].any()]
+        return Contrast(float(each @ self.best), math.hypot(*errors))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Models that answered the same questions."""
+
+    places: list[int]
+    hits: NDArray[np.float64]
+    """At each model's best step, its mean over seeds for each question [models, questions]."""
+    draws: NDArray[np.float64]
+    """Best accuracies in bootstrap draws [draws, models]."""
+    clusters: tuple[str, ...]
+
+    @classmethod
+    def of(cls, curves: Sequence[RecoveryCurve], places: list[int], draws: NDArray[np.float64]) -> "_Asked":
+        some = [curves[place] for place in places]
+        hits = np.stack([curve.hits[:, int(curve.accuracy.argmax())].mean(0) for curve in some])
+        return cls(places, hits, draws[:, places], some[0].clusters)
+
+    def error(self, weights: NDArray[np.float64]) -> float:
+        by_question = weights @ self.hits
         n = by_question.size + 2
         mean = float(by_question.sum()) / n
         smoothed = math.sqrt(max(0.0, (float((by_question**2).sum()) + 2) / n - mean**2) / n)
         smoothed *= math.sqrt(by_question.size / effective_size(by_question.tolist(), self.clusters))
-        drawn = float((self.draws @ each).std(ddof=1)) * widening(self.clusters, by_question.size)
-        return Contrast(float(each @ self.best), max(smoothed, drawn))
+        drawn = float((self.draws @ weights).std(ddof=1)) * widening(self.clusters, by_question.size)
+        return max(smoothed, drawn)
 
 
 def share_regained(paired: Paired, value: float | None) -> Estimate:
@@ -110,11 +131,11 @@ def questions_to_tell(contrasts: Mapping[str, Contrast], n: int, limit: float) -
 
 
 def _bootstrap(curves: Sequence[RecoveryCurve]) -> NDArray[np.float64]:
-    """Best accuracies in draws of questions, the same for all, and of seeds, each model's own [draws, models]."""
+    """Best accuracies in draws of questions, the same for all that were asked them, and of seeds, each model's own [draws,
+    models]."""
     rng = np.random.default_rng(SEED)
-    drawn = question_draws(curves[0], rng)
     best = np.empty((RESAMPLES, len(curves)))
-    for place, curve in enumerate(curves):
+    for place, (curve, drawn) in enumerate(zip(curves, draws_of_each(curves, rng), strict=True)):
         seeds = len(curve.hits)
         weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
         by_seed = np.tensordot(curve.hits, drawn, (2, 1))  # [seeds, steps, draws]

@@ -71,6 +71,7 @@ def judge_format(
     edited: Values,
     floor: Values,
     clusters: Sequence[str] = (),
+    floor_clusters: Sequence[str] = (),
 ) -> FormatVerdict | None:
     """The verdict of one format; None where no question can be asked in it.
 
@@ -79,25 +80,31 @@ def judge_format(
         base: One value a question of the untouched base; NaN where it cannot be asked.
         edited: Of the edited model, untouched and after each attack, each attack where it gets furthest in multiple
             choice.
-        floor: Of the floor, untouched and after the same attacks.
+        floor: Of the floor, untouched and after the same attacks; on the same questions, or on another number of its own.
         clusters: The subject of each question.
+        floor_clusters: Of each question of the floor.
     """
     names = [attack for attack in edited if attack in floor]
-    asked = [place for place, value in enumerate(base) if not math.isnan(value)]
-    asked = [p for p in asked if not any(math.isnan(values[a][p]) for values in (edited, floor) for a in names)]
-    if not asked or not names:
+    mine, its = [base, *(edited[attack] for attack in names)], [floor[attack] for attack in names]
+    if names and len(its[0]) == len(base):
+        mine = its = [*mine, *its]
+    asked, of_floor = _asked(mine), _asked(its)
+    if not asked or not of_floor:
         return None
-    subjects = tuple(clusters[place] for place in asked) if clusters else ()
 
-    def curve(values: Sequence[float]) -> RecoveryCurve:
-        return RecoveryCurve((0,), (0,), np.asarray([[[values[place] for place in asked]]], dtype=float), subjects)
+    def curve(values: Sequence[float], places: Sequence[int], clusters: Sequence[str]) -> RecoveryCurve:
+        subjects = tuple(clusters[place] for place in places) if clusters else ()
+        return RecoveryCurve((0,), (0,), np.asarray([[[values[place] for place in places]]], dtype=float), subjects)
 
-    known = curve(base)
-    three = {attack: (curve(edited[attack]), curve(floor[attack]), known) for attack in names}
+    known = curve(base, asked, clusters)
+    three = {
+        attack: (curve(edited[attack], asked, clusters), curve(floor[attack], of_floor, floor_clusters), known)
+        for attack in names
+    }
     paired = {attack: Paired(curves) for attack, curves in three.items()}
     furthest = max(names, key=lambda attack: float(three[attack][0].accuracy[0]))
-    mine, theirs, _ = three[furthest]
-    share = regained(mine.accuracy, theirs.accuracy, known.accuracy)
+    best, theirs, _ = three[furthest]
+    share = regained(best.accuracy, theirs.accuracy, known.accuracy)
     return FormatVerdict(
         name,
         about,
@@ -105,12 +112,18 @@ def judge_format(
         float(known.accuracy[0]),
         float(three[NONE][0].accuracy[0]) if NONE in three else math.nan,
         furthest,
-        float(mine.accuracy[0]),
+        float(best.accuracy[0]),
         float(theirs.accuracy[0]),
         share_regained(paired[furthest], share),
         _outcome(paired, known.interval(0)[0], chance),
         len(asked),
     )
+
+
+def _asked(answers: Sequence[Sequence[float]]) -> list[int]:
+    """Places of the questions that could be asked every time."""
+    questions = len(answers[0]) if answers else 0
+    return [place for place in range(questions) if not any(math.isnan(each[place]) for each in answers)]
 
 
 def _outcome(paired: Mapping[str, Paired], least: float, chance: float) -> Outcome:

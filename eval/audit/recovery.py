@@ -166,11 +166,29 @@ def surely_reached(curve: RecoveryCurve) -> float:
 
 
 def _draws(curves: Sequence[RecoveryCurve]) -> Iterator[list[NDArray[np.float64]]]:
-    """Accuracies in bootstrap draws: the same questions are drawn for all models, because they are compared question by
-    question, and seeds for each."""
+    """Accuracies in bootstrap draws: the same questions are drawn for all models that were asked them, because they are
+    compared question by question, and seeds for each."""
     rng = np.random.default_rng(SEED)
-    for weights in question_draws(curves[0], rng):
-        yield [(one.hits[rng.integers(len(one.hits), size=len(one.hits))] @ weights).mean(0) for one in curves]
+    for each in zip(*draws_of_each(curves, rng), strict=True):
+        yield [
+            (one.hits[rng.integers(len(one.hits), size=len(one.hits))] @ weights).mean(0)
+            for one, weights in zip(curves, each, strict=True)
+        ]
+
+
+def asked_alike(curves: Sequence[RecoveryCurve]) -> list[list[int]]:
+    """Places of curves on the same questions. A floor on facts of its own is asked another number of them, and what it
+    answers varies on its own."""
+    counts = [curve.hits.shape[2] for curve in curves]
+    return [[place for place, n in enumerate(counts) if n == count] for count in dict.fromkeys(counts)]
+
+
+def draws_of_each(curves: Sequence[RecoveryCurve], rng: np.random.Generator) -> list[Curves]:
+    """``question_draws`` of each curve, the same for those on the same questions."""
+    found: dict[int, Curves] = {}
+    for places in asked_alike(curves):
+        found |= dict.fromkeys(places, question_draws(curves[places[0]], rng))
+    return [found[place] for place in range(len(curves))]
 
 
 def question_draws(curve: RecoveryCurve, rng: np.random.Generator) -> Curves:

@@ -34,18 +34,17 @@ class WorstAttack:
 
 def worst_attack(attacks: Mapping[str, Compared]) -> WorstAttack:
     """Choose among attacks, each with its step, on one half of the subjects; report on the other half."""
-    choosing, reporting = halves(next(iter(attacks.values())).edited)
 
     def share(one: Compared) -> float:
-        value = regained(*(_part(curve, choosing).accuracy for curve in (one.edited, one.floor, one.base)))
+        value = regained(*(_part(curve, halves(curve)[0]).accuracy for curve in (one.edited, one.floor, one.base)))
         return value or 0.0
 
     name = max(attacks, key=lambda key: share(attacks[key]))
     chosen = attacks[name]
-    curves = [_at_best_step(curve, choosing, reporting) for curve in (chosen.edited, chosen.floor, chosen.base)]
+    curves = [_at_best_step(curve, *halves(curve)) for curve in (chosen.edited, chosen.floor, chosen.base)]
     edited, floor, base = (curve.accuracy for curve in curves)
     estimate = share_regained(Paired(curves), regained(edited, floor, base))
-    return WorstAttack(name, float(edited[0]), float(floor[0]), float(base[0]), estimate, len(reporting))
+    return WorstAttack(name, float(edited[0]), float(floor[0]), float(base[0]), estimate, curves[0].hits.shape[2])
 
 
 def halves(curve: RecoveryCurve) -> tuple[list[int], list[int]]:

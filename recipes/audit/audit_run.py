@@ -19,8 +19,9 @@ from .attack_data import Answers, AttackData
 from .attackers import AttackTraining
 from .attacks.table import ATTACKS
 from .curve_store import CONTROLS, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest, one_point
+from .floor import floor_questions, invented_facts
 from .formats import FormatQuestions
-from .novel_facts import novel_concept, novel_facts
+from .novel_facts import novel_concept
 from .parts import UNTRAINED, Part, by_method
 from .request import NOVEL, AuditJob, format_questions, other_questions, questions_at_looks
 from .suppressed_control import suppressed_control
@@ -129,12 +130,8 @@ class AuditRun:
         if job.novel:
             data = replace(base.data, concept=job.novel.concept, questions=job.novel.questions, others=())
             return self.attack(replace(base, subject="reference", data=self._with_formats(data)))
-        facts, questions = novel_facts(job.facts, job.concept.questions, job.settings.seed)
-        forget = tuple(q for q in questions if q.split == "forget")
-        # The same questions, so that floor and edited model are compared question by question.
-        by_id = {q.id: q for q in forget}
-        held_out = tuple(by_id[q.id] for q in job.questions if q.id in by_id)
-        concept = novel_concept(job.concept, facts, forget)
+        facts, forget = invented_facts(job)
+        concept, held_out = novel_concept(job.concept, facts, forget), floor_questions(job)
         data = replace(base.data, concept=concept, facts=facts, questions=held_out, others=())
         self.attack(replace(base, subject="reference", data=self._with_formats(data)))
 

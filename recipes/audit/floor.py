@@ -10,8 +10,10 @@ from ...eval.concept import Question
 from ...eval.inference.multiple_choice_set import is_highest
 from ...eval.intervals import wilson
 from ...eval.words import topical
+from ..data.facts import Facts
 from .attacks.table import ATTACKS
 from .notes import continues_text, teaches_questions, tells_apart
+from .novel_facts import novel_facts
 from .request import GUESSING, NOVEL, AuditJob
 
 GIVE = "give --reference, a model that was never trained on the concept"
@@ -26,6 +28,22 @@ def floor_of(job: AuditJob, untouched: RecoveryCurve | None) -> str:
     if job.novel is None or untouched is None:
         return job.reference
     return job.reference if untouched.interval(0)[1] >= chance_of(job.novel.questions) else GUESSING
+
+
+def invented_facts(job: AuditJob) -> tuple[Facts, tuple[Question, ...]]:
+    """Facts that nobody knows, and the pack's questions to forget asked about them, as far as they can be."""
+    facts, questions = novel_facts(job.facts, job.concept.questions, job.settings.seed)
+    return facts, tuple(q for q in questions if q.split == "forget")
+
+
+def floor_questions(job: AuditJob) -> tuple[Question, ...]:
+    """What the floor is asked in place of the audit's questions; facts that nobody knows may allow fewer."""
+    if job.reference != NOVEL:
+        return job.questions
+    if job.novel:
+        return job.novel.questions
+    by_id = {q.id: q for q in invented_facts(job)[1]}
+    return tuple(by_id[q.id] for q in job.questions if q.id in by_id)
 
 
 def missing(job: AuditJob, floor: str) -> Missing:

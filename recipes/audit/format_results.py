@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from ...eval.audit.formats import NONE, FormatVerdict, bits, judge_format
 from ...eval.items import clusters_of
 from .curve_store import UNTOUCHED, CurveStore, FormatAnswers
+from .floor import floor_questions
 from .formats import FORMATS, FormatQuestions
 from .request import GUESSING, AuditJob, format_questions
 
@@ -21,15 +20,15 @@ def compare_formats(job: AuditJob, curves: CurveStore, attacks: Sequence[str], f
     if base is None or floor == GUESSING:
         return []
     asked = {subject: _of(curves, subject, attacks) for subject in ("edited", "reference")}
-    questions = format_questions(job, job.questions)
-    clusters = clusters_of(job.concept, questions)
+    questions, of_floor = (format_questions(job, some) for some in (job.questions, floor_questions(job)))
+    clusters = [clusters_of(job.concept, some) for some in (questions, of_floor)]
     # Chances need no tokenizer.
     chances = FormatQuestions(questions, None).chances()
     found = []
     for name, about in FORMATS.items():
         edited = {attack: answers.values[name] for attack, answers in asked["edited"].items()}
-        never = {attack: _repeated(one.values[name], len(questions)) for attack, one in asked["reference"].items()}
-        verdict = judge_format(name, about, chances[name], base.values[name], edited, never, clusters)
+        never = {attack: answers.values[name] for attack, answers in asked["reference"].items()}
+        verdict = judge_format(name, about, chances[name], base.values[name], edited, never, *clusters)
         found += [verdict] if verdict else []
     return found
 
@@ -58,8 +57,3 @@ def _of(curves: CurveStore, subject: str, attacks: Sequence[str]) -> dict[str, F
     found = {name: curves.get(subject, name).formats for name in attacks}
     found[NONE] = curves.get(subject, UNTOUCHED).formats
     return {name: one for name, one in found.items() if one is not None}
-
-
-def _repeated(values: Sequence[float], count: int) -> list[float]:
-    """A floor on other questions, repeated until it has as many: intervals draw questions in pairs."""
-    return [float(value) for value in np.resize(np.asarray(values), count)]

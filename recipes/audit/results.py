@@ -20,7 +20,17 @@ from ...eval.items import clusters_of
 from .attacks.table import ATTACKS
 from .command import command
 from .curve_store import UNTOUCHED, UTILITY, CurveStore
-from .floor import chance_of, floor_gaps, floor_of, guessing_curve, guessing_of, in_words, missing, unsure
+from .floor import (
+    chance_of,
+    floor_gaps,
+    floor_of,
+    floor_questions,
+    guessing_curve,
+    guessing_of,
+    in_words,
+    missing,
+    unsure,
+)
 from .format_results import compare_formats, format_gaps, injected_bits
 from .notes import continues_text
 from .request import GUESSING, AuditJob, other_questions, questions_at_looks
@@ -122,6 +132,7 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
     """Each attack at the learning rate that brought every model furthest, and the names of those that could not be
     scored."""
     base = replace(curves.get("base", UNTOUCHED).only, clusters=clusters_of(job.concept, job.questions))
+    clusters = {"reference": clusters_of(job.concept, floor_questions(job))}
     compared: list[Compared] = []
     unscored: list[str] = []
     given_v, lacking = unsure(job, floor), missing(job, floor)
@@ -132,7 +143,7 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
     for name in job.attacks:
         by_subject = {subject: curves.get(subject, name) for subject in measured}
         chosen = {
-            subject: (rate, replace(curve, clusters=base.clusters))
+            subject: (rate, replace(curve, clusters=clusters.get(subject, base.clusters)))
             for subject, one in by_subject.items()
             for rate, curve in [envelope(one.by_rate) if ATTACKS[name].searched else furthest(one.by_rate)]
         }
@@ -151,7 +162,7 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
                 ATTACKS[name].known or name in given_v,
                 base=chosen["base"][1],
                 edited=chosen["edited"][1],
-                floor=_matched(chosen["reference"][1], base),
+                floor=chosen["reference"][1],
                 control=furthest(suppressed.by_rate)[1] if suppressed else None,
                 rates={subject: _rate(job, name, key) for subject, (key, _) in chosen.items()},
                 diverged=sum(one.diverged for one in by_subject.values()),
@@ -181,15 +192,6 @@ def _utility_before(job: AuditJob, curves: CurveStore) -> float | None:
     hits = curves.get("edited", UTILITY).only.hits.ravel()
     others = other_questions(job.concept)
     return float(np.mean([hit for hit, question in zip(hits, others, strict=True) if question.id in asked]))
-
-
-def _matched(floor: RecoveryCurve, base: RecoveryCurve) -> RecoveryCurve:
-    """A floor on other questions, repeated until it has as many as the base: intervals draw questions in pairs."""
-    n, wanted = floor.hits.shape[2], base.hits.shape[2]
-    if n == wanted:
-        return floor
-    places = np.resize(np.arange(n), wanted)
-    return RecoveryCurve(floor.steps, floor.tokens, floor.hits[:, :, places])
 
 
 def _utility(job: AuditJob, curves: CurveStore) -> dict[str, dict[str, Any]]:

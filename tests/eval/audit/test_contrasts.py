@@ -57,6 +57,27 @@ def test_intervals_hold_the_true_difference_and_the_true_share():
     assert hits / audits >= 0.93 and shares / audits >= 0.93
 
 
+def test_a_floor_on_fewer_questions_of_its_own_varies_as_fewer_do():
+    """Repeated until it has as many as the others, it would seem to vary half as much."""
+    rng, contrasts, repeated, values = np.random.default_rng(3), [], [], []
+    for _ in range(200):
+        edited, base = (rng.random(160) < rate for rate in (0.4, 0.9))
+        floor = rng.random(20) < 0.3
+        curves = [_one(edited), _one(floor), _one(base)]
+        contrasts.append(Paired(curves).contrast(1, -1, 0))
+        repeated.append(Paired([curves[0], _one(np.resize(floor, 160)), curves[2]]).contrast(1, -1, 0).error)
+        values.append(edited.mean() - floor.mean())
+    true = float(np.std(values))
+    assert [one.value for one in contrasts] == pytest.approx(values)
+    assert 0.95 * true < np.mean([one.error for one in contrasts]) < 1.3 * true
+    assert np.mean(repeated) < 0.6 * true
+    held = [abs(one.value - 0.1) < 1.96 * one.error for one in contrasts]
+    assert np.mean(held) > 0.93
+    # Where it counts for nothing, it adds nothing.
+    alone = Paired([curves[0], curves[2]]).contrast(1, -1)
+    assert Paired(curves).contrast(1, 0, -1).error == pytest.approx(alone.error, rel=0.1)
+
+
 def test_alike_is_said_of_equal_models_with_enough_questions_and_never_of_few_or_different_ones():
     def alike(difference, n):
         rng = np.random.default_rng(n)

@@ -48,6 +48,17 @@ def test_questions_that_cannot_be_asked_so_are_left_out_of_all_models():
     assert judge_format("reversed", "", 0.25, [math.nan] * N, {NONE: _right(0.5)}, {NONE: _right(0)}) is None
 
 
+def test_a_floor_on_fewer_questions_of_its_own_is_compared_as_few():
+    edited, base = {NONE: _right(0.6)}, _right(1.0)
+    few, many = {NONE: [1.0] * 3 + [0.0] * 9}, {NONE: _right(0.25)}
+    narrow, wide = (judge_format("reversed", "", 0.125, base, edited, floor) for floor in (many, few))
+    assert narrow.floor == wide.floor == 0.25 and narrow.n == wide.n == N
+    widths = [high - low for low, high in (one.regained.ci95 for one in (narrow, wide))]
+    assert widths[1] > 1.3 * widths[0]
+    some = {NONE: [math.nan, *few[NONE][1:]]}
+    assert judge_format("reversed", "", 0.125, base, edited, some).floor == pytest.approx(2 / 11)
+
+
 def test_formats_that_disagree_are_said_and_those_that_agree_too():
     back, away = _judged(0.1, 0.7), _judged(0.1, 0.12, name="open_answer")
     (said,) = format_findings([back, away])
