@@ -46,7 +46,7 @@ def explained(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]
     if hasattr(error, "option_name") and hasattr(error, "possibilities"):
         return _unknown_option(error, arguments), 2
     if hasattr(error, "format_message"):
-        return f"{error.format_message().rstrip('.')}; see `{_help_of(error)}`", 2
+        return f"{error.format_message().rstrip('.').replace('Value error, ', '')}; see `{_help_of(error)}`", 2
     if _disk_is_full(error):
         how = "Free some space, then run the command again with --resume"
         return f"the disk is full; no partial checkpoint was left. {how}", 1

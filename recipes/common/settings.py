@@ -207,6 +207,8 @@ def _reason(detail: Any, kind: type[BaseModel]) -> str:
     # A choice that may be left out is a union with None.
     if allowed := _allowed(annotation) or [word for part in typing.get_args(annotation) for word in _allowed(part)]:
         return f"got {detail['input']!r:.80}{nearest(str(detail['input']), allowed)}; allowed: {', '.join(allowed)}"
+    if detail["input"] is None:
+        return f"it has no value; {message[0].lower()}{message[1:]}"
     if isinstance(annotation, types.UnionType):
         return f"got {detail['input']!r:.80}; {message}"
     return f"got {detail['input']!r:.80}; {message[0].lower()}{message[1:]}"
