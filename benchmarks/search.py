@@ -30,8 +30,8 @@ from excise.eval.measurements.behaviour import declines
 from excise.eval.model_under_test import ModelUnderTest
 from excise.recipes.search.bench import Bench
 from excise.recipes.search.request import Request, prepare
-from excise.recipes.search.run import run, trial_folder
-from excise.recipes.search.study import Study
+from excise.recipes.search.run import run
+from excise.recipes.search.study import Study, trial_folder
 
 MOST_DECLINING = 0.05
 TOKENS = 24

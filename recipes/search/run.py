@@ -12,7 +12,7 @@ from .bench import Bench
 from .page import write_page
 from .request import Request, measured_job_of
 from .results import SearchResults, results_of
-from .study import Done, Study
+from .study import Done, Study, trial_folder
 from .trial import tried
 
 FAILED_AT_ONCE = 5
@@ -46,24 +46,31 @@ def run(request: Request, events: Events, told: Told = lambda *_: None) -> Searc
         RequestError: The storage cannot be opened, or a trial's settings cannot work.
     """
     study = Study.of(request)
-    study.redo_what_was_killed()
+    with study.at_work():
+        study.redo_what_was_killed()
+        if len(study.done()) < request.trials:
+            _searched(request, study, events, told)
     done = study.done()
-    if len(done) < request.trials:
-        loaded = measured_run.load(request.job, request.job.source, "base", events)
-        with events.stage("measure base on the half that chooses"):
-            bench = Bench(request.job, loaded, request.prompts)
-            cheap = [one.figure for one in (*request.rules.stand_ins, *request.rules.objectives)]
-            base = {one.name: bench.base["all"].value(one) for one in cheap if one.measurement != "kl_from_base"}
-        events.write("base", 0, {**base, "generated_tokens": bench.base["all"].generated})
-        while len(done) + study.running() < request.trials:
-            _one(request, study, bench, done)
-            done = study.done()
-            _check_some_work(done)
-            told(done, study.front(done))
-            write_page(request, done, study.front(done))
     results = results_of(request, done, study.front(done))
     write_page(request, done, study.front(done))
     return results
+
+
+def _searched(request: Request, study: Study, events: Events, told: Told) -> None:
+    """Try one edit after the other, on a base that is loaded and measured once."""
+    loaded = measured_run.load(request.job, request.job.source, "base", events)
+    with events.stage("measure base on the half that chooses"):
+        bench = Bench(request.job, loaded, request.prompts)
+        cheap = [one.figure for one in (*request.rules.stand_ins, *request.rules.objectives)]
+        base = {one.name: bench.base["all"].value(one) for one in cheap if one.measurement != "kl_from_base"}
+    events.write("base", 0, {**base, "generated_tokens": bench.base["all"].generated})
+    done = study.done()
+    while len(done) + study.running() < request.trials:
+        _one(request, study, bench, done)
+        done = study.done()
+        _check_some_work(done)
+        told(done, study.front(done))
+        write_page(request, done, study.front(done))
 
 
 def _one(request: Request, study: Study, bench: Bench, before: Sequence[Done]) -> None:
@@ -92,8 +99,3 @@ def _check_some_work(done: Sequence[Done]) -> None:
     """
     if len(done) >= FAILED_AT_ONCE and all(one.state == "failed" for one in done):
         raise RequestError(f"all of the first {len(done)} trials failed, the last one: {done[-1].error}")
-
-
-def trial_folder(folder: Path, number: int) -> Path:
-    """Where a trial's edit stands."""
-    return folder / "trials" / f"{number:04}"

@@ -1,14 +1,19 @@
 """The study that remembers trials: Optuna in a file or a database, so that workers share it and nothing is done twice."""
 
+import logging
 import os
+import secrets
+import shutil
 import socket
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...artifacts.files.locks import Lock, is_held
 from ...editing.errors import RequestError, one_line
 from ..common.search_space import Dimension, Space
 from ..jobs.local import is_alive
@@ -17,9 +22,12 @@ from .figures import Guard, Objective, front
 if TYPE_CHECKING:
     from .request import Request
 
+log = logging.getLogger(__name__)
 NAME = "excise"
+LOCKS = "locks"
+"""Folder with a lock of each worker, which dies with it, and one of asking."""
 GONE_AFTER = 3600.0
-"""Seconds without a sign of life after which a trial of a worker on another machine is done again."""
+"""Seconds after which a trial of another machine's worker is done again where the file system knows no locks."""
 SETTINGS, FIGURES, CONSTRAINTS, ERROR, TOKENS, SECONDS = (
     "settings", "figures", "constraints", "error", "generated_tokens", "seconds",
 )  # fmt: skip
@@ -51,12 +59,30 @@ class Study:
     def of(cls, request: "Request") -> "Study":
         """The study of a search; see ``__init__`` for what it raises."""
         rules = request.rules
-        return cls(request.storage, request.space, rules.objectives, rules.guards, request.base.seed, request.trials)
+        return cls(
+            request.storage,
+            request.space,
+            rules.objectives,
+            rules.guards,
+            request.base.seed,
+            request.trials,
+            request.folder,
+        )
 
     def __init__(
-        self, url: str, space: Space, objectives: Sequence[Objective], guards: Sequence[Guard], seed: int, trials: int
+        self,
+        url: str,
+        space: Space,
+        objectives: Sequence[Objective],
+        guards: Sequence[Guard],
+        seed: int,
+        trials: int,
+        folder: Path | None = None,
     ):
         """Open the study, or make it.
+
+        Args:
+            folder: Of the search, which all workers share; there they tell by locks who still lives.
 
         Raises:
             RequestError: The storage cannot be opened, or holds a study of other objectives.
@@ -67,6 +93,7 @@ class Study:
         warnings.filterwarnings("ignore", module="optuna")
         self.optuna, self.space, self.objectives, self.guards = optuna, space, objectives, guards
         self.seed, self.first = seed, min(10, max(2, trials // 4))
+        self.folder, self.lock = folder, ""
         ways: list[Any] = ["minimize" if one.way == "min" else "maximize" for one in objectives]
         try:
             self.study = optuna.create_study(
@@ -91,8 +118,32 @@ class Study:
             else None,
         )
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While this lasts, workers on any host can tell that this one lives, by a lock that dies with its process."""
+        if self.folder is None:
+            yield
+            return
+        self.lock = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        path = self.folder / LOCKS / self.lock
+        path.parent.mkdir(exist_ok=True)
+        lock = Lock.take(path)
+        try:
+            yield
+        finally:
+            self.lock = ""
+            path.unlink(missing_ok=True)
+            if lock is not None:
+                lock.release()
+
     def ask(self, trials: int) -> tuple[Any, dict[str, Any]] | None:
         """The next trial, with its values; None where ``trials`` ended or are under way, as another worker saw too."""
+        with self._one_at_a_time():
+            if self._knows_locks():
+                self._redo()
+            return self._asked(trials)
+
+    def _asked(self, trials: int) -> tuple[Any, dict[str, Any]] | None:
         trial = self.study.ask()
         before = self._before(trial.number)
         if before >= trials:
@@ -103,38 +154,88 @@ class Study:
         # drawn when they are asked for, so the seed is that of this trial's number, which no other worker has.
         self.study.sampler = self._sampler(before)
         trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
+        trial.set_user_attr("lock", self.lock)
         trial.set_user_attr("seen", time.time())
         values = {name: _drawn(trial, name, one) for name, one in self.space.items()}
         return trial, values
 
     def tell(self, trial: Any, state: str, values: Sequence[float] | None, record: Mapping[str, Any]) -> None:
         """Keep what a trial gave."""
-        for key, value in record.items():
-            trial.set_user_attr(key, value)
         states = self.optuna.trial.TrialState
         kinds = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}
-        self.study.tell(trial, values, state=kinds[state])
+        with self._one_at_a_time():
+            try:
+                for key, value in record.items():
+                    trial.set_user_attr(key, value)
+            except self.optuna.exceptions.UpdateFinishedTrialError:
+                # As after a broken network, or an hour on a file system without locks.
+                log.warning("trial %d was given up for lost and is done again; this result is left out", trial.number)
+                return
+            self.study.tell(trial, values, state=kinds[state])
 
     def redo_what_was_killed(self) -> int:
         """Queue the trials that a worker did not end, and return their number."""
+        with self._one_at_a_time():
+            return self._redo()
+
+    def _redo(self) -> int:
         count = 0
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.state.name == "RUNNING" and _is_gone(trial):
-                self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
-                if trial.params:
-                    self.study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
-                    count += 1
+        for trial in self._unfinished():
+            if not self._is_gone(trial):
+                continue
+            self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
+            # What was killed while it drew its values draws them again.
+            if trial.params.keys() >= self.space.keys():
+                self.study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+                count += 1
+            if self.folder:
+                edit = trial_folder(self.folder, trial.number)
+                for rest in (edit, work_folder(edit)):
+                    shutil.rmtree(rest, ignore_errors=True)
+                if lock := trial.user_attrs.get("lock"):
+                    (self.folder / LOCKS / lock).unlink(missing_ok=True)
         return count
 
     def running(self) -> int:
-        """Trials that some worker is at."""
-        return sum(trial.state.name == "RUNNING" for trial in self.study.get_trials(deepcopy=False))
+        """Trials that some worker is at; where locks tell, without those of workers that are gone."""
+        knows = self._knows_locks()
+        return sum(not (knows and self._is_gone(trial)) for trial in self._unfinished())
+
+    def _unfinished(self) -> list[Any]:
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """While this lasts, no other worker asks, tells, or queues what was killed."""
+        if self.folder is None:
+            yield
+            return
+        path = self.folder / LOCKS / "asking"
+        path.parent.mkdir(exist_ok=True)
+        while (lock := Lock.take(path)) is None:
+            time.sleep(0.05)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _knows_locks(self) -> bool:
+        """Whether locks tell which workers live; only one that is at work itself knows."""
+        return bool(self.folder and self.lock and is_held(self.folder / LOCKS / self.lock))
+
+    def _is_gone(self, trial: Any) -> bool:
+        """Whether nobody is at a trial any more."""
+        about = trial.user_attrs
+        if self.folder and about.get("lock") and (held := is_held(self.folder / LOCKS / about["lock"])) is not None:
+            return not held
+        host, process = about.get("worker", ["", 0])
+        if host == socket.gethostname():
+            return process == os.getpid() or not is_alive(int(process))
+        return time.time() - float(about.get("seen", 0.0)) > GONE_AFTER
 
     def _before(self, number: int) -> int:
         """Trials of lower numbers that ended or that some worker is at."""
-        ended = sum(one.number < number for one in self.done())
-        trials = self.study.get_trials(deepcopy=False)
-        return ended + sum(one.number < number and one.state.name == "RUNNING" for one in trials)
+        return sum(one.number < number for one in (*self.done(), *self._unfinished()))
 
     def done(self) -> list[Done]:
         """Every trial that ended, without those that were killed and are done again."""
@@ -157,6 +258,16 @@ class Study:
         return [by_number[number] for number in numbers]
 
 
+def trial_folder(folder: Path, number: int) -> Path:
+    """Where a trial's edit stands."""
+    return folder / "trials" / f"{number:04}"
+
+
+def work_folder(trial: Path) -> Path:
+    """Where a trial works until its edit stands."""
+    return trial.with_name(f".{trial.name}.work")
+
+
 def without_password(url: str) -> str:
     """A storage's address as it may be shown."""
     scheme, separator, rest = url.partition("://")
@@ -175,14 +286,6 @@ def _drawn(trial: Any, name: str, one: Dimension) -> Any:
     if isinstance(one.low, int) and isinstance(one.high, int):
         return trial.suggest_int(name, one.low, one.high, log=one.log)
     return trial.suggest_float(name, one.low, one.high, log=one.log)
-
-
-def _is_gone(trial: Any) -> bool:
-    """Whether nobody is at a trial any more."""
-    host, process = trial.user_attrs.get("worker", ["", 0])
-    if host == socket.gethostname():
-        return process == os.getpid() or not is_alive(int(process))
-    return time.time() - float(trial.user_attrs.get("seen", 0.0)) > GONE_AFTER
 
 
 def _done(trial: Any) -> Done:

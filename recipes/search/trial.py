@@ -13,7 +13,7 @@ from ...editing.edits.base import WeightEdit
 from ...editing.errors import ExciseError
 from .bench import Bench, Sitting
 from .figures import Figure, Guard, Objective, dominated
-from .study import CONSTRAINTS, ERROR, FIGURES, SECONDS, SETTINGS, TOKENS, Done
+from .study import CONSTRAINTS, ERROR, FIGURES, SECONDS, SETTINGS, TOKENS, Done, work_folder
 
 NOISE = {"few": 0.15, "all": 0.03}
 """Share of the spread seen so far by which a trial must be worse to be left at a size: few items tell less."""
@@ -66,7 +66,7 @@ def tried(
     """
     began, figures = time.monotonic(), dict[str, dict[str, float]]()
     outcome, generated = Outcome("failed"), 0
-    work = folder.with_name(f".{folder.name}.work")
+    work = work_folder(folder)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:

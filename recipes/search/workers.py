@@ -32,7 +32,7 @@ def run(request: Request, engine: Engine, workers: int) -> SearchResults:
     """Let workers search until as many trials ended as were asked for.
 
     Raises:
-        RequestError: A worker failed; its log is named.
+        RequestError: A worker failed; its log is named. Or trials are missing, which nobody here can end.
     """
     # Made here, so that workers do not make it twice.
     study = Study.of(request)
@@ -45,6 +45,12 @@ def run(request: Request, engine: Engine, workers: int) -> SearchResults:
     if len(done) < request.trials and (failed := [one for one in outcomes if one.state == "failed"]):
         raise RequestError(
             f"{len(failed)} of {workers} workers failed, the first: {failed[0].error}; see {failed[0].log}"
+        )
+    if len(done) < request.trials:
+        raise RequestError(
+            f"{len(done)} of {request.trials} trials ended; a worker that this command did not start is at the others, or was"
+            " lost within the last hour on a file system without locks. Later go on with"
+            f" excise search --worker {request.folder} --trials {request.trials}"
         )
     results = results_of(request, done, study.front(done))
     write_page(request, done, study.front(done))
