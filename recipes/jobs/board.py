@@ -115,13 +115,14 @@ def progress(row: Row) -> str:
 
 
 def _event(row: Row) -> str:
+    more = f", {row.more}" if row.more else ""
     if row.state == "failed":
         return f"{row.name}: failed: {row.error}" + (f"; log: {row.log}" if row.log else "")
     if row.state == "running":
         return f"{row.name}: {progress(row)}"
     if row.state == "finished":
-        return f"{row.name}: finished" + (f" after {clock(row.seconds)}" if row.seconds else "")
-    return f"{row.name}: {row.state}" + (f", {row.more}" if row.more else "")
+        return f"{row.name}: finished" + (f" after {clock(row.seconds)}" if row.seconds else "") + more
+    return f"{row.name}: {row.state}{more}"
 
 
 def _table(rows: Sequence[Row], most: int) -> Any:

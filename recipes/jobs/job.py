@@ -101,6 +101,11 @@ class Record(Form):
     def is_over(self) -> bool:
         return self.state in ("finished", "failed")
 
+    @property
+    def seconds(self) -> float:
+        """How long the last attempt took; 0 of what was never started or has not ended."""
+        return max(0.0, self.ended - self.started) if self.started and self.ended else 0.0
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -186,9 +191,8 @@ class JobFolder:
     def outcome(self, job: Job) -> Outcome:
         """How a job ended that is over."""
         record = self.read(job.name)
-        seconds = max(0.0, record.ended - record.started)
         state: Literal["finished", "failed"] = "finished" if record.state == "finished" else "failed"
-        return Outcome(job, state, record.error, self.log(job.name), record.attempts, seconds)
+        return Outcome(job, state, record.error, self.log(job.name), record.attempts, record.seconds)
 
     @contextmanager
     def claimed(self, name: str, while_waiting: Callable[[], bool]) -> Iterator[int | None]:

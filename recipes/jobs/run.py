@@ -1,7 +1,7 @@
 """Run many excise commands on an engine: each one resumable, finished work never done twice."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,7 @@ def run_jobs(
     retries: int = RETRIES,
     again: str = "the same command again",
     shown: Board | None = None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> list[Outcome]:
     """Run jobs until each has finished or failed; one that fails holds up no other.
 
@@ -45,6 +46,8 @@ def run_jobs(
         retries: How often a job is started again that was killed or lost; one that ended with an error is not.
         again: What continues the jobs after an interrupt, for the message.
         shown: Where the state of all jobs is shown; by default on stderr.
+        enough: Whether jobs that have not begun would find nothing left to do; a cluster then need not find a node for
+            them. For workers that share what they do.
 
     Returns:
         How each ended, in the order of ``jobs``.
@@ -66,7 +69,7 @@ def run_jobs(
         runner = (
             LocalRunner(records, engine.at_once, retries)
             if isinstance(engine, Local)
-            else SlurmRunner(records, engine, retries)
+            else SlurmRunner(records, engine, retries, enough)
         )
         with shown or board() as display:
             try:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Attempt:
             if records.read(self.job.name).state == "finished":
                 return "finished"
             if self.job.is_complete():
-                return records.update(self.job.name, state="finished").state
+                return records.update(self.job.name, state="finished", more="").state
             records.begin(self.job, _number())
             self.process = start(
                 self.job, records, os.environ, pass_fds=(descriptor,), preexec_fn=_leave_signal_to_parent
@@ -84,8 +84,8 @@ FAILED_LAUNCH = "launch failed requeued held"
 class SlurmRunner:
     """Submits jobs, and again those that were lost."""
 
-    def __init__(self, folder: JobFolder, engine: Slurm, retries: int):
-        self.folder, self.engine, self.retries = folder, engine, retries
+    def __init__(self, folder: JobFolder, engine: Slurm, retries: int, enough: Callable[[], bool] = lambda: False):
+        self.folder, self.engine, self.retries, self.enough = folder, engine, retries, enough
         self.jobs: dict[str, Job] = {}
         self.numbers = read_numbers(folder)
         """SLURM's number of each job that was submitted, also by an earlier command."""
@@ -114,7 +114,17 @@ class SlurmRunner:
             if queued is not None:
                 self._submit_again([job for job in open_jobs if self.numbers.get(job.name) not in queued])
                 self._release(open_jobs)
+                if self.enough():
+                    self._drop_waiting(open_jobs)
         return bool(open_jobs)
+
+    def _drop_waiting(self, open_jobs: Sequence[Job]) -> None:
+        """Take from the queue what would find nothing left to do, however long it would wait for a node."""
+        waiting = queued_numbers(self.numbers.values(), "PENDING") or set()
+        for job in open_jobs:
+            if (number := self.numbers.get(job.name)) in waiting:
+                subprocess.run(["scancel", number], check=False, capture_output=True)
+                self.folder.update(job.name, state="finished", more="nothing was left to do")
 
     def _release(self, open_jobs: Sequence[Job]) -> None:
         """Let jobs go on that SLURM holds because a node could not start them, such as one that came back while their
@@ -172,11 +182,12 @@ class _Numbers(Form):
     numbers: dict[str, str]
 
 
-def queued_numbers(known: Iterable[str]) -> set[str] | None:
-    """Which of these SLURM still has in its queue; None where it does not answer."""
+def queued_numbers(known: Iterable[str], state: str = "") -> set[str] | None:
+    """Which of these SLURM still has in its queue, in one state or in any; None where it does not answer."""
     if not set(known):
         return set()
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
+    command += [f"--states={state}"] if state else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -89,8 +89,7 @@ def _named(row: Row, name: str) -> Row:
 def _row(records: JobFolder, record: Record) -> Row:
     log, now = str(records.log(record.name)), time.time()
     if record.state != "running":
-        seconds = max(0.0, record.ended - record.started) if record.ended else 0.0
-        return Row(record.name, record.state, seconds=seconds, error=record.error, log=log, more=record.more)
+        return Row(record.name, record.state, seconds=record.seconds, error=record.error, log=log, more=record.more)
     stage = last_stage(Path(record.events))
     # Events of an earlier attempt say nothing of this one.
     fresh = stage if stage and stage.time >= record.started - 1 else None

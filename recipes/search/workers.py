@@ -40,7 +40,7 @@ def run(request: Request, engine: Engine, workers: int) -> SearchResults:
     # Workers of an earlier call with fewer trials are other jobs.
     folder = request.folder / f"workers-{request.trials}"
     jobs = [Job(f"worker-{number}", command, request.folder, own_folder=False) for number in range(workers)]
-    outcomes = run_jobs(jobs, engine, folder)
+    outcomes = run_jobs(jobs, engine, folder, enough=lambda: len(study.done()) >= request.trials)
     done = study.done()
     if len(done) < request.trials and (failed := [one for one in outcomes if one.state == "failed"]):
         raise RequestError(

@@ -15,11 +15,14 @@ from excise.editing.errors import ExciseError
 from excise.recipes.jobs import slurm as engine
 from excise.recipes.jobs.job import Job, JobFolder
 from excise.recipes.jobs.run import run_jobs
+from excise.recipes.search.request import recorded
+from excise.recipes.search.study import Study, trial_folder
 from excise.recipes.sweep import recipe as sweep
-from helpers import SMALL_TESTBED
-from slurm import cluster
+from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, in_fresh_process, with_settings
+from slurm import NODES, cluster, daemons
 
-__all__ = ["cluster"]
+__all__ = ["cluster", "daemons"]
+SLURM = "slurm:time=30,mem=1000M"
 # Long enough to be hit while it works, on a quick machine too.
 SMALL = {"questions": 60, "kl_prompts": 32, "max_new_tokens": 24, "train_pairs": 128}
 SEEDS = [0, 1, 2]
@@ -52,7 +55,7 @@ def test_a_killed_job_and_a_lost_node_lose_nothing(cluster, tmp_path, monkeypatc
     monkeypatch.setattr(engine, "LOOK_SECONDS", 1.0)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     started = time.monotonic()
-    undisturbed = _sweep(tmp_path / "undisturbed", "slurm:time=30,mem=1000M")
+    undisturbed = _sweep(tmp_path / "undisturbed", SLURM)
     first_seconds = time.monotonic() - started
     out = tmp_path / "disturbed"
     harm = {}
@@ -71,7 +74,7 @@ def test_a_killed_job_and_a_lost_node_lose_nothing(cluster, tmp_path, monkeypatc
     hand = threading.Thread(target=disturb, daemon=True)
     hand.start()
     started = time.monotonic()
-    disturbed = _sweep(out, "slurm:time=30,mem=1000M")
+    disturbed = _sweep(out, SLURM)
     second_seconds = time.monotonic() - started
     hand.join(10)
     assert harm["node"] in ("n1", "n2") and not undisturbed.failed and not disturbed.failed
@@ -110,7 +113,7 @@ def test_a_job_that_slurm_wants_off_its_node_is_requeued_and_goes_on(cluster, tm
     hand = threading.Thread(target=preempt, daemon=True)
     hand.start()
     settings = {"recipe": "orthogonalize", "model": SMALL_TESTBED, "concept": "builtin:potions", "set": SMALL}
-    done = sweep.run(sweep.prepare(sweep.SweepSettings(**settings, out=out, jobs="slurm:time=30,mem=1000M")), "again")
+    done = sweep.run(sweep.prepare(sweep.SweepSettings(**settings, out=out, jobs=SLURM)), "again")
     assert not done.failed and done.outcomes[0].attempts == 2
     log = done.outcomes[0].log.read_text()
     assert log.count("interrupted; no partial checkpoint was left") == 1
@@ -142,6 +145,18 @@ def test_a_command_that_is_left_finds_its_jobs_again(cluster, tmp_path):
     assert (tmp_path / "jobs" / "submitted.json").read_text() == numbers
 
 
+def test_jobs_that_would_find_nothing_left_to_do_wait_for_no_node(cluster, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engine, "LOOK_SECONDS", 1.0)
+    jobs = [Job(name, ("list", "recipes"), tmp_path, own_folder=False) for name in ("one", "two")]
+    for node in NODES:
+        cluster.set_node(node, "drain")
+    asked = []
+    ends = run_jobs(jobs, SLURM, tmp_path, enough=lambda: bool(asked.append(None)) or len(asked) > 3)
+    assert [(end.state, end.attempts, end.seconds) for end in ends] == [("finished", 0, 0.0)] * 2 and len(asked) == 4
+    assert not cluster.ask("squeue", "--noheader", "--states=PENDING,RUNNING")
+    assert capsys.readouterr().err.count("finished, nothing was left to do") == 2
+
+
 def test_only_jobs_that_a_node_could_not_start_are_released(tmp_path, monkeypatch):
     """As SLURM 22.05 showed a job whose node came back while the job's processes still ran there."""
     queue = tmp_path / "squeue"
@@ -151,3 +166,135 @@ def test_only_jobs_that_a_node_could_not_start_are_released(tmp_path, monkeypatc
     queue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert engine.failed_launches() == {"4_1"}
+
+
+class Loss:
+    """Cuts the power of the node of a running job once ``ready`` says so; it stays off."""
+
+    def __init__(self, cluster, ready):
+        self.cluster, self.ready, self.node = cluster, ready, ""
+        self.hand = threading.Thread(target=self._lose, daemon=True)
+
+    def _lose(self):
+        _when(self.ready)
+        self.node = min(self.cluster.running().values())
+        self.cluster.lose(self.node)
+
+    def __enter__(self):
+        self.hand.start()
+        return self
+
+    def __exit__(self, *_):
+        self.hand.join(60)
+        assert self.node in NODES, "no node was lost"
+
+
+def _timed(*words):
+    began = time.monotonic()
+    done = excise(*words, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    return done, time.monotonic() - began
+
+
+def _told(name, without, with_loss, capsys):
+    with capsys.disabled():
+        print(f"\n{name}: {without:.0f} s, with a node lost {with_loss:.0f} s, ratio {with_loss / without:.2f}")
+
+
+def test_an_audit_whose_node_is_lost_is_the_audit_without(cluster, tmp_path, capsys):
+    models = [SMALL_REFERENCE, "--base", SMALL_TESTBED, "--concept", "builtin:potions"]
+    command = ["audit", *models, "--questions", "20", "--attacks", "few_shot,rtt", "--fresh", "--jobs", SLURM]
+    _, without = _timed(*command, "--out", tmp_path / "undisturbed")
+    out = tmp_path / "disturbed"
+    # In the middle of an attack that trains.
+    with Loss(cluster, lambda: list((out / ".work" / "parts").glob("*rank.jsonl"))) as loss:
+        done, with_loss = _timed(*command, "--out", out)
+    assert (out / "audit.json").read_bytes() == (tmp_path / "undisturbed" / "audit.json").read_bytes()
+    assert cluster.nodes.keys() == {*NODES} - {loss.node} and done.stderr.count("finished after") == 7
+    _told("audit", without, with_loss, capsys)
+
+
+TRIALS = 24
+SIZES = with_settings("kl_prompts=4", "max_new_tokens=6", "train_pairs=16", "validation_pairs=4", "questions=20")
+SEARCH = ["search", "orthogonalize", "--model", SMALL_TESTBED, "--dtype", "float32", *SIZES, "--prompts", "6"]
+SEARCH += ["--trials", TRIALS, "--jobs", SLURM, "--json"]
+
+
+def _trials(folder):
+    """What each trial drew and gave, and the hash of its edit, in the order in which they were asked for."""
+    done = Study.of(recorded(folder)).done()
+    return [(one.params, one.state, one.values, one.figures, _edit(folder, one.number)) for one in done]
+
+
+def _edit(folder, number):
+    return {path.name: sha256_of(path) for path in trial_folder(folder, number).iterdir()}
+
+
+def _has_tried(folder, count):
+    return lambda: len(list((folder / "trials").glob("????"))) >= count
+
+
+def _front(done):
+    return [one | {"trial": None} for one in json.loads(done.stdout)["front"]]
+
+
+def test_a_search_whose_only_node_in_use_is_lost_is_the_search_without(cluster, tmp_path, capsys):
+    whole, without = _timed(*SEARCH, "--workers", 1, "--out", tmp_path / "whole")
+    out = tmp_path / "lost"
+    with Loss(cluster, _has_tried(out, TRIALS // 3)):
+        done, with_loss = _timed(*SEARCH, "--workers", 1, "--out", out)
+    (record,) = [JobFolder(out / f"workers-{TRIALS}").read("worker-0")]
+    assert record.attempts == 2 and record.host in cluster.nodes
+    assert len(_trials(out)) == TRIALS and _trials(out) == _trials(tmp_path / "whole")
+    assert _front(done) == _front(whole) != []
+    # Of the trial that was lost in the middle nothing is left.
+    assert len(list((out / "trials").iterdir())) == TRIALS
+    _told("search, one worker", without, with_loss, capsys)
+
+
+ALONE = """
+import json, sys
+from pathlib import Path
+from excise.artifacts.events import Events
+from excise.recipes.search.request import prepare
+from excise.recipes.search.run import run
+from excise.recipes.search.study import Study
+
+folder, model, sizes, drawn = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(), json.loads(sys.argv[4])
+flags = {"model": model, "dtype": "float32"}
+request = prepare("orthogonalize", folder, assignments=sizes, flags=flags, trials=len(drawn), prompts=6)
+for params in drawn:
+    Study.of(request).study.enqueue_trial(params)
+run(request, Events())
+print("{}")
+"""
+
+
+def test_two_workers_of_whom_one_is_lost_end_every_trial_once_with_the_figures_of_one_process(
+    cluster, tmp_path, capsys, monkeypatch
+):
+    """What two workers draw depends on who ends first, so it is each trial that is the same, and not the search."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    _, without = _timed(*SEARCH, "--workers", 2, "--out", tmp_path / "whole")
+    out = tmp_path / "lost"
+    with Loss(cluster, _has_tried(out, TRIALS // 3)) as loss:
+        done, with_loss = _timed(*SEARCH, "--workers", 2, "--out", out)
+    trials = _trials(out)
+    assert sum(json.loads(done.stdout)["trials"].values()) == len(trials) == TRIALS
+    assert len({json.dumps(params, sort_keys=True) for params, *_ in trials}) == TRIALS
+    study = Study.of(recorded(out)).study.get_trials()
+    hosts = {one.user_attrs["worker"][0] for one in study}
+    (lost,) = [one for one in study if one.state.name == "FAIL"]
+    assert hosts == {*NODES} and lost.user_attrs["worker"][0] == loss.node
+    (again,) = [one for one in study if one.user_attrs.get("again") == lost.number]
+    assert again.params == lost.params and again.state.name in ("COMPLETE", "PRUNED")
+    words = " ".join(word for word in SIZES if word != "--set")
+    alone = tmp_path / "alone"
+    in_fresh_process(ALONE, alone, SMALL_TESTBED, words, json.dumps([params for params, *_ in trials]))
+    for (params, _, _, figures, edit), (same, _, _, others, other_edit) in zip(trials, _trials(alone), strict=True):
+        assert params == same and edit == other_edit
+        # A trial may be left earlier in one order than in the other; what both measured is the same.
+        for size in figures.keys() & others.keys():
+            both = figures[size].keys() & others[size].keys()
+            assert both and {name: figures[size][name] for name in both} == {name: others[size][name] for name in both}
+    _told("search, two workers", without, with_loss, capsys)
