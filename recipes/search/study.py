@@ -239,10 +239,14 @@ class Study:
 
     def done(self) -> list[Done]:
         """Every trial that ended, without those that were killed and are done again."""
+        trials = self.study.get_trials(deepcopy=False)
+        # Some were killed while they told of an error.
+        again = {trial.user_attrs.get("again") for trial in trials}
         return [
             _done(trial)
-            for trial in self.study.get_trials(deepcopy=False)
-            if trial.state.name in ("COMPLETE", "PRUNED") or (trial.state.name == "FAIL" and ERROR in trial.user_attrs)
+            for trial in trials
+            if trial.state.name in ("COMPLETE", "PRUNED")
+            or (trial.state.name == "FAIL" and ERROR in trial.user_attrs and trial.number not in again)
         ]
 
     def front(self, done: Sequence[Done]) -> list[Done]:

@@ -16,7 +16,7 @@ from excise.recipes.jobs import slurm as engine
 from excise.recipes.jobs.job import Job, JobFolder
 from excise.recipes.jobs.run import run_jobs
 from excise.recipes.search.request import recorded
-from excise.recipes.search.study import Study, trial_folder
+from excise.recipes.search.study import NAME, Study, file_in, trial_folder
 from excise.recipes.sweep import recipe as sweep
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, in_fresh_process, with_settings
 from slurm import NODES, cluster, daemons
@@ -42,7 +42,7 @@ def _when(ready, seconds=240):
     end = time.monotonic() + seconds
     while not (value := ready()):
         assert time.monotonic() < end, "it never came"
-        time.sleep(0.2)
+        time.sleep(0.05)
     return value
 
 
@@ -169,15 +169,14 @@ def test_only_jobs_that_a_node_could_not_start_are_released(tmp_path, monkeypatc
 
 
 class Loss:
-    """Cuts the power of the node of a running job once ``ready`` says so; it stays off."""
+    """Cuts the power of a node, which stays off, once ``chosen`` names it."""
 
-    def __init__(self, cluster, ready):
-        self.cluster, self.ready, self.node = cluster, ready, ""
+    def __init__(self, cluster, chosen):
+        self.cluster, self.chosen, self.node = cluster, chosen, ""
         self.hand = threading.Thread(target=self._lose, daemon=True)
 
     def _lose(self):
-        _when(self.ready)
-        self.node = min(self.cluster.running().values())
+        self.node = _when(self.chosen)
         self.cluster.lose(self.node)
 
     def __enter__(self):
@@ -206,8 +205,14 @@ def test_an_audit_whose_node_is_lost_is_the_audit_without(cluster, tmp_path, cap
     command = ["audit", *models, "--questions", "20", "--attacks", "few_shot,rtt", "--fresh", "--jobs", SLURM]
     _, without = _timed(*command, "--out", tmp_path / "undisturbed")
     out = tmp_path / "disturbed"
-    # In the middle of an attack that trains.
-    with Loss(cluster, lambda: list((out / ".work" / "parts").glob("*rank.jsonl"))) as loss:
+
+    def chosen():
+        """The node of a part that trains."""
+        places = cluster.running() if list((out / ".work" / "parts").glob("*rank.jsonl")) else {}
+        at_work = [JobFolder(out / ".work").read(part.stem) for part in (out / ".work" / "parts").glob("*rank.jsonl")]
+        return next((one.host for one in at_work if one.state == "running" and one.slurm in places), "")
+
+    with Loss(cluster, chosen) as loss:
         done, with_loss = _timed(*command, "--out", out)
     assert (out / "audit.json").read_bytes() == (tmp_path / "undisturbed" / "audit.json").read_bytes()
     assert cluster.nodes.keys() == {*NODES} - {loss.node} and done.stderr.count("finished after") == 7
@@ -215,9 +220,22 @@ def test_an_audit_whose_node_is_lost_is_the_audit_without(cluster, tmp_path, cap
 
 
 TRIALS = 24
-SIZES = with_settings("kl_prompts=4", "max_new_tokens=6", "train_pairs=16", "validation_pairs=4", "questions=20")
+# Trials long enough to be hit.
+SIZES = with_settings("kl_prompts=8", "max_new_tokens=12", "train_pairs=64", "validation_pairs=16", "questions=40")
 SEARCH = ["search", "orthogonalize", "--model", SMALL_TESTBED, "--dtype", "float32", *SIZES, "--prompts", "6"]
 SEARCH += ["--trials", TRIALS, "--jobs", SLURM, "--json"]
+
+
+@functools.cache
+def _storage(folder):
+    import optuna
+
+    return optuna.load_study(study_name=NAME, storage=file_in(folder))
+
+
+def _asked(folder):
+    """Every trial that a worker asked for, also those that were lost."""
+    return _storage(folder).get_trials()
 
 
 def _trials(folder):
@@ -230,8 +248,45 @@ def _edit(folder, number):
     return {path.name: sha256_of(path) for path in trial_folder(folder, number).iterdir()}
 
 
-def _has_tried(folder, count):
-    return lambda: len(list((folder / "trials").glob("????"))) >= count
+def _in_the_middle(folder):
+    """A node that is in the middle of a trial, once a third of all trials ended."""
+    if len(list((folder / "trials").glob("????"))) < TRIALS // 3:
+        return ""
+    trials = _asked(folder)
+    drawn = [one for one in trials if one.state.name == "RUNNING" and one.params.keys() == trials[0].params.keys()]
+    return next((one.user_attrs["worker"][0] for one in drawn if "settings" not in one.user_attrs), "")
+
+
+@functools.cache
+def _storage(folder):
+    import optuna
+
+    return optuna.load_study(study_name=NAME, storage=file_in(folder))
+
+
+def _asked(folder):
+    """Every trial that a worker asked for, also those that were lost."""
+    return _storage(folder).get_trials()
+
+
+def _trials(folder):
+    """What each trial drew and gave, and the hash of its edit, in the order in which they were asked for."""
+    done = Study.of(recorded(folder)).done()
+    return [(one.params, one.state, one.values, one.figures, _edit(folder, one.number)) for one in done]
+
+
+def _edit(folder, number):
+    return {path.name: sha256_of(path) for path in trial_folder(folder, number).iterdir()}
+
+
+def _in_the_middle(folder):
+    """A node that is in the middle of a trial, once a third of all trials ended."""
+    if len(list((folder / "trials").glob("????"))) < TRIALS // 3:
+        return ""
+    trials = [one for one in _asked(folder) if one.state.name == "RUNNING"]
+    # Since when each is at work; one that is just being asked for has not said so yet.
+    since = {one.user_attrs["worker"][0]: one.user_attrs["seen"] for one in trials if "seen" in one.user_attrs}
+    return next((host for host, began in since.items() if 0.1 < time.time() - began < 0.5), "")
 
 
 def _front(done):
@@ -240,8 +295,10 @@ def _front(done):
 
 def test_a_search_whose_only_node_in_use_is_lost_is_the_search_without(cluster, tmp_path, capsys):
     whole, without = _timed(*SEARCH, "--workers", 1, "--out", tmp_path / "whole")
+    # Also reads a study for the first time, which takes seconds.
+    assert len(_asked(tmp_path / "whole")) >= TRIALS
     out = tmp_path / "lost"
-    with Loss(cluster, _has_tried(out, TRIALS // 3)):
+    with Loss(cluster, lambda: _in_the_middle(out)):
         done, with_loss = _timed(*SEARCH, "--workers", 1, "--out", out)
     (record,) = [JobFolder(out / f"workers-{TRIALS}").read("worker-0")]
     assert record.attempts == 2 and record.host in cluster.nodes
@@ -276,13 +333,16 @@ def test_two_workers_of_whom_one_is_lost_end_every_trial_once_with_the_figures_o
     """What two workers draw depends on who ends first, so it is each trial that is the same, and not the search."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     _, without = _timed(*SEARCH, "--workers", 2, "--out", tmp_path / "whole")
+    # Also reads a study for the first time, which takes seconds.
+    assert len(_asked(tmp_path / "whole")) >= TRIALS
     out = tmp_path / "lost"
-    with Loss(cluster, _has_tried(out, TRIALS // 3)) as loss:
+    with Loss(cluster, lambda: _in_the_middle(out)) as loss:
         done, with_loss = _timed(*SEARCH, "--workers", 2, "--out", out)
     trials = _trials(out)
     assert sum(json.loads(done.stdout)["trials"].values()) == len(trials) == TRIALS
     assert len({json.dumps(params, sort_keys=True) for params, *_ in trials}) == TRIALS
-    study = Study.of(recorded(out)).study.get_trials()
+    # One that both asked for at the end was nobody's.
+    study = [one for one in _asked(out) if "worker" in one.user_attrs]
     hosts = {one.user_attrs["worker"][0] for one in study}
     (lost,) = [one for one in study if one.state.name == "FAIL"]
     assert hosts == {*NODES} and lost.user_attrs["worker"][0] == loss.node

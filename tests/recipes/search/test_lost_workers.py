@@ -76,6 +76,8 @@ def test_a_worker_that_was_taken_for_lost_adds_no_second_result(tmp_path, monkey
     trial.set_user_attr("worker", ["another-machine", 1])
     assert other.redo_what_was_killed() == 0
     trial.set_user_attr("seen", time.time() - studies.GONE_AFTER - 1)
+    # It had begun to tell of an error, which came from its loss perhaps.
+    trial.set_user_attr(studies.ERROR, "no disk")
     assert other.redo_what_was_killed() == 1
     slow.tell(trial, "complete", [0.1], {"settings": {}})
     assert "trial 0 was given up for lost" in caplog.text and slow.done() == []
