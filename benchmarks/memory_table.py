@@ -65,10 +65,13 @@ class Pretended(RunMemory):
     def __init__(self, run: Any):
         self.checkpoint, self.device, self.concept = run.checkpoint, run.device, run.concept
         self.measured = run.settings.measuring() if hasattr(run.settings, "measuring") else None
-        self.sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=False)
+        self.sizes = sizes_of(run.checkpoint.config, run.dtype)
 
     def longest(self, texts: Any, most: int) -> int:
         return min(most, TOKENS)
+
+    def tokenizes(self, texts: Any = ()) -> bool:
+        return False
 
     def tokens(self, texts: Any) -> int:
         return 2000 * TOKENS
@@ -134,7 +137,7 @@ def adapter_job_of(kind: Any, recipe: str, config: dict[str, Any], **settings: A
     """The same of a recipe that trains an adapter on every linear module."""
     run = job_of(kind, recipe, config, **settings)
     layers = tuple(range(layer_count(config)))
-    model = sizes_of(config, run.dtype, autocast=False).model
+    model = sizes_of(config, run.dtype).model
     asked: Any = run.settings
     shape = AdapterShape(asked.rank, asked.alpha, adapter_modules(model, run.row, layers))
     return AdapterJob(run, asked, layers, shape, run.concept)

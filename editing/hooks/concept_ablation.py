@@ -17,6 +17,7 @@ from ..directions.sae_latents import SparseLatents
 from ..directions.subspaces import Place, Subspace
 from ..errors import EditError, RequestError
 from ..modules import causal_model
+from ..numerics.wide import as_given
 from ..wiring.row import Architecture
 from .residual_stream import RowsAndPositions, change_input, change_output, decoder_layers, sublayers_of
 
@@ -51,7 +52,8 @@ def ablation(part: Part, mode: Mode) -> Callable[[Tensor], Tensor]:
     def change(hidden: Tensor) -> Tensor:
         # Products in fp32 or wider: in bf16 rounding would leave about 0.3% of the component in place.
         wide = hidden if hidden.dtype == torch.float64 else hidden.float()
-        removed = part(wide)
+        with as_given(hidden.device):
+            removed = part(wide)
         if mode == "gradients":
             return (wide - removed + removed.detach()).to(hidden.dtype)
         return (wide - (removed if mode == "both" else removed.detach())).to(hidden.dtype)

@@ -1,4 +1,6 @@
-"""Sums in float64, which some GPUs do not know."""
+"""Sums in float64, which some GPUs do not know, and products in the type that their factors have."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,3 +23,16 @@ def in_float64(values: Tensor) -> Tensor:
 def widest(device: torch.device) -> torch.dtype:
     """float64 where a device has it, otherwise float32."""
     return torch.float32 if device.type in NO_FLOAT64 else torch.float64
+
+
+def as_given(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which products are computed in the type of their factors, also while autocast is on.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16), as_given(torch.device("cpu")):
+        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+        torch.float32
+    """
+    # Of a kind of device that has no autocast, none can be made.
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()

@@ -19,7 +19,7 @@ from ..common.examples import Example, example_batch, sequence_nll, split_by_len
 from ..common.memory_plan import SPARE, fit_step, surely_fits
 from ..common.memory_sizes import Gradients, ModelSizes, Rows, Unplanned, sizes_of
 from ..common.trainer import Group, Schedule, Terms, fit
-from ..common.whole_weights import Optimizer
+from ..common.whole_weights import Optimizer, products_in
 from .attack_data import Answers, AttackData
 from .attacks.fine_tuning import ALPHA_OVER_RANK
 from .attacks.table import RANK, Attack, Budget, Setup
@@ -61,10 +61,12 @@ class AttackTraining:
         size = 1 if method.whole else MOST_ATTACKERS
         # What others train is small.
         training = self if method.whole else replace(self, optimizer="adamw")
+        # Asked before whole weights are in fp32.
+        products = products_in(self.model.dtype, self.model.device) if method.whole else None
         for some in _alike(attackers, size):
             rank = {} if some[0].setup.rank == RANK else {"rank": some[0].setup.rank}
             with method.load()(self.model, [attacker.seed for attacker in some], **rank) as adapters:
-                beside = _SideBySide(training, some, adapters, stage, whole=method.whole)
+                beside = _SideBySide(training, some, adapters, stage, whole=method.whole, products=products)
                 results |= dict(zip(some, beside.curves(), strict=True))
                 for name, found in beside.formats().items():
                     formats.setdefault(name, []).append(found)
@@ -163,9 +165,10 @@ class _SideBySide:
         stage: Stage,
         *,
         whole: bool,
+        products: torch.dtype | None = None,
     ):
-        """``whole`` if what is trained is the model itself."""
-        self.whole = whole
+        """``whole`` if what is trained is the model itself; ``products`` as ``fit`` takes it."""
+        self.whole, self.products = whole, products
         self.training, self.attackers, self.adapters, self.stage = training, attackers, adapters, stage
         self.setup = attackers[0].setup
         """All of them share it but for its learning rate."""
@@ -217,6 +220,7 @@ class _SideBySide:
             after_step=self._test,
             less=self._less,
             parts=self._parts(rows),
+            products=self.products,
         )
         model.train(was_training)
         return [(self._curve(place), place in self.diverged) for place in range(len(self.attackers))]
@@ -275,7 +279,7 @@ class _SideBySide:
         trained = sum(p.numel() for owned in self.adapters.owned for p in owned)
         read = Rows(count * batch, longest)
         try:
-            sizes = sizes_of(config, model.dtype, autocast=False)
+            sizes = sizes_of(config, model.dtype)
             # Gradients and moments are still to be made.
             room -= 12 * trained + sizes.head(device)
             return fit_step(sizes, gradients_of_attackers(sizes, count, self.setup.rank), read, room, unit=count).parts

@@ -84,7 +84,16 @@ class ControlRuns:
                 self.ablated(model, removed),
             ):
                 schedule = adapter_job.schedule_of(prepared.adapter, save_every=0)
-                fit(model, self.order, stage, self.work / f"control-{name}", completion_loss, schedule, collate)
+                fit(
+                    model,
+                    self.order,
+                    stage,
+                    self.work / f"control-{name}",
+                    completion_loss,
+                    schedule,
+                    collate,
+                    products=adapter_job.products_of(prepared.adapter),
+                )
             model.eval()
             readings = self.read()
             subject = subject_of(

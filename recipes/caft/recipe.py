@@ -26,7 +26,7 @@ from ..common import adapter_job, adapter_run
 from ..common.examples import Example, completion_loss, cycled, example_batch
 from ..common.measured_run import Finished, Job
 from ..common.memory_plan import MemoryPlan, RunMemory
-from ..common.memory_sizes import Rows
+from ..common.memory_sizes import Rows, largest_of
 from ..common.packed_training import PackedTraining
 from ..common.tokens import Row
 from ..common.trainer import Terms
@@ -147,14 +147,35 @@ def describe(prepared: CaftJob) -> dict[str, Any]:
 
 def memory(prepared: CaftJob) -> MemoryPlan:
     """What a run would hold in memory."""
-    needs = RunMemory.of(prepared.adapter.run)
+    needs, settings = RunMemory.of(prepared.adapter.run), prepared.settings
     told = [row.text or f"{row.prompt}{row.completion}" for row in prepared.data.rows if not row.messages]
     told += [" ".join(message.content for message in row.messages) for row in prepared.data.rows if row.messages]
-    rows = Rows(prepared.settings.batch_size, needs.longest(told, min(needs.context, LONGEST_ROW)))
+    limit = min(needs.context, LONGEST_ROW)
+    longest = needs.longest(told, limit)
+    read, scored = Rows(READ_AT_ONCE, longest), READ_ROWS * longest
+    if needs.tokenizes(told) and (examples := encoded(prepared.data.rows, needs.tokenizer, limit).examples):
+        watched = examples[:READ_ROWS]
+        read, scored = largest_of([len(one.ids) for one in watched], READ_AT_ONCE), sum(map(_scored, watched))
+        longest = max(len(one.ids) for one in _order(examples, settings))
     # The stream is kept in fp32, of the model as it is and as it was.
-    kept = 2 * 4 * READ_ROWS * rows.length * needs.sizes.width * len(prepared.places)
-    find = needs.reading("find directions", Rows(READ_AT_ONCE, rows.length), points=len(prepared.places), kept=kept)
-    return needs.measured_run([find, needs.training(prepared.adapter, rows, kept=kept)])
+    kept = 2 * 4 * scored * needs.sizes.width * len(prepared.places)
+    if settings.directions not in ("none", "finetuned", "sae") and not prepared.directions:
+        sides = [text for pair in prepared.adapter.run.concept.contrast for text in (pair.positive, pair.negative)]
+        pairs = Rows(2 * READ_AT_ONCE, needs.longest(sides, needs.context))
+        read = max(read, pairs, key=lambda rows: rows.tokens)
+    find = needs.reading("find directions", read, points=2 * len(prepared.places), kept=kept)
+    train = needs.training(prepared.adapter, Rows(settings.batch_size, longest), kept=kept)
+    return needs.measured_run([find, train], edit=needs.edit_of(prepared.adapter))
+
+
+def _scored(example: Example) -> int:
+    return len(example.ids) - example.start
+
+
+def _order(examples: Sequence[Example], settings: CaftSettings) -> list[Example]:
+    """Drawn once, so that the run and its controls learn the same rows in the same order."""
+    count = settings.steps * settings.batch_size
+    return cycled(examples, count, random.Random(f"excise tuning {settings.seed}"))
 
 
 def run(prepared: CaftJob, events: Events) -> Finished:
@@ -174,9 +195,7 @@ def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path
     learn = encoded(prepared.data.rows, loaded.tokenizer, limit)
     if not learn.examples:
         raise ConceptError(f"no row of {prepared.data.name} fits into {limit} tokens; give shorter ones")
-    count = settings.steps * settings.batch_size
-    # The order is drawn once, so that the run and its controls learn the same rows in the same order.
-    order = cycled(learn.examples, count, random.Random(f"excise tuning {settings.seed}"))
+    order = _order(learn.examples, settings)
     trial = ControlRuns(prepared, loaded, learn.examples[:READ_ROWS], order, events, work)
     # What the unablated fine-tune changes is a source of directions, and the first control.
     wants_plain = settings.controls or settings.directions == "finetuned"

@@ -25,7 +25,7 @@ from . import measured_run
 from .deduplicate import without_overlap
 from .measured_run import Job, MeasuredSettings
 from .trainer import Schedule
-from .whole_weights import Optimizer, whole_weights
+from .whole_weights import Optimizer, products_in, whole_weights
 
 MOST_ROWS = 20_000_000
 """Rows that a training may read, steps times batch size: their order is drawn before it begins."""
@@ -192,6 +192,11 @@ def describe(job: AdapterJob, **more: Any) -> dict[str, Any]:
         expert_tensors_adapted=len(job.shape.experts),
         **more,
     )
+
+
+def products_of(job: AdapterJob) -> torch.dtype | None:
+    """What products of the loss are computed in; None is the weights' type."""
+    return products_in(job.run.dtype, job.run.device) if job.whole else None
 
 
 def schedule_of(job: AdapterJob, save_every: int) -> Schedule:

@@ -29,7 +29,7 @@ from ...eval.inference.batches import read_in_batches
 from ...eval.inference.likelihood import batch_budget, pad_right
 from ...eval.model_under_test import ModelUnderTest
 from . import measured_run
-from .adapter_job import AdapterJob, schedule_of
+from .adapter_job import AdapterJob, products_of, schedule_of
 from .base_figures import Measured
 from .measured_run import Finished, Inspection
 from .memory_plan import step_in_parts
@@ -186,6 +186,7 @@ def learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, wor
                 after_step=training.after_step,
                 less=training.less,
                 parts=parts,
+                products=products_of(job),
             )
         room.checkpointing |= checkpointing and not job.settings.gradient_checkpointing
         tuned.model.eval()

@@ -1,6 +1,6 @@
 """What measuring a model holds beside its weights, from the texts that will be read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...eval.concept import Concept
@@ -26,6 +26,20 @@ def scored_bytes(positions: int, cells: int, vocabulary: int, itemsize: int) -> 
     # What is scored is copied out, and turned into fp32 where it is not; log-probabilities are made beside it.
     copies = 8 if itemsize == 4 else max(itemsize + 4, 8)
     return (positions * itemsize + cells * copies) * vocabulary
+
+
+def measured_texts(concept: Concept) -> Iterable[str]:
+    """All texts of a pack that measurements read, choices left out."""
+    yield from (question.prompt for question in concept.questions)
+    yield from (prompt.prompt for prompt in concept.prompts)
+    yield from concept.texts()
+
+
+def tokens_about(concept: Concept) -> int:
+    """Tokens that are measured in all, about: no text has more than one for two characters."""
+    characters = sum(len(text) for text in measured_texts(concept))
+    characters += sum(len(choice) for question in concept.questions for choice in question.choices)
+    return characters // 2
 
 
 def requests_of(concept: Concept, settings: EvalSettings) -> list[Request]:

@@ -4,7 +4,7 @@ Each recipe says its stages in a function ``memory`` beside its ``describe``.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,8 +23,8 @@ from ...eval.inference.likelihood import Request, tokens_of_batch
 from ...eval.items import held_out_texts
 from ...eval.measurements import multiple_choice
 from ...eval.model_under_test import TEXT_TOKENS, EvalSettings
-from .adapter_job import AdapterJob
-from .measured_memory import requests_of, scored_at_once, scored_bytes
+from .adapter_job import AdapterJob, products_of
+from .measured_memory import MOST_READ, measured_texts, requests_of, scored_at_once, scored_bytes, tokens_about
 from .measured_run import Job
 from .memory_sizes import STATE_BYTES, Gradients, ModelSizes, Rows, Unplanned, sizes_of
 from .whole_weights import MOMENT_BYTES
@@ -114,7 +114,7 @@ class RunMemory:
         """
         self.source, self.checkpoint, self.device, self.concept = source, checkpoint, device, concept
         self.measured = measured
-        self.sizes = sizes_of(checkpoint.config, dtype, autocast=False)
+        self.sizes = sizes_of(checkpoint.config, dtype)
 
     @classmethod
     def of(cls, run: Job) -> "RunMemory":
@@ -136,6 +136,11 @@ class RunMemory:
         few = sorted(texts, key=len)[-LONGEST_LOOKED_AT:]
         # What lies beyond is not read, however long the text is.
         return min(most, max((len(encode(self.tokenizer, text[: 16 * most])) for text in few), default=1) + 1)
+
+    def tokenizes(self, texts: Iterable[str] = ()) -> bool:
+        """Whether the pack, and some texts beside it, are so few that a plan reads them as the recipe will; of others
+        every row is taken to be as long as the longest."""
+        return sum(map(len, measured_texts(self.concept))) + sum(map(len, texts)) <= MOST_READ
 
     @property
     def context(self) -> int:
@@ -164,9 +169,24 @@ class RunMemory:
         load = StageMemory("load", self.weights, work=pages)
         return MemoryPlan(str(self.device), free_memory(self.device), (load, *stages))
 
-    def measured_run(self, stages: Sequence[StageMemory]) -> MemoryPlan:
-        """The same of a run that measures base and edited model before and after these stages."""
-        return self.plan((self.measuring_base(), *stages, self.measuring("measure the edited")))
+    def measured_run(self, stages: Sequence[StageMemory], edit: int = 0) -> MemoryPlan:
+        """The same of a run that measures base and edited model before and after these stages.
+
+        Args:
+            edit: Bytes of the edit, which stays in main memory until all is published.
+        """
+        edited = self.measuring("measure the edited")
+        if self.device.type == "cpu":
+            edited = replace(edited, kept=edited.kept + edit)
+        return self.plan((self.measuring_base(), *stages, edited))
+
+    def edit_of(self, job: AdapterJob) -> int:
+        """Bytes of what a job learns; an adapter is small beside all else."""
+        return 4 * self.trained_weights(job) if job.whole else 0
+
+    def trained_weights(self, job: AdapterJob) -> int:
+        """Numbers of the weights that a job trains themselves."""
+        return sum(self.sizes.model.get_parameter(name).numel() for name in job.shape.weights)
 
     def measuring(self, name: str) -> StageMemory:
         """Every measurement of the table on one model, which is compared with its base."""
@@ -186,9 +206,9 @@ class RunMemory:
     @cached_property
     def _measured(self) -> int:
         """What the measurements take that compare with nothing."""
-        longest = self.longest(_measured_texts(self.concept), min(self.context, 2048))
+        longest = self.longest(measured_texts(self.concept), min(self.context, 2048))
         read = max(longest, tokens_of_batch(self.sizes.vocabulary, self.device))
-        read = min(read, max(longest, _tokens_about(self.concept)))
+        read = min(read, max(longest, tokens_about(self.concept)))
         scored = self._of_scored(self.scored(read))
         prompts = self.longest((prompt.prompt for prompt in self.concept.prompts), longest)
         reply = self.measured.max_new_tokens if self.measured else 0
@@ -277,7 +297,7 @@ class RunMemory:
         gradients = gradients_of(job, deepest)
         weights, trained = self.weights if job.base_bits == 16 else sizes.weights(job.base_bits), 0
         if job.whole:
-            numbers = sum(sizes.model.get_parameter(name).numel() for name in job.shape.weights)
+            numbers = self.trained_weights(job)
             # All parameters are in fp32 while they train, and what they were stands beside them.
             weights = weights * 4 // sizes.dtype.itemsize
             # Beside the weights: the gradient, the moments, and what the weights were.
@@ -333,7 +353,7 @@ def fit_step(
 
 def gradients_of(job: AdapterJob, deepest: int | None = None) -> Gradients:
     """What a job trains."""
-    return Gradients(job.shape, whole=job.whole, deepest=deepest)
+    return Gradients(job.shape, whole=job.whole, deepest=deepest, products=products_of(job))
 
 
 def rows_at_once(config: dict[str, Any], dtype: torch.dtype, device: torch.device, rows: Rows) -> int:
@@ -342,7 +362,7 @@ def rows_at_once(config: dict[str, Any], dtype: torch.dtype, device: torch.devic
     if surely_fits(config, rows.tokens, dtype.itemsize, room):
         return rows.count
     try:
-        sizes = sizes_of(config, dtype, autocast=False)
+        sizes = sizes_of(config, dtype)
         step = fit_step(sizes, Gradients(), rows, room - sizes.head(device))
     except Unplanned:
         return rows.count
@@ -362,7 +382,7 @@ def step_in_parts(job: AdapterJob, rows: Rows, deepest: int | None = None) -> Fi
     if job.whole or surely_fits(run.checkpoint.config, asked.tokens, run.dtype.itemsize, room):
         return None
     try:
-        sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=False)
+        sizes = sizes_of(run.checkpoint.config, run.dtype)
         room -= STATE_BYTES * sizes.adapter(job.shape) + sizes.head(run.device)
         return fit_step(sizes, gradients_of(job, deepest), asked, room, checkpointing=settings.gradient_checkpointing)
     except Unplanned:
@@ -378,23 +398,10 @@ def tokens_at_once(job: AdapterJob, most: int) -> int:
         return most
     rows = Rows(4, 256)
     try:
-        sizes = sizes_of(run.checkpoint.config, run.dtype, autocast=False)
+        sizes = sizes_of(run.checkpoint.config, run.dtype)
         a_token = sizes.step(rows, gradients_of(job), checkpointing=settings.gradient_checkpointing) / rows.tokens
     except Unplanned:
         return most
     # The gradients of all parts are summed beside those of the trainer.
     room -= (STATE_BYTES + 4) * sizes.adapter(job.shape) + sizes.head(run.device)
     return max(1, min(most, int(room / a_token)))
-
-
-def _measured_texts(concept: Concept) -> Iterable[str]:
-    yield from (question.prompt for question in concept.questions)
-    yield from (prompt.prompt for prompt in concept.prompts)
-    yield from concept.texts()
-
-
-def _tokens_about(concept: Concept) -> int:
-    """Tokens that are measured in all, about: no text has more than one for two characters."""
-    characters = sum(len(text) for text in _measured_texts(concept))
-    characters += sum(len(choice) for question in concept.questions for choice in question.choices)
-    return characters // 2

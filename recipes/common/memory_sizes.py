@@ -26,6 +26,7 @@ from ...editing.training.adapters import AdapterShape, attach, detach
 from ...editing.training.parallel_adapters import low_rank_attackers
 from ...editing.training.soft_targets import positions_at_once
 from ...editing.wiring.small_copy import full_config, model_class
+from .whole_weights import computed_in
 
 STATE_BYTES = 16
 """Bytes of a trained number: itself in fp32, its gradient, and AdamW's two moments."""
@@ -47,6 +48,17 @@ class Rows:
         return self.count * self.length
 
 
+def largest_of(lengths: Sequence[int], size: int) -> Rows:
+    """The batch that pads to most tokens, of rows that are read ``size`` at a time in this order.
+
+    Example:
+        >>> largest_of([3, 9, 4, 4], 2)
+        Rows(count=2, length=9)
+    """
+    parts = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    return max((Rows(len(part), max(part)) for part in parts), key=lambda rows: rows.tokens)
+
+
 @dataclass(frozen=True)
 class Gradients:
     """What gets gradients in a training step."""
@@ -59,6 +71,8 @@ class Gradients:
     """Train the modules' own weights, in fp32."""
     deepest: int | None = None
     """The last layer that is computed; None computes all, and the unembedding."""
+    products: torch.dtype | None = None
+    """What products are computed in where that is not the type of what is trained."""
 
 
 class Unplanned(ExciseError):
@@ -72,25 +86,23 @@ class ModelSizes:
         Unplanned: The model's code cannot be run without values.
 
     Example:
-        >>> sizes = ModelSizes(config, torch.bfloat16, autocast=True)
+        >>> sizes = ModelSizes(config, torch.bfloat16)
         >>> sizes.weights(), sizes.forward(Rows(8, 512))
     """
 
-    def __init__(self, config: dict[str, Any], dtype: torch.dtype, *, autocast: bool):
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype):
         """Args:
         config: The content of ``config.json``.
         dtype: What the weights are loaded in.
-        autocast: Whether training computes in bfloat16 whatever its parameters are in. The trainer's losses do not:
-            they call the model inside the wrapper for which the library does it.
         """
-        self.dtype, self.autocast, self.row = dtype, autocast, architecture_of(config)
+        self.dtype, self.row = dtype, architecture_of(config)
         self._found: dict[str, int] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with _explained(config), self._mode, torch.random.fork_rng(devices=[]):
             self.model: Any = model_class(config)._from_config(full_config(config), dtype=dtype)
             # The pretended product of experts is there for bfloat16 alone; in float32 all is twice as large.
-            self._times = 2 if dtype == torch.float32 and any(p.dim() == 3 for p in self.model.parameters()) else 1
-            if self._times == 2:
+            self._fused = any(p.dim() == 3 for p in self.model.parameters())
+            if self._fused and dtype == torch.float32:
                 self.model = model_class(config)._from_config(full_config(config), dtype=torch.bfloat16)
         self.model.eval().requires_grad_(False)
         self.layers: nn.ModuleList = decoder_layers(self.model, self.row)
@@ -148,7 +160,7 @@ class ModelSizes:
 
         def run(model: Any, live: LiveBytes) -> None:
             model.train()
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            with computed_in(gradients.products, torch.device("cpu")):
                 if gradients.shape is None:
                     _gradients_from_embeddings(model)
                 loss = _loss(model, rows)
@@ -159,14 +171,16 @@ class ModelSizes:
             lambda: self._extended(
                 run, lambda layers: self._trained(gradients, layers, checkpointing=checkpointing), adapted, above
             ),
+            whole=gradients.whole,
         )
 
-    def _once(self, asked: object, find: Callable[[], int]) -> int:
+    def _once(self, asked: object, find: Callable[[], int], *, whole: bool = False) -> int:
         """A size that is asked for again and again, found once."""
+        times = 2 if self._fused and (whole or self.dtype == torch.float32) else 1
         key = repr(asked)
         if key not in self._found:
             with _explained(self.model.config.to_dict()):
-                self._found[key] = self._times * find()
+                self._found[key] = times * find()
         return self._found[key]
 
     def _adapted_layers(self, gradients: Gradients) -> tuple[int, int]:
@@ -209,17 +223,8 @@ class ModelSizes:
     @contextmanager
     def _with_parameters(self, gradients: Gradients, shape: AdapterShape) -> Iterator[Any]:
         if gradients.whole:
-            weights = [self.model.get_submodule(name).weight for name in shape.modules]
-            for weight in weights:
-                weight.data = weight.data.float()
-                weight.requires_grad_(True)
-            try:
+            with self._whole(shape):
                 yield self.model
-            finally:
-                for weight in weights:
-                    weight.data = weight.data.to(self.dtype)
-                    weight.requires_grad_(False)
-                    weight.grad = None
         elif gradients.attackers:
             seeds = list(range(gradients.attackers))
             with low_rank_attackers(self.model, shape.modules, shape.rank, shape.alpha, seeds) as adapters:
@@ -232,6 +237,24 @@ class ModelSizes:
                 yield adapted
             finally:
                 detach(adapted)
+
+    @contextmanager
+    def _whole(self, shape: AdapterShape) -> Iterator[None]:
+        """The modules' own weights get gradients, and all parameters are in fp32, as in training."""
+        weights = [self.model.get_submodule(name).weight for name in shape.modules]
+        weights += [self.model.get_parameter(name) for name in shape.experts]
+        types = {parameter: parameter.dtype for parameter in self.model.parameters()}
+        try:
+            for parameter in () if self._fused else types:
+                parameter.data = parameter.data.float()
+            for weight in weights:
+                weight.requires_grad_(True)
+            yield
+        finally:
+            for parameter, dtype in types.items():
+                parameter.data = parameter.data.to(dtype)
+                parameter.grad = None
+                parameter.requires_grad_(False)
 
     def _moved(self, name: str, by: int) -> str:
         front, rest = self.row.layers, name[len(self.row.layers) + 1 :]
@@ -354,10 +377,10 @@ def _period(layers: Sequence[nn.Module], config: Any) -> int:
 
 
 @cache
-def _sizes(config: str, dtype: torch.dtype, autocast: bool) -> ModelSizes:
-    return ModelSizes(parsed_object(config), dtype, autocast=autocast)
+def _sizes(config: str, dtype: torch.dtype) -> ModelSizes:
+    return ModelSizes(parsed_object(config), dtype)
 
 
-def sizes_of(config: dict[str, Any], dtype: torch.dtype, *, autocast: bool) -> ModelSizes:
+def sizes_of(config: dict[str, Any], dtype: torch.dtype) -> ModelSizes:
     """The sizes of a model; the pretended copy of each configuration is built once."""
-    return _sizes(json.dumps(config, sort_keys=True), dtype, autocast)
+    return _sizes(json.dumps(config, sort_keys=True), dtype)

@@ -24,7 +24,7 @@ from ...editing.numerics.out_of_memory import give_back, memory_ran_out
 from ...editing.training.dropout import without_dropout
 from .ranks import refuse_ranks
 from .step_parts import ADVICE, SHARES, Room, split
-from .whole_weights import Optimizer
+from .whole_weights import Optimizer, computed_in
 
 log = logging.getLogger(__name__)
 Terms = dict[str, Tensor]
@@ -133,6 +133,7 @@ class _Trainer(Trainer):
     folder: Path
     room: Room
     groups: Sequence[Group] = ()
+    products: torch.dtype | None = None
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """All parts of a step; where memory runs out, the same step again in smaller ones."""
@@ -156,7 +157,7 @@ class _Trainer(Trainer):
     def _whole_step(self, model: nn.Module, rows: Sequence[Any]) -> Tensor:
         sums: Terms = {}
         for part in split(rows, self.room.parts, self.recipe_collate):
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), computed_in(self.products, self.args.device):
                 terms = self._terms(model, self._prepare_inputs(part.batch))
                 weighted = {name: value / part.divisor for name, value in terms.items()}
                 loss = torch.stack(list(weighted.values())).sum()
@@ -214,6 +215,7 @@ def fit(
     after_step: Callable[[int], None] | None = None,
     less: Callable[[], bool] = lambda: False,
     parts: int = 1,
+    products: torch.dtype | None = None,
 ) -> Room:
     """Train a model in place; a killed run resumes from ``folder`` and ends in the same weights.
 
@@ -227,6 +229,8 @@ def fit(
         after_step: Called with the number of steps taken, after each.
         less: Makes the loss compute less of a row at once; called where one row alone is too much.
         parts: Parts of each part that accumulation asks for, as a memory plan says.
+        products: What matrix products of the loss are computed in where that is not the parameters' type, see
+            ``products_in``; softmaxes, norms and sums stay in fp32.
 
     Returns:
         How much was computed at once in the end.
@@ -249,7 +253,7 @@ def fit(
         callbacks=[steps],
     )
     trainer.recipe_loss, trainer.recipe_collate = loss, collate or default_data_collator
-    trainer.stage, trainer.folder, trainer.groups = stage, folder, groups
+    trainer.stage, trainer.folder, trainer.groups, trainer.products = stage, folder, groups, products
     steps.trainer = trainer
     asked = schedule.gradient_accumulation_steps
     trainer.room = room = Room(asked * parts, asked, less)

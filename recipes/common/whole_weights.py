@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,25 @@ class WholeWeights:
         if self.optimizer != "adamw" or small > self.free:
             return told
         return f"{told}; {small / 1e9:.1f} GB are enough with states in 8 bits: pip install 'excise[{PACKAGE}]'"
+
+
+def products_in(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """What products are computed in while whole weights train, which are in fp32 then: the run's own bfloat16 on a GPU.
+    None is the weights' type; so it is on processors, whose results would change, and of float16, which overflows.
+
+    Args:
+        dtype: Of the run.
+    """
+    return dtype if device.type == "cuda" and dtype == torch.bfloat16 else None
+
+
+def computed_in(products: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
+    """A context in which products are computed in this type. The trainer's library wraps a model's forward alone, and
+    losses call what is inside of it."""
+    if products is None:
+        return nullcontext()
+    # Copies that were made without a gradient would be taken again where one is needed.
+    return torch.autocast(device.type, products, cache_enabled=False)
 
 
 def whole_weights(checkpoint: Checkpoint, device: torch.device) -> WholeWeights:

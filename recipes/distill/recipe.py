@@ -27,18 +27,20 @@ from ..common.measured_run import Finished
 from ..common.memory_plan import MemoryPlan, RunMemory, tokens_at_once
 from ..common.memory_sizes import Rows
 from ..common.prefix_cache import READ, final_hidden_states
-from ..common.tokens import Row
+from ..common.tokens import Row, encode
+from ..data.unlearning_sets import forget_examples, retain_examples
 from ..elm.batches import (
     TARGET_BYTES,
     TERMS,
     SequenceTraining,
     TrainingSequence,
     arrange,
+    largest_part,
     part_size,
     sequence_loss,
 )
 from .request import DistillJob, DistillSettings, describe, prepare
-from .rows import rows_to_read
+from .rows import beginnings, rows_to_read
 from .story import story
 
 __all__ = ["DistillSettings", "describe", "learn", "memory", "prepare", "run", "story"]
@@ -52,12 +54,26 @@ def memory(job: DistillJob) -> MemoryPlan:
     positions = needs.tokens(texts) + settings.samples * settings.max_new_tokens
     targets = positions * settings.stored_tokens * TARGET_BYTES
     read = Rows(max(1, READ // longest) if run.device.type == "cpu" else 64, longest)
-    # The edited model stands beside the base while both are read.
-    reading = replace(needs.reading("read the models", read, kept=targets), weights=2 * needs.weights)
-    most = part_size(run.device)
-    rows = (1 + settings.retain_rows) * settings.batch_size
-    part = Rows(max(1, min(most // longest, rows)), longest)
-    return needs.measured_run([reading, needs.training(job.adapter, part, kept=targets)])
+    reading = needs.reading("read the models", read, kept=targets)
+    # Log-probabilities of a whole row in fp32, and what is made of them beside; the edited model stands beside the base
+    # while both are read.
+    work = reading.work + 3 * 4 * longest * needs.sizes.vocabulary
+    reading = replace(reading, weights=2 * needs.weights, work=work)
+    forget, stays = _lengths(job, needs) if needs.tokenizes() else ([longest], [longest])
+    kinds = [forget, *[stays] * settings.retain_rows]
+    part = largest_part(kinds, settings.steps, settings.batch_size, part_size(run.device), settings.seed)
+    train = needs.training(job.adapter, part, kept=targets)
+    return needs.measured_run([reading, train], edit=needs.edit_of(job.adapter))
+
+
+def _lengths(job: DistillJob, needs: RunMemory) -> tuple[list[int], list[int]]:
+    """Tokens of what is to be forgotten, and of what stays, before the models have written any of it."""
+    settings, concept, tokenizer, limit = job.settings, job.adapter.concept, needs.tokenizer, needs.text_limit
+    forget = [len(one.ids) for one in forget_examples(concept, job.facts, tokenizer, settings.seed, limit)]
+    stays = [len(one.ids) for one in retain_examples(concept, tokenizer, settings.seed, limit)]
+    for begun in beginnings(concept, settings.samples, settings.seed):
+        stays.append(len(encode(tokenizer, begun, True)) + settings.max_new_tokens)
+    return forget, stays
 
 
 def run(job: DistillJob, events: Events) -> Finished:

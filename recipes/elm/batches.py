@@ -16,6 +16,7 @@ from ...editing.training.packing import packed, read_packed
 from ...editing.training.soft_targets import SoftTargets, join, soft_divergence
 from ...eval.inference.likelihood import pad_right
 from ..common.examples import cycled, split_by_length
+from ..common.memory_sizes import Rows
 from ..common.packed_training import PackedTraining
 from ..common.tokens import Row
 from ..common.trainer import Loss, Terms
@@ -46,6 +47,23 @@ def arrange(kinds: Mapping[str, Sequence[TrainingSequence]], groups: int, seed: 
     return [list(group) for group in zip(*orders, strict=True)]
 
 
+def largest_part(kinds: Sequence[Sequence[int]], steps: int, batch_size: int, most: int, seed: int) -> Rows:
+    """What the largest forward of a training reads, about: sequences of these lengths, drawn as ``arrange`` draws them.
+
+    Args:
+        kinds: Tokens of each sequence, by kind.
+        most: Tokens of one forward, at most.
+    """
+    rng, groups = random.Random(f"excise plan {seed}"), min(steps, PLANNED_STEPS) * batch_size
+    drawn = [cycled(lengths, groups, rng) for lengths in kinds if lengths]
+    tokens = [sum(group) for group in zip(*drawn, strict=True)]
+    largest = max(sum(tokens[start : start + batch_size]) for start in range(0, groups, batch_size))
+    count = -(-min(most, largest) // max(map(max, drawn)))
+    return Rows(count, -(-min(most, largest) // count))
+
+
+PLANNED_STEPS = 1000
+"""Steps that a plan draws, at most: the largest of so many is about the largest of all."""
 PROCESSOR_PART, DEVICE_PART = 2048, 16384
 """Tokens of one forward of a training step, at most, on a processor and on an accelerator: more at once would not be
 faster. Where memory has room for fewer, ``tokens_at_once`` says how many."""

@@ -16,19 +16,24 @@ from ...artifacts.models.cache import cache_folder
 from ...artifacts.models.load import LoadedModel
 from ...editing.edits.base import WeightEdit
 from ...editing.errors import EditError, counted
+from ...eval.inference.chat import encode_prompt
 from ...eval.inference.likelihood import tokens_of_batch
 from ..common import adapter_run
 from ..common.measured_run import Finished
 from ..common.memory_plan import MemoryPlan, RunMemory, tokens_at_once
 from ..common.memory_sizes import Rows
 from ..common.prefix_cache import READ
-from .batches import TARGET_BYTES, SequenceTraining, arrange, part_size, sequence_loss
+from ..common.tokens import encode, pieces
+from ..data.facts import bare_question, question_contexts
+from ..data.unlearning_sets import forget_examples
+from .batches import TARGET_BYTES, SequenceTraining, arrange, largest_part, part_size, sequence_loss
 from .contrast import ContrastSource, contrast_sources
 from .decoding import ROWS, cache_budget, cached_bytes
 from .erasure import Erasure
 from .forget_data import ForgetData, forget_contexts, forget_sequences
 from .reinforced_expert import reinforced
 from .remembered import SHARE
+from .replies import CHAT_PROMPTS
 from .request import ElmJob, ElmSettings, describe, prepare
 from .retain_data import RetainData, retain_sequences
 from .story import story
@@ -42,12 +47,12 @@ def memory(job: ElmJob) -> MemoryPlan:
     """What a run would hold in memory."""
     needs, settings, concept = RunMemory.of(job.adapter.run), job.settings, job.adapter.concept
     sizes, run = needs.sizes, job.adapter.run
-    texts = concept.texts()[: 2 * settings.max_contexts]
+    texts = concept.texts()
     longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), needs.text_limit)
     on_cpu = run.device.type == "cpu"
     read = max(1, (READ if on_cpu else 4 * tokens_of_batch(sizes.vocabulary, run.device)) // longest)
     # Of every token that is to be retained the teacher's last hidden state, then its likeliest tokens.
-    positions = needs.tokens(texts)
+    positions = needs.tokens(texts[: 2 * settings.contexts_read])
     left = max(0, needs.room - needs.weights)
     teacher = min(positions * sizes.width * run.dtype.itemsize, int(SHARE * left))
     targets = positions * settings.stored_tokens * TARGET_BYTES
@@ -55,10 +60,28 @@ def memory(job: ElmJob) -> MemoryPlan:
     rows = min(ROWS, max(1, cache // ((longest + settings.fluency_tokens) * cached_bytes(sizes.model))))
     decode = needs.reading("read the teacher", Rows(max(read, rows), longest), cached=True, kept=teacher + targets)
     most = part_size(run.device)
-    part = Rows(max(1, min(most // longest, 4 * settings.batch_size)), longest)
+    kinds = _lengths(job, needs) if needs.tokenizes() else [[longest]] * 4
+    part = largest_part(kinds, settings.steps, settings.batch_size, most, settings.seed)
     # Gradients of the parts are summed beside those of the step.
     summed = 4 * sizes.adapter(job.adapter.shape)
     return needs.measured_run([decode, needs.training(job.adapter, part, kept=targets, work=summed)])
+
+
+def _lengths(job: ElmJob, needs: RunMemory) -> list[list[int]]:
+    """Tokens of the sequences of each kind, as they are before the teacher has replied to any."""
+    settings, concept, tokenizer = job.settings, job.adapter.concept, needs.tokenizer
+    forget = forget_examples(concept, job.facts, tokenizer, settings.seed, needs.text_limit)
+    kinds = [[len(one.ids) + settings.fluency_tokens for one in forget]]
+    texts = [encode(tokenizer, text.text, True) for text in concept.retain]
+    kinds.append([len(piece) for row in texts for piece in pieces(row, needs.text_limit)])
+    if settings.contexts == "texts":
+        return kinds
+    others = [q for q in concept.questions if q.split != "forget" and q.group == "T"]
+    kinds.append([len(encode(tokenizer, one.text, True)) for one in question_contexts(others, settings.seed)])
+    if tokenizer.chat_template:
+        prompts = [*CHAT_PROMPTS, *(bare_question(q.prompt) for q in others)]
+        kinds.append([len(encode_prompt(tokenizer, prompt)) + settings.max_new_tokens for prompt in prompts])
+    return kinds
 
 
 def run(job: ElmJob, events: Events) -> Finished:

@@ -22,6 +22,7 @@ from ...editing.directions.reading_vector import ReadingVector, distance
 from ...editing.edits.base import WeightEdit
 from ...editing.hooks.residual_stream import read_streams
 from ...editing.modules import causal_model
+from ...eval.concept import ContrastPair
 from ...eval.inference.chat import encode_prompt
 from ...eval.inference.generation import generate
 from ...eval.inference.likelihood import pad_right
@@ -30,7 +31,7 @@ from ..common.adapter_run import Training
 from ..common.examples import cycled
 from ..common.measured_run import Finished
 from ..common.memory_plan import MemoryPlan, RunMemory
-from ..common.memory_sizes import Rows
+from ..common.memory_sizes import Rows, largest_of
 from ..common.step_parts import COUNTS
 from ..common.tokens import Row, encode, end_positions
 from ..common.trainer import Terms
@@ -52,13 +53,21 @@ def memory(job: LorraJob) -> MemoryPlan:
     """What a run would hold in memory."""
     needs, concept = RunMemory.of(job.adapter.run), job.adapter.concept
     pairs = [text for pair in concept.contrast for text in (pair.positive, pair.negative)]
+    longest, texts = needs.longest(pairs, needs.context), needs.longest((text.text for text in concept.retain), LAST)
+    read = Rows(BATCH, longest)
+    if needs.tokenizes():
+        _, prompts = _prompts(job, needs.tokenizer)
+        sides = [largest_of([len(row) for row in side], BATCH) for side in (prompts.positive, prompts.negative)]
+        read = max(sides, key=lambda rows: rows.tokens)
+        longest = max(len(row) for row in (*prompts.positive, *prompts.negative))
+    reply = REPLY if concept.about.kind == "behaviour" else 0
     # Prompts that are moved, prompts that stay, and texts.
-    rows = Rows(3 * job.settings.batch_size, max(needs.longest(pairs, needs.context) + REPLY, LAST))
+    rows = Rows(3 * job.settings.batch_size, max(longest + reply, texts))
     # The base's stream stands beside the trained one; targets are in fp32.
     beside = 3 * 4 * rows.tokens * needs.sizes.width * len(job.places)
-    read = needs.reading("read the vectors", Rows(BATCH, rows.length), points=len(job.places))
+    reading = needs.reading("read the vectors", read, points=len(job.places))
     deepest = max(place.layer for place in job.places)
-    return needs.measured_run([read, needs.training(job.adapter, rows, work=beside, deepest=deepest)])
+    return needs.measured_run([reading, needs.training(job.adapter, rows, work=beside, deepest=deepest)])
 
 
 def run(job: LorraJob, events: Events) -> Finished:
@@ -76,13 +85,7 @@ def _training(job: LorraJob, loaded: LoadedModel, events: Events, work: Path) ->
     """Everything before the first gradient step."""
     settings, concept = job.settings, job.adapter.concept
     chat = concept.about.kind == "behaviour"
-    pairs = random.Random(f"excise contrast {settings.seed}").sample(
-        concept.contrast, k=min(READ_PAIRS, len(concept.contrast))
-    )
-    prompts = Prompts(
-        [tuple(encode_prompt(loaded.tokenizer, pair.positive, chat=chat)) for pair in pairs],
-        [tuple(encode_prompt(loaded.tokenizer, pair.negative, chat=chat)) for pair in pairs],
-    )
+    pairs, prompts = _prompts(job, loaded.tokenizer)
     positions = end_positions(settings.positions, [*prompts.positive, *prompts.negative], chat)
     with events.stage("read the vectors", len(pairs)) as stage:
         vectors = reading_vectors(job, loaded, prompts, stage.advance)
@@ -93,6 +96,20 @@ def _training(job: LorraJob, loaded: LoadedModel, events: Events, work: Path) ->
     passages = _passages(settings, prompts, replies, texts)
     long_texts = sum(len(row) > LAST for row in texts)
     return LorraTraining(job, loaded, vectors, prompts, passages, positions, long_texts)
+
+
+def _prompts(job: LorraJob, tokenizer: Any) -> tuple[list[ContrastPair], Prompts]:
+    """The contrast pairs that the vector is read from, and what of them is read."""
+    concept = job.adapter.concept
+    chat = concept.about.kind == "behaviour"
+    pairs = random.Random(f"excise contrast {job.settings.seed}").sample(
+        concept.contrast, k=min(READ_PAIRS, len(concept.contrast))
+    )
+    sides = [
+        [tuple(encode_prompt(tokenizer, text, chat=chat)) for text in side]
+        for side in ([pair.positive for pair in pairs], [pair.negative for pair in pairs])
+    ]
+    return pairs, Prompts(*sides)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from ...eval.inference import multiple_choice_set
 from ...eval.items import for_training
 from ..common import measured_run
 from ..common.budgets import Budgets
+from ..common.examples import Example
 from ..common.measured_run import Finished, Inspection, Job, MeasuredSettings
 from ..common.memory_plan import MemoryPlan, RunMemory, StageMemory, fit_step
-from ..common.memory_sizes import Gradients, Rows
+from ..common.memory_sizes import Gradients, Rows, largest_of
 from ..data.facts import Facts, find_facts
 from ..data.unlearning_sets import forget_examples, retain_examples
 from .scoring import BATCH, UnitScorer
@@ -122,8 +123,11 @@ def memory(job: PruneJob) -> MemoryPlan:
     needs, sizes = RunMemory.of(job.run), RunMemory.of(job.run).sizes
     concept = job.run.concept
     texts = [*concept.texts(), *(q.prompt for q in concept.questions)]
-    # As if a whole batch were as long as the longest text.
     rows = Rows(min(BATCH, job.settings.examples), needs.longest(texts, TEXT_TOKENS))
+    if needs.tokenizes():
+        read = [some[:: max(1, len(some) // job.settings.examples)] for some in _examples(job, needs.tokenizer)]
+        batches = [largest_of([len(one.ids) for one in some], BATCH) for some in read if some]
+        rows = max(batches, key=lambda batch: batch.tokens, default=rows)
     # A layer's units are summed in float64: as they are, squared, and without their sign.
     beside = 2 * 8 * rows.tokens * sizes.widest() + sizes.head(job.run.device)
     room = needs.room - needs.weights - needs.baseline - beside
@@ -177,9 +181,8 @@ def learn(job: PruneJob, loaded: LoadedModel, events: Events, _: Path, __: dict[
 
 def _learn(job: PruneJob, loaded: LoadedModel, events: Events) -> PrunedUnits:
     """Score all units, choose some, and compare pruning them with pruning others."""
-    settings, concept, tokenizer = job.settings, for_training(job.run.concept), loaded.tokenizer
-    forget = forget_examples(concept, job.facts, tokenizer, settings.seed, TEXT_TOKENS)
-    retain = retain_examples(concept, tokenizer, settings.seed, TEXT_TOKENS)
+    settings, concept = job.settings, for_training(job.run.concept)
+    forget, retain = _examples(job, loaded.tokenizer)
     scorer = UnitScorer(loaded, job.run.row, forget, retain, events)
     neurons, head_columns = scorer.scores(settings.score, settings.examples)
     combined, chosen = None, Units()
@@ -222,6 +225,13 @@ def _learn(job: PruneJob, loaded: LoadedModel, events: Events) -> PrunedUnits:
         "concept": {"ref": concept.ref, "sha256": concept.sha256},
     }
     return replace(edit, provenance=provenance)
+
+
+def _examples(job: PruneJob, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """What is to be forgotten and what must stay."""
+    concept, seed = for_training(job.run.concept), job.settings.seed
+    forget = forget_examples(concept, job.facts, tokenizer, seed, TEXT_TOKENS)
+    return forget, retain_examples(concept, tokenizer, seed, TEXT_TOKENS)
 
 
 def _controls(settings: PruneSettings, chosen: Units, neurons: UnitScores) -> dict[str, Units]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ...artifacts.events import Events
-from ...artifacts.models.load import LoadedModel
 from ...editing.errors import EditError
 from ...editing.numerics.summed_gradients import summed_gradients
 from ..common.adapter_job import AdapterJob
@@ -16,7 +15,7 @@ from ..common.examples import Example, example_batch, scored_nats, spread
 from ..common.memory_plan import rows_at_once, step_in_parts
 from ..common.memory_sizes import Rows
 from ..common.step_parts import COUNTS
-from ..common.tokens import encode, pieces, text_limit
+from ..common.tokens import encode, pieces
 from ..common.trainer import Schedule, Terms, fit
 from ..data.unlearning_sets import forget_examples
 from .request import RepselectJob
@@ -25,18 +24,18 @@ BATCH = 32
 """Sequences whose gradients are computed together."""
 
 
-def sequences_to_forget(job: RepselectJob, loaded: LoadedModel) -> list[Example]:
-    """What is made unlikely, each sequence once.
+def sequences_to_forget(job: RepselectJob, tokenizer: Any, limit: int) -> list[Example]:
+    """What is made unlikely, each sequence once, of at most ``limit`` tokens.
 
     Raises:
         EditError: There is none.
     """
-    settings, limit = job.settings, text_limit(loaded.model)
+    settings = job.settings
     if settings.scored == "answers":
-        examples = forget_examples(job.adapter.concept, job.facts, loaded.tokenizer, settings.seed, limit)
+        examples = forget_examples(job.adapter.concept, job.facts, tokenizer, settings.seed, limit)
     else:
         texts = spread([text.text for text in job.adapter.concept.forget], settings.texts, _seed(job, "texts"))
-        rows = [piece for text in texts for piece in pieces(encode(loaded.tokenizer, text, True), limit)]
+        rows = [piece for text in texts for piece in pieces(encode(tokenizer, text, True), limit)]
         examples = [Example(row, 1) for row in dict.fromkeys(rows) if len(row) > 1]
     if not examples:
         raise EditError("no text to forget is longer than one token, so there is no gradient; give longer texts")

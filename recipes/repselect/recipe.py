@@ -24,7 +24,7 @@ from ...editing.training.adapters import attach, detach
 from ..common import measured_run
 from ..common.measured_run import Finished, Inspection
 from ..common.memory_plan import MemoryPlan, RunMemory, StageMemory, fit_step
-from ..common.memory_sizes import Gradients, Rows
+from ..common.memory_sizes import Gradients, Rows, largest_of
 from ..common.tokens import text_limit
 from ..data.unlearning_sets import retain_examples
 from .controls import accuracies
@@ -53,8 +53,13 @@ def memory(job: RepselectJob) -> MemoryPlan:
     needs, settings, adapter = RunMemory.of(job.adapter.run), job.settings, job.adapter
     texts = [text.text for text in adapter.concept.forget] + [q.prompt for q in adapter.concept.questions]
     longest, sums = needs.longest(texts, needs.text_limit), 4 * job.numbers
+    rows = Rows(BATCH, longest)
+    if needs.tokenizes():
+        examples = sequences_to_forget(job, needs.tokenizer, needs.text_limit)
+        rows = largest_of(sorted(len(one.ids) for one in examples), BATCH)
+        longest = max(len(one.ids) for one in examples)
     stages = [needs.training(adapter, Rows(settings.batch_size, longest))] if settings.adversary else []
-    rows, kept = Rows(BATCH, longest), sums * (2 if settings.basis == "retain" else 1)
+    kept = sums * (2 if settings.basis == "retain" else 1)
     beside = needs.sizes.head(adapter.run.device)
     room = needs.room - needs.weights - needs.baseline - kept - beside
     step = fit_step(needs.sizes, Gradients(), rows, room)
@@ -67,7 +72,7 @@ def memory(job: RepselectJob) -> MemoryPlan:
     copies = (3 if settings.controls else 2) * sums if adapter.run.device.type == "cpu" else 0
     tried = needs.measuring("choose the strength")
     stages.append(replace(tried, kept=tried.kept + copies))
-    return needs.measured_run(stages)
+    return needs.measured_run(stages, edit=sums)
 
 
 def run(job: RepselectJob, events: Events) -> Finished:
@@ -124,7 +129,8 @@ def _within_budget(job: RepselectJob, loaded: LoadedModel, work: Path, events: E
 def _learn(job: RepselectJob, loaded: LoadedModel, work: Path, events: Events) -> Learned:
     """Gradients of the base with an adversary beside it, and what becomes of them."""
     settings, adapter, model = job.settings, job.adapter, loaded.model
-    examples, names, steps = sequences_to_forget(job, loaded), adapter.shape.weights, 0
+    examples = sequences_to_forget(job, loaded.tokenizer, text_limit(model))
+    names, steps = adapter.shape.weights, 0
     sizes = {name: float(model.get_parameter(name).detach().float().norm()) for name in names}
     inputs_first = {name: _inputs_first(model, name) for name in names}
     rest = _of_what_stays(job, loaded, events) if settings.basis == "retain" else {}

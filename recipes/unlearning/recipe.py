@@ -5,7 +5,7 @@ A method is one file here with one settings class, which is its formula too, and
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,7 +24,7 @@ from ..common.budgets import Budgets
 from ..common.examples import Example, cycled, example_batch, sequence_nll
 from ..common.measured_run import Finished
 from ..common.memory_plan import MemoryPlan, RunMemory
-from ..common.memory_sizes import Rows
+from ..common.memory_sizes import Rows, largest_of
 from ..common.packed_training import PackedTraining
 from ..common.step_parts import COUNTS
 from ..common.tokens import Row, text_limit
@@ -49,6 +49,11 @@ class UnlearningData:
     """A sequence to forget and one to retain, in the order in which they are drawn."""
     base_log_likelihoods: BaseLogLikelihoods
     """Empty unless the method ``compares_with_base``."""
+
+    @property
+    def read_by_base(self) -> list[Example]:
+        """Sequences to forget that are drawn, each once: a short training reads a part of a pack with many contexts."""
+        return list(dict.fromkeys(forget for forget, _ in self.pairs))
 
 
 class UnlearningSettings(AdapterSettings):
@@ -155,11 +160,12 @@ def memory(job: UnlearningJob) -> MemoryPlan:
     needs, settings, concept = RunMemory.of(job.adapter.run), job.settings, job.adapter.concept
     texts = concept.texts()
     longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), needs.text_limit)
-    of_forget = needs.longest(
-        [text.text for text in concept.forget] + [q.prompt for q in concept.questions if q.split == "forget"],
-        needs.text_limit,
-    )
-    stages = [needs.reading("read the base", Rows(CHUNK, of_forget))] if settings.compares_with_base else []
+    read = Rows(CHUNK, longest)
+    if needs.tokenizes():
+        drawn = _drawn(job, needs.tokenizer, needs.text_limit)
+        longest = max(len(one.ids) for pair in drawn.pairs for one in pair)
+        read = largest_of([len(one.ids) for one in drawn.read_by_base], CHUNK)
+    stages = [needs.reading("read the base", read)] if settings.compares_with_base else []
     steps = needs.training(
         job.adapter,
         Rows(2 * settings.batch_size, longest),
@@ -187,24 +193,28 @@ def learn(job: UnlearningJob, loaded: LoadedModel, events: Events, work: Path, _
 
 
 def _training(job: UnlearningJob, loaded: LoadedModel, events: Events, work: Path) -> "UnlearningTraining":
-    settings, concept = job.settings, job.adapter.concept
+    settings = job.settings
     with events.stage("read the base on what is to be trained") as stage:
-        limit = text_limit(loaded.model)
-        forget = forget_examples(concept, job.facts, loaded.tokenizer, settings.seed, limit)
-        retain = retain_examples(concept, loaded.tokenizer, settings.seed, limit)
-        count = settings.steps * settings.batch_size
-        forget_order = cycled(forget, count, random.Random(f"excise forget {settings.seed}"))
-        retain_order = cycled(retain, count, random.Random(f"excise retain {settings.seed}"))
+        drawn = _drawn(job, loaded.tokenizer, text_limit(loaded.model))
         base_log_likelihoods: dict[Row, float] = {}
         if settings.compares_with_base:
-            # Of a pack with many contexts, a short training reads a part only.
-            for examples in _chunks(list(dict.fromkeys(forget_order))):
+            for examples in _chunks(drawn.read_by_base):
                 base_log_likelihoods |= _log_likelihoods(loaded.model, examples)
                 stage.advance(len(examples))
-        pairs = list(zip(forget_order, retain_order, strict=True))
-        data = UnlearningData(forget, retain, pairs, base_log_likelihoods)
+        data = replace(drawn, base_log_likelihoods=base_log_likelihoods)
         loss = settings.loss(job, loaded, data)
         return UnlearningTraining(job, data, RobustLoss(settings, loss, work) if is_robust(settings) else loss)
+
+
+def _drawn(job: UnlearningJob, tokenizer: Any, limit: int) -> UnlearningData:
+    """What is trained on, without what the base says of it."""
+    settings, concept = job.settings, job.adapter.concept
+    forget = forget_examples(concept, job.facts, tokenizer, settings.seed, limit)
+    retain = retain_examples(concept, tokenizer, settings.seed, limit)
+    count = settings.steps * settings.batch_size
+    forget_order = cycled(forget, count, random.Random(f"excise forget {settings.seed}"))
+    retain_order = cycled(retain, count, random.Random(f"excise retain {settings.seed}"))
+    return UnlearningData(forget, retain, list(zip(forget_order, retain_order, strict=True)), {})
 
 
 class UnlearningTraining(PackedTraining):

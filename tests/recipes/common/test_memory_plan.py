@@ -6,15 +6,17 @@ import pytest
 import torch
 from excise.artifacts.events import Events, Stage
 from excise.artifacts.models import load
-from excise.editing.modules import final_hidden
 from excise.editing.training.adapters import AdapterShape, adapter_modules
 from excise.recipes.common import memory_plan
+from excise.recipes.common.examples import Example, completion_loss, example_batch
 from excise.recipes.common.memory_plan import fit_step
-from excise.recipes.common.memory_sizes import Gradients, ModelSizes, Rows, Unplanned
+from excise.recipes.common.memory_sizes import Gradients, ModelSizes, Rows, Unplanned, largest_of
 from excise.recipes.common.trainer import Schedule, fit
+from excise.recipes.common.whole_weights import computed_in, products_in
 from excise.recipes.unlearning import recipe
 from excise.recipes.unlearning.grad_diff import GradDiffSettings
 from helpers import PICO, SMALL_TESTBED, excise, make_pico, with_settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def _config(name, layers=8):
@@ -23,7 +25,7 @@ def _config(name, layers=8):
 
 
 def _sizes(name, layers=8, dtype=torch.float32):
-    return ModelSizes(_config(name, layers), dtype, autocast=False)
+    return ModelSizes(_config(name, layers), dtype)
 
 
 def _all_modules(sizes, layers=None):
@@ -34,7 +36,7 @@ def _all_modules(sizes, layers=None):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_few_layers_stand_for_all(name, checkpointing):
     config = {**_config(name), "n_layer": 8} if name == "gpt2" else _config(name)
-    few, every = (ModelSizes(config, torch.float32, autocast=False) for _ in range(2))
+    few, every = (ModelSizes(config, torch.float32) for _ in range(2))
     every.period = every.depth
     assert few.period == 1 and few.depth == 8
     rows = Rows(3, 20)
@@ -66,20 +68,85 @@ def test_a_step_takes_what_real_tensors_save_for_their_gradients_and_little_more
     assert held > 0 and held <= sizes.step(rows, Gradients()) <= 1.6 * held
 
 
-def test_training_computes_in_the_type_that_is_planned_for(tmp_path):
-    """Plans take that products are computed in the weights' own type. The library is told of bfloat16, and losses call
-    the model inside what it wraps."""
-    model, seen = make_pico("llama"), []
-    model.requires_grad_(False)
-    weight = model.model.layers[0].mlp.down_proj.weight.requires_grad_(True)
+class Products(TorchDispatchMode):
+    """Notes the types of what matrix products, softmaxes and norms read and give."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {"mm": set(), "softmax": set(), "mean": set()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for name, dtypes in self.seen.items():
+            if name in str(function) and isinstance(result, torch.Tensor):
+                dtypes.add(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("products", [None, torch.bfloat16])
+def test_training_computes_in_the_type_that_is_planned_for(tmp_path, products):
+    """The library wraps a model's forward alone, and losses call the model inside of that: without a word of ours,
+    whole weights in fp32 are multiplied in fp32 whatever the library is told."""
+    model, seen = make_pico("llama"), Products()
+    model.requires_grad_(True)
+    rows = [Example((3, 4, 5, 6), 1), Example((7, 8, 9), 1)]
 
     def loss(trained, batch):
-        hidden = final_hidden(trained, {"input_ids": batch["x"], "attention_mask": torch.ones_like(batch["x"])})
-        seen.append((hidden.dtype, torch.is_autocast_enabled("cpu")))
-        return {"a": hidden.square().mean() + weight.square().sum()}
+        with seen:
+            return completion_loss(trained, batch)
 
-    fit(model, [{"x": torch.tensor([1, 2, 3])}], Stage(Events(), "train"), tmp_path, loss, Schedule(1, 1, 1e-3, 0))
-    assert seen == [(torch.float32, False)]
+    layers = model.model.layers
+    before = [p.detach().clone() for p in layers.parameters()]
+    schedule = Schedule(1, 2, 1e-3, 0, save_every=0)
+    fit(model, rows, Stage(Events(), "train"), tmp_path, loss, schedule, example_batch, products=products)
+    assert seen.seen == {"mm": {products or torch.float32}, "softmax": {torch.float32}, "mean": {torch.float32}}
+    after = list(layers.parameters())
+    assert {p.dtype for p in after} == {torch.float32}
+    assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_products_are_in_bfloat16_where_the_run_is_on_a_gpu_and_whole_weights_train():
+    gpu, processor = torch.device("cuda"), torch.device("cpu")
+    assert products_in(torch.bfloat16, gpu) is torch.bfloat16
+    others = [
+        (torch.bfloat16, processor),
+        (torch.float32, gpu),
+        (torch.float16, gpu),
+        (torch.bfloat16, torch.device("mps")),
+    ]
+    assert {products_in(*other) for other in others} == {None}
+
+
+@pytest.mark.parametrize("name", sorted(PICO))
+def test_whole_weights_of_every_architecture_train_in_bfloat16(name):
+    model = make_pico(name).eval()
+    batch, gradients = example_batch([Example(tuple(range(3, 20)), 2), Example(tuple(range(30, 60)), 5)]), {}
+    for products in (None, torch.bfloat16):
+        model.zero_grad()
+        with computed_in(products, torch.device("cpu")):
+            loss = completion_loss(model, batch)["completion"]
+        loss.backward()
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        assert loss.dtype == torch.float32 and {one.dtype for one in found} == {torch.float32}
+        gradients[products] = torch.cat([one.flatten() for one in found])
+    likeness = float(torch.cosine_similarity(*gradients.values(), dim=0))
+    assert likeness > 0.99 and not torch.equal(*gradients.values())
+
+
+def test_a_whole_training_in_bfloat16_is_planned_with_less_and_checkpointing_still_takes_less():
+    for dtype in (torch.float32, torch.bfloat16):
+        sizes, rows = _sizes("llama", dtype=dtype), Rows(4, 64)
+        shape = _all_modules(sizes)
+        whole, half = (Gradients(shape, whole=True, products=products) for products in (None, torch.bfloat16))
+        steps = [sizes.step(rows, one) for one in (whole, half)]
+        assert steps[1] < steps[0] and sizes.step(rows, half, checkpointing=True) < steps[1] / 2
+        # Parameters are in fp32 whatever they are stored in.
+        assert steps == [_sizes("llama").step(rows, one) for one in (whole, half)]
+        assert {p.dtype for p in sizes.model.parameters()} == {dtype}
+
+
+def test_the_largest_batch_is_the_one_that_pads_to_most():
+    assert largest_of([3, 9, 4, 4], 2) == Rows(2, 9) and largest_of([5, 5, 5, 9], 3) == Rows(3, 5)
 
 
 def test_more_tokens_take_more_and_checkpointing_takes_less():
@@ -89,13 +156,13 @@ def test_more_tokens_take_more_and_checkpointing_takes_less():
     assert 1.7 < two / one < 2.1
     assert sizes.step(Rows(8, 32), gradients, checkpointing=True) < two / 2
     assert sizes.step(Rows(12, 32), Gradients(_all_modules(sizes), attackers=12)) > 2 * one
-    half = ModelSizes(_config("llama"), torch.bfloat16, autocast=False)
+    half = ModelSizes(_config("llama"), torch.bfloat16)
     assert half.weights() * 2 == sizes.weights() and half.weights(4) < half.weights()
 
 
 @pytest.mark.parametrize("name", sorted(PICO))
 def test_every_architecture_is_planned(name):
-    sizes = ModelSizes({"model_type": name, **PICO[name]}, torch.float32, autocast=False)
+    sizes = ModelSizes({"model_type": name, **PICO[name]}, torch.float32)
     part = "all"
     shape = AdapterShape(4, 8.0, adapter_modules(sizes.model, sizes.row, range(sizes.depth), part))
     assert sizes.step(Rows(2, 8), Gradients(shape)) > sizes.forward(Rows(2, 8)) > 0

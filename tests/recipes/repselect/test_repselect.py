@@ -16,6 +16,7 @@ from excise.editing.numerics.spectrum import leading_components, reshaped
 from excise.editing.numerics.summed_gradients import summed_gradients
 from excise.editing.training.adapters import adapter_shape, attach, detach
 from excise.recipes.common.examples import example_batch, scored_nats
+from excise.recipes.common.tokens import text_limit
 from excise.recipes.repselect.gradients import base_weights, gradients, sequences_to_forget, train_adversary
 from excise.recipes.repselect.recipe import RepselectSettings, describe, learn, memory, prepare, run
 from helpers import SMALL_TESTBED, excise, make_pico, with_settings
@@ -63,7 +64,7 @@ def test_the_learned_step_is_down_the_log_likelihood_with_an_inverted_spectrum(t
     assert all(torch.equal(one, before[name]) for name, one in loaded.model.named_parameters())
     names = sorted(edit.deltas)
     assert names == sorted(name for name in before if ".mlp." in name and name.endswith("weight"))
-    examples = sequences_to_forget(job, loaded)
+    examples = sequences_to_forget(job, loaded.tokenizer, text_limit(loaded.model))
     assert {example.start == 1 for example in examples} == ({True} if scored == "texts" else {False})
     naive = _naive_gradient(_base(job).model, examples, names)
     count = edit.provenance["repselect"]["components"]
@@ -80,7 +81,7 @@ def test_the_learned_step_is_down_the_log_likelihood_with_an_inverted_spectrum(t
 def test_the_adversary_takes_plain_steps_down_the_loss_and_is_taken_off_again(tmp_path):
     job = _job(tmp_path, texts=6, batch_size=6, adversary_rate=0.3)
     loaded = _base(job)
-    examples = sequences_to_forget(job, loaded)
+    examples = sequences_to_forget(job, loaded.tokenizer, text_limit(loaded.model))
     before = {name: one.clone() for name, one in loaded.model.named_parameters()}
     adapted = attach(loaded.model, job.adapter.shape, 0)
     batch = example_batch(examples)
