@@ -1,5 +1,6 @@
 """What an audit would do, for a dry run."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -7,8 +8,8 @@ from ...artifacts.checkpoints.read import open_checkpoint
 from ...editing.edits.fake_quantization import expert_weights
 from ..common.memory_plan import MemoryPlan, RunMemory, StageMemory, fit_step
 from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
-from ..common.whole_weights import need_of
-from .attack_data import LONGEST_RETAIN
+from ..common.whole_weights import need_of, products_in
+from .attack_data import LONGEST_RETAIN, AttackData
 from .attackers import MOST_ATTACKERS, gradients_of_attackers
 from .attacks.table import ATTACKS, SOFT_TOKENS, Attack
 from .floor import floor_gaps
@@ -70,14 +71,19 @@ def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
     # Those of a search train in groups of their own, of which each is smaller.
     rows_of = [ATTACKS[name] for name in job.attacks if ATTACKS[name].method == method]
     attackers = max(1, sum(_count(job, row) for row in rows_of if not row.searched))
-    texts = concept.texts()
-    longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), LONGEST_RETAIN)
+    if needs.tokenizes():
+        longest = _mean_length(job, needs, rows_of)
+    else:
+        texts = concept.texts()
+        longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), LONGEST_RETAIN)
     count = 1 if method == "all_weights" else min(attackers, MOST_ATTACKERS)
     rows, head = Rows(count * budget.batch, longest), sizes.head(job.device)
     name = f"attack: {method}"
     if method == "all_weights":
         whole = need_of(needs.weights // sizes.dtype.itemsize, job.optimizer)
-        return StageMemory(name, 0, trained=whole, work=sizes.step(rows, Gradients()) + head)
+        modules = gradients_of_attackers(sizes, 1).shape
+        gradients = Gradients(modules, whole=True, products=products_in(job.dtype, job.device))
+        return StageMemory(name, 0, trained=whole, work=sizes.step(rows, gradients) + head)
     if method != "low_rank":
         rows = Rows(rows.count, longest + SOFT_TOKENS)
         step = fit_step(sizes, Gradients(), rows, needs.room - needs.weights - head, unit=count)
@@ -87,3 +93,19 @@ def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
     trained = STATE_BYTES * sizes.adapter(gradients.shape) * count
     step = fit_step(sizes, gradients, rows, needs.room - needs.weights - trained - head, unit=count)
     return StageMemory(name + step.in_words(), needs.weights, trained, step.size + head)
+
+
+def _mean_length(job: AuditJob, needs: RunMemory, attacks: Sequence[Attack]) -> int:
+    """Tokens of a row of the largest step of some attacks that train side by side, padding included.
+
+    The shortest sequence of each attacker stands beside those of the others, then the next.
+    """
+    data = AttackData(job.concept, job.facts, job.questions, needs.tokenizer, job.settings.seed)
+    batch, count = job.budget.batch, job.budget.steps * job.budget.batch
+    seeds = {(row.data, number) for row in attacks for number in range(job.budget.seeds_of(row))}
+    orders = [data.reading_order(source, count, f"{job.settings.seed}-{number}") for source, number in sorted(seeds)]
+    largest = 0
+    for start in range(0, count, batch):
+        read = [sorted(len(one.ids) for one in order[start : start + batch]) for order in orders]
+        largest = max(largest, sum(map(max, zip(*read, strict=True))))
+    return -(-largest // batch)
