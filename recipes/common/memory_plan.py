@@ -306,6 +306,9 @@ class RunMemory:
             trained = STATE_BYTES * sizes.adapter(job.shape)
         asked = Rows(-(-rows.count // settings.gradient_accumulation_steps), rows.length)
         beside = work + (0 if deepest is not None else sizes.head(self.device))
+        if gradients.products is not None:
+            # The unembedding, in the type that products are computed in.
+            beside += gradients.products.itemsize * sizes.vocabulary * sizes.width
         room = self.room - weights - trained - kept - self.baseline - beside
         fitting = fit_step(sizes, gradients, asked, room, checkpointing=settings.gradient_checkpointing)
         name = f"train{fitting.in_words()}"
