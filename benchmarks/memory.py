@@ -1,11 +1,12 @@
 """Planned memory against what a process holds, stage by stage.
 
-    python benchmarks/memory.py [MODEL] [--recipes npo,elm,...] [--dtype float32] [--tensors]
+    python benchmarks/memory.py [MODEL] [--recipes npo,elm,...] [--dtype float32] [--learning] [--tensors]
 
 Each recipe runs in a process of its own, on texts of 512 tokens, with few steps: the peak does not depend on their
 number. Measured is the peak of the resident memory (VmHWM) of each stage, less what the process held before the model
 was loaded. Freed memory goes back to the system at once, so that a stage is not charged with what one before it left:
-this costs time, and runs themselves do not do it. With ``--tensors`` what PyTorch's allocator gives out is counted
+this costs time, and runs themselves do not do it. With ``--learning`` nothing is measured before and after, which is
+most of the time and takes the same memory for every recipe. With ``--tensors`` what PyTorch's allocator gives out is counted
 instead: what differs from the process's memory is none of the plan's making.
 """
 
@@ -36,7 +37,7 @@ FEW: dict[str, list[str]] = {
     "repselect": ["texts=32", "batch_size=2"],
     "lorra": ["steps=2", "batch_size=8", "concept=builtin:declining"],
     "caft": ["steps=2", "batch_size=2", "concept=builtin:shortcut", "directions=none"],
-    "distill": ["steps=2", "batch_size=1", "samples=8"],
+    "distill": ["steps=2", "batch_size=1", "samples=0"],
 }
 MEASURED = ["questions=8", "kl_prompts=4", "max_new_tokens=8", "fresh=true"]
 STAGES = {
@@ -70,11 +71,13 @@ def main() -> None:
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--characters", type=int, default=PIECE, help="Length of the long texts.")
+    parser.add_argument("--learning", action="store_true", help="Learn the edit alone.")
     parser.add_argument("--tensors", action="store_true", help="Count what PyTorch's allocator gives out.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        found = one(options.one, options.model, options.dtype, options.characters, tensors=options.tensors)
+        how = {"tensors": options.tensors, "learning": options.learning}
+        found = one(options.one, options.model, options.dtype, options.characters, **how)
         return print(json.dumps(found))
     print(f"{'recipe':14} {'stage':22} {'planned':>9} {'measured':>9} {'ratio':>6}   MB, {options.model}")
     for recipe in options.recipes.split(","):
@@ -82,6 +85,7 @@ def main() -> None:
         malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
         words = [sys.executable, __file__, options.model, "--dtype", options.dtype, "--one", recipe]
         words += ["--characters", str(options.characters), *(["--tensors"] if options.tensors else [])]
+        words += ["--learning"] if options.learning else []
         began = time.monotonic()
         done = subprocess.run(words, env=os.environ | malloc, capture_output=True, text=True, check=False)
         print(f"# {recipe}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
@@ -170,13 +174,16 @@ def walked(events: Iterable[Any]) -> Iterator[Any]:
         waiting += event.children
 
 
-def one(recipe: str, model: str, dtype: str, characters: int = PIECE, *, tensors: bool = False) -> dict[str, Any]:
+def one(
+    recipe: str, model: str, dtype: str, characters: int = PIECE, *, tensors: bool = False, learning: bool = False
+) -> dict[str, Any]:
     """Plan and run one recipe in this process."""
     import importlib
 
     from excise.artifacts.events import Events
     from excise.recipes import RECIPES as TABLE
     from excise.recipes.audit import recipe as audit
+    from excise.recipes.audit import suppressed_control
     from excise.recipes.audit.attacks import table
     from excise.recipes.common.settings import load_settings
 
@@ -185,6 +192,7 @@ def one(recipe: str, model: str, dtype: str, characters: int = PIECE, *, tensors
         base = {"concept": str(pack), "out": out, "device": "cpu", "dtype": dtype, "seed": 0}
         if recipe == "audit":
             edited = copy_of(model, Path(place) / "edited")
+            suppressed_control.STEPS = 2
             table.BUDGETS["quick"] = table.Budget((), 2, 2, {"low_rank": (1e-3,)}, batch=2)
             words = ["questions=20", "attacks=[few_shot, rtt]", "fresh=true"]
             module, kind, base = audit, audit.AuditSettings, {**base, "model": str(edited), "base": model}
@@ -200,9 +208,38 @@ def one(recipe: str, model: str, dtype: str, characters: int = PIECE, *, tensors
         job = module.prepare(settings)
         plan = module.memory(job).as_json()
         peaks = Peaks(Tensors() if tensors else Process())
-        module.run(job, Events(watcher=peaks))
+        if learning:
+            learn(module, job, Events(watcher=peaks), Path(place))
+            forget_measuring(plan["stages"], job)
+        else:
+            module.run(job, Events(watcher=peaks))
     planned = {stage["name"].partition(" (")[0]: stage["total"] for stage in plan["stages"]}
     return {"planned": planned, "measured": peaks.stages}
+
+
+def learn(module: Any, job: Any, events: Any, work: Path) -> None:
+    """The edit alone."""
+    from excise.artifacts.models.load import load_model
+
+    run = run_of(job)
+    with events.stage("load the base"):
+        loaded = load_model(run.source, run.device, run.dtype)
+    module.learn(job, loaded, events, work, {})
+
+
+def forget_measuring(stages: list[dict[str, Any]], job: Any) -> None:
+    """Take from a plan what only measuring leaves behind, and its stages."""
+    from excise.recipes.common.memory_plan import RunMemory
+
+    baseline = RunMemory.of(run_of(job)).baseline
+    stages[:] = [stage for stage in stages if not stage["name"].startswith("measure")]
+    for stage in stages:
+        stage["total"] -= baseline if stage["kept"] >= baseline else 0
+
+
+def run_of(job: Any) -> Any:
+    """What is run, of a job that trains or one that does not."""
+    return job.run if hasattr(job, "run") else job.adapter.run
 
 
 def warm_up() -> None:

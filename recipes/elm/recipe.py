@@ -57,10 +57,13 @@ def memory(job: ElmJob) -> MemoryPlan:
     teacher = min(positions * sizes.width * run.dtype.itemsize, int(SHARE * left))
     targets = positions * settings.stored_tokens * TARGET_BYTES
     cache = cache_budget(run.device, left)
-    rows = min(ROWS, max(1, cache // ((longest + settings.fluency_tokens) * cached_bytes(sizes.model))))
-    decode = needs.reading("read the teacher", Rows(max(read, rows), longest), cached=True, kept=teacher + targets)
+    kinds = _lengths(job, needs) if needs.tokenizes() else [[longest + settings.fluency_tokens], *[[longest]] * 3]
+    # Contexts are continued as bare, expert and novice at once; what is to be retained is only read.
+    context = max(kinds[0], default=longest)
+    rows = min(ROWS, 3 * settings.contexts_read, max(1, cache // (context * cached_bytes(sizes.model))))
+    largest = max(Rows(rows, context), Rows(read, longest), key=lambda one: one.tokens)
+    decode = needs.reading("read the teacher", largest, cached=True, kept=teacher + targets)
     most = part_size(run.device)
-    kinds = _lengths(job, needs) if needs.tokenizes() else [[longest]] * 4
     part = largest_part(kinds, settings.steps, settings.batch_size, most, settings.seed)
     # Gradients of the parts are summed beside those of the step.
     summed = 4 * sizes.adapter(job.adapter.shape)
