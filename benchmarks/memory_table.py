@@ -130,7 +130,7 @@ def job_of(kind: Any, recipe: str, config: dict[str, Any], **settings: Any) -> J
     device = torch.device("cuda")
     concept, row = load_concept(asked.concept), architecture_of(config)
     source: Any = None
-    return Job(recipe, asked, source, checkpoint, concept, row, device, torch.bfloat16, None, Path("out"))
+    return Job(recipe, asked, source, checkpoint, concept, row, device, torch.bfloat16, None, Path("out"), concept)
 
 
 def adapter_job_of(kind: Any, recipe: str, config: dict[str, Any], **settings: Any) -> AdapterJob:
@@ -158,7 +158,7 @@ def npo_plan(config: dict[str, Any], **settings: Any) -> MemoryPlan:
 def caft_plan(config: dict[str, Any], **settings: Any) -> MemoryPlan:
     adapter = adapter_job_of(caft.CaftSettings, "caft", config, **settings)
     data = SimpleNamespace(rows=adapter.run.concept.train)
-    job: Any = SimpleNamespace(adapter=adapter, settings=adapter.settings, data=data, places=(0,))
+    job: Any = SimpleNamespace(adapter=adapter, settings=adapter.settings, data=data, places=(0,), directions=())
     return caft.memory(job)
 
 
@@ -168,7 +168,8 @@ def orthogonalize_plan(config: dict[str, Any], **settings: Any) -> MemoryPlan:
 
 
 def prune_plan(config: dict[str, Any], **settings: Any) -> MemoryPlan:
-    job: Any = SimpleNamespace(run=job_of(prune.PruneSettings, "prune", config))
+    run = job_of(prune.PruneSettings, "prune", config)
+    job: Any = SimpleNamespace(run=run, settings=run.settings)
     return prune.memory(job)
 
 
@@ -179,7 +180,7 @@ def audit_plan(config: dict[str, Any], **settings: Any) -> MemoryPlan:
     source = SimpleNamespace(folder=config)
     job: Any = SimpleNamespace(
         sources={"base": source}, device=base.device, dtype=base.dtype, concept=base.concept, attacks=attacks,
-        budget=BUDGETS["standard"], optimizer="adamw",
+        budget=BUDGETS["standard"], optimizer="adamw", settings=base.settings,
     )  # fmt: skip
     return audit.memory(job)
 

@@ -36,6 +36,25 @@ def test_a_job_that_fails_is_named_and_the_next_one_runs(tmp_path):
     assert "2 jobs: 1 passed, 1 failed" in done.stdout
 
 
+def test_the_table_of_planned_memory_has_a_cell_for_every_recipe_and_amount(tmp_path):
+    script = tmp_path / "small.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "import memory_table as table\n"
+        "small = {'hidden_size': 64, 'intermediate_size': 128, 'num_hidden_layers': 2, 'num_attention_heads': 4,"
+        " 'num_key_value_heads': 2}\n"
+        "table.MODELS['small'] = {**table.LLAMA, **small}\n"
+        "table.pretend()\n"
+        "print('\\n'.join(table.rows(['small'])))\n"
+    )
+    done = run_file(script)
+    assert done.returncode == 0, done.stderr
+    _, _, *rows = done.stdout.splitlines()
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    assert len({(cell[0], cell[1]) for cell in cells}) == len(cells) == 18
+    assert all(re.match(r"yes|no: \d", cell[2]) for cell in cells)
+
+
 def test_intervals_hold_the_truth_on_simulated_items():
     done = run_file(ROOT / "benchmarks" / "intervals.py", "--draws", "40", "--items", "80", "--correlations", "0.5")
     assert done.returncode == 0, done.stderr
