@@ -113,7 +113,8 @@ def cell(plan: Callable[..., MemoryPlan], config: dict[str, Any], capacity: int)
     peak = made.peak
     if peak.total > capacity:
         return f"no: {(peak.total - capacity) / 1e9:.0f} GB missing ({peak.name.partition(' (')[0]})"
-    how = " ".join(re.findall(r"\((.*?)\)", " ".join(stage.name for stage in made.stages)))
+    found = re.findall(r"\((.*?)\)", " ".join(stage.name for stage in made.stages))
+    how = ", ".join(dict.fromkeys(word for words in found for word in words.split(", ")))
     return f"yes{f', {how}' if how else ''}: {peak.total / 1e9:.0f} GB"
 
 

@@ -163,7 +163,9 @@ def memory(prepared: CaftJob) -> MemoryPlan:
         sides = [text for pair in prepared.adapter.run.concept.contrast for text in (pair.positive, pair.negative)]
         pairs = Rows(2 * READ_AT_ONCE, needs.longest(sides, needs.context))
         read = max(read, pairs, key=lambda rows: rows.tokens)
-    find = needs.reading("find directions", read, points=2 * len(prepared.places), kept=kept)
+    # What is read is in fp32.
+    points = len(prepared.places) * 4 // needs.sizes.dtype.itemsize
+    find = needs.reading("find directions", read, points=points, kept=kept)
     train = needs.training(prepared.adapter, Rows(settings.batch_size, longest), kept=kept)
     return needs.measured_run([find, train], edit=needs.edit_of(prepared.adapter))
 
