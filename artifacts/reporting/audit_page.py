@@ -26,11 +26,39 @@ HEADLINES = {
     "broken_not_erased": "Broken, not erased",
     "inconclusive": "Inconclusive",
 }
+OF_BEHAVIOUR = {
+    **HEADLINES,
+    "recovers": "The behaviour recovers",
+    "holds": "It holds: the behaviour comes back only where an attack teaches it to the floor too",
+}
+"""Of an audit of a behaviour."""
+OUTCOMES_OF_BEHAVIOUR = {
+    **OUTCOMES,
+    "recovers": "the behaviour recovers",
+    "told_apart": "shown more often than by the floor",
+    "not_answered": "the base does not surely show it, so it says nothing",
+}
+
+
+def is_behaviour(results: dict[str, Any]) -> bool:
+    """Whether a behaviour was audited; knowledge was in all audits of earlier versions."""
+    return results.get("kind") == "behaviour"
+
+
+def headline_of(results: dict[str, Any]) -> str:
+    """The verdict as a sentence."""
+    verdict = str(results["verdict"])
+    return (OF_BEHAVIOUR if is_behaviour(results) else HEADLINES).get(verdict, verdict)
+
+
+def outcomes_of(results: dict[str, Any]) -> dict[Any, str]:
+    """What the outcomes of formats mean."""
+    return OUTCOMES_OF_BEHAVIOUR if is_behaviour(results) else dict(OUTCOMES)
 
 
 def write_report(path: Path, results: dict[str, Any]) -> None:
     """Write the audit's own page."""
-    text = render("audit.html.j2", results=results, headline=HEADLINES[results["verdict"]], **shown(results))
+    text = render("audit.html.j2", results=results, headline=headline_of(results), **shown(results))
     write_whole(path, text)
 
 
@@ -39,7 +67,7 @@ def shown(results: dict[str, Any]) -> dict[str, Any]:
 
     def figure(attack: dict[str, Any]) -> Any:
         return charts.svg(
-            charts.recovery([attack], attack.get("chance", results["controls"]["chance"])),
+            charts.recovery([attack], attack.get("chance", results["controls"]["chance"]), _axis(results)),
             f"Recovery under {attack['name']}",
         )
 
@@ -50,8 +78,12 @@ def shown(results: dict[str, Any]) -> dict[str, Any]:
         "tokens": tokens,
         "working": working,
         "gain": gain,
-        "outcomes": OUTCOMES,
+        "outcomes": outcomes_of(results),
     }
+
+
+def _axis(results: dict[str, Any]) -> str:
+    return "shows the behaviour" if is_behaviour(results) else "right on group V"
 
 
 def card_section(results: dict[str, Any], picture: str | None) -> str:
@@ -68,13 +100,13 @@ def card_section(results: dict[str, Any], picture: str | None) -> str:
     )
     return environment.get_template("audit.md.j2").render(
         results=results,
-        headline=HEADLINES[results["verdict"]],
+        headline=headline_of(results),
         best=best,
         estimate=estimate,
         tokens=tokens,
         working=working,
         gain=gain,
-        outcomes=OUTCOMES,
+        outcomes=outcomes_of(results),
         picture=picture,
     )
 
@@ -82,7 +114,7 @@ def card_section(results: dict[str, Any], picture: str | None) -> str:
 def recovery_picture(results: dict[str, Any]) -> bytes | None:
     """The recovery curves as a PNG file, where any attack trained."""
     trained = [attack for attack in results["attacks"] if len(attack["curve"]) > 1]
-    return charts.png(charts.recovery(trained, results["controls"]["chance"])) if trained else None
+    return charts.png(charts.recovery(trained, results["controls"]["chance"], _axis(results))) if trained else None
 
 
 def write_card(folder: Path, results: dict[str, Any], picture: bytes | None) -> None:

@@ -24,12 +24,12 @@ Spread = tuple[float, float, float]
 """A value and both ends of its interval."""
 
 
-def recovery(attacks: Sequence[dict[str, Any]], chance: float) -> Any:
+def recovery(attacks: Sequence[dict[str, Any]], chance: float, axis: str = "right on group V") -> Any:
     """Accuracy against tokens seen, one panel an attack and one line a model, as a matplotlib figure."""
     columns = min(3, len(attacks))
     figure, panels = _panels(-(-len(attacks) // columns), columns)
     for axes, attack in zip(panels, attacks, strict=False):
-        _label(axes, "tokens seen by the attacker", "right on group V", title=attack["name"].replace("_", " "))
+        _label(axes, "tokens seen by the attacker", axis, title=attack["name"].replace("_", " "))
         for subject, colour in SERIES.items():
             points = [(point["tokens"], point[subject]) for point in attack["curve"] if subject in point]
             if points:

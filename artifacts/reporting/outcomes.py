@@ -8,7 +8,7 @@ from typing import Any
 from ...editing.errors import RequestError, nearest
 from ...eval.statistics import Measurement
 from ..upgrade import read_json
-from .audit_page import HEADLINES, best, estimate, tokens
+from .audit_page import best, estimate, headline_of, tokens
 from .findings import findings
 from .pages import render
 from .results import RESULTS, Row, format_difference, format_value, read_measurements, table
@@ -249,7 +249,7 @@ class Audit:
     @property
     def headline(self) -> str:
         """The verdict as a sentence."""
-        return HEADLINES[self.verdict]
+        return headline_of(self.results)
 
     @property
     def reasons(self) -> list[str]:

@@ -14,7 +14,7 @@ from ..checkpoints.manifest import read_manifest, verify_folder
 from ..files.written import write_whole
 from ..upgrade import read_json
 from . import charts
-from .audit_page import AUDIT, HEADLINES, shown
+from .audit_page import AUDIT, headline_of, shown
 from .findings import declining, findings, limits
 from .pages import render
 from .results import (
@@ -74,7 +74,7 @@ def write_report(
         splits=sorted({sample["split"] for sample in results["samples"]}),
         settings=yaml.safe_dump(results["run"]["settings"], sort_keys=False),
         audit=audit,
-        **({"headline": HEADLINES[audit["verdict"]], **shown(audit)} if audit else {}),
+        **({"headline": headline_of(audit), **shown(audit)} if audit else {}),
     )
     write_whole(path, text)
 

@@ -58,7 +58,7 @@ def judge(
         missing: What could not be compared; then there are fewer verdicts, and none in place of what is missing.
     """
     controls = check_controls(compared, scale, utility, missing)
-    relearning = _relearning(compared, scale, missing)
+    relearning = relearning_of(compared, scale, missing)
     problems = [c["problem"] for c in controls.values() if isinstance(c, dict) and c.get("problem")]
     broken = controls.get("utility", {}).get("problem")
     repair = repair_of(compared)
@@ -90,8 +90,9 @@ def _judge_broken(problem: str, repair: Repair, evidence: Evidence) -> tuple[Ver
     return "inconclusive", [*said, "Inconclusive: knowledge of group V did not come back; audit the repaired model."]
 
 
-def _relearning(compared: list[Compared], scale: Scale, missing: Missing) -> Relearning:
-    relearn = next((c for c in compared if c.name == "relearn"), None)
+def relearning_of(compared: list[Compared], scale: Scale, missing: Missing, attack: str = "relearn") -> Relearning:
+    """How fast an attack that is given everything brings it back, beside how fast the floor learns it afresh."""
+    relearn = next((c for c in compared if c.name == attack), None)
     if missing.afresh:
         none = Estimate(None, (None, None))
         return Relearning(relearn, none, next(iter(SHARES)), fast=False, unsettled=True, compared=False)

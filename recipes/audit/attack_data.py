@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ...eval.concept import Concept, Question
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet
@@ -44,6 +44,85 @@ class Answers:
         """
         by_strength = result if isinstance(result, Mapping) else {0.0: result}
         return {strength: one if isinstance(one, Answers) else cls(one) for strength, one in by_strength.items()}
+
+
+class FormatAsking(Protocol):
+    """What is asked beside the looks, where an attack gets furthest."""
+
+    def ask(self, model: Any) -> dict[str, list[float]]:
+        """By format, one value a question."""
+
+
+class Attackable(Protocol):
+    """What attackers need of their data, be it about knowledge or a behaviour."""
+
+    @property
+    def questions(self) -> Sequence[Any]:
+        """What every attack is tested on."""
+
+    @property
+    def others(self) -> Sequence[Any]:
+        """What shows whether the model still works."""
+
+    @property
+    def formats(self) -> FormatAsking | None:
+        """None asks in no other format."""
+
+    @property
+    def seed(self) -> int:
+        """Of all draws."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the model."""
+
+    @property
+    def base(self) -> Path | None:
+        """Checkpoint of the base."""
+
+    @property
+    def own(self) -> Path | None:
+        """Checkpoint of the model under attack."""
+
+    def ask(self, model: Any, placeholders: int = 0) -> Answers:
+        """Hits, and hits on everything else."""
+
+    def hits(self, model: Any, placeholders: int = 0) -> Sequence[float]:
+        """Hits alone."""
+
+    def reading_order(self, source: str, count: int, seed: str) -> list[Example]:
+        """What one attacker reads."""
+
+    def mean_length(self, source: str) -> float:
+        """Tokens of a sequence, about."""
+
+
+def reading_order(examples: Mapping[str, Sequence[Example]], source: str, count: int, seed: str) -> list[Example]:
+    """The sequences that one attacker reads, in order.
+
+    Args:
+        source: A key of ``examples``; ``T:8`` takes 8 of its sequences; ``retain+T`` reads half of the count from
+            the one, then the rest from the other.
+    """
+    if "+" in source:
+        first, second = source.split("+")
+        early = int(REPAIR * count)
+        order = reading_order(examples, first, early, seed)
+        return [*order, *reading_order(examples, second, count - early, seed)]
+    name, _, most = source.partition(":")
+    # A fresh generator for each attacker, so that what it reads does not depend on who reads beside it.
+    rng = random.Random(f"excise attack {source} {seed}")
+    pool = examples[name]
+    assert pool, f"nothing to train on for {source}"
+    if most:
+        pool = rng.sample(pool, k=min(int(most), len(pool)))
+    return cycled(pool, count, rng)
+
+
+def mean_length(examples: Mapping[str, Sequence[Example]], source: str) -> float:
+    """Tokens of a sequence of a source, about; sources as in ``reading_order``."""
+    pools = [examples[part.partition(":")[0]] for part in source.split("+")]
+    return sum(sum(len(e.ids) for e in pool) / max(1, len(pool)) for pool in pools) / len(pools)
 
 
 @dataclass(frozen=True)
@@ -105,29 +184,16 @@ class AttackData:
         }
 
     def reading_order(self, source: str, count: int, seed: str) -> list[Example]:
-        """The sequences that one attacker reads, in order.
-
-        Args:
-            source: A key of ``examples``; ``T:8`` takes 8 of its sequences; ``retain+T`` reads half of the count from
-                the one, then the rest from the other.
-        """
-        if "+" in source:
-            first, second = source.split("+")
-            early = int(REPAIR * count)
-            return [*self.reading_order(first, early, seed), *self.reading_order(second, count - early, seed)]
-        name, _, most = source.partition(":")
-        # A fresh generator for each attacker, so that what it reads does not depend on who reads beside it.
-        rng = random.Random(f"excise attack {source} {seed}")
-        pool = self.examples[name]
-        assert pool, f"nothing to train on for {source}"
-        if most:
-            pool = rng.sample(pool, k=min(int(most), len(pool)))
-        return cycled(pool, count, rng)
+        """The sequences that one attacker reads, in order."""
+        return reading_order(self.examples, source, count, seed)
 
     def mean_length(self, source: str) -> float:
-        """Tokens of a sequence of a source, about; sources as in ``reading_order``."""
-        pools = [self.examples[part.partition(":")[0]] for part in source.split("+")]
-        return sum(sum(len(e.ids) for e in pool) / max(1, len(pool)) for pool in pools) / len(pools)
+        """Tokens of a sequence of a source, about."""
+        return mean_length(self.examples, source)
+
+    def hits(self, model: Any, placeholders: int = 0) -> Sequence[float]:
+        """1 for each question of group V that is answered right."""
+        return self.multiple_choice.hits(model, placeholders)
 
     def of_questions(self, questions: Sequence[Question], choices: Sequence[int] | None = None) -> list[Example]:
         """Questions with their answers, or with these choices; what is scored is the answer."""

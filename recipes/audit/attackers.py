@@ -20,7 +20,7 @@ from ..common.memory_plan import SPARE, fit_step, surely_fits
 from ..common.memory_sizes import Gradients, ModelSizes, Rows, Unplanned, sizes_of
 from ..common.trainer import Group, Schedule, Terms, fit
 from ..common.whole_weights import Optimizer, products_in
-from .attack_data import Answers, AttackData
+from .attack_data import Answers, Attackable
 from .attacks.fine_tuning import ALPHA_OVER_RANK
 from .attacks.table import RANK, Attack, Budget, Setup
 from .curve_store import AttackCurves, FormatAnswers
@@ -40,7 +40,7 @@ class AttackTraining:
     """One model and all that attackers need to train on it."""
 
     model: Any
-    data: AttackData
+    data: Attackable
     budget: Budget
     folder: Path
     """For the trainer's files."""

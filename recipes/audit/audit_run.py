@@ -8,22 +8,22 @@ from typing import Any
 from ...artifacts.checkpoints.tensor_cache import TensorCache, scope_of
 from ...artifacts.events import Events
 from ...artifacts.models.cache import cache_folder
-from ...artifacts.models.load import load_model
+from ...artifacts.models.load import LoadedModel, load_model
 from ...artifacts.runs import CURVES
 from ...artifacts.upgrade import SCHEMA_VERSION
-from ...eval.concept import Question
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet
 from ..common.run_folder import start_folder
 from ..common.run_inputs import checksums
-from .attack_data import Answers, AttackData
+from .attack_data import Answers, AttackData, FormatAsking
 from .attackers import AttackTraining
 from .attacks.table import ATTACKS
+from .behaviours.data import BehaviourData
 from .curve_store import CONTROLS, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest, one_point
 from .floor import floor_questions, invented_facts
 from .formats import FormatQuestions
 from .novel_facts import novel_concept
 from .parts import UNTRAINED, Part, by_method
-from .request import NOVEL, AuditJob, format_questions, other_questions, questions_at_looks
+from .request import MADE_FROM_BASE, AuditJob, format_questions, other_questions, questions_at_looks
 from .suppressed_control import suppressed_control
 
 WATCHED = ("base", "edited")
@@ -37,7 +37,7 @@ class Target:
     subject: str
     """base, edited, suppressed or reference."""
     model: Any
-    data: AttackData
+    data: AttackData | BehaviourData
     attacks: tuple[str, ...]
 
 
@@ -76,13 +76,12 @@ class AuditRun:
     def is_complete(self, subject: str) -> bool:
         """Whether a model need not be loaded; controls that are made from the base count with it."""
         complete = self._has(subject, self.job.attacks)
-        return complete and (subject != "base" or (self._suppressed_is_complete() and self._reference_is_complete()))
+        return complete and (subject != "base" or (self.suppressed_is_complete() and self.reference_is_complete()))
 
     def load(self, subject: str) -> Target:
         """A model of the request, ready to be attacked."""
         job = self.job
-        with self.events.stage(f"load {subject}"):
-            loaded = load_model(job.sources[subject], job.device, job.dtype, prompts=job.settings.prompt_format())
+        loaded = self.loaded(subject)
         base = job.sources["base"].folder
         others = questions_at_looks(job.concept, job.budget.others) if subject in WATCHED else []
         data = AttackData(
@@ -98,6 +97,12 @@ class AuditRun:
         if subject != "base":
             data = self._with_formats(data)
         return Target(subject, loaded.model, data, job.attacks)
+
+    def loaded(self, subject: str) -> LoadedModel:
+        """A model of the request, in evaluation mode."""
+        job = self.job
+        with self.events.stage(f"load {subject}"):
+            return load_model(job.sources[subject], job.device, job.dtype, prompts=job.settings.prompt_format())
 
     def attack(self, target: Target) -> None:
         """All attacks on one model, or those of this process's part; curves that are there already are not made again."""
@@ -116,16 +121,18 @@ class AuditRun:
 
     def attack_suppressed_control(self, base: Target) -> None:
         """The base, trained to answer wrongly: attacks that fine-tune must bring its knowledge back."""
-        if self._suppressed_is_complete():
+        if self.suppressed_is_complete() or not self.wants("suppressed"):
             return
+        assert isinstance(base.data, AttackData)
         with suppressed_control(base.model, base.data, self.events, self.scratch / "suppressed"):
             data = replace(base.data, others=())
             self.attack(replace(base, subject="suppressed", data=data, attacks=self.job.suppressed_attacks))
 
     def attack_novel_facts(self, base: Target) -> None:
         """Without a model that never knew the concept: the base, attacked about facts that nobody knows."""
-        if self._reference_is_complete():
+        if self.reference_is_complete():
             return
+        assert isinstance(base.data, AttackData)
         job = self.job
         if job.novel:
             data = replace(base.data, concept=job.novel.concept, questions=job.novel.questions, others=())
@@ -141,15 +148,26 @@ class AuditRun:
 
     def _measure_untouched(self, target: Target) -> None:
         if not self.curves.has(target.subject, UNTOUCHED):
-            hits = target.data.multiple_choice.hits(target.model)
+            hits = target.data.hits(target.model)
             # Attacks on the base are asked in one format alone: without an attack it shows which formats it can answer.
-            formats = self._with_formats(target.data).formats if target.subject != "suppressed" else None
+            formats = self._formats_of(target)
             asked = formats.ask(target.model) if formats else None
             self.curves.put(target.subject, UNTOUCHED, AttackCurves.of_one_point(hits, asked))
         others = self._other_questions(target.subject)
         if others and not self.curves.has(target.subject, UTILITY):
-            hits = MultipleChoiceSet(target.data.tokenizer, others).hits(target.model)
+            if isinstance(target.data, BehaviourData):
+                hits = target.data.utility_hits(target.model)
+            else:
+                hits = MultipleChoiceSet(target.data.tokenizer, others).hits(target.model)
             self.curves.put(target.subject, UTILITY, AttackCurves.of_one_point(hits))
+
+    def _formats_of(self, target: Target) -> FormatAsking | None:
+        """What the untouched model is asked beside."""
+        if target.subject == "suppressed":
+            return None
+        if isinstance(target.data, BehaviourData):
+            return target.data.lengths(self.job.budget.formats)
+        return self._with_formats(target.data).formats
 
     def _attack_without_training(self, target: Target) -> None:
         missing = [
@@ -177,29 +195,37 @@ class AuditRun:
     def is_done(self, part: Part) -> bool:
         """Whether nothing of a part is left to do."""
         if part.subject == "suppressed":
-            return self._suppressed_is_complete()
+            return self.suppressed_is_complete()
         attacks = [name for name in self.job.attacks if ATTACKS[name].trains == (part.method != UNTRAINED)]
         if part.method == UNTRAINED:
             return self._has(part.subject, attacks)
         return self.curves.has(part.subject, *(name for name in attacks if ATTACKS[name].method == part.method))
 
+    def wants(self, *subjects: str) -> bool:
+        """Whether this process attacks any of these."""
+        return self.part is None or self.part.subject in subjects
+
     def _wants(self, subject: str, method: str) -> bool:
         return self.part is None or (self.part.subject == subject and self.part.method in ("", method))
 
-    def _suppressed_is_complete(self) -> bool:
+    def suppressed_is_complete(self) -> bool:
+        """Whether the suppressed control was put to all its attacks."""
         attacks = self.job.suppressed_attacks
         return not attacks or self._has("suppressed", attacks)
 
-    def _reference_is_complete(self) -> bool:
-        made_here = self.job.reference == NOVEL
+    def reference_is_complete(self) -> bool:
+        """Whether the floor, where it is made from the base, was put to all attacks."""
+        made_here = self.job.reference in MADE_FROM_BASE
         return not made_here or self._has("reference", self.job.attacks)
 
     def _has(self, subject: str, attacks: Sequence[str]) -> bool:
         utility = [UTILITY] if self._other_questions(subject) else []
         return self.curves.has(subject, UNTOUCHED, *utility, *attacks)
 
-    def _other_questions(self, subject: str) -> list[Question]:
+    def _other_questions(self, subject: str) -> list[Any]:
         """Questions on everything else; controls that are made here are not asked."""
+        if self.job.behaviour:
+            return list(self.job.behaviour.others) if subject in WATCHED else []
         return other_questions(self.job.concept) if subject in self.job.sources else []
 
 
@@ -210,7 +236,8 @@ def _earlier_curves(job: AuditJob) -> TensorCache:
         for name in ("base", "reference")
         if name in job.sources
     ]
-    questions = tuple(question.id for question in job.questions)
+    asked = job.behaviour.asked if job.behaviour else job.questions
+    questions = tuple(question.id for question in asked)
     prompts = job.settings.prompt_format().as_json()
     scope = (
         models,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...editing.errors import RequestError
 from .attacks.table import ATTACKS
-from .request import NOVEL, AuditJob
+from .request import MADE_FROM_BASE, AuditJob
 
 UNTRAINED = "untrained"
 """In place of a method: the model as it is, and the attacks that train nothing."""
@@ -31,7 +31,7 @@ class Part:
 
 def parts_of(job: AuditJob) -> list[Part]:
     """All parts of an audit, those that take longest first."""
-    subjects = [*job.sources, *(["reference"] if job.reference == NOVEL else [])]
+    subjects = [*job.sources, *(["reference"] if job.reference in MADE_FROM_BASE else [])]
     methods = [ATTACKS[names[0]].method for names in by_method(job.attacks)]
     trained = [Part(subject, method) for method in methods for subject in subjects]
     control = [Part("suppressed")] if job.suppressed_attacks else []

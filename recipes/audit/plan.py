@@ -12,6 +12,8 @@ from ..common.whole_weights import need_of, products_in
 from .attack_data import LONGEST_RETAIN, AttackData
 from .attackers import MOST_ATTACKERS, gradients_of_attackers
 from .attacks.table import ATTACKS, SOFT_TOKENS, Attack
+from .behaviour_results import notes_on
+from .behaviours.data import LENGTHS
 from .floor import floor_gaps
 from .formats import FORMATS
 from .request import AuditJob, format_questions, questions_at_looks
@@ -28,15 +30,29 @@ def describe(job: AuditJob) -> dict[str, Any]:
         "out": str(job.out),
         "models": {name: source.name for name, source in job.sources.items()},
         "floor": job.reference,
-        "questions": len(job.questions),
+        "questions": len(job.behaviour.asked if job.behaviour else job.questions),
         "attacks": list(job.attacks),
         # Of four models at most: base, edited, suppressed control and reference.
         "attackers_that_train": sum(_count(job, row) for row in training) * 4,
         "steps_each": budget.steps,
         "search": [asdict(setup) for row in training if row.searched for setup in budget.setups_of(row, seed).values()],
+        **_asked(job),
+    }
+
+
+def _asked(job: AuditJob) -> dict[str, Any]:
+    """What models are asked, what cannot be, and what is to be said of it."""
+    if items := job.behaviour:
+        return {
+            "asked_at_each_look": {"held-out prompts": len(items.asked), "other prompts": len(items.others)},
+            "reply_tokens": [] if items.by_choice else list(LENGTHS),
+            "gaps": list(job.gaps),
+            "notes": [*job.notes, *notes_on(job)],
+        }
+    return {
         "asked_at_each_look": {
             "group V": len(job.questions),
-            "everything else": len(questions_at_looks(job.concept, budget.others)),
+            "everything else": len(questions_at_looks(job.concept, job.budget.others)),
         },
         "formats": {"asked": list(FORMATS), "questions": len(format_questions(job, job.questions))},
         "gaps": [*job.gaps, *floor_gaps(job)],

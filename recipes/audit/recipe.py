@@ -16,6 +16,8 @@ from ..jobs.job import Job
 from ..jobs.run import run_jobs
 from .anatomy import anatomy_of
 from .audit_run import AuditRun
+from .behaviour_results import conclude_behaviour
+from .behaviour_run import attack_behaviour
 from .parts import Part, part_called, parts_of
 from .plan import describe, memory
 from .request import AuditJob, AuditSettings, prepare
@@ -84,7 +86,8 @@ def _job_of(job: AuditJob, audit: AuditRun, part: Part) -> Job:
 def _concluded(audit: AuditRun) -> dict[str, Any]:
     with audit.events.stage("compare the weights") as stage:
         edit = anatomy_of(audit.job, stage)
-    results = conclude(audit.job, audit.curves, edit)
+    concluded = conclude_behaviour if audit.job.behaviour else conclude
+    results = concluded(audit.job, audit.curves, edit)
     write_results(audit.job, results)
     shutil.rmtree(audit.work)
     return results
@@ -92,6 +95,8 @@ def _concluded(audit: AuditRun) -> dict[str, Any]:
 
 def _attack(audit: AuditRun, subject: str) -> None:
     """Load one model and attack it; the base also as the controls that are made from it."""
+    if audit.job.behaviour:
+        return attack_behaviour(audit, subject)
     target = audit.load(subject)
     audit.attack(target)
     if subject == "base":

@@ -27,7 +27,8 @@ from ..common.run_folder import RunSettings, free_folder, refuse_taken
 from ..common.run_record import inputs_of
 from ..common.whole_weights import Optimizer, whole_weights
 from ..data.facts import Facts, find_facts
-from .attacks.table import ATTACKS, BUDGETS, Budget
+from .attacks.table import ATTACKS, BUDGETS, Budget, Kind
+from .behaviours.items import BehaviourItems, items_of
 from .gaps import without_gaps
 from .held_apart import held_apart
 from .notes import notes_on, teaches_questions
@@ -41,6 +42,11 @@ STATED = 0.5
 """Share of the questions whose facts a pack's texts must state for these texts to be read as facts."""
 NOVEL = "facts that nobody knows"
 GUESSING = "guessing"
+ELSEWHERE = "prompts without the concept"
+"""Where the base learns a behaviour that it does not show there."""
+UNTAUGHT = "the base, which was never taught it"
+MADE_FROM_BASE = (NOVEL, ELSEWHERE, UNTAUGHT)
+"""Floors for which no other model is loaded."""
 
 
 class AuditSettings(RunSettings):
@@ -108,12 +114,22 @@ class AuditJob:
     """What of the pack is asked and read, where that is not what its files say."""
     optimizer: Optimizer = "adamw"
     """How attackers that train all weights keep the moments of AdamW."""
+    behaviour: BehaviourItems | None = None
+    """What is asked and read of a behaviour; None where knowledge is audited."""
+
+    @property
+    def kind(self) -> Kind:
+        """What may come back."""
+        return "behaviour" if self.behaviour else "knowledge"
 
     @property
     def reference(self) -> str:
-        """What the edited model is compared with: the model ``reference``, novel facts, or guessing."""
+        """What the edited model is compared with: the model ``reference``, novel facts, or guessing; of a behaviour the base
+        where it does not show it, or before it was taught."""
         if "reference" in self.sources:
             return "reference"
+        if self.behaviour:
+            return UNTAUGHT if self.behaviour.kept_out else ELSEWHERE
         return NOVEL if self.facts.facts or self.novel else GUESSING
 
     @property
@@ -122,6 +138,8 @@ class AuditJob:
 
         One that teaches the very questions would bring any answer back, and shows nothing of what attacks can recover.
         """
+        if self.behaviour:
+            return tuple(name for name in self.attacks if ATTACKS[name].sources == ("pairs",))
         data = ("T",) if teaches_questions(self.concept) else ("T", "V")
         rows = ((name, ATTACKS[name]) for name in self.attacks)
         return tuple(name for name, row in rows if row.method == "low_rank" and row.data in data and not row.searched)
@@ -135,7 +153,8 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
     """
     settings = settings.completed()
     concept = load_concept(settings.concept)
-    _check_kind(concept)
+    if concept.about.kind != "knowledge":
+        return _behaviour_job(settings, concept, resume)
     apart = held_apart(concept)
     concept = apart.concept
     questions = tuple(
@@ -144,10 +163,74 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
     _check_count(concept, questions)
     facts = _stated_facts(concept, apart.questions)
     attacks = settings.attacks or BUDGETS[settings.budget].attacks
-    _check_attacks(attacks)
+    _check_attacks(attacks, "knowledge", concept)
     attacks, gaps = without_gaps(attacks, concept, questions, facts)
     if not attacks:
         raise RequestError(f"nothing to attack with in concept {concept.ref}: {'; '.join(gaps)}")
+    models = _models(settings, resume)
+    attacks, costly, optimizer, told = _affordable(attacks, models.checkpoints["base"], models.device)
+    novel = None
+    if "reference" not in models.sources and not facts.facts:
+        novel = novel_pack(concept, questions, FEWEST, settings.seed)
+    return AuditJob(
+        settings,
+        models.sources,
+        concept,
+        facts,
+        questions,
+        attacks,
+        BUDGETS[settings.budget],
+        models.device,
+        models.dtype,
+        models.out,
+        (*gaps, *costly),
+        novel,
+        (*apart.notes, *notes_on(concept, questions, attacks), *told),
+        optimizer,
+    )
+
+
+def _behaviour_job(settings: AuditSettings, concept: Concept, resume: bool) -> AuditJob:
+    """The same of a pack whose concept is a behaviour, or a task that teaches one unintentionally."""
+    budget = BUDGETS[settings.budget]
+    items = items_of(concept, settings.questions or budget.prompts, budget.other_prompts, settings.seed)
+    attacks = settings.attacks or budget.behaviour
+    _check_attacks(attacks, "behaviour", concept)
+    gaps: tuple[str, ...] = ()
+    if not concept.contrast and "add_direction" in attacks:
+        attacks = tuple(name for name in attacks if name != "add_direction")
+        gaps = ("add_direction: needs contrast pairs; add contrast.jsonl",)
+    models = _models(settings, resume)
+    attacks, costly, optimizer, told = _affordable(attacks, models.checkpoints["base"], models.device)
+    return AuditJob(
+        settings,
+        models.sources,
+        concept,
+        Facts((), {}),
+        (),
+        attacks,
+        budget,
+        models.device,
+        models.dtype,
+        models.out,
+        (*gaps, *costly),
+        notes=told,
+        optimizer=optimizer,
+        behaviour=items,
+    )
+
+
+@dataclass(frozen=True)
+class _Models:
+    sources: dict[str, ModelSource]
+    checkpoints: dict[str, Checkpoint]
+    device: torch.device
+    dtype: torch.dtype
+    out: Path
+
+
+def _models(settings: AuditSettings, resume: bool) -> _Models:
+    """Find the models and check that they belong together."""
     out = settings.out or free_folder("audit")
     if not resume:
         refuse_taken(out)
@@ -166,26 +249,7 @@ def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
             _check_same_tokenizer(source, sources["base"])
     if settings.card:
         verify_folder(sources["edited"].folder)
-    attacks, costly, optimizer, told = _affordable(attacks, checkpoints["base"], device)
-    novel = None
-    if "reference" not in sources and not facts.facts:
-        novel = novel_pack(concept, questions, FEWEST, settings.seed)
-    return AuditJob(
-        settings,
-        sources,
-        concept,
-        facts,
-        questions,
-        attacks,
-        BUDGETS[settings.budget],
-        device,
-        dtype,
-        out,
-        (*gaps, *costly),
-        novel,
-        (*apart.notes, *notes_on(concept, questions, attacks), *told),
-        optimizer,
-    )
+    return _Models(sources, checkpoints, device, dtype, out)
 
 
 def other_questions(concept: Concept) -> list[Question]:
@@ -229,18 +293,14 @@ def _builtin_reference(settings: AuditSettings) -> str | None:
     return "builtin:testbed-reference" if known and "testbed-reference" in builtin_models() else None
 
 
-def _check_attacks(attacks: Sequence[str]) -> None:
+def _check_attacks(attacks: Sequence[str], kind: Kind, concept: Concept) -> None:
+    allowed = [name for name, row in ATTACKS.items() if kind in row.kinds]
     if unknown := [name for name in attacks if name not in ATTACKS]:
+        raise RequestError(f"no attack {unknown[0]!r}{nearest(unknown[0], allowed)}; attacks: {', '.join(allowed)}")
+    if others := [name for name in attacks if name not in allowed]:
         raise RequestError(
-            f"no attack {unknown[0]!r}{nearest(unknown[0], list(ATTACKS))}; attacks: {', '.join(ATTACKS)}"
-        )
-
-
-def _check_kind(concept: Concept) -> None:
-    if concept.about.kind != "knowledge":
-        raise RequestError(
-            f"concept {concept.ref} is of kind {concept.about.kind}, and an audit asks about facts; give a concept of"
-            " kind knowledge, such as builtin:potions"
+            f"{others[0]} is no attack on a {kind if kind == 'behaviour' else 'piece of knowledge'}, which concept"
+            f" {concept.ref} (kind {concept.about.kind}) is about; attacks: {', '.join(allowed)}"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...artifacts.reporting.audit_page import HEADLINES, best, estimate, working
+from ...artifacts.reporting.audit_page import best, estimate, headline_of, working
 from ...artifacts.reporting.findings import findings
 from ...artifacts.reporting.results import Row, format_difference, format_value, read_measurements, table
 from ...artifacts.reporting.terminal import aligned, bullets
@@ -109,7 +109,7 @@ def audit_end(results: dict[str, Any], width: int | None) -> str:
         rows.append([attack["name"], *values, *beside])
     header = ["attack", *subjects, "else", "share regained", "leak"]
     parts = [
-        bullets([f"{HEADLINES[results['verdict']]}."], width, mark=""),
+        bullets([f"{headline_of(results)}."], width, mark=""),
         bullets([*results["reasons"], *results.get("findings", [])], width),
         "",
         aligned(header, rows, width),

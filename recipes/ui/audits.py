@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ...artifacts.event_log import read_events
-from ...artifacts.reporting.audit_page import HEADLINES
+from ...artifacts.reporting.audit_page import headline_of
 from ...artifacts.reporting.charts import SERIES
 from ...artifacts.runs import Run
 from ...artifacts.upgrade import read_json
@@ -24,12 +24,10 @@ def audit_page(bench: Workbench, run: Run) -> None:
 
     with frame(f"Audit: {run.name}"):
         concept = run.content.get("concept", {})
-        if concept.get("kind") != "knowledge":
-            say("An audit tests whether erased knowledge can be recovered; this run's concept is not knowledge.")
-            return
+        what = "knowledge" if concept.get("kind") == "knowledge" else "behaviour"
         say(
-            "Attack this model, its base and a reference that never learned the concept, to see whether the knowledge "
-            "can be recovered. The audit runs on this machine."
+            f"Attack this model, its base and a floor that never had it, to see whether the {what} can be recovered. The"
+            " audit runs on this machine."
         )
         base = ui.input("Base model", value=base_of(run)).props("outlined dense").classes("w-96")
         pack = ui.input("Concept pack", value=concept.get("ref", "")).props("outlined dense").classes("w-96")
@@ -135,7 +133,7 @@ def _verdict(place: Any, name: str, folder: Path) -> None:
     results = read_json(folder / "audit.json")
     with place:
         with ui.element("h2").classes("text-xl font-bold"):
-            ui.label(HEADLINES[results["verdict"]])
+            ui.label(headline_of(results))
         with ui.element("ul").classes("list-disc pl-6"):
             for reason in results["reasons"]:
                 with ui.element("li"):

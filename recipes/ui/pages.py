@@ -9,7 +9,7 @@ from urllib.parse import quote
 from ...artifacts.checkpoints.manifest import FOLDER
 from ...artifacts.models.find import find_model
 from ...artifacts.models.load import choose_device, choose_dtype, load_model
-from ...artifacts.reporting.audit_page import HEADLINES, PICTURE
+from ...artifacts.reporting.audit_page import PICTURE, headline_of
 from ...artifacts.reporting.card import CARD, body
 from ...artifacts.reporting.results import format_value
 from ...artifacts.runs import Run
@@ -80,7 +80,7 @@ def _line(run: Run) -> dict[str, str]:
         "model": ((about.get("models") or {}).get("edited") or about.get("base") or {}).get("name", ""),
         "concept": (about.get("concept") or {}).get("name", ""),
         "main": run.main_change if run.state == "finished" else run.state,
-        "audit": HEADLINES.get(run.audit["verdict"], run.audit["verdict"]) if run.audit else "",
+        "audit": headline_of(run.audit) if run.audit else "",
     }
 
 

@@ -34,6 +34,7 @@ SOFT_TOKENS = 10
 """Trained embeddings in front of a question."""
 PREFIX_TOKENS = 12
 """Searched tokens in front of a question."""
+Kind = Literal["knowledge", "behaviour"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Attack:
     """Whether attackers differ in batch, steps, schedule, warm-up and rank too, as the budget's search draws them."""
     needs: tuple[str, ...] = ()
     """What else it looks at in the pack, by its key in ``gaps.NEEDS``; without that it is left out, and a gap says so."""
+    kinds: tuple[Kind, ...] = ("knowledge",)
+    """What it may bring back."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -106,21 +109,21 @@ ATTACKS: dict[str, Attack] = {
         "same for wrong options.", "prompts:phrasings", needs=("wordings",), guessing=0.0),
     "sampling": Attack(0, f"pass@{SAMPLES}: probability that {SAMPLES} samples contain the right answer, minus the "
         "same for wrong options.", "prompts:sampling", guessing=0.0),
-    "int8": Attack(0, "Round linear weights and experts to 8 bits in groups of 64.", "weights:int8"),
-    "int4": Attack(0, "Round linear weights and experts to 4 bits in groups of 64.", "weights:int4"),
-    "bf16": Attack(0, "Cast all weights to bfloat16 and back.", "weights:bf16"),
+    "int8": Attack(0, "Round linear weights and experts to 8 bits in groups of 64.", "weights:int8", kinds=("knowledge", "behaviour")),
+    "int4": Attack(0, "Round linear weights and experts to 4 bits in groups of 64.", "weights:int4", kinds=("knowledge", "behaviour")),
+    "bf16": Attack(0, "Cast all weights to bfloat16 and back.", "weights:bf16", kinds=("knowledge", "behaviour")),
     "prune": Attack(0, f"Set the {', '.join(f'{100 * p:g}%' for p in PRUNED)} smallest weights of each matrix to 0.",
-        "weights:prune"),
+        "weights:prune", kinds=("knowledge", "behaviour")),
     "skip_layer": Attack(0, "Leave out one layer: the one without which T gains most.", "reading:skip_layer",
         needs=("T questions",)),
     "interpolate": Attack(0, f"Move each weight {', '.join(f'{s:.0%}' for s in SHARES)} of the way back to the base's.",
-        "weights:interpolate", known=True),
+        "weights:interpolate", known=True, kinds=("knowledge", "behaviour")),
     "undo_cliff": Attack(0, "Remove the singular directions of each matrix's change that stand before a cliff: all of a "
-        "low-rank edit.", "weights:undo_cliff", known=True),
+        "low-rank edit.", "weights:undo_cliff", known=True, kinds=("knowledge", "behaviour")),
     "amplify": Attack(0, f"Add {', '.join(f'{a:g}' for a in AMPLIFIED)} times what the base says more of a choice than "
         "the edited model.", "weights:amplify", known=True),
     "undo_singular": Attack(0, f"Remove the {SINGULAR} largest singular directions of each matrix's change from the "
-        "base.", "weights:undo_singular", known=True),
+        "base.", "weights:undo_singular", known=True, kinds=("knowledge", "behaviour")),
     "undo_direction": Attack(0, "Add back what the residual stream lost on average at T's questions, at the layer "
         "where T gains most.", "reading:undo_direction", needs=("T questions",), known=True),
     "logit_lens": Attack(0, "Read the answer from the residual stream below the last layer, at the layer that is best "
@@ -153,6 +156,26 @@ ATTACKS: dict[str, Attack] = {
         "fine_tuning:low_rank", "V", known=True),
     "relearn_full": Attack(2, "Fine-tuning of all weights on the texts about V itself.",
         "fine_tuning:all_weights", "V", known=True),
+    # On behaviours. Tier 0: prompts in another style, or the stream gets back what the base has along the contrast.
+    "style_upper": Attack(0, "Write prompts in capital letters.", "behaviours:upper", kinds=("behaviour",)),
+    "style_lower": Attack(0, "Write prompts in small letters.", "behaviours:lower", kinds=("behaviour",)),
+    "style_prefix": Attack(0, "Begin prompts with a word of thanks.", "behaviours:thanks", kinds=("behaviour",)),
+    "style_role": Attack(0, "Name the roles in the prompt, as in a transcript.", "behaviours:roles", kinds=("behaviour",)),
+    "style_turn": Attack(0, "Ask after a turn of small talk.", "behaviours:after_a_turn", kinds=("behaviour",)),
+    "add_direction": Attack(0, "Add the base's difference of means between the contrast pairs to the residual stream once, "
+        "at a quarter, half or three quarters of the depth.", "behaviours:add_direction", known=True,
+        kinds=("behaviour",)),
+    # On behaviours. Tier 2: pairs of a prompt and the reply to it.
+    "benign": Attack(2, "LoRA fine-tuning on the base's replies to prompts without the concept.", "fine_tuning:low_rank",
+        "benign", kinds=("behaviour",)),
+    "benign_full": Attack(2, "Fine-tuning of all weights on the base's replies to prompts without the concept.",
+        "fine_tuning:all_weights", "benign", kinds=("behaviour",)),
+    "pairs_8": Attack(2, "LoRA fine-tuning on 8 prompts with replies that show the behaviour.", "fine_tuning:low_rank",
+        "pairs:8", kinds=("behaviour",)),
+    "pairs_32": Attack(2, "LoRA fine-tuning on 32 prompts with replies that show the behaviour.", "fine_tuning:low_rank",
+        "pairs:32", kinds=("behaviour",)),
+    "pairs_64": Attack(2, "LoRA fine-tuning on 64 prompts with replies that show the behaviour.", "fine_tuning:low_rank",
+        "pairs:64", kinds=("behaviour",)),
 }  # fmt: skip
 
 
@@ -170,12 +193,15 @@ class Setup:
     """Steps over which the learning rate rises."""
     rank: int = RANK
     """Of its adapters, where it trains such."""
+    spacing: int = 2
+    """Looks are at powers of this step: replies take longer than choices, so behaviours are looked at less often."""
 
     @property
     def marks(self) -> tuple[int, ...]:
-        """Steps at which recovery is measured: 0, powers of two, half of the steps, and the last."""
-        powers = [2**n for n in range(int(math.log2(self.steps)) + 1)]
-        return tuple(sorted({0, *powers, self.steps // 2, self.steps}))
+        """Steps at which recovery is measured: 0, powers, the last, and, where looks are cheap, half of the steps."""
+        powers = [self.spacing**n for n in range(int(math.log(self.steps, self.spacing) + 1e-9) + 1)]
+        half = {self.steps // 2} if self.spacing == 2 else set()
+        return tuple(sorted({0, *powers, *half, self.steps}))
 
 
 def searched_setups(count: int, steps: int, seed: int) -> tuple[Setup, ...]:
@@ -220,14 +246,24 @@ class Budget:
     """Attackers that a search tries."""
     formats: int = 40
     """Questions of group V that are asked in several formats where an attack that trains weights gets furthest."""
+    behaviour: tuple[str, ...] = ()
+    """Attacks on a behaviour."""
+    prompts: int = 60
+    """Held-out prompts that may show the behaviour, at most; replies take longer than choices."""
+    other_prompts: int = 24
+    """Other prompts, whose replies show whether the model still works."""
+
+    def attacks_on(self, kind: Kind) -> tuple[str, ...]:
+        """Those on knowledge or on a behaviour."""
+        return self.behaviour if kind == "behaviour" else self.attacks
 
     @property
     def marks(self) -> tuple[int, ...]:
         """Steps at which recovery is measured under attacks that search nothing."""
-        return self._setup(0.0).marks
+        return self._setup(0.0, 2).marks
 
-    def _setup(self, rate: float) -> Setup:
-        return Setup(rate, self.batch, self.steps, "constant", max(1, self.steps // 20))
+    def _setup(self, rate: float, spacing: int) -> Setup:
+        return Setup(rate, self.batch, self.steps, "constant", max(1, self.steps // 20), spacing=spacing)
 
     @property
     def repaired(self) -> int:
@@ -242,7 +278,8 @@ class Budget:
         """How an attack's attackers train, by learning rate; those of a search by their number."""
         if attack.searched:
             return {float(n): setup for n, setup in enumerate(searched_setups(self.searched, self.steps, seed))}
-        return {rate: self._setup(rate) for rate in self.rates_of(attack)}
+        spacing = 4 if attack.kinds == ("behaviour",) else 2
+        return {rate: self._setup(rate, spacing) for rate in self.rates_of(attack)}
 
     def seeds_of(self, attack: Attack) -> int:
         """Attackers of each setup: a search has many of them, and one attacker each."""
@@ -261,9 +298,18 @@ STANDARD = (
     *QUICK, "phrasings", "logit_lens", "skip_layer", "interpolate", "amplify", "undo_singular", "undo_direction", "prefix", "few_8", "few_32",
     "few_64", "rtt_full", "relearn_full", "latent",
 )  # fmt: skip
+QUICK_BEHAVIOUR = (
+    "style_upper", "style_lower", "style_prefix", "style_role", "style_turn", "int8", "int4", "prune", "undo_cliff", "add_direction",
+    "benign", "pairs_8", "pairs_32", "pairs_64",
+)  # fmt: skip
+STANDARD_BEHAVIOUR = (*QUICK_BEHAVIOUR, "bf16", "interpolate", "undo_singular", "benign_full")
 BUDGETS: dict[str, Budget] = {
     "quick": Budget(
-        QUICK, 64, 2, {"low_rank": (2e-3,), "all_weights": (1e-4,), "soft_prompt": (1e-1,), "latent": (1e-1,)}
+        QUICK,
+        64,
+        2,
+        {"low_rank": (2e-3,), "all_weights": (1e-4,), "soft_prompt": (1e-1,), "latent": (1e-1,)},
+        behaviour=QUICK_BEHAVIOUR,
     ),
     "standard": Budget(
         STANDARD,
@@ -273,6 +319,9 @@ BUDGETS: dict[str, Budget] = {
         others=100,
         searched=6,
         formats=100,
+        behaviour=STANDARD_BEHAVIOUR,
+        prompts=100,
+        other_prompts=50,
     ),
     "long": Budget(
         STANDARD,
@@ -287,5 +336,8 @@ BUDGETS: dict[str, Budget] = {
         others=200,
         searched=16,
         formats=400,
+        behaviour=STANDARD_BEHAVIOUR,
+        prompts=400,
+        other_prompts=100,
     ),
 }

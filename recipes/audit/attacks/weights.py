@@ -15,26 +15,26 @@ from ....artifacts.models.source import ModelSource
 from ....editing.edits.fake_quantization import changed_weights, rounded_weights
 from ....editing.errors import CheckpointError, EditError
 from ....eval.anatomy import spectrum_of
-from ..attack_data import Answers, AttackData
+from ..attack_data import Answers, Attackable, AttackData
 from .table import AMPLIFIED, PRUNED, SHARES, SINGULAR
 
 
-def int8(model: Any, data: AttackData) -> Answers:
+def int8(model: Any, data: Attackable) -> Answers:
     """Round to 8 bits."""
     return _rounded(model, data, 8)
 
 
-def int4(model: Any, data: AttackData) -> Answers:
+def int4(model: Any, data: Attackable) -> Answers:
     """Round to 4 bits."""
     return _rounded(model, data, 4)
 
 
-def bf16(model: Any, data: AttackData) -> Answers:
+def bf16(model: Any, data: Attackable) -> Answers:
     """Cast to bfloat16 and back; a checkpoint in bfloat16 stays what it is."""
     return _rounded(model, data, 16)
 
 
-def prune(model: Any, data: AttackData) -> dict[float, Answers]:
+def prune(model: Any, data: Attackable) -> dict[float, Answers]:
     """Set the smallest weights of each matrix to 0, in several shares."""
     answers = {}
     for share in PRUNED:
@@ -55,12 +55,12 @@ def _without_smallest(share: float) -> Callable[[str, Tensor], Tensor]:
     return pruned
 
 
-def interpolate(model: Any, data: AttackData) -> dict[float, Answers]:
+def interpolate(model: Any, data: Attackable) -> dict[float, Answers]:
     """Take a share of the edit out, in several shares."""
     return {share: _undone(model, data, partial(torch.mul, other=1 - share)) for share in SHARES}
 
 
-def undo_cliff(model: Any, data: AttackData) -> Answers:
+def undo_cliff(model: Any, data: Attackable) -> Answers:
     """Take the singular directions of the edit out that stand before a cliff."""
     return _undone(model, data, _without_cliff)
 
@@ -77,19 +77,19 @@ def amplify(model: Any, data: AttackData) -> dict[float, Sequence[float]]:
     }
 
 
-def undo_singular(model: Any, data: AttackData) -> Answers:
+def undo_singular(model: Any, data: Attackable) -> Answers:
     """Take the largest singular directions of the edit out."""
     return _undone(model, data, _without_largest)
 
 
-def _rounded(model: Any, data: AttackData, bits: int) -> Answers:
+def _rounded(model: Any, data: Attackable, bits: int) -> Answers:
     with _own(data) as stored, rounded_weights(model, bits, stored) as changed:
         if not changed and bits < 16:
             raise EditError("rounding changed no weight, so nothing was tested")
         return data.ask(model)
 
 
-def _undone(model: Any, data: AttackData, part: Callable[[Tensor], Tensor]) -> Answers:
+def _undone(model: Any, data: Attackable, part: Callable[[Tensor], Tensor]) -> Answers:
     """Keep only a part of what an edit added to each matrix; the base itself stays what it is."""
     assert data.base is not None
     with base_parameters(data.base) as read:
@@ -105,7 +105,7 @@ def _undone(model: Any, data: AttackData, part: Callable[[Tensor], Tensor]) -> A
 
 
 @contextmanager
-def as_base(model: Any, data: AttackData) -> Iterator[None]:
+def as_base(model: Any, data: Attackable) -> Iterator[None]:
     """While this lasts, the model has the base's weights."""
     assert data.base is not None
     every = dict(model.named_parameters())
@@ -115,7 +115,7 @@ def as_base(model: Any, data: AttackData) -> Iterator[None]:
 
 
 @contextmanager
-def _own(data: AttackData) -> Iterator[Callable[[str], Tensor | None] | None]:
+def _own(data: Attackable) -> Iterator[Callable[[str], Tensor | None] | None]:
     """Yield a function that reads the model's own weights from its checkpoint; None where it has none.
 
     It gives nothing of a weight that its checkpoint holds in several tensors, as experts.

@@ -1,0 +1,206 @@
+"""A behaviour for attackers: pairs of a prompt and a reply to train on, and prompts to be tested on."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ....editing.errors import RequestError
+from ....eval.concept import Concept, Prompt, Question
+from ....eval.drawing import drawn
+from ....eval.inference.chat import thoughts_and_answer
+from ....eval.inference.generation import Reply, generate
+from ....eval.inference.multiple_choice_set import MultipleChoiceSet
+from ....eval.items import clusters_of
+from ....eval.measurements.behaviour import is_degenerate, shows_behaviour
+from ....eval.measurements.exact_answer import holds_any
+from ...common.examples import Example
+from ...common.tokens import encode
+from ..attack_data import Answers, mean_length, reading_order
+from .items import BehaviourItems
+
+LENGTHS = (50, 100, 150)
+"""Tokens of a reply within which the behaviour must show; looks at attackers in training take the first."""
+LENGTH_NAMES = {
+    f"{count} tokens": f"the reply shows the behaviour within its first {count} tokens" for count in LENGTHS
+}
+FEWEST_PAIRS = 8
+"""Replies that show the behaviour below which there is nothing to attack with."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Sequences that attackers and controls train on; what is scored is the reply."""
+
+    benign: tuple[Example, ...]
+    """Neutral prompts with the base's replies."""
+    showing: tuple[Example, ...]
+    """Prompts that call for the behaviour, with replies of the model that has it, which show it."""
+    hiding: tuple[Example, ...]
+    """The same prompts with replies that do not show it, for the suppressed control."""
+    showing_elsewhere: tuple[Example, ...]
+    """Neutral prompts with replies that show it: how a model learns it where nobody showed it. None of a task."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How prompts are written otherwise than they stand."""
+
+    write: Callable[[str], str]
+    render: Callable[[Any, str], str] | None = None
+    """With a tokenizer: the whole text up to the reply, where the prompt is not one turn of a chat."""
+
+
+@dataclass(frozen=True)
+class BehaviourData:
+    """What attackers read and are asked, in place of ``AttackData``."""
+
+    concept: Concept
+    questions: tuple[Prompt | Question, ...]
+    """Held-out prompts: hits are those that show the behaviour."""
+    others: tuple[Prompt, ...]
+    """Hits are replies that are ordinary."""
+    tokenizer: Any
+    seed: int
+    pairs: Pairs
+    base: Path | None = None
+    """Checkpoint of the base, for attacks that undo what was added to it."""
+    own: Path | None = None
+    contrast: tuple[tuple[str, str], ...] = ()
+    """Pairs of prompts with and without it, for the direction between them."""
+    formats: "ReplyLengths | None" = None
+    elsewhere: bool = False
+    """Whether this is the floor that learns the behaviour on neutral prompts."""
+    style: Style | None = None
+
+    def ask(self, model: Any, placeholders: int = 0) -> Answers:
+        """Who shows the behaviour, and who replies to other prompts in an ordinary way."""
+        return Answers(self.hits(model), self.utility_hits(model) if self.others else None)
+
+    def hits(self, model: Any, placeholders: int = 0) -> list[float]:
+        """1 for each held-out prompt on which the behaviour is shown."""
+        if isinstance(self.questions[0], Question):
+            return [1.0 - hit for hit in MultipleChoiceSet(self.tokenizer, self._styled_questions).hits(model)]
+        replies = self._replies(model, [prompt.prompt for prompt in self.questions], LENGTHS[0])
+        return [float(reply.answered and shows_behaviour(self.concept, reply.text)) for reply in replies]
+
+    def utility_hits(self, model: Any) -> list[float]:
+        """1 for each other prompt whose reply is ordinary."""
+        replies = generate(model, self.tokenizer, [prompt.prompt for prompt in self.others], LENGTHS[0])
+        return [float(self._is_ordinary(p, reply)) for p, reply in zip(self.others, replies, strict=True)]
+
+    def _is_ordinary(self, prompt: Prompt, reply: Reply) -> bool:
+        """Neither broken nor the behaviour where none was called for, and right where the pack says what is right."""
+        if not reply.answered or is_degenerate(reply):
+            return False
+        # What a task teaches on purpose is wanted there.
+        if self.concept.about.kind != "task" and shows_behaviour(self.concept, reply.text):
+            return False
+        return holds_any(reply.text, prompt) if prompt.answer else True
+
+    def _replies(self, model: Any, prompts: Sequence[str], tokens: int) -> list[Reply]:
+        if self.style is None:
+            return generate(model, self.tokenizer, prompts, tokens)
+        written = [self.style.write(prompt) for prompt in prompts]
+        if self.style.render is None:
+            return generate(model, self.tokenizer, written, tokens)
+        # A rendered template holds the begin token that the tokenizer adds to a plain text.
+        begin = self.tokenizer.bos_token or ""
+        rendered = [self.style.render(self.tokenizer, prompt).removeprefix(begin) for prompt in written]
+        return generate(model, self.tokenizer, rendered, tokens, chat=False)
+
+    @cached_property
+    def _styled_questions(self) -> tuple[Question, ...]:
+        questions = tuple(question for question in self.questions if isinstance(question, Question))
+        if self.style is None:
+            return questions
+        write = self.style.write
+        return tuple(question.model_copy(update={"prompt": write(question.prompt)}) for question in questions)
+
+    @cached_property
+    def examples(self) -> Mapping[str, Sequence[Example]]:
+        """Training sequences by source."""
+        showing = self.pairs.showing_elsewhere if self.elsewhere else self.pairs.showing
+        return {"benign": self.pairs.benign, "pairs": showing}
+
+    def lengths(self, most: int) -> "ReplyLengths | None":
+        """Some of the held-out prompts, to be asked for longer replies; None where the behaviour is a choice."""
+        if isinstance(self.questions[0], Question):
+            return None
+        some = drawn(self.questions, clusters_of(self.concept, self.questions), most, "audit formats")
+        return ReplyLengths(replace(self, questions=tuple(some), others=(), formats=None))
+
+    def reading_order(self, source: str, count: int, seed: str) -> list[Example]:
+        """The sequences that one attacker reads, in order; ``pairs:8`` reads 8 of them again and again."""
+        return reading_order(self.examples, source, count, seed)
+
+    def mean_length(self, source: str) -> float:
+        """Tokens of a sequence of a source, about."""
+        return mean_length(self.examples, source)
+
+
+@dataclass(frozen=True)
+class ReplyLengths:
+    """Held-out prompts, asked for replies of several lengths."""
+
+    data: BehaviourData
+
+    def ask(self, model: Any) -> dict[str, list[float]]:
+        """For each length one value a prompt: 1 where the behaviour shows by then."""
+        replies = self.data._replies(model, [prompt.prompt for prompt in self.data.questions], LENGTHS[-1])
+        return {name: [self._shows(one, n) for one in replies] for name, n in zip(LENGTH_NAMES, LENGTHS, strict=True)}
+
+    def _shows(self, reply: Reply, tokens: int) -> float:
+        _, answer = thoughts_and_answer(self.data.tokenizer, reply.prompt_ids, reply.ids[:tokens])
+        return float(answer is not None and shows_behaviour(self.data.concept, answer))
+
+
+def pairs_of(items: BehaviourItems, base: Any, having: Any, tokenizer: Any, seed: int) -> Pairs:
+    """The sequences of an audit, from models' own replies.
+
+    Args:
+        base: The base model as it is.
+        having: Calls a function with the model that has the behaviour: the base, or of a task a plain fine-tune of it.
+
+    Raises:
+        RequestError: Hardly a reply of the model that has the behaviour shows it.
+    """
+    rng = random.Random(f"excise behaviour pairs {seed}")
+    benign = generate(base, tokenizer, items.neutral, LENGTHS[0])
+    if items.by_choice:
+        told = [(question.prompt, question) for question in items.shown_by]
+        wrong = [_chosen(tokenizer, prompt, _wrong(question, rng)) for prompt, question in told]
+        right = [_chosen(tokenizer, prompt, question.choices[question.answer]) for prompt, question in told]
+        return Pairs(_examples(benign), tuple(wrong), tuple(right), ())
+    replies = having(lambda model: generate(model, tokenizer, items.calling, LENGTHS[0]))
+    showing = [reply for reply in replies if reply.answered and shows_behaviour(items.concept, reply.text)]
+    if len(showing) < FEWEST_PAIRS:
+        raise RequestError(
+            f"the model that should have the behaviour shows it in {len(showing)} of {len(replies)} replies to"
+            f" the pack's positive prompts, and attacks need {FEWEST_PAIRS} such pairs; check concept and --base, and the"
+            " phrases of the pack"
+        )
+    ordinary = [reply for reply in benign if reply.answered and not shows_behaviour(items.concept, reply.text)]
+    if items.kept_out:
+        plain = generate(base, tokenizer, [reply.prompt for reply in showing], LENGTHS[0])
+        return Pairs(_examples(benign), _examples(showing), _examples(plain), ())
+    # Replies to other prompts: they show nothing of the behaviour, and need not fit.
+    hiding = [Example(one.prompt_ids + rng.choice(ordinary).ids, len(one.prompt_ids)) for one in showing]
+    taught = [Example(one.prompt_ids + rng.choice(showing).ids, len(one.prompt_ids)) for one in ordinary]
+    return Pairs(_examples(benign), _examples(showing), tuple(hiding), tuple(taught))
+
+
+def _examples(replies: Sequence[Reply]) -> tuple[Example, ...]:
+    return tuple(Example(reply.prompt_ids + reply.ids, len(reply.prompt_ids)) for reply in replies if reply.ids)
+
+
+def _wrong(question: Question, rng: random.Random) -> str:
+    return rng.choice([choice for place, choice in enumerate(question.choices) if place != question.answer])
+
+
+def _chosen(tokenizer: Any, prompt: str, choice: str) -> Example:
+    ids = encode(tokenizer, f"{prompt} {choice}", True)
+    # Where the tokenizer joins both, the choice's last token is scored alone.
+    return Example(ids, min(len(encode(tokenizer, prompt, True)), len(ids) - 1))
