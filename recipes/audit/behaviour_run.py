@@ -2,37 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
-from ...artifacts.files.forms import Form, validated
-from ...artifacts.files.opened import Telling
-from ...artifacts.files.written import read_sealed, write_sealed
 from ...artifacts.models.load import LoadedModel
 from ...artifacts.models.memory import release_memory
-from ...editing.errors import RequestError
-from ..common.examples import Example
 from .audit_run import WATCHED, AuditRun, Target
 from .behaviours.controls import suppressed, taught
-from .behaviours.data import BehaviourData, Pairs, pairs_of
+from .behaviours.data import BehaviourData
 from .behaviours.items import BehaviourItems
+from .behaviours.pairs import Pairs, pairs_of, read_pairs, write_pairs
 from .request import ELSEWHERE
 
 PAIRS = "pairs.json"
 """In the working folder: what attackers and controls train on, made once."""
-
-
-class _Sequence(Form):
-    ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
-    start: Annotated[int, Field(ge=1)]
-
-
-class _Pairs(Form):
-    benign: list[_Sequence]
-    showing: list[_Sequence]
-    hiding: list[_Sequence]
-    showing_elsewhere: list[_Sequence]
 
 
 def attack_behaviour(audit: AuditRun, subject: str) -> None:
@@ -107,14 +89,10 @@ def _pairs(audit: AuditRun, base: LoadedModel | None) -> Pairs:
             loaded = base or audit.loaded("base")
             with audit.events.stage("let the base reply"):
                 pairs = _made(audit, loaded)
-            write_sealed(path, _as_json(pairs))
+            write_pairs(path, pairs)
             del loaded
             release_memory()
-    with Telling(RequestError, "remove this file, and --resume makes it again").about(path):
-        form = validated(_Pairs, read_sealed(path))
-    return Pairs(
-        *(tuple(Example(tuple(one.ids), one.start) for one in getattr(form, name)) for name in _Pairs.model_fields)
-    )
+    return read_pairs(path)
 
 
 def _made(audit: AuditRun, loaded: LoadedModel) -> Pairs:
@@ -127,13 +105,6 @@ def _made(audit: AuditRun, loaded: LoadedModel) -> Pairs:
             return reply(loaded.model)
 
     return pairs_of(items, loaded.model, having, loaded.tokenizer, audit.job.settings.seed)
-
-
-def _as_json(pairs: Pairs) -> dict[str, Any]:
-    return {
-        name: [{"ids": list(one.ids), "start": one.start} for one in getattr(pairs, name)]
-        for name in _Pairs.model_fields
-    }
 
 
 def _items(audit: AuditRun) -> BehaviourItems:

@@ -115,6 +115,10 @@ ACCEPTED: dict[str, dict[tuple[str, ...], str]] = {
         (*FIELDS, "double"): "sealed again: another valid curve; None is a question that could not be asked",
         TEXT: "a blank of the text: the checksum is of the content",
     },
+    "pairs/pairs.json": {
+        (*FIELDS, "double"): "sealed again: other sequences to train on",
+        TEXT: "a blank of the text: the checksum is of the content",
+    },
     "trainer/checkpoint-50/seal.json": {
         (
             *FIELDS,

@@ -31,8 +31,10 @@ from excise.editing.edits.dense import Delta, DenseUpdate
 from excise.editing.edits.low_rank import Factors, LowRankUpdate
 from excise.editing.edits.pruned_units import PrunedUnits
 from excise.editing.edits.subspace_removal import Edit
+from excise.recipes.audit.behaviours.pairs import Pairs, read_pairs, write_pairs
 from excise.recipes.audit.curve_store import UNTOUCHED, AttackCurves, CurveStore
 from excise.recipes.caft.request import CaftSettings
+from excise.recipes.common.examples import Example as TrainingExample
 from excise.recipes.common.run_folder import resumed, start_folder
 from excise.recipes.common.settings import load_settings
 from excise.recipes.common.trainer import _last_complete
@@ -365,6 +367,11 @@ EXAMPLES: dict[str, Example] = {
         _curves,
         lambda folder: (CurveStore(folder).get("base", "int4"), CurveStore(folder).reused()),
         {"base-int4.json": SEALED},
+    ),
+    "pairs": Example(
+        lambda folder: write_pairs(folder / "pairs.json", Pairs(*(((TrainingExample((5, 6, 7), 1),),) * 4))),
+        lambda folder: read_pairs(folder / "pairs.json"),
+        {"pairs.json": SEALED},
     ),
     "trainer": Example(
         _trainer_state,

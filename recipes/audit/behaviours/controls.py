@@ -22,7 +22,7 @@ from ...common.step_parts import COUNTS
 from ...common.trainer import Group, Schedule, Terms, fit
 from ...data.datasets import encoded
 from ..suppressed_control import ALPHA, RANK
-from .data import Pairs
+from .pairs import Pairs
 
 BATCH = 16
 TAUGHT_STEPS, TAUGHT_RATE = 120, 2e-3

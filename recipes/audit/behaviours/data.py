@@ -1,13 +1,11 @@
 """A behaviour for attackers: pairs of a prompt and a reply to train on, and prompts to be tested on."""
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ....editing.errors import RequestError
 from ....eval.concept import Concept, Prompt, Question
 from ....eval.drawing import drawn
 from ....eval.inference.chat import thoughts_and_answer
@@ -17,31 +15,14 @@ from ....eval.items import clusters_of
 from ....eval.measurements.behaviour import is_degenerate, shows_behaviour
 from ....eval.measurements.exact_answer import holds_any
 from ...common.examples import Example
-from ...common.tokens import encode
 from ..attack_data import Answers, mean_length, reading_order
-from .items import BehaviourItems
+from .pairs import TOKENS, Pairs
 
-LENGTHS = (50, 100, 150)
+LENGTHS = (TOKENS, 100, 150)
 """Tokens of a reply within which the behaviour must show; looks at attackers in training take the first."""
 LENGTH_NAMES = {
     f"{count} tokens": f"the reply shows the behaviour within its first {count} tokens" for count in LENGTHS
 }
-FEWEST_PAIRS = 8
-"""Replies that show the behaviour below which there is nothing to attack with."""
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Sequences that attackers and controls train on; what is scored is the reply."""
-
-    benign: tuple[Example, ...]
-    """Neutral prompts with the base's replies."""
-    showing: tuple[Example, ...]
-    """Prompts that call for the behaviour, with replies of the model that has it, which show it."""
-    hiding: tuple[Example, ...]
-    """The same prompts with replies that do not show it, for the suppressed control."""
-    showing_elsewhere: tuple[Example, ...]
-    """Neutral prompts with replies that show it: how a model learns it where nobody showed it. None of a task."""
 
 
 @dataclass(frozen=True)
@@ -155,52 +136,3 @@ class ReplyLengths:
     def _shows(self, reply: Reply, tokens: int) -> float:
         _, answer = thoughts_and_answer(self.data.tokenizer, reply.prompt_ids, reply.ids[:tokens])
         return float(answer is not None and shows_behaviour(self.data.concept, answer))
-
-
-def pairs_of(items: BehaviourItems, base: Any, having: Any, tokenizer: Any, seed: int) -> Pairs:
-    """The sequences of an audit, from models' own replies.
-
-    Args:
-        base: The base model as it is.
-        having: Calls a function with the model that has the behaviour: the base, or of a task a plain fine-tune of it.
-
-    Raises:
-        RequestError: Hardly a reply of the model that has the behaviour shows it.
-    """
-    rng = random.Random(f"excise behaviour pairs {seed}")
-    benign = generate(base, tokenizer, items.neutral, LENGTHS[0])
-    if items.by_choice:
-        told = [(question.prompt, question) for question in items.shown_by]
-        wrong = [_chosen(tokenizer, prompt, _wrong(question, rng)) for prompt, question in told]
-        right = [_chosen(tokenizer, prompt, question.choices[question.answer]) for prompt, question in told]
-        return Pairs(_examples(benign), tuple(wrong), tuple(right), ())
-    replies = having(lambda model: generate(model, tokenizer, items.calling, LENGTHS[0]))
-    showing = [reply for reply in replies if reply.answered and shows_behaviour(items.concept, reply.text)]
-    if len(showing) < FEWEST_PAIRS:
-        raise RequestError(
-            f"the model that should have the behaviour shows it in {len(showing)} of {len(replies)} replies to"
-            f" the pack's positive prompts, and attacks need {FEWEST_PAIRS} such pairs; check concept and --base, and the"
-            " phrases of the pack"
-        )
-    ordinary = [reply for reply in benign if reply.answered and not shows_behaviour(items.concept, reply.text)]
-    if items.kept_out:
-        plain = generate(base, tokenizer, [reply.prompt for reply in showing], LENGTHS[0])
-        return Pairs(_examples(benign), _examples(showing), _examples(plain), ())
-    # Replies to other prompts: they show nothing of the behaviour, and need not fit.
-    hiding = [Example(one.prompt_ids + rng.choice(ordinary).ids, len(one.prompt_ids)) for one in showing]
-    taught = [Example(one.prompt_ids + rng.choice(showing).ids, len(one.prompt_ids)) for one in ordinary]
-    return Pairs(_examples(benign), _examples(showing), tuple(hiding), tuple(taught))
-
-
-def _examples(replies: Sequence[Reply]) -> tuple[Example, ...]:
-    return tuple(Example(reply.prompt_ids + reply.ids, len(reply.prompt_ids)) for reply in replies if reply.ids)
-
-
-def _wrong(question: Question, rng: random.Random) -> str:
-    return rng.choice([choice for place, choice in enumerate(question.choices) if place != question.answer])
-
-
-def _chosen(tokenizer: Any, prompt: str, choice: str) -> Example:
-    ids = encode(tokenizer, f"{prompt} {choice}", True)
-    # Where the tokenizer joins both, the choice's last token is scored alone.
-    return Example(ids, min(len(encode(tokenizer, prompt, True)), len(ids) - 1))
