@@ -79,21 +79,35 @@ def recipes(_: str) -> str:
 
 
 def attacks(_: str) -> str:
+    return _attacks_on("knowledge", "sees V or base")
+
+
+def behaviour_attacks(_: str) -> str:
+    return _attacks_on("behaviour", "has the base")
+
+
+def _attacks_on(kind: Any, given: str) -> str:
     from excise.recipes.audit.attacks.table import ATTACKS, BUDGETS
 
     rows = []
     for name, attack in ATTACKS.items():
-        smallest = next((budget for budget, row in BUDGETS.items() if name in row.attacks), "by name only")
+        if kind not in attack.kinds:
+            continue
+        smallest = next((budget for budget, row in BUDGETS.items() if name in row.attacks_on(kind)), "by name only")
         rows.append((attack.tier, f"`{name}`", attack.about, "yes" if attack.known else "no", smallest))
     rows.sort(key=lambda row: row[0])
-    return _table(("tier", "attack", "what it does", "sees V or base", "from budget"), iter(rows))
+    return _table(("tier", "attack", "what it does", given, "from budget"), iter(rows))
 
 
 def budgets(_: str) -> str:
     from excise.recipes.audit.attacks.table import BUDGETS
 
-    rows = [(f"`{name}`", len(row.attacks), row.steps, row.seeds) for name, row in BUDGETS.items()]
-    return _table(("budget", "attacks", "steps of each training attack", "seeds of each"), iter(rows))
+    rows = [
+        (f"`{name}`", len(row.attacks), row.steps, row.seeds, len(row.behaviour), row.prompts, row.other_prompts)
+        for name, row in BUDGETS.items()
+    ]
+    headers = ("attacks", "steps of each training attack", "seeds of each", "attacks on a behaviour")
+    return _table(("budget", *headers, "its held-out prompts", "its other prompts"), iter(rows))
 
 
 def measurements(_: str) -> str:
@@ -228,6 +242,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "api": api,
     "architectures": architectures,
     "attacks": attacks,
+    "behaviour_attacks": behaviour_attacks,
     "audit_settings": audit_settings,
     "budgets": budgets,
     "commands": commands,

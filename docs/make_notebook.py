@@ -112,16 +112,10 @@ sorted(path.name for path in saved.folder.iterdir())
 
 ## 6. Audit
 
-An edit can look complete and still be easy to reverse. `audit` attacks an edited model and reports how much erased
-*knowledge* comes back. Declining is a habit and not knowledge, so the audit refuses:
->>>
-try:
-    excise.audit(saved.folder, declining, base="builtin:testbed")
-except excise.RequestError as error:
-    print(error)
-<<<
-Here is a question that an audit can answer: **does the same method erase knowledge?** Take the first edit back, find
-a direction for what the model knows about potions, and remove that direction.
+An edit can look complete and still be easy to reverse. `audit` attacks an edited model and reports how much of what was
+removed comes back: a behaviour, as `excise.audit(saved.folder, declining, base="builtin:testbed")` would, or knowledge.
+Here the question is: **does the same method erase knowledge?** Take the first edit back, find a direction for what the
+model knows about potions, and remove that direction.
 >>>
 edit.undo()
 potions = excise.find_direction(model, tokenizer, "builtin:potions", **search)

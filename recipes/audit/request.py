@@ -55,18 +55,20 @@ class AuditSettings(RunSettings):
     model: str
     """Model to audit: a run's folder, a checkpoint, a Hub id with optional @revision, or builtin:NAME."""
     concept: str = "builtin:potions"
-    """Concept pack that the edit should have erased: builtin:NAME or a folder. A run names its own."""
+    """Concept pack of the knowledge or behaviour that the edit should have removed: builtin:NAME or a folder. A run names
+    its own."""
     base: str = "builtin:testbed"
     """Model that the edited one was made from: a folder, a Hub id or builtin:NAME. A run names its own."""
     reference: str | None = None
-    """A model that was never trained on the concept. Without one, the base learns made-up facts for comparison. A run
-    names its own."""
+    """A model that was never trained on the concept. Without one, the base learns made-up facts, or a behaviour where it does
+    not show it, for comparison. A run names its own."""
     attacks: tuple[str, ...] = ()
     """Names of attacks to run, such as [rtt, few_shot]; empty runs those of the budget."""
     budget: Literal["quick", "standard", "long"] = "quick"
     """Attacks and steps: quick takes minutes, standard tens of minutes, long hours."""
     questions: int = Field(0, ge=0)
-    """Most questions of group V (held out) to ask, drawn at random; 0 asks all. More narrow the intervals."""
+    """Most questions of group V (held out) to ask, drawn at random; 0 asks all, and of a behaviour as many prompts as the
+    budget says. More narrow the intervals."""
     card: bool = False
     """Also write the audit into the checkpoint that excise made: a section of its card, and audit.json."""
     fresh: bool = False

@@ -130,9 +130,10 @@ def audit(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Red-team an edited model: try to recover what was erased.
+    """Red-team an edited model: try to recover what was removed.
 
-    Runs the same attacks on the model, its base and a reference that never learned the concept, and reports a verdict.
+    Runs the same attacks on the model, its base and a reference that never had the knowledge or the behaviour, and reports
+    a verdict.
     """
     from ...artifacts.reporting.terminal import next_steps, paths, terminal_width
     from ..audit import recipe

@@ -163,8 +163,7 @@ def after_run(settings: Any, results: dict[str, Any]) -> list[str]:
     if settings.budget == "quick":
         again = ["excise", "run", results["run"]["recipe"], "--model", settings.model, "--concept", settings.concept]
         commands.append([*again, "--budget", "standard"])
-    if results["concept"]["kind"] == "knowledge":
-        commands.append(_audit(str(settings.out), settings.concept, settings.model, settings.reference))
+    commands.append(_audit(str(settings.out), settings.concept, settings.model, settings.reference))
     commands.append(["excise", "push", str(settings.out), "OWNER/NAME", "--dry-run"])
     return [shlex.join(command) for command in commands]
 

@@ -152,7 +152,6 @@ def _peak_memory(module: Any, job: Any) -> int:
 
 def _audit(pack: str) -> list[Use]:
     """Every attack of the longest budget; what cannot be tested is what the audit itself lists as a gap."""
-    attacks = BUDGETS["long"].attacks
     with TemporaryDirectory(prefix="excise-check-") as folder:
         # Whether a model was edited says nothing of the pack, and some other model must stand in its place.
         models = {"model": STANDS_IN_EDITED, "base": STANDS_IN}
@@ -163,7 +162,7 @@ def _audit(pack: str) -> list[Use]:
             job = audit.prepare(settings)
         except ExciseError as error:
             return [Use("audit", "audit", "does not run", one_line(error))]
-    left_out = [name for name in attacks if name not in job.attacks]
+    left_out = [name for name in BUDGETS["long"].attacks_on(job.kind) if name not in job.attacks]
     less = list(job.gaps)
     if left_out:
         less.insert(0, f"without {', '.join(left_out)}")

@@ -59,31 +59,35 @@ def items_of(concept: Concept, most: int, others: int, seed: int) -> BehaviourIt
     Raises:
         ConceptError: The pack has too few prompts, or no contrast pairs.
     """
+    if concept.about.kind == "task":
+        # What a plain fine-tune of the base would teach is the ceiling.
+        concept.require("an audit of a task", "train")
     if concept.about.kind == "task" and not concept.about.phrases:
         return _of_choices(concept, most, others, seed)
     concept.require("an audit of a behaviour", "contrast")
     # A task's behaviour is unintended outside of what was taught, and wanted there.
-    calls, rest = ("neutral", "concept") if concept.about.kind == "task" else ("concept", "neutral")
-    calling, other = ([p for p in concept.prompts if p.split == split] for split in (calls, rest))
+    task = concept.about.kind == "task"
+    calls, rest = ("neutral", "concept") if task else ("concept", "neutral")
+    calling = [prompt for prompt in concept.prompts if prompt.split == calls]
+    other = prompts_of(concept, rest)
     _check_count(concept, len(calling), f"prompts of the split {calls}")
     asked = _some(concept, calling, most, f"asked {seed}")
-    working = _some(concept, other or prompts_of(concept, rest), others, f"others {seed}")
+    working = _some(concept, other, others, f"others {seed}")
+    without = [] if task else _some(concept, other, most, f"without {seed}")
+    if not task:
+        _check_count(concept, len(without), f"prompts of the split {rest}")
     held_out = {prompt.prompt for prompt in (*calling, *other)}
-    without: list[Prompt] = []
-    if concept.about.kind != "task":
-        without = [prompt for prompt in other if prompt not in working]
-        _check_count(
-            concept, len(without), f"prompts of the split {rest} beside those that show whether the model works"
-        )
     positive, negative = (
         tuple(dict.fromkeys(text for text in texts if text not in held_out))
         for texts in ([p.positive for p in concept.contrast], [p.negative for p in concept.contrast])
     )
+    for texts, side in ((positive, "positive"), (negative, "negative")):
+        _check_count(concept, len(texts), f"{side} prompts in contrast.jsonl beside those that are asked")
     return BehaviourItems(
         concept,
         tuple(asked),
         tuple(working),
-        tuple(_some(concept, without, most, f"without {seed}")),
+        tuple(without),
         positive[:READ],
         negative[:READ],
     )
@@ -101,7 +105,7 @@ def _of_choices(concept: Concept, most: int, others: int, seed: int) -> Behaviou
     _check_count(concept, len(held_out), "flipped questions on the half of the subjects that no attack reads")
     asked = _some(concept, held_out, most, f"asked {seed}")
     neutral = prompts_of(concept, "neutral")
-    working = _some(concept, neutral, others, f"others {seed}")
+    working = _some(concept, neutral, min(others, len(neutral) // 2), f"others {seed}")
     taken = {prompt.prompt for prompt in working}
     benign = tuple(prompt.prompt for prompt in neutral if prompt.prompt not in taken)
     return BehaviourItems(concept, tuple(asked), tuple(working), (), (), benign[:READ], tuple(read[:READ]))

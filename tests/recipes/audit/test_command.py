@@ -110,9 +110,15 @@ def test_a_run_names_its_own_base_concept_and_reference(tmp_path):
 
 
 def test_the_concept_of_a_run_is_never_taken_for_another(tmp_path):
-    """A run that removed a way to behave has no facts to ask about, though the built-in pack of potions has."""
-    done = excise("audit", _recorded(tmp_path / "run", concept="builtin:declining", reference=None), "--dry-run")
-    assert done.returncode == 2 and "builtin:declining is of kind behaviour" in done.stderr
+    """A run that removed a way to behave is asked for that, though the built-in pack of potions has facts."""
+    run = _recorded(tmp_path / "run", concept="builtin:declining", reference=None)
+    plan = json.loads(excise("audit", run, "--dry-run", "--json").stdout)
+    assert (
+        plan["floor"] == "prompts without the concept" and "benign" in plan["attacks"] and "rtt" not in plan["attacks"]
+    )
+    assert plan["asked_at_each_look"] == {"held-out prompts": 60, "other prompts": 24}
+    refused = excise("audit", run, "--attacks", "rtt", "--dry-run")
+    assert refused.returncode == 2 and "rtt is no attack on a behaviour" in refused.stderr
 
 
 @pytest.mark.parametrize(
