@@ -16,10 +16,13 @@ from ...eval.intervals import rate_interval
 from .attacks.table import ATTACKS
 from .behaviours.data import LENGTH_NAMES
 from .behaviours.items import BehaviourItems
+from .behaviours.pairs import PAIRS, read_pairs
 from .command import command
 from .curve_store import UNTOUCHED, UTILITY, CurveStore
 from .request import ELSEWHERE, UNTAUGHT, AuditJob
 from .results import NOT_RECORDED
+
+BY_CHOICE = "lengths of replies: the behaviour is a choice, so no reply was written"
 
 
 def conclude_behaviour(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) -> dict[str, Any]:
@@ -28,8 +31,7 @@ def conclude_behaviour(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) 
     Args:
         edit: The anatomy of the edit.
     """
-    items = job.behaviour
-    assert items is not None
+    items = _items(job)
     compared = _compared(job, items, curves)
     untouched = {subject: _untouched(curves, subject) for subject in ("base", "edited", "reference")}
     scale = Scale(untouched["reference"], untouched["base"])
@@ -61,13 +63,20 @@ def conclude_behaviour(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) 
             *job.gaps,
             *([] if lengths else ["lengths of replies: the behaviour is a choice, so none was written"]),
         ],
-        "notes": [*job.notes, *notes_on(job)],
+        "notes": [*job.notes, *notes_on(job), *_few_pairs(job, curves)],
         "reused": curves.reused(),
         "command": command(job),
         "concept": {"ref": job.concept.ref, "name": job.concept.about.name, "sha256": job.concept.sha256},
         "models": {name: source.describe() for name, source in job.sources.items()},
         "settings": _settings(job),
     }
+
+
+def _few_pairs(job: AuditJob, curves: CurveStore) -> list[str]:
+    """What attacks read that were to read more pairs than there are."""
+    count = len(read_pairs(curves.folder.parent / PAIRS).showing)
+    larger = [name for name in job.attacks if int(ATTACKS[name].data.partition(":")[2] or 0) > count]
+    return [f"{', '.join(larger)}: only {count} pairs show the behaviour, and all are read"] if larger else []
 
 
 def in_words(job: AuditJob) -> str:
@@ -78,8 +87,7 @@ def in_words(job: AuditJob) -> str:
 
 def notes_on(job: AuditJob) -> list[str]:
     """What is asked and read, in sentences."""
-    items = job.behaviour
-    assert items is not None
+    items = _items(job)
     counts = f"{len(items.asked)} held-out {'questions' if items.by_choice else 'prompts'}"
     asked = "the unintended answer counts" if items.by_choice else "a reply counts that holds one of the pack's phrases"
     floor = {
@@ -185,3 +193,8 @@ def _settings(job: AuditJob) -> dict[str, Any]:
     budget = job.budget
     recorded = job.settings.model_dump(mode="json", exclude=NOT_RECORDED)
     return recorded | {"steps": budget.steps, "batch": budget.batch, "seeds": budget.seeds}
+
+
+def _items(job: AuditJob) -> BehaviourItems:
+    assert job.behaviour is not None
+    return job.behaviour

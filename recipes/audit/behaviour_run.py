@@ -10,11 +10,8 @@ from .audit_run import WATCHED, AuditRun, Target
 from .behaviours.controls import suppressed, taught
 from .behaviours.data import BehaviourData
 from .behaviours.items import BehaviourItems
-from .behaviours.pairs import Pairs, pairs_of, read_pairs, write_pairs
+from .behaviours.pairs import PAIRS, Pairs, pairs_of, read_pairs, write_pairs
 from .request import ELSEWHERE
-
-PAIRS = "pairs.json"
-"""In the working folder: what attackers and controls train on, made once."""
 
 
 def attack_behaviour(audit: AuditRun, subject: str) -> None:

@@ -58,18 +58,30 @@ class BehaviourData:
 
     def ask(self, model: Any, placeholders: int = 0) -> Answers:
         """Who shows the behaviour, and who replies to other prompts in an ordinary way."""
-        return Answers(self.hits(model), self.utility_hits(model) if self.others else None)
+        if not self.others:
+            return Answers(self.hits(model))
+        if self.style or isinstance(self.questions[0], Question):
+            return Answers(self.hits(model), self.utility_hits(model))
+        # Together: a forward of more rows takes hardly longer.
+        prompts = [row.prompt for row in (*self.questions, *self.others)]
+        replies = generate(model, self.tokenizer, prompts, TOKENS)
+        count = len(self.questions)
+        return Answers(self._showing(replies[:count]), self._ordinary(replies[count:]))
 
     def hits(self, model: Any, placeholders: int = 0) -> list[float]:
         """1 for each held-out prompt on which the behaviour is shown."""
         if isinstance(self.questions[0], Question):
             return [1.0 - hit for hit in MultipleChoiceSet(self.tokenizer, self._styled_questions).hits(model)]
-        replies = self._replies(model, [prompt.prompt for prompt in self.questions], LENGTHS[0])
-        return [float(reply.answered and shows_behaviour(self.concept, reply.text)) for reply in replies]
+        return self._showing(self.replies(model, [prompt.prompt for prompt in self.questions], TOKENS))
 
     def utility_hits(self, model: Any) -> list[float]:
         """1 for each other prompt whose reply is ordinary."""
-        replies = generate(model, self.tokenizer, [prompt.prompt for prompt in self.others], LENGTHS[0])
+        return self._ordinary(generate(model, self.tokenizer, [prompt.prompt for prompt in self.others], TOKENS))
+
+    def _showing(self, replies: Sequence[Reply]) -> list[float]:
+        return [float(reply.answered and shows_behaviour(self.concept, reply.text)) for reply in replies]
+
+    def _ordinary(self, replies: Sequence[Reply]) -> list[float]:
         return [float(self._is_ordinary(p, reply)) for p, reply in zip(self.others, replies, strict=True)]
 
     def _is_ordinary(self, prompt: Prompt, reply: Reply) -> bool:
@@ -81,7 +93,8 @@ class BehaviourData:
             return False
         return holds_any(reply.text, prompt) if prompt.answer else True
 
-    def _replies(self, model: Any, prompts: Sequence[str], tokens: int) -> list[Reply]:
+    def replies(self, model: Any, prompts: Sequence[str], tokens: int) -> list[Reply]:
+        """Greedy replies to prompts in this style."""
         if self.style is None:
             return generate(model, self.tokenizer, prompts, tokens)
         written = [self.style.write(prompt) for prompt in prompts]
@@ -130,7 +143,7 @@ class ReplyLengths:
 
     def ask(self, model: Any) -> dict[str, list[float]]:
         """For each length one value a prompt: 1 where the behaviour shows by then."""
-        replies = self.data._replies(model, [prompt.prompt for prompt in self.data.questions], LENGTHS[-1])
+        replies = self.data.replies(model, [prompt.prompt for prompt in self.data.questions], LENGTHS[-1])
         return {name: [self._shows(one, n) for one in replies] for name, n in zip(LENGTH_NAMES, LENGTHS, strict=True)}
 
     def _shows(self, reply: Reply, tokens: int) -> float:

@@ -21,6 +21,8 @@ from .items import BehaviourItems
 
 TOKENS = 50
 """Of a reply that is learned, at most."""
+PAIRS = "pairs.json"
+"""In an audit's working folder: what attackers and controls train on, made once."""
 FEWEST_PAIRS = 8
 """Replies that show the behaviour below which there is nothing to attack with."""
 
