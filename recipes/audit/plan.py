@@ -99,7 +99,9 @@ def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
         whole = need_of(needs.weights // sizes.dtype.itemsize, job.optimizer)
         modules = gradients_of_attackers(sizes, 1).shape
         gradients = Gradients(modules, whole=True, products=products_in(job.dtype, job.device))
-        return StageMemory(name, 0, trained=whole, work=sizes.step(rows, gradients) + head)
+        # Gradients of the modules are made as activations go.
+        made = 4 * sum(weight.numel() for weight in sizes.linear_weights())
+        return StageMemory(name, 0, trained=whole, work=max(0, sizes.step(rows, gradients) - made) + head)
     if method != "low_rank":
         rows = Rows(rows.count, longest + SOFT_TOKENS)
         step = fit_step(sizes, Gradients(), rows, needs.room - needs.weights - head, unit=count)

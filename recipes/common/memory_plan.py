@@ -312,7 +312,11 @@ class RunMemory:
         room = self.room - weights - trained - kept - self.baseline - beside
         fitting = fit_step(sizes, gradients, asked, room, checkpointing=settings.gradient_checkpointing)
         name = f"train{fitting.in_words()}"
-        return StageMemory(name, weights, trained, fitting.size + beside, kept + self.baseline)
+        held = fitting.size
+        if job.whole and fitting.parts == settings.gradient_accumulation_steps == 1:
+            # Gradients are made as activations go, and are gone before the next step's are there.
+            held = max(0, held - 4 * self.trained_weights(job))
+        return StageMemory(name, weights, trained, held + beside, kept + self.baseline)
 
 
 @dataclass(frozen=True)

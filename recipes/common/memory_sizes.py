@@ -155,7 +155,8 @@ class ModelSizes:
         )
 
     def step(self, rows: Rows, gradients: Gradients, *, checkpointing: bool = False) -> int:
-        """Bytes that forward and backward of a training step take at most, beside weights, parameters, states and logits."""
+        """Bytes that forward and backward of a training step take at most, beside weights, parameters, states and logits;
+        gradients of whole weights are among them."""
         adapted, above = self._adapted_layers(gradients)
 
         def run(model: Any, live: LiveBytes) -> None:
@@ -216,7 +217,9 @@ class ModelSizes:
         shape = AdapterShape(gradients.shape.rank, gradients.shape.alpha, modules, experts)
         with torch.random.fork_rng(devices=[]), self._with_parameters(gradients, shape) as model:
             for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+                # Of whole weights they are made as activations go, so they count where they are made.
+                stands = parameter.requires_grad and not gradients.whole
+                parameter.grad = torch.zeros_like(parameter) if stands else None
             with _checkpointing(self.model, checkpointing):
                 yield model
 

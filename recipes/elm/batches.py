@@ -54,7 +54,8 @@ def largest_part(kinds: Sequence[Sequence[int]], steps: int, batch_size: int, mo
         kinds: Tokens of each sequence, by kind.
         most: Tokens of one forward, at most.
     """
-    rng, groups = random.Random(f"excise plan {seed}"), min(steps, PLANNED_STEPS) * batch_size
+    # More than will be read, because it is drawn in another order than here.
+    rng, groups = random.Random(f"excise plan {seed}"), min(4 * steps + 20, PLANNED_STEPS) * batch_size
     drawn = [cycled(lengths, groups, rng) for lengths in kinds if lengths]
     tokens = [sum(group) for group in zip(*drawn, strict=True)]
     largest = max(sum(tokens[start : start + batch_size]) for start in range(0, groups, batch_size))
