@@ -181,7 +181,7 @@ def audit_plan(config: dict[str, Any], **settings: Any) -> MemoryPlan:
     source = SimpleNamespace(folder=config)
     job: Any = SimpleNamespace(
         sources={"base": source}, device=base.device, dtype=base.dtype, concept=base.concept, attacks=attacks,
-        budget=BUDGETS["standard"], optimizer="adamw", settings=base.settings,
+        budget=BUDGETS["standard"], optimizer="adamw", settings=base.settings, behaviour=None,
     )  # fmt: skip
     return audit.memory(job)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...artifacts.checkpoints.read import open_checkpoint
 from ...editing.edits.fake_quantization import expert_weights
-from ..common.memory_plan import MemoryPlan, RunMemory, StageMemory, fit_step
+from ..common.memory_plan import TEMPLATE_TOKENS, MemoryPlan, RunMemory, StageMemory, fit_step
 from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
 from ..common.whole_weights import need_of, products_in
 from .attack_data import LONGEST_RETAIN, AttackData
@@ -87,7 +87,12 @@ def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
     # Those of a search train in groups of their own, of which each is smaller.
     rows_of = [ATTACKS[name] for name in job.attacks if ATTACKS[name].method == method]
     attackers = max(1, sum(_count(job, row) for row in rows_of if not row.searched))
-    if needs.tokenizes():
+    if job.behaviour:
+        # Models write what is read here: a prompt in their template, and a reply.
+        prompts = [prompt.prompt for prompt in concept.prompts]
+        prompts += [text for pair in concept.contrast for text in (pair.positive, pair.negative)]
+        longest = needs.longest(prompts, LONGEST_RETAIN) + TEMPLATE_TOKENS + LENGTHS[0]
+    elif needs.tokenizes():
         longest = _mean_length(job, needs, rows_of)
     else:
         texts = concept.texts()

@@ -181,3 +181,12 @@ def test_the_ceiling_of_a_task_is_the_base_taught_without_ablation(tmp_path, mon
     with taught(loaded.model, items.concept, loaded.tokenizer, 0, Events(), tmp_path):
         assert np.mean(data.hits(loaded.model)) > untaught + 0.2
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+
+
+def test_memory_is_planned_before_anything_is_written(tmp_path):
+    """What attackers read of a behaviour, the models write once they are loaded."""
+    job = audit.prepare(
+        audit.AuditSettings(model=SMALL_REFERENCE, **DECLINING, attacks=("pairs_8",), out=tmp_path / "a")
+    )
+    stages = {stage.name: stage.total for stage in audit.memory(job).stages}
+    assert list(stages) == ["load", "ask the questions", "attack: low_rank"] and min(stages.values()) > 0
