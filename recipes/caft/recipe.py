@@ -27,7 +27,7 @@ from ..common.examples import Example, completion_loss, cycled, example_batch
 from ..common.measured_run import Finished, Job
 from ..common.memory_plan import MemoryPlan, RunMemory
 from ..common.memory_sizes import Rows, largest_of
-from ..common.packed_training import PackedTraining
+from ..common.packed_training import PackedTraining, planned_rows
 from ..common.tokens import Row
 from ..common.trainer import Terms
 from ..data.datasets import TuningData, encoded, find_data
@@ -153,10 +153,12 @@ def memory(prepared: CaftJob) -> MemoryPlan:
     limit = min(needs.context, LONGEST_ROW)
     longest = needs.longest(told, limit)
     read, scored = Rows(READ_AT_ONCE, longest), READ_ROWS * longest
+    step = Rows(settings.batch_size, longest)
     if needs.tokenizes(told) and (examples := encoded(prepared.data.rows, needs.tokenizer, limit).examples):
         watched = examples[:READ_ROWS]
         read, scored = largest_of([len(one.ids) for one in watched], READ_AT_ONCE), sum(map(_scored, watched))
-        longest = max(len(one.ids) for one in _order(examples, settings))
+        lengths = [len(one.ids) for one in _order(examples, settings)]
+        step = planned_rows(prepared.adapter, lengths, settings.batch_size)
     # The stream is kept in fp32, of the model as it is and as it was.
     kept = 2 * 4 * scored * needs.sizes.width * len(prepared.places)
     if settings.directions not in ("none", "finetuned", "sae") and not prepared.directions:
@@ -166,7 +168,7 @@ def memory(prepared: CaftJob) -> MemoryPlan:
     # What is read is in fp32.
     points = len(prepared.places) * 4 // needs.sizes.dtype.itemsize
     find = needs.reading("find directions", read, points=points, kept=kept)
-    train = needs.training(prepared.adapter, Rows(settings.batch_size, longest), kept=kept)
+    train = needs.training(prepared.adapter, step, kept=kept)
     return needs.measured_run([find, train], edit=needs.edit_of(prepared.adapter))
 
 
@@ -266,8 +268,9 @@ class CaftTraining(PackedTraining):
     sections: dict[str, Any]
 
     def __post_init__(self) -> None:
-        longest = max(len(example.ids) for example in self.rows)
-        self.step_rows = Rows(self.trial.prepared.settings.batch_size, longest)
+        prepared = self.trial.prepared
+        lengths = [len(example.ids) for example in self.rows]
+        self.step_rows = planned_rows(prepared.adapter, lengths, prepared.settings.batch_size)
 
     def collate(self, rows: list[Example]) -> dict[str, Any]:
         """Sequences as one forward reads them."""

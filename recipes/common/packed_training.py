@@ -1,12 +1,18 @@
 """Trainings whose steps read all their sequences as one row, without padding, where the model can."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+from ...editing.errors import UnsupportedArchitecture
 from ...editing.training.packing import packing, recomputes
+from ...editing.wiring.small_copy import small_copy
+from .adapter_job import AdapterJob
 from .adapter_run import Training
 from .examples import Example, example_batch
+from .memory_sizes import Rows, largest_packed
 
 
 class PackedTraining(Training):
@@ -26,6 +32,25 @@ class PackedTraining(Training):
     def in_one_row(self) -> bool:
         """Whether rows are packed now."""
         return self._packing is not None and not recomputes(self._packing)
+
+
+def planned_rows(job: AdapterJob, lengths: Sequence[int], size: int) -> Rows:
+    """The largest step of sequences that are read ``size`` at a time in this order, packed where the model can."""
+    if job.settings.gradient_checkpointing or not packs(json.dumps(job.run.checkpoint.config, sort_keys=True)):
+        return Rows(size, max(lengths))
+    return largest_packed(lengths, size)
+
+
+@cache
+def packs(config: str) -> bool:
+    """Whether a model of this configuration, as JSON, reads packed rows; tried out on a small copy of it."""
+    try:
+        model = small_copy(json.loads(config))
+        model.set_attn_implementation("sdpa")
+    except (UnsupportedArchitecture, ValueError):
+        return False
+    with packing(model) as can:
+        return can
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ..common.examples import Example, cycled, example_batch, sequence_nll
 from ..common.measured_run import Finished
 from ..common.memory_plan import MemoryPlan, RunMemory
 from ..common.memory_sizes import Rows, largest_of
-from ..common.packed_training import PackedTraining
+from ..common.packed_training import PackedTraining, planned_rows
 from ..common.step_parts import COUNTS
 from ..common.tokens import Row, text_limit
 from ..common.trainer import Loss, Terms
@@ -160,15 +160,15 @@ def memory(job: UnlearningJob) -> MemoryPlan:
     needs, settings, concept = RunMemory.of(job.adapter.run), job.settings, job.adapter.concept
     texts = concept.texts()
     longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), needs.text_limit)
-    read = Rows(CHUNK, longest)
+    read, step = Rows(CHUNK, longest), Rows(2 * settings.batch_size, longest)
     if needs.tokenizes():
         drawn = _drawn(job, needs.tokenizer, needs.text_limit)
-        longest = max(len(one.ids) for pair in drawn.pairs for one in pair)
+        step = _largest_step(job, drawn)
         read = largest_of([len(one.ids) for one in drawn.read_by_base], CHUNK)
     stages = [needs.reading("read the base", read)] if settings.compares_with_base else []
     steps = needs.training(
         job.adapter,
-        Rows(2 * settings.batch_size, longest),
+        step,
         deepest=_stops_at(job),
         kept=settings.bytes_kept(needs, texts),
         work=4 * vectors_held(settings) * needs.sizes.adapter(job.adapter.shape),
@@ -217,14 +217,18 @@ def _drawn(job: UnlearningJob, tokenizer: Any, limit: int) -> UnlearningData:
     return UnlearningData(forget, retain, list(zip(forget_order, retain_order, strict=True)), {})
 
 
+def _largest_step(job: UnlearningJob, data: UnlearningData) -> Rows:
+    lengths = [len(one.ids) for pair in data.pairs for one in pair]
+    return planned_rows(job.adapter, lengths, 2 * job.settings.batch_size)
+
+
 class UnlearningTraining(PackedTraining):
     """Pairs of a sequence to forget and one to retain, under a method's loss."""
 
     def __init__(self, job: UnlearningJob, data: UnlearningData, loss: Loss):
         self.job, self.data, self.rows, self.method_loss = job, data, data.pairs, loss
         self.checked_rows = [example.ids for example in (*data.forget[:8], *data.retain[:8])]
-        longest = max(len(example.ids) for pair in data.pairs for example in pair)
-        self.step_rows = Rows(2 * job.settings.batch_size, longest)
+        self.step_rows = _largest_step(job, data)
         self.deepest = _stops_at(job)
 
     def collate(self, rows: list[tuple[Example, Example]]) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """Examples packed into one row: the loss and the gradients of sequences read alone, and no padding."""
 
 import collections
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,9 @@ from excise.editing.hooks.concept_ablation import concept_ablated
 from excise.editing.hooks.token_counts import count_tokens
 from excise.editing.training.packing import packing
 from excise.recipes.common.examples import Example, completion_loss, example_batch
-from excise.recipes.common.packed_training import packed_examples
+from excise.recipes.common.memory_sizes import Rows
+from excise.recipes.common.packed_training import packed_examples, packs, planned_rows
+from helpers import PICO, SMALL_TESTBED
 from training_rows import trained_weights
 from unlearning_rows import FORGET, RETAIN, adapted
 
@@ -66,3 +71,18 @@ def test_what_recomputes_activations_reads_padded_rows():
         model.gradient_checkpointing_disable()
         assert "blocks" in collate(EXAMPLES)
     assert torch.equal(trained_weights(model), before)
+
+
+@pytest.mark.parametrize(("checkpoints", "rows"), [(False, Rows(2, 9)), (True, Rows(3, 9))])
+def test_a_step_is_planned_without_padding_where_it_is_read_so(checkpoints, rows):
+    config = json.loads((Path(SMALL_TESTBED) / "config.json").read_text())
+    run = SimpleNamespace(checkpoint=SimpleNamespace(config=config))
+    job = SimpleNamespace(run=run, settings=SimpleNamespace(gradient_checkpointing=checkpoints))
+    assert planned_rows(job, [2, 9, 3, 1, 2, 4], 3) == rows
+
+
+def test_whether_a_model_packs_is_found_out_from_its_configuration_alone():
+    assert packs(json.dumps({"model_type": "llama", **PICO["llama"]}))
+    # What mixes positions otherwise than by attention does not, nor what is no model.
+    assert not packs(json.dumps({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}))
+    assert not packs(json.dumps({"model_type": "nonsense"}))

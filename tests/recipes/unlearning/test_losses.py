@@ -17,7 +17,7 @@ from excise.recipes.unlearning.npo import NpoSettings
 from excise.recipes.unlearning.recipe import UnlearningData, UnlearningTraining, pair_batch
 from excise.recipes.unlearning.rmu import RmuSettings
 from excise.recipes.unlearning.simnpo import SimNpoSettings
-from helpers import make_pico
+from helpers import PICO, make_pico
 from unlearning_rows import FORGET, RETAIN
 from unlearning_rows import adapted as _adapted
 
@@ -124,8 +124,9 @@ def test_parts_of_unequal_length_give_the_gradient_of_the_whole_step(name):
         loss = settings.loss(None, None, data)
     else:
         loss = _rmu_loss(settings, pairs) if name == "rmu" else _jensun_loss(settings)
-    run = SimpleNamespace(layers=2)
-    job = SimpleNamespace(settings=settings, adapter=SimpleNamespace(run=run))
+    config = SimpleNamespace(config={"model_type": "llama", **PICO["llama"]})
+    adapter = SimpleNamespace(run=SimpleNamespace(layers=2, checkpoint=config), settings=settings)
+    job = SimpleNamespace(settings=settings, adapter=adapter)
     training = UnlearningTraining(job, data, loss)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
