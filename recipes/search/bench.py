@@ -114,6 +114,13 @@ class Bench:
             tries.apply(edit)
             yield {size: self._sit(size, self.baselines[size]) for size in ("few", "all")}
 
+    def measure_base(self, figures: Sequence[Figure]) -> None:
+        """Measure the base where figures are compared with it; while it is edited, it would be the edit that is measured."""
+        for sitting in self.base.values():
+            for one in figures:
+                if one.change or (not one.generates and one.measurement != "kl_from_base"):
+                    sitting.value(one)
+
     def value(self, figure: Figure, sitting: Sitting, size: str) -> float:
         """A figure of a sitting, less the base's on the same items where its name says so."""
         value = sitting.value(figure)

@@ -61,7 +61,9 @@ def _searched(request: Request, study: Study, events: Events, told: Told) -> Non
     loaded = measured_run.load(request.job, request.job.source, "base", events)
     with events.stage("measure base on the half that chooses"):
         bench = Bench(request.job, loaded, request.prompts)
-        cheap = [one.figure for one in (*request.rules.stand_ins, *request.rules.objectives)]
+        rules = request.rules
+        bench.measure_base([one.figure for one in (*rules.stand_ins, *rules.objectives, *rules.guards)])
+        cheap = [one.figure for one in (*rules.stand_ins, *rules.objectives)]
         base = {one.name: bench.base["all"].value(one) for one in cheap if one.measurement != "kl_from_base"}
     events.write("base", 0, {**base, "generated_tokens": bench.base["all"].generated})
     done = study.done()
