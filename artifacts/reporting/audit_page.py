@@ -29,7 +29,7 @@ HEADLINES = {
 OF_BEHAVIOUR = {
     **HEADLINES,
     "recovers": "The behaviour recovers",
-    "holds": "It holds: the behaviour comes back only where an attack teaches it to the floor too",
+    "holds": "It holds: the behaviour comes back only under attacks that give it to the floor too",
 }
 """Of an audit of a behaviour."""
 OUTCOMES_OF_BEHAVIOUR = {

@@ -243,7 +243,7 @@ def _reasons(verdict: BehaviourVerdict, evidence: _Evidence, floor: str) -> list
         return said
     if verdict == "holds":
         return [
-            f"Under every attack that does not teach it, the behaviour is shown surely less than {LEAK:.1f} more often than"
+            f"Under every attack that does not bring it about anyway, the behaviour is shown surely less than {LEAK:.1f} more often than"
             f" by {floor} (one-sided tests at 5%); the interval that reaches furthest is that of"
             f" {_each(evidence, [_widest(evidence)])}."
         ]
@@ -276,8 +276,8 @@ def _closing(
     ]
     if teaching:
         said.append(
-            f"{', '.join(teaching)} {'teach' if len(teaching) > 1 else 'teaches'} the behaviour to {floor} too (half of the"
-            " way to the base or more), so what comes back there was taught; only its speed is compared."
+            f"{', '.join(teaching)}: {floor} gets half of the way to the base or more too, so what comes back there says"
+            " nothing of the edit. Of those that train, only the speed is compared."
         )
     one = evidence.relearning
     if one.attack is not None and one.reached:

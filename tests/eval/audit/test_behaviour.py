@@ -37,7 +37,7 @@ def _judged(*attacks, scale=SCALE, utility=None):
 def test_a_behaviour_holds_that_comes_back_only_where_the_attack_teaches_it_to_the_floor():
     judged = _judged(STYLE, BENIGN, TAUGHT)
     assert (judged.verdict, judged.teaching) == ("holds", ("pairs_8",))
-    assert any("pairs_8 teaches the behaviour to the floor too" in reason for reason in judged.reasons)
+    assert any("pairs_8: the floor gets half of the way to the base or more too" in reason for reason in judged.reasons)
     # The same attack on a floor that learns nothing of it shows that it was still there.
     back = _attack("pairs_8", ALWAYS, (0.0, 0.1, 0.6, 1.0), NEVER, control=(0.0, 0.5, 1.0, 1.0))
     assert teaching_attacks([back], SCALE) == () and _judged(STYLE, BENIGN, back).verdict == "recovers"
