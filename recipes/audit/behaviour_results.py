@@ -179,12 +179,8 @@ def _lengths(job: AuditJob, items: BehaviourItems, curves: CurveStore, attacks: 
     found = []
     for name, about in LENGTH_NAMES.items():
         edited, floor = ({a: v[name] for a, v in by_subject[s].items()} for s in ("edited", "reference"))
-        count = len(known.values[name])
-        repeated = {
-            attack: [float(v) for v in np.resize(np.asarray(values), count)] for attack, values in floor.items()
-        }
         chance = float(np.mean(floor[NONE]))
-        verdict = judge_format(name, about, chance, known.values[name], edited, repeated)
+        verdict = judge_format(name, about, chance, known.values[name], edited, floor)
         found += [verdict] if verdict else []
     return found
 

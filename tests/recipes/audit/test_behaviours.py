@@ -150,7 +150,7 @@ def test_a_model_that_was_never_edited_is_said_to_have_it(tmp_path, monkeypatch)
     """The reference declines as its twin does; the audit takes it for an edited one."""
     short = dataclasses.replace(SHORT, steps=8, behaviour=("style_lower", "int8", "pairs_8"))
     monkeypatch.setitem(table.BUDGETS, "quick", short)
-    monkeypatch.setattr(controls, "HIDING_STEPS", 30)
+    monkeypatch.setattr(controls, "HIDING_STEPS", 16)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     job = audit.prepare(audit.AuditSettings(model=SMALL_REFERENCE, **DECLINING, out=tmp_path / "a"))
     assert {part.subject for part in parts_of(job)} == {"base", "edited", "reference", "suppressed"}
