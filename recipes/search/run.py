@@ -62,8 +62,8 @@ def _searched(request: Request, study: Study, events: Events, told: Told) -> Non
     with events.stage("measure base on the half that chooses"):
         bench = Bench(request.job, loaded, request.prompts)
         rules = request.rules
-        bench.measure_base([one.figure for one in (*rules.stand_ins, *rules.objectives, *rules.guards)])
         cheap = [one.figure for one in (*rules.stand_ins, *rules.objectives)]
+        bench.measure_base([*cheap, *(one.figure for one in rules.guards)])
         base = {one.name: bench.base["all"].value(one) for one in cheap if one.measurement != "kl_from_base"}
     events.write("base", 0, {**base, "generated_tokens": bench.base["all"].generated})
     done = study.done()
