@@ -304,7 +304,10 @@ def test_an_attack_that_diverges_is_recorded_and_the_others_go_on(material, tmp_
     assert found.by_rate[1e30].accuracy[-1] == 0 and found.by_rate[1e-3].accuracy[-1] > 0.5
 
 
-@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.tier == 0])
+OF_KNOWLEDGE = {name: attack for name, attack in ATTACKS.items() if "knowledge" in attack.kinds}
+
+
+@pytest.mark.parametrize("name", [name for name, attack in OF_KNOWLEDGE.items() if attack.tier == 0])
 def test_attacks_without_training_leave_the_base_knowing(material, name):
     loaded, gathered = material
     before = {key: value.clone() for key, value in loaded.model.state_dict().items()}
@@ -457,7 +460,7 @@ class Spy:
 def test_no_attacker_but_the_relearner_reads_of_group_v(material):
     _, gathered = material
     tested = {q.subject for q in gathered.questions}
-    for name, attack in ATTACKS.items():
+    for name, attack in OF_KNOWLEDGE.items():
         sources = attack.data.partition(":")[0].split("+") if attack.data else []
         texts = " ".join(
             gathered.tokenizer.decode(example.ids) for source in sources for example in gathered.examples[source]
@@ -483,7 +486,11 @@ def test_novel_facts_share_words_and_answers_and_no_subject(material):
     ("words", "said"),
     [
         (["builtin:testbed", "--attacks", "rtt,relern"], "did you mean 'relearn'"),
-        (["builtin:testbed", "--concept", "builtin:declining"], "is of kind behaviour"),
+        (["builtin:testbed", "--concept", "builtin:declining"], "is also the base of this audit"),
+        (
+            ["builtin:testbed-reference", "--concept", "builtin:declining", "--attacks", "rtt"],
+            "no attack on a behaviour",
+        ),
         (["builtin:tesbed"], "testbed"),
         (["builtin:testbed", "--budget", "quik"], "quick"),
     ],
