@@ -1,14 +1,16 @@
 """``excise search orthogonalize`` against heretic: what the same front costs in generated tokens.
 
-    python benchmarks/search.py --heretic PYTHON [--trials 60] [--prompts 64] [--folder DIR]
+    python benchmarks/search.py --heretic PYTHON [--trials 60] [--prompts 64] [--seeds 3] [--folder DIR]
+                                [--model MODEL] [--concept PACK]
 
-Both search the built-in model for an edit that ends its declining and moves neutral replies little: the same model, the
-same contrast prompts to learn from, the same prompts to choose by, replies of the same length, the same number of trials.
-PYTHON is an interpreter that imports heretic (pip install heretic-llm); it runs unchanged, in a process of its own, with
-a counter around its generation. Its search for a batch size and for a common prefix of replies is switched off, which saves
-it tokens. Whatever stood on a searcher's own front at any time is then scored by one scorer on prompts that neither saw:
-share of replies that decline, and KL(base || edited) along whole neutral replies. Compared is how many tokens each had
-generated when it first held an edit that declines at most 5% at a divergence that both reach in the end.
+Both search the same model (the built-in one unless --model says otherwise) for an edit that ends its declining and moves
+neutral replies little: the same contrast prompts to learn from, the same prompts to choose by, replies of the same length,
+the same number of trials. PYTHON is an interpreter that imports heretic (pip install heretic-llm); it runs unchanged, in a
+process of its own, with a counter around its generation. Its search for a batch size and for a common prefix of replies is
+switched off, which saves it tokens. Whatever stood on a searcher's own front at any time is then scored by one scorer on
+all prompts that neither saw: share of replies that decline, and KL(base || edited) along whole neutral replies. Compared
+is how many tokens each had generated, those of the unchanged model included, when it first held an edit that declines at
+most 5% at the least divergence that heretic, or excise, reaches in the end. A seed is of both searchers.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from excise.recipes.search.study import Study, trial_folder
 
 MOST_DECLINING = 0.05
 TOKENS = 24
+ALL = 10_000
 
 DRIVER = """
 import json, sys, warnings
@@ -100,14 +103,19 @@ def has_heretic(python: str | None) -> str:
     return "" if done.returncode == 0 else f"{python} does not import heretic: {done.stderr.strip().splitlines()[-1]}"
 
 
-def model_without_system(folder: Path) -> Path:
-    """The built-in model, whose template leaves out the empty system message that heretic always sends."""
-    shutil.copytree(find_model("builtin:testbed").folder, folder, dirs_exist_ok=True)
+NO_SYSTEM = (
+    "{% if messages and messages[0]['role'] == 'system' and not messages[0]['content'] %}"
+    "{% set messages = messages[1:] %}{% endif %}"
+)
+
+
+def model_without_system(name: str, folder: Path) -> Path:
+    """A copy of the model, whose template leaves out the empty system message that heretic always sends."""
+    shutil.copytree(find_model(name).folder, folder, dirs_exist_ok=True)
     template = folder / "chat_template.jinja"
-    loop = "{% for message in messages %}"
-    text = template.read_text()
-    assert loop in text, "the built-in template begins with its loop"
-    template.write_text(text.replace(loop, "{% for message in messages if message['content'] %}"))
+    if not template.is_file():
+        raise SystemExit(f"{name} has no chat_template.jinja; save it with a newer transformers")
+    template.write_text(NO_SYSTEM + template.read_text())
     return folder
 
 
@@ -118,7 +126,7 @@ def searched(request: Request) -> tuple[list[dict[str, Any]], int, float]:
     seconds = time.monotonic() - began
     events = [json.loads(line) for line in (request.folder / "events.jsonl").read_text().splitlines()]
     tokens = sum(int(one["metrics"]["generated_tokens"]) for one in events if one["stage"] == "base" and one["metrics"])
-    study = Study(request.storage, request.space, request.rules.objectives, (), request.base.seed, request.trials)
+    study = Study.of(request)
     kept, done = [], study.done()
     for place, one in enumerate(done):
         tokens += one.generated_tokens
@@ -137,7 +145,12 @@ def heretic(python: str, model: Path, bench: Bench, request: Request, folder: Pa
         "bad_evaluation": [one.prompt for one in bench.concepts["all"].prompts if one.split == "concept"],
     }
     lines = [f"refusal_markers = {json.dumps(list(concept.about.decline_phrases))}", 'system_prompt = ""']
-    lines += [f"max_response_length = {TOKENS}", 'response_prefix = ""', "batch_size = 64", "seed = 0"]
+    lines += [
+        f"max_response_length = {TOKENS}",
+        'response_prefix = ""',
+        "batch_size = 64",
+        f"seed = {request.base.seed}",
+    ]
     lines += [f"n_trials = {request.trials}", f"n_startup_trials = {max(1, round(0.3 * request.trials))}"]
     lines += [f"study_checkpoint_dir = {json.dumps(str(folder / 'checkpoints'))}"]
     for name, prompts in files.items():
@@ -179,65 +192,76 @@ def best(kept: list[dict[str, Any]]) -> float:
     return min((one["kl"] for one in kept if one["declines"] <= MOST_DECLINING), default=float("inf"))
 
 
-def main() -> None:
-    """Search with both, score with one, print fronts and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heretic", help="interpreter that imports heretic")
-    parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--folder", type=Path, default=Path("search-benchmark"))
-    arguments = parser.parse_args()
-    folder = arguments.folder.absolute()
-    folder.mkdir(parents=True)
-    missing = has_heretic(arguments.heretic)
-    model = model_without_system(folder / "model")
-    settings = [f"max_new_tokens={TOKENS}", f"kl_prompts={arguments.prompts}"]
-    flags = {"model": str(model), "concept": "builtin:declining"}
+def scored(arguments: argparse.Namespace, model: Path, seed: int) -> dict[str, Any]:
+    """Search with both from one seed, and score with one: by searcher its front, its tokens in all and its seconds."""
+    folder = arguments.folder.absolute() / f"seed-{seed}"
+    folder.mkdir()
+    settings = [f"max_new_tokens={TOKENS}", f"kl_prompts={arguments.prompts}", f"seed={seed}"]
     request = prepare(
         "orthogonalize",
         folder / "found",
         assignments=settings,
-        flags=flags,
+        flags={"model": str(model), "concept": arguments.concept},
         trials=arguments.trials,
         prompts=arguments.prompts,
     )
-    ours, our_tokens, our_seconds = searched(request)
+    ours, tokens, seconds = searched(request)
+    found = {"excise": {"front": ours, "tokens": tokens, "seconds": seconds}}
     loaded = load_model(request.job.source, request.job.device, request.job.dtype)
-    reported = replace(request.job, measured=half_of(request.job.concept, "report"))
-    bench = Bench(reported, loaded, 10_000)
+    of_report = request.job.settings.model_copy(update={"kl_prompts": ALL})
+    bench = Bench(
+        replace(request.job, settings=of_report, measured=half_of(request.job.concept, "report")), loaded, ALL
+    )
     for one in ours:
         with bench.edited(load_edit(trial_folder(request.folder, one["number"]))) as sittings:
             one["declines"], one["kl"] = scores_of(sittings["all"].subject)
-    fronts = {"excise": ours}
-    print(f"excise: {arguments.trials} trials, {our_tokens:,} generated tokens, {our_seconds:.0f} s")
-    if missing:
-        print(f"heretic: not compared: {missing}")
-    else:
+    if arguments.heretic and not has_heretic(arguments.heretic):
         chooses = Bench(request.job, loaded, arguments.prompts)
         content, seconds = heretic(arguments.heretic, model, chooses, request, folder)
         for one in content["kept"]:
             other = load_model(find_model(str(folder / f"heretic-{one['number']}")), loaded.device, request.job.dtype)
             one["declines"], one["kl"] = scores_of(_sit(bench, other))
-        fronts["heretic"] = content["kept"]
-        print(f"heretic: {content['trials']} trials, {content['tokens']:,} generated tokens, {seconds:.0f} s")
-    for name, kept in fronts.items():
-        print(f"\n{name}: what stood on its own front at any time, on prompts that chose nothing")
-        print("  trial   tokens  declines  KL")
-        for one in kept:
-            print(f"  {one['number']:5}  {one['tokens']:7,}  {one['declines']:8.3f}  {one['kl']:.5f}")
-    if "heretic" in fronts:
-        level = max(best(kept) for kept in fronts.values())
-        reached = {name: tokens_to(kept, level) for name, kept in fronts.items()}
+        found["heretic"] = {"front": content["kept"], "tokens": content["tokens"], "seconds": seconds}
+    return found
+
+
+def show(seed: int, found: dict[str, Any]) -> None:
+    """Fronts of both, and what each needed to be as good as heretic in the end, and as excise."""
+    for name, of in found.items():
         print(
-            f"\ndeclines at most {MOST_DECLINING:.0%}: least KL {best(ours):.5f} (excise), {best(fronts['heretic']):.5f} (heretic)"
+            f"\nseed {seed}, {name}: {of['tokens']:,} generated tokens, {of['seconds']:.0f} s; on prompts that chose nothing:"
         )
-        if all(reached.values()):
-            ratio = reached["heretic"] / reached["excise"]
-            print(
-                f"tokens until KL {level:.5f}: excise {reached['excise']:,}, heretic {reached['heretic']:,}, ratio {ratio:.1f}"
-            )
-        else:
-            print("no level that both reach")
+        print("  trial   tokens  declines  KL")
+        for one in of["front"]:
+            print(f"  {one['number']:5}  {one['tokens']:7,}  {one['declines']:8.3f}  {one['kl']:.5f}")
+    if "heretic" not in found:
+        return
+    for whose in ("heretic", "excise"):
+        level = best(found[whose]["front"])
+        needed = [(name, tokens_to(of["front"], level), of["tokens"]) for name, of in found.items()]
+        words = [f"{name} {count:,}" if count else f"{name} not in {every:,}" for name, count, every in needed]
+        print(
+            f"tokens until the best of {whose} that declines at most {MOST_DECLINING:.0%}, KL {level:.5f}: {', '.join(words)}"
+        )
+
+
+def main() -> None:
+    """Search with both, score with one, print fronts and tokens of every seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heretic", help="interpreter that imports heretic")
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=1, help="searches, of the seeds 0, 1, ...")
+    parser.add_argument("--model", default="builtin:testbed")
+    parser.add_argument("--concept", default="builtin:declining")
+    parser.add_argument("--folder", type=Path, default=Path("search-benchmark"))
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True)
+    if missing := has_heretic(arguments.heretic):
+        print(f"heretic: not compared: {missing}")
+    model = model_without_system(arguments.model, arguments.folder.absolute() / "model")
+    for seed in range(arguments.seeds):
+        show(seed, scored(arguments, model, seed))
 
 
 def _sit(bench: Bench, other: LoadedModel) -> ModelUnderTest:

@@ -1,6 +1,6 @@
 """A model under measurement. What several measurements need is computed once and shared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,8 @@ class ModelUnderTest:
         self._likelihoods: dict[Request, Likelihood] = {}
         self._replies: dict[str, list[Reply]] = {}
         self._baseline: Baseline | None = None
+        self.known: Mapping[str, Reply] = {}
+        """Replies by the id of their prompt that need not be made, because somebody knows that they would be these."""
 
     def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
         """Log-likelihoods in the order of the requests; ``prepare`` shares forwards between measurements."""
@@ -81,14 +83,21 @@ class ModelUnderTest:
     def replies(self, split: str) -> list[Reply]:
         """Greedy replies to the prompts of a split, in their order."""
         if split not in self._replies:
-            texts = [prompt.prompt for prompt in self.prompts(split)]
-            tokens = self.settings.max_new_tokens
-            self._replies[split] = self._generated(texts, tokens) if texts else []
+            prompts, tokens = self.prompts(split), self.settings.max_new_tokens
+            texts = [prompt.prompt for prompt in prompts if prompt.id not in self.known]
+            made = iter(self._generated(texts, tokens) if texts else [])
+            self._replies[split] = [self.known.get(prompt.id) or next(made) for prompt in prompts]
         return self._replies[split]
 
+    def by_prompt(self, split: str) -> dict[str, Reply]:
+        """The same replies by the id of their prompt."""
+        return {one.id: reply for one, reply in zip(self.prompts(split), self.replies(split), strict=True)}
+
     def generated(self, split: str) -> list[Reply]:
-        """The replies of a split that were made so far; none where nothing asked for them."""
-        return self._replies.get(split, [])
+        """The replies of a split that were made so far; none where nothing asked for them, or that were known."""
+        replies = self._replies.get(split, [])
+        prompts = self.prompts(split)[: len(replies)]
+        return [reply for prompt, reply in zip(prompts, replies, strict=True) if prompt.id not in self.known]
 
     def completions(
         self, prompts: Sequence[str], tokens: int, *, chat: bool = False, beginning: str = ""

@@ -21,7 +21,7 @@ from ..eval.concept import Concept
 from .common.calls import called, events_for
 from .common.direction_search import Direction, DirectionSearch, DirectionSettings, check_pairs
 from .common.settings import settings_of_call
-from .orthogonalize.recipe import OrthogonalizeSettings, edit_along, layer_strengths
+from .orthogonalize.recipe import OrthogonalizeSettings, Strengths, edit_along
 
 IN_MEMORY = "model in memory"
 """What records call it."""
@@ -115,6 +115,7 @@ def orthogonalize(
     strength: float | tuple[float, ...] | None = None,
     embeddings: Literal["edit", "skip"] | None = None,
     embedding_strength: float | None = None,
+    mlp_strength: float | tuple[float, ...] | None = None,
     variant: Literal["plain", "norm_preserving", "projected"] | None = None,
 ) -> AppliedEdit:
     """Take a direction out of every weight of a model in memory that writes it to the residual stream.
@@ -129,6 +130,7 @@ def orthogonalize(
         strength: Share of the component to remove, 1 by default; one number, or one for each layer.
         embeddings: ``edit`` (default) changes the embedding too; ``skip`` leaves it.
         embedding_strength: Share to remove from the embedding; the strength of layer 0 by default.
+        mlp_strength: Share to remove from what MLPs write, one number or one for each layer; ``strength`` by default.
         variant: ``plain`` (default); ``norm_preserving`` keeps the norm of every column; ``projected`` first takes the
             mean of the negative prompts out of the direction, which needs the result of ``find_direction``.
 
@@ -159,12 +161,13 @@ def orthogonalize(
         "strength": strength,
         "embeddings": embeddings,
         "embedding_strength": embedding_strength,
+        "mlp_strength": mlp_strength,
         "variant": variant,
     }
     settings = settings_of_call(OrthogonalizeSettings, values)
     config = model.config.to_dict()
     direction_record = direction if isinstance(direction, Direction) else _record_of_vector(direction, settings)
-    edit = edit_along(direction_record, settings, config["model_type"], layer_strengths(settings, layer_count(config)))
+    edit = edit_along(direction_record, settings, config["model_type"], Strengths.of(settings, layer_count(config)))
     parameters = dict(model.named_parameters())
     declared = edit.plan(config, list(parameters)).declared
     before = {name: parameters[name].detach().to("cpu", copy=True) for name in declared}

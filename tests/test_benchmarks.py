@@ -2,8 +2,11 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
+import pytest
+from excise.eval.statistics import Scores
 from helpers import run_file
 
 ROOT = Path(__file__).parents[1]
@@ -83,3 +86,15 @@ def test_the_calibration_counts_right_open_and_wrong_verdicts_and_lists_all_but_
     assert "never because" not in done.stdout
     wrong = run_file(ROOT / "benchmarks" / "calibration.py", tmp_path, "--kinds", "hiden")
     assert wrong.returncode == 2 and "no kind 'hiden'; kinds: never, hidden" in wrong.stderr
+
+
+def test_items_of_several_worlds_are_pooled_and_no_subject_is_shared_between_them():
+    joined = runpy.run_path(str(ROOT / "benchmarks" / "search_worlds.py"))["joined"]
+    worlds = [
+        Scores("a", "b", "share", "lower", ("1", "2", "3"), totals, (1.0,) * 3, clusters=("x", "x", "y"))
+        for totals in ((1.0, 1.0, 0.0), (0.0, 0.0, 0.0))
+    ]
+    both = joined(worlds)
+    assert both.value() == pytest.approx(2 / 6) and both.subjects == 4 and len(set(both.ids)) == 6
+    without = joined([Scores("a", "b", "share", "lower", ("1", "2"), (1.0, 0.0), (1.0, 1.0))] * 2)
+    assert without.subjects == 4

@@ -100,6 +100,7 @@ class _Subspace(Form):
     layer_strengths: list[float]
     embeddings: Embeddings
     embedding_strength: float | None = None
+    mlp_strengths: list[float] | None = None
     width: Count | None = None
     rank: Count | None = None
     variant: Variant
@@ -144,6 +145,8 @@ def _pack_subspace(edit: Edit) -> tuple[dict[str, Tensor], Description]:
         "embedding_strength": edit.embedding_strength,
         "variant": edit.variant,
     }
+    if edit.mlp_strengths is not None:
+        description["mlp_strengths"] = list(edit.mlp_strengths)
     return {"basis": edit.basis}, description
 
 
@@ -152,6 +155,9 @@ def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
     said = [content.get(key, size) for key, size in zip(("width", "rank"), basis.shape, strict=True)]
     if said != list(basis.shape):
         raise Unreadable(f"tensor basis is {list(basis.shape)}, but {DESCRIPTION} says width {said[0]}, rank {said[1]}")
+    mlps = content.get("mlp_strengths")
+    if mlps is not None and len(mlps) != len(content["layer_strengths"]):
+        raise Unreadable(f"{len(mlps)} mlp_strengths stand beside {len(content['layer_strengths'])} layer_strengths")
     return Edit(
         basis,
         content["model_type"],
@@ -161,6 +167,7 @@ def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
         content.get("embedding_strength", 1.0),
         content["variant"],
         content["provenance"],
+        None if mlps is None else tuple(map(float, mlps)),
     )
 
 

@@ -53,7 +53,8 @@ def _scaled(edit: Any, strength: float) -> Any:
 def _(edit: Edit, strength: float) -> Edit:
     embedding = None if edit.embedding_strength is None else edit.embedding_strength * strength
     layers = tuple(value * strength for value in edit.layer_strengths)
-    return replace(edit, layer_strengths=layers, embedding_strength=embedding)
+    mlps = None if edit.mlp_strengths is None else tuple(value * strength for value in edit.mlp_strengths)
+    return replace(edit, layer_strengths=layers, embedding_strength=embedding, mlp_strengths=mlps)
 
 
 @_scaled.register

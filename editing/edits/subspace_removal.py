@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..architectures import architecture_of, layer_count, residual_width
 from ..errors import RequestError, UnsupportedArchitecture
-from ..wiring.row import Architecture, Site, classify, gain_names, respelled, spelled
+from ..wiring.row import Architecture, Kind, Site, classify, gain_names, respelled, spelled
 from .base import Plan, RowReader, TensorReader
 from .changes import WHOLE
 from .projection import BlockwiseEdit, make_projection, seen_through
@@ -40,9 +40,16 @@ class Edit:
     variant: Variant = "plain"
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the subspace came from: source, layer, position, scores of all candidates, hashes of the data."""
+    mlp_strengths: tuple[float, ...] | None = None
+    """One strength per decoder layer for what its MLP writes; None takes those of the layers."""
 
     def __post_init__(self) -> None:
         d, k = self.basis.shape
+        if self.mlp_strengths is not None and len(self.mlp_strengths) != len(self.layer_strengths):
+            raise RequestError(
+                f"the edit has {len(self.layer_strengths)} strengths of layers and {len(self.mlp_strengths)} of MLPs; give"
+                " one of each for every layer"
+            )
         if k > d or torch.dist(self.basis.T @ self.basis, torch.eye(k)) > 1e-4:
             raise RequestError(
                 f"the basis [{d}, {k}] is not orthonormal; pass torch.linalg.qr(basis).Q, with at most {d} columns"
@@ -50,10 +57,11 @@ class Edit:
 
     method: ClassVar[str] = "orthogonalize"
 
-    def strength_at(self, layer: int | None) -> float:
-        """Strength of one decoder layer, or of the embeddings where ``layer`` is None."""
+    def strength_at(self, layer: int | None, kind: Kind = "attention") -> float:
+        """Strength of one kind of writer of one decoder layer, or of the embeddings where ``layer`` is None."""
         if layer is not None:
-            return self.layer_strengths[layer]
+            apart = self.mlp_strengths if kind == "mlp" else None
+            return (self.layer_strengths if apart is None else apart)[layer]
         if self.embeddings == "skip":
             return 0.0
         return self.layer_strengths[0] if self.embedding_strength is None else self.embedding_strength
@@ -69,7 +77,7 @@ class Edit:
         check_learned_on(config, self.model_type, self.basis.shape[0], len(self.layer_strengths))
         tensors = []
         for site in classify(row, names, layer_count(config)):
-            strength = self.strength_at(site.layer)
+            strength = self.strength_at(site.layer, site.writer.kind)
             if strength != 0.0:
                 tensors.append(OrthogonalizedTensor(site.name, self, row, site, strength, _gains(row, site, names)))
         if not tensors:

@@ -1,6 +1,6 @@
 """The leak check: how much each sublayer still writes along a removed direction, measured on real inputs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import EditError
 from ..numerics.wide import in_float64
-from ..wiring.row import Architecture
+from ..wiring.row import Architecture, Kind
 from .residual_stream import run_decoder, written
 
 
@@ -75,20 +75,32 @@ def measure_writes(
 
 
 def compare_writes(
-    before: Sequence[Writes], after: Sequence[Writes], layer_strengths: Sequence[float], embedding_strength: float
+    before: Sequence[Writes],
+    after: Sequence[Writes],
+    row: Architecture,
+    strength_at: Callable[[int | None, Kind], float],
 ) -> list[Leak]:
-    """Compare each sublayer's writes before and after an edit; both sequences must be in the same order."""
+    """Compare each sublayer's writes before and after an edit; both sequences must be in the same order.
+
+    Args:
+        before: Writes of the base.
+        after: Writes of the edited model.
+        row: Its architecture, which says what kind of writer a sublayer holds.
+        strength_at: The edit's strength at one kind of writer of a layer, or at the embeddings where the layer is None.
+    """
     leaks = []
     for old, new in zip(before, after, strict=True):
         assert (old.layer, old.sublayer) == (new.layer, new.sublayer)
-        strength = embedding_strength if old.layer is None else layer_strengths[old.layer]
+        kinds: set[Kind] = {"embedding"} if old.layer is None else row.kinds_in(old.sublayer)
+        left = [abs(1 - strength_at(old.layer, kind)) for kind in kinds or {"attention"}]
         leaks.append(
             Leak(
                 old.layer,
                 old.sublayer,
                 share=new.along / old.along if old.along > 0 else 0.0,
                 of_write=new.along / new.norm if new.norm > 0 else 0.0,
-                expected=abs(1 - strength),
+                # A sublayer that holds both kinds may write what either of them keeps.
+                expected=max(left),
             )
         )
     return leaks

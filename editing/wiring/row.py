@@ -108,6 +108,11 @@ class Architecture:
     refused: tuple[tuple[str, Any, str], ...] = ()
     """``(config key, value, reason)`` of variants in which editing weights cannot remove a direction."""
 
+    def kinds_in(self, sublayer: str) -> set[Kind]:
+        """The kinds of writers whose writes come out of one sublayer."""
+        part = f".{sublayer}."
+        return {one.kind for one in self.writers if any(part in name for name in (one.pattern, *one.gains))}
+
 
 @dataclass(frozen=True)
 class Site:

@@ -55,6 +55,8 @@ class ReadySpace:
     """Settings that a search has unless they are given: what every trial would only do again for the record."""
     to_settings: Callable[[Mapping[str, Any], int], dict[str, Any]] = lambda values, _: dict(values)
     """Turns values of the space into settings, for a model of so many layers."""
+    first: tuple[Mapping[str, Any], ...] = ()
+    """Values of the first trials, which are no draws: what is known to do well elsewhere."""
 
 
 def is_searched(value: Any) -> bool:

@@ -60,6 +60,9 @@ class OrthogonalizeSettings(DirectionSettings):
     embedding_strength: float | None = None
     """Share to remove from the embeddings, which layer 0 reads. Without it: the strength of layer 0, and 0 where layers
     leaves layer 0 out."""
+    mlp_strength: float | tuple[float, ...] | None = None
+    """Share to remove from what MLPs write: one number, or a list with one for each layer. Without it: strength, which
+    then holds for attention and MLPs alike."""
     variant: Literal["plain", "norm_preserving", "projected"] = "plain"
     """norm_preserving keeps every column's norm; projected first removes the negative prompts' mean from the
     direction."""
@@ -71,13 +74,34 @@ class OrthogonalizeSettings(DirectionSettings):
 
 
 @dataclass(frozen=True)
+class Strengths:
+    """What each layer loses of the direction."""
+
+    layers: tuple[float, ...]
+    """One for each layer of the model; 0 where the layer is not selected."""
+    mlps: tuple[float, ...] | None = None
+    """The same of what MLPs write; None where that of the layers holds."""
+
+    @classmethod
+    def of(cls, settings: OrthogonalizeSettings, count: int) -> "Strengths":
+        """Those of a model of so many layers.
+
+        Raises:
+            RequestError: A list has another length.
+        """
+        chosen, mlp = set(layer_selection(settings.layers, count)), settings.mlp_strength
+        mlps = None if mlp is None else _of_layers("mlp_strength", mlp, count, chosen)
+        return cls(_of_layers("strength", settings.strength, count, chosen), mlps)
+
+
+@dataclass(frozen=True)
 class OrthogonalizeJob:
     """A checked request and what it will change."""
 
     run: Job
     settings: OrthogonalizeSettings
     plan: Plan
-    strengths: tuple[float, ...]
+    strengths: Strengths
 
 
 @dataclass(frozen=True)
@@ -96,7 +120,7 @@ def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> Orthogo
         RequestError: Anything that could not work.
     """
     checked = measured_run.check(RECIPE, settings, ["contrast"], resume=resume)
-    strengths = layer_strengths(settings, checked.layers)
+    strengths = Strengths.of(settings, checked.layers)
     config = checked.checkpoint.config
     # Any unit vector: which tensors change does not depend on the direction.
     unlearned = _edit(settings, config["model_type"], strengths, torch.eye(residual_width(config), 1))
@@ -108,7 +132,7 @@ def prepare(settings: OrthogonalizeSettings, *, resume: bool = False) -> Orthogo
 
 def describe(job: OrthogonalizeJob) -> dict[str, Any]:
     """What a run would touch and take."""
-    points = int(job.settings.max_depth * len(job.strengths))
+    points = int(job.settings.max_depth * job.run.layers)
     return measured_run.describe(job.run, job.plan, candidate_points=points, gradient_steps=0)
 
 
@@ -131,7 +155,7 @@ def run(job: OrthogonalizeJob, events: Events) -> Finished:
 
     def inspect(loaded: LoadedModel, subject: ModelUnderTest) -> Inspection:
         after = measure_writes(loaded.model, checked.row, base.edit.basis, _leak_inputs(job, loaded))
-        leaks = compare_writes(base.writes, after, base.edit.layer_strengths, base.edit.strength_at(None))
+        leaks = compare_writes(base.writes, after, checked.row, base.edit.strength_at)
         check_leaks(leaks, settings.leak_tolerance)
         scores = [_induce(job, loaded, base.edit, events, "induce on edited")]
         return Inspection(scores, {"leaks": [asdict(leak) for leak in leaks]})
@@ -143,6 +167,7 @@ def run(job: OrthogonalizeJob, events: Events) -> Finished:
             "embeddings": settings.embeddings,
             "layer_strengths": list(base.edit.layer_strengths),
             "embedding_strength": base.edit.strength_at(None),
+            **({} if base.edit.mlp_strengths is None else {"mlp_strengths": list(base.edit.mlp_strengths)}),
         },
         "direction": {**base.edit.provenance},
         "leak_tolerance": settings.leak_tolerance,
@@ -192,9 +217,7 @@ def learn(job: OrthogonalizeJob, loaded: LoadedModel, events: Events, _: Path, s
     return edit_along(direction, settings, job.run.checkpoint.config["model_type"], job.strengths)
 
 
-def edit_along(
-    direction: Direction, settings: OrthogonalizeSettings, model_type: str, strengths: tuple[float, ...]
-) -> Edit:
+def edit_along(direction: Direction, settings: OrthogonalizeSettings, model_type: str, strengths: Strengths) -> Edit:
     """The edit that takes a direction out of the weights of the model that it was learned on."""
     vector = direction.vector
     if settings.variant == "projected":
@@ -218,30 +241,29 @@ def _leak_inputs(job: OrthogonalizeJob, loaded: LoadedModel) -> list[dict[str, T
     return [pad_left([encode_prompt(loaded.tokenizer, text, chat=chat) for text in texts], loaded.device)]
 
 
-def layer_strengths(settings: OrthogonalizeSettings, count: int) -> tuple[float, ...]:
-    """One strength for each layer of the model; 0 where the layer is not selected."""
-    chosen = set(layer_selection(settings.layers, count))
-    strengths = settings.strength if isinstance(settings.strength, tuple) else (settings.strength,) * count
+def _of_layers(name: str, value: float | tuple[float, ...], count: int, chosen: set[int]) -> tuple[float, ...]:
+    strengths = value if isinstance(value, tuple) else (value,) * count
     if len(strengths) != count:
         raise RequestError(
-            f"strength lists {len(strengths)} numbers, the model has {count} layers; give one number or {count}"
+            f"{name} lists {len(strengths)} numbers, the model has {count} layers; give one number or {count}"
         )
-    return tuple(value if layer in chosen else 0.0 for layer, value in enumerate(strengths))
+    return tuple(one if layer in chosen else 0.0 for layer, one in enumerate(strengths))
 
 
 def _edit(
     settings: OrthogonalizeSettings,
     model_type: str,
-    strengths: tuple[float, ...],
+    strengths: Strengths,
     basis: Tensor,
     provenance: dict[str, Any] | None = None,
 ) -> Edit:
     return Edit(
         basis,
         model_type,
-        strengths,
+        strengths.layers,
         settings.embeddings,
         settings.embedding_strength,
         settings.variant,
         provenance or {},
+        strengths.mlps,
     )

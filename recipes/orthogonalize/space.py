@@ -6,17 +6,32 @@ from typing import Any
 from ..common.search_space import ReadySpace, among, between
 
 SPACE = {
-    "depth": between(0.15, 0.85),
+    "depth": between(0.35, 1.0),
     "position": among(-1, -2),
-    "peak": between(0.4, 1.5),
+    "variant": among("plain", "projected"),
+    "peak": between(0.6, 1.5),
     "centre": between(0.2, 1.0),
     "reach": between(0.1, 1.0),
     "edge": between(0.0, 1.0),
-    "embedding": between(-0.5, 1.0),
+    "mlp": between(-0.75, 1.25),
+    "embedding": between(-2.0, 1.0),
 }
 """``depth``: the layer whose input the direction is taken from, as a share of the depth. The strength is ``peak`` at
-``centre``, falls to ``edge`` times that over ``reach``, and is 0 beyond, all three as shares of the depth. ``embedding``: share
-removed from the embeddings; below 0 they are left alone, as in a third of what is drawn at random."""
+``centre``, falls to ``edge`` times that over ``reach``, and is 0 beyond, all three as shares of the depth. ``mlp``: what MLPs
+lose, as a share of what attention loses in the same layer. ``embedding``: share removed from the embeddings. Below 0 both
+are left alone: MLPs in three of eight, embeddings in two of three draws."""
+START = {
+    "depth": 0.6,
+    "position": -1,
+    "variant": "projected",
+    "peak": 1.0,
+    "centre": 0.67,
+    "reach": 0.34,
+    "edge": 1.0,
+    "embedding": -1.0,
+}
+"""All of a direction from a little past the middle, out of the last two thirds of the layers. In the built-in model the first
+third adds half of the divergence and nothing to the effect (docs/measured.md)."""
 
 
 def settings_of(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -30,7 +45,9 @@ def settings_of(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
     return {
         "point": round(float(values["depth"]) * layers),
         "position": values["position"],
+        "variant": values["variant"],
         "strength": strengths,
+        "mlp_strength": [round(max(0.0, float(values["mlp"])) * strength, 4) for strength in strengths],
         "embedding_strength": round(max(0.0, float(values["embedding"])), 4),
     }
 
@@ -40,4 +57,5 @@ READY = ReadySpace(
     {"knowledge": ("forget:min", "kl:min"), "behaviour": ("behaviour:min", "kl.replies:min")},
     {"positions": 2},
     settings_of,
+    ({**START, "mlp": -0.5}, {**START, "mlp": 1.0}, {**START, "mlp": 1.0, "depth": 1.0}),
 )

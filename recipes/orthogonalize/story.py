@@ -13,7 +13,7 @@ def story(results: dict[str, Any]) -> Story:
     headline = (
         f"**What was edited.** One direction for *{results['concept']['description']}* was taken out of the weights of "
         f"`{results['base']['name']}` ({tensors_changed(results)}, of those that write to the residual stream; variant "
-        f"`{edited['variant']}`, embeddings {_embeddings(edited)})."
+        f"`{edited['variant']}`, embeddings {_embeddings(edited)}{_mlps(edited)})."
     )
     warnings = []
     if not direction["passed_filters"]:
@@ -46,6 +46,14 @@ def _embeddings(edited: dict[str, Any]) -> str:
     if not strength:
         return "unchanged"
     return f"`{edited['embeddings']}`" if strength == 1.0 else f"`{edited['embeddings']}` at strength {strength:g}"
+
+
+def _mlps(edited: dict[str, Any]) -> str:
+    """What MLPs lose, where it is another share than the rest of their layer loses."""
+    strengths = edited.get("mlp_strengths")
+    if strengths is None:
+        return ""
+    return f", MLPs at strength {min(strengths):g} to {max(strengths):g}" if any(strengths) else ", MLPs unchanged"
 
 
 def _origin(results: dict[str, Any]) -> Section:

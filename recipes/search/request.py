@@ -41,6 +41,8 @@ class Request:
     storage: str
     trials: int
     prompts: int
+    first: tuple[Mapping[str, Any], ...]
+    """Values of the first trials, where the recipe's own space is searched."""
     left_out: tuple[str, ...]
     """Settings that trials alone have: what they turn off is of the report."""
     job: Job
@@ -126,6 +128,7 @@ def prepare(
         storage or file_in(folder),
         trials,
         prompts,
+        () if searched or ready is None else ready.first,
         left_out,
         job,
     )

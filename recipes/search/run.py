@@ -63,7 +63,7 @@ def _searched(request: Request, study: Study, events: Events, told: Told) -> Non
         bench = Bench(request.job, loaded, request.prompts)
         rules = request.rules
         cheap = [one.figure for one in (*rules.stand_ins, *rules.objectives)]
-        bench.measure_base([*cheap, *(one.figure for one in rules.guards)])
+        bench.measure_base(rules.figures)
         base = {one.name: bench.base["all"].value(one) for one in cheap if one.measurement != "kl_from_base"}
     events.write("base", 0, {**base, "generated_tokens": bench.base["all"].generated})
     done = study.done()

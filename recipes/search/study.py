@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 NAME = "excise"
 LOCKS = "locks"
 """Folder with a lock of each worker, which dies with it, and one of asking."""
+NO_TRIAL = -1
 GONE_AFTER = 3600.0
 """Seconds after which a trial of another machine's worker is done again where the file system knows no locks."""
 SETTINGS, FIGURES, CONSTRAINTS, ERROR, TOKENS, SECONDS = (
@@ -67,6 +68,7 @@ class Study:
             request.base.seed,
             request.trials,
             request.folder,
+            request.first,
         )
 
     def __init__(
@@ -78,11 +80,13 @@ class Study:
         seed: int,
         trials: int,
         folder: Path | None = None,
+        first: Sequence[Mapping[str, Any]] = (),
     ):
         """Open the study, or make it.
 
         Args:
             folder: Of the search, which all workers share; there they tell by locks who still lives.
+            first: Values of the first trials, which are no draws.
 
         Raises:
             RequestError: The storage cannot be opened, or holds a study of other objectives.
@@ -92,12 +96,12 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", module="optuna")
         self.optuna, self.space, self.objectives, self.guards = optuna, space, objectives, guards
-        self.seed, self.first = seed, min(10, max(2, trials // 4))
+        self.seed, self.first, self.drawn_first = seed, first, min(10, max(2, trials // 4))
         self.folder, self.lock = folder, ""
         ways: list[Any] = ["minimize" if one.way == "min" else "maximize" for one in objectives]
         try:
             self.study = optuna.create_study(
-                storage=url, sampler=self._sampler(0), study_name=NAME, directions=ways, load_if_exists=True
+                storage=url, sampler=self._sampler(NO_TRIAL), study_name=NAME, directions=ways, load_if_exists=True
             )
         except Exception as error:  # what a database's driver raises is its own
             raise RequestError(
@@ -109,14 +113,19 @@ class Study:
 
     def _sampler(self, number: int) -> Any:
         # A seed for each trial, because a sampler's own state is lost when a search ends.
-        return self.optuna.samplers.TPESampler(
+        sampler = self.optuna.samplers.TPESampler(
             seed=(self.seed * 1_000_003 + number) % 2**32,
             multivariate=True,
-            n_startup_trials=self.first,
+            n_startup_trials=len(self.first) + self.drawn_first,
             constraints_func=(lambda trial: trial.user_attrs.get(CONSTRAINTS, [1.0] * len(self.guards)))
             if self.guards
             else None,
         )
+        if not 0 <= number < len(self.first):
+            return sampler
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
+            return self.optuna.samplers.PartialFixedSampler(dict(self.first[number]), sampler)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -144,6 +153,8 @@ class Study:
             return self._asked(trials)
 
     def _asked(self, trials: int) -> tuple[Any, dict[str, Any]] | None:
+        # What is drawn together is decided here, so that no trial's own sampler may be left from the one before.
+        self.study.sampler = self._sampler(NO_TRIAL)
         trial = self.study.ask()
         before = self._before(trial.number)
         if before >= trials:

@@ -38,6 +38,12 @@ class Rules:
     guards: Sequence[Guard]
 
     @property
+    def figures(self) -> list[Figure]:
+        """Everything that trials are measured by."""
+        objectives = [one.figure for one in (*self.stand_ins, *self.objectives)]
+        return objectives + [one.figure for one in self.guards]
+
+    @property
     def need_replies(self) -> bool:
         """Whether anything is generated."""
         figures = [*(one.figure for one in self.objectives), *(one.figure for one in self.guards)]
@@ -159,8 +165,9 @@ def _breaks_a_guard(size: str, values: Mapping[str, float], guards: Sequence[Gua
 def _gains_nothing(bench: Bench, size: str, values: Mapping[str, float], rules: Rules, before: Sequence[Done]) -> bool:
     """Whether the unchanged base is as good in every objective: an edit that does nothing moves nothing."""
     stand_ins = rules.stand_ins
-    if len(stand_ins) < len(rules.objectives) or len(before) < FEWEST:
+    if len(stand_ins) < len(rules.objectives):
         return False
+    # Nothing needs to be known of other trials for this; their spread only widens what counts as nothing.
     margins = _margins(size, stand_ins, before, NOISE["all"])
     base = [bench.of_base(one.figure, size) for one in stand_ins]
     return all(

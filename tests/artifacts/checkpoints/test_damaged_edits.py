@@ -164,6 +164,16 @@ def test_an_edit_without_its_tensors_or_with_half_a_description_is_one_line(tmp_
         assert "\n" not in str(caught.value)
 
 
+def test_strengths_of_mlps_come_back_and_of_another_number_of_layers_are_refused(tmp_path):
+    save_edit(random_edit(make_pico("llama").config.to_dict(), mlp_strengths=(0.0, 0.5)), tmp_path)
+    read = load_edit(tmp_path)
+    assert [read.strength_at(1, kind) for kind in ("attention", "mlp")] == [1.0, 0.5]
+    content = json.loads((tmp_path / "edit.json").read_text())
+    (tmp_path / "edit.json").write_text(json.dumps({**content, "mlp_strengths": [0.5]}))
+    with pytest.raises(RequestError, match="1 mlp_strengths stand beside 2 layer_strengths"):
+        load_edit(tmp_path)
+
+
 def test_an_edit_that_names_no_strength_for_embeddings_took_everything_out_of_them(tmp_path):
     save_edit(random_edit(make_pico("llama").config.to_dict(), layer_strengths=(0.0, 1.0)), tmp_path)
     assert load_edit(tmp_path).strength_at(None) == 0.0

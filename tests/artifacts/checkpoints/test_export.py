@@ -5,7 +5,7 @@ import pytest
 import torch
 from excise.artifacts.checkpoints.export import export_edit
 from excise.artifacts.checkpoints.read import open_checkpoint, read_tensor
-from excise.editing.architectures import architecture_of
+from excise.editing.architectures import architecture_of, layer_count
 from excise.editing.edits.base import edit_model
 from excise.editing.edits.changes import Change
 from excise.editing.errors import EditError, RequestError
@@ -67,13 +67,30 @@ def test_no_sublayer_writes_the_direction_any_more(architecture, save_pico, tmp_
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     before = measure_writes(model, row, edit.basis, [inputs])
     edit_model(edit, model, model.config.to_dict())
-    leaks = compare_writes(before, measure_writes(model, row, edit.basis, [inputs]), edit.layer_strengths, 1.0)
+    leaks = compare_writes(before, measure_writes(model, row, edit.basis, [inputs]), row, edit.strength_at)
     check_leaks(leaks, 1e-3)
     assert min(write.along for write in before) > 1e-3
     assert max(leak.share for leak in leaks) < 1e-5
     assert len(leaks) == 1 + 2 * len(edit.layer_strengths)
     stream = residual_stream(model, row, inputs, (0, 1, len(edit.layer_strengths)), 9)
     assert (stream.float() @ edit.basis).abs().max() < 1e-4
+
+
+def test_what_an_mlp_still_writes_by_design_is_no_leak(architecture, save_pico):
+    """Attention loses all of the direction and MLPs nothing; without a word on MLPs the same weights would leak."""
+    model, row = make_pico(architecture), architecture_of(save_pico(architecture).config)
+    config = model.config.to_dict()
+    edit = random_edit(config, mlp_strengths=(0.0,) * layer_count(config))
+    ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    before = measure_writes(model, row, edit.basis, [inputs])
+    edit_model(edit, model, config)
+    after = measure_writes(model, row, edit.basis, [inputs])
+    leaks = compare_writes(before, after, row, edit.strength_at)
+    check_leaks(leaks, 0.05)
+    assert [leak.expected for leak in leaks if leak.layer == 0] == [0.0, 1.0]
+    with pytest.raises(EditError, match="still writes"):
+        check_leaks(compare_writes(before, after, row, lambda *_: 1.0), 0.05)
 
 
 @pytest.mark.parametrize("name", POST_NORM)
@@ -88,7 +105,9 @@ def test_an_edit_that_ignores_the_gain_leaks_and_the_check_names_the_writer(name
         for layer in model.model.layers:
             for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
                 weight -= edit.basis @ (edit.basis.T @ weight)
-    leaks = compare_writes(before, measure_writes(model, row, edit.basis, [inputs]), edit.layer_strengths, 0.0)
+    leaks = compare_writes(
+        before, measure_writes(model, row, edit.basis, [inputs]), row, lambda layer, _: float(layer is not None)
+    )
     with pytest.raises(EditError, match=r"layernorm of layer \d still writes"):
         check_leaks(leaks, 0.05)
 

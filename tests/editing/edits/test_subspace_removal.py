@@ -13,8 +13,11 @@ PLAIN = ("gpt2", "llama", "mixtral", "opt")
 """Rows without a gain behind a writer, so that what is left shows in the weight itself."""
 
 
-def _left(name, **options):
-    """Share of the component left in each writer after an edit, by layer; None for the embeddings."""
+def _left(name, by_kind=False, **options):
+    """Share of the component left in each writer after an edit, by layer; None for the embeddings.
+
+    With ``by_kind`` the largest share of each kind of writer, a list with one number for each layer.
+    """
     model = make_pico(name)
     config = model.config.to_dict()
     edit = random_edit(config, **options)
@@ -23,7 +26,9 @@ def _left(name, **options):
     left = {}
     for site in classify(architecture_of(config), list(before)):
         old, new = (_component(values[site.name], site, edit) for values in (before, dict(model.named_parameters())))
-        left.setdefault(site.layer, []).append(float(new / old))
+        left.setdefault((site.writer.kind, site.layer) if by_kind else site.layer, []).append(float(new / old))
+    if by_kind:
+        return {kind: [max(left[kind, layer]) for layer in (0, 1)] for kind in ("attention", "mlp")}
     return left
 
 
@@ -48,6 +53,29 @@ def test_embeddings_go_with_layer_0_and_a_setting_of_their_own_says_otherwise(na
     assert max(first[None]) < 1e-5 and min(first[1]) == 1.0
     otherwise = _left(name, layer_strengths=(0.0, 1.0), embedding_strength=0.5)
     assert otherwise[None] == pytest.approx([0.5] * len(otherwise[None]), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_mlps_lose_their_own_share_where_the_edit_says_so(name):
+    """Beside it, without a word on MLPs, both writers of a layer lose the same."""
+    together = _left(name, layer_strengths=(1.0, 0.5), embedding_strength=0.0, by_kind=True)
+    for shares in together.values():
+        assert shares == pytest.approx([0.0, 0.5], abs=1e-4)
+    apart = _left(name, layer_strengths=(1.0, 0.5), embedding_strength=0.0, mlp_strengths=(0.0, 0.25), by_kind=True)
+    assert apart["attention"] == pytest.approx([0.0, 0.5], abs=1e-4)
+    assert apart["mlp"] == pytest.approx([1.0, 0.75], abs=1e-4)
+
+
+def test_layers_that_lose_nothing_are_not_declared():
+    edit = Edit(torch.eye(32, 1), "llama", (0.0, 1.0), embedding_strength=0.0, mlp_strengths=(0.0, 0.0))
+    names = [name for name, _ in make_pico("llama").named_parameters()]
+    declared = edit.plan(make_pico("llama").config.to_dict(), names).declared
+    assert declared and {name.rpartition(".")[0] for name in declared} == {"model.layers.1.self_attn.o_proj"}
+
+
+def test_mlps_of_another_number_of_layers_are_refused():
+    with pytest.raises(RequestError, match="2 strengths of layers and 1 of MLPs"):
+        Edit(torch.eye(32, 1), "llama", (0.0, 1.0), mlp_strengths=(1.0,))
 
 
 def test_embeddings_that_are_untied_for_nothing_are_refused():

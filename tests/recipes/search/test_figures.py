@@ -92,9 +92,12 @@ def test_ranges_and_choices_of_a_file():
 
 def test_a_profile_peaks_at_its_centre_and_ends_at_its_reach():
     values = {"depth": 0.5, "position": -1, "peak": 1.2, "centre": 0.5, "reach": 0.5, "edge": 0.25, "embedding": 0.0}
+    values |= {"variant": "plain", "mlp": 0.5}
     settings = settings_of(values, 9)
     assert settings["strength"][4] == 1.2 and settings["strength"][0] == settings["strength"][8] == 0.3
     assert settings["point"] == 4 and max(settings["strength"]) == 1.2
+    assert settings["mlp_strength"] == pytest.approx([strength / 2 for strength in settings["strength"]], abs=1e-4)
+    assert set(settings_of(values | {"mlp": -0.5}, 9)["mlp_strength"]) == {0.0}
     narrow = settings_of(values | {"reach": 0.1}, 9)["strength"]
     assert [value > 0 for value in narrow] == [False] * 4 + [True] + [False] * 4
     for corner in itertools.product(*((one.choices or (one.low, one.high)) for one in SPACE.values())):

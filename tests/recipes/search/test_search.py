@@ -15,12 +15,14 @@ from excise.artifacts.events import Events
 from excise.artifacts.models.load import load_model
 from excise.editing.edits.base import edit_model
 from excise.eval.items import clusters_of, for_training, half_of, held_out_texts, text_of
+from excise.eval.model_under_test import ModelUnderTest
 from excise.recipes.common.search_space import Dimension
-from excise.recipes.search.figures import Figure, Objective
+from excise.recipes.search.bench import Bench
+from excise.recipes.search.figures import Figure, Objective, figure
 from excise.recipes.search.request import prepare, read_record, recorded
 from excise.recipes.search.run import run
 from excise.recipes.search.study import Study, file_in, without_password
-from helpers import SMALL_TESTBED, excise, with_settings
+from helpers import SMALL_TESTBED, excise, random_edit, with_settings
 
 SIZES = with_settings("kl_prompts=4", "max_new_tokens=6", "train_pairs=16", "validation_pairs=4", "questions=20")
 SEARCH = ["search", "orthogonalize", "--model", SMALL_TESTBED, "--dtype", "float32", *SIZES, "--prompts", "6"]
@@ -81,8 +83,6 @@ def test_the_figures_of_a_trial_are_those_of_its_edit_applied_anew(searched):
     edit = load_edit(folder / "trials" / f"{one['trial']:04}")
     base, edited = (load_model(request.job.source, torch.device("cpu"), torch.float32) for _ in range(2))
     edit_model(edit, edited.model, edited.model.config.to_dict())
-    from excise.recipes.search.bench import Bench
-
     bench = Bench(request.job, base, request.prompts)
     total, count = 0.0, 0
     with torch.no_grad():
@@ -118,6 +118,64 @@ def test_the_base_is_the_base_again_after_every_trial(tmp_path):
         loop.Bench = before
     model, weights = seen[0]
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def _bench(folder):
+    """Of the built-in model, which declines; the small one of most tests does not."""
+    words, flags = ["kl_prompts=4", "max_new_tokens=20"], {"dtype": "float32"}
+    request = prepare("orthogonalize", folder / "s", assignments=words, flags=flags, prompts=8, write=False)
+    return Bench(request.job, load_model(request.job.source, torch.device("cpu"), torch.float32), request.prompts)
+
+
+def _along(bench, strength, **options):
+    config = bench.loaded.model.config.to_dict()
+    return random_edit(config, strength=strength, embedding_strength=0.0, **options)
+
+
+def test_replies_that_stay_are_not_generated_and_are_those_that_would_be(tmp_path):
+    """Beside an edit that changes some replies, one that changes none, and replies made anew by another instance."""
+    bench, counts = _bench(tmp_path), {}
+    behaviour, likelihood = figure("behaviour"), figure("behaviour.likelihood")
+    bench.measure_base([likelihood, behaviour])
+    for strength, rank in ((0.01, 1), (0.5, 4), (1.0, 96)):
+        with bench.edited(_along(bench, strength, rank=rank)) as sittings:
+            anew = ModelUnderTest(
+                bench.loaded.model, bench.loaded.tokenizer, bench.concepts["all"], bench.settings["all"]
+            )
+            for size in ("few", "all"):
+                for one in (likelihood, behaviour):
+                    assert sittings[size].value(one) <= 1
+            assert sittings["all"].subject.replies("concept") == anew.replies("concept")
+            made = sum(one.generated for one in sittings.values())
+            counts[rank] = made, sum(len(reply.ids) for reply in anew.replies("concept"))
+    assert counts[1][0] < counts[1][1] / 4 and counts[96][0] == counts[96][1] > 0
+
+
+def test_the_base_is_compared_with_as_it_is_without_an_edit(tmp_path):
+    """Measured while a trial's edit is in its weights, the base would be that trial, and the change 0."""
+    wanted = [figure("declines.elsewhere"), figure("behaviour.change")]
+    bench = _bench(tmp_path)
+    bench.measure_base(wanted)
+    with bench.edited(_along(bench, 1.0, rank=96)) as sittings:
+        for size in ("few", "all"):
+            for one in wanted:
+                change = bench.value(one, sittings[size], size)
+                assert change == sittings[size].value(one) - bench.base[size].value(one)
+        assert bench.base["all"].value(wanted[1]) == 1.0
+        assert bench.value(wanted[1], sittings["all"], "all") < -0.25
+        with pytest.raises(AssertionError, match="measure_base was not called with degenerate"):
+            bench.value(figure("degenerate"), sittings["all"], "all")
+
+
+def test_the_first_trials_are_those_that_the_recipe_names(searched):
+    folder, _, _ = searched
+    request, study = _study(folder)
+    first = [one.params for one in sorted(study.done(), key=lambda one: one.number)[:4]]
+    assert first[:3] == [dict(one) for one in request.first] and first[3] not in first[:3]
+    # Where somebody names what to vary, the recipe's own values are none of it.
+    words = [word for word in SIZES if word != "--set"] + ["strength={search: [0.1, 1.0]}"]
+    flags = {"model": SMALL_TESTBED, "dtype": "float32"}
+    assert prepare("orthogonalize", folder / "x", assignments=words, flags=flags, write=False).first == ()
 
 
 def test_what_was_killed_goes_on_with_the_same_command_and_ends_as_if_it_was_not(searched, tmp_path):
