@@ -140,8 +140,8 @@ def test_a_direction_shows_what_taking_it_out_does(loaded):
 
 
 def test_saving_a_model_in_memory_for_an_audit_draws_no_bars(loaded, tmp_path, capfd):
-    with pytest.raises(excise.RequestError, match="of kind behaviour"):
-        excise.audit(loaded, "builtin:declining", "builtin:testbed", out=tmp_path / "audit")
+    with pytest.raises(excise.RequestError, match="no attack on a behaviour"):
+        excise.audit(loaded, "builtin:declining", "builtin:testbed", attacks=["rtt"], out=tmp_path / "audit")
     assert capfd.readouterr() == ("", "")
 
 
@@ -185,8 +185,8 @@ def test_a_run_is_returned_read_again_and_measured(tmp_path):
     assert {m.value for m in first if m.name == "multiple_choice"} == {
         m.value for m in run.measurements if m.name == "multiple_choice" and m.subject == "edited"
     }
-    with pytest.raises(excise.RequestError, match="of kind behaviour"):
-        excise.audit(run)
+    with pytest.raises(excise.RequestError, match="no attack on a behaviour"):
+        excise.audit(run, attacks=["rtt"])
 
 
 def test_what_models_wrote_is_shown_as_text():
