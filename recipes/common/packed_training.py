@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 from ...editing.errors import UnsupportedArchitecture
@@ -36,16 +35,25 @@ class PackedTraining(Training):
 
 def planned_rows(job: AdapterJob, lengths: Sequence[int], size: int) -> Rows:
     """The largest step of sequences that are read ``size`` at a time in this order, packed where the model can."""
-    if job.settings.gradient_checkpointing or not packs(json.dumps(job.run.checkpoint.config, sort_keys=True)):
+    if job.settings.gradient_checkpointing or not packs(job.run.checkpoint.config):
         return Rows(size, max(lengths))
     return largest_packed(lengths, size)
 
 
-@cache
-def packs(config: str) -> bool:
-    """Whether a model of this configuration, as JSON, reads packed rows; tried out on a small copy of it."""
+_found: dict[str, bool] = {}
+
+
+def packs(config: dict[str, Any]) -> bool:
+    """Whether a model of this configuration reads packed rows; tried out on a small copy of it, once."""
+    key = json.dumps(config, sort_keys=True)
+    if key not in _found:
+        _found[key] = _copy_packs(config)
+    return _found[key]
+
+
+def _copy_packs(config: dict[str, Any]) -> bool:
     try:
-        model = small_copy(json.loads(config))
+        model = small_copy(config)
         model.set_attn_implementation("sdpa")
     except (UnsupportedArchitecture, ValueError):
         return False

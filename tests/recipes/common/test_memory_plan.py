@@ -207,6 +207,8 @@ def _trained(out, monkeypatch, free=None):
     if free is not None:
         monkeypatch.setattr(memory_plan, "free_memory", lambda device: free)
     small = {"questions": 4, "kl_prompts": 2, "max_new_tokens": 2, "steps": 2, "batch_size": 4}
+    # In bfloat16 the rounding of other parts changes a word of a reply.
+    small |= {"device": "cpu", "dtype": "float32"}
     settings = GradDiffSettings(model=SMALL_TESTBED, concept="builtin:potions", out=out, **small)
     return recipe.run(recipe.prepare(settings), Events()).results
 
@@ -217,7 +219,7 @@ def test_a_step_that_the_plan_says_does_not_fit_is_computed_in_parts_and_recorde
     assert "memory" not in whole["training"]
     assert parts["training"]["memory"]["parts_of_a_step"] > 1
     values = [[m["value"] for m in one["measurements"] if m["subject"] == "edited"] for one in (whole, parts)]
-    assert values[0] == pytest.approx(values[1], abs=0.05)
+    assert values[0] == pytest.approx(values[1], abs=0.01)
 
 
 def test_a_run_never_holds_two_models(tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ def test_a_step_is_planned_without_padding_where_it_is_read_so(checkpoints, rows
 
 
 def test_whether_a_model_packs_is_found_out_from_its_configuration_alone():
-    assert packs(json.dumps({"model_type": "llama", **PICO["llama"]}))
+    assert packs({"model_type": "llama", **PICO["llama"]})
     # What mixes positions otherwise than by attention does not, nor what is no model.
-    assert not packs(json.dumps({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}))
-    assert not packs(json.dumps({"model_type": "nonsense"}))
+    assert not packs({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2})
+    assert not packs({"model_type": "nonsense"})

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -113,8 +114,9 @@ def _rmu_loss(settings, pairs=PAIRS):
     return settings.loss(job, loaded, UnlearningData(FORGET, RETAIN, pairs, {}))
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", [*METHODS, "rmu", "jensun"])
-def test_parts_of_unequal_length_give_the_gradient_of_the_whole_step(name):
+def test_parts_of_unequal_length_give_the_gradient_of_the_whole_step(name, packed):
     others = {"rmu": RmuSettings(steer_layer=0.34, retain_weight=7.0), "jensun": JensunSettings()}
     settings = METHODS[name][0] if name in METHODS else others[name]
     model, pairs = _adapted(), [*PAIRS, (Example((7, 8, 9), 1), Example(tuple(range(20, 60)), 2))]
@@ -142,8 +144,12 @@ def test_parts_of_unequal_length_give_the_gradient_of_the_whole_step(name):
             total = total + torch.cat([g.flatten() for g in found if g is not None])
         return total
 
-    whole, parts = gradient([pairs]), [pairs[:2], pairs[2:]]
-    assert (gradient(parts) - whole).norm() < 1e-5 * whole.norm()
+    padded, parts = gradient([pairs]), [pairs[:2], pairs[2:]]
+    with training.while_training(model) if packed else nullcontext():
+        assert ("blocks" in training.collate(pairs)) == packed
+        whole = gradient([pairs])
+        assert (whole - padded).norm() < 1e-5 * padded.norm()
+        assert (gradient(parts) - whole).norm() < 1e-5 * whole.norm()
     if name == "rmu":
         assert (gradient(parts, weighed=False) - whole).norm() > 0.05 * whole.norm()
 
