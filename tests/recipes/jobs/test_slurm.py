@@ -252,37 +252,6 @@ def _in_the_middle(folder):
     """A node that is in the middle of a trial, once a third of all trials ended."""
     if len(list((folder / "trials").glob("????"))) < TRIALS // 3:
         return ""
-    trials = _asked(folder)
-    drawn = [one for one in trials if one.state.name == "RUNNING" and one.params.keys() == trials[0].params.keys()]
-    return next((one.user_attrs["worker"][0] for one in drawn if "settings" not in one.user_attrs), "")
-
-
-@functools.cache
-def _storage(folder):
-    import optuna
-
-    return optuna.load_study(study_name=NAME, storage=file_in(folder))
-
-
-def _asked(folder):
-    """Every trial that a worker asked for, also those that were lost."""
-    return _storage(folder).get_trials()
-
-
-def _trials(folder):
-    """What each trial drew and gave, and the hash of its edit, in the order in which they were asked for."""
-    done = Study.of(recorded(folder)).done()
-    return [(one.params, one.state, one.values, one.figures, _edit(folder, one.number)) for one in done]
-
-
-def _edit(folder, number):
-    return {path.name: sha256_of(path) for path in trial_folder(folder, number).iterdir()}
-
-
-def _in_the_middle(folder):
-    """A node that is in the middle of a trial, once a third of all trials ended."""
-    if len(list((folder / "trials").glob("????"))) < TRIALS // 3:
-        return ""
     trials = [one for one in _asked(folder) if one.state.name == "RUNNING"]
     # Since when each is at work; one that is just being asked for has not said so yet.
     since = {one.user_attrs["worker"][0]: one.user_attrs["seen"] for one in trials if "seen" in one.user_attrs}
