@@ -12,8 +12,8 @@ from ..intervals import holm
 from .bounded import KEPT, WorstCases
 from .broken import Repair, repair_of
 from .compared import Compared
-from .contrasts import ONE_SIDED, Contrast, Paired, questions_to_tell
-from .controls import KNOWN, RECOVERED, WORKING
+from .contrasts import ONE_SIDED, Contrast, questions_to_tell
+from .controls import KNOWN, RECOVERED, WORKING, is_broken, recovery_of
 from .missing import NOTHING_MISSING
 from .reasons import Relearning, show
 from .recovery import SHARES, Estimate, RecoveryCurve, Scale
@@ -137,19 +137,15 @@ def _suppressed(compared: Sequence[Compared], scale: Scale) -> dict[str, Any]:
             "problem": "no attack trained the suppressed control, so nothing shows that these attacks can bring anything"
             " back; add pairs_8 or pairs_64 to the attacks"
         }
-    span = max(scale.known - scale.chance, 1e-9)
-    shares = {name: float((curve.accuracy.max() - scale.chance) / span) for name, curve in curves.items()}
-    best = max(shares, key=lambda name: shares[name])
-    start = min(float(curve.accuracy[0]) for curve in curves.values())
-    found: dict[str, Any] = {"attack": best, "regained": shares[best], "before": start}
-    if start > scale.mark(RECOVERED):
+    found = recovery_of(curves, scale)
+    if found["before"] > scale.mark(RECOVERED):
         found["problem"] = (
-            f"the suppressed control still shows the behaviour in {start:.3f} of held-out prompts before any attack, so it"
+            f"the suppressed control still shows the behaviour in {found['before']:.3f} of held-out prompts before any attack, so it"
             " shows nothing of the attacks"
         )
-    elif shares[best] < RECOVERED:
+    elif found["regained"] < RECOVERED:
         found["problem"] = (
-            f"not even the suppressed control recovers ({shares[best]:.2f} of the way to the base, at most), so these"
+            f"not even the suppressed control recovers ({found['regained']:.2f} of the way to the base, at most), so these"
             " attacks are too weak; give a larger --budget"
         )
     return found
@@ -157,8 +153,7 @@ def _suppressed(compared: Sequence[Compared], scale: Scale) -> dict[str, Any]:
 
 def _utility(base: RecoveryCurve, edited: RecoveryCurve) -> dict[str, Any]:
     result: dict[str, Any] = {"base": float(base.accuracy[0]), "edited": float(edited.accuracy[0])}
-    beyond = Paired([edited, base]).contrast(1, -WORKING)
-    if beyond.value + ONE_SIDED * beyond.error < 0:
+    if is_broken(base, edited):
         result["problem"] = (
             f"the edited model replies to {result['edited']:.3f} of other prompts in an ordinary way, the base to"
             f" {result['base']:.3f}, which is surely less than {WORKING:.0%} of it (n = {base.hits.shape[2]}); a broken"

@@ -1,5 +1,6 @@
 """Whether an audit's controls did what they must: without that there is no verdict."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from .compared import Compared
@@ -79,17 +80,14 @@ def _suppressed(compared: list[Compared], scale: Scale) -> dict[str, Any]:
                 " recover anything; add rtt or relearn to the attacks"
             )
         }
-    shares = {name: _share(curve, scale) for name, curve in curves.items()}
-    best = max(shares, key=lambda name: shares[name])
-    start = min(float(curve.accuracy[0]) for curve in curves.values())
-    result: dict[str, Any] = {"attack": best, "regained": shares[best], "before": start}
-    if start > scale.mark(RECOVERED):
+    result = recovery_of(curves, scale)
+    if result["before"] > scale.mark(RECOVERED):
         result["problem"] = (
-            f"the suppressed control still answers {start:.3f} right before any attack, so it shows nothing"
+            f"the suppressed control still answers {result['before']:.3f} right before any attack, so it shows nothing"
         )
-    elif shares[best] < RECOVERED:
+    elif result["regained"] < RECOVERED:
         result["problem"] = (
-            f"not even the suppressed control recovers ({shares[best]:.2f} of what the base knows, at most), so these"
+            f"not even the suppressed control recovers ({result['regained']:.2f} of what the base knows, at most), so these"
             " attacks are too weak; give a larger --budget"
         )
     return result
@@ -109,14 +107,27 @@ def _floor(unknowing: list[Compared], scale: Scale) -> dict[str, Any]:
 
 def _utility(base: RecoveryCurve, edited: RecoveryCurve) -> dict[str, Any]:
     result = {"base": float(base.accuracy[0]), "edited": float(edited.accuracy[0])}
-    beyond = Paired([edited, base]).contrast(1, -WORKING)
-    if beyond.value + ONE_SIDED * beyond.error >= 0:
+    if not is_broken(base, edited):
         return result
     problem = (
         f"the edited model answers {result['edited']:.3f} of everything else right, the base {result['base']:.3f}, which"
         f" is surely less than {WORKING:.0%} of it (n = {base.hits.shape[2]}); a broken model forgets anything"
     )
     return {**result, "problem": problem}
+
+
+def recovery_of(curves: Mapping[str, RecoveryCurve], scale: Scale) -> dict[str, Any]:
+    """How far attacks bring a control, by the one that gets furthest, and where it stood before any of them."""
+    shares = {name: _share(curve, scale) for name, curve in curves.items()}
+    best = max(shares, key=lambda name: shares[name])
+    start = min(float(curve.accuracy[0]) for curve in curves.values())
+    return {"attack": best, "regained": shares[best], "before": start}
+
+
+def is_broken(base: RecoveryCurve, edited: RecoveryCurve) -> bool:
+    """Whether the edited model surely does less than ``WORKING`` of what the base does of everything else."""
+    beyond = Paired([edited, base]).contrast(1, -WORKING)
+    return beyond.value + ONE_SIDED * beyond.error < 0
 
 
 def _share(curve: RecoveryCurve, scale: Scale) -> float:
