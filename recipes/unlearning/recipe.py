@@ -52,8 +52,9 @@ class UnlearningData:
 
     @property
     def read_by_base(self) -> list[Example]:
-        """Sequences to forget that are drawn, each once: a short training reads a part of a pack with many contexts."""
-        return list(dict.fromkeys(forget for forget, _ in self.pairs))
+        """Sequences to forget that are drawn, each once: a short training reads a part of a pack with many contexts. By
+        length, so that little of what is read together is padding."""
+        return sorted(dict.fromkeys(forget for forget, _ in self.pairs), key=lambda one: len(one.ids))
 
 
 class UnlearningSettings(AdapterSettings):
