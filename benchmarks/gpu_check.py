@@ -44,7 +44,7 @@ SEARCHED = f"{SMALL} train_pairs=32 validation_pairs=8"
 TINY: dict[str, int] = {
     "questions": 6, "kl_prompts": 2, "max_new_tokens": 2, "steps": 2, "batch_size": 2, "max_contexts": 12,
     "chat_facts": 1, "reference_subjects": 2, "fluency_tokens": 2, "train_pairs": 12, "validation_pairs": 4,
-    "examples": 8, "validate_units": 1, "watch": 1, "components": 1, "rank": 2,
+    "examples": 8, "validate_units": 1, "watch": 1, "components": 1, "rank": 2, "texts": 8, "samples": 4,
 }  # fmt: skip
 """What ``--tiny`` gives the settings that a job names."""
 PATIENCE = 8
@@ -88,6 +88,14 @@ JOBS: dict[str, Job] = {
     "npo": Job("run npo", TRAINED),
     "simnpo": Job("run simnpo", TRAINED),
     "audit_searched": Job("audit {elm} --budget quick --questions 20 --attacks sampling,prefix", limit=120),
+    "audit_whole_big": Job("audit {elm_big} --base {big} --budget quick --questions 20 --attacks rtt_full", "", 150),
+    "audit_behaviour": Job("audit {orthogonalize} --budget quick --questions 20", limit=150),
+    "jensun": Job("run jensun", TRAINED),
+    "options": Job("run npo", f"{TRAINED} sam=0.01 noise=0.02 mask=sign normalize=true adversary=1"),
+    "repselect": Job("run repselect", f"{SMALL} texts=16 batch_size=4"),
+    "distill": Job("run distill", f"{SMALL} steps=6 batch_size=2 samples=16 teacher={{elm}}"),
+    "kl_budget": Job("run grad_diff --kl-budget 0.05", TRAINED),
+    "elm_whole": Job("run elm", limit=240, gpu_only=True),
     "eval": Job("eval builtin:testbed-reference --concept builtin:potions --base builtin:testbed", SMALL),
 }  # fmt: skip
 """In the order of what would be missed most if time ran out. ``{NAME}`` is an earlier job's folder, ``{big}`` the
@@ -193,7 +201,8 @@ def wanted(names: list[str]) -> list[str]:
 
 def needed(name: str) -> list[str]:
     """Jobs that must have passed before."""
-    return ["make" if other == "big" else other for other in re.findall(r"{(\w+)}", JOBS[name].command)]
+    job = JOBS[name]
+    return ["make" if other == "big" else other for other in re.findall(r"{(\w+)}", f"{job.command} {job.settings}")]
 
 
 def keep_files(name: str, scratch: Path, out: Path) -> None:
@@ -310,7 +319,8 @@ def do(name: str, scratch: Path, shape: dict[str, int]) -> dict[str, Any] | None
         return step_times(*words, tiny=tiny)
     if words[0] in WRITES:
         words += ["--out", folders[name]]
-    words += [word for pair in JOBS[name].settings.split() for word in ("--set", as_small(pair) if tiny else pair)]
+    settings = JOBS[name].settings.format_map(folders).split()
+    words += [word for pair in settings for word in ("--set", as_small(pair) if tiny else pair)]
     command(words, scratch, tiny=tiny)
     return None
 

@@ -241,7 +241,8 @@ def test_workers_of_one_machine_share_a_study_and_do_no_trial_twice(tmp_path):
     assert sum(json.loads(done.stdout)["trials"].values()) == 4
     _, study = _study(folder)
     assert len({tuple(sorted(one.params.items())) for one in study.done()}) == 4
-    workers = {tuple(trial.user_attrs["worker"]) for trial in study.study.get_trials()}
+    # What two workers asked for at the same moment is no trial of the one who came second, and names nobody.
+    workers = {tuple(trial.user_attrs["worker"]) for trial in study.study.get_trials() if trial.params}
     assert 1 <= len(workers) <= 2 and all(os.getpid() != process for _, process in workers)
 
 
