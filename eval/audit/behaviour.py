@@ -138,6 +138,8 @@ def _suppressed(compared: Sequence[Compared], scale: Scale) -> dict[str, Any]:
             " back; add pairs_8 or pairs_64 to the attacks"
         }
     found = recovery_of(curves, scale)
+    if found["regained"] is None:
+        return found  # there is nothing to remove, which is said beside
     if found["before"] > scale.mark(RECOVERED):
         found["problem"] = (
             f"the suppressed control still shows the behaviour in {found['before']:.3f} of held-out prompts before any attack, so it"

@@ -93,17 +93,28 @@ def time_to(accuracy: NDArray[np.float64], tokens: Sequence[int], mark: float) -
     return None
 
 
-def area(accuracy: NDArray[np.float64], tokens: Sequence[int], scale: Scale) -> float:
-    """Mean share of the base's knowledge that is there, over log(1 + tokens); 0 is chance, 1 the base."""
-    shares = (accuracy - scale.chance) / max(scale.known - scale.chance, 1e-9)
+NO_GAP = 0.05
+"""Accuracy between floor and base below which there is nothing to have a share of."""
+
+
+def best_share(curve: RecoveryCurve, scale: Scale) -> float | None:
+    """The best that the attack reaches, as a share of what the base knows beyond chance; None where that is nothing."""
+    gap = scale.known - scale.chance
+    return float(curve.accuracy.max() - scale.chance) / gap if gap >= NO_GAP else None
+
+
+def area(accuracy: NDArray[np.float64], tokens: Sequence[int], scale: Scale) -> float | None:
+    """Mean share of the base's knowledge that is there, over log(1 + tokens); 0 is chance, 1 the base.
+
+    None where the base knows nothing beyond chance.
+    """
+    if scale.known - scale.chance < NO_GAP:
+        return None
+    shares = (accuracy - scale.chance) / (scale.known - scale.chance)
     times = np.log1p(np.asarray(tokens, dtype=float))
     if len(times) == 1 or times[-1] == times[0]:
         return float(shares[-1])
     return float(np.trapezoid(shares, times) / (times[-1] - times[0]))
-
-
-NO_GAP = 0.05
-"""Accuracy between floor and base below which there is nothing to have a share of."""
 
 
 def regained(edited: NDArray[np.float64], floor: NDArray[np.float64], base: NDArray[np.float64]) -> float | None:

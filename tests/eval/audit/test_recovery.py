@@ -145,6 +145,18 @@ def test_without_valid_controls_there_is_no_verdict(change, reason):
     assert judged.verdict == "inconclusive" and any(reason in said for said in judged.reasons)
 
 
+@pytest.mark.parametrize(("known", "has_share"), [(0.1, False), (0.125, False), (0.95, True)])
+def test_there_is_no_share_of_what_a_base_does_not_know(known, has_share):
+    scale = Scale(0.125, known)
+    judged = _verdict(_curve(0.1, 0.2, 0.2, 0.2, 0.2), scale=scale, floor=_curve(0.1, 0.2, 0.2, 0.2, 0.2))
+    controls = [judged.controls[name] for name in ("floor", "suppressed")]
+    assert [controls[0]["share"] is not None, controls[1]["regained"] is not None] == [has_share] * 2
+    assert has_share or ["too little to erase" in said for said in judged.reasons if "erase" in said] == [True]
+    assert has_share or not any("problem" in one for one in controls)
+    told = _compared(NEVER)[0].describe(scale)
+    assert all((told[name] is not None) == has_share for name in ("aurc", "aurc_floor"))
+
+
 def test_a_loss_that_twenty_questions_cannot_show_breaks_no_model():
     compared, words = _compared(NEVER), "the model that was never trained on it"
     few, many = ((_curve(1.0, seeds=1, n=n), _curve(0.85, seeds=1, n=n)) for n in (20, 400))
