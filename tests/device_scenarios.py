@@ -33,7 +33,7 @@ from excise.editing.numerics.moments import Moments
 from excise.editing.numerics.summed_gradients import summed_gradients
 from excise.editing.training import adapters, jensen_shannon, packing, parallel_adapters, soft_targets
 from excise.editing.training.edited_target import TargetEdit
-from excise.eval import localization
+from excise.eval import depth_score, localization
 from excise.eval.inference import candidates, generation, kept, likelihood, token_statistics
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet, accuracies
 from excise.eval.measurements import MEASUREMENTS, behaviour
@@ -455,6 +455,15 @@ def localized(place: Placed) -> Result:
     return [], [[effect.value for effect in effects], localization.known(model, pairs)]
 
 
+def depth(place: Placed) -> Result:
+    """What a model wrote after each layer, and what another lacks of it."""
+    model, row, _ = _model(place)
+    statements = [depth_score.Statement((5, 9, 7, 3), 2, "one"), depth_score.Statement((8, 4, 6), 1, "two")]
+    streams = depth_score.streams_at_answers(model, row, statements)
+    lacks = depth_score.lacking(model, row, statements, [[0.5 * one for one in streams]])
+    return [], [streams, lacks, asdict(depth_score.depth_score(lacks[0], 0.5 * lacks[0], ["one", "two"]))]
+
+
 def searched(place: Placed) -> Result:
     """Candidate directions by both probes."""
     model, tokenizer = _loaded(place)
@@ -481,7 +490,7 @@ SCENARIOS: dict[str, Callable[[Placed], Result]] = {
     for function in (
         targets, statistics, streams, ablation, units, edits, rounding, whole_weights, low_rank, attackers, products,
         measurements, suites, inference, selective, packs, localized,
-        searched,
+        depth, searched,
     )
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from .anatomy import anatomy_of
 from .audit_run import AuditRun
 from .behaviour_results import conclude_behaviour
 from .behaviour_run import attack_behaviour
+from .depth import depth_of
 from .parts import Part, part_called, parts_of
 from .plan import describe, memory
 from .request import AuditJob, AuditSettings, prepare
@@ -86,8 +87,10 @@ def _job_of(job: AuditJob, audit: AuditRun, part: Part) -> Job:
 def _concluded(audit: AuditRun) -> dict[str, Any]:
     with audit.events.stage("compare the weights") as stage:
         edit = anatomy_of(audit.job, stage)
-    concluded = conclude_behaviour if audit.job.behaviour else conclude
-    results = concluded(audit.job, audit.curves, edit)
+    if audit.job.behaviour:
+        results = conclude_behaviour(audit.job, audit.curves, edit)
+    else:
+        results = conclude(audit.job, audit.curves, edit, depth_of(audit))
     write_results(audit.job, results)
     shutil.rmtree(audit.work)
     return results

@@ -21,6 +21,7 @@ from .attacks.table import ATTACKS
 from .command import command
 from .curve_store import UNTOUCHED, UTILITY, CurveStore
 from .floor import (
+    GIVE,
     chance_of,
     floor_gaps,
     floor_of,
@@ -39,11 +40,14 @@ NOT_RECORDED = {"out", "model", "base", "reference", "concept", "card", "fresh"}
 """Settings that say nothing of how models were attacked, or stand elsewhere."""
 
 
-def conclude(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) -> dict[str, Any]:
+def conclude(
+    job: AuditJob, curves: CurveStore, edit: dict[str, Any], depth: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The content of ``audit.json``: every attack's curves, the controls, the verdict, and what could not be tested.
 
     Args:
         edit: The anatomy of the edit.
+        depth: How much of what the reference lacks its streams lack, where there is a reference.
     """
     floor = floor_of(job, curves.get("reference", UNTOUCHED).only if job.novel else None)
     compared, unscored = _compared(job, curves, floor)
@@ -74,9 +78,11 @@ def conclude(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) -> dict[st
         "findings": [
             *format_findings(formats),
             *findings(compared, cases, None if floor == GUESSING else in_words(floor)),
+            *(depth["sentences"] if depth else ()),
             *edit["sentences"],
         ],
         "anatomy": edit,
+        "depth": depth,
         "attacks": [
             attack.describe(scale, before)
             | {"about": ATTACKS[attack.name].about, "bits": injected_bits(curves, attack.name)}
@@ -215,6 +221,8 @@ def _gaps(job: AuditJob, curves: CurveStore, unscored: Sequence[str], utility: d
     asked_floor = 0 if floor == GUESSING else curves.get("reference", UNTOUCHED).only.hits.shape[2]
     if asked_floor not in (0, len(job.questions)):
         gaps.append(f"the floor could be asked {asked_floor} questions, the other models {len(job.questions)}")
+    if "reference" not in job.sources:
+        gaps.append(f"how deep the edit goes (Unlearning Depth Score): needs a model that never knew; {GIVE}")
     if not {"base", "edited"} <= set(utility):
         gaps.append("the concept pack asks about nothing else, so nothing says whether the model still works")
     return gaps

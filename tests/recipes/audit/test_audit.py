@@ -124,6 +124,15 @@ def test_the_anatomy_of_the_edit_is_that_of_the_difference_and_is_said(audited):
     assert any(said.startswith("Anatomy of the edit: of the squared change") for said in results["findings"])
 
 
+def test_the_twin_that_never_knew_lacks_in_every_layer_what_it_lacks(audited):
+    folder, results = audited
+    depth = results["depth"]
+    assert depth["value"] == pytest.approx(1.0) and 0 < depth["n"] <= depth["asked"] and len(depth["layers"]) > 2
+    assert [layer["erased"] for layer in depth["layers"] if layer["n"]][-1] == pytest.approx(1.0)
+    assert any(said.startswith("Depth of the edit (Unlearning Depth Score): 1.00") for said in results["findings"])
+    assert "never knew lacks" in (folder / "report.html").read_text()
+
+
 def test_of_large_matrices_some_are_drawn_and_a_few_always():
     work = {str(number): 1e12 for number in range(40)}
     assert len(_affordable(work, 0)) == 4 and _affordable(work, 0) == _affordable(work, 0) != _affordable(work, 1)
