@@ -61,6 +61,8 @@ COMMANDS: dict[str, tuple[str, Any, str]] = {
         "Example: excise eval runs/elm-1 runs/rmu-1 --base builtin:testbed --concept builtin:potions"),
     "audit": ("Measure", measure.audit,
         "Example: excise audit runs/elm-1 --concept builtin:potions --base builtin:testbed"),
+    "meta": ("Measure", measure.meta,
+        "Example: excise meta --knows A --knows B --never C --never D --edited runs/elm-1 --concept builtin:potions"),
     "compare": ("Measure", measure.compare, "Example: excise compare runs/elm-1 runs/rmu-1 --out runs/both"),
     "list": ("Look", look.list_, "Example: excise list elm"),
     "chat": ("Look", look.chat, "Example: excise chat runs/elm-1"),

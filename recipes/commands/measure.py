@@ -1,4 +1,4 @@
-"""Commands that measure models: eval, audit and compare."""
+"""Commands that measure models, and measurements: eval, audit, meta and compare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...artifacts.events import Events
-from .flags import ANY_MODEL, Config, Jobs, Json, Out, Resume, Set, Text, Whole, say, say_json, say_plan
+from .flags import ANY_MODEL, Config, Device, Dtype, Jobs, Json, Out, Resume, Set, Text, Whole, say, say_json, say_plan
 from .session import after_audit, carry_out, settle, watcher, words
 
 if TYPE_CHECKING:
@@ -191,6 +191,47 @@ def _in_parts(jobs: str | None, part: str | None) -> Callable[[AuditJob, Events,
 
     engine = parse_engine(jobs)
     return lambda job, events, again: recipe.run_split(job, events, engine, again)
+
+
+def meta(
+    knows: Annotated[list[str], typer.Option(help=f"A model that has the knowledge, {ANY_MODEL}; two or more.")],
+    never: Annotated[list[str], typer.Option(help="A model that never had it; two or more. The first is taught too.")],
+    concept: Annotated[str, typer.Option(help="Knowledge pack to measure with: builtin:NAME or a folder.")],
+    edited: Annotated[
+        list[str] | None, typer.Option(help="An edited model, measured rounded to 4 bits and relearned too.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=0, help="Most questions and texts of each split; 0 takes all.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of relearning from group T.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of relearning.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder to write meta.json into.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find out which measurements to believe.
+
+    Every measurement is made on models that are known to have the knowledge or not: does it tell them apart? With
+    --edited also: does it stay put under rounding to 4 bits, and does relearning move it as in a model that never knew?
+    """
+    from ...artifacts.checkpoints.staging import refuse_existing
+    from ...artifacts.reporting.terminal import paths, terminal_width
+    from .. import meta as recipe
+    from . import shown
+
+    if out:
+        refuse_existing(out)
+    settle()
+    job = recipe.prepare(
+        knows, never, edited or [], concept, questions=questions, steps=steps, seed=seed, device=device, dtype=dtype
+    )
+    found = recipe.run(job, Events(watcher=watcher()), command=recipe.command_of(job))
+    if out:
+        recipe.write(found, out)
+    if as_json:
+        return say_json(found.as_json())
+    say(shown.meta_evaluation(found, terminal_width()))
+    if out:
+        say("\n" + paths({"table": out / "meta.json"}))
 
 
 def compare(

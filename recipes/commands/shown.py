@@ -12,6 +12,7 @@ from ...artifacts.reporting.findings import findings
 from ...artifacts.reporting.results import Row, format_difference, format_value, read_measurements, table
 from ...artifacts.reporting.terminal import aligned, bullets
 from ...editing.errors import counted
+from ...eval.measurements import MEASUREMENTS
 
 if TYPE_CHECKING:
     # Only names of types: at run time these recipes would bring transformers' trainer, and seconds of waiting.
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..diff import Difference
     from ..inspect import Looked
     from ..localize import Localized
+    from ..meta import MetaEvaluation
     from ..reproduce import Reproduced
 
 SHOWN_ROWS = 12
@@ -122,6 +124,39 @@ def audit_end(results: dict[str, Any], width: int | None) -> str:
         reused = f"curves of {', '.join(results['reused'])} come from an earlier audit; --fresh computes them again"
         parts.append(bullets([reused], width))
     return "\n".join(parts)
+
+
+def meta_evaluation(found: MetaEvaluation, width: int | None) -> str:
+    """Which measurements tell models apart, the best first."""
+    has_edited = bool(found.edited)
+    header = [
+        "measurement",
+        "split",
+        "knows",
+        "never",
+        "AUC",
+        *(["4 bits", "relearned", "overall"] if has_edited else []),
+    ]
+    rows = []
+    telling = [one for one in found.measurements if one.higher != "either"]
+    for one in telling:
+        known = [f"{one.knowing:.3f}", f"{one.unknowing:.3f}", f"{one.auc:.2f} [{one.ci95[0]:.2f}, {one.ci95[1]:.2f}]"]
+        steady = [("" if value is None else f"{value:.2f}") for value in (one.four_bits, one.relearning, one.overall)]
+        rows.append([MEASUREMENTS[one.name].label, one.split, *known, *(steady if has_edited else [])])
+    said = [
+        f"{counted(len(found.knowing), 'model', 'models')} with the knowledge, {len(found.unknowing)} without it,"
+        f" {len(found.edited)} edited. AUC: how often a model of each kind is the right way round; 0.5 is chance.",
+        f"Not shown: {counted(len(found.measurements) - len(telling), 'row', 'rows')} of what should be the same in both"
+        " kinds; --json and meta.json have them.",
+    ]
+    if has_edited:
+        said.append(
+            "4 bits: how little rounding moves the edited models. relearned: how alike they and a model that never knew"
+            f" move after {found.steps} steps on group T. Both and overall: 0 to 1, 1 is best."
+        )
+    if found.left_out:
+        said.append(f"Left out, because some model gave no value: {', '.join(found.left_out)}.")
+    return "\n".join([aligned(header, rows, width), "", bullets(said, width)])
 
 
 def localization(found: Localized, width: int | None) -> str:
