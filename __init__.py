@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .recipes.looks import diff as diff
     from .recipes.looks import inspect as inspect
     from .recipes.looks import localize as localize
+    from .recipes.looks import meta as meta
     from .recipes.looks import verify as verify
     from .recipes.relearning_monitor import RelearningMonitor as RelearningMonitor
     from .recipes.suites.figures import SuiteTable as SuiteTable
@@ -79,6 +80,7 @@ _HOMES = {
     "load_run": "recipes.api",
     "localize": "recipes.looks",
     "make_concept": "recipes.concept.api",
+    "meta": "recipes.looks",
     "orthogonalize": "recipes.in_memory",
     "run": "recipes.api",
     "verify": "recipes.looks",

@@ -11,11 +11,13 @@ from . import compare as compare_recipe
 from . import diff as diff_recipe
 from . import inspect as inspect_recipe
 from . import localize as localize_recipe
+from . import meta as meta_recipe
 from .common.calls import events_for
 from .compare import Line
 from .diff import Difference
 from .inspect import Looked
 from .localize import Localized
+from .meta import MetaEvaluation
 
 
 def diff(
@@ -186,6 +188,73 @@ def localize(
         found = localize_recipe.run(job, events_for(progress), device, dtype)
     if out is not None:
         localize_recipe.write(found, Path(out))
+    return found
+
+
+def meta(
+    knows: Sequence[str | Path | Run],
+    never: Sequence[str | Path | Run],
+    concept: str | Path,
+    edited: Sequence[str | Path | Run] = (),
+    out: str | Path | None = None,
+    *,
+    questions: int = 0,
+    steps: int = meta_recipe.STEPS,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: bool = True,
+) -> MetaEvaluation:
+    """Find out which measurements to believe, as ``excise meta`` does.
+
+    Args:
+        knows: Models on disk that have the knowledge, two or more.
+        never: Models that never had it, two or more; the first is taught too.
+        concept: A knowledge pack.
+        edited: Models that are also measured rounded to 4 bits and relearned.
+        out: Folder for ``meta.json``; none by default.
+        questions: Most questions and texts of each split; 0 takes all.
+        steps: Of relearning from group T.
+        seed: Of relearning.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        progress: Show progress, where the error stream is a terminal.
+
+    Returns:
+        For each measurement the probability that models are the right way round (AUC) with its interval, and how steady
+        it is; the most faithful first.
+
+    Raises:
+        RequestError: A pool has fewer than two models, or the pack has nothing to relearn from.
+
+    Source:
+        Faithfulness and robustness of measurements: OpenUnlearning (arXiv 2506.12618); symmetric forms: Lee et al. 2026
+        (arXiv 2605.24614).
+
+    Example:
+        >>> import excise
+        >>> found = excise.meta(["base", "base-2"], ["never", "never-2"], "my-pack")  # doctest: +SKIP
+        >>> found.measurements[0].auc  # doctest: +SKIP
+        1.0
+    """
+    if out is not None:
+        refuse_existing(Path(out))
+    known, unknown, changed = ([str(_place(model)) for model in pool] for pool in (knows, never, edited))
+    with quiet_libraries():
+        job = meta_recipe.prepare(
+            known,
+            unknown,
+            changed,
+            str(concept),
+            questions=questions,
+            steps=steps,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+        found = meta_recipe.run(job, events_for(progress), meta_recipe.command_of(job))
+    if out is not None:
+        meta_recipe.write(found, Path(out))
     return found
 
 

@@ -271,6 +271,7 @@ CALLED = {"map_": "map", "license_": "license", "models": "models"}
         (look.diff, excise.diff, None),
         (look.inspect, excise.inspect, None),
         (look.localize, excise.localize, None),
+        (measure.meta, excise.meta, None),
         (publish.verify, excise.verify, None),
         (packs.check, excise.check_concept, None),
         (concept_commands.make, excise.make_concept, None),
