@@ -1,16 +1,19 @@
 """How deep the audited edit erases: streams of the edited model and of the reference, put into the base."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...artifacts.events import Stage
 from ...editing.architectures import architecture_of
-from ...eval.depth_score import DepthScore, Statement, Streams, depth_score, lacking, streams_at_answers
+from ...eval.depth_score import DepthScore, LayerDepth, Statement, Streams, depth_score, lacking, streams_at_answers
 from ...eval.inference.likelihood import context_of, encode_request
 from ...eval.inference.questions import requests_of
 from .audit_run import AuditRun
 from .request import format_questions
 
 FLOOR = "reference"
+PUSHED = 2.0
+"""How many times what the reference lacks the edited model must lack for that to be said."""
 
 
 def depth_of(audit: AuditRun) -> dict[str, Any] | None:
@@ -49,8 +52,20 @@ def sentences(score: DepthScore) -> list[str]:
     return [
         f"Depth of the edit (Unlearning Depth Score): {score.value:.2f} [{low}, {high}], n = {score.n} of {score.asked}"
         " questions; at 0 every layer still carries what the base knows, at 1 none does, as in a model that never knew."
-        f"{where if len(counted) > 1 else ''}"
+        f"{where if len(counted) > 1 else ''}{_pushed(counted)}"
     ]
+
+
+def _pushed(counted: Sequence[LayerDepth]) -> str:
+    """Where the edited model's stream makes the answer much less likely than never having known does."""
+    furthest = max(counted, key=lambda layer: (layer.edited or 0.0) / (layer.unknowing or 1.0))
+    edited, unknowing = furthest.edited or 0.0, furthest.unknowing or 1.0
+    if edited < PUSHED * unknowing:
+        return ""
+    return (
+        f" It lacks more than a model that never knew, after layer {furthest.layer} {edited:.1f} nats a token against"
+        f" {unknowing:.1f}: the answer is pushed away, which this score counts as gone."
+    )
 
 
 def _lacking(model: Any, row: Any, asked: list[Statement], found: dict[str, list[Streams]], stage: Stage) -> Any:

@@ -16,6 +16,7 @@ from excise.editing.architectures import architecture_of
 from excise.editing.edits.pruned_units import PrunedUnits
 from excise.editing.errors import RequestError, VerifyError
 from excise.editing.hooks.residual_stream import read_early
+from excise.eval.depth_score import depth_score
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
 from excise.recipes.audit import audit_run
 from excise.recipes.audit import recipe as audit
@@ -28,6 +29,7 @@ from excise.recipes.audit.attacks import inputs
 from excise.recipes.audit.attacks import table as attacks
 from excise.recipes.audit.attacks.prompts import wordings_of
 from excise.recipes.audit.attacks.table import ATTACKS, Budget
+from excise.recipes.audit.depth import sentences
 from excise.recipes.audit.novel_facts import novel_facts
 from excise.recipes.commands.shown import audit_end
 from excise.recipes.common import whole_weights
@@ -131,6 +133,14 @@ def test_the_twin_that_never_knew_lacks_in_every_layer_what_it_lacks(audited):
     assert [layer["erased"] for layer in depth["layers"] if layer["n"]][-1] == pytest.approx(1.0)
     assert any(said.startswith("Depth of the edit (Unlearning Depth Score): 1.00") for said in results["findings"])
     assert "never knew lacks" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("times", "pushed"), [(1.0, False), (1.9, False), (4.0, True)])
+def test_an_answer_that_is_pushed_away_is_said_to_be(times, pushed):
+    lacks = torch.tensor([[0.0, 0.5, 2.0]] * 6, dtype=torch.float64)
+    said = " ".join(sentences(depth_score(lacks, times * lacks, list("abcdef"))))
+    assert ("pushed away" in said) == pushed and "1.00 [" in said
+    assert "not known" in sentences(depth_score(0 * lacks, lacks, list("abcdef")))[0]
 
 
 def test_of_large_matrices_some_are_drawn_and_a_few_always():
