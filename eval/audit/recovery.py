@@ -188,10 +188,10 @@ def _draws(curves: Sequence[RecoveryCurve]) -> Iterator[list[NDArray[np.float64]
 
 
 def asked_alike(curves: Sequence[RecoveryCurve]) -> list[list[int]]:
-    """Places of curves on the same questions. A floor on facts of its own is asked another number of them, and what it
-    answers varies on its own."""
-    counts = [curve.hits.shape[2] for curve in curves]
-    return [[place for place, n in enumerate(counts) if n == count] for count in dict.fromkeys(counts)]
+    """Places of curves on the same questions. A floor on facts of its own is asked about other subjects, or another
+    number of questions, and what it answers varies on its own."""
+    asked = [(curve.hits.shape[2], curve.clusters) for curve in curves]
+    return [[place for place, one in enumerate(asked) if one == other] for other in dict.fromkeys(asked)]
 
 
 def draws_of_each(curves: Sequence[RecoveryCurve], rng: np.random.Generator) -> list[Curves]:

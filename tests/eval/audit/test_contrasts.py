@@ -78,6 +78,17 @@ def test_a_floor_on_fewer_questions_of_its_own_varies_as_fewer_do():
     assert Paired(curves).contrast(1, 0, -1).error == pytest.approx(alone.error, rel=0.1)
 
 
+def test_a_floor_on_as_many_questions_about_others_is_not_paired_with_them():
+    """Both answer their first questions right, which says something only where these are the same questions."""
+    edited, floor = (np.arange(160) < count for count in (64, 48))
+    subjects = tuple(map(str, range(160)))
+    mine, same = (replace(_one(hits), clusters=subjects) for hits in (edited, floor))
+    own = replace(same, clusters=tuple(f"novel {one}" for one in subjects))
+    paired, apart = (Paired([mine, other]).contrast(1, -1).error for other in (same, own))
+    independent = math.sqrt(sum(p * (1 - p) / 160 for p in (0.4, 0.3)))
+    assert apart == pytest.approx(independent, rel=0.1) and paired < 0.6 * independent
+
+
 def test_alike_is_said_of_equal_models_with_enough_questions_and_never_of_few_or_different_ones():
     def alike(difference, n):
         rng = np.random.default_rng(n)
