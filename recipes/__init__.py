@@ -75,6 +75,12 @@ RECIPES: dict[str, Recipe] = {
         "learn a refusal in place of answers, by a loss that has a bound",
         "excise.recipes.unlearning.space:READY",
     ),
+    "tar": Recipe(
+        "excise.recipes.unlearning.tar",
+        "TarSettings",
+        "raise the entropy on the concept where attackers arrive",
+        "excise.recipes.unlearning.space:READY",
+    ),
     "distill": Recipe(
         "excise.recipes.distill.recipe",
         "DistillSettings",

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from ..edits.low_rank import ExpertFactors, Factors, expert_factors
 from ..errors import EditError, RequestError
@@ -25,6 +26,9 @@ from ..modules import is_conv1d, is_linear
 from ..wiring.experts import fused_family
 from ..wiring.row import Architecture
 from .low_rank_layer import low_rank_layer, plain_layers
+
+TINY = 1e-24
+"""Added to a mean square, so that the root of 0 has a gradient."""
 
 
 @dataclass(frozen=True)
@@ -290,19 +294,37 @@ def switched_off(adapted: Any) -> Iterator[None]:
 
 def learned_factors(adapted: Any, shape: AdapterShape) -> dict[str, Factors | ExpertFactors]:
     """What the adapter adds to each weight, by parameter name, in the weight's layout, in fp32 on the CPU."""
-    factors: dict[str, Factors | ExpertFactors] = {}
     carriers = _carriers(adapted)
+    factors: dict[str, Factors | ExpertFactors] = {}
     for name in shape.weights:
-        module = carriers[name]
-        down = module.lora_A["default"].weight.detach().float().cpu()
-        # The scale goes into one factor, so that the product alone is the update.
-        up = module.lora_B["default"].weight.detach().float().cpu() * module.scaling["default"]
-        if name in shape.experts:
-            factors[name] = expert_factors(down, up, shape.experts[name], inputs_first=_inputs_first(module))
-            continue
-        pair = (down.T, up.T) if is_conv1d(module.base_layer) else (up, down)
-        factors[name] = Factors(*(part.contiguous() for part in pair))
+        found = _factors_of(carriers[name], shape.experts.get(name))
+        left, right = (part.detach().float().cpu().contiguous() for part in (found.left, found.right))
+        factors[name] = type(found)(left, right)
     return factors
+
+
+def update_rms(adapted: Any, shape: AdapterShape) -> Float[Tensor, ""]:
+    """Root mean square of all numbers that the adapter adds to the weights, with its gradient.
+
+    Where nothing is added yet, the gradient is 0 and not undefined.
+    """
+    carriers, squares, count = _carriers(adapted), [], 0
+    for name in shape.weights:
+        found = _factors_of(carriers[name], shape.experts.get(name))
+        left, right = found.left.float(), found.right.float()
+        # |LR|^2 = <L'L, RR'>: the product itself, as large as the weight, is never made.
+        squares.append(((left.mT @ left) * (right @ right.mT)).sum().cpu())
+        count += left.shape[-2] * right.shape[-1] * (len(left) if left.ndim == 3 else 1)
+    return (torch.stack(squares).sum() / count + TINY).sqrt()
+
+
+def _factors_of(module: Any, experts: int | None) -> Factors | ExpertFactors:
+    """What one of the library's wrappers adds to its weight, in that weight's layout, where it is."""
+    # The scale goes into one factor, so that the product alone is the update.
+    down, up = module.lora_A["default"].weight, module.lora_B["default"].weight * module.scaling["default"]
+    if experts is not None:
+        return expert_factors(down, up, experts, inputs_first=_inputs_first(module))
+    return Factors(*((down.mT, up.mT) if is_conv1d(module.base_layer) else (up, down)))
 
 
 def _inputs_first(wrapper: Any) -> bool:

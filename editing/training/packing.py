@@ -136,7 +136,7 @@ def agrees(model: Any) -> bool:
     training = model.training
     model.eval()
     try:
-        inputs = _on(packed(rows), model.device)
+        inputs = on_device(packed(rows), model.device)
         together = read_packed(model, inputs)
         alone = [final_hidden(model, {"input_ids": torch.tensor([row], device=model.device)})[0] for row in rows]
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
@@ -156,12 +156,13 @@ def recomputes(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def _on(value: Any, device: torch.device) -> Any:
+def on_device(value: Any, device: torch.device) -> Any:
+    """A batch, or a part of one, with all its tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {key: _on(one, device) for key, one in value.items()}
-    return [_on(one, device) for one in value] if isinstance(value, list) else value
+        return {key: on_device(one, device) for key, one in value.items()}
+    return [on_device(one, device) for one in value] if isinstance(value, list) else value
 
 
 def _register(usual: str) -> None:

@@ -18,6 +18,7 @@ from ...artifacts.events import Events
 from ...artifacts.models.load import LoadedModel
 from ...editing.edits.base import WeightEdit
 from ...editing.errors import RequestError
+from ...editing.training.adapters import update_rms
 from ..common import adapter_job, adapter_run
 from ..common.adapter_job import AdapterJob, AdapterSettings
 from ..common.budgets import Budgets
@@ -71,6 +72,8 @@ class UnlearningSettings(AdapterSettings):
     """Whether the loss needs the base's log-likelihoods."""
     averages: ClassVar[Literal["sequences", "tokens"]] = "sequences"
     """What the terms of the loss are means over."""
+    whole_steps: ClassVar[bool] = False
+    """Whether a step cannot be computed in parts; that it cannot with the options below is known without."""
     retain_weight: float = Field(1.0, ge=0)
     """Weight of the retain loss. Lower values damage other topics; higher values erase less."""
     sam: float = Field(0.0, ge=0)
@@ -91,10 +94,17 @@ class UnlearningSettings(AdapterSettings):
     so many steps (MUDMAN, TAR). 0: off."""
     adversary_rate: float = Field(0.01, gt=0)
     """With adversary: its learning rate, by plain gradient descent."""
+    push: float = Field(0.0, ge=0)
+    """Push weights away from the base's: this much for each unit of the root mean square of their change is taken off the
+    loss (2505.22310). 0: off."""
 
     def deepest_layer(self, layers: int) -> int:
         """The last layer that the loss reaches, of so many."""
         return layers - 1
+
+    def vectors_held(self) -> int:
+        """Numbers that are held beside each trained one, its gradient and the optimizer's state."""
+        return vectors_held(self)
 
     def bytes_kept(self, needs: RunMemory, texts: Sequence[str]) -> int:
         """What the loss keeps from step to step, about."""
@@ -141,10 +151,10 @@ def prepare(settings: UnlearningSettings, *, resume: bool = False) -> Unlearning
     Raises:
         RequestError: Anything that could not work.
     """
-    if is_robust(settings) and settings.gradient_accumulation_steps > 1:
+    if (is_robust(settings) or settings.whole_steps) and settings.gradient_accumulation_steps > 1:
+        needs = f"{settings.recipe} needs" if settings.whole_steps else "sam, noise, mask, normalize and adversary need"
         raise RequestError(
-            "sam, noise, mask, normalize and adversary need the gradient of a whole step; use gradient_accumulation_steps=1"
-            " and a lower batch_size"
+            f"{needs} the gradient of a whole step; use gradient_accumulation_steps=1 and a lower batch_size"
         )
     adapter = adapter_job.prepare(settings.recipe, settings, resume=resume)
     adapter = adapter.up_to(settings.deepest_layer(adapter.run.layers))
@@ -172,7 +182,7 @@ def memory(job: UnlearningJob) -> MemoryPlan:
         step,
         deepest=_stops_at(job),
         kept=settings.bytes_kept(needs, texts),
-        work=4 * vectors_held(settings) * needs.sizes.adapter(job.adapter.shape),
+        work=4 * settings.vectors_held() * needs.sizes.adapter(job.adapter.shape),
     )
     return needs.measured_run([*stages, steps])
 
@@ -241,8 +251,12 @@ class UnlearningTraining(PackedTraining):
         return batch
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
-        """The method's."""
-        return self.method_loss(model, batch)
+        """The method's, and the push away from the base."""
+        terms, push = self.method_loss(model, batch), self.job.settings.push
+        if not push:
+            return terms
+        away = update_rms(model, self.job.adapter.shape).to(next(iter(terms.values())).device)
+        return {**terms, "push": -push * away}
 
     def after_step(self, step: int) -> None:
         """Options keep a state of their own."""

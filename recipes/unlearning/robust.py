@@ -44,6 +44,8 @@ class RobustOptions(Protocol):
     @property
     def adversary_rate(self) -> float: ...
     @property
+    def push(self) -> float: ...
+    @property
     def seed(self) -> int: ...
     @property
     def batch_size(self) -> int: ...
@@ -57,6 +59,7 @@ def is_robust(options: RobustOptions) -> bool:
 def options_of(options: RobustOptions) -> dict[str, Any]:
     """The options that are on, with their values."""
     names = {"adversary": options.adversary, "sam": options.sam, "noise": options.noise, "normalize": options.normalize}
+    names |= {"push": options.push}
     found: dict[str, Any] = {name: value for name, value in names.items() if value}
     found |= {"mask": options.mask} if options.mask != "none" else {}
     found |= {"noise_samples": options.noise_samples} if options.noise else {}

@@ -2,12 +2,14 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from excise.artifacts.events import Events
 from excise.artifacts.models.load import load_model
 from excise.editing.errors import RequestError
+from excise.editing.training.adapters import AdapterShape
 from excise.recipes.unlearning import robust
 from excise.recipes.unlearning.grad_diff import GradDiffSettings
 from excise.recipes.unlearning.npo import NpoSettings, prepare, run
@@ -127,6 +129,45 @@ def test_noise_takes_the_mean_over_points_that_the_seed_and_the_step_decide():
         seen.append(_found(loss, model, _batch())["forget"])
         _close(seen[-1], sum(each) / 2)
     assert (seen[0] - seen[1]).norm() > 1e-3 * seen[0].norm()
+
+
+def _pushed_from_the_base(push, model):
+    """The terms of a training whose loss is the retain term alone, and gradients of the push."""
+    shape = AdapterShape(2, 8.0, tuple(_matrices(model)), {})
+    settings = _settings(push=push)
+    job = SimpleNamespace(settings=settings, adapter=SimpleNamespace(shape=shape))
+    training = object.__new__(UnlearningTraining)
+    training.job, training.method_loss = job, settings.loss(None, None, _data({example.ids: -3.0 for example in FORGET}))
+    return training.loss(model, _batch())
+
+
+def _matrices(model):
+    """The addend of each adapted module, by the module's name."""
+    found = {}
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            up, down = module.lora_B["default"].weight, module.lora_A["default"].weight
+            found[name] = module.scaling["default"] * up @ down
+    return found
+
+
+def test_a_push_is_the_root_mean_square_of_what_is_added_to_the_weights():
+    model = _adapted()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    terms = _pushed_from_the_base(3.0, model)
+    assert set(terms) == {"forget", "retain", "push"} and set(_pushed_from_the_base(0.0, model)) == {"forget", "retain"}
+    found = _flat(torch.autograd.grad(terms["push"], trained))
+    double = copy.deepcopy(model).double()
+    numbers = torch.cat([one.flatten() for one in _matrices(double).values()])
+    wanted = -3.0 * numbers.square().mean().sqrt()
+    assert terms["push"].item() == pytest.approx(wanted.item(), rel=1e-5) and wanted < -0.01
+    _close(found, _flat(torch.autograd.grad(wanted, [p for p in double.parameters() if p.requires_grad])))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    start = _pushed_from_the_base(3.0, model)["push"]
+    assert all(bool((part == 0).all()) for part in torch.autograd.grad(start, trained)), "no direction yet, and no NaN"
 
 
 def test_without_options_the_methods_own_loss_is_trained(tmp_path):
