@@ -14,7 +14,7 @@ from excise.editing.architectures import ARCHITECTURES, architecture_of, layer_c
 from excise.editing.edits.dense import Delta, DenseUpdate
 from excise.editing.edits.low_rank import ExpertFactors, Factors, LowRankUpdate
 from excise.editing.errors import RequestError
-from excise.editing.training.adapters import adapter_shape, attach, learned_factors
+from excise.editing.training.adapters import adapter_shape, attach, learned_factors, update_rms
 from excise.editing.wiring.derived import derived_row
 from excise.editing.wiring.experts import StoredPiece
 from excise.editing.wiring.row import ExpertPart
@@ -199,3 +199,14 @@ def test_a_base_with_other_experts_is_refused_before_a_weight_is_read(tmp_path):
     # A pair for one matrix is no update of experts that stand one by one.
     with pytest.raises(RequestError, match="has no tensor"):
         plan_edit(_update(base.config, {name: Factors(torch.ones(32, 1), torch.ones(1, 48))}), base)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_root_mean_square_of_an_update_counts_every_expert(name):
+    adapted, shape = _adapted(_model(name))
+    size = update_rms(adapted, shape)
+    factors = learned_factors(adapted, shape)
+    sums = [(one.left.double() @ one.right.double()).square().sum() for one in factors.values()]
+    count = sum((one.left @ one.right).numel() for one in factors.values())
+    assert shape.experts and size.item() == pytest.approx(float((sum(sums) / count).sqrt()), rel=1e-5)
+    assert size.requires_grad and size > 1e-4

@@ -137,7 +137,10 @@ def _pushed_from_the_base(push, model):
     settings = _settings(push=push)
     job = SimpleNamespace(settings=settings, adapter=SimpleNamespace(shape=shape))
     training = object.__new__(UnlearningTraining)
-    training.job, training.method_loss = job, settings.loss(None, None, _data({example.ids: -3.0 for example in FORGET}))
+    training.job, training.method_loss = (
+        job,
+        settings.loss(None, None, _data({example.ids: -3.0 for example in FORGET})),
+    )
     return training.loss(model, _batch())
 
 

@@ -16,7 +16,9 @@ from unlearning_rows import FORGET, RETAIN, adapted
 
 OTHERS = [Example((9, 7, 5, 21), 2), Example((33, 8, 2, 6, 14), 3), Example((70, 71, 72), 1)]
 DATA = UnlearningData([*FORGET, *OTHERS], RETAIN, [], {})
-SETTINGS = TarSettings(batch_size=3, attack_steps=4, attack_every=2, attack_batch=2, learning_rate=0.05, retain_weight=0.5)
+SETTINGS = TarSettings(
+    batch_size=3, attack_steps=4, attack_every=2, attack_batch=2, learning_rate=0.05, retain_weight=0.5
+)
 
 
 def _model():
@@ -72,7 +74,9 @@ def test_the_gradient_of_the_entropy_is_taken_where_the_attacker_is(in_one_row):
     trained[0].grad = torch.ones_like(trained[0])
     with packing(model) as can:
         assert can
-        terms = TarLoss(SETTINGS, ARCHITECTURES["llama"], 2, DATA)(model, pair_batch(FORGET, RETAIN, in_one_row=in_one_row))
+        terms = TarLoss(SETTINGS, ARCHITECTURES["llama"], 2, DATA)(
+            model, pair_batch(FORGET, RETAIN, in_one_row=in_one_row)
+        )
     assert all(torch.equal(one, p) for one, p in zip(before, trained, strict=True)), "the attack is undone"
     assert bool((trained[0].grad == 1).all()) and all(p.grad is None for p in trained[1:])
     found = torch.cat([part.flatten() for part in _gradients(terms["forget"], trained)])
@@ -89,7 +93,9 @@ def test_what_is_retained_keeps_its_likelihood_and_its_stream(in_one_row):
     model = _model()
     with packing(model) as can:
         assert can
-        terms = TarLoss(SETTINGS, ARCHITECTURES["llama"], 2, DATA)(model, pair_batch(FORGET, RETAIN, in_one_row=in_one_row))
+        terms = TarLoss(SETTINGS, ARCHITECTURES["llama"], 2, DATA)(
+            model, pair_batch(FORGET, RETAIN, in_one_row=in_one_row)
+        )
 
     def streams(ids):
         read = []
