@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPES = (
-    "orthogonalize", "prune", "grad_diff", "npo", "simnpo", "jensun", "rmu", "elm", "repselect", "lorra", "caft",
+    "orthogonalize", "prune", "grad_diff", "npo", "simnpo", "jensun", "tar", "rmu", "elm", "repselect", "lorra", "caft",
     "distill", "audit",
 )  # fmt: skip
 TEXTS = 4
@@ -32,7 +32,7 @@ PIECE = 2600
 FEW: dict[str, list[str]] = {
     "orthogonalize": ["train_pairs=16", "validation_pairs=8", "positions=1", "use_rejected_direction=true"],
     "prune": ["examples=32", "validate_units=0", "share=0.02"],
-    **{name: ["steps=2", "batch_size=2"] for name in ("grad_diff", "npo", "simnpo", "jensun", "rmu")},
+    **{name: ["steps=2", "batch_size=2"] for name in ("grad_diff", "npo", "simnpo", "jensun", "tar", "rmu")},
     "elm": ["steps=2", "batch_size=2", "contrast=subjects", "strength=1", "max_contexts=16", "chat_facts=1"],
     "repselect": ["texts=32", "batch_size=2"],
     "lorra": ["steps=2", "batch_size=8", "concept=builtin:declining"],
