@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from ...artifacts.models.load import LoadedModel
@@ -19,6 +19,7 @@ from ...editing.modules import causal_model, unembedding
 from ...editing.training.entropy import entropy_of_hidden
 from ...editing.training.packing import on_device, reading_packed
 from ...editing.training.soft_targets import wide
+from ..common.adapter_job import MOST_ROWS
 from ..common.budgets import Budgets
 from ..common.examples import Example, example_batch, scored_hidden, scored_nats
 from ..common.trainer import Loss, Terms
@@ -41,7 +42,7 @@ class TarSettings(UnlearningSettings):
     recipe = "tar"
     whole_steps = True
     budgets: ClassVar[Budgets] = {"quick": {"steps": 30, "batch_size": 4}, "long": {"steps": 750, "attack_steps": 64}}
-    steps: int = Field(100, ge=1)
+    steps: int = Field(150, ge=1, le=MOST_ROWS)
     """Number of optimizer steps; before each of them an attack is trained (paper: 750)."""
     attack_steps: int = Field(8, ge=1, le=4096)
     """K: steps of AdamW that each attacker takes from the model as it is (paper: 64). More take longer."""
@@ -56,12 +57,26 @@ class TarSettings(UnlearningSettings):
     entropy_weight: float = Field(4.0, ge=0)
     """Weight of the entropy. Higher values erase more and damage more (authors' code: 4)."""
 
+    @field_validator("attack_rates", mode="before")
+    @classmethod
+    def _one_rate(cls, rates: Any) -> Any:
+        return [rates] if isinstance(rates, int | float) else rates
+
     @field_validator("attack_rates")
     @classmethod
     def _some_rate(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
         if not rates or min(rates) <= 0:
             raise ValueError(f"attack_rates={list(rates)} must be numbers above 0; one or more, such as [0.1,1,2]")
         return rates
+
+    @model_validator(mode="after")
+    def _some_gradient(self) -> "TarSettings":
+        if self.attack_every > self.attack_steps:
+            raise ValueError(
+                f"attack_every={self.attack_every} is more than attack_steps={self.attack_steps}, so no gradient would be taken;"
+                " use at most as many"
+            )
+        return self
 
     def vectors_held(self) -> int:
         """Beside those of the options: the way back, the sum, an attacker's gradient and its two moments."""

@@ -142,6 +142,13 @@ def test_entropy_in_chunks_is_the_definition():
 def test_rates_are_above_zero(rates):
     with pytest.raises(ValueError, match="must be numbers above 0"):
         TarSettings(attack_rates=rates)
+    assert TarSettings(attack_rates=0.5).attack_rates == (0.5,)
+
+
+def test_an_attack_too_short_for_a_gradient_is_refused():
+    with pytest.raises(ValueError, match="attack_every=9 is more than attack_steps=8, so no gradient would be taken"):
+        TarSettings(attack_every=9)
+    assert TarSettings(attack_every=8).attack_every == 8
 
 
 def test_a_step_is_not_taken_in_parts():
