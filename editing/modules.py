@@ -15,14 +15,18 @@ def final_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Hidden states [batch, positions, d] that the unembedding reads, on the inputs' device; inputs must be
     right-padded."""
     # No position_ids: positions counted from the left are right as long as the padding is on the right.
-    inner = causal_model(model)
-    decoder: Any = inner.base_model
+    hidden: Tensor = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
+    # The last layer of a model over several GPUs lies on another one than its first.
+    return hidden.to(inputs["input_ids"].device)
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """What a causal language model is without its unembedding."""
+    decoder: Any = causal_model(model).base_model
     # A wrapper without a body of its own is its own base_model; its decoder stands inside a whole causal model.
     while decoder.get_output_embeddings() is not None:
         decoder = decoder.language_model if hasattr(decoder, "language_model") else decoder.model
-    hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
-    # The last layer of a model over several GPUs lies on another one than its first.
-    return hidden.to(inputs["input_ids"].device)
+    return decoder
 
 
 def unembedding(model: nn.Module) -> Head:

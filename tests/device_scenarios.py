@@ -435,7 +435,10 @@ def packs(place: Placed) -> Result:
     blocks = [
         {name: place(one) if isinstance(one, Tensor) else one for name, one in b.items()} for b in inputs["blocks"]
     ]
-    inputs = {name: place(inputs[name]) for name in ("input_ids", "position_ids")} | {"blocks": blocks}
+    inputs = {name: place(inputs[name]) for name in ("input_ids", "position_ids")} | {
+        "blocks": blocks,
+        "real": place(inputs["real"]),
+    }
     with packing.packing(model) as can:
         hidden = packing.read_packed(model, inputs)
         hidden.square().mean().backward()

@@ -36,40 +36,49 @@ CLOSE, CLOSE_IN_16_BITS = 1e-4, 0.03
 
 @dataclass(frozen=True)
 class Block:
-    """Sequences that attention reads below each other; they stand in the row one after another."""
+    """Sequences that attention reads below each other."""
 
-    start: int
-    """Where in the row they begin."""
     length: int
     """Tokens of the longest."""
     taken: Tensor
-    """Places, counted from the start, of every position of the block [sequences * length]; padding repeats a sequence's
-    last."""
+    """Place in the row of every position of the block [sequences * length]; padding repeats a sequence's last."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a row is taken apart."""
+
+    blocks: tuple[Block, ...]
     real: Tensor
-    """Places in the block of what is no padding, in the row's order."""
+    """Of each position of the row its place among the blocks' positions, one block after another [n]."""
 
 
-_blocks: ContextVar[tuple[Block, ...]] = ContextVar("_blocks", default=())
+_layout: ContextVar[_Layout | None] = ContextVar("_layout", default=None)
 
 
 def packed(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Inputs of one row that holds all sequences: ids, positions, and the blocks that attention reads.
+    """Inputs of one row that holds all sequences in this order: ids, positions, and the blocks that attention reads.
 
     Args:
-        rows: Token ids, sorted by length so that blocks are small.
+        rows: Token ids.
     """
     ids = torch.tensor([token for row in rows for token in row])
     positions = torch.cat([torch.arange(len(row)) for row in rows])
-    blocks, first, start = [], 0, 0
-    for count in _block_sizes([len(row) for row in rows]):
-        lengths = [len(row) for row in rows[first : first + count]]
-        longest = max(lengths)
-        starts = [0, *accumulate(lengths)]
-        taken = [at + min(place, n - 1) for at, n in zip(starts, lengths, strict=False) for place in range(longest)]
-        real = [place for turn, n in enumerate(lengths) for place in range(turn * longest, turn * longest + n)]
-        blocks.append({"start": start, "length": longest, "taken": torch.tensor(taken), "real": torch.tensor(real)})
-        first, start = first + count, start + starts[-1]
-    return {"input_ids": ids[None], "position_ids": positions[None], "blocks": blocks}
+    starts = list(accumulate((len(row) for row in rows), initial=0))
+    # Sequences of like length stand in one block, wherever they stand in the row.
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    blocks, real, first, before = [], torch.empty(len(ids), dtype=torch.long), 0, 0
+    for count in _block_sizes([len(rows[number]) for number in order]):
+        numbers = order[first : first + count]
+        longest = max(len(rows[number]) for number in numbers)
+        places, taken = torch.arange(longest), []
+        for turn, number in enumerate(numbers):
+            length = len(rows[number])
+            taken.append(starts[number] + places.clamp(max=length - 1))
+            real[starts[number] : starts[number] + length] = before + turn * longest + places[:length]
+        blocks.append({"length": longest, "taken": torch.cat(taken)})
+        first, before = first + count, before + count * longest
+    return {"input_ids": ids[None], "position_ids": positions[None], "blocks": blocks, "real": real}
 
 
 def _block_sizes(lengths: Sequence[int]) -> list[int]:
@@ -113,13 +122,13 @@ def reading_packed(inputs: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
     Args:
         inputs: Of ``packed``; other keys are left out.
     """
-    token = _blocks.set(tuple(Block(**block) for block in inputs["blocks"]))
+    token = _layout.set(_Layout(tuple(Block(**block) for block in inputs["blocks"]), inputs["real"]))
     try:
         ids = inputs["input_ids"]
         # With a mask, transformers does not look for where sequences begin, which would wait for the device.
         yield {"input_ids": ids, "position_ids": inputs["position_ids"], "attention_mask": torch.ones_like(ids)}
     finally:
-        _blocks.reset(token)
+        _layout.reset(token)
 
 
 def read_packed(model: nn.Module, inputs: Mapping[str, Any]) -> Float[Tensor, "n d"]:
@@ -177,23 +186,21 @@ def _register(usual: str) -> None:
     def attend_apart(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
     ) -> tuple[Tensor, None]:
-        blocks = _blocks.get()
-        if not blocks:
+        layout = _layout.get()
+        if layout is None:
             return attend(module, query, key, value, attention_mask, **how)
         outputs = []
-        for block in blocks:
+        for block, *states in zip(layout.blocks, *(_Apart.apply(x, layout) for x in (query, key, value)), strict=True):
             mask = None if attention_mask is None else attention_mask[..., : block.length, : block.length]
-            parts = [x if len(blocks) == 1 else x.narrow(2, block.start, len(block.real)) for x in (query, key, value)]
-            output, _ = attend(module, *(_Apart.apply(part, block) for part in parts), mask, **how)
-            outputs.append(_Joined.apply(output, block))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None
+            outputs.append(attend(module, *states, mask, **how)[0])
+        return _Joined.apply(layout, *outputs), None
 
     def mask_apart(*args: Any, **how: Any) -> Any:
-        blocks = _blocks.get()
-        if not blocks:
+        layout = _layout.get()
+        if layout is None:
             return make_mask(*args, **how)
         # Padding comes last, and no position looks ahead: one mask suits all sequences, and mostly none is needed.
-        longest = max(block.length for block in blocks)
+        longest = max(block.length for block in layout.blocks)
         kept = {name: how[name] for name in ("mask_function", "local_size", "device", "dtype", "config") if name in how}
         return sdpa_mask(batch_size=1, q_length=longest, kv_length=longest, **kept)
 
@@ -202,36 +209,47 @@ def _register(usual: str) -> None:
 
 
 class _Apart(torch.autograd.Function):
-    """[1, heads, n, d] to [sequences, heads, length, d]; what padding repeats gets no gradient from there."""
+    """[1, heads, n, d] to each block's [sequences, heads, length, d]; what padding repeats gets no gradient from there."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, block: Block) -> Tensor:
-        ctx.real, (_, heads, n, _) = block.real.to(states.device), states.shape
+    def forward(ctx: Any, states: Tensor, layout: _Layout) -> tuple[Tensor, ...]:
+        _, heads, n, width = states.shape
+        ctx.real = layout.real.to(states.device)
         flat = states.transpose(1, 2).reshape(n, -1)
-        apart = flat.index_select(0, block.taken.to(states.device))
-        return apart.view(-1, block.length, heads, states.shape[-1]).transpose(1, 2)
+        return tuple(
+            flat.index_select(0, block.taken.to(states.device)).view(-1, block.length, heads, width).transpose(1, 2)
+            for block in layout.blocks
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        heads, width = gradient.shape[1], gradient.shape[3]
-        flat = gradient.transpose(1, 2).reshape(-1, heads * width)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        heads, width = gradients[0].shape[1], gradients[0].shape[3]
+        flat = _below([gradient.transpose(1, 2).reshape(-1, heads * width) for gradient in gradients])
         # That of padding is 0: no query looks at a padded key, and what a padded query finds is left out.
         return flat.index_select(0, ctx.real).view(1, -1, heads, width).transpose(1, 2), None
 
 
 class _Joined(torch.autograd.Function):
-    """[sequences, length, heads, d] to [1, n, heads, d], without padding."""
+    """Each block's [sequences, length, heads, d] to [1, n, heads, d], without padding."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, block: Block) -> Tensor:
-        ctx.real, ctx.shape = block.real.to(output.device), output.shape
-        flat = output.reshape(-1, output.shape[2] * output.shape[3])
-        return flat.index_select(0, ctx.real).view(1, -1, *output.shape[2:])
+    def forward(ctx: Any, layout: _Layout, *outputs: Tensor) -> Tensor:
+        ctx.real, ctx.shapes = layout.real.to(outputs[0].device), [output.shape for output in outputs]
+        heads, width = outputs[0].shape[2:]
+        flat = _below([output.reshape(-1, heads * width) for output in outputs])
+        return flat.index_select(0, ctx.real).view(1, -1, heads, width)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        sequences, length, heads, width = ctx.shape
-        whole = gradient.new_zeros(sequences * length, heads * width)
-        return whole.index_copy_(0, ctx.real, gradient.reshape(-1, heads * width)).view(ctx.shape), None
+        heads, width = gradient.shape[2:]
+        sizes = [shape[0] * shape[1] for shape in ctx.shapes]
+        whole = gradient.new_zeros(sum(sizes), heads * width)
+        whole.index_copy_(0, ctx.real, gradient.reshape(-1, heads * width))
+        return None, *(part.view(shape) for part, shape in zip(whole.split(sizes), ctx.shapes, strict=True))
+
+
+def _below(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of all parts below each other."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..architectures import residual_width
 from ..hooks.residual_stream import decoder_layers, first
-from ..modules import is_conv1d
+from ..modules import decoder_of, is_conv1d
+from ..numerics.cpu_products import faster_in_float32
+from ..numerics.wide import as_given
 from ..wiring.row import Architecture
 
 
@@ -28,6 +31,8 @@ class ParallelAdapters:
         self.count = count
         self.assigned: Sequence[int] = (0,)
         """Attackers whose rows a batch holds, in this order, with the same number of rows each."""
+        self.tokens: Sequence[int] | None = None
+        """Where a batch is one packed row: how many tokens of it each of them has, in this order."""
         self.owned: list[list[nn.Parameter]] = [[] for _ in range(count)]
         self.prefix = 0
         """Number of tokens in front of every row whose embeddings are the attackers' parameters."""
@@ -35,11 +40,36 @@ class ParallelAdapters:
     @contextmanager
     def only(self, attacker: int) -> Iterator[None]:
         """Assign all rows to one attacker while the context lasts."""
-        before, self.assigned = self.assigned, (attacker,)
+        with self.sharing((attacker,)):
+            yield
+
+    @contextmanager
+    def sharing(self, attackers: Sequence[int], tokens: Sequence[int] | None = None) -> Iterator[None]:
+        """Assign rows to these attackers while the context lasts, or so many tokens of one packed row to each."""
+        before, self.assigned, self.tokens = (self.assigned, self.tokens), attackers, tokens
         try:
             yield
         finally:
-            self.assigned = before
+            self.assigned, self.tokens = before
+
+    def counts(self, rows: int, positions: int) -> list[int]:
+        """Positions of each assigned attacker in a batch of so many rows and positions."""
+        if self.tokens is None:
+            self._check(rows)
+            return [positions // len(self.assigned)] * len(self.assigned)
+        if sum(self.tokens) != positions:
+            raise ValueError(f"{positions} tokens are not the {sum(self.tokens)} of {len(self.assigned)} attackers")
+        return list(self.tokens)
+
+    def by_position(self, batch: Tensor) -> Tensor:
+        """Of every position of a batch [rows, length, d] its attacker's place among the assigned [rows, length]."""
+        rows, length = batch.shape[:2]
+        counts = torch.tensor(self.counts(rows, rows * length), device=batch.device)
+        return torch.repeat_interleave(counts).view(rows, length)
+
+    def _check(self, rows: int) -> None:
+        if rows % len(self.assigned):
+            raise ValueError(f"{rows} rows cannot be shared equally by {len(self.assigned)} attackers")
 
     def new_parameters(
         self, shape: Sequence[int], seeds: Sequence[int], spread: float, device: torch.device
@@ -56,8 +86,7 @@ class ParallelAdapters:
 
     def assigned_parameters(self, values: Sequence[nn.Parameter], rows: int) -> Tensor:
         """Parameters of the assigned attackers [attackers, ...], for a batch of ``rows`` rows."""
-        if rows % len(self.assigned):
-            raise ValueError(f"{rows} rows cannot be shared equally by {len(self.assigned)} attackers")
+        self._check(rows)
         return torch.stack([values[attacker] for attacker in self.assigned])
 
     def by_row(self, values: Sequence[nn.Parameter], rows: int) -> Tensor:
@@ -78,6 +107,9 @@ class SideBySide(nn.Module):
         self.up = nn.ParameterList(attackers.new_parameters((width_out, rank), seeds, 0.0, device))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return self._in_pieces(x)
+        # Devices take longer to begin a product than for padding, so all attackers share one.
         frozen: Tensor = self.inner(x)
         down = self.attackers.assigned_parameters(list(self.down), len(x))
         up = self.attackers.assigned_parameters(list(self.up), len(x))
@@ -85,6 +117,77 @@ class SideBySide(nn.Module):
         grouped = frozen.reshape(len(up), -1, frozen.shape[-1]).to(up.dtype)
         # Summed in the update's fp32 and rounded to the model's dtype once.
         return torch.baddbmm(grouped, lowered, up.mT, alpha=self.scale).to(frozen.dtype).view_as(frozen)
+
+    def _in_pieces(self, x: Tensor) -> Tensor:
+        """The same with a product for each attacker, which may have positions of any number."""
+        places, counts = self.attackers.assigned, self.attackers.counts(len(x), x.numel() // x.shape[-1])
+        factors = (*(self.down[place] for place in places), *(self.up[place] for place in places))
+        inner: Any = self.inner
+        hooked = inner._forward_hooks or inner._forward_pre_hooks
+        widened = type(inner) is nn.Linear and not hooked and faster_in_float32(inner.weight, sum(counts))
+        frozen, *of_inner = (None, inner.weight, inner.bias) if widened else (inner(x), None, None)
+        with as_given(x.device):
+            return _Updated.apply(x, frozen, *of_inner, counts, self.scale, *factors)
+
+
+class _Updated(torch.autograd.Function):
+    """A frozen product, given or still to be made from its weight, and the low-rank updates of pieces of its positions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        frozen: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        counts: Sequence[int],
+        scale: float,
+        *factors: Tensor,
+    ) -> Tensor:
+        """``factors`` are all down-projections [rank, in], then all up-projections [out, rank]."""
+        kind, downs, ups = factors[0].dtype, *_halves(factors)
+        flat = x.reshape(-1, x.shape[-1]).to(kind)
+        if frozen is None:
+            assert weight is not None
+            out = nn.functional.linear(flat, weight.to(kind), None if bias is None else bias.to(kind))
+        else:
+            out = frozen.reshape(len(flat), -1).to(kind, copy=True)
+        lowered = flat.new_empty(len(flat), downs[0].shape[0])
+        pieces = zip(flat.split(counts), lowered.split(counts), out.split(counts), downs, ups, strict=True)
+        for piece, low, updated, down, up in pieces:
+            torch.mm(piece, down.mT, out=low)
+            # Summed in the update's fp32 and rounded to the model's dtype once.
+            updated.addmm_(low, up.mT, alpha=scale)
+        ctx.save_for_backward(x, lowered, weight, *factors)
+        ctx.counts, ctx.scale = counts, scale
+        return out.to((frozen if weight is None else weight).dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        x, lowered, weight, *factors = ctx.saved_tensors
+        kind, downs, ups = factors[0].dtype, *_halves(factors)
+        flat, above = x.reshape(-1, x.shape[-1]).to(kind), gradient.reshape(-1, gradient.shape[-1]).to(kind)
+        below = None
+        of_downs, of_ups, start = [], [], 0
+        with as_given(x.device):
+            if ctx.needs_input_grad[0]:
+                below = torch.zeros_like(flat) if weight is None else above @ weight.to(kind)
+            for count, down, up in zip(ctx.counts, downs, ups, strict=True):
+                piece = slice(start, start + count)
+                low = (above[piece] @ up).mul_(ctx.scale)
+                of_downs.append(low.mT @ flat[piece])
+                of_ups.append((above[piece].mT @ lowered[piece]).mul_(ctx.scale))
+                if below is not None:
+                    below[piece].addmm_(low, down)
+                start += count
+        of_frozen = gradient if ctx.needs_input_grad[1] else None
+        of_x = None if below is None else below.to(x.dtype).view_as(x)
+        return of_x, of_frozen, None, None, None, None, *of_downs, *of_ups
+
+
+def _halves(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    return factors[: len(factors) // 2], factors[len(factors) // 2 :]
 
 
 def linear_widths(module: nn.Module) -> tuple[int, int]:
@@ -116,7 +219,11 @@ def low_rank_attackers(
 
 @contextmanager
 def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iterator[ParallelAdapters]:
-    """Train soft prompts: each attacker's parameters replace the first ``tokens`` embeddings of its rows."""
+    """Train soft prompts: each attacker's parameters replace the embeddings at positions 0 to ``tokens`` - 1.
+
+    Where a decoder is told positions, these count: in a packed row each sequence has its own, and what is read on from a
+    cache has none of them.
+    """
     attackers = ParallelAdapters(len(seeds))
     attackers.prefix = tokens
     embedding = model.get_input_embeddings()
@@ -124,11 +231,25 @@ def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iter
     spread = float(embedding.weight.detach().float().std()) * embedding_scale(model)
     values = attackers.new_parameters((tokens, embedding.weight.shape[1]), seeds, spread, embedding.weight.device)
 
-    def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return torch.cat([attackers.by_row(values, len(output)).to(output), output[:, tokens:]], 1)
+    told: list[Tensor | None] = [None]
 
-    with _frozen(model), _hooked(embedding, put):
-        yield attackers
+    def note(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+        told[0] = kwargs.get("position_ids")
+
+    def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        positions = told[0]
+        if positions is None:
+            return torch.cat([attackers.by_row(values, len(output)).to(output), output[:, tokens:]], 1)
+        table = torch.cat([values[place] for place in attackers.assigned])
+        rows = attackers.by_position(output) * tokens + positions.clamp(max=tokens - 1)
+        return torch.where((positions < tokens)[..., None], nn.functional.embedding(rows, table).to(output), output)
+
+    handle = decoder_of(model).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with _frozen(model), _hooked(embedding, put):
+            yield attackers
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
@@ -158,7 +279,11 @@ def latent_attackers(
 
     def add(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = first(output)
-        changed = hidden + attackers.by_row(values, len(hidden)).to(hidden)[:, None]
+        if attackers.tokens is None:
+            added = attackers.by_row(values, len(hidden))[:, None]
+        else:
+            added = torch.stack([values[place] for place in attackers.assigned])[attackers.by_position(hidden)]
+        changed = hidden + added.to(hidden)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     with _frozen(model), _hooked(decoder_layers(model, row)[layer], add):

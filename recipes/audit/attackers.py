@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ...artifacts.events import Events, Stage
 from ...artifacts.models.memory import free_memory
 from ...editing.training.adapters import AdapterShape, adapter_modules
+from ...editing.training.packing import packing, recomputes
 from ...editing.training.parallel_adapters import ParallelAdapters
 from ...eval.audit.recovery import Curves, RecoveryCurve
 from ..common.examples import Example, example_batch, sequence_nll, split_by_length
@@ -63,13 +65,16 @@ class AttackTraining:
         training = self if method.whole else replace(self, optimizer="adamw")
         # Asked before whole weights are in fp32.
         products = products_in(self.model.dtype, self.model.device) if method.whole else None
-        for some in _alike(attackers, size):
-            rank = {} if some[0].setup.rank == RANK else {"rank": some[0].setup.rank}
-            with method.load()(self.model, [attacker.seed for attacker in some], **rank) as adapters:
-                beside = _SideBySide(training, some, adapters, stage, whole=method.whole, products=products)
-                results |= dict(zip(some, beside.curves(), strict=True))
-                for name, found in beside.formats().items():
-                    formats.setdefault(name, []).append(found)
+        with packing(self.model) as can:
+            packs = can and not recomputes(self.model)
+            for some in _alike(attackers, size):
+                rank = {} if some[0].setup.rank == RANK else {"rank": some[0].setup.rank}
+                with method.load()(self.model, [attacker.seed for attacker in some], **rank) as adapters:
+                    how: dict[str, Any] = {"whole": method.whole, "products": products, "packs": packs}
+                    beside = _SideBySide(training, some, adapters, stage, **how)
+                    results |= dict(zip(some, beside.curves(), strict=True))
+                    for name, found in beside.formats().items():
+                        formats.setdefault(name, []).append(found)
         return {name: replace(_joined(name, results), formats=_best_formats(formats.get(name, []))) for name in attacks}
 
     def _attackers(self, attacks: Mapping[str, Attack]) -> list["_Attacker"]:
@@ -166,9 +171,11 @@ class _SideBySide:
         *,
         whole: bool,
         products: torch.dtype | None = None,
+        packs: bool = False,
     ):
-        """``whole`` if what is trained is the model itself; ``products`` as ``fit`` takes it."""
-        self.whole, self.products = whole, products
+        """``whole`` if what is trained is the model itself; ``products`` as ``fit`` takes it; ``packs`` if the model reads
+        packed rows now."""
+        self.whole, self.products, self.packs = whole, products, packs
         self.training, self.attackers, self.adapters, self.stage = training, attackers, adapters, stage
         self.setup = attackers[0].setup
         """All of them share it but for its learning rate."""
@@ -330,21 +337,26 @@ class _SideBySide:
 
     def _mean_nats(self, model: nn.Module, active: Sequence[int], rows: Sequence[Sequence[Example]]) -> Tensor:
         """Of each active attacker, the mean over its sequences of their mean negative log-likelihood [active]."""
-        front = self.adapters.prefix
-        read = [sorted((row[place] for row in rows), key=lambda e: len(e.ids)) for place in active]
+        front, device = self.adapters.prefix, next(model.parameters()).device
+        behind = (0,) * front
+        read = [
+            [Example(behind + e.ids, e.start + front) for e in sorted((r[p] for r in rows), key=lambda e: len(e.ids))]
+            for p in active
+        ]
+        # Other devices take longer to begin a product for each attacker than for padding.
+        if self.packs and (device.type == "cpu" or len(active) == 1):
+            with self.adapters.sharing(active, [sum(len(e.ids) for e in sequences) for sequences in read]):
+                every = [example for sequences in read for example in sequences]
+                batch = send_to_device(example_batch(every, in_one_row=True, by_length=False), device)
+                return (sequence_nll(model, batch) / batch["lengths"]).view(len(active), -1).mean(1)
         # Of every attacker as many: the shortest of each, then the next.
-        longest = [max(len(sequences[n].ids) + front for sequences in read) for n in range(len(rows))]
-        device = next(model.parameters()).device
+        longest = [max(len(sequences[n].ids) for sequences in read) for n in range(len(rows))]
         total, start = torch.zeros(len(active), device=device), 0
         self.adapters.assigned = active
         # Each row of a forward stands for one of every active attacker, so its tokens count that often.
         for size in split_by_length([len(active) * length for length in longest]):
-            part = [
-                Example((0,) * front + example.ids, example.start + front)
-                for sequences in read
-                for example in sequences[start : start + size]
-            ]
-            batch = {key: value.to(device) for key, value in example_batch(part).items()}
+            part = [example for sequences in read for example in sequences[start : start + size]]
+            batch = send_to_device(example_batch(part), device)
             # Each attacker's mean, whatever the padding: the sum over attackers gives each the gradient of its own
             # loss.
             total = total + (sequence_nll(model, batch) / batch["lengths"]).view(len(active), size).sum(1)

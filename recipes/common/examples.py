@@ -27,8 +27,8 @@ class Example:
     start: int
 
 
-def example_batch(examples: Sequence[Example], *, in_one_row: bool = False) -> dict[str, Any]:
-    """Sequences as one forward reads them.
+def example_batch(examples: Sequence[Example], *, in_one_row: bool = False, by_length: bool = True) -> dict[str, Any]:
+    """Sequences as one forward reads them; in one row the shortest first, or, without ``by_length``, as they come.
 
     Of each scored token ``rows`` holds the sequence, and ``places`` the position that predicts it: in its sequence, or,
     where they stand in one row without padding, in that row. ``begins`` then says where each sequence begins.
@@ -45,7 +45,7 @@ def example_batch(examples: Sequence[Example], *, in_one_row: bool = False) -> d
     }
     if not in_one_row:
         return {**pad_right(ids, torch.device("cpu")), **scored, "places": places}
-    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]) if by_length else index)
     ends = list(accumulate(len(ids[index]) for index in order))
     begins = torch.zeros(len(ids), dtype=torch.long)
     begins[torch.tensor(order[1:], dtype=torch.long)] = torch.tensor(ends[:-1], dtype=torch.long)

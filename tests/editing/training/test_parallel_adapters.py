@@ -3,8 +3,14 @@
 import pytest
 import torch
 from excise.editing.architectures import ARCHITECTURES
+from excise.editing.modules import final_hidden
+from excise.editing.numerics.cpu_products import faster_in_float32
+from excise.editing.training import parallel_adapters
 from excise.editing.training.adapters import adapter_modules
+from excise.editing.training.packing import packed, packing, read_packed
 from excise.editing.training.parallel_adapters import (
+    ParallelAdapters,
+    SideBySide,
     embedded,
     latent_attackers,
     low_rank_attackers,
@@ -118,3 +124,109 @@ def test_a_soft_prompt_of_tokens_embeddings_is_those_tokens(name):
         prompt.data = table[IDS[0, :2]].float()
         raw = model(input_ids=torch.cat([torch.zeros_like(IDS[:1, :2]), IDS[:1, 2:]], 1)).logits
         assert name.startswith("gemma") == bool((raw - expected[:1]).abs().max() > 1e-2)
+
+
+ROWS = [[(5, 9, 7, 3), (8, 2, 6, 4, 10, 11, 12)], [(3, 5, 9)], [(7, 6, 5, 4, 3), (9, 8, 7), (2, 4, 6, 8, 10, 12)]]
+"""Of each attacker, as many sequences as it likes."""
+
+
+def _gradients(attackers, model, rows_of):
+    """What each attacker's parameters get of the likelihood of its last tokens; ``rows_of`` gives final hidden states."""
+    loss = 0.0
+    for hidden, rows in rows_of:
+        logits = model.get_output_embeddings()(hidden)
+        loss = loss + torch.nn.functional.cross_entropy(
+            logits.float(), torch.tensor([row[-1] for row in rows]), reduction="sum"
+        )
+    loss.backward()
+    found = [torch.cat([p.grad.flatten() for p in owned]) for owned in attackers.owned]
+    for parameter in (p for owned in attackers.owned for p in owned):
+        parameter.grad = None
+    return found
+
+
+@pytest.mark.parametrize("kind", ["lora", "soft", "latent"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_attackers_learn_of_one_packed_row_what_each_learns_of_its_sequences_alone(name, kind):
+    model = make_pico(name)
+    model.set_attn_implementation("sdpa")
+    every = [row for rows in ROWS for row in rows]
+    ends = torch.tensor([len(row) for row in every]).cumsum(0) - 2
+    tokens = [sum(map(len, rows)) for rows in ROWS]
+    with packing(model) as can, _kinds(name, model, [1, 2, 3])[kind]() as attackers:
+        assert can
+        with torch.no_grad():
+            for parameter in (p for owned in attackers.owned for p in owned):
+                parameter.add_(
+                    0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+                )
+
+        def alone():
+            for place, rows in enumerate(ROWS):
+                with attackers.only(place):
+                    for row in rows:
+                        yield final_hidden(model, {"input_ids": torch.tensor([row])})[0, -2:-1], [row]
+
+        def together(tokens):
+            with attackers.sharing((0, 1, 2), tokens):
+                yield read_packed(model, packed(every))[ends], every
+
+        wanted, found = _gradients(attackers, model, alone()), _gradients(attackers, model, together(tokens))
+        for one, other in zip(wanted, found, strict=True):
+            assert (one - other).norm() < 1e-4 * one.norm() and one.norm() > 1e-3
+        # Tokens of another attacker are not its own.
+        wrong = _gradients(attackers, model, together([*reversed(tokens)]))
+        assert (wanted[0] - wrong[0]).norm() > 0.01 * wanted[0].norm()
+        with (
+            attackers.sharing((0, 1, 2), [1, 1, 1]),
+            pytest.raises(ValueError, match="tokens are not the 3 of 3 attackers"),
+        ):
+            read_packed(model, packed(every))
+        assert attackers.tokens is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_in_bfloat16_is_made_in_float32_and_rounded_once(bias, monkeypatch):
+    torch.manual_seed(0)
+    inner = torch.nn.Linear(48, 40, bias=bias).bfloat16().requires_grad_(False)
+    attackers = ParallelAdapters(2)
+    layer = SideBySide(inner, attackers, 4, 8.0, [0, 1])
+    for parameter in layer.up:
+        parameter.data.normal_()
+    x, above = torch.randn(2, 50, 48).bfloat16(), torch.randn(2, 50, 40).bfloat16()
+    attackers.assigned = (0, 1)
+
+    def step():
+        values = x.clone().requires_grad_(True)
+        output = layer(values)
+        output.backward(above)
+        grads = [p.grad for p in layer.parameters() if p.grad is not None]
+        layer.zero_grad()
+        return [output.detach(), values.grad, *grads]
+
+    def naive():
+        wide = x.double().requires_grad_(True)
+        downs, ups = (
+            torch.stack([p.detach().double() for p in each]).requires_grad_(True) for each in (layer.down, layer.up)
+        )
+        output = torch.nn.functional.linear(wide, inner.weight.double(), inner.bias.double() if bias else None)
+        output = output + 2.0 * wide @ downs.mT @ ups.mT
+        output.backward(above.double())
+        return [output.detach(), wide.grad, *downs.grad, *ups.grad]
+
+    wanted, native = naive(), step()
+    # Autocast, which a trainer may have on, changes nothing of it.
+    with torch.autocast("cpu", torch.bfloat16):
+        monkeypatch.setattr(parallel_adapters, "faster_in_float32", lambda weight, positions: positions == 100)
+        widened = step()
+    for exact, one, other in zip(wanted, native, widened, strict=True):
+        assert one.dtype == other.dtype
+        far = [float((got.double() - exact).norm() / exact.norm()) for got in (one, other)]
+        assert far[1] <= far[0] * 1.01 < 0.01 and far[1] < 0.003
+
+
+def test_bfloat16_is_widened_where_its_products_are_slower():
+    weight = torch.zeros(8, 8, dtype=torch.bfloat16)
+    assert faster_in_float32(weight, 64) == (not torch.cpu._is_amx_tile_supported())
+    assert not faster_in_float32(weight, 63)
+    assert not faster_in_float32(weight.float(), 64) and not faster_in_float32(weight.to("meta"), 64)

@@ -85,6 +85,22 @@ def test_bfloat16_attention_by_products_packs_too():
     assert (found[1] - gradients).norm() < 0.05 * gradients.norm()
 
 
+def test_a_row_holds_its_sequences_in_any_order():
+    model = _model("llama", max_position_embeddings=1024)
+    rows = [(4,) * 300, (5, 6), tuple(range(20, 50)), (7, 8, 9), (3,) * 280]
+    alone = torch.cat([final_hidden(model, {"input_ids": torch.tensor([row])})[0] for row in rows])
+    inputs = packed(rows)
+    assert inputs["input_ids"][0].tolist() == [token for row in rows for token in row]
+    # The first sequence and the last stand in one block.
+    assert [(block["length"], len(block["taken"]) // block["length"]) for block in inputs["blocks"]] == [
+        (30, 3),
+        (300, 2),
+    ]
+    with torch.no_grad(), packing(model) as can:
+        assert can
+        torch.testing.assert_close(read_packed(model, inputs), alone.detach(), atol=1e-5, rtol=1e-4)
+
+
 def test_lengths_far_apart_attend_in_blocks_of_their_own():
     rows = [(3,) * 5] * 6 + [(4,) * 900]
     blocks = packed(rows)["blocks"]

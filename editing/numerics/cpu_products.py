@@ -1,0 +1,21 @@
+"""Products of bfloat16 on processors that multiply fp32 faster: operands are widened for one product at a time."""
+
+import torch
+from torch import Tensor
+
+FEWEST = 64
+"""Positions of a product from which on widening its weight pays."""
+
+
+def faster_in_float32(weight: Tensor, positions: int) -> bool:
+    """Whether a product with this weight takes less time in fp32, conversions included.
+
+    Without matrix units (AMX), AVX512-BF16 takes twice as long as fp32 (``docs/measured.md``). Both add in fp32, in another
+    order.
+    """
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and positions >= FEWEST
+        and not torch.cpu._is_amx_tile_supported()
+    )
