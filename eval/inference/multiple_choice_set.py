@@ -73,9 +73,10 @@ class MultipleChoiceSet:
             model: The model, in evaluation mode.
             placeholders: Number of tokens to put in front of every row, whose embeddings a soft prompt replaces.
         """
-        if placeholders or not repeats_cache(model):
+        longest = placeholders + max(len(part.ids) for part in self._parts)
+        if not repeats_cache(model) or (placeholders and longest > context_of(model) + 1):
             return self._marked(self._behind(model, placeholders))
-        return self._decided(model)
+        return self._decided(model, placeholders)
 
     def hits_and_probabilities(self, model: Any) -> tuple[Hits, list[float]]:
         """Hits, and the probability of each true answer, from the same forwards."""
@@ -141,31 +142,35 @@ class MultipleChoiceSet:
         scores = score_parts(model, [self._parts[index] for index in long])
         return {index: score.log_probability for index, score in zip(long, scores, strict=True)}
 
-    def _read_in_batches(self, model: Any, known: Mapping[int, float], read: Callable[[list[int]], T]) -> Iterator[T]:
-        """What ``read`` makes of questions that are not known yet, grouped by length."""
+    def _read_in_batches(
+        self, model: Any, known: Mapping[int, float], read: Callable[[list[int]], T], front: int = 0
+    ) -> Iterator[T]:
+        """What ``read`` makes of questions that are not known yet, grouped by length; ``front`` tokens stand before each."""
         places = [place for place, (_, members) in enumerate(self._layout) if members[0] not in known]
-        lengths = [self._layout[place][0] for place in places]
+        lengths = [front + self._layout[place][0] for place in places]
         for _, result in read_in_batches(
             lengths, batch_budget(model), lambda batch: read([places[number] for number in batch])
         ):
             yield result
 
     @torch.no_grad()
-    def _decided(self, model: Any) -> Hits:
+    def _decided(self, model: Any, placeholders: int) -> Hits:
         hits, known = [0.0] * len(self.ids), self._too_long(model)
         for place, (_, members) in enumerate(self._layout):
             if members[0] in known:
                 lengths = [len(self._parts[index].ids) - self._parts[index].start for index in members]
                 values = [known[index] / length for index, length in zip(members, lengths, strict=True)]
                 hits[place] = float(is_highest(values, self.answers[place]))
-        for right in self._read_in_batches(model, known, lambda batch: self._right(model, batch)):
+        for right in self._read_in_batches(
+            model, known, lambda batch: self._right(model, batch, placeholders), placeholders
+        ):
             for place in right:
                 hits[place] = 1.0
         return tuple(hits)
 
-    def _right(self, model: Any, batch: Sequence[int]) -> list[int]:
+    def _right(self, model: Any, batch: Sequence[int], placeholders: int) -> list[int]:
         """The questions of a batch that are answered rightly."""
-        reading = _Reading(model, [self._layout[place] for place in batch], self._parts)
+        reading = _Reading(model, [self._layout[place] for place in batch], self._parts, placeholders)
         standing = {place: self._layout[place][1][self.answers[place]] for place in batch}
         reading.finish(standing.values())
         rivals = {
@@ -208,11 +213,14 @@ def is_highest(values: Sequence[float], answer: int) -> bool:
 class _Reading:
     """A batch of questions whose prompts were read by the model; ``finish`` reads chosen answers to their ends."""
 
-    def __init__(self, model: Any, questions: Sequence[tuple[int, list[int]]], parts: Sequence[Scored]):
+    def __init__(
+        self, model: Any, questions: Sequence[tuple[int, list[int]]], parts: Sequence[Scored], placeholders: int = 0
+    ):
         self.decoder, self.head, self.device = causal_model(model).base_model, unembedding(model), model.device
         self.questions, self.parts = questions, parts
         self.row = {index: row for row, (_, members) in enumerate(questions) for index in members}
-        prompts = [parts[members[0]].ids[:length] for length, members in questions]
+        # A soft prompt stands at the positions 0 and following, which no padding has.
+        prompts = [(0,) * placeholders + parts[members[0]].ids[:length] for length, members in questions]
         width = max(map(len, prompts))
         # Padded on the left, so that in the cache every prompt ends where its answers go on.
         ids = torch.tensor([(0,) * (width - len(row)) + row for row in prompts], device=self.device)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from excise.editing.architectures import ARCHITECTURES
 from excise.editing.modules import final_hidden
-from excise.editing.numerics.cpu_products import faster_in_float32
 from excise.editing.training import parallel_adapters
 from excise.editing.training.adapters import adapter_modules
 from excise.editing.training.packing import packed, packing, read_packed
@@ -223,10 +222,3 @@ def test_a_product_in_bfloat16_is_made_in_float32_and_rounded_once(bias, monkeyp
         assert one.dtype == other.dtype
         far = [float((got.double() - exact).norm() / exact.norm()) for got in (one, other)]
         assert far[1] <= far[0] * 1.01 < 0.01 and far[1] < 0.003
-
-
-def test_bfloat16_is_widened_where_its_products_are_slower():
-    weight = torch.zeros(8, 8, dtype=torch.bfloat16)
-    assert faster_in_float32(weight, 64) == (not torch.cpu._is_amx_tile_supported())
-    assert not faster_in_float32(weight, 63)
-    assert not faster_in_float32(weight.float(), 64) and not faster_in_float32(weight.to("meta"), 64)

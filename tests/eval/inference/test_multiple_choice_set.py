@@ -5,7 +5,8 @@ import torch
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
-from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
+from excise.editing.training.parallel_adapters import soft_prompt_attackers
+from excise.eval.inference.multiple_choice_set import MultipleChoiceSet, _Reading
 from excise.eval.measurements.multiple_choice import margin
 from excise.eval.model_under_test import EvalSettings, ModelUnderTest
 from helpers import excise
@@ -38,6 +39,33 @@ def test_choices_read_behind_a_shared_prompt_score_as_whole_rows(asked):
     assert len(together) == sum(len(q.choices) for q in varied)
     assert max(abs(a - b) for a, b in zip(together, apart, strict=True)) < 1e-3
     assert len({round(value, 3) for value in together}) > 100
+
+
+@torch.no_grad()
+def test_behind_a_soft_prompt_each_question_is_read_once_and_scores_as_whole_rows(asked):
+    loaded, _, questions = asked
+    model, seen = loaded.model, []
+    exam = MultipleChoiceSet(loaded.tokenizer, questions)
+    assert len({length for length, _ in exam._layout}) > 1, "of equal lengths none would be padded"
+    with soft_prompt_attackers(model, 5, [0, 1]) as attackers, attackers.only(1):
+        apart = exam._behind(model, 5)
+        reading = _Reading(model, exam._layout, exam._parts, 5)
+        reading.finish(reading.log_p)
+        assert max(abs(reading.log_p[index] - apart[index]) for index in reading.log_p) < 1e-3
+        handle = model.model.register_forward_pre_hook(
+            lambda _, args, kw: seen.append(kw["input_ids"].numel()), with_kwargs=True
+        )
+        hits, together = exam.hits(model, 5), sum(seen)
+        exam._behind(model, 5)
+        handle.remove()
+        assert hits == exam._marked(apart) and together < 0.5 * (sum(seen) - together)
+        # It says something else than no prompt does, or another attacker's.
+        with attackers.only(0):
+            assert max(abs(a - b) for a, b in zip(exam._behind(model, 5), apart, strict=True)) > 0.1
+        # What does not fit behind it is read as whole rows.
+        context, model.config.max_position_embeddings = model.config.max_position_embeddings, 8
+        assert exam.hits(model, 5) == hits
+        model.config.max_position_embeddings = context
 
 
 @pytest.mark.parametrize("name", ["builtin:testbed", "builtin:testbed-reference"])
