@@ -48,7 +48,7 @@ def sentences(score: DepthScore) -> list[str]:
     low, high = ("…", "…") if score.ci95 is None else (f"{end:.2f}" for end in score.ci95)
     counted = [layer for layer in score.layers if layer.n]
     least, most = (choose(counted, key=lambda layer: layer.erased or 0.0) for choose in (min, max))
-    where = f" After layer {least.layer} {least.erased:.2f} is gone, after layer {most.layer} {most.erased:.2f}."
+    where = f" Gone after layer {least.layer}: {least.erased:.2f}; after layer {most.layer}: {most.erased:.2f}."
     return [
         f"Depth of the edit (Unlearning Depth Score): {score.value:.2f} [{low}, {high}], n = {score.n} of {score.asked}"
         " questions; at 0 every layer still carries what the base knows, at 1 none does, as in a model that never knew."
