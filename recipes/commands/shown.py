@@ -12,7 +12,7 @@ from ...artifacts.reporting.findings import findings
 from ...artifacts.reporting.results import Row, format_difference, format_value, read_measurements, table
 from ...artifacts.reporting.terminal import aligned, bullets
 from ...editing.errors import counted
-from ...eval.measurements import MEASUREMENTS
+from ...eval.measurements import BY_LAYER, label_of
 
 if TYPE_CHECKING:
     # Only names of types: at run time these recipes would bring transformers' trainer, and seconds of waiting.
@@ -138,16 +138,16 @@ def meta_evaluation(found: MetaEvaluation, width: int | None) -> str:
         *(["4 bits", "relearned", "overall"] if has_edited else []),
     ]
     rows = []
-    telling = [one for one in found.measurements if one.higher != "either"]
+    telling = [one for one in found.measurements if one.higher != "either" and one.name != BY_LAYER]
     for one in telling:
         known = [f"{one.knowing:.3f}", f"{one.unknowing:.3f}", f"{one.auc:.2f} [{one.ci95[0]:.2f}, {one.ci95[1]:.2f}]"]
         steady = [("" if value is None else f"{value:.2f}") for value in (one.four_bits, one.relearning, one.overall)]
-        rows.append([MEASUREMENTS[one.name].label, one.split, *known, *(steady if has_edited else [])])
+        rows.append([label_of(one.name), one.split, *known, *(steady if has_edited else [])])
     said = [
         f"{counted(len(found.knowing), 'model', 'models')} with the knowledge, {len(found.unknowing)} without it,"
         f" {len(found.edited)} edited. AUC: how often a model of each kind is the right way round; 0.5 is chance.",
         f"Not shown: {counted(len(found.measurements) - len(telling), 'row', 'rows')} of what should be the same in both"
-        " kinds; --json and meta.json have them.",
+        " kinds, and of probes at each layer; --json and meta.json have them.",
     ]
     if has_edited:
         said.append(

@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
+from excise.eval.measurements import BY_LAYER, MEASUREMENTS, label_of
 from excise.recipes import meta
+from excise.recipes.commands.shown import meta_evaluation
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise
 from safetensors.torch import load_file, save_file
 
@@ -95,6 +97,16 @@ def test_a_model_is_what_it_was_after_it_was_rounded_and_taught():
             assert not torch.equal(loaded.model(ids).logits, logits)
         after = loaded.model.state_dict()
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_measurement_that_there_is_can_be_shown():
+    names = [*MEASUREMENTS, BY_LAYER]
+    rows = tuple(meta.Judged(name, "forget_V", "share", 0.9, 0.1, "knows", 1.0, (0.4, 1.0), 0.5, 0.5) for name in names)
+    text = meta_evaluation(
+        meta.MetaEvaluation("pack", ("a", "b"), ("c", "d"), ("e",), 4, 0, rows, (), "excise meta"), None
+    )
+    assert all(label_of(name) in text for name in MEASUREMENTS) and f"{label_of(BY_LAYER)} " not in text
+    assert "Not shown: 1 row " in text
 
 
 @pytest.mark.parametrize(
