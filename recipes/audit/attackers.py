@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ...artifacts.events import Events, Stage
 from ...artifacts.models.memory import free_memory
-from ...editing.numerics.cpu_products import widened_products
 from ...editing.training.adapters import AdapterShape, adapter_modules
 from ...editing.training.packing import packing, recomputes
 from ...editing.training.parallel_adapters import ParallelAdapters
@@ -66,7 +65,7 @@ class AttackTraining:
         training = self if method.whole else replace(self, optimizer="adamw")
         # Asked before whole weights are in fp32.
         products = products_in(self.model.dtype, self.model.device) if method.whole else None
-        with widened_products(self.model), packing(self.model) as can:
+        with packing(self.model) as can:
             packs = can and not recomputes(self.model)
             for some in _alike(attackers, size):
                 rank = {} if some[0].setup.rank == RANK else {"rank": some[0].setup.rank}
