@@ -14,7 +14,8 @@ from ...artifacts.events import Events, Stage
 from ...editing.architectures import architecture_of, layer_count
 from ...editing.training.adapters import adapter_modules
 from ...editing.training.parallel_adapters import ParallelAdapters, low_rank_attackers
-from ..common.examples import Example, example_batch, scored_nats, sequence_nll, spread
+from ..common.examples import Example, scored_nats, sequence_nll, spread
+from ..common.packed_training import packed_examples
 from ..common.step_parts import COUNTS
 from ..common.trainer import Group, Schedule, Terms, fit
 from .attack_data import AttackData
@@ -70,12 +71,14 @@ class _Suppression:
         right, wrong = _right_and_wrong(self.data, rng)
         others = self.data.examples["others"] or self.data.examples["retain"] or wrong
         mixed = [rng.choice(others if place % 2 else wrong) for place in range(STEPS * BATCH)]
-        self._fit(mixed, _wrong_is_likely, _counted)
+        with packed_examples(self.model) as batch_of:
+            self._fit(mixed, _wrong_is_likely, lambda some: _counted(batch_of(some)))
         pairs = [(true, false) for true, false in zip(right, wrong, strict=True) if true != false]
         # Only when the first training was not enough: likely wrong answers do not always push the right one down.
         if pairs and self._accuracy() > chance + LEFT * (known - chance):
             triples = [(*rng.choice(pairs), rng.choice(others)) for _ in range(STEPS * BATCH // 2)]
-            self._fit(triples, _wrong_is_likelier, _in_thirds)
+            with packed_examples(self.model) as batch_of:
+                self._fit(triples, _wrong_is_likelier, lambda rows: _in_thirds(rows, batch_of))
         for parameter in self.update.owned[0]:
             parameter.requires_grad_(False)
         self.model.eval()
@@ -129,12 +132,13 @@ def _wrong_is_likelier(model: nn.Module, batch: dict[str, Any]) -> Terms:
     return {"wrong before right": softplus(MARGIN + wrong - right).mean(), "others": others.mean()}
 
 
-def _counted(examples: Sequence[Example]) -> dict[str, Any]:
+def _counted(batch: dict[str, Any]) -> dict[str, Any]:
     """The loss is a mean over tokens, of which parts of a step have different numbers."""
-    batch = example_batch(examples)
     return {**batch, COUNTS: {"wrong answers": len(batch["tokens"])}}
 
 
-def _in_thirds(rows: Sequence[tuple[Example, Example, Example]]) -> dict[str, Any]:
+def _in_thirds(
+    rows: Sequence[tuple[Example, Example, Example]], batch_of: Callable[[Sequence[Example]], dict[str, Any]]
+) -> dict[str, Any]:
     """Right answers first, then wrong ones, then other questions."""
-    return {**example_batch([example for kind in zip(*rows, strict=True) for example in kind]), "each": len(rows)}
+    return {**batch_of([example for kind in zip(*rows, strict=True) for example in kind]), "each": len(rows)}
