@@ -2,6 +2,7 @@
 
     python benchmarks/whole_runs.py [elm,orthogonalize,...] [--model builtin:testbed] [--concept PACK] [--set key=value]
         [--device cpu] [--dtype auto] [--json]
+    python benchmarks/whole_runs.py --products [--model builtin:testbed]
 
 Each run is the real command line, in a process of its own and with an empty cache. Stages say themselves how many
 tokens they read (``events.jsonl``). The floor of a stage is the time of the layers' products with its tokens, padding
@@ -9,7 +10,8 @@ left out, and of the unembedding's with the positions that are scored, forward a
 the inputs; each at the rate that this machine reaches for that product now, with 512 tokens at a time. A ratio of 1
 would be a run that does nothing else. Decoding reads few tokens at a time, at a lower rate than that, and an update of
 whole weights takes one more product. ``audit`` is the quick one of the edit before it. Runs of different machines
-compare by tokens, padding and ratio.
+compare by tokens, padding and ratio. ``--products`` runs nothing and times the products alone: in bfloat16, and widened to
+fp32, as attackers on processors without matrix units make them.
 """
 
 import argparse
@@ -90,7 +92,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--json", action="store_true", help="One object for all runs, to stdout.")
+    parser.add_argument("--products", action="store_true", help="Time products in bfloat16 and widened to fp32.")
     options = parser.parse_args()
+    if options.products:
+        return print(products(options.model))
     rate, found, edited = measured_rate(options.model, options.device, options.dtype), {}, None
     with tempfile.TemporaryDirectory(prefix="excise-whole-runs-") as place:
         for name in options.runs.split(","):
@@ -153,33 +158,56 @@ def stages(events: Path, whole: float, rate: Rate) -> list[StageTime]:
 
 def measured_rate(ref: str, device: str, dtype: str) -> Rate:
     """Time each distinct product of a model's layers and of its unembedding on random numbers."""
+    where, kind = torch.device(device), choose_dtype(dtype, torch.device(device))
+    shapes, (width, vocabulary) = shapes_of(ref)
+    token = sum(count * seconds_of_product(*shape, where, kind) for shape, count in shapes.items())
+    return Rate(token, seconds_of_product(width, vocabulary, where, kind))
+
+
+def shapes_of(ref: str) -> tuple[dict[tuple[int, int], int], tuple[int, int]]:
+    """Inputs and outputs of the layers' products, with how often each occurs, and of the unembedding."""
     from accelerate import init_empty_weights
 
     config = open_checkpoint(find_model(ref).folder).config
     with init_empty_weights():
         model = model_class(config)._from_config(full_config(config))
     head = model.get_output_embeddings()
-    where, kind = torch.device(device), choose_dtype(dtype, torch.device(device))
     shapes: dict[tuple[int, int], int] = {}
     for module in model.modules():
         if is_linear(module) and module is not head:
             weight: Any = module.weight
             shape = (weight.shape[0], weight.shape[1]) if is_conv1d(module) else (weight.shape[1], weight.shape[0])
             shapes[shape] = shapes.get(shape, 0) + 1
-    token = sum(count * seconds_of_product(*shape, where, kind) for shape, count in shapes.items())
     vocabulary, width = head.weight.shape
-    return Rate(token, seconds_of_product(width, vocabulary, where, kind))
+    return shapes, (width, vocabulary)
 
 
-def seconds_of_product(width: int, outputs: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Of one token with one matrix, the fastest of several times."""
+def products(ref: str) -> str:
+    """A table: each product of a model's layers on this processor, in bfloat16 and widened to fp32."""
+    cpu = torch.device("cpu")
+    lines = []
+    for width, outputs in shapes_of(ref)[0]:
+        times = [
+            AT_ONCE * seconds_of_product(width, outputs, cpu, torch.bfloat16, widened=way) for way in (False, True)
+        ]
+        lines.append([f"{width} to {outputs}", *(f"{1e6 * seconds:.0f}" for seconds in times)])
+    return aligned([f"{AT_ONCE} tokens", "bfloat16, us", "widened to fp32, us"], lines, 110)
+
+
+def seconds_of_product(
+    width: int, outputs: int, device: torch.device, dtype: torch.dtype, *, widened: bool = False
+) -> float:
+    """Of one token with one matrix, the fastest of several times; ``widened`` converts operands to fp32 and the result back."""
     inputs = torch.randn(AT_ONCE, width, device=device, dtype=dtype)
     weight = torch.randn(outputs, width, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(6):
         _finished()
         start = time.perf_counter()
-        inputs @ weight.mT
+        if widened:
+            (inputs.float() @ weight.float().mT).to(dtype)
+        else:
+            inputs @ weight.mT
         _finished()
         best = min(best, time.perf_counter() - start)
     return best / AT_ONCE

@@ -10,7 +10,7 @@ FEWEST = 16
 def faster_in_float32(weight: Tensor, positions: int) -> bool:
     """Whether a product with this weight takes less time in fp32, conversions included.
 
-    Without matrix units (AMX), AVX512-BF16 takes twice as long as fp32 (``docs/measured.md``). Both add in fp32, in another
+    Without matrix units (AMX), AVX512-BF16 takes 1.5 times as long (``docs/measured.md``). Both add in fp32, in another
     order.
     """
     return (

@@ -150,8 +150,9 @@ class _Updated(torch.autograd.Function):
         if frozen is None:
             assert weight is not None
             out = nn.functional.linear(flat, weight.to(kind), None if bias is None else bias.to(kind))
+            rounded = weight.dtype
         else:
-            out = frozen.reshape(len(flat), -1).to(kind, copy=True)
+            out, rounded = frozen.reshape(len(flat), -1).to(kind, copy=True), frozen.dtype
         lowered = flat.new_empty(len(flat), downs[0].shape[0])
         pieces = zip(flat.split(counts), lowered.split(counts), out.split(counts), downs, ups, strict=True)
         for piece, low, updated, down, up in pieces:
@@ -160,7 +161,7 @@ class _Updated(torch.autograd.Function):
             updated.addmm_(low, up.mT, alpha=scale)
         ctx.save_for_backward(x, lowered, weight, *factors)
         ctx.counts, ctx.scale = counts, scale
-        return out.to((frozen if weight is None else weight).dtype).view(*x.shape[:-1], -1)
+        return out.to(rounded).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
