@@ -14,8 +14,8 @@ from .recipes.commands import concept, edit, jobs, look, measure, packs, publish
 from .recipes.commands.failures import INTERRUPTED, explained
 from .recipes.commands.flags import say
 from .recipes.commands.help import PanelGroup, SettingsCommand
-from .recipes.commands.session import watcher
-from .recipes.common.ranks import work_alone
+from .recipes.commands.session import settle, tell, watcher
+from .recipes.common.ranks import LAUNCH, launch_of, work_alone
 
 app = typer.Typer(
     cls=PanelGroup,
@@ -106,11 +106,7 @@ def main() -> None:
     """Entry point: turns every error into one line and an exit code."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    works, sentence = work_alone(os.environ)
-    if sentence:
-        sys.stderr.write(f"excise: {sentence}\n")
-    if not works:
-        sys.exit(0)
+    _divide(arguments)
     # Not by way of SIGINT, which a shell's background jobs ignore.
     signal.signal(signal.SIGTERM, _stop)
     sys.unraisablehook = _interrupt_again
@@ -124,12 +120,29 @@ def main() -> None:
             raise
         line, code = explained(error, arguments)
         if line:
-            sys.stderr.write(f"excise: {line}\n")
+            tell(line)
         # An interrupt within code that was compiled from a text, as libraries do while they are imported, leaves a mark in
         # the interpreter, which would end the process by the signal and not by the code; running any text clears it.
         exec("")
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _divide(arguments: list[str]) -> None:
+    """Of several processes that a launcher started, one goes on; the others help it or stop here."""
+    launch = launch_of(os.environ, arguments)
+    if launch is None:
+        works, sentence = work_alone(os.environ)
+        if sentence:
+            tell(sentence)
+        if not works:
+            sys.exit(0)
+    elif launch.rank:
+        from .recipes.common.team import follow
+
+        settle()
+        sys.exit(follow(launch, tell))
+    LAUNCH.set(launch)
 
 
 def _stop(*_: Any) -> None:

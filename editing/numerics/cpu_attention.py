@@ -28,12 +28,17 @@ def attend_by_products(model: Any) -> None:
     stay the same bit for bit, except inside ``products_everywhere``. A model that does not use transformers' fused
     attention is not changed.
     """
+    if model.config._attn_implementation != "sdpa":
+        return
+    make_products_known()
+    model.set_attn_implementation(PRODUCTS)
+
+
+def make_products_known() -> None:
+    """Let transformers know this attention by its name, which a model that came from another process has already."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
-
-    if model.config._attn_implementation != "sdpa":
-        return
 
     def attend(
         module: nn.Module,
@@ -72,7 +77,6 @@ def attend_by_products(model: Any) -> None:
 
     AttentionInterface.register(PRODUCTS, attend)
     AttentionMaskInterface.register(PRODUCTS, sdpa_mask)
-    model.set_attn_implementation(PRODUCTS)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,17 +16,19 @@ from ...artifacts.reporting.results import measurements_as_json
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Subspace
 from ...editing.errors import RequestError
-from ...editing.hooks.concept_ablation import concept_ablated
+from ...editing.hooks.concept_ablation import Ablation, Mode, Value, concept_ablated
 from ...editing.modules import causal_model
+from ...editing.wiring.row import Architecture
 from ...eval.concept import ContrastPair
 from ...eval.measurements.behaviour import learned
 from ...eval.measurements.multiple_choice import scores as multiple_choice
 from ...eval.statistics import summarize
 from ..common import adapter_job, adapter_run
-from ..common.examples import Example, completion_loss
+from ..common.examples import Example, completion_loss, example_batch
 from ..common.measured_run import subject_of
-from ..common.packed_training import packed_examples
-from ..common.trainer import fit
+from ..common.packed_training import PackedObjective
+from ..common.sharded_run import fit_objective
+from ..common.trainer import Terms
 from .direction_sources import SOURCES, Readings, SourceInputs, mean_projection, refreshed
 from .request import CaftJob
 
@@ -41,6 +43,39 @@ READ_ROWS = 256
 class Control:
     scores: list[dict[str, Any]]
     readings: Readings
+
+
+@dataclass
+class AblatedFineTuning(PackedObjective):
+    """Completions, learned while directions are ablated."""
+
+    rows: Sequence[Example]
+    row: Architecture
+    removed: tuple[Subspace | SparseLatents, ...]
+    mode: Mode
+    value: Value
+    ablation: Ablation | None = None
+    """While it trains."""
+
+    def collate(self, rows: list[Example]) -> dict[str, Any]:
+        """Sequences as one forward reads them."""
+        return example_batch(rows, in_one_row=self.in_one_row)
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
+        """Of the completions."""
+        return completion_loss(model, batch)
+
+    @contextmanager
+    def while_training(self, model: Any) -> Iterator[None]:
+        """The ablation, on packed rows."""
+        with super().while_training(model):
+            with concept_ablated(model, self.row, self.removed, self.mode, self.value) as self.ablation:
+                yield
+            self.ablation = None
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Switch the ablation off while the context lasts."""
+        return self.ablation.pause() if self.ablation else nullcontext()
 
 
 class ControlRuns:
@@ -59,15 +94,12 @@ class ControlRuns:
         self.events, self.work = events, work
         self.base = self.read()
 
-    @contextmanager
-    def ablated(self, model: Any, removed: Sequence[Subspace | SparseLatents]) -> Iterator[None]:
-        """What holds while a model trains; with nothing to remove nothing is ablated."""
+    def objective(self, removed: Sequence[Subspace | SparseLatents]) -> "AblatedFineTuning":
+        """What is trained; with nothing to remove nothing is ablated."""
         settings = self.prepared.settings
-        # Held, so that the monitor can pause it.
-        with concept_ablated(
-            model, self.prepared.adapter.run.row, removed, settings.mode, settings.value
-        ) as self.ablation:
-            yield
+        return AblatedFineTuning(
+            self.order, self.prepared.adapter.run.row, tuple(removed), settings.mode, settings.value
+        )
 
     def read(self, most: int = READ_ROWS) -> Readings:
         """The stream of the model as it is now, where something is to be said."""
@@ -78,20 +110,14 @@ class ControlRuns:
         prepared, settings = self.prepared, self.prepared.settings
         with adapter_run.being_trained(prepared.adapter, self.loaded.model) as tuned:
             model = tuned.model
-            with (
-                self.events.stage(f"train the control: {name}", settings.steps) as stage,
-                packed_examples(model) as collate,
-                self.ablated(model, removed),
-            ):
-                schedule = adapter_job.schedule_of(prepared.adapter, save_every=0)
-                fit(
+            with self.events.stage(f"train the control: {name}", settings.steps) as stage:
+                fit_objective(
                     model,
-                    self.order,
+                    self.objective(removed),
                     stage,
                     self.work / f"control-{name}",
-                    completion_loss,
-                    schedule,
-                    collate,
+                    adapter_job.schedule_of(prepared.adapter, save_every=0),
+                    prepared.adapter.run.row.layers,
                     products=adapter_job.products_of(prepared.adapter),
                 )
             model.eval()
@@ -112,19 +138,24 @@ class DriftMonitor:
     """Looks, while training and with the ablation paused, at where the stream goes and whether the concept moved
     elsewhere."""
 
-    def __init__(self, trial: ControlRuns, subspaces: Sequence[Subspace], path: Path):
-        self.trial, self.subspaces, self.path = trial, subspaces, path
+    def __init__(self, trial: ControlRuns, subspaces: Sequence[Subspace], path: Path, objective: AblatedFineTuning):
+        self.trial, self.subspaces, self.path, self.objective = trial, subspaces, path, objective
         self.rows = trial.prepared.settings.watch
         self.base = trial.read(self.rows) if subspaces and self.rows else Readings()
 
+    def looks(self, step: int) -> bool:
+        """At steps 1, 2, 4 and so on, and the last, where there are directions to look along."""
+        # step & (step - 1) is 0 for powers of two.
+        at = not step & (step - 1) or step == self.trial.prepared.settings.steps
+        return at and bool(self.subspaces and self.rows)
+
     def __call__(self, step: int) -> None:
-        # Steps 1, 2, 4 and so on, and the last: step & (step - 1) is 0 for powers of two.
-        if step & (step - 1) and step != self.trial.prepared.settings.steps:
+        if not self.looks(step):
             return
         model = self.trial.loaded.model
         training = model.training
         model.eval()
-        with self.trial.ablation.pause():
+        with self.objective.pause():
             now = self.trial.read(self.rows)
             record = {
                 "step": step,

@@ -5,8 +5,7 @@ plain fine-tune, measured as it is used, without any ablation.
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,22 +22,23 @@ from ...editing.edits.base import WeightEdit
 from ...editing.errors import ConceptError, RequestError, counted
 from ...editing.modules import language_config
 from ..common import adapter_job, adapter_run
-from ..common.examples import Example, completion_loss, cycled, example_batch
+from ..common.adapter_run import Training
+from ..common.examples import Example, cycled
 from ..common.measured_run import Finished, Job
 from ..common.memory_plan import MemoryPlan, RunMemory
 from ..common.memory_sizes import Rows, largest_of
-from ..common.packed_training import PackedTraining, planned_rows
+from ..common.packed_training import planned_rows
 from ..common.tokens import Row
 from ..common.trainer import Terms
 from ..data.datasets import TuningData, encoded, find_data
-from .controls import READ_ROWS, ControlRuns, DriftMonitor, directions_of, picked, some_pairs
+from .controls import READ_ROWS, AblatedFineTuning, ControlRuns, DriftMonitor, directions_of, picked, some_pairs
 from .direction_sources import BATCH as READ_AT_ONCE
 from .direction_sources import PAIRS_LEFT_OUT, mean_projection, refreshed
 from .request import CaftJob, CaftSettings
 from .sae_latent_scores import by_attribution, by_contrast, ranked
 from .story import story
 
-__all__ = ["CaftSettings", "describe", "learn", "memory", "prepare", "run", "story"]
+__all__ = ["CaftSettings", "describe", "learn", "memory", "prepare", "run", "story", "trains_whole_weights"]
 
 RECIPE = "caft"
 LONGEST_ROW = 1024
@@ -145,6 +145,11 @@ def describe(prepared: CaftJob) -> dict[str, Any]:
     )
 
 
+def trains_whole_weights(prepared: CaftJob) -> bool:
+    """Whether several processes can share the training."""
+    return prepared.adapter.whole
+
+
 def memory(prepared: CaftJob) -> MemoryPlan:
     """What a run would hold in memory."""
     needs, settings = RunMemory.of(prepared.adapter.run), prepared.settings
@@ -222,7 +227,8 @@ def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path
     if subspaces:
         save_directions(subspaces, work / FILE)
 
-    watch = DriftMonitor(trial, subspaces, work / "watched.json")
+    objective = trial.objective(as_they_fire or subspaces)
+    watch = DriftMonitor(trial, subspaces, work / "watched.json", objective)
 
     about = {
         "source": settings.directions_file.name if settings.directions_file else settings.directions,
@@ -253,43 +259,43 @@ def _training(prepared: CaftJob, loaded: LoadedModel, events: Events, work: Path
         )
     checked_rows = [example.ids for example in learn.examples[:16]]
     report = {"training": training, "warnings": warnings, "caft": about}
-    return CaftTraining(order, checked_rows, trial, as_they_fire or subspaces, watch, report)
+    return CaftTraining(checked_rows, trial, objective, watch, report)
 
 
 @dataclass
-class CaftTraining(PackedTraining):
-    """Completions, learned while directions are ablated."""
+class CaftTraining(Training):
+    """The fine-tune that is published, and what is seen of it."""
 
-    rows: Sequence[Example]
     checked_rows: Sequence[Row]
     trial: ControlRuns
-    removed: Sequence[Subspace | SparseLatents]
+    ablated: AblatedFineTuning
     monitor: DriftMonitor
     sections: dict[str, Any]
 
     def __post_init__(self) -> None:
-        prepared = self.trial.prepared
+        self.rows, prepared = self.ablated.rows, self.trial.prepared
         lengths = [len(example.ids) for example in self.rows]
         self.step_rows = planned_rows(prepared.adapter, lengths, prepared.settings.batch_size)
 
+    def objective(self) -> AblatedFineTuning:
+        """Completions, while directions are ablated."""
+        return self.ablated
+
     def collate(self, rows: list[Example]) -> dict[str, Any]:
-        """Sequences as one forward reads them."""
-        return example_batch(rows, in_one_row=self.in_one_row)
+        """The objective's."""
+        return self.ablated.collate(rows)
 
     def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
-        """Of the completions."""
-        return completion_loss(model, batch)
-
-    @contextmanager
-    def while_training(self, model: Any) -> Iterator[None]:
-        """The ablation, on packed rows."""
-        with super().while_training(model), self.trial.ablated(model, self.removed):
-            yield
+        """The objective's."""
+        return self.ablated.loss(model, batch)
 
     def after_step(self, step: int) -> None:
-        """Look at where the stream goes, where there are directions to look along."""
-        if self.monitor.subspaces and self.monitor.rows:
-            self.monitor(step)
+        """Look at where the stream goes."""
+        self.monitor(step)
+
+    def looks(self, step: int) -> bool:
+        """Whether the stream is looked at after this step."""
+        return self.monitor.looks(step)
 
     def report(self, model: Any) -> dict[str, Any]:
         """What was ablated, and what of it came in all the same."""

@@ -17,6 +17,11 @@ from .failures import interruptible
 Plan = dict[str, Any]
 
 
+def tell(line: str) -> None:
+    """What the program says of itself, apart from results."""
+    sys.stderr.write(f"excise: {line}\n")
+
+
 def settle() -> None:
     """Before a model: freed memory is used again, and libraries keep their own bars and notices off the terminal."""
     from ..common.memory import keep_freed_memory
@@ -79,8 +84,10 @@ def carry_out(
         The settings, and what ``run`` returned; of a dry run, the plan.
     """
     from ...artifacts.models.outline import outlines
+    from ..common.ranks import processes, started_by
     from ..common.run_folder import RunSettings, free_folder, next_folder, resumed
     from ..common.settings import load_settings
+    from ..common.team import shared_with_others
 
     settings = load_settings(kind, config, assignments, flags)
     assert isinstance(settings, RunSettings)
@@ -101,8 +108,13 @@ def carry_out(
         prepared = module.prepare(settings, resume=resume)
         if dry_run:
             return settings, _planned(module, prepared)
-    again, events = [*command, "--out", str(out), "--resume", *more], Events(watcher=watcher())
-    with interruptible(out, again):
+    whole = getattr(module, "trains_whole_weights", None)
+    shared = whole is not None and whole(prepared)
+    again = [*started_by(shared=shared), *command, "--out", str(out), "--resume", *more]
+    events = Events(watcher=watcher())
+    with interruptible(out, again), shared_with_others(shared, tell):
+        if shared and processes() > 1:
+            events.note(f"{processes()} processes share the training of whole weights")
         return settings, run(prepared, events, shlex.join(again)) if run else module.run(prepared, events)
 
 

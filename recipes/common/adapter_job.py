@@ -24,6 +24,7 @@ from ...eval.items import for_training
 from . import measured_run
 from .deduplicate import without_overlap
 from .measured_run import Job, MeasuredSettings
+from .ranks import LAUNCH, processes
 from .trainer import Schedule
 from .whole_weights import Optimizer, products_in, whole_weights
 
@@ -217,9 +218,25 @@ def schedule_of(job: AdapterJob, save_every: int) -> Schedule:
     )
 
 
+def _check_processes(run: Job) -> None:
+    """Each process that shares a training works on a GPU of its own, or all on the processor."""
+    launch = LAUNCH.get()
+    if processes() == 1 or launch is None or run.device.type == "cpu":
+        return
+    if run.device.type != "cuda" or ":" in run.settings.device:
+        raise RequestError(
+            f"device={run.settings.device} names one GPU, and each of {launch.count} processes takes its own; use"
+            " --device cuda, or cpu"
+        )
+    here = int(launch.variables.get("LOCAL_WORLD_SIZE", launch.count))
+    if (count := torch.cuda.device_count()) < here:
+        raise RequestError(f"{here} processes on a machine with {count} GPUs cannot have one each; start {count}")
+
+
 def _checked_room(run: Job) -> Optimizer:
     """Whole weights need memory to train, and disk to be kept as an edit: once for the run, once in the checkpoint."""
-    whole = whole_weights(run.checkpoint, run.device)
+    _check_processes(run)
+    whole = whole_weights(run.checkpoint, run.device, processes())
     if not whole.fits:
         # Not every recipe can train an adapter instead.
         other = "tune=lora" if hasattr(run.settings, "tune") else "a smaller model or a device with more memory"

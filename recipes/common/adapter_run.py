@@ -1,9 +1,9 @@
 """A whole run that trains an adapter: measure the base, train, merge, measure and publish the checkpoint."""
 
 import shutil
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ from .base_figures import Measured
 from .measured_run import Finished, Inspection
 from .memory_plan import step_in_parts
 from .memory_sizes import Rows
+from .objective import Objective
+from .ranks import processes
+from .sharded_run import fit_objective
 from .step_parts import Room
 from .tokens import Row
-from .trainer import Terms, fit
 
 ADAPTER = "adapter"
 REPORT = "learned.json"
@@ -45,12 +47,10 @@ MERGED_KL = 0.05
 """Nats by which the merged checkpoint may differ from base and adapter: rounding to its stored type, no more."""
 
 
-class Training(ABC):
+class Training(Objective):
     """What a recipe trains on, its loss, and what it reports; a recipe gives the first three and overrides what it
     needs."""
 
-    rows: Sequence[Any]
-    """What batches are made of; each is used at most once an epoch."""
     checked_rows: Sequence[Row]
     """Sequences on which the merged checkpoint must agree with base and adapter."""
 
@@ -61,28 +61,24 @@ class Training(ABC):
     """The last layer that the loss computes; None computes all."""
 
     @abstractmethod
-    def loss(self, model: Any, batch: Any) -> Terms:
-        """Terms of the mean loss of a batch, each weighted already."""
-
-    @abstractmethod
-    def collate(self, rows: list[Any]) -> Any:
-        """A batch of some rows."""
-
-    @abstractmethod
     def report(self, model: Any) -> dict[str, Any]:
         """Sections of ``eval.json``: how it was trained, and what shows on the trained model, adapter on."""
 
-    def while_training(self, model: Any) -> AbstractContextManager[object]:
-        """What holds of the model while it trains, and only then."""
-        return nullcontext()
+    def objective(self) -> Objective:
+        """What is minimized; of a training that several processes can share, without the model."""
+        return self
 
-    def less(self) -> bool:
-        """Compute less of a row at once, because memory ran out; says whether the loss can."""
-        return False
+    def begin(self, model: Any) -> None:
+        """Change the weights to where training begins."""
+        return
 
     def after_step(self, step: int) -> None:
         """Called after each optimizer step, with their number."""
         return
+
+    def looks(self, step: int) -> bool:
+        """Whether ``after_step`` does anything after this step; asked of a training that several processes share."""
+        return False
 
 
 MakeTraining = Callable[[LoadedModel, Events, Path], Training]
@@ -174,17 +170,17 @@ def learn(job: AdapterJob, loaded: LoadedModel, make_training: MakeTraining, wor
         # The reentrant form passes on no gradient where a layer's inputs need none, as behind frozen embeddings.
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     with being_trained(job, loaded.model) as tuned:
-        with events.stage("train", job.settings.steps) as stage, training.while_training(tuned.model):
-            room = fit(
+        training.begin(tuned.model)
+        with events.stage("train", job.settings.steps) as stage:
+            room = fit_objective(
                 tuned.model,
-                training.rows,
+                training.objective(),
                 stage,
                 work / "training",
-                training.loss,
                 schedule_of(job, save_every=50),
-                training.collate,
+                job.run.row.layers,
                 after_step=training.after_step,
-                less=training.less,
+                looks=training.looks,
                 parts=parts,
                 products=products_of(job),
             )
@@ -247,6 +243,8 @@ def _write_trained(job: AdapterJob, model: Any, training: Training, room: Room, 
     report = training.report(model)
     # How a step was computed changes no more than rounding, and is recorded all the same.
     report["training"] |= room.describe()
+    if (count := processes()) > 1 and job.whole:
+        report["training"]["processes"] = count
     if job.optimizer != "adamw":
         report["training"]["optimizer"] = job.optimizer
     write_sealed(work / REPORT, report)

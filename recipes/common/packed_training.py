@@ -12,10 +12,11 @@ from .adapter_job import AdapterJob
 from .adapter_run import Training
 from .examples import Example, example_batch
 from .memory_sizes import Rows, largest_packed
+from .objective import Objective
 
 
-class PackedTraining(Training):
-    """A training that packs the rows of a step."""
+class PackedObjective(Objective):
+    """An objective that packs the rows of a step."""
 
     _packing: Any = None
     """The model, while it reads packed rows."""
@@ -31,6 +32,10 @@ class PackedTraining(Training):
     def in_one_row(self) -> bool:
         """Whether rows are packed now."""
         return self._packing is not None and not recomputes(self._packing)
+
+
+class PackedTraining(PackedObjective, Training):
+    """A training that packs the rows of a step."""
 
 
 def planned_rows(job: AdapterJob, lengths: Sequence[int], size: int) -> Rows:

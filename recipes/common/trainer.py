@@ -2,28 +2,31 @@
 
 import logging
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, save_fsdp_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
 from ...artifacts.events import Stage
-from ...artifacts.files.opened import Telling, Unreadable
-from ...artifacts.files.written import SEAL, check_sealed, files_in, seal_files
+from ...artifacts.files.written import SEAL, files_in, seal_files
 from ...artifacts.models.load import bfloat16_is_fast
-from ...editing.errors import ExciseError, OutOfMemory, RequestError, one_line
+from ...editing.errors import ExciseError, OutOfMemory, one_line
 from ...editing.modules import causal_model
 from ...editing.numerics.out_of_memory import give_back, memory_ran_out
 from ...editing.training.dropout import without_dropout
 from .ranks import refuse_ranks
+from .shares import SHARDED_ADVICE, Shares
 from .step_parts import ADVICE, SHARES, Room, split
+from .training_state import CHECKPOINT, LAST_GOOD, last_complete
 from .whole_weights import Optimizer, computed_in
 
 log = logging.getLogger(__name__)
@@ -31,8 +34,6 @@ Terms = dict[str, Tensor]
 """Parts of a loss, each weighted already; their sum is minimized."""
 Loss = Callable[[nn.Module, Any], Terms]
 """Terms of the mean loss of a batch."""
-LAST_GOOD = "last-good"
-CHECKPOINT = "checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class _StepCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # The library has written everything else by now, so a state without a seal is half of one.
+        if self.trainer.shares and not self.trainer.shares.all_have_written():
+            return
         folder = Path(args.output_dir) / f"{CHECKPOINT}{state.global_step}"
         # Names include the folder's, because a state under another number is no state.
         seal_files(folder / SEAL, files_in(folder, f"{folder.name}/"))
@@ -134,6 +137,46 @@ class _Trainer(Trainer):
     room: Room
     groups: Sequence[Group] = ()
     products: torch.dtype | None = None
+    is_fsdp_enabled: bool
+    shares: Shares | None = None
+    """How the processes that hold a part of the model each divide a step."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The library's; on processors it knows how to shard, and does not switch that on."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            state = self.accelerator.state
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The library's; of a sharded model its weights, which states of a training hold by themselves."""
+        if self.shares is None:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, output_dir)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Of several processes, each goes through all rows, and computes its share of every step."""
+        if self.shares is None:
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            self._train_batch_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+        )
+        loader = prepare_data_loader(
+            loader,
+            self.args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=False,
+            use_seedable_sampler=True,
+            data_seed=self.args.data_seed,
+        )
+        return loader
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """All parts of a step; where memory runs out, the same step again in smaller ones."""
@@ -146,6 +189,9 @@ class _Trainer(Trainer):
                 if not memory_ran_out(error):
                     raise
                 words = one_line(error, 120)
+            if self.shares:
+                # The others are in the middle of the same step, and take as many forwards as this process was to take.
+                raise OutOfMemory(f"memory ran out in a training step of a sharded model ({words}); {SHARDED_ADVICE}")
             # Outside the handler, whose exception would keep the failed part's tensors alive.
             for parameter in (*model.parameters(), *(p for group in self.groups for p in group.parameters)):
                 # A part may have left its gradient before the next one failed.
@@ -156,7 +202,8 @@ class _Trainer(Trainer):
 
     def _whole_step(self, model: nn.Module, rows: Sequence[Any]) -> Tensor:
         sums: Terms = {}
-        for part in split(rows, self.room.parts, self.recipe_collate):
+        divide = self.shares.of if self.shares else split
+        for part in divide(rows, self.room.parts, self.recipe_collate):
             with self.compute_loss_context_manager(), computed_in(self.products, self.args.device):
                 terms = self._terms(model, self._prepare_inputs(part.batch))
                 weighted = {name: value / part.divisor for name, value in terms.items()}
@@ -165,6 +212,8 @@ class _Trainer(Trainer):
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in weighted.items()}
         assert sums, "a step has rows"
         stacked = torch.stack(list(sums.values()))
+        if self.shares:
+            stacked = self.shares.mean(stacked)
         # The one place where a step waits for its device: all terms of all parts at once.
         self._check(dict(zip(sums, stacked.tolist(), strict=True)))
         return stacked.sum()
@@ -216,6 +265,7 @@ def fit(
     less: Callable[[], bool] = lambda: False,
     parts: int = 1,
     products: torch.dtype | None = None,
+    shares: Shares | None = None,
 ) -> Room:
     """Train a model in place; a killed run resumes from ``folder`` and ends in the same weights.
 
@@ -231,6 +281,7 @@ def fit(
         parts: Parts of each part that accumulation asks for, as a memory plan says.
         products: What matrix products of the loss are computed in where that is not the parameters' type, see
             ``products_in``; softmaxes, norms and sums stay in fp32.
+        shares: Of a model whose weights are spread over processes, how they divide a step; each of them calls this.
 
     Returns:
         How much was computed at once in the end.
@@ -241,12 +292,14 @@ def fit(
         RequestError: A stored state was changed since it was written.
     """
     device = _device_of(model)
+    if shares is None:
+        refuse_ranks()
     half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
     optimizer = _grouped(groups, schedule) if groups else None
     steps = _StepCallback(stage, groups, schedule.max_grad_norm, after_step)
     trainer = _Trainer(
         model=model,
-        args=_arguments(schedule, folder, device, clipped=not groups, half=half),
+        args=_arguments(schedule, folder, device, clipped=not groups, half=half, sharded=shares is not None),
         train_dataset=list(rows),
         data_collator=lambda some: {ROWS: _Rows(some)},
         optimizers=(optimizer, _warm_from_the_first_step(optimizer, schedule)),
@@ -254,7 +307,7 @@ def fit(
     )
     trainer.recipe_loss, trainer.recipe_collate = loss, collate or default_data_collator
     trainer.stage, trainer.folder, trainer.groups, trainer.products = stage, folder, groups, products
-    steps.trainer = trainer
+    steps.trainer, trainer.shares = trainer, shares
     asked = schedule.gradient_accumulation_steps
     trainer.room = room = Room(asked * parts, asked, less)
     trainer.model_accepts_loss_kwargs = False
@@ -262,7 +315,8 @@ def fit(
     trainer.pop_callback(PrinterCallback)
     try:
         with without_dropout(model):
-            trainer.train(resume_from_checkpoint=_last_complete(folder, schedule.steps))
+            last = shares.resume if shares else last_complete(folder, schedule.steps)
+            trainer.train(resume_from_checkpoint=last)
     finally:
         room.restore(model)
     if steps.skipped:
@@ -283,14 +337,13 @@ def _device_of(model: nn.Module) -> torch.device:
     """Where the batches of a training go.
 
     Raises:
-        ExciseError: A part of the model is not on a device, or this process is one of several.
+        ExciseError: A part of the model is not on a device.
     """
     places = {str(place) for place in getattr(causal_model(model), "hf_device_map", {}).values()}
     if len(places) > 1 and places & {"cpu", "disk"}:
         raise ExciseError(
             "a part of the model is in main memory or on disk, from where it cannot be trained; use a GPU that holds it"
         )
-    refuse_ranks()
     return next(model.parameters()).device
 
 
@@ -311,7 +364,7 @@ class _Arguments(TrainingArguments):
 
 
 def _arguments(
-    schedule: Schedule, folder: Path, device: torch.device, *, clipped: bool, half: bool
+    schedule: Schedule, folder: Path, device: torch.device, *, clipped: bool, half: bool, sharded: bool = False
 ) -> TrainingArguments:
     arguments = _Arguments(
         output_dir=str(folder),
@@ -331,6 +384,7 @@ def _arguments(
         data_seed=schedule.seed,
         **precision(device, half),
         **({} if schedule.optimizer == "adamw" else {"optim": schedule.optimizer}),
+        **({"fsdp": True, "fsdp_config": FSDP} if sharded else {}),
         # The library knows CUDA and Apple's GPUs; any other device is the processor to it, and models stay where they are.
         use_cpu=device.type not in ("cuda", "mps"),
         save_strategy="steps" if schedule.save_every else "no",
@@ -351,6 +405,10 @@ def _arguments(
         # The library has just made its first GPU the current one.
         torch.cuda.set_device(device)
     return arguments
+
+
+FSDP = {"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
+"""The model is sharded before the library sees it; what it stores to resume from is whole, in one process's files."""
 
 
 def precision(device: torch.device, half: bool) -> dict[str, bool]:
@@ -379,36 +437,3 @@ def _warm_from_the_first_step(optimizer: torch.optim.Optimizer | None, schedule:
         return None
     assert optimizer is not None and schedule.decay == "constant", "attackers alone are looked at after one step"
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (schedule.warmup_steps + 1)))
-
-
-def _last_complete(folder: Path, steps: int) -> str | None:
-    """The newest whole checkpoint; those that a kill left half-written or half-removed are deleted.
-
-    Raises:
-        RequestError: A checkpoint was changed since it was written, or is of a longer training.
-    """
-    whole = []
-    for checkpoint in folder.glob(f"{CHECKPOINT}*"):
-        step = _step_of(checkpoint)
-        if step is None:
-            shutil.rmtree(checkpoint)
-        elif step > steps:
-            raise RequestError(f"{checkpoint} is the state of step {step} of {steps}; {_AGAIN}")
-        else:
-            whole.append((step, str(checkpoint)))
-    return max(whole)[1] if whole else None
-
-
-_AGAIN = "it is no state of this training, so remove the run's folder and start the run again"
-
-
-def _step_of(checkpoint: Path) -> int | None:
-    """The step that a checkpoint was written after; None if it is not whole."""
-    if not (checkpoint / SEAL).exists():
-        return None
-    with Telling(RequestError, _AGAIN).about(checkpoint):
-        gone, changed = check_sealed(checkpoint / SEAL, checkpoint.parent)
-        if changed:
-            raise Unreadable(f"{changed[0]} was changed since it was written")
-    # Old checkpoints are removed file by file.
-    return None if gone else int(checkpoint.name.removeprefix(CHECKPOINT))

@@ -32,6 +32,8 @@ class WholeWeights:
     """Bytes that are free on the device."""
     full: int
     """Bytes that it takes with all states in fp32."""
+    processes: int = 1
+    """That share the training, with the states in full."""
 
     @property
     def fits(self) -> bool:
@@ -53,6 +55,8 @@ class WholeWeights:
     def missing(self) -> str:
         """Why it does not fit, and what would."""
         told = f"needs {self.need / 1e9:.1f} GB of memory and {self.free / 1e9:.1f} GB are free"
+        if self.processes > 1:
+            return f"in {self.processes} processes {told}"
         small = int(self.full * (OTHER_BYTES + MOMENT_BYTES["adamw_8bit"]) / (OTHER_BYTES + MOMENT_BYTES["adamw"]))
         if self.optimizer != "adamw" or small > self.free:
             return told
@@ -78,11 +82,28 @@ def computed_in(products: torch.dtype | None, device: torch.device) -> AbstractC
     return torch.autocast(device.type, products, cache_enabled=False)
 
 
-def whole_weights(checkpoint: Checkpoint, device: torch.device) -> WholeWeights:
+def whole_weights(checkpoint: Checkpoint, device: torch.device, processes: int = 1) -> WholeWeights:
     """The first optimizer with which every weight of a model can be trained in what is free now; the one in full where
-    none fits."""
+    none fits, or where several processes share the training."""
     elements = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    if processes > 1:
+        need = shared_need(elements, processes, device)
+        return WholeWeights("adamw", need, free_memory(device), need, processes)
     return choose(elements, free_memory(device), device)
+
+
+def shared_need(elements: int, processes: int, device: torch.device) -> int:
+    """Bytes that training so many whole weights takes of the memory that is looked at, where processes share them.
+
+    On a GPU that is one process's part of the weights, gradients and moments, and in the first what weights were. In main
+    memory it is all parts, beside the whole model in fp32 and what it was.
+
+    Example:
+        >>> shared_need(10**9, 4, torch.device("cuda")) / 10**9
+        8.0
+    """
+    parts, before = 4 + 4 + MOMENT_BYTES["adamw"], 4
+    return int(elements * (parts / processes + before if device.type == "cuda" else parts + 4 + before))
 
 
 def choose(elements: int, free: int, device: torch.device) -> WholeWeights:

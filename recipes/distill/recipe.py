@@ -4,9 +4,8 @@ Lee et al. 2025, "Distillation robustifies unlearning": what an edit hides is st
 little training. A student whose weights were moved toward noise has lost it, and learns only what the teacher shows.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,19 @@ from ...editing.modules import unembedding
 from ...editing.training.soft_targets import keep_top
 from ...editing.wiring.row import spelled
 from ..common import adapter_run
+from ..common.adapter_run import Training
 from ..common.examples import spread
 from ..common.measured_run import Finished
 from ..common.memory_plan import MemoryPlan, RunMemory, tokens_at_once
 from ..common.memory_sizes import Rows
 from ..common.prefix_cache import READ, final_hidden_states
 from ..common.tokens import Row, encode
+from ..common.trainer import Terms
 from ..data.unlearning_sets import forget_examples, retain_examples
 from ..elm.batches import (
     TARGET_BYTES,
     TERMS,
-    SequenceTraining,
+    SequenceObjective,
     TrainingSequence,
     arrange,
     largest_part,
@@ -43,7 +44,12 @@ from .request import DistillJob, DistillSettings, describe, prepare
 from .rows import beginnings, rows_to_read
 from .story import story
 
-__all__ = ["DistillSettings", "describe", "learn", "memory", "prepare", "run", "story"]
+__all__ = ["DistillSettings", "describe", "learn", "memory", "prepare", "run", "story", "trains_whole_weights"]
+
+
+def trains_whole_weights(_: DistillJob) -> bool:
+    """Whether several processes can share the training."""
+    return True
 
 
 def memory(job: DistillJob) -> MemoryPlan:
@@ -118,7 +124,19 @@ def _read(
     return read
 
 
-class DistillTraining(SequenceTraining):
+@dataclass
+class Distillation(SequenceObjective):
+    """The divergence from what the models predict."""
+
+    rows: Sequence[Sequence[TrainingSequence]]
+    tokens_at_once: int
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
+        """Of both kinds of sequences alike."""
+        return sequence_loss(dict.fromkeys(TERMS, 1.0))(model, batch)
+
+
+class DistillTraining(Training):
     """Sequences about the concept as the edited model predicts them, and others as the base does."""
 
     def __init__(self, job: DistillJob, model: nn.Module, sequences: dict[str, list[TrainingSequence]]):
@@ -126,15 +144,24 @@ class DistillTraining(SequenceTraining):
         self.job, self.sequences = job, sequences
         self.rows = arrange(sequences, settings.steps * settings.batch_size, settings.seed)
         self.checked_rows = [one.ids for kind in ("forget", "retain 0") for one in sequences[kind][:8]]
-        self.tokens_at_once = tokens_at_once(job.adapter, part_size(job.adapter.run.device))
-        self.weighted_loss = sequence_loss(dict.fromkeys(TERMS, 1.0))
+        most = tokens_at_once(job.adapter, part_size(job.adapter.run.device))
+        self.distillation = Distillation(self.rows, most)
 
-    @contextmanager
-    def while_training(self, model: Any) -> Iterator[None]:
+    def objective(self) -> Distillation:
+        """The divergence from what the models predict."""
+        return self.distillation
+
+    def collate(self, rows: list[Sequence[TrainingSequence]]) -> dict[str, Any]:
+        """The objective's."""
+        return self.distillation.collate(rows)
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
+        """The objective's."""
+        return self.distillation.loss(model, batch)
+
+    def begin(self, model: nn.Module) -> None:
         """The student begins as the teacher, moved toward noise."""
         damage(model, self.job)
-        with super().while_training(model):
-            yield
 
     def report(self, model: Any) -> dict[str, Any]:
         """What was distilled from what."""

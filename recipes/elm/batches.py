@@ -15,9 +15,10 @@ from ...editing.modules import final_hidden, unembedding
 from ...editing.training.packing import packed, read_packed
 from ...editing.training.soft_targets import SoftTargets, join, soft_divergence
 from ...eval.inference.likelihood import pad_right
+from ..common.adapter_run import Training
 from ..common.examples import cycled, split_by_length
 from ..common.memory_sizes import Rows
-from ..common.packed_training import PackedTraining
+from ..common.packed_training import PackedObjective
 from ..common.tokens import Row
 from ..common.trainer import Loss, Terms
 
@@ -191,16 +192,19 @@ class _Given(torch.autograd.Function):
         return None, *(one * upstream[0].to(one) for one in ctx.gradients)
 
 
-class SequenceTraining(PackedTraining):
+class SequenceObjective(PackedObjective):
     """Groups of sequences, trained toward soft targets in forwards of as many tokens as fit."""
 
     tokens_at_once: int
     """Tokens of one forward, at most."""
-    weighted_loss: Loss
 
     def collate(self, rows: list[Sequence[TrainingSequence]]) -> dict[str, Any]:
         """Parts, each a forward of its own."""
         return collate(rows, self.tokens_at_once, in_one_row=self.in_one_row)
+
+    def pieces(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """The parts, each a batch."""
+        return [{"parts": [part]} for part in batch["parts"]]
 
     def less(self) -> bool:
         """Half as many tokens in a forward."""
@@ -208,6 +212,12 @@ class SequenceTraining(PackedTraining):
             return False
         self.tokens_at_once //= 2
         return True
+
+
+class SequenceTraining(SequenceObjective, Training):
+    """The same, as a recipe trains it."""
+
+    weighted_loss: Loss
 
     def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
         """The divergence from the targets; of ELM this is equation 10."""

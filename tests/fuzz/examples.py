@@ -37,7 +37,7 @@ from excise.recipes.caft.request import CaftSettings
 from excise.recipes.common.examples import Example as TrainingExample
 from excise.recipes.common.run_folder import resumed, start_folder
 from excise.recipes.common.settings import load_settings
-from excise.recipes.common.trainer import _last_complete
+from excise.recipes.common.training_state import last_complete
 from excise.recipes.compare import table_of
 from excise.recipes.data.datasets import find_data
 from excise.recipes.data.schemas import read_items
@@ -375,7 +375,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "trainer": Example(
         _trainer_state,
-        lambda folder: _last_complete(folder, 100),
+        lambda folder: last_complete(folder, 100),
         {"checkpoint-50/seal.json": SEALED, "checkpoint-50/trainer_state.json": ANY_JSON},
     ),
     "state": Example(
