@@ -58,7 +58,7 @@ class ParallelAdapters:
             self._check(rows)
             return [positions // len(self.assigned)] * len(self.assigned)
         if sum(self.tokens) != positions:
-            raise ValueError(f"{positions} tokens are not the {sum(self.tokens)} of {len(self.assigned)} attackers")
+            raise ValueError(f"a packed row of {positions} tokens, of which attackers are given {sum(self.tokens)}")
         return list(self.tokens)
 
     def by_position(self, batch: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def test_attackers_learn_of_one_packed_row_what_each_learns_of_its_sequences_alo
         assert (wanted[0] - wrong[0]).norm() > 0.01 * wanted[0].norm()
         with (
             attackers.sharing((0, 1, 2), [1, 1, 1]),
-            pytest.raises(ValueError, match="tokens are not the 3 of 3 attackers"),
+            pytest.raises(ValueError, match="of which attackers are given 3"),
         ):
             read_packed(model, packed(every))
         assert attackers.tokens is None
