@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -314,7 +315,7 @@ def fit(
     # It prints every log to stdout, where results go.
     trainer.pop_callback(PrinterCallback)
     try:
-        with without_dropout(model):
+        with without_dropout(model), _own_forward(model):
             last = shares.resume if shares else last_complete(folder, schedule.steps)
             trainer.train(resume_from_checkpoint=last)
     finally:
@@ -331,6 +332,20 @@ def fit(
             "the run again"
         )
     return room
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model computes as it did: the library leaves its autocast on ``forward``, where whatever is asked of
+    a trained fp32 model would be answered in 16 bits."""
+    attributes = vars(model)
+    before = {name: attributes[name] for name in ("forward", "_original_forward") if name in attributes}
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            attributes.pop(name, None)
+        attributes.update(before)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from excise.editing.errors import EditError, ExciseError, RequestError
+from excise.recipes.common import trainer
 from excise.recipes.common.examples import FORWARD, cycled, split_by_length
 from excise.recipes.common.step_parts import add_shares
 from excise.recipes.common.trainer import LAST_GOOD, Group, Schedule, _StepCallback, fit, precision
@@ -51,6 +52,22 @@ def test_training_moves_the_adapter_and_reports_each_term(tmp_path):
     adapted, stage = _train(tmp_path)
     assert not torch.equal(_weights(adapted), _weights(_adapted()))
     assert set(stage.seen[0]) == set(TERMS)
+
+
+def test_what_a_trained_model_is_asked_is_computed_in_its_own_type(tmp_path, monkeypatch):
+    """Where bfloat16 is fast, the library puts its autocast on the model while it trains."""
+    monkeypatch.setattr(trainer, "bfloat16_is_fast", lambda device: True)
+    model, ids, seen = make_pico("llama"), torch.tensor([[5, 9, 7]]), []
+
+    def loss(model, batch):
+        seen.append(model(ids).logits)
+        return {"any": seen[-1].square().mean()}
+
+    fit(model, range(4), Stage(), tmp_path, loss, Schedule(2, 2, 1e-3, 0, save_every=0), lambda rows: {"rows": rows})
+    fresh = make_pico("llama")
+    assert not torch.allclose(seen[0], fresh(ids).logits, atol=1e-4), "the autocast was on"
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(model(ids).logits, fresh(ids).logits) and "forward" not in vars(model)
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole(tmp_path):
