@@ -339,7 +339,7 @@ def _own_forward(model: nn.Module) -> Iterator[None]:
     """Afterwards the model computes as it did: the library leaves its autocast on ``forward``, where whatever is asked of
     a trained fp32 model would be answered in 16 bits."""
     attributes = vars(model)
-    before = {name: attributes[name] for name in ("forward", "_original_forward") if name in attributes}
+    before: dict[str, Any] = {name: attributes[name] for name in ("forward", "_original_forward") if name in attributes}
     try:
         yield
     finally:
