@@ -27,11 +27,11 @@ from excise.editing.edits.low_rank import Factors, LowRankUpdate
 from excise.editing.edits.pruned_units import PrunedUnits, keep_pruned
 from excise.editing.hooks import concept_ablation, leaks, residual_stream, token_counts, unit_scores
 from excise.editing.modules import final_hidden, unembedding
-from excise.editing.numerics import spectrum
+from excise.editing.numerics import cpu_products, spectrum
 from excise.editing.numerics.cpu_attention import attention
 from excise.editing.numerics.moments import Moments
 from excise.editing.numerics.summed_gradients import summed_gradients
-from excise.editing.training import adapters, jensen_shannon, packing, parallel_adapters, soft_targets
+from excise.editing.training import adapters, entropy, jensen_shannon, packing, parallel_adapters, soft_targets
 from excise.editing.training.edited_target import TargetEdit
 from excise.eval import depth_score, localization
 from excise.eval.inference import candidates, generation, kept, likelihood, token_statistics
@@ -91,6 +91,7 @@ def targets(place: Placed) -> Result:
     linear = nn.Linear(32, 40, bias=False)
     linear.weight.data = _drawn(40, 32)
     hidden, head = place(_drawn(12, 32)).requires_grad_(True), place(linear)
+    made.append(entropy.entropy_of_hidden(hidden.detach(), head).detach())
     divergence = soft_targets.soft_divergence(hidden, head, joined)
     divergence.mean().backward()
     return [*made, *_parts(joined), divergence.detach(), hidden.grad], soft_targets.positions_at_once(40, bare.device)
@@ -308,6 +309,7 @@ def attackers(place: Placed) -> Result:
             "latent": lambda m=model, r=row: parallel_adapters.latent_attackers(m, r, 0, [0, 1]),
         }[kind]() as attackers:
             attackers.assigned = (0, 1)
+            made.append(attackers.by_position(batch["input_ids"][..., None]))
             model(**batch).logits.float().logsumexp(-1).sum().backward()
             made += [value for owned in attackers.owned for value in owned]
             made += [value.grad for owned in attackers.owned for value in owned]
@@ -325,7 +327,7 @@ def products(place: Placed) -> Result:
         output = attention(*parts, None if mask is None else place(mask), 0.3)
         output.square().sum().backward()
         made += [output.detach(), *(part.grad for part in parts)]
-    return made, []
+    return made, [cpu_products.faster_in_float32(place(_drawn(8, 8)), 512)]
 
 
 @cache

@@ -65,7 +65,7 @@ class ParallelAdapters:
         """Of every position of a batch [rows, length, d] its attacker's place among the assigned [rows, length]."""
         rows, length = batch.shape[:2]
         counts = torch.tensor(self.counts(rows, rows * length), device=batch.device)
-        return torch.repeat_interleave(counts).view(rows, length)
+        return torch.repeat_interleave(counts, output_size=rows * length).view(rows, length)
 
     def _check(self, rows: int) -> None:
         if rows % len(self.assigned):

@@ -10,7 +10,7 @@ from excise.recipes.common import adapter_run
 from excise.recipes.common.memory_plan import RunMemory
 from excise.recipes.common.memory_sizes import Rows
 from excise.recipes.common.settings import load_settings
-from excise.recipes.elm.batches import SequenceTraining
+from excise.recipes.elm.batches import SequenceObjective
 from helpers import SMALL_TESTBED
 
 SMALL = {"questions": 4, "kl_prompts": 2, "max_new_tokens": 3, "steps": 6, "batch_size": 3}
@@ -68,14 +68,14 @@ def test_the_largest_step_that_is_planned_is_the_largest_that_is_computed(recipe
 
 @pytest.mark.parametrize("recipe", DRAWN)
 def test_where_models_write_what_is_read_the_plan_is_near_and_hardly_below(recipe, tmp_path, monkeypatch):
-    tokens, collate = [], SequenceTraining.collate
+    tokens, collate = [], SequenceObjective.collate
 
     def counted(training, rows):
         batch = collate(training, rows)
         tokens.extend(part["input_ids"].numel() for part in batch["parts"])
         return batch
 
-    monkeypatch.setattr(SequenceTraining, "collate", counted)
+    monkeypatch.setattr(SequenceObjective, "collate", counted)
     module, job = _learned(recipe, tmp_path, **DRAWN[recipe])
     planned = _planned(module, job, monkeypatch)
     assert isinstance(planned, Rows) and 0.85 < planned.tokens / max(tokens) < 1.6
