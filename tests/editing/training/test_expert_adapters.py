@@ -144,7 +144,7 @@ def test_rows_of_the_table_say_what_a_small_copy_shows(name):
     assert derived_row({"model_type": name}).fused == ARCHITECTURES[name].fused
 
 
-PIECES = itertools.product((-2, -1), (False, True), (False, True), (None, 1))
+PIECES = list(itertools.product((-2, -1), (False, True), (False, True), (None, 1)))
 
 
 @pytest.mark.parametrize(("axis", "interleaved", "transposed", "expert"), PIECES)
