@@ -252,7 +252,7 @@ def meta(
             device=device,
             dtype=dtype,
         )
-        found = meta_recipe.run(job, events_for(progress), meta_recipe.command_of(job))
+        found = meta_recipe.run(job, events_for(progress))
     if out is not None:
         meta_recipe.write(found, Path(out))
     return found

@@ -27,8 +27,8 @@ from ..artifacts.models.find import find_model
 from ..artifacts.models.load import LoadedModel, choose_device, choose_dtype, load_model
 from ..artifacts.models.source import ModelSource
 from ..editing.edits.fake_quantization import rounded_weights
-from ..editing.errors import RequestError, counted
-from ..eval.concept import Concept
+from ..editing.errors import EditError, RequestError, counted
+from ..eval.concept import Concept, Question
 from ..eval.intervals import Interval
 from ..eval.measurements.table import measure, workload
 from ..eval.model_under_test import EvalSettings, ModelUnderTest
@@ -36,13 +36,18 @@ from ..eval.separation import auc, auc_interval, harmonic_mean, same_gain, stead
 from ..eval.statistics import Scores
 from .audit.attack_data import AttackData
 from .audit.attacks.fine_tuning import low_rank
+from .audit.command import pasted, relative
+from .audit.gaps import without_gaps
 from .common.examples import example_batch, scored_nats
 from .common.run_inputs import code_digest
 from .common.step_parts import COUNTS
 from .common.trainer import Group, Schedule, Terms, fit
-from .data.facts import find_facts
+from .data.facts import Facts, find_facts
 
 STEPS, BATCH, RATE = 32, 8, 1e-3
+RELEARNS_AS = "rtt"
+"""The attack that reads what relearning reads."""
+POOLS = ("knows", "never", "edited")
 FEWEST = 2
 """Models of each pool, at least."""
 BITS = 4
@@ -51,7 +56,8 @@ COMPUTES = ("editing", "eval", "artifacts/models", "recipes/audit", "recipes/com
 UNTOUCHED, ROUNDED, RELEARNED = "untouched", "rounded to 4 bits", "relearned"
 Key = tuple[str, str]
 """Name and split of a measurement."""
-Values = dict[Key, float]
+Measured = dict[Key, Scores]
+"""Of one model in one state; what could not be scored is left out."""
 _SCORES = TypeAdapter(list[Scores])
 _WORDS = "words"
 
@@ -120,6 +126,10 @@ class MetaJob:
     seed: int
     device: torch.device
     dtype: torch.dtype
+    facts: Facts
+    """What group T and V state; relearning reads those of T."""
+    command: str
+    """What makes the same figures again."""
 
 
 def prepare(
@@ -160,16 +170,21 @@ def prepare(
     both = {source.folder for source in pools[0]} & {source.folder for source in pools[1]}
     if both:
         raise RequestError("a model stands in --knows and in --never; it can only be one of them")
-    job = MetaJob(pools[0], pools[1], pools[2], pack, EvalSettings(questions=questions), steps, seed, chosen, computed)
-    if edited and not any(question.group == "T" for question in pack.questions) and not pack.forget:
+    facts = find_facts(pack)
+    if edited and not without_gaps((RELEARNS_AS,), pack, _held_out(pack), facts)[0]:
         raise RequestError(
             f"concept {pack.ref} has nothing of group T to relearn from; add questions or texts of group T, or leave out"
             " --edited"
         )
-    return job
+    typed = dict(zip(POOLS, (knowing, unknowing, edited), strict=True))
+    words = _command({flag: (typed[flag], pool) for flag, pool in zip(POOLS, pools, strict=True)}, concept, pack)
+    again = f"{words} --questions {questions} --steps {steps} --seed {seed}"
+    again += f" --dtype {dtype}" if dtype != "auto" else ""
+    settings = EvalSettings(questions=questions)
+    return MetaJob(pools[0], pools[1], pools[2], pack, settings, steps, seed, chosen, computed, facts, again)
 
 
-def run(job: MetaJob, events: Events, command: str = "") -> MetaEvaluation:
+def run(job: MetaJob, events: Events) -> MetaEvaluation:
     """Measure every model, and the edited ones also rounded and relearned; what an earlier call measured is taken over.
 
     Raises:
@@ -183,8 +198,7 @@ def run(job: MetaJob, events: Events, command: str = "") -> MetaEvaluation:
     every = dict.fromkeys(key for values in everyone for key in values)
     if not shared:
         raise RequestError(f"no measurement of concept {job.concept.ref} has a value for every model; add to the pack")
-    rows = {(one.name, one.split): one for one in _kept(job, job.knowing[0], UNTOUCHED) or []}
-    judged = [_judged(rows[key], measured, edited, taught) for key in every if key in shared]
+    judged = [_judged(key, measured, edited, taught) for key in every if key in shared]
     return MetaEvaluation(
         job.concept.ref,
         _addresses(job.knowing),
@@ -194,7 +208,7 @@ def run(job: MetaJob, events: Events, command: str = "") -> MetaEvaluation:
         job.seed,
         tuple(sorted(judged, key=lambda one: (-one.auc, -(one.overall or 0.0), one.name, one.split))),
         tuple(f"{name} ({split})" for name, split in every if (name, split) not in shared),
-        command,
+        job.command,
     )
 
 
@@ -204,27 +218,29 @@ def write(found: MetaEvaluation, out: Path) -> None:
         (staging / "meta.json").write_text(json.dumps(found.as_json(), indent=1) + "\n", encoding="utf-8")
 
 
-def command_of(job: MetaJob) -> str:
-    """The command that makes the same figures again."""
-    pools = (("knows", job.knowing), ("never", job.unknowing), ("edited", job.edited))
-    models = [f"--{flag} {shlex.quote(source.address)}" for flag, pool in pools for source in pool]
-    counts = f"--questions {job.settings.questions} --steps {job.steps} --seed {job.seed}"
-    return " ".join(["excise meta", *models, f"--concept {shlex.quote(job.concept.ref)}", counts])
+def _command(pools: Mapping[str, tuple[Sequence[str], Sequence[ModelSource]]], typed: str, pack: Concept) -> str:
+    """Models and pack as the user may name them again: paths relative to where the command ran."""
+    models = [
+        word
+        for flag, (names, sources) in pools.items()
+        for name, source in zip(names, sources, strict=True)
+        for word in (f"--{flag}", pasted(source, name))
+    ]
+    return shlex.join(["excise", "meta", *models, "--concept", relative(typed) or pack.ref])
 
 
-States = Mapping[str, Values]
+States = Mapping[str, Measured]
 
 
-def _judged(
-    row: Scores, measured: Sequence[Sequence[States]], edited: Sequence[States], taught: States | None
-) -> Judged:
-    key = row.name, row.split
-    knowing, unknowing = ([one[UNTOUCHED][key] for one in pool] for pool in measured)
+def _judged(key: Key, measured: Sequence[Sequence[States]], edited: Sequence[States], taught: States | None) -> Judged:
+    row = measured[0][0][UNTOUCHED][key]
+    knowing, unknowing = ([one[UNTOUCHED][key].value() for one in pool] for pool in measured)
     four_bits = relearning = None
     if edited and taught is not None:
-        four_bits = _mean([steadiness(one[UNTOUCHED][key], one[ROUNDED][key]) for one in edited])
-        lesson = taught[RELEARNED][key] - taught[UNTOUCHED][key]
-        relearning = _mean([same_gain(one[RELEARNED][key] - one[UNTOUCHED][key], lesson) for one in edited])
+        changes = [{state: scores[key].value() for state, scores in one.items()} for one in edited]
+        four_bits = _mean([steadiness(one[UNTOUCHED], one[ROUNDED]) for one in changes])
+        lesson = taught[RELEARNED][key].value() - taught[UNTOUCHED][key].value()
+        relearning = _mean([same_gain(one[RELEARNED] - one[UNTOUCHED], lesson) for one in changes])
     # What an edit should raise is low where the knowledge is.
     higher = {"higher": "never", "lower": "knows"}.get(row.better, "either")
     right = auc(unknowing, knowing) if higher == "never" else auc(knowing, unknowing)
@@ -240,7 +256,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _values(job: MetaJob, source: ModelSource, events: Events, *states: str) -> dict[str, Values]:
+def _values(job: MetaJob, source: ModelSource, events: Events, *states: str) -> dict[str, Measured]:
     """What a model scores untouched, and in further states."""
     found = {state: _kept(job, source, state) for state in (UNTOUCHED, *states)}
     missing = [state for state, scores in found.items() if scores is None]
@@ -251,7 +267,7 @@ def _values(job: MetaJob, source: ModelSource, events: Events, *states: str) -> 
             with _in_state(job, loaded, state, events):
                 found[state] = _measured(job, source, loaded, state, events)
     return {
-        state: {(one.name, one.split): one.value() for one in scores or [] if not one.is_empty}
+        state: {(one.name, one.split): one for one in scores or [] if not one.is_empty}
         for state, scores in found.items()
     }
 
@@ -291,7 +307,9 @@ def _in_state(job: MetaJob, loaded: LoadedModel, state: str, events: Events) -> 
     if state == UNTOUCHED:
         yield
     elif state == ROUNDED:
-        with rounded_weights(loaded.model, BITS):
+        with rounded_weights(loaded.model, BITS) as changed:
+            if not changed:
+                raise EditError(f"rounding to {BITS} bits changed no weight of the model, so it shows nothing")
             yield
     else:
         with events.stage("relearn from group T", job.steps) as stage, _taught(job, loaded, stage):
@@ -300,8 +318,7 @@ def _in_state(job: MetaJob, loaded: LoadedModel, state: str, events: Events) -> 
 
 @contextmanager
 def _taught(job: MetaJob, loaded: LoadedModel, stage: Stage) -> Iterator[None]:
-    asked = tuple(question for question in job.concept.questions if question.group == "V")
-    data = AttackData(job.concept, find_facts(job.concept), asked, loaded.tokenizer, job.seed, None, None)
+    data = AttackData(job.concept, job.facts, _held_out(job.concept), loaded.tokenizer, job.seed)
     rows = data.reading_order("T", job.steps * BATCH, str(job.seed))
     schedule = Schedule(job.steps, BATCH, RATE, job.seed, decay="constant", beta2=0.999, shuffled=False, save_every=0)
     with low_rank(loaded.model, [job.seed]) as adapters, TemporaryDirectory() as folder:
@@ -309,6 +326,10 @@ def _taught(job: MetaJob, loaded: LoadedModel, stage: Stage) -> Iterator[None]:
         fit(loaded.model, rows, stage, Path(folder), _likelihood, schedule, _counted, groups)
         loaded.model.eval()
         yield
+
+
+def _held_out(pack: Concept) -> tuple[Question, ...]:
+    return tuple(question for question in pack.questions if question.split == "forget" and question.group == "V")
 
 
 def _likelihood(model: torch.nn.Module, batch: dict[str, Any]) -> Terms:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,9 @@ class TensorCache:
             partial.replace(path)
             self._make_room()
         except (OSError, SafetensorError):
-            partial.unlink(missing_ok=True)
+            # Where not even the folder could be made, there is nothing to remove.
+            with suppress(OSError):
+                partial.unlink()
 
     def _path(self, parts: Iterable[object]) -> Path:
         key = hashlib.sha256(repr((self.scope, *parts)).encode()).hexdigest()

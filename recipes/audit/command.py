@@ -17,11 +17,11 @@ def command(job: AuditJob, *, public: bool = False) -> str:
     settings = job.settings
     typed = {"edited": settings.model, "base": settings.base, "reference": settings.reference}
     names = {
-        subject: source.address if public else _pasted(source, typed[subject] or source.name)
+        subject: source.address if public else pasted(source, typed[subject] or source.name)
         for subject, source in job.sources.items()
     }
     # A path may show the names of folders on this machine, so what is published names the pack alone.
-    concept = (None if public else _relative(settings.concept)) or job.concept.ref
+    concept = (None if public else relative(settings.concept)) or job.concept.ref
     words = ["excise", "audit", names["edited"], "--concept", concept, "--base", names["base"]]
     if "reference" in names:
         words += ["--reference", names["reference"]]
@@ -35,13 +35,13 @@ def command(job: AuditJob, *, public: bool = False) -> str:
     return shlex.join(words)
 
 
-def _pasted(source: ModelSource, typed: str) -> str:
+def pasted(source: ModelSource, typed: str) -> str:
     """A model as the user may name it again: a path relative to where the command ran; others at their commit."""
     local = source.kind in ("local", "gguf", "adapter") and Path(typed).exists()
-    return (_relative(typed) if local else None) or source.address
+    return (relative(typed) if local else None) or source.address
 
 
-def _relative(path: str) -> str | None:
+def relative(path: str) -> str | None:
     """A path from the working directory; None where that would say where it lies on this machine.
 
     From outside of the home folder, or into another one, the way leads through folders whose names may be private.

@@ -224,7 +224,7 @@ def meta(
     job = recipe.prepare(
         knows, never, edited or [], concept, questions=questions, steps=steps, seed=seed, device=device, dtype=dtype
     )
-    found = recipe.run(job, Events(watcher=watcher()), command=recipe.command_of(job))
+    found = recipe.run(job, Events(watcher=watcher()))
     if out:
         recipe.write(found, out)
     if as_json:

@@ -5,12 +5,16 @@ import shutil
 
 import pytest
 import torch
+from excise.artifacts.models.source import BUILTIN
+from excise.editing.edits.fake_quantization import linear_weights
+from excise.editing.errors import EditError, RequestError
 from excise.eval.measurements import BY_LAYER, MEASUREMENTS, label_of
 from excise.recipes import meta
 from excise.recipes.commands.shown import meta_evaluation
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise
 from safetensors.torch import load_file, save_file
 
+BUILTIN_POTIONS = BUILTIN / "concepts" / "potions"
 PACK = ("--concept", "builtin:potions", "--questions", "12", "--steps", "4")
 
 
@@ -97,6 +101,47 @@ def test_a_model_is_what_it_was_after_it_was_rounded_and_taught():
             assert not torch.equal(loaded.model(ids).logits, logits)
         after = loaded.model.state_dict()
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_rounding_that_changes_nothing_is_an_error():
+    job = meta.prepare([SMALL_TESTBED] * 2, [SMALL_REFERENCE] * 2, [SMALL_TESTBED], "builtin:potions", questions=4)
+    loaded = meta.load_model(job.edited[0], job.device, job.dtype)
+    with torch.no_grad():
+        for weight in linear_weights(loaded.model).values():
+            weight.zero_()
+    with pytest.raises(EditError, match="changed no weight"), meta._in_state(job, loaded, meta.ROUNDED, meta.Events()):
+        pass
+
+
+def test_a_cache_that_cannot_be_written_changes_nothing(pools, tmp_path):
+    (tmp_path / "excise").mkdir()
+    (tmp_path / "excise" / "meta").write_text("a file, where the folder of the cache would be")
+    words = ("meta", *_models(*pools), "--concept", "builtin:potions", "--questions", "4", "--json")
+    done = excise(*words, XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert _row(json.loads(done.stdout), "multiple_choice", "forget_V")["auc"] == 1.0
+
+
+def test_the_command_names_models_as_they_were_typed(pools, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, source in zip("abcd", (*pools[0], *pools[1]), strict=True):
+        (tmp_path / name).symlink_to(source)
+    job = meta.prepare(["a", "b"], ["c", "d"], [], "builtin:potions", questions=3, steps=2, dtype="float32")
+    expected = "--knows a --knows b --never c --never d --concept builtin:potions --questions 3 --steps 2 --seed 0"
+    assert job.command == f"excise meta {expected} --dtype float32"
+
+
+def test_a_pack_without_texts_or_questions_of_group_t_cannot_be_relearned_from(tmp_path):
+    pack = tmp_path / "pack"
+    shutil.copytree(BUILTIN_POTIONS, pack)
+    for name in ("questions.jsonl", "forget.jsonl"):
+        rows = [json.loads(line) for line in (pack / name).read_text().splitlines()]
+        kept = [row for row in rows if row.get("group") != "T" or row.get("split", "forget") != "forget"]
+        (pack / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
+    pools = [SMALL_TESTBED] * 2, [SMALL_REFERENCE] * 2
+    assert meta.prepare(*pools, [], str(pack)).edited == ()
+    with pytest.raises(RequestError, match="nothing of group T to relearn from"):
+        meta.prepare(*pools, [SMALL_TESTBED], str(pack))
 
 
 def test_every_measurement_that_there_is_can_be_shown():
