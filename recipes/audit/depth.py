@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ...artifacts.events import Stage
 from ...editing.architectures import architecture_of
+from ...editing.errors import counted
+from ...eval.concept import Question
 from ...eval.depth_score import DepthScore, LayerDepth, Statement, Streams, depth_score, lacking, streams_at_answers
 from ...eval.inference.likelihood import context_of, encode_request
 from ...eval.inference.questions import requests_of
@@ -17,25 +18,27 @@ PUSHED = 2.0
 
 
 def depth_of(audit: AuditRun) -> dict[str, Any] | None:
-    """The score as ``audit.json`` holds it, with a sentence; None without a reference or a question to read."""
+    """The score as ``audit.json`` holds it, with sentences; None without a reference."""
     job = audit.job
     if FLOOR not in job.sources or job.behaviour:
         return None
+    questions = format_questions(job, job.questions)
     found: dict[str, list[Streams]] = {}
     for subject in (FLOOR, "edited"):
         loaded = audit.loaded(subject)
         row = architecture_of(loaded.model.config.to_dict())
-        asked = _statements(audit, loaded)
+        asked = _statements(questions, loaded)
         if not asked:
-            return None
+            said = f"Depth of the edit: not known; none of {len(questions)} questions fits into the model's context."
+            return {**DepthScore(None, None, 0, 0, ()).describe(), "sentences": [said]}
         with audit.events.stage(f"read the streams of {subject}", len(asked)) as stage:
             found[subject] = streams_at_answers(loaded.model, row, asked, stage.advance)
         del loaded
     loaded = audit.loaded("base")
     with audit.events.stage("put them into the base", len(asked)) as stage:
-        unknowing, edited = _lacking(loaded.model, row, asked, found, stage)
+        unknowing, edited = lacking(loaded.model, row, asked, [found[FLOOR], found["edited"]], stage.advance)
     score = depth_score(unknowing, edited, [statement.subject for statement in asked])
-    return {**score.describe(), "sentences": sentences(score)}
+    return {**score.describe(), "sentences": [*sentences(score), *left_out(len(questions), len(asked))]}
 
 
 def sentences(score: DepthScore) -> list[str]:
@@ -68,14 +71,18 @@ def _pushed(counted: Sequence[LayerDepth]) -> str:
     )
 
 
-def _lacking(model: Any, row: Any, asked: list[Statement], found: dict[str, list[Streams]], stage: Stage) -> Any:
-    return lacking(model, row, asked, [found[FLOOR], found["edited"]], stage.advance)
+def left_out(questions: int, read: int) -> list[str]:
+    """How many questions were not read, where some were not."""
+    if questions == read:
+        return []
+    left = counted(questions - read, "question was", "questions were")
+    return [f"Depth of the edit: {left} left out, longer with the answer than the model's context."]
 
 
-def _statements(audit: AuditRun, loaded: Any) -> list[Statement]:
-    """Questions of group V with their true answers, those that are asked in several formats, as far as they fit."""
+def _statements(questions: Sequence[Question], loaded: Any) -> list[Statement]:
+    """Questions with their true answers, as far as they fit into the model's context."""
     statements = []
-    for question in format_questions(audit.job, audit.job.questions):
+    for question in questions:
         scored = encode_request(loaded.tokenizer, requests_of(question)[question.answer])
         if scored.start >= 1 and len(scored.ids) <= context_of(loaded.model):
             statements.append(Statement(tuple(scored.ids), scored.start, str(question.subject or question.id)))

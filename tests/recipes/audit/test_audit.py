@@ -29,7 +29,7 @@ from excise.recipes.audit.attacks import inputs
 from excise.recipes.audit.attacks import table as attacks
 from excise.recipes.audit.attacks.prompts import wordings_of
 from excise.recipes.audit.attacks.table import ATTACKS, Budget
-from excise.recipes.audit.depth import sentences
+from excise.recipes.audit.depth import left_out, sentences
 from excise.recipes.audit.novel_facts import novel_facts
 from excise.recipes.commands.shown import audit_end
 from excise.recipes.common import whole_weights
@@ -141,6 +141,11 @@ def test_an_answer_that_is_pushed_away_is_said_to_be(times, pushed):
     said = " ".join(sentences(depth_score(lacks, times * lacks, list("abcdef"))))
     assert ("pushed away" in said) == pushed and "1.00 [" in said
     assert "not known" in sentences(depth_score(0 * lacks, lacks, list("abcdef")))[0]
+
+
+def test_questions_that_depth_leaves_out_are_counted():
+    assert left_out(40, 40) == []
+    assert left_out(40, 39)[0].startswith("Depth of the edit: 1 question was left out")
 
 
 def test_of_large_matrices_some_are_drawn_and_a_few_always():
