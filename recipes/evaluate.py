@@ -83,7 +83,7 @@ class EvaluateSettings(PromptSettings):
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type to compute in; auto takes bfloat16 where the device multiplies it natively, else float16 on CUDA, float32 elsewhere."""
+    """Type to compute in; auto takes bfloat16 where the device multiplies it faster, else float16 on CUDA, float32 elsewhere."""
 
     def completed(self, models: Sequence[str | ModelInMemory]) -> Self:
         """With how the runs that made the models rendered their prompts, where nothing was set.

@@ -47,7 +47,7 @@ class RunSettings(PromptSettings):
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:N or mps. auto takes the GPU if there is one, and all if the model needs them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number type to compute in. auto takes bfloat16 where the hardware multiplies it natively,
+    """Number type to compute in. auto takes bfloat16 where the hardware multiplies it faster,
     else float16 on a CUDA GPU and float32 elsewhere."""
 
     def completed(self) -> Self:
