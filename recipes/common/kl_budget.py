@@ -46,6 +46,8 @@ class Budget:
     max_strength: float = 1.0
     texts: int = 64
     """Texts to measure it on, at most."""
+    of: str = "base"
+    """What the model is that the divergence is from."""
 
 
 def fit(
@@ -158,6 +160,7 @@ def _record(found: StrengthFound, budget: Budget, texts: BudgetTexts, before: An
         "tries": [asdict(one) for one in found.tries],
         "texts": len(texts.texts),
         "texts_are_reported": texts.reported,
+        **({"of": budget.of} if budget.of != "base" else {}),
         **({"before": before} if before else {}),
     }
 
@@ -165,7 +168,7 @@ def _record(found: StrengthFound, budget: Budget, texts: BudgetTexts, before: An
 def in_words(record: dict[str, Any]) -> str:
     """What a person must know of how a strength was chosen, in one or a few sentences."""
     said = (
-        f"the edit at {record['strength']:.4g} times the strength that it was learned with: KL(base || edited)"
+        f"the edit at {record['strength']:.4g} times the strength that it was learned with: KL({record.get('of', 'base')} || edited)"
         f" {record['kl']:.4g} nats per token on {record['texts']} retain texts (kl_budget {record['budget']:g},"
         f" strengths tried: {len(record['tries'])})"
     )

@@ -137,17 +137,19 @@ def within_budget(
     loaded: LoadedModel,
     events: Events,
     at_strength: Callable[[float], None] = lambda _: None,
+    of: str = "base",
 ) -> WeightEdit:
     """A learned edit at the strength that ``kl_budget`` allows; as it was learned, where none is set.
 
     Args:
         loaded: The base, which is unchanged afterwards.
         at_strength: Called with the strength while the chosen edit is applied to the model.
+        of: What the loaded model is, where it is not the run's base.
     """
     settings = job.settings
     if settings.kl_budget is None:
         return edit
-    budget = kl_budget.Budget(settings.kl_budget, settings.max_strength, settings.kl_prompts)
+    budget = kl_budget.Budget(settings.kl_budget, settings.max_strength, settings.kl_prompts, of)
     return kl_budget.fit(edit, budget, loaded, job.checkpoint, job.concept, events, at_strength, job.measured)
 
 

@@ -47,7 +47,7 @@ def _strength_section(results: dict[str, Any]) -> tuple[Section, ...]:
     if not record:
         return ()
     rows = tuple((f"{one['strength']:.4g}", f"{one['divergence']:.4g}") for one in record["tries"])
-    table = Table(("strength", "KL from the base, nats per token"), rows)
+    table = Table(("strength", f"KL from the {record.get('of', 'base')}, nats per token"), rows)
     sentence = in_words(record)
     return (Section("How the strength was chosen", (f"{sentence[0].upper()}{sentence[1:]}.",), (table,)),)
 

@@ -14,22 +14,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...artifacts.events import Events, Stage
-from ...artifacts.models.load import LoadedModel
+from ...artifacts.models.load import LoadedModel, load_model
 from ...editing.edits.base import WeightEdit
 from ...editing.edits.dense import Delta, DenseUpdate
-from ...editing.errors import EditError
+from ...editing.errors import EditError, RequestError
 from ...editing.modules import is_conv1d
 from ...editing.numerics.spectrum import leading_components, reshaped
 from ...editing.training.adapters import attach, detach
+from ...eval.inference import multiple_choice_set
 from ..common import measured_run
 from ..common.measured_run import Finished, Inspection
 from ..common.memory_plan import MemoryPlan, RunMemory, StageMemory, fit_step
 from ..common.memory_sizes import Gradients, Rows, largest_of
 from ..common.tokens import text_limit
 from ..data.unlearning_sets import retain_examples
+from .after import EditedModel, differences, together
 from .controls import accuracies
 from .gradients import BATCH, base_weights, gradients, sequences_to_forget, train_adversary
-from .request import RECIPE, RepselectJob, RepselectSettings, components_of, describe, prepare
+from .request import RECIPE, RepselectJob, RepselectSettings, all_numbers, components_of, describe, prepare
 from .story import story
 
 __all__ = ["RepselectSettings", "describe", "learn", "memory", "prepare", "run", "story"]
@@ -72,7 +74,11 @@ def memory(job: RepselectJob) -> MemoryPlan:
     copies = (3 if settings.controls else 2) * sums if adapter.run.device.type == "cpu" else 0
     tried = needs.measuring("choose the strength")
     stages.append(replace(tried, kept=tried.kept + copies))
-    return needs.measured_run(stages, edit=sums)
+    if job.after is None:
+        return needs.measured_run(stages, edit=sums)
+    # The edited model stands beside the base, and which of its weights differ is seen once they are read.
+    beside_base = [replace(stage, weights=stage.weights + needs.weights) for stage in stages]
+    return needs.measured_run(beside_base, edit=4 * all_numbers(adapter.run.checkpoint))
 
 
 def run(job: RepselectJob, events: Events) -> Finished:
@@ -82,7 +88,7 @@ def run(job: RepselectJob, events: Events) -> Finished:
     events.path = checked.out / "events.jsonl"
     loaded = measured_run.load(checked, checked.source, "base", events)
     measured = measured_run.measure_base(checked, loaded, events)
-    edit = measured_run.learned_edit(work, lambda: _within_budget(job, loaded, work, events))
+    edit = measured_run.learned_edit(work, lambda: _whole_edit(job, loaded, work, events))
     del loaded
     about = edit.provenance[RECIPE]
     where = f"on {job.adapter.shape.describe()} of {len(job.adapter.layers)} layers"
@@ -110,17 +116,50 @@ def _warnings(about: dict[str, Any]) -> list[str]:
 
 def learn(job: RepselectJob, loaded: LoadedModel, events: Events, work: Path, _: dict[str, Any]) -> WeightEdit:
     """The edit alone, for a search; the base is unchanged afterwards."""
+    if job.after is not None:
+        raise RequestError(
+            "a search turns the strength of a whole edit, and with after only the step has one; search without after,"
+            " with the edited model as --model"
+        )
     return _learn(job, loaded, work, events).edit
 
 
-def _within_budget(job: RepselectJob, loaded: LoadedModel, work: Path, events: Events) -> WeightEdit:
-    """The step as long as the budget allows, and what the plain gradient does at the same budget."""
+def _whole_edit(job: RepselectJob, loaded: LoadedModel, work: Path, events: Events) -> WeightEdit:
+    """The step from the base, or from an edited model together with the edit that made it."""
+    if job.after is None:
+        return _within_budget(job, loaded, work, events)
+    run = job.adapter.run
+    with events.stage("load the edited model"):
+        edited = load_model(job.after.source, run.device, run.dtype, prompts=job.settings.prompt_format())
+    stored = job.after.checkpoint
+    of_step = replace(job, adapter=replace(job.adapter, run=replace(run, checkpoint=stored)))
+    step = _within_budget(of_step, edited, work, events, "model before the step")
+    before = differences(loaded, run.checkpoint, edited, stored)
+    _check_changed(before, job.after)
+    with events.stage("measure the model before the step"):
+        answered = multiple_choice_set.accuracies(edited.model, edited.tokenizer, run.measured, run.settings.questions)
+    about = {**step.provenance[RECIPE], "after": {"name": job.after.source.name, "accuracies": answered}}
+    return together(before, replace(step, provenance={**step.provenance, RECIPE: about}))
+
+
+def _check_changed(before: Mapping[str, Tensor], after: EditedModel) -> None:
+    if not before:
+        raise EditError(f"{after.source.name} has the weights of the base, so that there is no edit to go on from")
+
+
+def _within_budget(job: RepselectJob, loaded: LoadedModel, work: Path, events: Events, of: str = "base") -> DenseUpdate:
+    """The step as long as the budget allows, and what the plain gradient does at the same budget.
+
+    Args:
+        loaded: The model that the step is taken from.
+        of: What it is, in words.
+    """
     checked, learned = job.adapter.run, _learn(job, loaded, work, events)
-    edit = measured_run.within_budget(checked, learned.edit, loaded, events)
+    edit = measured_run.within_budget(checked, learned.edit, loaded, events, of=of)
     assert isinstance(edit, DenseUpdate)
     if learned.plain is None:
         return edit
-    plain = measured_run.within_budget(checked, learned.plain, loaded, events)
+    plain = measured_run.within_budget(checked, learned.plain, loaded, events, of=of)
     with events.stage("measure the plain gradient"):
         compared = {"plain": accuracies(checked, loaded, plain)}
     return replace(edit, provenance={**edit.provenance, RECIPE: {**edit.provenance[RECIPE], "controls": compared}})

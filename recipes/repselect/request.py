@@ -1,13 +1,14 @@
 """What RepSelect is asked for, and a request that was checked."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from ...artifacts.checkpoints.export import check_disk, required_bytes
 from ...artifacts.checkpoints.heads import plan_edit
-from ...artifacts.checkpoints.read import ITEM_SIZES
+from ...artifacts.checkpoints.read import ITEM_SIZES, Checkpoint
+from ...artifacts.models.memory import elements
 from ...editing.architectures import residual_width
 from ...editing.edits.base import Plan
 from ...editing.errors import RequestError
@@ -16,7 +17,9 @@ from ..common import adapter_job, measured_run
 from ..common.adapter_job import AdapterJob, AdapterSettings, LayersToTrain
 from ..common.budgets import Budgets
 from ..common.measured_job import MeasuredSettings
+from ..common.run_record import inputs_of
 from ..data.facts import Facts, find_facts
+from .after import EditedModel, edited_model
 
 RECIPE = "repselect"
 WIDTH_SHARE = 8
@@ -29,6 +32,9 @@ class RepselectSettings(MeasuredSettings):
     budgets: ClassVar[Budgets] = {"quick": {"texts": 400, "controls": False}, "long": {"texts": 16000}}
     concept: str = "builtin:potions"
     """Concept pack to erase: builtin:NAME or a folder."""
+    after: str | None = None
+    """Edited model to go on from: a run's folder, a checkpoint or a Hub id. The result is one edit of the base that it was
+    made from."""
     layers: LayersToTrain = "all"
     """Layers to edit: all, a number, a range such as 4-7, or fractions of the depth such as 0.125-0.25."""
     modules: Literal["all", "attention", "mlp"] = "mlp"
@@ -63,8 +69,16 @@ class RepselectSettings(MeasuredSettings):
     controls: bool = True
     """Also measure the plain gradient, nothing made smaller, at the same budget."""
     kl_budget: float = Field(0.01, gt=0)
-    """KL(base || edited) on retain texts, in nats per token, that the step's length is chosen by: 95% to 100% of it is used
-    (paper: 0.01). Higher values erase and damage more."""
+    """KL(base || edited) on retain texts, in nats per token, that the step takes up to 95% to 100% (paper: 0.01). With after,
+    from the model before the step. Higher values erase and damage more."""
+
+    def completed(self) -> Self:
+        """Base and concept from the record of the run that made ``after``, where they were not given."""
+        unset = {"model", "concept"} - self.model_fields_set
+        run = inputs_of(self.after) if self.after and unset else None
+        if run is None:
+            return super().completed()
+        return self.model_copy(update={key: run.known("base" if key == "model" else key) for key in sorted(unset)})
 
     def adversary_settings(self) -> AdapterSettings:
         """How the adapters are trained. The number of steps is known once the texts are read."""
@@ -93,6 +107,8 @@ class RepselectJob:
     """Of the adversary, whose modules are the ones that are edited; ``adapter.run`` is the whole run."""
     settings: RepselectSettings
     facts: Facts
+    after: EditedModel | None = None
+    """What the step goes on from; None where that is the base."""
 
     @property
     def numbers(self) -> int:
@@ -106,14 +122,20 @@ def prepare(settings: RepselectSettings, *, resume: bool = False) -> RepselectJo
     Raises:
         RequestError: Anything that could not work.
     """
+    settings = settings.completed()
     adapter = adapter_job.prepare(RECIPE, settings.adversary_settings(), resume=resume)
     adapter = replace(adapter, run=replace(adapter.run, settings=settings))
     run = adapter.run
     plan = plan_edit(adapter.unlearned(), run.checkpoint)
     _check_left(settings, adapter, plan)
-    # A float32 addend for each weight is stored twice: in the run's working folder, and in the checkpoint.
-    check_disk(run.out, required_bytes(run.checkpoint, plan) + 8 * _numbers(adapter, plan))
-    return RepselectJob(adapter, settings, find_facts(run.concept))
+    after = edited_model(settings.after, run.checkpoint) if settings.after else None
+    # A float32 addend for each weight is stored twice: in the run's working folder, and in the checkpoint. Which weights
+    # the edit before changed is seen once they are read.
+    numbers = _numbers(adapter, plan) if after is None else all_numbers(run.checkpoint)
+    check_disk(run.out, required_bytes(run.checkpoint, plan) + 8 * numbers)
+    if after is not None:
+        adapter = replace(adapter, run=replace(run, read={"the edited model": after.source}))
+    return RepselectJob(adapter, settings, find_facts(run.concept), after)
 
 
 def _check_left(settings: RepselectSettings, adapter: AdapterJob, plan: Plan) -> None:
@@ -136,6 +158,11 @@ def _numbers(adapter: AdapterJob, plan: Plan) -> int:
     return sum(tensors[name].size // ITEM_SIZES[tensors[name].dtype] for name in plan.declared)
 
 
+def all_numbers(checkpoint: Checkpoint) -> int:
+    """Numbers that a checkpoint holds."""
+    return sum(elements(tensor.shape) for tensor in checkpoint.tensors.values())
+
+
 def describe(job: RepselectJob) -> dict[str, Any]:
     """What a run would touch and take."""
     settings, texts = job.settings, len(job.adapter.concept.forget)
@@ -148,4 +175,5 @@ def describe(job: RepselectJob) -> dict[str, Any]:
         layers_edited=len(job.adapter.layers),
         facts_found=len(job.facts.facts),
         kl_budget=settings.kl_budget,
+        **({"after": job.after.source.name} if job.after else {}),
     )

@@ -21,16 +21,18 @@ SIDES = {"both": "on both sides", "inputs": "on the side of the inputs", "output
 def story(results: dict[str, Any]) -> Story:
     """From everything else that ``eval.json`` holds."""
     edited, about = results["edited"], results["repselect"]
+    after = about.get("after")
+    taken = f"`{after['name']}`, an edit of `{results['base']['name']}`," if after else f"`{results['base']['name']}`"
     headline = (
-        f"**What was edited.** `{results['base']['name']}` took one step up its loss on"
-        f" *{results['concept']['description']}* ({tensors_changed(results)}; {edited['about']}), without what the leading"
-        " components of the gradient share with other topics."
+        f"**What was edited.** {taken} took one step up its loss on *{results['concept']['description']}*"
+        f" ({tensors_changed(results)}; {edited['about']}), without what the leading components of the gradient share with"
+        " other topics."
     )
     return Story(
         headline,
         limits=(LIMIT,),
         sections=(Section("How the step was chosen", tuple(_sentences(results, about))),),
-        controls=_controls(about.get("controls", {})),
+        controls=(*_before(after), *_controls(about.get("controls", {}))),
         tags=UNLEARNING_TAGS,
     )
 
@@ -51,8 +53,19 @@ def _sentences(results: dict[str, Any], about: dict[str, Any]) -> list[str]:
         f"Gradients were summed over {about['sequences']} sequences ({about['tokens']} tokens scored: {kind}). The"
         f" {about['components']} leading components of {of} were {RULES[about['rule']]}, {SIDES[about['sides']]};"
         f" {about['share_left']:.1%} of the gradient's norm is left.",
-        f"The step is {strength:.3g} times as long as the weights that it is added to.",
+        f"The step is {strength:.3g} times as long as the weights that it is added to"
+        + (
+            f", those of {about['after']['name']}; both edits together are one of the base."
+            if "after" in about
+            else "."
+        ),
     ]
+
+
+def _before(after: dict[str, Any] | None) -> tuple[Control, ...]:
+    if after is None:
+        return ()
+    return (multiple_choice_control("the edit before the step", after["accuracies"], in_findings=True),)
 
 
 def _controls(compared: dict[str, Any]) -> tuple[Control, ...]:

@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(tmp_path, monkeypatch
 
     whole = run(_job(tmp_path / "a", controls=False), Events()).out
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
