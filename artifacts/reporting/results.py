@@ -154,30 +154,44 @@ FEW = 10
 
 
 def dominated(scores: Mapping[SubjectName, Sequence[Scores]]) -> list[str]:
-    """A sentence for everything that few subjects decide, so that its interval is too narrow whatever the method, and for
-    everything of which they are too few for an interval or which is a lower bound."""
-    sentences = [
-        sentence for items in scores.values() for item in items if not item.is_empty if (sentence := _few(item))
+    """What is a lower bound, what few subjects decide, so that its interval is too narrow whatever the method, and of what
+    they are too few for an interval: a sentence for each kind."""
+    items = [item for of_model in scores.values() for item in of_model if not item.is_empty]
+    bounds = [_bounded(item) for item in items if item.as_one]
+    few: dict[str, dict[str, tuple[int, ...]]] = {}
+    for item in items:
+        if not item.as_one and (found := _few(item)):
+            sentence, counts = found
+            rows = few.setdefault(sentence, {})
+            # Of several models the one that fewest decide.
+            rows[_named(item)] = min(counts, rows.get(_named(item), counts))
+    told = [
+        f"{sentence}: " + "; ".join(f"{name}, {' of '.join(map(str, counts))}" for name, counts in rows.items()) + "."
+        for sentence, rows in few.items()
     ]
-    return list(dict.fromkeys(sentences))
+    return [*dict.fromkeys(bounds), *told]
 
 
-def _few(item: Scores) -> str:
-    name = f"{label_of(item.name)} ({item.split})"
-    if item.as_one:
-        return (
-            f"{name} is a lower bound: the vocabulary is too large for the memory, so the unlikeliest tokens count as one,"
-            f" to which the base gives a probability of {item.as_one:.1g} on average."
-        )
+def _named(item: Scores) -> str:
+    return f"{label_of(item.name)} ({item.split})"
+
+
+def _bounded(item: Scores) -> str:
+    return (
+        f"{_named(item)} is a lower bound: the vocabulary is too large for the memory, so the unlikeliest tokens count as one,"
+        f" to which the base gives a probability of {item.as_one:.1g} on average."
+    )
+
+
+def _few(item: Scores) -> tuple[str, tuple[int, ...]] | None:
+    """How a sentence begins about everything with too few subjects in the same way, and how many there are."""
     kind = "items" if item.subjects == len(item.ids) else "subjects"
     if item.has_too_few:
-        return f"Too few {kind} for an interval of {name}: {item.subjects} of at least {FEWEST_SUBJECTS}."
+        return f"Too few {kind} for an interval, which needs at least {FEWEST_SUBJECTS}", (item.subjects,)
     if item.subjects > 2 and item.holding_half <= max(1, item.subjects // FEW):
-        return (
-            f"Few {kind} decide {name}: {item.holding_half} of {item.subjects} hold half of what is counted, and its"
-            " interval may be too narrow."
-        )
-    return ""
+        said = f"Few {kind} hold half of what is counted, so that the interval may be too narrow"
+        return said, (item.holding_half, item.subjects)
+    return None
 
 
 def table(measurements: Sequence[Measurement]) -> list[Row]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...artifacts.events import Events
+from .failures import Interrupted
 from .flags import ANY_MODEL, Config, Device, Dtype, Jobs, Json, Out, Resume, Set, Text, Whole, say, say_json, say_plan
 from .session import after_audit, carry_out, settle, watcher, words
 
@@ -224,7 +225,10 @@ def meta(
     job = recipe.prepare(
         knows, never, edited or [], concept, questions=questions, steps=steps, seed=seed, device=device, dtype=dtype
     )
-    found = recipe.run(job, Events(watcher=watcher()))
+    try:
+        found = recipe.run(job, Events(watcher=watcher()))
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; models that were measured are remembered: the same command goes on") from error
     if out:
         recipe.write(found, out)
     if as_json:

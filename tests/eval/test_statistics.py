@@ -1,6 +1,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -193,7 +194,7 @@ def test_a_figure_that_few_long_texts_decide_says_so():
     long = _scores([300.0, 2.0, 3.0, 1.0, 2.0], [100, 1, 1, 1, 1], exponential=True)
     even = _scores([3.0, 2.0, 3.0, 1.0, 2.0], [4, 3, 3, 2, 3], exponential=True)
     (said,) = dominated({"base": [long, even], "edited": [long]})
-    assert "1 of 5 hold half" in said
+    assert said.endswith("m (s), 1 of 5.")
     # A rate has a sound interval however few items were right.
     rare = _scores([1.0] + [0.0] * 30)
     assert not dominated({"base": [even, rare, _scores([1.0]), _scores([0.0, 0.0], [0, 0])]})
@@ -203,9 +204,16 @@ def test_a_figure_that_few_large_values_decide_says_so_by_subject():
     even, heavy = [1.0] * 40, [50.0] + [1.0] * 39
     subjects = tuple(str(place // 4) for place in range(40))
     assert dominated({"base": [_scores(heavy)]}) == [
-        "Few items decide m (s): 1 of 40 hold half of what is counted, and its interval may be too narrow."
+        "Few items hold half of what is counted, so that the interval may be too narrow: m (s), 1 of 40."
     ]
-    assert "Few subjects decide m (s): 1 of 10" in dominated({"base": [_scores(heavy, clusters=subjects)]})[0]
+    by_subject = _scores(heavy, clusters=subjects)
+    # One sentence for all that is alike, and of several models the worst.
+    other, milder = replace(by_subject, name="o"), _scores([9.0, 9.0, *even[2:]], clusters=subjects)
+    assert dominated({"base": [milder]}) == []
+    (said,) = dominated({"base": [by_subject, other], "edited": [by_subject]})
+    assert said == (
+        "Few subjects hold half of what is counted, so that the interval may be too narrow: m (s), 1 of 10; o (s), 1 of 10."
+    )
     # Values of either sign cancel, so that none holds a share of their sum.
     assert not dominated({"base": [_scores(even), _scores([-50.0, *even[1:]])]})
 
@@ -221,7 +229,7 @@ def test_fewer_than_five_subjects_have_no_interval_of_a_mean_and_it_is_said():
     values, subjects = [1.0, 2.0, 4.0, 3.0, 7.0, 5.0, 2.0, 6.0], tuple("aabbccdd")
     few = _scores(values, clusters=subjects)
     assert few.interval() is None and few.difference(_scores([0.0] * 8, clusters=subjects)).ci95 is None
-    assert dominated({"edited": [few]}) == ["Too few subjects for an interval of m (s): 4 of at least 5."]
+    assert dominated({"edited": [few]}) == ["Too few subjects for an interval, which needs at least 5: m (s), 4."]
     more = _scores(values, clusters=tuple("aabbccde"))
     assert more.interval() is not None and not dominated({"edited": [more]})
     # Where all share one subject, its items are what there is to draw from; a rate has bounds of its own.

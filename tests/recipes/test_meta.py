@@ -10,6 +10,8 @@ from excise.editing.edits.fake_quantization import linear_weights
 from excise.editing.errors import EditError, RequestError
 from excise.eval.measurements import BY_LAYER, MEASUREMENTS, label_of
 from excise.recipes import meta
+from excise.recipes.commands.failures import Interrupted
+from excise.recipes.commands.measure import meta as meta_command
 from excise.recipes.commands.shown import meta_evaluation
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise
 from safetensors.torch import load_file, save_file
@@ -169,3 +171,14 @@ def test_every_measurement_that_there_is_can_be_shown():
 def test_a_wrong_request_is_one_line(words, said):
     done = excise("meta", *words)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_an_interrupt_says_that_the_same_command_goes_on(pools, monkeypatch):
+    knowing, unknowing = pools
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(meta, "run", stopped)
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        meta_command(knowing, unknowing, "builtin:potions")
