@@ -10,8 +10,8 @@ left out, and of the unembedding's with the positions that are scored, forward a
 the inputs; each at the rate that this machine reaches for that product now, with 512 tokens at a time. A ratio of 1
 would be a run that does nothing else. Decoding reads few tokens at a time, at a lower rate than that, and an update of
 whole weights takes one more product. ``audit`` is the quick one of the edit before it. Runs of different machines
-compare by tokens, padding and ratio. ``--products`` runs nothing and times the products alone: in bfloat16, and widened to
-fp32, as attackers on processors without matrix units make them.
+compare by tokens, padding and ratio. ``--products`` runs nothing and times the products alone: in fp32, in bfloat16, and in
+bfloat16 widened to fp32 for one product, as attackers make them where that is faster.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--json", action="store_true", help="One object for all runs, to stdout.")
-    parser.add_argument("--products", action="store_true", help="Time products in bfloat16 and widened to fp32.")
+    parser.add_argument("--products", action="store_true", help="Time products in fp32, in bfloat16 and widened.")
     options = parser.parse_args()
     if options.products:
         return print(products(options.model))
@@ -183,15 +183,15 @@ def shapes_of(ref: str) -> tuple[dict[tuple[int, int], int], tuple[int, int]]:
 
 
 def products(ref: str) -> str:
-    """A table: each product of a model's layers on this processor, in bfloat16 and widened to fp32."""
-    cpu = torch.device("cpu")
+    """A table: each product of a model's layers on this processor, in fp32, in bfloat16 and widened to fp32."""
+    cpu, ways = torch.device("cpu"), ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
     lines = []
-    for width, outputs in shapes_of(ref)[0]:
-        times = [
-            AT_ONCE * seconds_of_product(width, outputs, cpu, torch.bfloat16, widened=way) for way in (False, True)
-        ]
-        lines.append([f"{width} to {outputs}", *(f"{1e6 * seconds:.0f}" for seconds in times)])
-    return aligned([f"{AT_ONCE} tokens", "bfloat16, us", "widened to fp32, us"], lines, 110)
+    for width, outputs in dict.fromkeys(shapes_of(ref)[0]):
+        seconds = [AT_ONCE * seconds_of_product(width, outputs, cpu, dtype, widened=widened) for dtype, widened in ways]
+        work = 2 * AT_ONCE * width * outputs
+        lines.append([f"{width} to {outputs}", *(f"{1e6 * one:.0f} ({work / one / 1e9:.0f})" for one in seconds)])
+    header = [f"{AT_ONCE} tokens, us (GFLOP/s)", "float32", "bfloat16", "widened to float32"]
+    return aligned(header, lines, 110)
 
 
 def seconds_of_product(

@@ -39,13 +39,17 @@ def faster_in_float32(weight: Tensor, positions: int) -> bool:
 def _takes_less(width: int = 512, rounds: int = 5) -> bool:
     """Whether square factors are multiplied faster in bfloat16; takes some 50 ms.
 
-    The least time of each type counts, so that other work on the machine does not.
+    By one thread, and the least time of each type counts, so that other work on the machine does not.
     """
-    least = {torch.bfloat16: float("inf"), torch.float32: float("inf")}
-    with torch.inference_mode():
-        for dtype in (*least, *least) * rounds:
-            factor = torch.ones(width, width, dtype=dtype)
-            began = time.perf_counter()
-            torch.mm(factor, factor)
-            least[dtype] = min(time.perf_counter() - began, least[dtype])
+    least, threads = {torch.bfloat16: float("inf"), torch.float32: float("inf")}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            for dtype in (*least, *least) * rounds:
+                factor = torch.ones(width, width, dtype=dtype)
+                began = time.perf_counter()
+                torch.mm(factor, factor)
+                least[dtype] = min(time.perf_counter() - began, least[dtype])
+    finally:
+        torch.set_num_threads(threads)
     return least[torch.bfloat16] < least[torch.float32]
