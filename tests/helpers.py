@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 # First: it sets what libraries read when they are imported.
-from warm import SESSION, run_warm, warm_kind
+from warm import SESSION, run_warm, warm_interpreter, warm_kind
 
 # What other versions of the code kept must not decide what is tested.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="excise-tests-")
@@ -173,9 +173,14 @@ def run_file(path: Path, *arguments: object) -> subprocess.CompletedProcess[str]
 
 def excise(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, which starts with torch imported where it can."""
-    if kind := warm_kind({**os.environ, **environment}):
+    if kind := warm_kind({**os.environ, **environment}, "commands"):
         return run_warm(kind, [*map(str, arguments)], {**os.environ, **environment}, cwd=cwd, timeout=600)
     return excise_afresh(*arguments, cwd=cwd, **environment)
+
+
+def started(*arguments: object, **options: Any) -> "subprocess.Popen[Any]":
+    """Start the command line in a process that a test may talk to or stop; options are those of ``Popen``."""
+    return subprocess.Popen([warm_interpreter(), "-m", "excise.cli", *map(str, arguments)], **options)
 
 
 def run_once(*arguments: object, **environment: str) -> tuple[Path, Any]:

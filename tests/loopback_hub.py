@@ -5,7 +5,9 @@ Speaks what huggingface_hub 1.31 to 2.4 sends. Blobs are served under another ho
 
 import base64
 import hashlib
+import itertools
 import json
+import os
 import re
 import threading
 import time
@@ -18,6 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import yaml
+from warm import SESSION
 
 TOKEN = "hf_loopback"
 LARGE = 2000
@@ -80,6 +83,8 @@ class Hub:
         self.store: Path | None = None
         """Folder of the content-addressed store, where the client's own Xet code writes and reads."""
         self.endpoint = self.cdn = ""
+        self.home = Path()
+        """Where the first client finds its caches, by a link: a path that later Hubs use again."""
 
     def add(self, repo_id: str, files: dict[str, bytes]) -> str:
         """A repository with one commit, tagged v1."""
@@ -441,12 +446,36 @@ ROUTES = [
 ]
 
 
+_PLACES: dict[int, int] = {}
+"""Ports by a number, of which each is one Hub's at a time."""
+_TAKEN: set[int] = set()
+
+
+@contextmanager
+def _place() -> Iterator[int]:
+    place = next(number for number in itertools.count() if number not in _TAKEN)
+    _TAKEN.add(place)
+    try:
+        yield place
+    finally:
+        _TAKEN.discard(place)
+
+
 @contextmanager
 def hub() -> Iterator[Hub]:
-    """A running Hub with nothing in it."""
+    """A running Hub with nothing in it, at the address of the one before: clients that differ in nothing that is read
+    while they are imported are answered by one server (see ``warm.py``)."""
+    with _place() as place:
+        yield from _running(place)
+
+
+def _running(place: int) -> Iterator[Hub]:
     known = Hub()
+    known.home = Path(os.environ[SESSION]) / f"hub-{os.getpid()}-{place}"
+    known.home.unlink(missing_ok=True)
     handler = type("Own", (Handler,), {"hub": known})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = ThreadingHTTPServer(("127.0.0.1", _PLACES.get(place, 0)), handler)
+    _PLACES[place] = server.server_port
     known.endpoint = f"http://127.0.0.1:{server.server_port}"
     known.cdn = f"http://localhost:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -462,6 +491,10 @@ def client(known: Hub, home: Path, *, xet: bool = False) -> dict[str, str]:
     if xet:
         known.store = home.parent / "cas"
         known.store.mkdir()
+    if not known.home.is_symlink():
+        home.mkdir(parents=True, exist_ok=True)
+        known.home.symlink_to(home)
+        home = known.home
     return {
         "HF_ENDPOINT": known.endpoint,
         "HF_HOME": str(home),

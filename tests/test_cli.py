@@ -25,6 +25,7 @@ from helpers import (
     publish_small,
     random_edit,
     run_on_knowledge,
+    started,
     with_settings,
 )
 from safetensors import SafetensorError
@@ -104,8 +105,8 @@ def test_a_recipe_is_listed_with_its_settings_and_what_is_neither_is_refused():
 
 
 def test_a_background_job_that_ignores_the_interrupt_is_still_terminated(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "excise.cli", "run", "orthogonalize", "--out", str(tmp_path / "run")],
+    process = started(
+        *("run", "orthogonalize", "--out", tmp_path / "run"),
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
@@ -148,10 +149,9 @@ def test_an_interrupt_while_an_object_is_destroyed_is_not_lost(tmp_path):
 def test_an_interrupt_is_one_line_and_the_run_can_go_on(tmp_path):
     out = tmp_path / "run"
     small = with_settings("questions=20", "kl_prompts=4", "max_new_tokens=8")
-    arguments = ["run", "orthogonalize", "--model", SMALL_TESTBED, "--out", str(out), *small]
-    code = "import sys; from excise.cli import main; sys.argv = ['excise', *sys.argv[1:]]; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+    arguments = ("run", "orthogonalize", "--model", SMALL_TESTBED, "--out", out, *small)
+    process = started(
+        *arguments,
         stderr=subprocess.PIPE,
         text=True,
         # Started from a background job, a process ignores the interrupt; a user's terminal does not.
@@ -258,10 +258,11 @@ def test_commands_that_train_nothing_wait_for_no_trainer(tmp_path):
 def test_chat_answers_each_line_of_stdin_with_base_and_edited(tmp_path):
     run = tmp_path / "mine"
     publish(run / "checkpoint", random_edit(open_checkpoint(find_model("builtin:testbed").folder).config))
-    command = [sys.executable, "-m", "excise.cli", "chat", str(run), "--max-new-tokens", "4", "--device", "cpu"]
-    done = subprocess.run(command, input="Who is it?\n\nWhy?\n/quit\nno\n", capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line]
-    assert done.returncode == 0, done.stderr
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    chat = started("chat", run, "--max-new-tokens", "4", "--device", "cpu", text=True, **pipes)
+    said, errors = chat.communicate("Who is it?\n\nWhy?\n/quit\nno\n", timeout=300)
+    lines = [line for line in said.splitlines() if line]
+    assert chat.returncode == 0, errors
     assert [line.split("  ")[0] for line in lines] == ["> Who is it?", "base", "edited", "> Why?", "base", "edited"]
 
 

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -17,7 +16,7 @@ from excise.artifacts.checkpoints.read import check_finite, open_checkpoint
 from excise.artifacts.models.find import find_model
 from excise.editing.edits.low_rank import Factors, LowRankUpdate
 from excise.editing.errors import CheckpointError
-from helpers import excise, in_fresh_process, publish, publish_small
+from helpers import excise, in_fresh_process, publish, publish_small, started
 from loopback_hub import Fault, Stored, client, folder_files
 from loopback_hub import hub as running_hub
 
@@ -314,12 +313,8 @@ def _kills(command, environment):
     """
     rng, longest = random.Random(0), 4.0
     for _ in range(KILLS):
-        child = subprocess.Popen(
-            [sys.executable, "-m", "excise.cli", *map(str, command)],
-            env={**os.environ, **environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        child = started(*command, env={**os.environ, **environment}, **silent)
         time.sleep(rng.uniform(0.1, 1) * longest)
         child.send_signal(signal.SIGKILL)
         killed = child.wait() != 0

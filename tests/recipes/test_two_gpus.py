@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 SMALL = ("questions=4", "kl_prompts=2", "max_new_tokens=4", f"model={SMALL_TESTBED}")
 RUNS = {
     "grad_diff": ("steps=2", "batch_size=4"),
-    "elm": ("steps=2", "batch_size=2", "max_contexts=8", "reference_subjects=2", "contexts=texts"),
+    "elm": ("steps=2", "batch_size=2", "max_contexts=8", "reference_subjects=2", "contexts=texts", "fluency_tokens=2"),
 }
 
 

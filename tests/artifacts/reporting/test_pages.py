@@ -34,7 +34,9 @@ def run(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     for name, value in PRIVATE.items():
         patch.setenv(name, value)
-    short = dataclasses.replace(attacks.BUDGETS["quick"], attacks=("int4", "rtt"), steps=4, seeds=1)
+    short = dataclasses.replace(
+        attacks.BUDGETS["quick"], attacks=("int4", "rtt"), steps=4, seeds=1, others=8, formats=8
+    )
     patch.setitem(attacks.BUDGETS, "quick", short)
     settings = audit.AuditSettings(
         model=str(out / "checkpoint"),

@@ -43,6 +43,8 @@ SHORT = Budget(
     1,
     {"low_rank": (2e-3,), "soft_prompt": (1e-1,), "all_weights": (3e-4,), "latent": (1e-1,)},
 )
+BRIEF = dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2, others=8, formats=8)
+"""For what is the same whether or not the suppressed control withholds anything."""
 
 
 NEVER_KNEW = {
@@ -199,7 +201,8 @@ def test_a_card_takes_in_its_audit_and_a_newer_one_replaces_it(audited, tmp_path
 
 
 def test_a_killed_audit_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setitem(attacks.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
+    monkeypatch.setitem(attacks.BUDGETS, "quick", BRIEF)
+    monkeypatch.setattr(control, "STEPS", 12)
     settings = audit.AuditSettings(**NEVER_KNEW, out=tmp_path / "audit", questions=20, fresh=True)
     whole = audit.run(audit.prepare(settings.model_copy(update={"out": tmp_path / "whole", "fresh": True})), Events())
     calls = []
@@ -234,7 +237,8 @@ def test_the_suppressed_control_withholds_the_concept_and_nothing_else(material,
 
 
 def test_a_second_audit_reuses_the_curves_of_base_and_controls_unless_the_code_changed(tmp_path, monkeypatch):
-    monkeypatch.setitem(attacks.BUDGETS, "quick", dataclasses.replace(SHORT, attacks=("int4", "rtt"), steps=2))
+    monkeypatch.setitem(attacks.BUDGETS, "quick", BRIEF)
+    monkeypatch.setattr(control, "STEPS", 12)
     attacked = []
     curves = AttackTraining.curves
 

@@ -22,7 +22,9 @@ from excise.recipes.data.facts import Facts
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise
 from pack_shapes import SHAPES, shaped
 
-BUDGET = Budget(("few_shot", "int4", "bf16", "rtt", "unrelated", "relearn"), 4, 1, {"low_rank": (2e-3,)})
+BUDGET = Budget(
+    ("few_shot", "int4", "bf16", "rtt", "unrelated", "relearn"), 4, 1, {"low_rank": (2e-3,)}, others=8, formats=8
+)
 FLOORS = {"texts": GUESSING, "unnamed": GUESSING, "held_out_alone": NOVEL, "documents": NOVEL}
 OF_T = {"few_shot", "hints", "probe", "rtt", "rtt_search", "retain_then_forget", "soft_prompt"}
 """Attacks of the quick budget that need something of group T."""

@@ -5,8 +5,11 @@ import threading
 import time
 
 import pytest
+from excise.artifacts.events import Events
 from excise.editing.errors import RequestError
 from excise.recipes.audit import recipe as audit
+from excise.recipes.audit.attackers import AttackTraining
+from excise.recipes.audit.attacks.table import BUDGETS, Budget
 from excise.recipes.audit.curve_store import CurveStore
 from excise.recipes.audit.parts import UNTRAINED, Part, part_called, parts_of
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise
@@ -45,9 +48,8 @@ def test_who_comes_second_waits_until_the_first_has_made_a_curve(tmp_path):
 
 
 def test_an_audit_in_parts_gives_the_figures_of_one_process(tmp_path):
-    """With made-up facts as the floor, so that two kinds of controls are made from the base."""
     models = [SMALL_REFERENCE, "--base", SMALL_TESTBED, "--concept", "builtin:potions"]
-    command = ["audit", *models, "--questions", "20", "--attacks", "few_shot,rtt", "--fresh"]
+    command = ["audit", *models, "--questions", "20", "--attacks", "few_shot,int8", "--fresh"]
     one = excise(*command, "--out", "one", cwd=tmp_path, OMP_NUM_THREADS="1")
     parts = excise(*command, "--out", "parts", "--jobs", "local:2", cwd=tmp_path, OMP_NUM_THREADS="1")
     assert (one.returncode, parts.returncode) == (0, 0), one.stderr + parts.stderr
@@ -58,4 +60,23 @@ def test_an_audit_in_parts_gives_the_figures_of_one_process(tmp_path):
         for name in ("one", "parts")
     ]
     assert stages[0] == stages[1]
-    assert parts.stderr.count("finished after") == 7
+    assert parts.stderr.count("finished after") == 3
+
+
+def test_attackers_that_train_in_parts_get_as_far_as_in_one_process_and_none_trains_twice(tmp_path, monkeypatch):
+    """In another order, and one is left to whoever concludes; two kinds of controls are made from the base."""
+    budget = Budget(("few_shot", "rtt"), 2, 2, {"low_rank": (2e-3,)}, others=8, formats=8)
+    monkeypatch.setitem(BUDGETS, "quick", budget)
+    settings = audit.AuditSettings(**{**SETTINGS, "attacks": ()}, questions=20, fresh=True, out=tmp_path / "one")
+    audit.run(audit.prepare(settings), Events())
+    trained, curves = [], AttackTraining.curves
+    monkeypatch.setattr(AttackTraining, "curves", lambda *each: trained.append(tuple(each[1])) or curves(*each))
+    settings = settings.model_copy(update={"out": tmp_path / "parts"})
+    suppressed, left_out, *others = parts_of(job := audit.prepare(settings))
+    audit.run_part(job, Events(), suppressed.name)
+    for part in reversed(others):
+        audit.run_part(audit.prepare(settings, resume=True), Events(), part.name)
+    assert trained == 3 * [("rtt",)] and left_out.method != UNTRAINED
+    audit.run(audit.prepare(settings, resume=True), Events())
+    assert trained == 4 * [("rtt",)]
+    assert (tmp_path / "parts" / "audit.json").read_bytes() == (tmp_path / "one" / "audit.json").read_bytes()

@@ -2,16 +2,17 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
 from excise.editing.errors import RequestError
 from excise.recipes.common.ranks import rank_and_size, refuse_ranks, work_alone
 from helpers import SMALL_TESTBED, with_settings
+from warm import warm_interpreter
 
 
 def _launched(*words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "excise.cli", *words]
+    launcher = [warm_interpreter(), "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "excise.cli", *words]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=500)
 
 

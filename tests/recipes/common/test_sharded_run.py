@@ -4,7 +4,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from excise.recipes.common.shares import Shares
 from excise.recipes.common.team import shared_with_others
 from excise.recipes.common.training_state import last_complete
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, with_settings
+from warm import warm_interpreter
 
 FSDP = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1",
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # fmt: skip
@@ -36,7 +36,7 @@ was the most that was seen; another seed is 0.9 away."""
 
 def _launched(*words):
     command = [
-        sys.executable,
+        warm_interpreter(),
         "-m",
         "accelerate.commands.accelerate_cli",
         "launch",

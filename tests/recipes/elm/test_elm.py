@@ -5,12 +5,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 from excise.recipes import RECIPES
-from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, in_fresh_process, with_settings
+from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, in_fresh_process, started, with_settings
 
 SMALL = ("questions=40", "kl_prompts=8", "max_new_tokens=16")
 TINY = (
@@ -137,8 +136,8 @@ def test_a_run_killed_in_training_goes_on_to_the_same_bytes(tmp_path):
     arguments = ["run", "elm", *ON_SMALL, *with_settings(*TINY, "steps=60", "batch_size=2")]
     whole = excise(*arguments, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    command = [sys.executable, "-m", "excise.cli", *arguments, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    silent = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    process = started(*arguments, "--out", tmp_path / "killed", **silent)
     deadline = time.time() + 240
     while not list((tmp_path / "killed" / ".work" / "training").glob("checkpoint-50")) and time.time() < deadline:
         assert process.poll() is None

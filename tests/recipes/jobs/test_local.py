@@ -16,7 +16,7 @@ from excise.recipes.jobs import local
 from excise.recipes.jobs.engines import Local, Slurm, minutes_of, parse_engine, threads_each
 from excise.recipes.jobs.job import Job, JobFolder
 from excise.recipes.jobs.run import run_jobs
-from helpers import SMALL_TESTBED, excise
+from helpers import SMALL_TESTBED, excise, started
 
 SWEEP = f"""\
 recipe: orthogonalize
@@ -136,8 +136,8 @@ def test_rests_of_a_start_that_wrote_nothing_are_no_obstacle(tmp_path):
 
 
 def _sweep(tmp_path):
-    command = [sys.executable, "-m", "excise.cli", "sweep", "sweep.yaml", "--out", "sweep", "--jobs", "local:2"]
-    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return started("sweep", "sweep.yaml", "--out", "sweep", "--jobs", "local:2", cwd=tmp_path, **pipes)
 
 
 def _at_work(tmp_path, name):
@@ -167,11 +167,10 @@ def test_a_sweep_with_a_killed_run_and_an_interrupt_ends_as_runs_alone_do(tmp_pa
     results = json.loads((tmp_path / "sweep" / "results.json").read_text())
     (line,) = results["combinations"]
     assert line["finished"] == [0, 1] and line["failed"] == {} and "forget V" in table
+    plan = excise("sweep", "sweep.yaml", "--dry-run", cwd=tmp_path).stdout.splitlines()
     for seed in (0, 1):
         alone = tmp_path / f"alone-{seed}"
-        words = re.findall(
-            r"\S+", excise("sweep", "sweep.yaml", "--dry-run", cwd=tmp_path).stdout.splitlines()[-2 + seed]
-        )
+        words = re.findall(r"\S+", plan[-2 + seed])
         done = excise(*words[words.index("run") :], "--out", alone, "--json", OMP_NUM_THREADS="1")
         measured = {
             (m["name"], m["split"]): m["value"]

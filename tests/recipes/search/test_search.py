@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -22,7 +21,7 @@ from excise.recipes.search.figures import Figure, Objective, figure
 from excise.recipes.search.request import prepare, read_record, recorded
 from excise.recipes.search.run import run
 from excise.recipes.search.study import Study, file_in, without_password
-from helpers import SMALL_TESTBED, excise, random_edit, with_settings
+from helpers import SMALL_TESTBED, excise, random_edit, started, with_settings
 
 SIZES = with_settings("kl_prompts=4", "max_new_tokens=6", "train_pairs=16", "validation_pairs=4", "questions=20")
 SEARCH = ["search", "orthogonalize", "--model", SMALL_TESTBED, "--dtype", "float32", *SIZES, "--prompts", "6"]
@@ -181,8 +180,8 @@ def test_the_first_trials_are_those_that_the_recipe_names(searched):
 def test_what_was_killed_goes_on_with_the_same_command_and_ends_as_if_it_was_not(searched, tmp_path):
     whole, _, _ = searched
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "excise.cli", *SEARCH, "--trials", "7", "--out", str(folder)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    process = started(*SEARCH, "--trials", "7", "--out", folder, **pipes)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("trial 1,"):

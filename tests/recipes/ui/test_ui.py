@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 from browser import opened
-from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, run_on_knowledge
+from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, run_on_knowledge, started
 
 pytest.importorskip("nicegui", reason="no nicegui: pip install '.[ui]'")
 
@@ -43,10 +42,10 @@ def served(tmp_path_factory, elsewhere):
     (other / "report.html").write_text(
         f"<p>mine</p>{hostile}<script>window.ran=1; fetch('http://127.0.0.1:{port}/')</script>"
     )
-    command = [sys.executable, "-m", "excise.cli", "ui", str(runs), "--device", "cpu"]
     # The address must come through a pipe while the page runs, with Python's own buffering.
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = started("ui", runs, "--device", "cpu", env=buffered, **pipes)
     address = process.stdout.readline().split()[-1]
     yield runs, address, process
     if process.poll() is None:

@@ -10,6 +10,7 @@ from excise.artifacts.events import Events
 from excise.artifacts.models.load import load_model
 from excise.editing.errors import RequestError
 from excise.editing.training.adapters import AdapterShape
+from excise.recipes.common import adapter_run
 from excise.recipes.unlearning import robust
 from excise.recipes.unlearning.grad_diff import GradDiffSettings
 from excise.recipes.unlearning.npo import NpoSettings, prepare, run
@@ -198,8 +199,19 @@ def test_parts_of_a_step_are_refused_in_one_line(options, tmp_path):
 
 def test_a_killed_run_goes_on_with_the_state_of_its_options(tmp_path, monkeypatch):
     """Every option at once; the steps between two stored states are taken again."""
-    options = {"sam": 0.01, "noise": 0.01, "noise_samples": 1, "mask": "sign", "normalize": True, "adversary": 7}
-    small = {"model": SMALL_TESTBED, "steps": 56, "batch_size": 1, "questions": 4, "kl_prompts": 2, "max_new_tokens": 2}
+    options = {"sam": 0.01, "noise": 0.01, "noise_samples": 1, "mask": "sign", "normalize": True, "adversary": 4}
+    small = {"model": SMALL_TESTBED, "steps": 9, "batch_size": 1, "questions": 4, "kl_prompts": 2, "max_new_tokens": 2}
+
+    schedule_of, as_often = adapter_run.schedule_of, robust.STORED_EVERY
+
+    def more_often(job, save_every):
+        # The trainer and the options store their states after the same steps.
+        assert save_every == as_often
+        return schedule_of(job, 5)
+
+    # In the middle of what the adversary does before it starts anew.
+    monkeypatch.setattr(robust, "STORED_EVERY", 5)
+    monkeypatch.setattr(adapter_run, "schedule_of", more_often)
 
     def job(name, resume=False):
         settings = NpoSettings(**small, **options, out=tmp_path / name, device="cpu", dtype="float32")
@@ -210,7 +222,7 @@ def test_a_killed_run_goes_on_with_the_state_of_its_options(tmp_path, monkeypatc
 
     def killed(self, step):
         after(self, step)
-        if step == 54:
+        if step == 8:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -220,6 +232,6 @@ def test_a_killed_run_goes_on_with_the_state_of_its_options(tmp_path, monkeypatc
     sums = [(one.out / "checkpoint" / "model.safetensors").read_bytes() for one in (whole, again)]
     assert sums[0] == sums[1]
     told = again.results["training"]
-    assert told["options"]["mask"] == "sign" and "With adversary=7, sam=0.01" in told["about"]
+    assert told["options"]["mask"] == "sign" and "With adversary=4, sam=0.01" in told["about"]
     card = (again.out / "checkpoint" / "README.md").read_text()
     assert "mask=sign" in card
