@@ -98,3 +98,44 @@ def test_items_of_several_worlds_are_pooled_and_no_subject_is_shared_between_the
     assert both.value() == pytest.approx(2 / 6) and both.subjects == 4 and len(set(both.ids)) == 6
     without = joined([Scores("a", "b", "share", "lower", ("1", "2"), (1.0, 0.0), (1.0, 1.0))] * 2)
     assert without.subjects == 4
+
+
+def test_the_frontier_averages_over_worlds_and_counts_where_the_aim_is_reached(tmp_path, capsys):
+    aims = {0: (0.04, 0.20, 1.00), 1: (0.06, 0.50, 0.96)}
+    for seed, (before, after, neighbour) in aims.items():
+        values = {("multiple_choice", "forget_V"): before, ("multiple_choice", "neighbour"): neighbour}
+        measured = [
+            {"name": name, "split": split, "subject": subject, "value": value, "ci95": None}
+            for (name, split), value in values.items()
+            for subject in ("base", "edited")
+        ]
+        curves = [("rtt", False, (before, after)), ("undo_cliff", True, (0.7,))]
+        attacks = [
+            {
+                "name": name,
+                "settings": {"given_v": known},
+                "curve": [{"base": 1.0, "edited": value, "reference": 0.1} for value in looks],
+            }
+            for name, known, looks in curves
+        ]
+        worst = {"worst": {"value": after}, "worst_while_working": None}
+        audit = {"attacks": attacks, "worst_cases": worst, "speed_up": None, "untouched": {"edited": before}}
+        seconds = {f"{seed}-built": 100.0, f"{seed}-elm": 20.0, f"{seed}-repselect-0.1": 10.0}
+        files = {f"seconds/{name}.json": value for name, value in seconds.items()}
+        files |= {f"evals/{seed}-{name}.json": measured for name in ("reference", "elm", "repselect-0.1")}
+        for place, content in {**files, f"audits/{seed}-repselect-0.1/audit.json": audit}.items():
+            (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / place).write_text(json.dumps(content))
+    main = runpy.run_path(str(ROOT / "benchmarks" / "frontier.py"))["main"]
+    main([str(tmp_path), "--table", "--worlds", "0,1,2"])
+    shown = capsys.readouterr().out
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in shown.splitlines() if "|" in line}
+    row = [cell.strip() for cell in rows["repselect 0.1, 2 worlds"]]
+    # Of .2 and .5: mean .35, standard error .15, and 12.706 of it either way for two worlds.
+    assert row[0] == "0.050 [-0.077, 0.177]" and row[5] == "0.350 [-1.556, 2.256]"
+    assert row[6:] == ["0.050 [-0.077, 0.177]", "0.700 [0.700, 0.700]", "", "0.300 [0.300, 0.300]"]
+    assert "repselect 0.1: the aim is reached in worlds of 2: V 2, worst 1, neighbour 2, seconds 2; all 1" in shown
+    assert "elm 0.1, " not in shown and rows["world 1, reference"][5].strip() == "0.100"
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--methods", "npo"])
+    assert "no method 'npo'; methods: elm, repselect" in capsys.readouterr().err

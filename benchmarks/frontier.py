@@ -1,0 +1,374 @@
+"""What edits leave to come back at equal damage, on small worlds: ELM alone, and one step of RepSelect after it.
+
+    python benchmarks/frontier.py OUT [--worlds 0,1,2,3,4] [--budgets 0.01,0.03,0.1,0.3] [--methods elm,repselect]
+
+Builds small worlds (``excise testbed build --size small``), edits each world's model once with ELM (default settings),
+and brings edits to the same KL on retain texts:
+
+* elm: the ELM edit at the strength at which KL(base || edited) is the budget, however strong that is.
+* repselect: the ELM edit as it was learned, then one step of RepSelect with that budget on top; KL(ELM || edited).
+
+Each is measured like base and reference, and audited with ``--attacks``. Everything stays in OUT, and the same command
+continues where it was stopped; with more worlds, budgets or methods it makes the missing ones. ``--table`` prints what
+is there, and makes nothing. Seconds are processor seconds, as a share of those that the world's model was trained for.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import excise
+from excise.artifacts.events import Events
+from excise.editing.errors import ExciseError
+from excise.eval.intervals import student
+from excise.recipes.testbed.build import SMALL, build_testbed
+from transformers.utils.logging import disable_progress_bar
+
+BUDGETS = (0.01, 0.03, 0.1, 0.3)
+"""KL on retain texts, in nats a token."""
+ATTACKS = ("rtt", "unrelated", "undo_cliff", "relearn")
+STRONGEST = 32.0
+"""The most that ELM's edit is multiplied by."""
+UNSEEN = "built"
+"""The file of seconds of a world's model."""
+COLUMNS = {
+    "V": ("multiple_choice", "forget_V"),
+    "neighbour": ("multiple_choice", "neighbour"),
+    "the rest": ("multiple_choice", "retain"),
+    "KL from base": ("kl_from_base", "retain"),
+    "replies under the base": ("reverse_perplexity", "concept"),
+}
+"""What is measured without an attack, by its name and split in ``eval.json``."""
+ATTACKED = ("worst", "working", "cliff taken out", "speed-up", "seconds")
+AIM: dict[str, Callable[[float], bool]] = {
+    "V": lambda value: value <= 0.15,
+    "worst": lambda value: value <= 0.30,
+    "neighbour": lambda value: value >= 0.95,
+    "seconds": lambda value: value < 1 / 3,
+}
+"""What an edit must reach to hold, where the reference stays within 0.15 itself."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A small world on disk."""
+
+    out: Path
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        return self.out / f"world-{self.seed}"
+
+    @property
+    def base(self) -> str:
+        return str(self.folder / "testbed")
+
+    @property
+    def reference(self) -> str:
+        return str(self.folder / "testbed-reference")
+
+    @property
+    def concept(self) -> str:
+        return str(self.folder / "concepts" / "potions")
+
+    @property
+    def elm(self) -> Path:
+        """The run of ELM that all edits of the world begin with."""
+        return self.out / "elm" / str(self.seed)
+
+    def build(self) -> None:
+        """Build the world, unless it is there."""
+        if not self.folder.exists():
+            with clocked(self.out, f"{self.seed}-{UNSEEN}", parts=2):
+                # Two models of equally many steps; the share is of one.
+                build_testbed(replace(SMALL, seed=self.seed), self.folder, Events())
+
+    def learn(self) -> None:
+        """Edit the world's model with ELM, unless that was done."""
+        if not (self.elm / "checkpoint").exists():
+            begun = self.elm.exists()
+            with clocked(self.out, f"{self.seed}-elm", begun=begun):
+                excise.run("elm", self.base, self.concept, self.elm, resume=begun, progress=False)
+
+
+def at_strength(world: World, budget: float, folder: Path) -> None:
+    """ELM's edit at the strength of a budget."""
+    made = folder / "checkpoint"
+    excise.apply(
+        world.elm,
+        world.base,
+        made,
+        kl_budget=budget,
+        max_strength=STRONGEST,
+        concept=world.concept,
+        progress=False,
+    )
+
+
+def then_repselect(world: World, budget: float, folder: Path) -> None:
+    """A step of RepSelect on top of ELM; the run's own measurements are kept short, because all edits are measured alike."""
+    excise.run(
+        "repselect",
+        str(world.elm),
+        world.concept,
+        folder,
+        kl_budget=budget,
+        controls=False,
+        questions=8,
+        max_new_tokens=4,
+        resume=folder.exists(),
+        progress=False,
+    )
+
+
+METHODS: dict[str, Callable[[World, float, Path], None]] = {"elm": at_strength, "repselect": then_repselect}
+
+
+@contextmanager
+def clocked(out: Path, name: str, *, parts: int = 1, begun: bool = False) -> Iterator[None]:
+    """Write down the processor seconds of what is done within, divided by the number of its equal parts.
+
+    What an earlier process had begun has no seconds: nobody knows how many that one spent.
+    """
+    started = time.process_time()
+    yield
+    if not begun:
+        write(out / "seconds" / f"{name}.json", (time.process_time() - started) / parts)
+
+
+def write(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    partial.replace(path)
+
+
+def read(path: Path) -> Any:
+    """A JSON file, or None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of one world."""
+
+    world: World
+    method: str
+    budget: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.world.seed}-{self.method}-{self.budget:g}"
+
+    @property
+    def folder(self) -> Path:
+        return self.world.out / "edits" / self.name
+
+    def make(self) -> None:
+        """Make it, unless it is there."""
+        if not (self.folder / "checkpoint").exists():
+            with clocked(self.world.out, self.name, begun=self.folder.exists()):
+                METHODS[self.method](self.world, self.budget, self.folder)
+
+    def audit(self, attacks: Sequence[str]) -> None:
+        """Audit it, unless that was done."""
+        folder = self.world.out / "audits" / self.name
+        if not (folder / "audit.json").exists():
+            excise.audit(
+                str(self.folder / "checkpoint"),
+                self.world.concept,
+                self.world.base,
+                reference=self.world.reference,
+                budget="quick",
+                attacks=tuple(attacks),
+                out=folder,
+                resume=(folder / ".work").exists(),
+                progress=False,
+            )
+
+
+def measured(world: World, models: dict[str, str]) -> None:
+    """Measure all models that were not measured yet, on the same items as the base."""
+    missing = {name: model for name, model in models.items() if not (world.out / "evals" / f"{name}.json").exists()}
+    if missing:
+        found = excise.evaluate(list(missing.values()), world.concept, world.base, progress=False)
+        for name, results in zip(missing, found.results, strict=True):
+            write(world.out / "evals" / f"{name}.json", results["measurements"])
+
+
+def make(world: World, methods: Sequence[str], budgets: Sequence[float], attacks: Sequence[str]) -> None:
+    """Everything about one world that is missing."""
+    told = time.perf_counter()
+    world.build()
+    world.learn()
+    edits = []
+    for edit in edits_of(world, methods, budgets):
+        try:
+            edit.make()
+            edits.append(edit)
+        except ExciseError as error:
+            print(f"{edit.name}: not made: {error}", flush=True)
+    checkpoints = {edit.name: str(edit.folder / "checkpoint") for edit in edits}
+    fixed = {f"{world.seed}-elm": str(world.elm / "checkpoint"), f"{world.seed}-reference": world.reference}
+    measured(world, {**fixed, **checkpoints})
+    for edit in edits:
+        edit.audit(attacks)
+        print(f"{edit.name}: {time.perf_counter() - told:.0f} s since the world was begun", flush=True)
+
+
+def edits_of(world: World, methods: Sequence[str], budgets: Sequence[float]) -> list[Edit]:
+    return [Edit(world, method, budget) for method in methods for budget in budgets]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value with its interval, where there is one."""
+
+    value: float
+    ci95: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        digits = 3 if abs(self.value) < 1.5 else 1
+        if not self.ci95:
+            return f"{self.value:.{digits}f}"
+        return f"{self.value:.{digits}f} [{self.ci95[0]:.{digits}f}, {self.ci95[1]:.{digits}f}]"
+
+
+Row = dict[str, Cell]
+
+
+def unattacked(measurements: Sequence[dict[str, Any]], subject: str) -> Row:
+    """Figures of one model without an attack; what was not measured is left out."""
+    row: Row = {}
+    for column, (name, split) in COLUMNS.items():
+        for one in measurements:
+            if (one["name"], one["split"], one["subject"]) == (name, split, subject):
+                row[column] = Cell(one["value"], tuple(one["ci95"]) if one["ci95"] else None)
+    return row
+
+
+def row_of(edit: Edit) -> Row | None:
+    """All figures of one edit; None where it was not measured and audited."""
+    out, seed = edit.world.out, edit.world.seed
+    measurements, audit = read(out / "evals" / f"{edit.name}.json"), read(out / "audits" / edit.name / "audit.json")
+    if measurements is None or audit is None:
+        return None
+    row, worst = unattacked(measurements, "edited"), audit["worst_cases"]
+    row["worst"] = Cell(worst["worst"]["value"])
+    # An edit whose looks all broke it further has no such look; it then stands as it is without an attack.
+    row["working"] = Cell((worst["worst_while_working"] or {"value": audit["untouched"]["edited"]})["value"])
+    row["cliff taken out"] = Cell(best(audit, "edited", ("undo_cliff",)))
+    if audit["speed_up"] and audit["speed_up"]["value"] is not None:
+        row["speed-up"] = Cell(audit["speed_up"]["value"])
+    spent = [read(out / "seconds" / f"{name}.json") for name in (f"{seed}-elm", edit.name, f"{seed}-{UNSEEN}")]
+    if None not in spent:
+        row["seconds"] = Cell((spent[0] + spent[1]) / spent[2])
+    return row
+
+
+def best(audit: dict[str, Any], model: str, attacks: Sequence[str] = ()) -> float:
+    """The highest accuracy on V of a model under attacks that see neither V nor the base, or under those named."""
+    blind = [one for one in audit["attacks"] if not one["settings"]["given_v"]]
+    chosen = [one for one in audit["attacks"] if one["name"] in attacks] if attacks else blind
+    return max((look[model] for one in chosen for look in one["curve"]), default=math.nan)
+
+
+def others(world: World, edits: Sequence[Edit]) -> dict[str, Row]:
+    """Rows of base and reference, and of ELM as it was learned, which was not attacked."""
+    rows: dict[str, Row] = {}
+    reference = read(world.out / "evals" / f"{world.seed}-reference.json")
+    if reference is None:
+        return rows
+    rows["base"], rows["reference"] = unattacked(reference, "base"), unattacked(reference, "edited")
+    if learned := read(world.out / "evals" / f"{world.seed}-elm.json"):
+        rows["ELM as learned"] = unattacked(learned, "edited")
+    for audit in filter(None, (read(world.out / "audits" / edit.name / "audit.json") for edit in edits)):
+        for model in ("base", "reference"):
+            rows[model]["worst"] = Cell(best(audit, model))
+        break
+    return rows
+
+
+def mean(rows: Sequence[Row]) -> Row:
+    """Means over worlds, with intervals of Student's t over worlds where there are several."""
+    found: Row = {}
+    for column in (*COLUMNS, *ATTACKED):
+        values = [row[column].value for row in rows if column in row]
+        if not values or len(values) < len(rows):
+            continue
+        centre, n = sum(values) / len(values), len(values)
+        interval = None
+        if n > 1:
+            error = math.sqrt(sum((value - centre) ** 2 for value in values) / (n - 1) / n)
+            interval = centre - student(n - 1) * error, centre + student(n - 1) * error
+        found[column] = Cell(centre, interval)
+    return found
+
+
+def line(name: str, row: Row) -> str:
+    """A row of a Markdown table."""
+    return f"| {name} | " + " | ".join(str(row.get(column, "")) for column in (*COLUMNS, *ATTACKED)) + " |"
+
+
+def aims(rows: Sequence[Row]) -> str:
+    """In how many worlds each part of the aim is reached, and in how many all of it."""
+    reached = [{name: good(row[name].value) for name, good in AIM.items() if name in row} for row in rows]
+    parts = [f"{name} {sum(one.get(name, False) for one in reached)}" for name in AIM]
+    whole = sum(len(one) == len(AIM) and all(one.values()) for one in reached)
+    return f"of {len(rows)}: {', '.join(parts)}; all {whole}"
+
+
+def table(worlds: Sequence[World], methods: Sequence[str], budgets: Sequence[float]) -> list[str]:
+    """Means over worlds, how often the aim is reached, and the row of each world."""
+    head = ["| | " + " | ".join((*COLUMNS, *ATTACKED)) + " |", "|" + "---|" * (1 + len(COLUMNS) + len(ATTACKED))]
+    single, pooled = list(head), list(head)
+    found: dict[str, list[Row]] = {}
+    for world in worlds:
+        edits = edits_of(world, methods, budgets)
+        rows = others(world, edits)
+        rows |= {f"{e.method} {e.budget:g}": row for e in edits if (row := row_of(e))}
+        single += [line(f"world {world.seed}, {name}", row) for name, row in rows.items()]
+        for name, row in rows.items():
+            found.setdefault(name, []).append(row)
+    pooled += [line(f"{name}, {len(rows)} worlds", mean(rows)) for name, rows in found.items()]
+    edited = {name: rows for name, rows in found.items() if all("working" in row for row in rows)}
+    reached = [f"{name}: the aim is reached in worlds {aims(rows)}" for name, rows in edited.items()]
+    return [*pooled, "", *reached, "", *single]
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Budgets as they are typed."""
+    return tuple(map(float, text.split(",")))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make what is missing, world by world, then print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--worlds", default="0,1,2,3,4", help="Seeds; a world-SEED in OUT is taken as is.")
+    parser.add_argument("--budgets", type=numbers, default=BUDGETS)
+    parser.add_argument("--methods", default="elm,repselect")
+    parser.add_argument("--attacks", default=",".join(ATTACKS))
+    parser.add_argument("--table", action="store_true", help="Print what is there; make nothing.")
+    options = parser.parse_args(arguments)
+    methods = options.methods.split(",")
+    if unknown := [method for method in methods if method not in METHODS]:
+        parser.error(f"no method {unknown[0]!r}; methods: {', '.join(METHODS)}")
+    worlds = [World(options.out, int(seed)) for seed in options.worlds.split(",")]
+    if not options.table:
+        disable_progress_bar()
+        for world in worlds:
+            make(world, methods, options.budgets, options.attacks.split(","))
+    print("\n".join(table(worlds, methods, options.budgets)))
+
+
+if __name__ == "__main__":
+    main()
