@@ -32,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 
 BUDGETS = (0.01, 0.03, 0.1, 0.3)
 """KL on retain texts, in nats a token."""
-ATTACKS = ("rtt", "unrelated", "undo_cliff", "relearn")
+ATTACKS = ("rtt", "unrelated", "undo_cliff")
 STRONGEST = 32.0
 """The most that ELM's edit is multiplied by."""
 UNSEEN = "built"
@@ -61,6 +61,7 @@ class World:
 
     out: Path
     seed: int
+    dtype: str = "auto"
 
     @property
     def folder(self) -> Path:
@@ -95,7 +96,7 @@ class World:
         if not (self.elm / "checkpoint").exists():
             begun = self.elm.exists()
             with clocked(self.out, f"{self.seed}-elm", begun=begun):
-                excise.run("elm", self.base, self.concept, self.elm, resume=begun, progress=False)
+                excise.run("elm", self.base, self.concept, self.elm, dtype=self.dtype, resume=begun, progress=False)
 
 
 def at_strength(world: World, budget: float, folder: Path) -> None:
@@ -123,6 +124,7 @@ def then_repselect(world: World, budget: float, folder: Path) -> None:
         controls=False,
         questions=8,
         max_new_tokens=4,
+        dtype=world.dtype,
         resume=folder.exists(),
         progress=False,
     )
@@ -189,6 +191,7 @@ class Edit:
                 reference=self.world.reference,
                 budget="quick",
                 attacks=tuple(attacks),
+                dtype=self.world.dtype,
                 out=folder,
                 resume=(folder / ".work").exists(),
                 progress=False,
@@ -199,7 +202,7 @@ def measured(world: World, models: dict[str, str]) -> None:
     """Measure all models that were not measured yet, on the same items as the base."""
     missing = {name: model for name, model in models.items() if not (world.out / "evals" / f"{name}.json").exists()}
     if missing:
-        found = excise.evaluate(list(missing.values()), world.concept, world.base, progress=False)
+        found = excise.evaluate(list(missing.values()), world.concept, world.base, dtype=world.dtype, progress=False)
         for name, results in zip(missing, found.results, strict=True):
             write(world.out / "evals" / f"{name}.json", results["measurements"])
 
@@ -357,12 +360,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", type=numbers, default=BUDGETS)
     parser.add_argument("--methods", default="elm,repselect")
     parser.add_argument("--attacks", default=",".join(ATTACKS))
+    parser.add_argument("--dtype", default="auto", help="Of everything but the building of worlds, such as float32.")
     parser.add_argument("--table", action="store_true", help="Print what is there; make nothing.")
     options = parser.parse_args(arguments)
     methods = options.methods.split(",")
     if unknown := [method for method in methods if method not in METHODS]:
         parser.error(f"no method {unknown[0]!r}; methods: {', '.join(METHODS)}")
-    worlds = [World(options.out, int(seed)) for seed in options.worlds.split(",")]
+    worlds = [World(options.out, int(seed), options.dtype) for seed in options.worlds.split(",")]
     if not options.table:
         disable_progress_bar()
         for world in worlds:
