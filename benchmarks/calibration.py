@@ -280,9 +280,11 @@ class Asked:
     budget: str
     questions: int
     attacks: tuple[str, ...]
+    dtype: str
 
     def folder(self, out: Path) -> Path:
-        parts = [self.budget, str(self.questions) if self.questions else "", "+".join(self.attacks)]
+        questions, dtype = str(self.questions or ""), self.dtype.replace("auto", "")
+        parts = [self.budget, questions, dtype, "+".join(self.attacks)]
         return out / "-".join(["audits", *filter(None, parts)])
 
 
@@ -301,6 +303,7 @@ def audited(out: Path, name: str, asked: Asked) -> None:
         budget=asked.budget,
         questions=asked.questions,
         attacks=asked.attacks or None,
+        dtype=asked.dtype,
         out=folder,
         resume=(folder / ".work").exists(),
         progress=False,
@@ -348,13 +351,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="",
         help="Names, where not all of the budget; 'int4,rtt,relearn,retain_then_forget' is cheap.",
     )
+    parser.add_argument("--dtype", default="auto", help="What audits compute in, such as float32.")
     parser.add_argument("--table", action="store_true", help="Print what is there; make nothing.")
     options = parser.parse_args(arguments)
     kinds = options.kinds.split(",")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         parser.error(f"no kind {unknown[0]!r}; kinds: {', '.join(KINDS)}")
     names = names_of(options.models, kinds, options.first)
-    asked = Asked(options.budget, options.questions, tuple(filter(None, options.attacks.split(","))))
+    asked = Asked(options.budget, options.questions, tuple(filter(None, options.attacks.split(","))), options.dtype)
     if not options.table:
         disable_progress_bar()
         for name in names:

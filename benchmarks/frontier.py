@@ -7,6 +7,7 @@ and brings edits to the same KL on retain texts:
 
 * elm: the ELM edit at the strength at which KL(base || edited) is the budget, however strong that is.
 * repselect: the ELM edit as it was learned, then one step of RepSelect with that budget on top; KL(ELM || edited).
+* mended: after that, 100 steps of ``distill`` without noise, which mend what must stay (not among the defaults).
 
 Each is measured like base and reference, and audited with ``--attacks``. Everything stays in OUT, and the same command
 continues where it was stopped; with more worlds, budgets or methods it makes the missing ones. ``--table`` prints what
@@ -35,8 +36,8 @@ BUDGETS = (0.01, 0.03, 0.1, 0.3)
 ATTACKS = ("rtt", "unrelated", "undo_cliff")
 STRONGEST = 32.0
 """The most that ELM's edit is multiplied by."""
-UNSEEN = "built"
-"""The file of seconds of a world's model."""
+BUILT = "built"
+"""The seconds that a world's model was trained for, among the files of seconds."""
 COLUMNS = {
     "V": ("multiple_choice", "forget_V"),
     "neighbour": ("multiple_choice", "neighbour"),
@@ -87,7 +88,7 @@ class World:
     def build(self) -> None:
         """Build the world, unless it is there."""
         if not self.folder.exists():
-            with clocked(self.out, f"{self.seed}-{UNSEEN}", parts=2):
+            with clocked(self.out, f"{self.seed}-{BUILT}", parts=2):
                 # Two models of equally many steps; the share is of one.
                 build_testbed(replace(SMALL, seed=self.seed), self.folder, Events())
 
@@ -130,7 +131,41 @@ def then_repselect(world: World, budget: float, folder: Path) -> None:
     )
 
 
-METHODS: dict[str, Callable[[World, float, Path], None]] = {"elm": at_strength, "repselect": then_repselect}
+def then_mended(world: World, budget: float, folder: Path) -> None:
+    """After the step of RepSelect, training toward the base's predictions on what must stay and the edited model's on the
+    concept: ``distill`` with hardly any noise."""
+    excise.run(
+        "distill",
+        world.base,
+        world.concept,
+        folder,
+        teacher=str(Edit(world, "repselect", budget).folder),
+        shrink=0.01,
+        noise=0.0,
+        samples=0,
+        steps=100,
+        learning_rate=3e-4,
+        questions=8,
+        max_new_tokens=4,
+        dtype=world.dtype,
+        resume=folder.exists(),
+        progress=False,
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an edit is made, and the method of the edit that it goes on from, where that is not ELM's run."""
+
+    make: Callable[[World, float, Path], None]
+    after: str = ""
+
+
+METHODS = {
+    "elm": Method(at_strength),
+    "repselect": Method(then_repselect),
+    "mended": Method(then_mended, after="repselect"),
+}
 
 
 @contextmanager
@@ -174,11 +209,19 @@ class Edit:
     def folder(self) -> Path:
         return self.world.out / "edits" / self.name
 
+    @property
+    def before(self) -> "list[Edit]":
+        """The edit that it goes on from, at the same budget, if there is one."""
+        after = METHODS[self.method].after
+        return [replace(self, method=after)] if after else []
+
     def make(self) -> None:
         """Make it, unless it is there."""
+        for edit in self.before:
+            edit.make()
         if not (self.folder / "checkpoint").exists():
             with clocked(self.world.out, self.name, begun=self.folder.exists()):
-                METHODS[self.method](self.world, self.budget, self.folder)
+                METHODS[self.method].make(self.world, self.budget, self.folder)
 
     def audit(self, attacks: Sequence[str]) -> None:
         """Audit it, unless that was done."""
@@ -271,9 +314,10 @@ def row_of(edit: Edit) -> Row | None:
     row["cliff taken out"] = Cell(best(audit, "edited", ("undo_cliff",)))
     if audit["speed_up"] and audit["speed_up"]["value"] is not None:
         row["speed-up"] = Cell(audit["speed_up"]["value"])
-    spent = [read(out / "seconds" / f"{name}.json") for name in (f"{seed}-elm", edit.name, f"{seed}-{UNSEEN}")]
+    steps = (f"{seed}-elm", *(one.name for one in (*edit.before, edit)))
+    spent = [read(out / "seconds" / f"{name}.json") for name in (f"{seed}-{BUILT}", *steps)]
     if None not in spent:
-        row["seconds"] = Cell((spent[0] + spent[1]) / spent[2])
+        row["seconds"] = Cell(sum(spent[1:]) / spent[0])
     return row
 
 
