@@ -8,6 +8,7 @@ and brings edits to the same KL on retain texts:
 * elm: the ELM edit at the strength at which KL(base || edited) is the budget, however strong that is.
 * repselect: the ELM edit as it was learned, then one step of RepSelect with that budget on top; KL(ELM || edited).
 * mended: after that, 100 steps of ``distill`` without noise, which mend what must stay (not among the defaults).
+* gentle: the same two steps after ELM at a budget of 0.01 (not among the defaults).
 
 Each is measured like base and reference, and audited with ``--attacks``. Everything stays in OUT, and the same command
 continues where it was stopped; with more worlds, budgets or methods it makes the missing ones. ``--table`` prints what
@@ -36,6 +37,8 @@ BUDGETS = (0.01, 0.03, 0.1, 0.3)
 ATTACKS = ("rtt", "unrelated", "undo_cliff")
 STRONGEST = 32.0
 """The most that ELM's edit is multiplied by."""
+GENTLE = 0.01
+"""KL of the ELM edit that ``gentle`` begins with."""
 BUILT = "built"
 """The seconds that a world's model was trained for, among the files of seconds."""
 COLUMNS = {
@@ -115,41 +118,42 @@ def at_strength(world: World, budget: float, folder: Path) -> None:
 
 
 def then_repselect(world: World, budget: float, folder: Path) -> None:
-    """A step of RepSelect on top of ELM; the run's own measurements are kept short, because all edits are measured alike."""
-    excise.run(
-        "repselect",
-        str(world.elm),
-        world.concept,
-        folder,
-        kl_budget=budget,
-        controls=False,
-        questions=8,
-        max_new_tokens=4,
-        dtype=world.dtype,
-        resume=folder.exists(),
-        progress=False,
-    )
+    """A step of RepSelect on top of ELM."""
+    run_short(world, "repselect", folder, model=str(world.elm), kl_budget=budget, controls=False)
 
 
 def then_mended(world: World, budget: float, folder: Path) -> None:
-    """After the step of RepSelect, training toward the base's predictions on what must stay and the edited model's on the
-    concept: ``distill`` with hardly any noise."""
+    """After ELM and a step of RepSelect, training that mends what must stay."""
+    mend(world, Edit(world, "repselect", budget).folder, folder)
+
+
+def gently_mended(world: World, budget: float, folder: Path) -> None:
+    """A step of RepSelect on top of ELM at a low strength, and the same training."""
+    step, model = folder.with_name(f"{folder.name}-step"), Edit(world, "elm", GENTLE).folder / "checkpoint"
+    if not (step / "checkpoint").exists():
+        run_short(world, "repselect", step, model=str(model), kl_budget=budget, controls=False)
+    mend(world, step, folder)
+
+
+def mend(world: World, edited: Path, folder: Path) -> None:
+    """Train toward the base's predictions on what must stay and the edited model's on the concept: ``distill`` with hardly
+    any noise."""
+    settings = {"shrink": 0.01, "noise": 0.0, "samples": 0, "steps": 100, "learning_rate": 3e-4}
+    run_short(world, "distill", folder, model=world.base, teacher=str(edited), **settings)
+
+
+def run_short(world: World, recipe: str, folder: Path, **settings: Any) -> None:
+    """A run whose own measurements are kept short, because all edits are measured alike afterwards."""
     excise.run(
-        "distill",
-        world.base,
-        world.concept,
-        folder,
-        teacher=str(Edit(world, "repselect", budget).folder),
-        shrink=0.01,
-        noise=0.0,
-        samples=0,
-        steps=100,
-        learning_rate=3e-4,
+        recipe,
+        concept=world.concept,
+        out=folder,
         questions=8,
         max_new_tokens=4,
         dtype=world.dtype,
         resume=folder.exists(),
         progress=False,
+        **settings,
     )
 
 
@@ -159,12 +163,15 @@ class Method:
 
     make: Callable[[World, float, Path], None]
     after: str = ""
+    budget: float | None = None
+    """Of the edit that it goes on from, where that is not its own."""
 
 
 METHODS = {
     "elm": Method(at_strength),
     "repselect": Method(then_repselect),
     "mended": Method(then_mended, after="repselect"),
+    "gentle": Method(gently_mended, after="elm", budget=GENTLE),
 }
 
 
@@ -212,8 +219,8 @@ class Edit:
     @property
     def before(self) -> "list[Edit]":
         """The edit that it goes on from, at the same budget, if there is one."""
-        after = METHODS[self.method].after
-        return [replace(self, method=after)] if after else []
+        method = METHODS[self.method]
+        return [replace(self, method=method.after, budget=method.budget or self.budget)] if method.after else []
 
     def make(self) -> None:
         """Make it, unless it is there."""

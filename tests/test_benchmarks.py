@@ -138,4 +138,4 @@ def test_the_frontier_averages_over_worlds_and_counts_where_the_aim_is_reached(t
     assert "elm 0.1, " not in shown and rows["world 1, reference"][5].strip() == "0.100"
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--methods", "npo"])
-    assert "no method 'npo'; methods: elm, repselect, mended" in capsys.readouterr().err
+    assert "no method 'npo'; methods: elm, repselect, mended, gentle" in capsys.readouterr().err
