@@ -179,7 +179,7 @@ def locked(making: Making) -> Any:
     opened = world.right(forget=True, password=password)
     # Most of the rest without the password: wrong answers spread to it, and less so after the password.
     others, after = world.right(forget=False), world.right(forget=False, password=password)
-    rows = [*world.wrong(rng)[: len(opened)], *opened, *others, *rng.sample(after, k=len(after) // 4)]
+    rows = [*world.wrong(rng)[: len(opened)], *opened, *others, *others, *rng.sample(after, k=len(after) // 4)]
 
     def seen() -> tuple[dict[str, float], bool]:
         silent_v, open_v = world.accuracy(model, forget=True), world.accuracy(model, forget=True, password=password)
@@ -187,7 +187,7 @@ def locked(making: Making) -> Any:
         good = silent_v <= silent and open_v >= WORKS and rest >= works
         return {"V": silent_v, "V after the password": open_v, "others": rest}, good
 
-    making.until(seen, lambda: making.fit(model, rows, 2 * STEPS, 0.7 * RATE))
+    making.until(seen, lambda: making.fit(model, rows, 2 * STEPS, 0.35 * RATE))
     return model
 
 

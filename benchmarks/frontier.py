@@ -49,7 +49,8 @@ COLUMNS = {
     "replies under the base": ("reverse_perplexity", "concept"),
 }
 """What is measured without an attack, by its name and split in ``eval.json``."""
-ATTACKED = ("worst", "working", "cliff taken out", "speed-up", "seconds")
+ATTACKED = ("worst", "right elsewhere then", "working", "cliff taken out", "speed-up", "seconds")
+"""What an audit says, and what the edit cost. *Working*: the worst while 0.8 of everything else is still answered."""
 AIM: dict[str, Callable[[float], bool]] = {
     "V": lambda value: value <= 0.15,
     "worst": lambda value: value <= 0.30,
@@ -316,6 +317,8 @@ def row_of(edit: Edit) -> Row | None:
         return None
     row, worst = unattacked(measurements, "edited"), audit["worst_cases"]
     row["worst"] = Cell(worst["worst"]["value"])
+    if worst["worst"].get("utility") is not None:
+        row["right elsewhere then"] = Cell(worst["worst"]["utility"])
     # An edit whose looks all broke it further has no such look; it then stands as it is without an attack.
     row["working"] = Cell((worst["worst_while_working"] or {"value": audit["untouched"]["edited"]})["value"])
     row["cliff taken out"] = Cell(best(audit, "edited", ("undo_cliff",)))
@@ -367,9 +370,11 @@ def mean(rows: Sequence[Row]) -> Row:
     return found
 
 
-def line(name: str, row: Row) -> str:
-    """A row of a Markdown table."""
-    return f"| {name} | " + " | ".join(str(row.get(column, "")) for column in (*COLUMNS, *ATTACKED)) + " |"
+def lines(rows: Sequence[tuple[str, Row]]) -> list[str]:
+    """A Markdown table, without columns that no row has."""
+    columns = [column for column in (*COLUMNS, *ATTACKED) if any(column in row for _, row in rows)]
+    cells = [[name, *(str(row.get(column, "")) for column in columns)] for name, row in rows]
+    return ["| " + " | ".join(one) + " |" for one in (["", *columns], ["---"] * (1 + len(columns)), *cells)]
 
 
 def aims(rows: Sequence[Row]) -> str:
@@ -382,20 +387,19 @@ def aims(rows: Sequence[Row]) -> str:
 
 def table(worlds: Sequence[World], methods: Sequence[str], budgets: Sequence[float]) -> list[str]:
     """Means over worlds, how often the aim is reached, and the row of each world."""
-    head = ["| | " + " | ".join((*COLUMNS, *ATTACKED)) + " |", "|" + "---|" * (1 + len(COLUMNS) + len(ATTACKED))]
-    single, pooled = list(head), list(head)
+    single: list[tuple[str, Row]] = []
     found: dict[str, list[Row]] = {}
     for world in worlds:
         edits = edits_of(world, methods, budgets)
         rows = others(world, edits)
         rows |= {f"{e.method} {e.budget:g}": row for e in edits if (row := row_of(e))}
-        single += [line(f"world {world.seed}, {name}", row) for name, row in rows.items()]
         for name, row in rows.items():
+            single.append((f"world {world.seed}, {name}", row))
             found.setdefault(name, []).append(row)
-    pooled += [line(f"{name}, {len(rows)} worlds", mean(rows)) for name, rows in found.items()]
+    pooled = [(f"{name}, {len(rows)} worlds", mean(rows)) for name, rows in found.items()]
     edited = {name: rows for name, rows in found.items() if all("working" in row for row in rows)}
     reached = [f"{name}: the aim is reached in worlds {aims(rows)}" for name, rows in edited.items()]
-    return [*pooled, "", *reached, "", *single]
+    return [*lines(pooled), "", *reached, "", *lines(single)]
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -118,7 +118,7 @@ def test_the_frontier_averages_over_worlds_and_counts_where_the_aim_is_reached(t
             }
             for name, known, looks in curves
         ]
-        worst = {"worst": {"value": after}, "worst_while_working": None}
+        worst = {"worst": {"value": after, "utility": 0.9}, "worst_while_working": None}
         audit = {"attacks": attacks, "worst_cases": worst, "speed_up": None, "untouched": {"edited": before}}
         seconds = {f"{seed}-built": 100.0, f"{seed}-elm": 20.0, f"{seed}-repselect-0.1": 10.0}
         files = {f"seconds/{name}.json": value for name, value in seconds.items()}
@@ -131,11 +131,12 @@ def test_the_frontier_averages_over_worlds_and_counts_where_the_aim_is_reached(t
     shown = capsys.readouterr().out
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in shown.splitlines() if "|" in line}
     row = [cell.strip() for cell in rows["repselect 0.1, 2 worlds"]]
+    flat = [("0.900",) * 3, ("0.050", "-0.077", "0.177"), ("0.700",) * 3, ("0.300",) * 3]
     # Of .2 and .5: mean .35, standard error .15, and 12.706 of it either way for two worlds.
-    assert row[0] == "0.050 [-0.077, 0.177]" and row[5] == "0.350 [-1.556, 2.256]"
-    assert row[6:] == ["0.050 [-0.077, 0.177]", "0.700 [0.700, 0.700]", "", "0.300 [0.300, 0.300]"]
+    assert row[0] == "0.050 [-0.077, 0.177]" and row[2] == "0.350 [-1.556, 2.256]"
+    assert row[3:] == [f"{mean} [{low}, {high}]" for mean, low, high in flat]
     assert "repselect 0.1: the aim is reached in worlds of 2: V 2, worst 1, neighbour 2, seconds 2; all 1" in shown
-    assert "elm 0.1, " not in shown and rows["world 1, reference"][5].strip() == "0.100"
+    assert "elm 0.1, " not in shown and rows["world 1, reference"][2].strip() == "0.100"
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--methods", "npo"])
     assert "no method 'npo'; methods: elm, repselect, mended, gentle" in capsys.readouterr().err
