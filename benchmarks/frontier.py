@@ -49,8 +49,9 @@ COLUMNS = {
     "replies under the base": ("reverse_perplexity", "concept"),
 }
 """What is measured without an attack, by its name and split in ``eval.json``."""
-ATTACKED = ("worst", "right elsewhere then", "working", "cliff taken out", "speed-up", "seconds")
-"""What an audit says, and what the edit cost. *Working*: the worst while 0.8 of everything else is still answered."""
+ATTACKED = ("worst", "right elsewhere then", "regained", "working", "cliff taken out", "speed-up", "seconds")
+"""What an audit says, and what the edit cost. *Regained*: by the attack that is
+worst, of the way from the reference to the base. *Working*: the worst while 0.8 of everything else is still answered."""
 AIM: dict[str, Callable[[float], bool]] = {
     "V": lambda value: value <= 0.15,
     "worst": lambda value: value <= 0.30,
@@ -299,13 +300,18 @@ class Cell:
 Row = dict[str, Cell]
 
 
+def cell(one: dict[str, Any]) -> Cell:
+    """A value of a JSON file, with its interval where that has two ends."""
+    return Cell(one["value"], tuple(one["ci95"]) if one["ci95"] and None not in one["ci95"] else None)
+
+
 def unattacked(measurements: Sequence[dict[str, Any]], subject: str) -> Row:
     """Figures of one model without an attack; what was not measured is left out."""
     row: Row = {}
     for column, (name, split) in COLUMNS.items():
         for one in measurements:
             if (one["name"], one["split"], one["subject"]) == (name, split, subject):
-                row[column] = Cell(one["value"], tuple(one["ci95"]) if one["ci95"] else None)
+                row[column] = cell(one)
     return row
 
 
@@ -319,6 +325,9 @@ def row_of(edit: Edit) -> Row | None:
     row["worst"] = Cell(worst["worst"]["value"])
     if worst["worst"].get("utility") is not None:
         row["right elsewhere then"] = Cell(worst["worst"]["utility"])
+    for attack in audit["attacks"]:
+        if attack["name"] == worst["worst"].get("attack") and attack.get("regained"):
+            row["regained"] = cell(attack["regained"])
     # An edit whose looks all broke it further has no such look; it then stands as it is without an attack.
     row["working"] = Cell((worst["worst_while_working"] or {"value": audit["untouched"]["edited"]})["value"])
     row["cliff taken out"] = Cell(best(audit, "edited", ("undo_cliff",)))
@@ -355,7 +364,7 @@ def others(world: World, edits: Sequence[Edit]) -> dict[str, Row]:
 
 
 def mean(rows: Sequence[Row]) -> Row:
-    """Means over worlds, with intervals of Student's t over worlds where there are several."""
+    """Means over worlds, with intervals of Student's t over worlds where there are three or more: of two it says nothing."""
     found: Row = {}
     for column in (*COLUMNS, *ATTACKED):
         values = [row[column].value for row in rows if column in row]
@@ -363,7 +372,7 @@ def mean(rows: Sequence[Row]) -> Row:
             continue
         centre, n = sum(values) / len(values), len(values)
         interval = None
-        if n > 1:
+        if n > 2:
             error = math.sqrt(sum((value - centre) ** 2 for value in values) / (n - 1) / n)
             interval = centre - student(n - 1) * error, centre + student(n - 1) * error
         found[column] = Cell(centre, interval)

@@ -101,7 +101,7 @@ def test_items_of_several_worlds_are_pooled_and_no_subject_is_shared_between_the
 
 
 def test_the_frontier_averages_over_worlds_and_counts_where_the_aim_is_reached(tmp_path, capsys):
-    aims = {0: (0.04, 0.20, 1.00), 1: (0.06, 0.50, 0.96)}
+    aims = {0: (0.04, 0.20, 1.00), 1: (0.06, 0.50, 0.96), 2: (0.05, 0.35, 0.90)}
     for seed, (before, after, neighbour) in aims.items():
         values = {("multiple_choice", "forget_V"): before, ("multiple_choice", "neighbour"): neighbour}
         measured = [
@@ -127,15 +127,15 @@ def test_the_frontier_averages_over_worlds_and_counts_where_the_aim_is_reached(t
             (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / place).write_text(json.dumps(content))
     main = runpy.run_path(str(ROOT / "benchmarks" / "frontier.py"))["main"]
-    main([str(tmp_path), "--table", "--worlds", "0,1,2"])
+    main([str(tmp_path), "--table", "--worlds", "0,1,2,3"])
     shown = capsys.readouterr().out
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in shown.splitlines() if "|" in line}
-    row = [cell.strip() for cell in rows["repselect 0.1, 2 worlds"]]
-    flat = [("0.900",) * 3, ("0.050", "-0.077", "0.177"), ("0.700",) * 3, ("0.300",) * 3]
-    # Of .2 and .5: mean .35, standard error .15, and 12.706 of it either way for two worlds.
-    assert row[0] == "0.050 [-0.077, 0.177]" and row[2] == "0.350 [-1.556, 2.256]"
+    row = [cell.strip() for cell in rows["repselect 0.1, 3 worlds"]]
+    flat = [("0.900",) * 3, ("0.050", "0.025", "0.075"), ("0.700",) * 3, ("0.300",) * 3]
+    # Of .2, .5 and .35: mean .35, standard error .15 / sqrt(3), and 4.303 of it either way for three worlds.
+    assert row[0] == "0.050 [0.025, 0.075]" and row[2] == "0.350 [-0.023, 0.723]"
     assert row[3:] == [f"{mean} [{low}, {high}]" for mean, low, high in flat]
-    assert "repselect 0.1: the aim is reached in worlds of 2: V 2, worst 1, neighbour 2, seconds 2; all 1" in shown
+    assert "repselect 0.1: the aim is reached in worlds of 3: V 3, worst 1, neighbour 2, seconds 3; all 1" in shown
     assert "elm 0.1, " not in shown and rows["world 1, reference"][2].strip() == "0.100"
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--methods", "npo"])
