@@ -2,8 +2,8 @@
 
     python benchmarks/frontier.py OUT [--worlds 0,1,2,3,4] [--budgets 0.01,0.03,0.1,0.3] [--methods elm,repselect]
 
-Builds small worlds (``excise testbed build --size small``), edits each world's model once with ELM (default settings),
-and brings edits to the same KL on retain texts:
+Builds small worlds (``excise testbed build --size small``), edits each world's model once with ELM (default settings,
+a row of its own), and brings edits to the same KL on retain texts:
 
 * elm: the ELM edit at the strength at which KL(base || edited) is the budget, however strong that is.
 * repselect: the ELM edit as it was learned, then one step of RepSelect with that budget on top; KL(ELM || edited).
@@ -209,14 +209,19 @@ class Edit:
     world: World
     method: str
     budget: float
+    """0: as ELM learned it."""
 
     @property
     def name(self) -> str:
-        return f"{self.world.seed}-{self.method}-{self.budget:g}"
+        return f"{self.world.seed}-{self.method}-{self.budget:g}" if self.budget else f"{self.world.seed}-elm"
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} {self.budget:g}" if self.budget else "ELM as learned"
 
     @property
     def folder(self) -> Path:
-        return self.world.out / "edits" / self.name
+        return self.world.out / "edits" / self.name if self.budget else self.world.elm
 
     @property
     def before(self) -> "list[Edit]":
@@ -272,15 +277,15 @@ def make(world: World, methods: Sequence[str], budgets: Sequence[float], attacks
         except ExciseError as error:
             print(f"{edit.name}: not made: {error}", flush=True)
     checkpoints = {edit.name: str(edit.folder / "checkpoint") for edit in edits}
-    fixed = {f"{world.seed}-elm": str(world.elm / "checkpoint"), f"{world.seed}-reference": world.reference}
-    measured(world, {**fixed, **checkpoints})
+    measured(world, {f"{world.seed}-reference": world.reference, **checkpoints})
     for edit in edits:
         edit.audit(attacks)
         print(f"{edit.name}: {time.perf_counter() - told:.0f} s since the world was begun", flush=True)
 
 
 def edits_of(world: World, methods: Sequence[str], budgets: Sequence[float]) -> list[Edit]:
-    return [Edit(world, method, budget) for method in methods for budget in budgets]
+    """ELM's edit as it was learned, and every method at every budget."""
+    return [Edit(world, "elm", 0.0), *(Edit(world, method, budget) for method in methods for budget in budgets)]
 
 
 @dataclass(frozen=True)
@@ -333,8 +338,8 @@ def row_of(edit: Edit) -> Row | None:
     row["cliff taken out"] = Cell(best(audit, "edited", ("undo_cliff",)))
     if audit["speed_up"] and audit["speed_up"]["value"] is not None:
         row["speed-up"] = Cell(audit["speed_up"]["value"])
-    steps = (f"{seed}-elm", *(one.name for one in (*edit.before, edit)))
-    spent = [read(out / "seconds" / f"{name}.json") for name in (f"{seed}-{BUILT}", *steps)]
+    steps = dict.fromkeys((f"{seed}-{BUILT}", f"{seed}-elm", *(one.name for one in (*edit.before, edit))))
+    spent = [read(out / "seconds" / f"{name}.json") for name in steps]
     if None not in spent:
         row["seconds"] = Cell(sum(spent[1:]) / spent[0])
     return row
@@ -348,14 +353,12 @@ def best(audit: dict[str, Any], model: str, attacks: Sequence[str] = ()) -> floa
 
 
 def others(world: World, edits: Sequence[Edit]) -> dict[str, Row]:
-    """Rows of base and reference, and of ELM as it was learned, which was not attacked."""
+    """Rows of base and reference."""
     rows: dict[str, Row] = {}
     reference = read(world.out / "evals" / f"{world.seed}-reference.json")
     if reference is None:
         return rows
     rows["base"], rows["reference"] = unattacked(reference, "base"), unattacked(reference, "edited")
-    if learned := read(world.out / "evals" / f"{world.seed}-elm.json"):
-        rows["ELM as learned"] = unattacked(learned, "edited")
     for audit in filter(None, (read(world.out / "audits" / edit.name / "audit.json") for edit in edits)):
         for model in ("base", "reference"):
             rows[model]["worst"] = Cell(best(audit, model))
@@ -401,7 +404,7 @@ def table(worlds: Sequence[World], methods: Sequence[str], budgets: Sequence[flo
     for world in worlds:
         edits = edits_of(world, methods, budgets)
         rows = others(world, edits)
-        rows |= {f"{e.method} {e.budget:g}": row for e in edits if (row := row_of(e))}
+        rows |= {edit.title: row for edit in edits if (row := row_of(edit))}
         for name, row in rows.items():
             single.append((f"world {world.seed}, {name}", row))
             found.setdefault(name, []).append(row)
