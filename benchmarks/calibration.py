@@ -349,7 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--attacks",
         default="",
-        help="Names, where not all of the budget; 'int4,rtt,relearn,retain_then_forget' is cheap.",
+        help="Names, where not all of the budget; 'rtt,retain_then_forget,relearn,logit_lens,probe' is the least that can"
+        " tell all kinds.",
     )
     parser.add_argument("--dtype", default="auto", help="What audits compute in, such as float32.")
     parser.add_argument("--table", action="store_true", help="Print what is there; make nothing.")
