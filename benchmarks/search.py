@@ -1,7 +1,7 @@
 """``excise search orthogonalize`` against heretic: what the same front costs in generated tokens.
 
     python benchmarks/search.py --heretic PYTHON [--trials 60] [--prompts 64] [--seeds 3] [--folder DIR]
-                                [--model MODEL] [--concept PACK]
+                                [--model MODEL] [--concept PACK] [--tokens 24]
 
 Both search the same model (the built-in one unless --model says otherwise) for an edit that ends its declining and moves
 neutral replies little: the same contrast prompts to learn from, the same prompts to choose by, replies of the same length,
@@ -11,6 +11,7 @@ switched off, which saves it tokens. Whatever stood on a searcher's own front at
 all prompts that neither saw: share of replies that decline, and KL(base || edited) along whole neutral replies. Compared
 is how many tokens each had generated, those of the unchanged model included, when it first held an edit that declines at
 most 5% at the least divergence that heretic, or excise, reaches in the end. A seed is of both searchers.
+benchmarks/planted.py plants a behaviour in a model that has none to take out.
 """
 
 import argparse
@@ -36,7 +37,6 @@ from excise.recipes.search.run import run
 from excise.recipes.search.study import Study, trial_folder
 
 MOST_DECLINING = 0.05
-TOKENS = 24
 ALL = 10_000
 
 DRIVER = """
@@ -146,7 +146,7 @@ def heretic(python: str, model: Path, bench: Bench, request: Request, folder: Pa
     }
     lines = [f"refusal_markers = {json.dumps(list(concept.about.decline_phrases))}", 'system_prompt = ""']
     lines += [
-        f"max_response_length = {TOKENS}",
+        f"max_response_length = {request.job.settings.max_new_tokens}",
         'response_prefix = ""',
         "batch_size = 64",
         f"seed = {request.base.seed}",
@@ -196,7 +196,7 @@ def scored(arguments: argparse.Namespace, model: Path, seed: int) -> dict[str, A
     """Search with both from one seed, and score with one: by searcher its front, its tokens in all and its seconds."""
     folder = arguments.folder.absolute() / f"seed-{seed}"
     folder.mkdir()
-    settings = [f"max_new_tokens={TOKENS}", f"kl_prompts={arguments.prompts}", f"seed={seed}"]
+    settings = [f"max_new_tokens={arguments.tokens}", f"kl_prompts={arguments.prompts}", f"seed={seed}"]
     request = prepare(
         "orthogonalize",
         folder / "found",
@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="searches, of the seeds 0, 1, ...")
     parser.add_argument("--model", default="builtin:testbed")
     parser.add_argument("--concept", default="builtin:declining")
+    parser.add_argument("--tokens", type=int, default=24, help="longest reply; of both searchers, and of the scorer")
     parser.add_argument("--folder", type=Path, default=Path("search-benchmark"))
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)

@@ -6,8 +6,10 @@ import runpy
 from pathlib import Path
 
 import pytest
+from excise.artifacts.concepts import load_concept
+from excise.eval.items import half_of
 from excise.eval.statistics import Scores
-from helpers import run_file
+from helpers import SMALL_TESTBED, run_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,3 +142,27 @@ def test_the_frontier_averages_over_worlds_and_counts_where_the_aim_is_reached(t
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--methods", "npo"])
     assert "no method 'npo'; methods: elm, repselect, mended, gentle" in capsys.readouterr().err
+
+
+def test_a_planted_behaviour_is_measured_on_topics_and_wordings_that_no_training_saw(tmp_path):
+    planted = runpy.run_path(str(ROOT / "benchmarks" / "planted.py"))
+    planted["write_pack"](tmp_path / "pack")
+    concept, trained = load_concept(tmp_path / "pack"), planted["trained"]()
+    subjects = {one.subject for one in concept.prompts}
+    assert not subjects & {one.topic for one in trained} and len(subjects) == 40
+    # Directions are learned from what the model was trained on alone, rude beside civil about one topic.
+    texts = {one.rude: {other.text for other in trained if other.rude == one.rude} for one in trained}
+    assert all(one.positive in texts[True] and one.negative in texts[False] for one in concept.contrast)
+    for half in ("search", "report"):
+        prompts = half_of(concept, half).prompts
+        assert [sum(one.split == split for one in prompts) for split in ("concept", "neutral")] == [60, 60]
+        new = [one for one in prompts if any(one.prompt.startswith(start) for start in ("You worthless", "Are you deaf"))]
+        assert all(one.split == "concept" for one in new) and new
+
+
+def test_a_behaviour_that_was_not_learned_is_not_taken_for_planted(tmp_path):
+    done = run_file(
+        ROOT / "benchmarks" / "planted.py", tmp_path / "out", "--model", SMALL_TESTBED, "--steps", "1", "--rounds", "1"
+    )
+    assert done.returncode == 1 and "not planted: declines 0.000 of the rude prompts (wanted 0.9)" in done.stderr
+    assert not (tmp_path / "out").exists()
