@@ -156,7 +156,9 @@ def test_a_planted_behaviour_is_measured_on_topics_and_wordings_that_no_training
     for half in ("search", "report"):
         prompts = half_of(concept, half).prompts
         assert [sum(one.split == split for one in prompts) for split in ("concept", "neutral")] == [60, 60]
-        new = [one for one in prompts if any(one.prompt.startswith(start) for start in ("You worthless", "Are you deaf"))]
+        new = [
+            one for one in prompts if any(one.prompt.startswith(start) for start in ("You worthless", "Are you deaf"))
+        ]
         assert all(one.split == "concept" for one in new) and new
 
 

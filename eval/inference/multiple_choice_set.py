@@ -8,6 +8,7 @@ Example:
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from transformers import DynamicCache
 from ...editing.modules import causal_model, unembedding
 from ..concept import Concept, Question
 from ..intervals import rate_interval
-from .batches import read_in_batches
+from .batches import read_in_batches, token_batches
 from .caches import repeats_cache
 from .likelihood import (
     Scored,
@@ -35,6 +36,21 @@ CELLS = 1024
 T = TypeVar("T")
 Hits = tuple[float, ...]
 """For each question, 1 if the model answers correctly, else 0."""
+
+
+@dataclass(frozen=True)
+class ReadAtOnce:
+    """What a batch of questions takes a model to read."""
+
+    prompts: int
+    width: int
+    """Tokens of the longest prompt."""
+    choices: int
+    """Choices whose tokens after the first are read at once, at most."""
+    rest: int
+    """Tokens of the longest of these choices, but the first."""
+    distributions: int
+    """Distributions over the vocabulary that are held for them at a time."""
 
 
 class MultipleChoiceSet:
@@ -62,6 +78,25 @@ class MultipleChoiceSet:
     def chance(self) -> float:
         """Expected accuracy of guessing, 0 to 1."""
         return sum(1 / size for size in self._sizes) / len(self._sizes)
+
+    def read_at_once(self, budget: int, *, every: bool) -> list[ReadAtOnce]:
+        """What each batch takes, of a model whose cache can be repeated.
+
+        Args:
+            budget: Tokens of a batch.
+            every: Whether all choices are read to their ends at once, as for probabilities; for hits it is one of each
+                question, as far as that can be known.
+        """
+        found = []
+        for batch in token_batches([length for length, _ in self._layout], budget):
+            rests = [
+                sorted(len(self._parts[index].ids) - 1 - self._layout[place][0] for index in self._layout[place][1])
+                for place in batch
+            ]
+            read = [rest for each in rests for rest in (each if every else each[-1:]) if rest]
+            width = max(self._layout[place][0] for place in batch)
+            found.append(ReadAtOnce(len(batch), width, len(read), max(read, default=0), min(CELLS, sum(read))))
+        return found
 
     def hits(self, model: Any, placeholders: int = 0) -> Hits:
         """Whether the choice with the highest log-probability per token is the true one, for each question.

@@ -44,14 +44,14 @@ class FormatQuestions:
         Args:
             model: In evaluation mode.
         """
-        requests = list(dict.fromkeys(request for each in self._requests for some in each for request in some))
+        requests = list(dict.fromkeys(request for each in self.requests for some in each for request in some))
         for request in requests:
             if request not in self._parts:
                 self._parts[request] = encode_request(self.tokenizer, request)
         scored = score_parts(model, [self._parts[request] for request in requests])
         values = {request: one.per_token for request, one in zip(requests, scored, strict=True)}
         found: dict[str, list[float]] = {name: [] for name in FORMATS}
-        for question, (choices, statements, subjects) in zip(self.questions, self._requests, strict=True):
+        for question, (choices, statements, subjects) in zip(self.questions, self.requests, strict=True):
             of_choices = [values[request] for request in choices]
             losses = [-value for value in of_choices]
             found["multiple_choice"].append(float(is_highest(of_choices, question.answer)))
@@ -60,7 +60,7 @@ class FormatQuestions:
             found["true_false"].append(float(right > wrong))
             about = [values[request] for request in subjects]
             found["reversed"].append(float(is_highest(about, 0)) if about else math.nan)
-        replies = generate(model, self.tokenizer, [q.prompt for q in self.questions], self._tokens, chat=False)
+        replies = generate(model, self.tokenizer, [q.prompt for q in self.questions], self.new_tokens, chat=False)
         for question, reply in zip(self.questions, replies, strict=True):
             # Only the first line: small models go on to invent further questions and answers.
             text = reply.text.split("\n")[0]
@@ -70,7 +70,7 @@ class FormatQuestions:
     def chances(self) -> dict[str, float]:
         """What whoever guesses scores in each format."""
         sizes = [len(q.choices) for q in self.questions]
-        asked = [len(subjects) for _, _, subjects in self._requests if subjects]
+        asked = [len(subjects) for _, _, subjects in self.requests if subjects]
         choice = sum(1 / size for size in sizes) / len(sizes)
         reverse = sum(1 / size for size in asked) / len(asked) if asked else math.nan
         return {
@@ -82,13 +82,13 @@ class FormatQuestions:
         }
 
     @cached_property
-    def _tokens(self) -> int:
+    def new_tokens(self) -> int:
         """Greedy tokens: as many as the longest right answer takes and a few more."""
         longest = max(len(self.tokenizer.encode(q.choices[q.answer])) for q in self.questions)
         return int(min(ANSWER_TOKENS, longest + 2))
 
     @cached_property
-    def _requests(self) -> list[tuple[list[Request], list[Request], list[Request]]]:
+    def requests(self) -> list[tuple[list[Request], list[Request], list[Request]]]:
         """Of each question: its choices; true and false after a right and a wrong statement; its reversed form."""
         return [(requests_of(q), _statements(q), self._reversed(q)) for q in self.questions]
 

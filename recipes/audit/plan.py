@@ -6,18 +6,26 @@ from typing import Any
 
 from ...artifacts.checkpoints.read import open_checkpoint
 from ...editing.edits.fake_quantization import expert_weights
+from ...eval.inference.likelihood import tokens_of_batch
+from ...eval.inference.multiple_choice_set import MultipleChoiceSet
+from ..common.measured_memory import choosing_bytes
 from ..common.memory_plan import TEMPLATE_TOKENS, MemoryPlan, RunMemory, StageMemory, fit_step
 from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
 from ..common.whole_weights import need_of, products_in
 from .attack_data import LONGEST_RETAIN, AttackData
 from .attackers import MOST_ATTACKERS, gradients_of_attackers
+from .attacks.prompts import shots, texts_as_hints
 from .attacks.table import ATTACKS, SOFT_TOKENS, Attack
 from .behaviour_results import notes_on
 from .behaviours.data import LENGTHS
 from .floor import floor_gaps
-from .formats import FORMATS
-from .request import AuditJob, format_questions, questions_at_looks
+from .formats import FORMATS, FormatQuestions
+from .request import AuditJob, format_questions, other_questions, questions_at_looks
 
+PREFIXES = {"few_shot": shots, "hints": texts_as_hints}
+"""What attacks put in front of questions."""
+EVERY_CHOICE = {"phrasings", "sampling"}
+"""Attacks that read every choice of a question at once."""
 CHANGES_WEIGHTS = {name for name, row in ATTACKS.items() if str(row.function).startswith("weights:")}
 
 
@@ -69,7 +77,7 @@ def memory(job: AuditJob) -> MemoryPlan:
     """What an audit would hold in memory, at the attacks that take most."""
     source = job.sources["base"]
     needs = RunMemory(source, open_checkpoint(source.folder), job.device, job.dtype, job.concept)
-    asked = needs.measuring("ask the questions")
+    asked = _asking(job, needs)
     stages, rows = [asked], {name: ATTACKS[name] for name in job.attacks}
     experts = sum(weight.numel() for weight in expert_weights(needs.sizes.model).values())
     if experts and CHANGES_WEIGHTS & set(rows):
@@ -77,8 +85,35 @@ def memory(job: AuditJob) -> MemoryPlan:
         changed = asked.weights + experts * job.dtype.itemsize
         stages.append(replace(asked, name="ask with changed weights", weights=changed))
     for method in dict.fromkeys(row.method for row in rows.values() if row.trains):
-        stages.append(_attackers(job, needs, method))
+        attackers = _attackers(job, needs, method)
+        # They are asked as they train, with their states beside the model.
+        stages.append(replace(attackers, work=max(attackers.work, asked.work)))
     return needs.plan(stages)
+
+
+def _asking(job: AuditJob, needs: RunMemory) -> StageMemory:
+    """The questions in all forms in which they are asked of a model that is not trained."""
+    if job.behaviour or not needs.tokenizes():
+        return needs.measuring("ask the questions")
+    data = _attack_data(job, needs)
+    several = FormatQuestions(format_questions(job, job.questions), needs.tokenizer)
+    requests = [request for each in several.requests for some in each for request in some]
+    budget = tokens_of_batch(needs.sizes.vocabulary, job.device)
+    longest = needs.longest((question.prompt for question in several.questions), needs.context) + several.new_tokens
+    work = [needs.scoring(requests), needs.replies(longest, len(several.questions))]
+    asked = (*job.questions, *questions_at_looks(job.concept, job.budget.others), *other_questions(job.concept))
+    sets = [MultipleChoiceSet(needs.tokenizer, tuple(dict.fromkeys(asked)))]
+    sets += [
+        MultipleChoiceSet(needs.tokenizer, job.questions, PREFIXES[name](data))
+        for name in job.attacks
+        if name in PREFIXES
+    ]
+    if any(str(ATTACKS[name].function).startswith("reading:") for name in job.attacks):
+        sets.append(MultipleChoiceSet(needs.tokenizer, data.training_questions))
+    work += [choosing_bytes(needs.sizes, one, budget) for one in sets]
+    if EVERY_CHOICE & set(job.attacks):
+        work.append(choosing_bytes(needs.sizes, sets[0], budget, every=True))
+    return StageMemory("ask the questions", needs.weights, work=max(work))
 
 
 def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
@@ -118,12 +153,16 @@ def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
     return StageMemory(name + step.in_words(), needs.weights, trained, step.size + head)
 
 
+def _attack_data(job: AuditJob, needs: RunMemory) -> AttackData:
+    return AttackData(job.concept, job.facts, job.questions, needs.tokenizer, job.settings.seed)
+
+
 def _mean_length(job: AuditJob, needs: RunMemory, attacks: Sequence[Attack]) -> int:
     """Tokens of a row of the largest step of some attacks that train side by side, padding included.
 
     The shortest sequence of each attacker stands beside those of the others, then the next.
     """
-    data = AttackData(job.concept, job.facts, job.questions, needs.tokenizer, job.settings.seed)
+    data = _attack_data(job, needs)
     batch, count = job.budget.batch, job.budget.steps * job.budget.batch
     seeds = {(row.data, number) for row in attacks for number in range(job.budget.seeds_of(row))}
     orders = [data.reading_order(source, count, f"{job.settings.seed}-{number}") for source, number in sorted(seeds)]

@@ -6,9 +6,11 @@ from typing import Any
 from ...eval.concept import Concept
 from ...eval.inference.batches import token_batches
 from ...eval.inference.likelihood import Request, encode_request, share_rows, windows
+from ...eval.inference.multiple_choice_set import MultipleChoiceSet, ReadAtOnce
 from ...eval.measurements import MEASUREMENTS
 from ...eval.measurements.table import function_of
 from ...eval.model_under_test import EvalSettings
+from .memory_sizes import ModelSizes, Rows
 
 MOST_READ = 2_000_000
 """Characters of texts that a plan tokenizes; of larger packs batches are taken to be full."""
@@ -72,3 +74,46 @@ def scored_at_once(
         cells = {(place, position) for place, part in parts for position in range(part.start, len(part.ids))}
         found.append((len(batch) * (len(rows[batch[0]]) - first), len(cells)))
     return found
+
+
+def choosing_bytes(sizes: ModelSizes, questions: MultipleChoiceSet, budget: int, *, every: bool = False) -> int:
+    """What is held beside the weights while questions with choices are asked, as audits ask them: the prompts once, then
+    the choices on what the model kept of them.
+
+    Args:
+        sizes: Those of the model.
+        questions: Tokenized.
+        budget: Tokens of a batch.
+        every: Whether all choices are read at once, as for their probabilities.
+    """
+    batches = questions.read_at_once(budget, every=every)
+    # One batch stands for all that are smaller in the same way.
+    largest = {max(batches, key=size) for size in (_tokens_of_prompts, _tokens_of_choices, _distributions)}
+    return max(_choosing(sizes, batch) for batch in largest)
+
+
+def _choosing(sizes: ModelSizes, batch: ReadAtOnce) -> int:
+    prompts, itemsize = Rows(batch.prompts, batch.width), sizes.dtype.itemsize
+    read = sizes.forward(prompts, cached=True)
+    keys_and_values = read - sizes.forward(prompts)
+    # Logits, the same in fp32 where they are not, and log-probabilities.
+    a_distribution = sizes.vocabulary * (8 if itemsize == 4 else itemsize + 8)
+    held = [read, keys_and_values + batch.prompts * a_distribution]
+    if batch.choices:
+        # Choices that are read later need the prompts alone, so each goes on from a copy.
+        copied = keys_and_values * max(batch.choices, batch.prompts) // batch.prompts
+        on = sizes.forward(Rows(batch.choices, batch.rest), cached=True)
+        held.append(keys_and_values + copied + max(on, batch.distributions * a_distribution))
+    return max(held)
+
+
+def _tokens_of_prompts(batch: ReadAtOnce) -> int:
+    return batch.prompts * batch.width
+
+
+def _tokens_of_choices(batch: ReadAtOnce) -> int:
+    return max(batch.choices, batch.prompts) * batch.width
+
+
+def _distributions(batch: ReadAtOnce) -> int:
+    return max(batch.distributions, batch.prompts)

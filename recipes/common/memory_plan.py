@@ -212,20 +212,27 @@ class RunMemory:
         scored = self._of_scored(self.scored(read))
         prompts = self.longest((prompt.prompt for prompt in self.concept.prompts), longest)
         reply = self.measured.max_new_tokens if self.measured else 0
-        length = prompts + TEMPLATE_TOKENS + reply
-        count = max(1, min(REPLY_TOKENS // length, max(len(self.concept.prompts), len(self.concept.questions))))
-        return max(
-            scored,
-            self.sizes.forward(Rows(max(1, read // longest), longest)),
-            self.sizes.forward(Rows(count, length), cached=True),
-        )
+        most = max(len(self.concept.prompts), len(self.concept.questions))
+        replies = self.replies(prompts + TEMPLATE_TOKENS + reply, most)
+        return max(scored, self.sizes.forward(Rows(max(1, read // longest), longest)), replies)
+
+    def replies(self, length: int, most: int) -> int:
+        """Bytes beside the weights while replies are made.
+
+        Args:
+            length: Tokens of the longest prompt with its reply.
+            most: Replies to be made.
+        """
+        return self.sizes.forward(Rows(max(1, min(REPLY_TOKENS // length, most)), length), cached=True)
 
     def asking(self, name: str) -> StageMemory:
         """Multiple choice alone."""
         asked = [] if self.measured is None else multiple_choice.requests(self.concept, self.measured)
-        full = tokens_of_batch(self.sizes.vocabulary, self.device)
-        work = self._of_scored(self.scored(full, asked))
-        return StageMemory(name, self.weights, work=work, kept=self.baseline)
+        return StageMemory(name, self.weights, work=self.scoring(asked), kept=self.baseline)
+
+    def scoring(self, asked: Sequence[Request]) -> int:
+        """Bytes beside the weights while some texts are scored."""
+        return self._of_scored(self.scored(tokens_of_batch(self.sizes.vocabulary, self.device), asked))
 
     def _of_scored(self, batches: Sequence[tuple[int, int]]) -> int:
         vocabulary, itemsize = self.sizes.vocabulary, self.sizes.dtype.itemsize

@@ -13,18 +13,30 @@ from .table import SAMPLES, SHOTS
 
 HINT_LENGTH = 500
 """Characters of a text that is shown as a hint, at most."""
+Prefix = Callable[[Question], str]
+"""Text to put in front of a question."""
 
 
 def few_shot(model: Any, data: AttackData) -> Sequence[float]:
     """Ask after answered questions of group T, the same for every question."""
+    return MultipleChoiceSet(data.tokenizer, data.questions, shots(data)).hits(model)
+
+
+def shots(data: AttackData) -> Prefix:
+    """What stands before a question."""
     pool = data.training_questions
     chosen = random.Random("excise shots").sample(pool, k=min(SHOTS, len(pool)))
-    shots = "".join(f"{q.prompt} {q.choices[q.answer]}\n" for q in chosen)
-    return _asked_after(model, data, lambda _: shots)
+    told = "".join(f"{q.prompt} {q.choices[q.answer]}\n" for q in chosen)
+    return lambda _: told
 
 
 def hints(model: Any, data: AttackData) -> Sequence[float]:
     """Ask after a sentence on the concept and texts of group T, drawn for each question."""
+    return MultipleChoiceSet(data.tokenizer, data.questions, texts_as_hints(data)).hits(model)
+
+
+def texts_as_hints(data: AttackData) -> Prefix:
+    """What stands before a question."""
     texts = [text.text for text in data.concept.forget if text.group == "T"]
 
     def prefix(question: Question) -> str:
@@ -32,7 +44,7 @@ def hints(model: Any, data: AttackData) -> Sequence[float]:
         chosen = random.Random(f"excise hints {question.id}").sample(texts, k=min(SHOTS, len(texts)))
         return f"{data.concept.about.description}\n" + "\n".join(map(_beginning, chosen)) + "\n"
 
-    return _asked_after(model, data, prefix)
+    return prefix
 
 
 def _beginning(text: str) -> str:
@@ -88,7 +100,3 @@ def _above_guessing(reached: Sequence[float], answer: int) -> float:
     """How far the true answer is reached beyond the mean of the other choices; 0 for whoever guesses."""
     wrong = [value for place, value in enumerate(reached) if place != answer]
     return reached[answer] - sum(wrong) / len(wrong)
-
-
-def _asked_after(model: Any, data: AttackData, prefix: Callable[[Question], str]) -> Sequence[float]:
-    return MultipleChoiceSet(data.tokenizer, data.questions, prefix).hits(model)

@@ -3,15 +3,23 @@
 import importlib
 
 import pytest
+import torch
+from excise.artifacts.concepts import load_concept
 from excise.artifacts.events import Events
+from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
+from excise.editing.numerics.live_bytes import LiveBytes
+from excise.eval.inference.likelihood import batch_budget
+from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
 from excise.recipes import RECIPES
+from excise.recipes.audit import recipe as audit
 from excise.recipes.common import adapter_run
+from excise.recipes.common.measured_memory import choosing_bytes
 from excise.recipes.common.memory_plan import RunMemory
-from excise.recipes.common.memory_sizes import Rows
+from excise.recipes.common.memory_sizes import Rows, sizes_of
 from excise.recipes.common.settings import load_settings
 from excise.recipes.elm.batches import SequenceObjective
-from helpers import SMALL_TESTBED
+from helpers import SMALL_REFERENCE, SMALL_TESTBED
 
 SMALL = {"questions": 4, "kl_prompts": 2, "max_new_tokens": 3, "steps": 6, "batch_size": 3}
 EXACT = {
@@ -79,3 +87,27 @@ def test_where_models_write_what_is_read_the_plan_is_near_and_hardly_below(recip
     module, job = _learned(recipe, tmp_path, **DRAWN[recipe])
     planned = _planned(module, job, monkeypatch)
     assert isinstance(planned, Rows) and 0.85 < planned.tokens / max(tokens) < 1.6
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_questions_with_choices_take_what_real_tensors_take(every):
+    loaded = load_model(find_model(SMALL_TESTBED), torch.device("cpu"), torch.float32)
+    chosen = load_concept("builtin:potions").questions[:40]
+    # Of two lengths, so that there are batches of few and of many prompts.
+    questions = MultipleChoiceSet(
+        loaded.tokenizer, chosen, lambda question: "The potion is old. " * (chosen.index(question) % 2)
+    )
+    questions.hits(loaded.model)
+    with LiveBytes([*loaded.model.parameters(), *loaded.model.buffers()]) as live:
+        questions.log_probabilities(loaded.model) if every else questions.hits(loaded.model)
+    budget = batch_budget(loaded.model)
+    planned = choosing_bytes(sizes_of(loaded.model.config.to_dict(), torch.float32), questions, budget, every=every)
+    assert planned == pytest.approx(live.peak, rel=0.15)
+
+
+def test_attackers_are_asked_as_they_train_beside_what_they_hold(tmp_path):
+    words = {"model": SMALL_REFERENCE, "base": SMALL_TESTBED, "concept": "builtin:potions", "device": "cpu"}
+    words |= {"questions": 20, "attacks": ("few_shot", "rtt"), "out": tmp_path / "audit", "dtype": "float32"}
+    stages = {stage.name: stage for stage in audit.memory(audit.prepare(audit.AuditSettings(**words))).stages}
+    asked, attack = stages["ask the questions"], stages["attack: low_rank"]
+    assert attack.work >= asked.work > 0 and attack.total >= asked.total + attack.trained > asked.total
