@@ -60,6 +60,7 @@ STAGES = {
     "compare with controls": "compare with controls",
     "question edited": "ask the questions",
     "attack edited: rtt": "attack: low_rank",
+    "train the suppressed control": "train the suppressed control",
 }
 """Stages of a run, and of the plan."""
 

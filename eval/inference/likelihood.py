@@ -23,6 +23,8 @@ from .batches import read_in_batches
 from .chat import render
 from .encoding import encode
 
+RANKED = 256
+"""Distributions that are compared with their own token at a time, for its rank."""
 VOCABULARY_BUDGET = 256 << 20
 """Bytes of logits, in fp32, that one batch may hold."""
 
@@ -238,7 +240,7 @@ def score_rows(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tupl
     starts = torch.tensor([0, *lengths[:-1]], device=logits.device).cumsum(0)
     # In chunks, because the comparison copies whole distributions.
     ranks = 1 + torch.cat(
-        [(log_probabilities[inverse[chunk]] > chosen[chunk, None]).sum(-1) for chunk in starts.split(256)]
+        [(log_probabilities[inverse[chunk]] > chosen[chunk, None]).sum(-1) for chunk in starts.split(RANKED)]
     )
     sums = [float(piece.sum()) for piece in chosen.cpu().double().split(lengths)]
     hits = [tuple(piece.tolist()) for piece in greedy.cpu().split(lengths)]

@@ -6,12 +6,14 @@ from typing import Any
 
 from ...artifacts.checkpoints.read import open_checkpoint
 from ...editing.edits.fake_quantization import expert_weights
+from ...editing.training.adapters import AdapterShape, adapter_modules
 from ...eval.inference.likelihood import tokens_of_batch
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet
 from ..common.measured_memory import choosing_bytes
 from ..common.memory_plan import TEMPLATE_TOKENS, MemoryPlan, RunMemory, StageMemory, fit_step
 from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
 from ..common.whole_weights import need_of, products_in
+from . import suppressed_control
 from .attack_data import LONGEST_RETAIN, AttackData
 from .attackers import MOST_ATTACKERS, gradients_of_attackers
 from .attacks.prompts import shots, texts_as_hints
@@ -88,7 +90,20 @@ def memory(job: AuditJob) -> MemoryPlan:
         attackers = _attackers(job, needs, method)
         # They are asked as they train, with their states beside the model.
         stages.append(replace(attackers, work=max(attackers.work, asked.work)))
+    if job.suppressed_attacks and not job.behaviour:
+        stages.append(_suppressing(job, needs, asked))
     return needs.plan(stages)
+
+
+def _suppressing(job: AuditJob, needs: RunMemory, asked: StageMemory) -> StageMemory:
+    """The control that learns to answer wrongly, with an update of the last layer."""
+    sizes = needs.sizes
+    modules = adapter_modules(sizes.model, sizes.row, [sizes.depth - 1])
+    gradients = Gradients(AdapterShape(suppressed_control.RANK, suppressed_control.ALPHA, modules), attackers=1)
+    rows = Rows(suppressed_control.BATCH, _longest(job, needs, [ATTACKS[name] for name in job.suppressed_attacks]))
+    step = sizes.step(rows, gradients) + sizes.head(job.device)
+    trained = STATE_BYTES * sizes.adapter(gradients.shape or AdapterShape(0, 0, ()))
+    return StageMemory("train the suppressed control", needs.weights, trained, max(step, asked.work))
 
 
 def _asking(job: AuditJob, needs: RunMemory) -> StageMemory:
@@ -127,11 +142,8 @@ def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
         prompts = [prompt.prompt for prompt in concept.prompts]
         prompts += [text for pair in concept.contrast for text in (pair.positive, pair.negative)]
         longest = needs.longest(prompts, LONGEST_RETAIN) + TEMPLATE_TOKENS + LENGTHS[0]
-    elif needs.tokenizes():
-        longest = _mean_length(job, needs, rows_of)
     else:
-        texts = concept.texts()
-        longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), LONGEST_RETAIN)
+        longest = _longest(job, needs, rows_of)
     count = 1 if method == "all_weights" else min(attackers, MOST_ATTACKERS)
     rows, head = Rows(count * budget.batch, longest), sizes.head(job.device)
     name = f"attack: {method}"
@@ -151,6 +163,13 @@ def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
     trained = STATE_BYTES * sizes.adapter(gradients.shape) * count
     step = fit_step(sizes, gradients, rows, needs.room - needs.weights - trained - head, unit=count)
     return StageMemory(name + step.in_words(), needs.weights, trained, step.size + head)
+
+
+def _longest(job: AuditJob, needs: RunMemory, attacks: Sequence[Attack]) -> int:
+    """Tokens of a row of attacks on knowledge."""
+    if needs.tokenizes():
+        return _mean_length(job, needs, attacks)
+    return needs.longest((*job.concept.texts(), *(q.prompt for q in job.concept.questions)), LONGEST_RETAIN)
 
 
 def _attack_data(job: AuditJob, needs: RunMemory) -> AttackData:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ...eval.concept import Concept
 from ...eval.inference.batches import token_batches
-from ...eval.inference.likelihood import Request, encode_request, share_rows, windows
+from ...eval.inference.likelihood import RANKED, Request, encode_request, share_rows, windows
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet, ReadAtOnce
 from ...eval.measurements import MEASUREMENTS
 from ...eval.measurements.table import function_of
@@ -16,18 +16,22 @@ MOST_READ = 2_000_000
 """Characters of texts that a plan tokenizes; of larger packs batches are taken to be full."""
 
 
-def scored_bytes(positions: int, cells: int, vocabulary: int, itemsize: int) -> int:
-    """Logits of a batch, those of the positions that are scored, and their log-probabilities in fp32.
+def scored_bytes(positions: int, cells: int, parts: int, vocabulary: int, itemsize: int) -> int:
+    """Logits of a batch, those of the positions that are scored, and their log-probabilities in fp32; or, in place of the
+    second, those that ranks are counted in.
 
     Args:
         positions: Positions of which logits are computed, padding included.
         cells: Distinct positions that are scored.
+        parts: Continuations that are scored, of each of which the first token is ranked.
         vocabulary: Numbers of a distribution.
         itemsize: Bytes of a logit.
     """
     # What is scored is copied out, and turned into fp32 where it is not; log-probabilities are made beside it.
     copies = 8 if itemsize == 4 else max(itemsize + 4, 8)
-    return (positions * itemsize + cells * copies) * vocabulary
+    # A copy of each distribution, and which of its numbers are larger.
+    ranked = cells * 4 + min(parts, RANKED) * 5
+    return (positions * itemsize + max(cells * copies, ranked)) * vocabulary
 
 
 def measured_texts(concept: Concept) -> Iterable[str]:
@@ -52,9 +56,9 @@ def requests_of(concept: Concept, settings: EvalSettings) -> list[Request]:
 
 def scored_at_once(
     requests: Sequence[Request], tokenizer: Any, context: int, budget: int
-) -> list[tuple[int, int]] | None:
-    """Positions of which each batch computes logits, and how many of them are scored; None where reading the texts would
-    take long.
+) -> list[tuple[int, int, int]] | None:
+    """Positions of which each batch computes logits, how many of them are scored, and for how many continuations; None
+    where reading the texts would take long.
 
     Args:
         requests: What is scored.
@@ -72,7 +76,7 @@ def scored_at_once(
         parts = [(place, pieces[index]) for place in batch for index in shared[rows[place]]]
         first = min((part.start for _, part in parts), default=1) - 1
         cells = {(place, position) for place, part in parts for position in range(part.start, len(part.ids))}
-        found.append((len(batch) * (len(rows[batch[0]]) - first), len(cells)))
+        found.append((len(batch) * (len(rows[batch[0]]) - first), len(cells), len(parts)))
     return found
 
 

@@ -234,13 +234,13 @@ class RunMemory:
         """Bytes beside the weights while some texts are scored."""
         return self._of_scored(self.scored(tokens_of_batch(self.sizes.vocabulary, self.device), asked))
 
-    def _of_scored(self, batches: Sequence[tuple[int, int]]) -> int:
+    def _of_scored(self, batches: Sequence[tuple[int, int, int]]) -> int:
         vocabulary, itemsize = self.sizes.vocabulary, self.sizes.dtype.itemsize
         return max(scored_bytes(*counts, vocabulary, itemsize) for counts in batches)
 
-    def scored(self, full: int, asked: Sequence[Request] | None = None) -> list[tuple[int, int]]:
-        """Positions of which a batch computes logits, and those that are scored; batches are full where texts are not
-        read.
+    def scored(self, full: int, asked: Sequence[Request] | None = None) -> list[tuple[int, int, int]]:
+        """Positions of which a batch computes logits, those that are scored, and for how many continuations; batches are
+        full where texts are not read.
 
         Args:
             full: Tokens of a full batch.
@@ -250,7 +250,7 @@ class RunMemory:
             asked = [] if self.measured is None else requests_of(self.concept, self.measured)
         budget = tokens_of_batch(self.sizes.vocabulary, self.device)
         counts = scored_at_once(asked, self.tokenizer, self.context, budget) if asked else None
-        return counts or [(full, full)]
+        return counts or [(full, full, full)]
 
     @cached_property
     def _longest_text(self) -> int:

@@ -176,6 +176,16 @@ def test_what_is_written_says_the_same(audited):
     assert not (out / ".work").exists()
 
 
+def test_where_the_base_knew_nothing_beyond_chance_the_page_has_a_dash_for_the_share_of_it(audited, tmp_path):
+    results = json.loads(json.dumps(audited[1]))
+    for attack in results["attacks"]:
+        attack |= {"aurc": None, "aurc_floor": None, "speed_up": None}
+    audit_report.write_report(tmp_path / "report.html", results)
+    assert (tmp_path / "report.html").read_text().count("<td>—</td>") > (audited[0] / "report.html").read_text().count(
+        "<td>—</td>"
+    )
+
+
 def test_a_card_takes_in_its_audit_and_a_newer_one_replaces_it(audited, tmp_path):
     """On a checkpoint that excise made: here, an edit that changes a little."""
     _, results = audited
