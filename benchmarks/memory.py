@@ -61,6 +61,7 @@ STAGES = {
     "question edited": "ask the questions",
     "attack edited: rtt": "attack: low_rank",
     "train the suppressed control": "train the suppressed control",
+    "compare the weights": "compare the weights",
 }
 """Stages of a run, and of the plan."""
 

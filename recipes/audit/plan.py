@@ -28,6 +28,8 @@ PREFIXES = {"few_shot": shots, "hints": texts_as_hints}
 """What attacks put in front of questions."""
 EVERY_CHOICE = {"phrasings", "sampling"}
 """Attacks that read every choice of a question at once."""
+STORED = 2
+"""Bytes of a number in a checkpoint, about."""
 CHANGES_WEIGHTS = {name for name, row in ATTACKS.items() if str(row.function).startswith("weights:")}
 
 
@@ -92,7 +94,15 @@ def memory(job: AuditJob) -> MemoryPlan:
         stages.append(replace(attackers, work=max(attackers.work, asked.work)))
     if job.suppressed_attacks and not job.behaviour:
         stages.append(_suppressing(job, needs, asked))
+    if job.device.type == "cpu":
+        stages.append(_comparing(needs))
     return needs.plan(stages)
+
+
+def _comparing(needs: RunMemory) -> StageMemory:
+    """Base and edited model, tensor by tensor, once no model is there: both as stored and in fp32, and their difference."""
+    largest, pages = needs.sizes.largest(), 2 * needs.checkpoint.size
+    return StageMemory("compare the weights", 0, work=pages + (2 * STORED + 3 * 4) * largest)
 
 
 def _suppressing(job: AuditJob, needs: RunMemory, asked: StageMemory) -> StageMemory:

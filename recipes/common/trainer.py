@@ -320,16 +320,17 @@ def fit(
             trainer.train(resume_from_checkpoint=last)
     finally:
         room.restore(model)
-    if steps.skipped:
+    taken, skipped = trainer.state.global_step, steps.skipped
+    # The library's trainer refers to itself, so the moments and all else that it held would stay until they are looked for.
+    del trainer, steps, optimizer
+    give_back()
+    if skipped:
         log.warning(
-            "%d of %d steps changed nothing, while the scale of float16 gradients was found",
-            steps.skipped,
-            schedule.steps,
+            "%d of %d steps changed nothing, while the scale of float16 gradients was found", skipped, schedule.steps
         )
-    if trainer.state.global_step != schedule.steps:
+    if taken != schedule.steps:
         raise ExciseError(
-            f"training ended at step {trainer.state.global_step} of {schedule.steps}, so nothing is published; start "
-            "the run again"
+            f"training ended at step {taken} of {schedule.steps}, so nothing is published; start the run again"
         )
     return room
 

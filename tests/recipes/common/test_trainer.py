@@ -1,5 +1,6 @@
 """The one trainer: accumulation, refusals, and going on after a kill."""
 
+import gc
 import random
 import weakref
 from itertools import pairwise
@@ -52,6 +53,30 @@ def test_training_moves_the_adapter_and_reports_each_term(tmp_path):
     adapted, stage = _train(tmp_path)
     assert not torch.equal(_weights(adapted), _weights(_adapted()))
     assert set(stage.seen[0]) == set(TERMS)
+
+
+def test_what_a_training_held_is_gone_when_it_ends(tmp_path):
+    """The library's trainer refers to itself: without a search for such circles the moments of what was trained stayed
+    beside the next model."""
+    parameter, held = nn.Parameter(torch.ones(4)), []
+
+    def loss(model, batch):
+        return {"any": parameter.square().sum()}
+
+    def noted(step):
+        # It holds the moments, and nothing but the trainer holds it.
+        held.extend(weakref.ref(one) for one in gc.get_objects() if isinstance(one, torch.optim.AdamW))
+
+    gc.collect()
+    gc.disable()
+    try:
+        fit(
+            make_pico("llama"), range(4), Stage(), tmp_path, loss, Schedule(2, 2, 1e-3, 0, save_every=0),
+            lambda rows: {"rows": rows}, [Group([parameter], 1e-3)], noted,
+        )  # fmt: skip
+    finally:
+        gc.enable()
+    assert held and all(one() is None for one in held)
 
 
 def test_what_a_trained_model_is_asked_is_computed_in_its_own_type(tmp_path, monkeypatch):
