@@ -101,8 +101,7 @@ def memory(job: AuditJob) -> MemoryPlan:
 
 def _comparing(needs: RunMemory) -> StageMemory:
     """Base and edited model, tensor by tensor, once no model is there: both as stored and in fp32, and their difference."""
-    largest, pages = needs.sizes.largest(), 2 * needs.checkpoint.size
-    return StageMemory("compare the weights", 0, work=pages + (2 * STORED + 3 * 4) * largest)
+    return StageMemory("compare the weights", 0, work=(2 * STORED + 3 * 4) * needs.sizes.largest())
 
 
 def _suppressing(job: AuditJob, needs: RunMemory, asked: StageMemory) -> StageMemory:

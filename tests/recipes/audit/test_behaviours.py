@@ -189,4 +189,7 @@ def test_memory_is_planned_before_anything_is_written(tmp_path):
         audit.AuditSettings(model=SMALL_REFERENCE, **DECLINING, attacks=("pairs_8",), out=tmp_path / "a")
     )
     stages = {stage.name: stage.total for stage in audit.memory(job).stages}
-    assert list(stages) == ["load", "ask the questions", "attack: low_rank"] and min(stages.values()) > 0
+    assert (
+        list(stages) == ["load", "ask the questions", "attack: low_rank", "compare the weights"]
+        and min(stages.values()) > 0
+    )

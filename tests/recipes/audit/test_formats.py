@@ -59,7 +59,7 @@ def test_formats_are_those_of_questions_asked_one_by_one(questions):
         assert found["cloze"][place] == pytest.approx(share, abs=1e-4)
         assert found["multiple_choice"][place] == float(int(np.argmax(values)) == question.answer)
         answer = question.choices[question.answer]
-        requests = formats._requests[place][2]
+        requests = formats.requests[place][2]
         own, others = requests[0], requests[1:]
         assert own.prompt == question.prompt and all(question.subject not in other.prompt for other in others)
         alone = [score(request.prompt, answer) for request in requests]
