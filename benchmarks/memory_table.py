@@ -76,8 +76,8 @@ class Pretended(RunMemory):
     def tokens(self, texts: Any) -> int:
         return 2000 * TOKENS
 
-    def scored(self, full: int, asked: Any = None) -> list[tuple[int, int]]:
-        return [(full, full)]
+    def scored(self, full: int, asked: Any = None) -> list[tuple[int, int, int]]:
+        return [(full, full, full)]
 
 
 def main() -> None:
@@ -182,6 +182,7 @@ def audit_plan(config: dict[str, Any], **settings: Any) -> MemoryPlan:
     job: Any = SimpleNamespace(
         sources={"base": source}, device=base.device, dtype=base.dtype, concept=base.concept, attacks=attacks,
         budget=BUDGETS["standard"], optimizer="adamw", settings=base.settings, behaviour=None,
+        suppressed_attacks=attacks,
     )  # fmt: skip
     return audit.memory(job)
 
