@@ -62,7 +62,7 @@ class _Updated(torch.autograd.Function):
         of_x = (of_lowered @ down).view(ctx.shape).to(ctx.x_dtype) if ctx.needs_input_grad[1] else None
         # Summed over positions, which is where the narrow types lose most: scaled afterwards, in the parameters' type.
         # Transposed twice: processors multiply a narrow factor from the left faster.
-        of_up = (lowered.mT @ flat_gradient).mT.to(ctx.trained_in).mul_(ctx.scale)
+        of_up = (lowered.mT @ flat_gradient).mT.contiguous().to(ctx.trained_in).mul_(ctx.scale)
         of_down = (of_lowered.mT @ flat).to(ctx.trained_in)
         return gradient if ctx.needs_input_grad[0] else None, of_x, of_down, of_up, None
 
@@ -88,7 +88,7 @@ class _Summed(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = (above @ torch.addmm(weight, up, down, alpha=ctx.scale)).view(x.shape)
         of_down = (above @ up).mul_(ctx.scale).mT @ flat
-        of_up = ((flat @ down.mT).mT @ above).mT.mul(ctx.scale)
+        of_up = ((flat @ down.mT).mT @ above).mT.contiguous().mul_(ctx.scale)
         return of_x, None, None, of_down, of_up, None
 
 

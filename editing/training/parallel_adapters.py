@@ -178,7 +178,7 @@ class _Updated(torch.autograd.Function):
                 piece = slice(start, start + count)
                 low = (above[piece] @ up).mul_(ctx.scale)
                 of_downs.append(low.mT @ flat[piece])
-                of_ups.append((lowered[piece].mT @ above[piece]).mT.mul(ctx.scale))
+                of_ups.append((lowered[piece].mT @ above[piece]).mT.contiguous().mul_(ctx.scale))
                 if below is not None:
                     below[piece].addmm_(low, down)
                 start += count

@@ -175,9 +175,18 @@ def _dry_runs(tmp_path):
     )
     return {
         "apply": ("apply", tmp_path / "edit", "--base", ID, "--out", tmp_path / "out"),
-        "orthogonalize": ("run", "orthogonalize", "--model", ID),
+        "orthogonalize": ("run", "orthogonalize", "--model", ID, "--out", tmp_path / "run"),
         "eval": ("eval", ID, "--concept", "builtin:potions"),
-        "audit": ("audit", "builtin:testbed-reference", "--base", ID, "--concept", "builtin:potions"),
+        "audit": (
+            "audit",
+            "builtin:testbed-reference",
+            "--base",
+            ID,
+            "--concept",
+            "builtin:potions",
+            "--out",
+            tmp_path / "a",
+        ),
     }
 
 

@@ -311,7 +311,7 @@ def _kills(command, environment):
 
     How long it takes is found on the way: machines differ, and so do runs of one command.
     """
-    rng, longest = random.Random(0), 4.0
+    rng, longest = random.Random(0), 1.5
     for _ in range(KILLS):
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         child = started(*command, env={**os.environ, **environment}, **silent)

@@ -45,6 +45,8 @@ def test_output_and_gradients_are_those_of_the_definition(positions, sums, bias)
     found = [out, *torch.autograd.grad(out, (x, down, up), upstream)]
     for one, other in zip(found, _wanted(layer, x, upstream), strict=True):
         assert one.shape == other.shape and (one.double() - other).norm() < 1e-5 * other.norm() > 0
+        # States of a training hold gradients, and files hold no other tensors.
+        assert one.is_contiguous()
 
 
 def test_a_sum_is_formed_only_where_it_rounds_nothing_and_nobody_looks_on():
