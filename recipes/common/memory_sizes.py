@@ -286,7 +286,7 @@ class ModelSizes:
         unit = self.period
         if adapted + above <= 3 * unit:
             return self._peak(run, trained, adapted, above)
-        few, some = min(adapted, 2 * unit), min(above, unit)
+        few, some = min(adapted, 2 * unit), min(above, 2 * unit)
         total = float(self._peak(run, trained, few, some))
         # From the second layer on: at the first, less of what came before it is still held.
         if adapted > few:
@@ -294,7 +294,7 @@ class ModelSizes:
             total += more * (adapted - few) / unit
         if above > some:
             one = min(adapted, unit)
-            more = self._peak(run, trained, one, 2 * unit) - self._peak(run, trained, one, unit)
+            more = self._peak(run, trained, one, 3 * unit) - self._peak(run, trained, one, 2 * unit)
             total += more * (above - some) / unit
         return int(total)
 
