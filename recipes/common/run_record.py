@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from ...artifacts.checkpoints.manifest import check_unchanged, checkpoint_of
 from ...artifacts.files.forms import Form
 from ...artifacts.models.find import find_adapter, find_model
@@ -67,3 +69,14 @@ def inputs_of(model: str) -> RunInputs | None:
         {"concept": concept, "base": str(results["base"]["name"])},
         {key: value for key, value in results.get("prompts", {}).items() if key in PromptSettings.model_fields},
     )
+
+
+def of_its_run(settings: BaseModel, model: str) -> dict[str, str]:
+    """Base and concept from the record of the run that made a model, by setting, where these were not given.
+
+    Raises:
+        RequestError: One of them was a local folder, which is not recorded.
+    """
+    unset = {"model", "concept"} - settings.model_fields_set
+    run = inputs_of(model) if unset else None
+    return {} if run is None else {key: run.known("base" if key == "model" else key) for key in sorted(unset)}

@@ -13,7 +13,7 @@ from ...editing.errors import RequestError
 from ..common import adapter_job
 from ..common.adapter_job import MOST_ROWS, AdapterJob, TrainedSettings
 from ..common.budgets import Budgets
-from ..common.run_record import inputs_of
+from ..common.run_record import of_its_run
 from ..data.facts import Facts, find_facts
 
 RECIPE = "distill"
@@ -47,11 +47,7 @@ class DistillSettings(TrainedSettings):
 
     def completed(self) -> Self:
         """Base and concept from the record of the run that made the teacher, where they were not given."""
-        unset = {"model", "concept"} - self.model_fields_set
-        run = inputs_of(self.teacher) if unset else None
-        if run is None:
-            return self
-        return self.model_copy(update={key: run.known("base" if key == "model" else key) for key in sorted(unset)})
+        return self.model_copy(update=of_its_run(self, self.teacher))
 
 
 @dataclass(frozen=True)

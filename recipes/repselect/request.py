@@ -17,7 +17,7 @@ from ..common import adapter_job, measured_run
 from ..common.adapter_job import AdapterJob, AdapterSettings, LayersToTrain
 from ..common.budgets import Budgets
 from ..common.measured_job import MeasuredSettings
-from ..common.run_record import inputs_of
+from ..common.run_record import of_its_run
 from ..data.facts import Facts, find_facts
 from .after import EditedModel, edited_model
 
@@ -74,11 +74,7 @@ class RepselectSettings(MeasuredSettings):
 
     def completed(self) -> Self:
         """Base and concept from the record of the run that made ``after``, where they were not given."""
-        unset = {"model", "concept"} - self.model_fields_set
-        run = inputs_of(self.after) if self.after and unset else None
-        if run is None:
-            return super().completed()
-        return self.model_copy(update={key: run.known("base" if key == "model" else key) for key in sorted(unset)})
+        return self.model_copy(update=of_its_run(self, self.after)) if self.after else self
 
     def adversary_settings(self) -> AdapterSettings:
         """How the adapters are trained. The number of steps is known once the texts are read."""
