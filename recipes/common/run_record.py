@@ -33,16 +33,20 @@ class RunInputs:
     prompts: dict[str, Any]
     """Settings of how the run rendered its prompts."""
 
-    def known(self, key: str) -> str:
+    def known(self, key: str, option: str = "") -> str:
         """The concept or the base.
 
+        Args:
+            option: What a command calls it, where that is another word.
+
         Raises:
-            RequestError: It was a local folder, which is not recorded.
+            RequestError: It was a local file or folder, which is not recorded.
         """
         value: str | None = getattr(self, key)
         if value is None:
             raise RequestError(
-                f"the {key} of {self.model} was the local folder {self.names[key]}; give its path with --{key}"
+                f"the {key} of {self.model} was a local file or folder, {self.names[key]}; give its path with"
+                f" --{option or key}"
             )
         return value
 
@@ -79,4 +83,4 @@ def of_its_run(settings: BaseModel, model: str) -> dict[str, str]:
     """
     unset = {"model", "concept"} - settings.model_fields_set
     run = inputs_of(model) if unset else None
-    return {} if run is None else {key: run.known("base" if key == "model" else key) for key in sorted(unset)}
+    return {} if run is None else {key: run.known("base" if key == "model" else key, key) for key in sorted(unset)}

@@ -124,8 +124,11 @@ def test_the_concept_of_a_run_is_never_taken_for_another(tmp_path):
 @pytest.mark.parametrize(
     ("recorded", "said"),
     [
-        ({"concept": "landmarks"}, "the concept of RUN was the local folder landmarks; give its path with --concept"),
-        ({"base": "mine"}, "the base of RUN was the local folder mine; give its path with --base"),
+        (
+            {"concept": "landmarks"},
+            "the concept of RUN was a local file or folder, landmarks; give its path with --concept",
+        ),
+        ({"base": "mine"}, "the base of RUN was a local file or folder, mine; give its path with --base"),
     ],
 )
 def test_what_a_record_names_only_in_part_is_asked_for(recorded, said, tmp_path):
@@ -135,6 +138,13 @@ def test_what_a_record_names_only_in_part_is_asked_for(recorded, said, tmp_path)
     given = {"concept": "builtin:potions", "base": "builtin:testbed"}
     words = [word for key in recorded for word in (f"--{key}", given[key])]
     assert excise("audit", run, *words, "--dry-run").returncode == 0
+
+
+@pytest.mark.parametrize(("recipe", "setting"), [("repselect", "after"), ("distill", "teacher")])
+def test_a_recipe_asks_for_the_base_of_a_run_by_its_own_option(recipe, setting, tmp_path):
+    run = _recorded(tmp_path / "run", base="mine")
+    done = excise("run", recipe, "--set", f"{setting}={run}", "--dry-run")
+    assert done.returncode == 2 and "was a local file or folder, mine; give its path with --model" in done.stderr
 
 
 def test_a_model_without_a_record_needs_its_concept_once_its_base_is_given(here):
