@@ -57,13 +57,35 @@ def read_streams(
     Raises:
         EditError: A hook did not run, as happens in a compiled model.
     """
-    layers = decoder_layers(model, row)
-    deepest, device = max(points), inputs["input_ids"].device
+    with streams_kept(model, row, points, stops=True) as streams, suppress(_DeepEnough):
+        run_decoder(model, inputs)
+    return {point: hidden.to(inputs["input_ids"].device) for point, hidden in streams.items()}
+
+
+@contextmanager
+def streams_kept(
+    model: nn.Module, row: Architecture, points: Sequence[int], *, stops: bool = False
+) -> Iterator[dict[int, Tensor]]:
+    """Keep the stream at ``points`` of the forward that runs inside, by point, where it is made.
+
+    Args:
+        stops: End that forward at the deepest point, by an exception that ``read_streams`` catches.
+
+    Raises:
+        EditError: A hook did not run, as happens in a compiled model.
+
+    Example:
+        >>> with streams_kept(model, row, [1, 2]) as streams:
+        ...     logits = model(**inputs).logits
+        >>> streams[2].shape
+        torch.Size([1, 7, 576])
+    """
+    layers, deepest = decoder_layers(model, row), max(points)
     streams: dict[int, Tensor] = {}
 
     def keep(point: int, hidden: Tensor) -> None:
-        streams[point] = hidden.to(device)
-        if point == deepest:
+        streams[point] = hidden
+        if stops and point == deepest:
             raise _DeepEnough
 
     with ExitStack() as hooks:
@@ -77,14 +99,12 @@ def read_streams(
             else:
                 handle = layers[-1].register_forward_hook(lambda _, __, output, p=point: keep(p, first(output)))
             hooks.callback(handle.remove)
-        with suppress(_DeepEnough):
-            run_decoder(model, inputs)
+        yield streams
     if missing := set(points) - set(streams):
         raise EditError(
             f"no activation was read at points {sorted(missing)}; hooks do not run in compiled models, "
             "leave out torch.compile"
         )
-    return streams
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from ...editing.errors import ConceptError, RequestError, counted
 from ...editing.modules import language_config
 from ..common import adapter_job, adapter_run
 from ..common.adapter_run import Training
-from ..common.examples import Example, cycled
+from ..common.examples import Example, chunked, cycled
 from ..common.measured_run import Finished, Job
 from ..common.memory_plan import MemoryPlan, RunMemory
 from ..common.memory_sizes import Rows, largest_of
@@ -163,7 +163,7 @@ def memory(prepared: CaftJob) -> MemoryPlan:
         watched = examples[:READ_ROWS]
         read, scored = largest_of([len(one.ids) for one in watched], READ_AT_ONCE), sum(map(_scored, watched))
         lengths = [len(one.ids) for one in _order(examples, settings)]
-        step = planned_rows(prepared.adapter, lengths, settings.batch_size)
+        step = planned_rows(prepared.adapter, list(chunked(lengths, settings.batch_size)))
     # The stream is kept in fp32, of the model as it is and as it was.
     kept = 2 * 4 * scored * needs.sizes.width * len(prepared.places)
     if settings.directions not in ("none", "finetuned", "sae") and not prepared.directions:
@@ -275,7 +275,7 @@ class CaftTraining(Training):
     def __post_init__(self) -> None:
         self.rows, prepared = self.ablated.rows, self.trial.prepared
         lengths = [len(example.ids) for example in self.rows]
-        self.step_rows = planned_rows(prepared.adapter, lengths, prepared.settings.batch_size)
+        self.step_rows = planned_rows(prepared.adapter, list(chunked(lengths, prepared.settings.batch_size)))
 
     def objective(self) -> AblatedFineTuning:
         """Completions, while directions are ablated."""

@@ -1,7 +1,7 @@
 """Training sequences: batches, likelihoods of their scored tokens, and the order in which they are read."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -84,6 +84,12 @@ def spread(values: Sequence[Any], count: int, seed: str) -> list[Any]:
 
 
 T = TypeVar("T")
+
+
+def chunked(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The values in order, ``size`` at a time; the last ones may be fewer."""
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
 
 
 def cycled(rows: Sequence[T], count: int, rng: random.Random) -> list[T]:

@@ -59,15 +59,17 @@ def largest_of(lengths: Sequence[int], size: int) -> Rows:
     return max((Rows(len(part), max(part)) for part in parts), key=lambda rows: rows.tokens)
 
 
-def largest_packed(lengths: Sequence[int], size: int) -> Rows:
-    """The same of rows that are read without padding: as many of the longest as have its tokens.
+def largest_packed(batches: Sequence[Sequence[int]]) -> Rows:
+    """The same of batches that are read without padding: rows that have its tokens together, none shorter than the longest
+    of any batch.
 
     Example:
-        >>> largest_packed([3, 9, 4, 4], 2)
+        >>> largest_packed([[3, 9, 4], [4, 9, 5]])
         Rows(count=2, length=9)
     """
-    most = max(sum(lengths[start : start + size]) for start in range(0, len(lengths), size))
-    return Rows(-(-most // max(lengths)), max(lengths))
+    most = max(map(sum, batches))
+    count = max(1, most // max(map(max, batches)))
+    return Rows(count, -(-most // count))
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,11 @@ class PackedTraining(PackedObjective, Training):
     """A training that packs the rows of a step."""
 
 
-def planned_rows(job: AdapterJob, lengths: Sequence[int], size: int) -> Rows:
-    """The largest step of sequences that are read ``size`` at a time in this order, packed where the model can."""
+def planned_rows(job: AdapterJob, batches: Sequence[Sequence[int]]) -> Rows:
+    """The largest of some batches by the lengths of their sequences, packed where the model can."""
     if job.settings.gradient_checkpointing or not packs(job.run.checkpoint.config):
-        return Rows(size, max(lengths))
-    return largest_packed(lengths, size)
+        return Rows(max(map(len, batches)), max(map(max, batches)))
+    return largest_packed(batches)
 
 
 _found: dict[str, bool] = {}

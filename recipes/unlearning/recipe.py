@@ -4,7 +4,7 @@ A method is one file here with one settings class, which is its formula too, and
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,10 @@ from ...editing.training.adapters import update_rms
 from ..common import adapter_job, adapter_run
 from ..common.adapter_job import AdapterJob, AdapterSettings
 from ..common.budgets import Budgets
-from ..common.examples import Example, cycled, example_batch, sequence_nll
+from ..common.examples import Example, chunked, cycled, example_batch, sequence_nll
 from ..common.measured_run import Finished
 from ..common.memory_plan import MemoryPlan, RunMemory
-from ..common.memory_sizes import Rows, largest_of
+from ..common.memory_sizes import ModelSizes, Rows, largest_of
 from ..common.packed_training import PackedTraining, planned_rows
 from ..common.step_parts import COUNTS
 from ..common.tokens import Row, text_limit
@@ -106,6 +106,19 @@ class UnlearningSettings(AdapterSettings):
         """Numbers that are held beside each trained one, its gradient and the optimizer's state."""
         return vectors_held(self)
 
+    def rows_at_once(self) -> int:
+        """Sequences that one forward of a step reads, at most."""
+        return 2 * self.batch_size
+
+    def read_together(self, data: UnlearningData) -> Iterator[Sequence[Example]]:
+        """The sequences of each forward of the training."""
+        for pairs in chunked(data.pairs, self.batch_size):
+            yield [one for pair in pairs for one in pair]
+
+    def step_bytes(self, sizes: ModelSizes, step: Rows) -> int:
+        """What a step holds beside its forward, its backward and these vectors."""
+        return 0
+
     def bytes_kept(self, needs: RunMemory, texts: Sequence[str]) -> int:
         """What the loss keeps from step to step, about."""
         return 0
@@ -171,7 +184,7 @@ def memory(job: UnlearningJob) -> MemoryPlan:
     needs, settings, concept = RunMemory.of(job.adapter.run), job.settings, job.adapter.concept
     texts = concept.texts()
     longest = needs.longest((*texts, *(q.prompt for q in concept.questions)), needs.text_limit)
-    read, step = Rows(CHUNK, longest), Rows(2 * settings.batch_size, longest)
+    read, step = Rows(CHUNK, longest), Rows(settings.rows_at_once(), longest)
     if needs.tokenizes():
         drawn = _drawn(job, needs.tokenizer, needs.text_limit)
         step = _largest_step(job, drawn)
@@ -182,7 +195,8 @@ def memory(job: UnlearningJob) -> MemoryPlan:
         step,
         deepest=_stops_at(job),
         kept=settings.bytes_kept(needs, texts),
-        work=4 * settings.vectors_held() * needs.sizes.adapter(job.adapter.shape),
+        work=4 * settings.vectors_held() * needs.sizes.adapter(job.adapter.shape)
+        + settings.step_bytes(needs.sizes, step),
     )
     return needs.measured_run([*stages, steps])
 
@@ -229,8 +243,8 @@ def _drawn(job: UnlearningJob, tokenizer: Any, limit: int) -> UnlearningData:
 
 
 def _largest_step(job: UnlearningJob, data: UnlearningData) -> Rows:
-    lengths = [len(one.ids) for pair in data.pairs for one in pair]
-    return planned_rows(job.adapter, lengths, 2 * job.settings.batch_size)
+    batches = job.settings.read_together(data)
+    return planned_rows(job.adapter, [[len(one.ids) for one in batch] for batch in batches])
 
 
 class UnlearningTraining(PackedTraining):

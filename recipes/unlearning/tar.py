@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from ...artifacts.models.load import LoadedModel
 from ...editing.architectures import Architecture
 from ...editing.errors import RequestError
-from ...editing.hooks.residual_stream import read_streams
+from ...editing.hooks.residual_stream import read_streams, streams_kept
 from ...editing.modules import causal_model, unembedding
 from ...editing.training.entropy import entropy_of_hidden
 from ...editing.training.packing import on_device, reading_packed
 from ...editing.training.soft_targets import wide
 from ..common.adapter_job import MOST_ROWS
 from ..common.budgets import Budgets
-from ..common.examples import Example, example_batch, scored_hidden, scored_nats
+from ..common.examples import Example, chunked, example_batch, scored_hidden, scored_nats
+from ..common.memory_sizes import ModelSizes, Rows
 from ..common.trainer import Loss, Terms
 from .recipe import UnlearningData, UnlearningJob, UnlearningSettings, describe, learn, memory, prepare, run
 from .robust import Vectors, gradient, put_back, with_gradient
@@ -82,6 +83,20 @@ class TarSettings(UnlearningSettings):
         """Beside those of the options: the way back, the sum, an attacker's gradient and its two moments."""
         return super().vectors_held() + 5
 
+    def rows_at_once(self) -> int:
+        """What is to be forgotten, what is retained and what an attacker reads are read one after another."""
+        return max(self.batch_size, self.attack_batch)
+
+    def read_together(self, data: UnlearningData) -> Iterator[Sequence[Example]]:
+        """Each side of a step, and what its attacker reads."""
+        for pairs in chunked(data.pairs, self.batch_size):
+            forget, retain = ([pair[side] for pair in pairs] for side in (0, 1))
+            yield from (forget, retain, *drawn_attack(self, forget, data).batches)
+
+    def step_bytes(self, sizes: ModelSizes, step: Rows) -> int:
+        """How far the stream is from the base's after each layer, in fp32."""
+        return 4 * sizes.depth * step.tokens * sizes.width
+
     def loss(self, job: UnlearningJob, loaded: LoadedModel, data: UnlearningData) -> Loss:
         """Algorithm 1."""
         return TarLoss(self, job.adapter.run.row, job.adapter.run.layers, data)
@@ -96,8 +111,9 @@ class Attack:
 
 
 def drawn_attack(settings: TarSettings, held_out: Sequence[Example], data: UnlearningData) -> Attack:
-    """An attack that does not read ``held_out``. The seed and ``held_out`` decide it, so a run that goes on draws the same."""
-    rng = random.Random(f"excise tar {settings.seed} {[one.ids for one in held_out]}")
+    """An attack that does not read ``held_out``. The seed and ``held_out``, in any order, decide it, so that a plan and a run
+    that goes on draw the same."""
+    rng = random.Random(f"excise tar {settings.seed} {sorted(one.ids for one in held_out)}")
     apart = set(held_out)
     # A pack of so few sequences that all are held out is attacked with them.
     forget = [one for one in data.forget if one not in apart] or list(data.forget)
@@ -152,22 +168,26 @@ class TarLoss:
 
     def _retain(self, model: Any, batch: dict[str, Any]) -> Tensor:
         """Negative log-likelihood of a token, and how far the stream of one is from the base's: a mean over points."""
-        with torch.no_grad(), model.disable_adapter():
-            base = self._streams(model, batch)
-        pairs = zip(self._streams(model, batch), base, strict=True)
-        far = [wide(one - other).norm(dim=-1).mean() for one, other in pairs]
-        return _nats_a_token(model, batch) + torch.stack(far).mean()
-
-    def _streams(self, model: Any, batch: dict[str, Any]) -> list[Tensor]:
-        """The stream of all tokens [n, d] after each layer."""
         points = range(1, self.layers + 1)
+        with torch.no_grad(), model.disable_adapter():
+            base = self._base_streams(model, batch, points)
+        # One forward gives both terms.
+        with streams_kept(causal_model(model), self.row, points) as streams:
+            nats = _nats_a_token(model, batch)
+        # A row of packed sequences has no padding.
+        tokens = batch["attention_mask"].bool() if "attention_mask" in batch else slice(None)
+        # Each of the base's streams is let go once it is compared: gradients need the difference alone.
+        far = [wide(streams[p][tokens] - base.pop(p)[tokens].to(streams[p].device)).norm(dim=-1).mean() for p in points]
+        return nats + torch.stack([one.to(nats.device) for one in far]).mean()
+
+    def _base_streams(self, model: Any, batch: dict[str, Any], points: Sequence[int]) -> dict[int, Tensor]:
+        """The stream after each layer."""
         if "blocks" in batch:
             with reading_packed(batch) as inputs:
-                streams = read_streams(causal_model(model), self.row, inputs, points)
-            return [streams[point][0] for point in points]
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        streams = read_streams(causal_model(model), self.row, inputs, points)
-        return [streams[point][inputs["attention_mask"].bool()] for point in points]
+                return read_streams(causal_model(model), self.row, inputs, points)
+        return read_streams(
+            causal_model(model), self.row, {key: batch[key] for key in ("input_ids", "attention_mask")}, points
+        )
 
 
 def _examples_of(batch: dict[str, Any]) -> list[Example]:

@@ -73,12 +73,12 @@ def test_what_recomputes_activations_reads_padded_rows():
     assert torch.equal(trained_weights(model), before)
 
 
-@pytest.mark.parametrize(("checkpoints", "rows"), [(False, Rows(2, 9)), (True, Rows(3, 9))])
+@pytest.mark.parametrize(("checkpoints", "rows"), [(False, Rows(1, 14)), (True, Rows(3, 9))])
 def test_a_step_is_planned_without_padding_where_it_is_read_so(checkpoints, rows):
     config = json.loads((Path(SMALL_TESTBED) / "config.json").read_text())
     run = SimpleNamespace(checkpoint=SimpleNamespace(config=config))
     job = SimpleNamespace(run=run, settings=SimpleNamespace(gradient_checkpointing=checkpoints))
-    assert planned_rows(job, [2, 9, 3, 1, 2, 4], 3) == rows
+    assert planned_rows(job, [[2, 9, 3], [1, 2, 4]]) == rows
 
 
 def test_whether_a_model_packs_is_found_out_from_its_configuration_alone():

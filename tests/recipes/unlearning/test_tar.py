@@ -7,9 +7,12 @@ import pytest
 import torch
 from excise.editing.architectures import ARCHITECTURES
 from excise.editing.errors import RequestError
+from excise.editing.numerics.live_bytes import LiveBytes
+from excise.editing.training.adapters import AdapterShape
 from excise.editing.training.entropy import entropy_of_hidden
 from excise.editing.training.packing import packing
 from excise.recipes.common.examples import Example
+from excise.recipes.common.memory_sizes import Gradients, ModelSizes, Rows
 from excise.recipes.unlearning.recipe import UnlearningData, pair_batch
 from excise.recipes.unlearning.tar import TarLoss, TarSettings, drawn_attack, prepare
 from unlearning_rows import FORGET, RETAIN, adapted
@@ -120,7 +123,7 @@ def test_an_attack_reads_nothing_that_is_held_out_and_is_drawn_again_alike():
     read = {one for attack in attacks for rows in attack.batches for one in rows}
     assert not read & set(FORGET) and read == {*OTHERS, *RETAIN}
     assert {round(attack.learning_rate, 6) for attack in attacks} == {0.005, 0.05, 0.1}
-    assert attacks[0] == drawn_attack(SETTINGS, FORGET, DATA) != attacks[1]
+    assert attacks[0] == drawn_attack(SETTINGS, FORGET[::-1], DATA) != attacks[1]
     repaired = [attack for attack in attacks if set(attack.batches[0]) <= set(RETAIN)]
     assert 5 <= len(repaired) <= 25, "about a third read first what is retained"
     for attack in repaired:
@@ -156,3 +159,26 @@ def test_a_step_is_not_taken_in_parts():
         prepare(TarSettings(gradient_accumulation_steps=2))
     with pytest.raises(RequestError, match="lower batch_size"):
         TarLoss(SETTINGS, ARCHITECTURES["llama"], 2, DATA)(_model(), pair_batch(FORGET[:1], RETAIN[:1]))
+
+
+def test_what_is_retained_is_read_once_by_the_model_and_once_by_the_base():
+    model, reads = _model(), []
+    model.base_model.model.model.layers[-1].register_forward_hook(lambda *_: reads.append(torch.is_grad_enabled()))
+    TarLoss(SETTINGS, ARCHITECTURES["llama"], 2, DATA)(model, pair_batch(FORGET, RETAIN))
+    exams = SETTINGS.attack_steps // SETTINGS.attack_every
+    assert reads.count(True) == SETTINGS.attack_steps + exams + 1 and reads.count(False) == 1
+
+
+def test_a_step_holds_what_is_planned_for_it():
+    long = [Example(tuple(5 + place % 90 for place in range(160)), 1)] * SETTINGS.batch_size
+    model, data = adapted(), UnlearningData(DATA.forget, long, [], {})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with LiveBytes(model.parameters()) as live:
+        terms = TarLoss(SETTINGS, ARCHITECTURES["llama"], 2, data)(model, pair_batch(FORGET, long))
+        torch.autograd.grad(sum(terms.values()), trained)
+    sizes = ModelSizes(model.config.to_dict(), torch.float32)
+    layers = sizes.row.layers
+    names = tuple(f"{layers}.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.down_proj"))
+    gradients, step = Gradients(AdapterShape(2, 8.0, names)), Rows(SETTINGS.rows_at_once(), 160)
+    beside = SETTINGS.step_bytes(sizes, step)
+    assert 0.95 <= (sizes.step(step, gradients) + beside) / live.peak <= 1.15 and beside > 0.03 * live.peak
