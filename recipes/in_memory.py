@@ -117,6 +117,7 @@ def orthogonalize(
     embedding_strength: float | None = None,
     mlp_strength: float | tuple[float, ...] | None = None,
     variant: Literal["plain", "norm_preserving", "projected"] | None = None,
+    per_layer: bool | None = None,
 ) -> AppliedEdit:
     """Take a direction out of every weight of a model in memory that writes it to the residual stream.
 
@@ -133,6 +134,8 @@ def orthogonalize(
         mlp_strength: Share to remove from what MLPs write, one number or one for each layer; ``strength`` by default.
         variant: ``plain`` (default); ``norm_preserving`` keeps the norm of every column; ``projected`` first takes the
             mean of the negative prompts out of the direction, which needs the result of ``find_direction``.
+        per_layer: Take out of each layer the direction at its own output (default: one direction for all), which needs it
+            too.
 
     Returns:
         The edit as data, what it did to each tensor, and a way back: ``undo()``, or the end of a ``with`` block.
@@ -163,6 +166,7 @@ def orthogonalize(
         "embedding_strength": embedding_strength,
         "mlp_strength": mlp_strength,
         "variant": variant,
+        "per_layer": per_layer,
     }
     settings = settings_of_call(OrthogonalizeSettings, values)
     config = model.config.to_dict()

@@ -144,7 +144,7 @@ def streams(place: Placed) -> Result:
     for change in changes:
         with change, torch.no_grad():
             made.append(model(**inputs).logits)
-    writes = leaks.measure_writes(model, row, basis, [inputs])
+    writes = leaks.measure_writes(model, row, lambda _: basis, [inputs])
     return [*made, *seen], [[(one.along, one.norm) for one in writes], counts]
 
 

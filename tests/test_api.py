@@ -139,6 +139,25 @@ def test_a_direction_shows_what_taking_it_out_does(loaded):
     assert "not scored" in unscored._repr_html_() and "this one did not" in unscored._repr_html_()
 
 
+def test_each_layer_can_lose_the_direction_at_its_own_output(loaded):
+    model, tokenizer = loaded
+    direction = excise.find_direction(model, tokenizer, "builtin:declining", train_pairs=24, validation_pairs=8)
+    learned, place = direction.learned.vectors, direction.learned.positions.index(direction.position)
+    with excise.orthogonalize(model, direction, per_layer=True) as applied:
+        written = [layer.mlp.down_proj.weight for layer in model.model.layers]
+        for number, weight in enumerate(written):
+            own, others = (
+                learned[point, place] / learned[point, place].norm() for point in (number + 1, 1 + number % 3)
+            )
+            assert torch.allclose(applied.edit.layer_bases[number][:, 0], own, atol=1e-6)
+            assert (own @ weight).norm() < 1e-4 * weight.norm()
+            assert number + 1 == 1 + number % 3 or (others @ weight).norm() > 1e-3 * weight.norm()
+        embedding = direction.vector / direction.vector.norm()
+        assert (model.model.embed_tokens.weight @ embedding).abs().max() < 1e-4
+    with pytest.raises(excise.RequestError, match="give the result of find_direction"):
+        excise.orthogonalize(model, torch.ones(192), per_layer=True)
+
+
 def test_saving_a_model_in_memory_for_an_audit_draws_no_bars(loaded, tmp_path, capfd):
     with pytest.raises(excise.RequestError, match="no attack on a behaviour"):
         excise.audit(loaded, "builtin:declining", "builtin:testbed", attacks=["rtt"], out=tmp_path / "audit")

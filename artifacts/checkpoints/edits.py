@@ -32,6 +32,8 @@ from .manifest import FOLDER, check_unchanged, checkpoint_of
 SCHEMA_VERSION = 1
 DESCRIPTION, TENSORS = "edit.json", "edit.safetensors"
 LEFT, RIGHT = ".left", ".right"
+BASES = "layer_bases"
+"""The tensor of an orthogonalization that takes another subspace out of each layer."""
 
 
 def save_edit(edit: WeightEdit, folder: Path) -> None:
@@ -147,7 +149,8 @@ def _pack_subspace(edit: Edit) -> tuple[dict[str, Tensor], Description]:
     }
     if edit.mlp_strengths is not None:
         description["mlp_strengths"] = list(edit.mlp_strengths)
-    return {"basis": edit.basis}, description
+    bases = {} if edit.layer_bases is None else {BASES: edit.layer_bases}
+    return {"basis": edit.basis, **bases}, description
 
 
 def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
@@ -168,6 +171,7 @@ def _unpack_subspace(tensors: dict[str, Tensor], content: Description) -> Edit:
         content["variant"],
         content["provenance"],
         None if mlps is None else tuple(map(float, mlps)),
+        _matrix(tensors, BASES, (3,)) if BASES in tensors else None,
     )
 
 

@@ -42,20 +42,34 @@ class Edit:
     """Where the subspace came from: source, layer, position, scores of all candidates, hashes of the data."""
     mlp_strengths: tuple[float, ...] | None = None
     """One strength per decoder layer for what its MLP writes; None takes those of the layers."""
+    layer_bases: Float[Tensor, "layers d k"] | None = None
+    """Of each decoder layer the subspace that it loses, as orthonormal columns in fp32; None takes ``basis`` for all. The
+    embeddings lose ``basis``."""
 
     def __post_init__(self) -> None:
         d, k = self.basis.shape
+        if self.layer_bases is not None and len(self.layer_bases) != len(self.layer_strengths):
+            raise RequestError(
+                f"the edit has {len(self.layer_strengths)} strengths of layers and {len(self.layer_bases)} bases of layers;"
+                " give one of each for every layer"
+            )
         if self.mlp_strengths is not None and len(self.mlp_strengths) != len(self.layer_strengths):
             raise RequestError(
                 f"the edit has {len(self.layer_strengths)} strengths of layers and {len(self.mlp_strengths)} of MLPs; give"
                 " one of each for every layer"
             )
-        if k > d or torch.dist(self.basis.T @ self.basis, torch.eye(k)) > 1e-4:
-            raise RequestError(
-                f"the basis [{d}, {k}] is not orthonormal; pass torch.linalg.qr(basis).Q, with at most {d} columns"
-            )
+        for basis in (self.basis, *(() if self.layer_bases is None else self.layer_bases)):
+            if k > d or basis.shape != (d, k) or not torch.dist(basis.T @ basis, torch.eye(k)) <= 1e-4:
+                raise RequestError(
+                    f"the basis {list(basis.shape)} is not orthonormal; pass torch.linalg.qr(basis).Q, with at most {d}"
+                    " columns"
+                )
 
     method: ClassVar[str] = "orthogonalize"
+
+    def basis_at(self, layer: int | None) -> Float[Tensor, "d k"]:
+        """What one decoder layer loses, or the embeddings where ``layer`` is None."""
+        return self.basis if layer is None or self.layer_bases is None else self.layer_bases[layer]
 
     def strength_at(self, layer: int | None, kind: Kind = "attention") -> float:
         """Strength of one kind of writer of one decoder layer, or of the embeddings where ``layer`` is None."""
@@ -122,8 +136,9 @@ class OrthogonalizedTensor:
         # Norms are preserved for each input neuron or token; a bias belongs to neither.
         preserving = edit.variant == "norm_preserving" and not self.name.endswith("bias")
         centred = self.site.writer.centred
-        projection = make_projection(edit.basis, self.strength, gain, norm_preserving=preserving, centred=centred)
-        seen = edit.basis if gain is None else seen_through(edit.basis, gain, centred)
+        basis = edit.basis_at(self.site.layer)
+        projection = make_projection(basis, self.strength, gain, norm_preserving=preserving, centred=centred)
+        seen = basis if gain is None else seen_through(basis, gain, centred)
         return BlockwiseEdit(self.name, rows, self.site.writer.axis, read, projection, seen, gain, rows_per_block)
 
 

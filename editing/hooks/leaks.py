@@ -41,14 +41,17 @@ class Leak:
 
 @torch.no_grad()
 def measure_writes(
-    model: nn.Module, row: Architecture, basis: Float[Tensor, "d k"], batches: Iterable[dict[str, Tensor]]
+    model: nn.Module,
+    row: Architecture,
+    basis_at: Callable[[int | None], Float[Tensor, "d k"]],
+    batches: Iterable[dict[str, Tensor]],
 ) -> list[Writes]:
     """Run inputs and measure what each sublayer writes; sums are float64 and exclude padding.
 
     Args:
         model: A causal language model; only its decoder runs.
         row: Its architecture.
-        basis: Orthonormal columns.
+        basis_at: Orthonormal columns for the writes of one layer, or of the embeddings where the layer is None.
         batches: Dicts of ``input_ids`` and ``attention_mask``, on the model's device.
     """
     sums: dict[tuple[int | None, str], list[float]] = {}
@@ -57,7 +60,7 @@ def measure_writes(
     def see(layer: int | None, sublayer: str, output: Tensor) -> None:
         seen = mask[0].to(output.device).reshape(-1).bool()
         values = in_float64(output.reshape(-1, output.shape[-1])[seen])
-        along = (values @ basis.to(values)).square().sum()
+        along = (values @ basis_at(layer).to(values)).square().sum()
         total = sums.setdefault((layer, sublayer), [0.0, 0.0, 0.0])
         total[0] += float(along)
         total[1] += float(values.square().sum())

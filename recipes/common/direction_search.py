@@ -88,6 +88,8 @@ class Direction:
     """Every direction that was considered, with its scores."""
     provenance: dict[str, Any] = field(repr=False)
     """Where it came from, as the edit records it: model, concept, data, scores of every candidate."""
+    learned: Directions | None = field(default=None, repr=False)
+    """The directions of all points and positions; None where there are none beside this one."""
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the tensors."""
@@ -142,7 +144,8 @@ class DirectionSearch:
             "concept": {"ref": concept.ref, "sha256": concept.sha256},
             "seed": settings.seed,
         }
-        return Direction(vector, negative_mean, chosen.point, chosen.position, passed, tuple(candidates), provenance)
+        place = chosen.point, chosen.position
+        return Direction(vector, negative_mean, *place, passed, tuple(candidates), provenance, directions)
 
     def _pairs(self) -> tuple[list[ContrastPair], list[ContrastPair]]:
         """Pairs to validate on, and pairs to learn from."""
@@ -173,7 +176,7 @@ class DirectionSearch:
         }
         about |= {"base": self.loaded.source.describe(), "seed": self.settings.seed}
         about |= {"concept": {"ref": self.concept.ref, "sha256": self.concept.sha256}}
-        return Direction(vector, negative_mean, point, position, True, (), about)
+        return Direction(vector, negative_mean, point, position, True, (), about, directions)
 
     def _learn(self, training: Sequence[ContrastPair]) -> Directions:
         settings, tokenizer = self.settings, self.loaded.tokenizer

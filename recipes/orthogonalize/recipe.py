@@ -1,7 +1,7 @@
 """Take a direction out of a model's weights: find it, choose it, remove it, check it, measure it, export it."""
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ from ...artifacts.checkpoints.heads import plan_edit
 from ...artifacts.events import Events
 from ...artifacts.models.load import LoadedModel
 from ...editing.architectures import layer_selection, residual_width
-from ...editing.directions.difference_in_means import unit, without_component
+from ...editing.directions.difference_in_means import stacked, unit, without_component
 from ...editing.edits.base import Plan
 from ...editing.edits.subspace_removal import Edit
 from ...editing.errors import ExciseError, RequestError
@@ -66,6 +66,9 @@ class OrthogonalizeSettings(DirectionSettings):
     variant: Literal["plain", "norm_preserving", "projected"] = "plain"
     """norm_preserving keeps every column's norm; projected first removes the negative prompts' mean from the
     direction."""
+    per_layer: bool = False
+    """Take out of each layer the direction at its own output, in place of one direction for all (heretic, Weidmann 2025).
+    The embeddings lose the direction of the place that was chosen."""
     use_rejected_direction: bool = False
     """Go on when every candidate direction fails the filters, with the one that moves neutral text least. Expect little
     effect, or damage."""
@@ -154,7 +157,7 @@ def run(job: OrthogonalizeJob, events: Events) -> Finished:
     base = _study_base(job, work, events)
 
     def inspect(loaded: LoadedModel, subject: ModelUnderTest) -> Inspection:
-        after = measure_writes(loaded.model, checked.row, base.edit.basis, _leak_inputs(job, loaded))
+        after = measure_writes(loaded.model, checked.row, base.edit.basis_at, _leak_inputs(job, loaded))
         leaks = compare_writes(base.writes, after, checked.row, base.edit.strength_at)
         check_leaks(leaks, settings.leak_tolerance)
         scores = [_induce(job, loaded, base.edit, events, "induce on edited")]
@@ -167,6 +170,7 @@ def run(job: OrthogonalizeJob, events: Events) -> Finished:
             "embeddings": settings.embeddings,
             "layer_strengths": list(base.edit.layer_strengths),
             "embedding_strength": base.edit.strength_at(None),
+            **({"per_layer": True} if settings.per_layer else {}),
             **({} if base.edit.mlp_strengths is None else {"mlp_strengths": list(base.edit.mlp_strengths)}),
         },
         "direction": {**base.edit.provenance},
@@ -187,7 +191,7 @@ def _study_base(job: OrthogonalizeJob, work: Path, events: Events) -> StudiedBas
     )
     assert isinstance(edit, Edit), "the run itself saved it"
     measured.scores.append(_induce(job, loaded, edit, events, "induce on base"))
-    writes = measure_writes(loaded.model, checked.row, edit.basis, _leak_inputs(job, loaded))
+    writes = measure_writes(loaded.model, checked.row, edit.basis_at, _leak_inputs(job, loaded))
     del loaded
     return StudiedBase(edit, measured, writes)
 
@@ -219,10 +223,27 @@ def learn(job: OrthogonalizeJob, loaded: LoadedModel, events: Events, _: Path, s
 
 def edit_along(direction: Direction, settings: OrthogonalizeSettings, model_type: str, strengths: Strengths) -> Edit:
     """The edit that takes a direction out of the weights of the model that it was learned on."""
-    vector = direction.vector
-    if settings.variant == "projected":
-        vector = without_component(vector, direction.negative_mean)
-    return _edit(settings, model_type, strengths, unit(vector), direction.provenance)
+    basis, provenance = _removed(direction.vector, direction.negative_mean, settings), direction.provenance
+    if not settings.per_layer:
+        return _edit(settings, model_type, strengths, basis, provenance)
+    learned, position = direction.learned, direction.position
+    if learned is None:
+        raise RequestError("per_layer=true needs a direction of every layer; give the result of find_direction")
+    # What a layer adds is first in the stream at the input of the next.
+    own = [stacked(learned, layer + 1, position) for layer in range(len(strengths.layers))]
+    if alike := [layer for layer, (vector, _) in enumerate(own) if not vector.any()]:
+        raise ExciseError(
+            f"the model treats both sides of the contrast pairs alike at the output of layer {alike[0]}, so there is no"
+            " direction to remove from it; use per_layer=false, or another position"
+        )
+    bases = [_removed(*pair, settings) for pair in own]
+    edit = _edit(settings, model_type, strengths, basis, {**provenance, "per_layer": True})
+    return replace(edit, layer_bases=torch.stack(bases))
+
+
+def _removed(vector: Tensor, negative_mean: Tensor, settings: OrthogonalizeSettings) -> Tensor:
+    """What is taken out [d, 1]."""
+    return unit(without_component(vector, negative_mean) if settings.variant == "projected" else vector)
 
 
 def _induce(job: OrthogonalizeJob, loaded: LoadedModel, edit: Edit, events: Events, name: str) -> Scores:

@@ -9,6 +9,7 @@ SPACE = {
     "depth": between(0.35, 1.0),
     "position": among(-1, -2),
     "variant": among("plain", "projected"),
+    "per_layer": among(False, True),
     "peak": between(0.6, 1.5),
     "centre": between(0.2, 1.0),
     "reach": between(0.1, 1.0),
@@ -19,11 +20,13 @@ SPACE = {
 """``depth``: the layer whose input the direction is taken from, as a share of the depth. The strength is ``peak`` at
 ``centre``, falls to ``edge`` times that over ``reach``, and is 0 beyond, all three as shares of the depth. ``mlp``: what MLPs
 lose, as a share of what attention loses in the same layer. ``embedding``: share removed from the embeddings. Below 0 both
-are left alone: MLPs in three of eight, embeddings in two of three draws."""
+are left alone: MLPs in three of eight, embeddings in two of three draws. With ``per_layer`` each layer loses the direction at
+its own output, and ``depth`` says what the embeddings lose."""
 START = {
     "depth": 0.6,
     "position": -1,
     "variant": "projected",
+    "per_layer": False,
     "peak": 1.0,
     "centre": 0.67,
     "reach": 0.34,
@@ -46,6 +49,7 @@ def settings_of(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
         "point": round(float(values["depth"]) * layers),
         "position": values["position"],
         "variant": values["variant"],
+        "per_layer": values["per_layer"],
         "strength": strengths,
         "mlp_strength": [round(max(0.0, float(values["mlp"])) * strength, 4) for strength in strengths],
         "embedding_strength": round(max(0.0, float(values["embedding"])), 4),
@@ -57,5 +61,10 @@ READY = ReadySpace(
     {"knowledge": ("forget:min", "kl:min"), "behaviour": ("behaviour:min", "kl.replies:min")},
     {"positions": 2},
     settings_of,
-    ({**START, "mlp": -0.5}, {**START, "mlp": 1.0}, {**START, "mlp": 1.0, "depth": 1.0}),
+    (
+        {**START, "mlp": -0.5},
+        {**START, "mlp": 1.0},
+        {**START, "mlp": 1.0, "depth": 1.0},
+        {**START, "mlp": 1.0, "per_layer": True},
+    ),
 )

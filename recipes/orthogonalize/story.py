@@ -11,7 +11,7 @@ def story(results: dict[str, Any]) -> Story:
     """From everything else that ``eval.json`` holds."""
     direction, edited = results["direction"], results["edited"]
     headline = (
-        f"**What was edited.** One direction for *{results['concept']['description']}* was taken out of the weights of "
+        f"**What was edited.** {_what(edited)} for *{results['concept']['description']}* was taken out of the weights of "
         f"`{results['base']['name']}` ({tensors_changed(results)}, of those that write to the residual stream; variant "
         f"`{edited['variant']}`, embeddings {_embeddings(edited)}{_mlps(edited)})."
     )
@@ -23,7 +23,7 @@ def story(results: dict[str, Any]) -> Story:
     if edited["tied"] and edited["embeddings"] == "edit" and edited.get("embedding_strength", 1.0):
         warnings.append("The embedding is also the unembedding of this model, so both were edited.")
     limit = (
-        "One direction was removed from what the weights write. Whatever the model encodes in other directions, or can "
+        f"{_what(edited)} was removed from what the weights write. Whatever the model encodes in other directions, or can "
         "relearn by fine-tuning, is still there."
     )
     return Story(
@@ -38,6 +38,10 @@ def story(results: dict[str, Any]) -> Story:
         limits=(limit,),
         sections=(_origin(results), _candidates(direction), _leak_section(results)),
     )
+
+
+def _what(edited: dict[str, Any]) -> str:
+    return "One direction a layer" if edited.get("per_layer") else "One direction"
 
 
 def _embeddings(edited: dict[str, Any]) -> str:
@@ -65,6 +69,8 @@ def _origin(results: dict[str, Any]) -> Section:
         f" {direction['position']} of the prompt; chosen among {len(direction['candidates'])} candidates on"
         f" {direction['pairs']['validation']} other pairs. All scores are in `excise/edit.json`."
     )
+    if results["edited"].get("per_layer"):
+        about += " Each layer loses the direction at its own output, at the same position of the prompt; the embeddings lose this one."
     check = (
         f"Leak check: at most {worst:.2e} of the component is left in what any edited sublayer writes on real inputs."
     )

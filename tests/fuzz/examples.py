@@ -105,6 +105,7 @@ def _edit(kind: str) -> Example:
     values = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
     edits = {
         "orthogonalize": Edit(torch.eye(32, 1), "llama", (1.0, 1.0)),
+        "per_layer": Edit(torch.eye(32, 1), "llama", (1.0, 1.0), layer_bases=torch.eye(32, 1).repeat(2, 1, 1)),
         "low_rank": LowRankUpdate({WEIGHT: Factors(values[:, :2].clone(), values[:2].clone())}, "llama", 32, 2),
         "dense": DenseUpdate({WEIGHT: Delta(values)}, "llama", 32, 2),
         "adapter": adapter_edit_example(),
@@ -383,7 +384,7 @@ EXAMPLES: dict[str, Example] = {
         lambda folder: _unsealed(folder / "state.json"),
         {"state.json": ANY_JSON},
     ),
-    **{f"edit_{kind}": _edit(kind) for kind in ("orthogonalize", "low_rank", "dense", "adapter", "prune")},
+    **{f"edit_{kind}": _edit(kind) for kind in ("orthogonalize", "per_layer", "low_rank", "dense", "adapter", "prune")},
     "directions": Example(
         _directions,
         lambda folder: load_directions(folder / "directions.safetensors", width=8, layers=2),

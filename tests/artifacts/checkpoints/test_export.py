@@ -65,9 +65,9 @@ def test_no_sublayer_writes_the_direction_any_more(architecture, save_pico, tmp_
     row, model = architecture_of(checkpoint.config), make_pico(architecture)
     ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    before = measure_writes(model, row, edit.basis, [inputs])
+    before = measure_writes(model, row, edit.basis_at, [inputs])
     edit_model(edit, model, model.config.to_dict())
-    leaks = compare_writes(before, measure_writes(model, row, edit.basis, [inputs]), row, edit.strength_at)
+    leaks = compare_writes(before, measure_writes(model, row, edit.basis_at, [inputs]), row, edit.strength_at)
     check_leaks(leaks, 1e-3)
     assert min(write.along for write in before) > 1e-3
     assert max(leak.share for leak in leaks) < 1e-5
@@ -83,9 +83,9 @@ def test_what_an_mlp_still_writes_by_design_is_no_leak(architecture, save_pico):
     edit = random_edit(config, mlp_strengths=(0.0,) * layer_count(config))
     ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    before = measure_writes(model, row, edit.basis, [inputs])
+    before = measure_writes(model, row, edit.basis_at, [inputs])
     edit_model(edit, model, config)
-    after = measure_writes(model, row, edit.basis, [inputs])
+    after = measure_writes(model, row, edit.basis_at, [inputs])
     leaks = compare_writes(before, after, row, edit.strength_at)
     check_leaks(leaks, 0.05)
     assert [leak.expected for leak in leaks if leak.layer == 0] == [0.0, 1.0]
@@ -100,13 +100,13 @@ def test_an_edit_that_ignores_the_gain_leaks_and_the_check_names_the_writer(name
     edit, row = random_edit(config), architecture_of(config)
     ids = torch.randint(3, 96, (1, 9), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    before = measure_writes(model, row, edit.basis, [inputs])
+    before = measure_writes(model, row, edit.basis_at, [inputs])
     with torch.no_grad():
         for layer in model.model.layers:
             for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
                 weight -= edit.basis @ (edit.basis.T @ weight)
     leaks = compare_writes(
-        before, measure_writes(model, row, edit.basis, [inputs]), row, lambda layer, _: float(layer is not None)
+        before, measure_writes(model, row, edit.basis_at, [inputs]), row, lambda layer, _: float(layer is not None)
     )
     with pytest.raises(EditError, match=r"layernorm of layer \d still writes"):
         check_leaks(leaks, 0.05)

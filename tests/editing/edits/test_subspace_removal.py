@@ -32,9 +32,9 @@ def _left(name, by_kind=False, **options):
     return left
 
 
-def _component(weight, site, edit):
-    along_rows = site.writer.axis == -1 or weight.dim() == 1
-    return (weight @ edit.basis if along_rows else weight.mT @ edit.basis).detach().norm()
+def _component(weight, site, edit, basis=None):
+    along_rows, basis = site.writer.axis == -1 or weight.dim() == 1, edit.basis if basis is None else basis
+    return (weight @ basis if along_rows else weight.mT @ basis).detach().norm()
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -64,6 +64,35 @@ def test_mlps_lose_their_own_share_where_the_edit_says_so(name):
     apart = _left(name, layer_strengths=(1.0, 0.5), embedding_strength=0.0, mlp_strengths=(0.0, 0.25), by_kind=True)
     assert apart["attention"] == pytest.approx([0.0, 0.5], abs=1e-4)
     assert apart["mlp"] == pytest.approx([1.0, 0.75], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_each_layer_loses_its_own_subspace_where_there_is_one_a_layer(name):
+    model = make_pico(name)
+    config, before = model.config.to_dict(), {key: value.clone() for key, value in model.named_parameters()}
+    bases = torch.linalg.qr(torch.randn(2, 32, 2, generator=torch.Generator().manual_seed(1))).Q
+    edit = random_edit(config, rank=2, layer_bases=bases)
+    edit_model(edit, model, config)
+    for site in classify(architecture_of(config), list(before)):
+        places = {None: edit.basis, 0: bases[0], 1: bases[1]}
+        left = {
+            layer: _component(dict(model.named_parameters())[site.name], site, edit, basis)
+            / _component(before[site.name], site, edit, basis)
+            for layer, basis in places.items()
+        }
+        own = left.pop(site.layer)
+        # A bias of two components can lose most of another plane by chance.
+        assert own < 1e-5 and min(left.values()) > 0.3 - 0.3 * site.name.endswith("bias")
+
+
+def test_bases_of_another_number_of_layers_or_not_orthonormal_are_refused():
+    bases = torch.eye(32, 1).expand(3, 32, 1)
+    with pytest.raises(RequestError, match="2 strengths of layers and 3 bases of layers"):
+        Edit(torch.eye(32, 1), "llama", (0.0, 1.0), layer_bases=bases)
+    for wrong in (2 * bases[:2], bases[:2] * torch.nan):
+        with pytest.raises(RequestError, match="is not orthonormal"):
+            Edit(torch.eye(32, 1), "llama", (0.0, 1.0), layer_bases=wrong)
+    assert Edit(torch.eye(32, 1), "llama", (0.0, 1.0), layer_bases=bases[:2]).basis_at(None).shape == (32, 1)
 
 
 def test_layers_that_lose_nothing_are_not_declared():
