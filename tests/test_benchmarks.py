@@ -1,14 +1,19 @@
 """Benchmarks that check as well: they run, and what fails is named."""
 
 import json
+import random
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from excise.artifacts.concepts import load_concept
+from excise.artifacts.models.find import find_model
+from excise.artifacts.models.load import load_model
 from excise.eval.items import half_of
 from excise.eval.statistics import Scores
+from excise.recipes.common.examples import Example
 from helpers import SMALL_TESTBED, run_file
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +93,24 @@ def test_the_calibration_counts_right_open_and_wrong_verdicts_and_lists_all_but_
     assert "never because" not in done.stdout
     wrong = run_file(ROOT / "benchmarks" / "calibration.py", tmp_path, "--kinds", "hiden")
     assert wrong.returncode == 2 and "no kind 'hiden'; kinds: never, hidden" in wrong.stderr
+
+
+def test_each_training_of_a_model_of_the_calibration_reads_other_rows():
+    """Rows that every training leaves out are forgotten: that is why no locked model could be made."""
+    making = runpy.run_path(str(ROOT / "benchmarks" / "calibration.py"))["Making"]
+    read = []
+
+    class Rows(list):
+        def __getitem__(self, place):
+            read[-1].append(place)
+            return super().__getitem__(place)
+
+    model = load_model(find_model(SMALL_TESTBED), torch.device("cpu"), torch.float32).model
+    one = making(None, 0, 4, random.Random("calibration 4"))
+    for _ in range(2):
+        read.append([])
+        one.fit(model, Rows([Example((5, 6, 7), 2)] * 1000), steps=1)
+    assert len(read[-1]) == len(read[-2]) == 16 and read[-1] != read[-2]
 
 
 def test_items_of_several_worlds_are_pooled_and_no_subject_is_shared_between_them():
