@@ -113,6 +113,22 @@ def test_each_training_of_a_model_of_the_calibration_reads_other_rows():
     assert len(read[-1]) == len(read[-2]) == 16 and read[-1] != read[-2]
 
 
+def test_simulated_audits_have_every_verdict_and_count_what_contradicts_the_truth(capsys):
+    simulation = runpy.run_path(str(ROOT / "benchmarks" / "verdicts.py"))
+    truths = ("broken for good", "broken but knows", "broken and erased", "behaviour hidden")
+    simulation["main"](["--audits", "2", "--questions", "80", "--truths", ",".join(truths)])
+    header, *rows, _ = capsys.readouterr().out.splitlines()
+    assert header.split()[2:9] == ["recovers", "partially", "alike", "holds", "broken", "open", "wrong"]
+    shares = {row[:18].strip(): [float(cell) for cell in row[23:].split()[:7]] for row in rows}
+    assert shares["broken for good"] == shares["broken but knows"] == [0, 0, 0, 0, 100, 0, 0]
+    assert shares["broken and erased"] == [0, 0, 0, 0, 0, 100, 0]
+    assert shares["behaviour hidden"] == [100, 0, 0, 0, 0, 0, 0]
+    # The column of what was simulated as another truth is not empty.
+    simulation["TRUTHS"]["behaviour hidden"].right.clear()
+    simulation["main"](["--audits", "2", "--questions", "80", "--truths", "behaviour hidden"])
+    assert capsys.readouterr().out.splitlines()[1].split()[-2] == "100.0"
+
+
 def test_items_of_several_worlds_are_pooled_and_no_subject_is_shared_between_them():
     joined = runpy.run_path(str(ROOT / "benchmarks" / "search_worlds.py"))["joined"]
     worlds = [
