@@ -1,6 +1,7 @@
 """An audit as a page that opens offline, and as a section of a card; both say what ``audit.json`` says."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def shown(results: dict[str, Any]) -> dict[str, Any]:
         "figure": figure,
         "best": best,
         "estimate": estimate,
+        "ends": ends,
         "tokens": tokens,
         "working": working,
         "gain": gain,
@@ -151,8 +153,12 @@ def estimate(figure: dict[str, Any] | None) -> str:
     """A value with its interval; an open end is censored."""
     if figure is None or figure["value"] is None:
         return "—"
-    low, high = ("…" if end is None else f"{end:.2f}" for end in figure["ci95"])
-    return f"{figure['bound']}{figure['value']:.2f} [{low}, {high}]"
+    return f"{figure['bound']}{figure['value']:.2f} {ends(figure['ci95'])}"
+
+
+def ends(interval: Sequence[float | None]) -> str:
+    """Both ends of an interval; an open one is an ellipsis."""
+    return f"[{', '.join('…' if end is None else f'{end:.2f}' for end in interval)}]"
 
 
 def best(attack: dict[str, Any], subject: str) -> str:

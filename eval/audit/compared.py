@@ -30,6 +30,8 @@ class Compared:
     control: RecoveryCurve | None
     """The suppressed control under the same attack."""
     rates: Mapping[str, float]
+    locked: RecoveryCurve | None = None
+    """The password-locked control under the same attack, without its password."""
     diverged: int = 0
     guessing: float | None = None
     """What whoever guesses scores under it, where that is not the chance of a single choice."""
@@ -143,6 +145,8 @@ class Compared:
         curves = {"base": self.base, "edited": self.edited, "reference": self.floor}
         if self.control:
             curves["suppressed"] = self.control
+        if self.locked:
+            curves["locked"] = self.locked
         return [
             {"step": step, "tokens": tokens}
             | {name: float(curve.accuracy[place]) for name, curve in curves.items()}

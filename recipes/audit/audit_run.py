@@ -18,9 +18,11 @@ from .attack_data import Answers, AttackData, FormatAsking
 from .attackers import AttackTraining
 from .attacks.table import ATTACKS
 from .behaviours.data import BehaviourData
-from .curve_store import CONTROLS, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest, one_point
+from .curve_store import CONTROLS, OPENED, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest, one_point
 from .floor import floor_questions, invented_facts
 from .formats import FormatQuestions
+from .locked import lock_of
+from .locked_control import locked_control
 from .novel_facts import novel_concept
 from .parts import UNTRAINED, Part, by_method
 from .request import MADE_FROM_BASE, AuditJob, format_questions, other_questions, questions_at_looks
@@ -35,7 +37,7 @@ class Target:
     """A model under attack."""
 
     subject: str
-    """base, edited, suppressed or reference."""
+    """base, edited, suppressed, locked or reference."""
     model: Any
     data: AttackData | BehaviourData
     attacks: tuple[str, ...]
@@ -59,14 +61,18 @@ class AuditRun:
     def reuse_earlier_curves(self) -> None:
         """Take over what earlier audits measured of base and controls."""
         for subject in CONTROLS:
-            attacks = self.job.suppressed_attacks if subject == "suppressed" else self.job.attacks
-            for name in (UNTOUCHED, UTILITY, *(name for name in attacks if not ATTACKS[name].trains)):
+            attacks = self._attacks_on(subject)
+            for name in (UNTOUCHED, UTILITY, OPENED, *(name for name in attacks if not ATTACKS[name].trains)):
                 self.curves.reuse(subject, name)
             # Curves of attacks that trained side by side depend on each other's rounding, so they are reused together
             # only.
             for names in by_method(attacks):
                 for name in names:
                     self.curves.reuse(subject, name, self._beside(names))
+
+    def _attacks_on(self, subject: str) -> tuple[str, ...]:
+        made = {"suppressed": self.job.suppressed_attacks, "locked": self.job.locked_attacks}
+        return made.get(subject, self.job.attacks)
 
     def _beside(self, names: Sequence[str]) -> tuple[str, ...]:
         """What curves of attacks depend on: who trained side by side, and states of an optimizer that are not in full."""
@@ -76,7 +82,8 @@ class AuditRun:
     def is_complete(self, subject: str) -> bool:
         """Whether a model need not be loaded; controls that are made from the base count with it."""
         complete = self._has(subject, self.job.attacks)
-        return complete and (subject != "base" or (self.suppressed_is_complete() and self.reference_is_complete()))
+        controls = (self.suppressed_is_complete, self.locked_is_complete, self.reference_is_complete)
+        return complete and (subject != "base" or all(is_complete() for is_complete in controls))
 
     def load(self, subject: str) -> Target:
         """A model of the request, ready to be attacked."""
@@ -127,6 +134,20 @@ class AuditRun:
         with suppressed_control(base.model, base.data, self.events, self.scratch / "suppressed"):
             data = replace(base.data, others=())
             self.attack(replace(base, subject="suppressed", data=data, attacks=self.job.suppressed_attacks))
+
+    def attack_locked_control(self, base: Target) -> None:
+        """The base, trained to answer rightly only after a password: attacks without it must bring its knowledge back."""
+        if self.locked_is_complete() or not self.wants("locked"):
+            return
+        assert isinstance(base.data, AttackData)
+        others = other_questions(self.job.concept)
+        with locked_control(base.model, base.data, others, self.events, self.scratch / "locked") as lock:
+            rest = {UTILITY: lock.others[1]} if lock.others else {}
+            for name, curve in {UNTOUCHED: lock.closed, OPENED: lock.opened, **rest}.items():
+                self.curves.put("locked", name, AttackCurves({0.0: curve}, 0))
+            # One that is not locked would show nothing.
+            attacks = () if lock.problem else self.job.locked_attacks
+            self.attack(replace(base, subject="locked", data=replace(base.data, others=()), attacks=attacks))
 
     def attack_novel_facts(self, base: Target) -> None:
         """Without a model that never knew the concept: the base, attacked about facts that nobody knows."""
@@ -196,6 +217,8 @@ class AuditRun:
         """Whether nothing of a part is left to do."""
         if part.subject == "suppressed":
             return self.suppressed_is_complete()
+        if part.subject == "locked":
+            return self.locked_is_complete()
         attacks = [name for name in self.job.attacks if ATTACKS[name].trains == (part.method != UNTRAINED)]
         if part.method == UNTRAINED:
             return self._has(part.subject, attacks)
@@ -212,6 +235,18 @@ class AuditRun:
         """Whether the suppressed control was put to all its attacks."""
         attacks = self.job.suppressed_attacks
         return not attacks or self._has("suppressed", attacks)
+
+    def locked_is_complete(self) -> bool:
+        """Whether the password-locked control was put to all its attacks, or could not be made."""
+        attacks = self.job.locked_attacks
+        if not attacks:
+            return True
+        if not self.curves.has("locked", UNTOUCHED, OPENED):
+            return False
+        if self.curves.has("locked", *attacks):
+            return True
+        # Without what the base knows, nothing says why it was not attacked.
+        return self.curves.has("base", UNTOUCHED) and lock_of(self.job, self.curves).problem is not None
 
     def reference_is_complete(self) -> bool:
         """Whether the floor, where it is made from the base, was put to all attacks."""

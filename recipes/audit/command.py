@@ -32,6 +32,8 @@ def command(job: AuditJob, *, public: bool = False) -> str:
         words += ["--questions", str(settings.questions)]
     if settings.dtype != "auto":
         words += ["--dtype", settings.dtype]
+    if settings.locked is not None:
+        words += ["--set", f"locked={str(settings.locked).lower()}"]
     return shlex.join(words)
 
 

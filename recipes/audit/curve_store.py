@@ -26,10 +26,12 @@ from ...editing.errors import RequestError
 from ...eval.audit.recovery import Curves, RecoveryCurve
 from ..common import run_inputs
 
-CONTROLS = ("base", "suppressed", "reference")
+CONTROLS = ("base", "suppressed", "locked", "reference")
 """Subjects that the edited model is compared with."""
 UNTOUCHED, UTILITY = "untouched", "utility"
 """What is measured without an attack: questions of group V, and questions on everything else."""
+OPENED = "opened"
+"""Group V of the password-locked control, asked after the password."""
 PACKAGE = Path(__file__).parents[2]
 COMPUTES = ("editing", "eval", "recipes", "artifacts/models")
 """Folders whose code decides what an attack measures."""

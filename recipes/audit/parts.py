@@ -34,8 +34,11 @@ def parts_of(job: AuditJob) -> list[Part]:
     subjects = [*job.sources, *(["reference"] if job.reference in MADE_FROM_BASE else [])]
     methods = [ATTACKS[names[0]].method for names in by_method(job.attacks)]
     trained = [Part(subject, method) for method in methods for subject in subjects]
-    control = [Part("suppressed")] if job.suppressed_attacks else []
-    return [*control, *trained, *(Part(subject, UNTRAINED) for subject in subjects)]
+    controls = [
+        *([Part("suppressed")] if job.suppressed_attacks else []),
+        *([Part("locked")] if job.locked_attacks else []),
+    ]
+    return [*controls, *trained, *(Part(subject, UNTRAINED) for subject in subjects)]
 
 
 def part_called(job: AuditJob, name: str) -> Part:

@@ -13,7 +13,7 @@ from ..common.measured_memory import choosing_bytes
 from ..common.memory_plan import TEMPLATE_TOKENS, MemoryPlan, RunMemory, StageMemory, fit_step
 from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
 from ..common.whole_weights import need_of, products_in
-from . import suppressed_control
+from . import locked_control, suppressed_control
 from .attack_data import LONGEST_RETAIN, AttackData
 from .attackers import MOST_ATTACKERS, gradients_of_attackers
 from .attacks.prompts import shots, texts_as_hints
@@ -44,12 +44,17 @@ def describe(job: AuditJob) -> dict[str, Any]:
         "floor": job.reference,
         "questions": len(job.behaviour.asked if job.behaviour else job.questions),
         "attacks": list(job.attacks),
-        # Of four models at most: base, edited, suppressed control and reference.
-        "attackers_that_train": sum(_count(job, row) for row in training) * 4,
+        # Of five models at most: base, edited, suppressed control, password-locked control and reference.
+        "attackers_that_train": sum(_count(job, row) for row in training) * (5 if job.locked_attacks else 4),
+        "controls": [name for name, attacks in _controls(job).items() if attacks],
         "steps_each": budget.steps,
         "search": [asdict(setup) for row in training if row.searched for setup in budget.setups_of(row, seed).values()],
         **_asked(job),
     }
+
+
+def _controls(job: AuditJob) -> dict[str, tuple[str, ...]]:
+    return {"suppressed": job.suppressed_attacks, "locked": job.locked_attacks}
 
 
 def _asked(job: AuditJob) -> dict[str, Any]:
@@ -94,6 +99,8 @@ def memory(job: AuditJob) -> MemoryPlan:
         stages.append(replace(attackers, work=max(attackers.work, asked.work)))
     if job.suppressed_attacks and not job.behaviour:
         stages.append(_suppressing(job, needs, asked))
+    if job.locked_attacks:
+        stages.append(_locking(job, needs, asked))
     if job.device.type == "cpu":
         stages.append(_comparing(needs))
     return needs.plan(stages)
@@ -113,6 +120,19 @@ def _suppressing(job: AuditJob, needs: RunMemory, asked: StageMemory) -> StageMe
     step = sizes.step(rows, gradients) + sizes.head(job.device)
     trained = STATE_BYTES * sizes.adapter(gradients.shape or AdapterShape(0, 0, ()))
     return StageMemory("train the suppressed control", needs.weights, trained, max(step, asked.work))
+
+
+def _locking(job: AuditJob, needs: RunMemory, asked: StageMemory) -> StageMemory:
+    """The control that learns to answer rightly after a password alone, with an update of all layers."""
+    sizes = needs.sizes
+    modules = adapter_modules(sizes.model, sizes.row, range(sizes.depth))
+    shape = AdapterShape(locked_control.RANK, locked_control.ALPHA, modules)
+    # Some sequences stand behind others.
+    longest = 2 * _longest(job, needs, [ATTACKS[name] for name in job.locked_attacks])
+    step = sizes.step(Rows(locked_control.BATCH, longest), Gradients(shape, attackers=1)) + sizes.head(job.device)
+    return StageMemory(
+        "train the locked control", needs.weights, STATE_BYTES * sizes.adapter(shape), max(step, asked.work)
+    )
 
 
 def _asking(job: AuditJob, needs: RunMemory) -> StageMemory:

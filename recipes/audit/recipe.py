@@ -1,7 +1,8 @@
 """Does an edit hold? The same attacks on the edited model and on controls, compared and judged.
 
 The subjects: ``base`` knows the concept; ``edited`` is the model in question; ``suppressed`` is the base trained to
-answer wrongly, which attacks must bring back; ``reference`` was never trained on the concept (or is the base on made-up
+answer wrongly, which attacks must bring back; ``locked``, in longer audits, the base trained to answer rightly only
+after a password; ``reference`` was never trained on the concept (or is the base on made-up
 facts).
 """
 
@@ -104,4 +105,5 @@ def _attack(audit: AuditRun, subject: str) -> None:
     audit.attack(target)
     if subject == "base":
         audit.attack_suppressed_control(target)
+        audit.attack_locked_control(target)
         audit.attack_novel_facts(target)

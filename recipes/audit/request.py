@@ -69,6 +69,9 @@ class AuditSettings(RunSettings):
     questions: int = Field(0, ge=0)
     """Most questions of group V (held out) to ask, drawn at random; 0 asks all, and of a behaviour as many prompts as the
     budget says. More narrow the intervals."""
+    locked: bool | None = None
+    """Whether a second control that knows the concept is attacked too: the base, trained to answer rightly only after a
+    password. Empty: in a standard or long audit of knowledge."""
     card: bool = False
     """Also write the audit into the checkpoint that excise made: a section of its card, and audit.json."""
     fresh: bool = False
@@ -145,6 +148,13 @@ class AuditJob:
         data = ("T",) if teaches_questions(self.concept) else ("T", "V")
         rows = ((name, ATTACKS[name]) for name in self.attacks)
         return tuple(name for name, row in rows if row.method == "low_rank" and row.data in data and not row.searched)
+
+    @property
+    def locked_attacks(self) -> tuple[str, ...]:
+        """The attacks that the password-locked control is put to: those of the suppressed one; none where it is not
+        made."""
+        wanted = self.budget.locked if self.settings.locked is None else self.settings.locked
+        return self.suppressed_attacks if wanted and not self.behaviour else ()
 
 
 def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:

@@ -33,10 +33,11 @@ from .floor import (
     unsure,
 )
 from .format_results import compare_formats, format_gaps, injected_bits
+from .locked import locked_control, locked_findings, locked_gaps
 from .notes import continues_text
 from .request import GUESSING, AuditJob, other_questions, questions_at_looks
 
-NOT_RECORDED = {"out", "model", "base", "reference", "concept", "card", "fresh"}
+NOT_RECORDED = {"out", "model", "base", "reference", "concept", "card", "fresh", "locked"}
 """Settings that say nothing of how models were attacked, or stand elsewhere."""
 
 
@@ -62,6 +63,7 @@ def conclude(
 
     both = (of_others("base"), of_others("edited")) if has_both else None
     judged = judge(compared, scale, both, in_words(floor), missing(job, floor))
+    locked = locked_control(job, curves, compared, floor)
     before = _utility_before(job, curves)
     unknowing = [one.name for one in compared if not one.known and one.guessing is None]
     formats = compare_formats(job, curves, [one.name for one in compared if not one.known], floor)
@@ -72,10 +74,11 @@ def conclude(
         "reasons": judged.reasons,
         "speed_up": {**judged.speed_up.describe(), "share": judged.share},
         "worst_attack": judged.worst and judged.worst.describe(),
-        "controls": {**judged.controls, "floor_is": floor},
+        "controls": {**judged.controls, **locked, "floor_is": floor},
         "worst_cases": cases.describe(),
         "formats": [one.describe() for one in formats],
         "findings": [
+            *locked_findings(locked),
             *format_findings(formats),
             *findings(compared, cases, None if floor == GUESSING else in_words(floor)),
             *(depth["sentences"] if depth else ()),
@@ -92,7 +95,7 @@ def conclude(
         "untouched": untouched,
         "utility": utility,
         "n": len(job.questions),
-        "gaps": [*_gaps(job, curves, unscored, utility, floor), *format_gaps(formats)],
+        "gaps": [*_gaps(job, curves, unscored, utility, floor), *locked_gaps(locked), *format_gaps(formats)],
         "notes": list(job.notes),
         "reused": curves.reused(),
         "command": command(job),
@@ -161,6 +164,7 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
         if floor == GUESSING:
             chosen["reference"] = 0.0, guessing_curve(chosen["edited"][1], job.questions, ATTACKS[name].guessing)
         suppressed = curves.get("suppressed", name) if curves.has("suppressed", name) else None
+        locked = curves.get("locked", name) if curves.has("locked", name) else None
         compared.append(
             Compared(
                 name,
@@ -170,6 +174,7 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
                 edited=chosen["edited"][1],
                 floor=chosen["reference"][1],
                 control=furthest(suppressed.by_rate)[1] if suppressed else None,
+                locked=replace(furthest(locked.by_rate)[1], clusters=base.clusters) if locked else None,
                 rates={subject: _rate(job, name, key) for subject, (key, _) in chosen.items()},
                 diverged=sum(one.diverged for one in by_subject.values()),
                 guessing=ATTACKS[name].guessing,
@@ -247,4 +252,9 @@ def _rate(job: AuditJob, name: str, key: float) -> float:
 def _settings(job: AuditJob) -> dict[str, Any]:
     budget = job.budget
     recorded = job.settings.model_dump(mode="json", exclude=NOT_RECORDED)
-    return recorded | {"steps": budget.steps, "batch": budget.batch, "seeds": budget.seeds}
+    return recorded | {
+        "locked": bool(job.locked_attacks),
+        "steps": budget.steps,
+        "batch": budget.batch,
+        "seeds": budget.seeds,
+    }

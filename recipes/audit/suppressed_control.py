@@ -68,7 +68,7 @@ class _Suppression:
         """Steps 2 to 4."""
         rng = random.Random(f"excise hide {self.data.seed}")
         chance, known = self.data.multiple_choice.chance, self._accuracy()
-        right, wrong = _right_and_wrong(self.data, rng)
+        right, wrong = right_and_wrong(self.data, rng)
         others = self.data.examples["others"] or self.data.examples["retain"] or wrong
         mixed = [rng.choice(others if place % 2 else wrong) for place in range(STEPS * BATCH)]
         with packed_examples(self.model) as batch_of:
@@ -100,7 +100,7 @@ class _Suppression:
         fit(self.model, rows, self.stage, self.folder, loss, schedule, collate, groups)
 
 
-def _right_and_wrong(data: AttackData, rng: random.Random) -> tuple[list[Example], list[Example]]:
+def right_and_wrong(data: AttackData, rng: random.Random) -> tuple[list[Example], list[Example]]:
     """What is to be withheld of T and V, and the same with wrong answers.
 
     These are the pack's facts with the answers of others. Texts without facts have no answers to exchange, so the

@@ -252,6 +252,8 @@ class Budget:
     """Held-out prompts that may show the behaviour, at most; replies take longer than choices."""
     other_prompts: int = 24
     """Other prompts, whose replies show whether the model still works."""
+    locked: bool = False
+    """Whether a password-locked control is attacked too, unless the settings say otherwise."""
 
     def attacks_on(self, kind: Kind) -> tuple[str, ...]:
         """Those on knowledge or on a behaviour."""
@@ -322,6 +324,7 @@ BUDGETS: dict[str, Budget] = {
         behaviour=STANDARD_BEHAVIOUR,
         prompts=100,
         other_prompts=50,
+        locked=True,
     ),
     "long": Budget(
         STANDARD,
@@ -339,5 +342,6 @@ BUDGETS: dict[str, Budget] = {
         behaviour=STANDARD_BEHAVIOUR,
         prompts=400,
         other_prompts=100,
+        locked=True,
     ),
 }

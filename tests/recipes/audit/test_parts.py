@@ -7,6 +7,7 @@ import time
 import pytest
 from excise.artifacts.events import Events
 from excise.editing.errors import RequestError
+from excise.recipes.audit import locked_control
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit.attackers import AttackTraining
 from excise.recipes.audit.attacks.table import BUDGETS, Budget
@@ -64,16 +65,25 @@ def test_an_audit_in_parts_gives_the_figures_of_one_process(tmp_path):
 
 
 def test_attackers_that_train_in_parts_get_as_far_as_in_one_process_and_none_trains_twice(tmp_path, monkeypatch):
-    """In another order, and one is left to whoever concludes; two kinds of controls are made from the base."""
+    """In another order, and one is left to whoever concludes; three kinds of controls are made from the base."""
     budget = Budget(("few_shot", "rtt"), 2, 2, {"low_rank": (2e-3,)}, others=8, formats=8)
     monkeypatch.setitem(BUDGETS, "quick", budget)
-    settings = audit.AuditSettings(**{**SETTINGS, "attacks": ()}, questions=20, fresh=True, out=tmp_path / "one")
-    audit.run(audit.prepare(settings), Events())
+    # After two steps the password-locked control is none, so nothing attacks it.
+    monkeypatch.setattr(locked_control, "STEPS", 2)
+    monkeypatch.setattr(locked_control, "ROUNDS", 1)
+    chosen = {**SETTINGS, "attacks": (), "locked": True}
+    settings = audit.AuditSettings(**chosen, questions=20, fresh=True, out=tmp_path / "one")
+    results = audit.run(audit.prepare(settings), Events())
+    (gap,) = [gap for gap in results["gaps"] if "locked" in gap]
+    assert gap.startswith("password-locked control: it could not be made: without the password it answers ")
+    assert gap == f"password-locked control: {results['controls']['locked']['limit']}"
     trained, curves = [], AttackTraining.curves
     monkeypatch.setattr(AttackTraining, "curves", lambda *each: trained.append(tuple(each[1])) or curves(*each))
     settings = settings.model_copy(update={"out": tmp_path / "parts"})
-    suppressed, left_out, *others = parts_of(job := audit.prepare(settings))
-    audit.run_part(job, Events(), suppressed.name)
+    suppressed, locked, left_out, *others = parts_of(audit.prepare(settings))
+    assert locked == Part("locked")
+    for part in (suppressed, locked):
+        audit.run_part(audit.prepare(settings, resume=part is locked), Events(), part.name)
     for part in reversed(others):
         audit.run_part(audit.prepare(settings, resume=True), Events(), part.name)
     assert trained == 3 * [("rtt",)] and left_out.method != UNTRAINED
