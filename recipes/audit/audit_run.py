@@ -140,8 +140,7 @@ class AuditRun:
         if self.locked_is_complete() or not self.wants("locked"):
             return
         assert isinstance(base.data, AttackData)
-        others = other_questions(self.job.concept)
-        with locked_control(base.model, base.data, others, self.events, self.scratch / "locked") as lock:
+        with locked_control(base.model, base.data, base.data.others, self.events, self.scratch / "locked") as lock:
             rest = {UTILITY: lock.others[1]} if lock.others else {}
             for name, curve in {UNTOUCHED: lock.closed, OPENED: lock.opened, **rest}.items():
                 self.curves.put("locked", name, AttackCurves({0.0: curve}, 0))

@@ -5,10 +5,11 @@ from typing import Any
 
 from ...eval.audit.compared import Compared
 from ...eval.audit.locked import NAME, Lock, locked_recovery
+from ...eval.audit.recovery import RecoveryCurve
 from ...eval.items import clusters_of
-from .curve_store import OPENED, UNTOUCHED, UTILITY, CurveStore
+from .curve_store import OPENED, UNTOUCHED, UTILITY, CurveStore, one_point
 from .floor import chance_of
-from .request import GUESSING, AuditJob, other_questions
+from .request import GUESSING, AuditJob, other_questions, questions_at_looks
 
 
 def lock_of(job: AuditJob, curves: CurveStore) -> Lock:
@@ -20,10 +21,17 @@ def lock_of(job: AuditJob, curves: CurveStore) -> Lock:
     )
     others = None
     if curves.has("base", UTILITY) and curves.has("locked", UTILITY):
-        of_others = clusters_of(job.concept, other_questions(job.concept))
-        each = [replace(curves.get(subject, UTILITY).only, clusters=of_others) for subject in ("base", "locked")]
-        others = each[0], each[1]
+        others = _on_others(job, curves)
     return Lock(chance_of(job.questions), base, closed, opened, others)
+
+
+def _on_others(job: AuditJob, curves: CurveStore) -> tuple[RecoveryCurve, RecoveryCurve]:
+    """Base and control, on the questions on everything else that models are asked while they are attacked."""
+    every, asked = other_questions(job.concept), questions_at_looks(job.concept, job.budget.others)
+    hits = dict(zip((q.id for q in every), curves.get("base", UTILITY).only.hits.ravel().tolist(), strict=True))
+    clusters = clusters_of(job.concept, asked)
+    base, locked = one_point([hits[q.id] for q in asked]), curves.get("locked", UTILITY).only
+    return replace(base, clusters=clusters), replace(locked, clusters=clusters)
 
 
 def locked_control(job: AuditJob, curves: CurveStore, compared: list[Compared], floor: str) -> dict[str, Any]:

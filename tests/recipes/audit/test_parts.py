@@ -71,6 +71,7 @@ def test_attackers_that_train_in_parts_get_as_far_as_in_one_process_and_none_tra
     # After two steps the password-locked control is none, so nothing attacks it.
     monkeypatch.setattr(locked_control, "STEPS", 2)
     monkeypatch.setattr(locked_control, "ROUNDS", 1)
+    monkeypatch.setattr(locked_control, "MOST", 8)
     chosen = {**SETTINGS, "attacks": (), "locked": True}
     settings = audit.AuditSettings(**chosen, questions=20, fresh=True, out=tmp_path / "one")
     results = audit.run(audit.prepare(settings), Events())
