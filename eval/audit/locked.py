@@ -15,6 +15,7 @@ from .recovery import RecoveryCurve
 from .verdict import BACK
 
 NAME = "password-locked control"
+UNATTACKED = "no attack that does not see group V fine-tunes it on the concept; add rtt to the attacks"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def locked_recovery(compared: Sequence[Compared], lock: Lock, *, measured: bool)
     shares = {name: one.regained() for name, one in attacked.items()}
     told = [name for name, share in shares.items() if share.value is not None]
     if not told:
-        return {**described, "limit": "no attack trained it that does not see group V; add rtt to the attacks"}
+        return {**described, "limit": UNATTACKED}
     best = max(told, key=lambda name: shares[name].value or 0.0)
     back = BACK if measured else RECOVERED
     finding = holm({name: attacked[name].beyond(back).above for name in told})

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...eval.audit.compared import Compared
-from ...eval.audit.locked import NAME, Lock, locked_recovery
+from ...eval.audit.locked import NAME, UNATTACKED, Lock, locked_recovery
 from ...eval.audit.recovery import RecoveryCurve
 from ...eval.items import clusters_of
 from .curve_store import OPENED, UNTOUCHED, UTILITY, CurveStore, one_point
@@ -36,8 +36,10 @@ def _on_others(job: AuditJob, curves: CurveStore) -> tuple[RecoveryCurve, Recove
 
 def locked_control(job: AuditJob, curves: CurveStore, compared: list[Compared], floor: str) -> dict[str, Any]:
     """The control as ``audit.json`` holds it, by its name; nothing where it was not to be made."""
-    if not job.locked_attacks:
+    if not job.wants_locked:
         return {}
+    if not job.locked_attacks:
+        return {"locked": {"limit": UNATTACKED}}
     return {"locked": locked_recovery(compared, lock_of(job, curves), measured=floor != GUESSING)}
 
 

@@ -150,11 +150,16 @@ class AuditJob:
         return tuple(name for name, row in rows if row.method == "low_rank" and row.data in data and not row.searched)
 
     @property
-    def locked_attacks(self) -> tuple[str, ...]:
-        """The attacks that the password-locked control is put to: those of the suppressed one; none where it is not
-        made."""
+    def wants_locked(self) -> bool:
+        """Whether there is to be a password-locked control."""
         wanted = self.budget.locked if self.settings.locked is None else self.settings.locked
-        return self.suppressed_attacks if wanted and not self.behaviour else ()
+        return wanted and not self.behaviour
+
+    @property
+    def locked_attacks(self) -> tuple[str, ...]:
+        """The attacks that it is put to: those of the suppressed control that do not see group V, because those that do
+        teach what was locked. Without any it is not made."""
+        return tuple(name for name in self.suppressed_attacks if self.wants_locked and not ATTACKS[name].known)
 
 
 def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:

@@ -253,7 +253,7 @@ def _settings(job: AuditJob) -> dict[str, Any]:
     budget = job.budget
     recorded = job.settings.model_dump(mode="json", exclude=NOT_RECORDED)
     return recorded | {
-        "locked": bool(job.locked_attacks),
+        "locked": job.wants_locked,
         "steps": budget.steps,
         "batch": budget.batch,
         "seeds": budget.seeds,

@@ -55,7 +55,7 @@ def test_what_comes_back_without_the_password_is_judged_as_an_edited_model_is(re
 
 def test_an_attack_that_is_given_group_v_shows_nothing_of_the_lock():
     said = locked_recovery([_attack("relearn", 1.0, known=True), _attack("int4", None)], _lock(), measured=True)
-    assert "found" not in said and said["limit"].startswith("no attack trained it that does not see group V")
+    assert "found" not in said and said["limit"].startswith("no attack that does not see group V fine-tunes it")
 
 
 def test_one_that_could_not_be_made_says_so_in_one_sentence_and_is_not_judged():

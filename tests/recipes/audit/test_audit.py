@@ -126,7 +126,7 @@ def test_what_only_a_password_opens_is_found_without_it_and_the_report_says_so(a
     # Relearning sees group V, so it shows nothing of a lock.
     assert locked["found"] and (locked["attack"], locked["n"]) == ("rtt", 40)
     assert max(point["locked"] for point in by_name["rtt"]["curve"]) == locked["reached"] > 0.6
-    assert "locked" not in by_name["few_shot"]["curve"][0]
+    assert not any("locked" in by_name[name]["curve"][0] for name in ("few_shot", "relearn"))
     page, terminal = (folder / "report.html").read_text(), audit_end(results, 80)
     sentence = "The audit finds knowledge that only a password opens."
     assert sentence in page and sentence in " ".join(terminal.split()) and locked["told"] in results["findings"]
