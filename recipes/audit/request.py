@@ -45,7 +45,6 @@ GUESSING = "guessing"
 ELSEWHERE = "prompts without the concept"
 """Where the base learns a behaviour that it does not show there."""
 UNTAUGHT = "the base, which was never taught it"
-ENOUGH_FOR_LOCKED = ("rtt", "few_8")
 MADE_FROM_BASE = (NOVEL, ELSEWHERE, UNTAUGHT)
 """Floors for which no other model is loaded."""
 
@@ -158,12 +157,9 @@ class AuditJob:
 
     @property
     def locked_attacks(self) -> tuple[str, ...]:
-        """The attacks that it is put to, of those on the suppressed control. Without any it is not made.
-
-        Ones that see group V teach what was locked. Of the others those with the most and the least of group T are enough.
-        """
-        names = [name for name in self.suppressed_attacks if self.wants_locked and not ATTACKS[name].known]
-        return tuple(name for name in names if name in ENOUGH_FOR_LOCKED) or tuple(names)
+        """The attacks that it is put to: those of the suppressed control that do not see group V, because the others
+        teach what was locked. Without any it is not made."""
+        return tuple(name for name in self.suppressed_attacks if self.wants_locked and not ATTACKS[name].known)
 
 
 def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
@@ -221,6 +217,8 @@ def _behaviour_job(settings: AuditSettings, concept: Concept, resume: bool) -> A
     if not concept.contrast and "add_direction" in attacks:
         attacks = tuple(name for name in attacks if name != "add_direction")
         gaps = ("add_direction: needs contrast pairs; add contrast.jsonl",)
+    if settings.locked:
+        gaps = (*gaps, "password-locked control: is made in audits of knowledge alone")
     models = _models(settings, resume)
     attacks, costly, optimizer, told = _affordable(attacks, models.checkpoints["base"], models.device)
     return AuditJob(

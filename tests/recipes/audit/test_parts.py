@@ -12,6 +12,7 @@ from excise.recipes.audit import recipe as audit
 from excise.recipes.audit.attackers import AttackTraining
 from excise.recipes.audit.attacks.table import BUDGETS, Budget
 from excise.recipes.audit.curve_store import CurveStore
+from excise.recipes.audit.locked import locked_control as locked_control_of
 from excise.recipes.audit.parts import UNTRAINED, Part, part_called, parts_of
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise
 
@@ -30,6 +31,21 @@ def test_parts_cover_every_model_and_attack_once(tmp_path):
     assert part_called(job, "base-low_rank") == Part("base", "low_rank")
     with pytest.raises(RequestError, match="no such part; parts: suppressed, base-low_rank"):
         part_called(job, "base-lowrank")
+
+
+def test_longer_audits_of_knowledge_have_a_locked_control_and_others_where_they_are_asked_for_it(tmp_path):
+    def job(**chosen):
+        return audit.prepare(audit.AuditSettings(**{**SETTINGS, "attacks": ()}, out=tmp_path / "a", **chosen))
+
+    standard = job(budget="standard")
+    assert standard.locked_attacks == ("rtt",) and Part("locked") in parts_of(standard)
+    assert job().locked_attacks == job(budget="long", locked=False).locked_attacks == ()
+    assert job(locked=True).locked_attacks == ("rtt",)
+    # Relearning would teach what was locked.
+    relearning = audit.AuditSettings(**{**SETTINGS, "attacks": ("relearn",)}, out=tmp_path / "a", locked=True)
+    said = locked_control_of(audit.prepare(relearning), CurveStore(tmp_path), [], "reference")
+    assert said["locked"]["limit"].startswith("no attack that does not see group V fine-tunes it")
+    assert locked_control_of(job(), CurveStore(tmp_path), [], "reference") == {}
 
 
 def test_who_comes_second_waits_until_the_first_has_made_a_curve(tmp_path):
