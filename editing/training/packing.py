@@ -2,7 +2,8 @@
 
 All that a model does position by position it does on the row as it stands. Attention alone takes the sequences apart
 again: those of like length stand below each other, padded to the longest of them, so that its cost is that of short
-sequences and not of one long one. What is computed is what padded rows give, up to rounding.
+sequences and not of one long one. Tokens with which several sequences begin stand in the row once: nothing before them
+differs, so neither does what is computed of them. What is computed is what padded rows give, up to rounding.
 
 Example:
     >>> with packing(model) as can:
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -51,34 +51,87 @@ class _Layout:
     blocks: tuple[Block, ...]
     real: Tensor
     """Of each position of the row its place among the blocks' positions, one block after another [n]."""
+    again: Tensor
+    """Places there that repeat a position of the row, because sequences share it, and these positions [2, repeats]."""
 
 
 _layout: ContextVar[_Layout | None] = ContextVar("_layout", default=None)
 
 
-def packed(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+def packed(rows: Sequence[Sequence[int]], owners: Sequence[int] | None = None) -> dict[str, Any]:
     """Inputs of one row that holds all sequences in this order: ids, positions, and the blocks that attention reads.
+
+    ``where`` holds of each token of all sequences, one after another, its place in the row; ``owned`` how many tokens
+    each owner has there.
 
     Args:
         rows: Token ids.
+        owners: Of each sequence a number, such as its attacker's; those of different owners share no tokens.
+
+    Example:
+        >>> inputs = packed([(5, 6, 7), (5, 6, 8)])
+        >>> inputs["input_ids"].tolist(), inputs["where"].tolist()
+        ([[5, 6, 7, 8]], [0, 1, 2, 0, 1, 3])
     """
-    ids = torch.tensor([token for row in rows for token in row])
-    positions = torch.cat([torch.arange(len(row)) for row in rows])
-    starts = list(accumulate((len(row) for row in rows), initial=0))
+    row = _shared(rows, owners or [0] * len(rows))
     # Sequences of like length stand in one block, wherever they stand in the row.
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-    blocks, real, first, before = [], torch.empty(len(ids), dtype=torch.long), 0, 0
+    blocks, first, before = [], 0, 0
+    real: dict[int, int] = {}
+    again: list[tuple[int, int]] = []
     for count in _block_sizes([len(rows[number]) for number in order]):
         numbers = order[first : first + count]
         longest = max(len(rows[number]) for number in numbers)
-        places, taken = torch.arange(longest), []
-        for turn, number in enumerate(numbers):
-            length = len(rows[number])
-            taken.append(starts[number] + places.clamp(max=length - 1))
-            real[starts[number] : starts[number] + length] = before + turn * longest + places[:length]
-        blocks.append({"length": longest, "taken": torch.cat(taken)})
-        first, before = first + count, before + count * longest
-    return {"input_ids": ids[None], "position_ids": positions[None], "blocks": blocks, "real": real}
+        taken: list[int] = []
+        for number in numbers:
+            places = row.places[number]
+            for turn, place in enumerate(places, before + len(taken)):
+                if real.setdefault(place, turn) != turn:
+                    again.append((turn, place))
+            taken += places + places[-1:] * (longest - len(places))
+        blocks.append({"length": longest, "taken": torch.tensor(taken)})
+        first, before = first + count, before + len(taken)
+    return {
+        "input_ids": torch.tensor(row.ids)[None],
+        "position_ids": torch.tensor(row.positions)[None],
+        "where": torch.tensor([place for places in row.places for place in places]),
+        "owned": row.owned,
+        "blocks": blocks,
+        "real": torch.tensor([real[place] for place in range(len(row.ids))]),
+        "again": torch.tensor(again, dtype=torch.long).reshape(-1, 2).mT.contiguous(),
+    }
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Tokens of all sequences, without what an earlier one of the same owner begins with."""
+
+    ids: list[int]
+    positions: list[int]
+    places: list[list[int]]
+    """Of each token of each sequence its place among ``ids``."""
+    owned: list[int]
+    """Tokens of each owner among ``ids``."""
+
+
+def _shared(rows: Sequence[Sequence[int]], owners: Sequence[int]) -> _Shared:
+    ids: list[int] = []
+    positions: list[int] = []
+    places: list[list[int]] = []
+    known: dict[tuple[int, int], int] = {}
+    owned = dict.fromkeys(owners, 0)
+    for row, owner in zip(rows, owners, strict=True):
+        # Places are 0 and more, so that what is below tells the owners' beginnings apart.
+        at = -1 - owner
+        places.append([])
+        for position, token in enumerate(row):
+            at = known.setdefault((at, token), len(ids))
+            if at == len(ids):
+                ids.append(token)
+                positions.append(position)
+                owned[owner] += 1
+            places[-1].append(at)
+    return _Shared(ids, positions, places, list(owned.values()))
 
 
 def _block_sizes(lengths: Sequence[int]) -> list[int]:
@@ -104,6 +157,9 @@ def packing(model: nn.Module) -> Iterator[bool]:
     """
     inner = causal_model(model)
     usual = getattr(inner.config, "_attn_implementation", None)
+    if is_packing(inner):
+        yield True
+        return
     if usual not in RESTS_ON:
         yield False
         return
@@ -115,6 +171,11 @@ def packing(model: nn.Module) -> Iterator[bool]:
         inner.set_attn_implementation(usual)
 
 
+def is_packing(model: Any) -> bool:
+    """Whether a model reads packed rows now, inside ``packing``."""
+    return str(getattr(causal_model(model).config, "_attn_implementation", "")).startswith(PACKED)
+
+
 @contextmanager
 def reading_packed(inputs: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
     """What a model is given to read a packed row; it is read inside this context.
@@ -122,7 +183,8 @@ def reading_packed(inputs: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
     Args:
         inputs: Of ``packed``; other keys are left out.
     """
-    token = _layout.set(_Layout(tuple(Block(**block) for block in inputs["blocks"]), inputs["real"]))
+    blocks = tuple(Block(**block) for block in inputs["blocks"])
+    token = _layout.set(_Layout(blocks, inputs["real"], inputs["again"]))
     try:
         ids = inputs["input_ids"]
         # With a mask, transformers does not look for where sequences begin, which would wait for the device.
@@ -142,11 +204,14 @@ def agrees(model: Any) -> bool:
     """Whether a model computes the same of packed rows as of each row alone."""
     generator, known = torch.Generator().manual_seed(0), int(model.get_input_embeddings().weight.shape[0])
     rows = [torch.randint(known, (length,), generator=generator).tolist() for length in (3, 5, 9)]
+    # With a beginning that two of them share.
+    rows[2][:2] = rows[1][:2]
     training = model.training
     model.eval()
     try:
         inputs = on_device(packed(rows), model.device)
         together = read_packed(model, inputs)
+        together = together[inputs["where"]]
         alone = [final_hidden(model, {"input_ids": torch.tensor([row], device=model.device)})[0] for row in rows]
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         # A decoder that takes no positions, or looks into the mask.
@@ -214,7 +279,7 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, layout: _Layout) -> tuple[Tensor, ...]:
         _, heads, n, width = states.shape
-        ctx.real = layout.real.to(states.device)
+        ctx.real, ctx.again = layout.real.to(states.device), layout.again.to(states.device)
         flat = states.transpose(1, 2).reshape(n, -1)
         return tuple(
             flat.index_select(0, block.taken.to(states.device)).view(-1, block.length, heads, width).transpose(1, 2)
@@ -227,7 +292,11 @@ class _Apart(torch.autograd.Function):
         heads, width = gradients[0].shape[1], gradients[0].shape[3]
         flat = _below([gradient.transpose(1, 2).reshape(-1, heads * width) for gradient in gradients])
         # That of padding is 0: no query looks at a padded key, and what a padded query finds is left out.
-        return flat.index_select(0, ctx.real).view(1, -1, heads, width).transpose(1, 2), None
+        whole = flat.index_select(0, ctx.real)
+        places, positions = ctx.again
+        if len(places):
+            _add_rows(whole, positions, flat.index_select(0, places))
+        return whole.view(1, -1, heads, width).transpose(1, 2), None
 
 
 class _Joined(torch.autograd.Function):
@@ -248,6 +317,15 @@ class _Joined(torch.autograd.Function):
         whole = gradient.new_zeros(sum(sizes), heads * width)
         whole.index_copy_(0, ctx.real, gradient.reshape(-1, heads * width))
         return None, *(part.view(shape) for part, shape in zip(whole.split(sizes), ctx.shapes, strict=True))
+
+
+def _add_rows(whole: Tensor, positions: Tensor, more: Tensor) -> None:
+    """Add rows to those at some positions, in an order that does not change from run to run."""
+    if whole.device.type == "cpu":
+        whole.index_add_(0, positions, more)
+    else:
+        # On GPUs the former adds in whatever order its threads arrive.
+        whole.index_put_((positions,), more, accumulate=True)
 
 
 def _below(parts: Sequence[Tensor]) -> Tensor:

@@ -345,9 +345,11 @@ class _SideBySide:
         ]
         # Other devices take longer to begin a product for each attacker than for padding.
         if self.packs and (device.type == "cpu" or len(active) == 1):
-            with self.adapters.sharing(active, [sum(len(e.ids) for e in sequences) for sequences in read]):
-                every = [example for sequences in read for example in sequences]
-                batch = send_to_device(example_batch(every, in_one_row=True, by_length=False), device)
+            examples = [example for sequences in read for example in sequences]
+            owners = [number for number, sequences in enumerate(read) for _ in sequences]
+            batch = example_batch(examples, in_one_row=True, by_length=False, every=False, owners=owners)
+            with self.adapters.sharing(active, batch["owned"]):
+                batch = send_to_device(batch, device)
                 return (sequence_nll(model, batch) / batch["lengths"]).view(len(active), -1).mean(1)
         # Of every attacker as many: the shortest of each, then the next.
         longest = [max(len(sequences[n].ids) for sequences in read) for n in range(len(rows))]

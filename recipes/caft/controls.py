@@ -59,7 +59,7 @@ class AblatedFineTuning(PackedObjective):
 
     def collate(self, rows: list[Example]) -> dict[str, Any]:
         """Sequences as one forward reads them."""
-        return example_batch(rows, in_one_row=self.in_one_row)
+        return example_batch(rows, in_one_row=self.in_one_row, every=False)
 
     def loss(self, model: Any, batch: dict[str, Any]) -> Terms:
         """Of the completions."""

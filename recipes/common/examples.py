@@ -27,29 +27,44 @@ class Example:
     start: int
 
 
-def example_batch(examples: Sequence[Example], *, in_one_row: bool = False, by_length: bool = True) -> dict[str, Any]:
+def example_batch(
+    examples: Sequence[Example],
+    *,
+    in_one_row: bool = False,
+    by_length: bool = True,
+    every: bool = True,
+    owners: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """Sequences as one forward reads them; in one row the shortest first, or, without ``by_length``, as they come.
 
     Of each scored token ``rows`` holds the sequence, and ``places`` the position that predicts it: in its sequence, or,
-    where they stand in one row without padding, in that row. ``begins`` then says where each sequence begins.
+    where they stand in one row without padding, in that row. There ``where`` holds the place of every token that is read,
+    one sequence after another.
+
+    Args:
+        every: In one row, read the last tokens too, which predict nothing that is scored.
+        owners: In one row, those of different owners share no tokens; the numbers 0 and following, in order.
     """
     lengths = torch.tensor([len(example.ids) - example.start for example in examples])
     rows = torch.repeat_interleave(torch.arange(len(examples)), lengths)
     # The position before a token predicts it.
     places = torch.cat([torch.arange(example.start - 1, len(example.ids) - 1) for example in examples])
-    ids = [example.ids for example in examples]
     scored = {
         "lengths": lengths,
         "rows": rows,
         "tokens": torch.tensor([token for example in examples for token in example.ids[example.start :]]),
     }
     if not in_one_row:
+        ids = [example.ids for example in examples]
         return {**pad_right(ids, torch.device("cpu")), **scored, "places": places}
+    # Of a sequence of which nothing is scored, one token is read all the same.
+    ids = [example.ids if every else example.ids[: max(1, len(example.ids) - 1)] for example in examples]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]) if by_length else index)
-    ends = list(accumulate(len(ids[index]) for index in order))
-    begins = torch.zeros(len(ids), dtype=torch.long)
-    begins[torch.tensor(order[1:], dtype=torch.long)] = torch.tensor(ends[:-1], dtype=torch.long)
-    return {**packed([ids[index] for index in order]), **scored, "places": places + begins[rows], "begins": begins}
+    inputs = packed([ids[index] for index in order], None if owners is None else [owners[index] for index in order])
+    pieces = inputs["where"].split([len(ids[index]) for index in order])
+    where = torch.cat([pieces[place] for place in sorted(range(len(order)), key=order.__getitem__)])
+    begins = torch.tensor([0, *accumulate(map(len, ids[:-1]))])
+    return {**inputs, **scored, "places": where[begins[rows] + places], "where": where}
 
 
 def scored_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Float[Tensor, "n d"]:

@@ -70,4 +70,4 @@ def _copy_packs(config: dict[str, Any]) -> bool:
 def packed_examples(model: Any) -> Iterator[Callable[[Sequence[Example]], dict[str, Any]]]:
     """Yields what makes a batch of examples, packed where the model can read it so while the context lasts."""
     with packing(model) as can:
-        yield lambda examples: example_batch(examples, in_one_row=can and not recomputes(model))
+        yield lambda examples: example_batch(examples, in_one_row=can and not recomputes(model), every=False)

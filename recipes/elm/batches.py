@@ -123,11 +123,12 @@ def _part(sequences: Sequence[TrainingSequence], weight: float, *, in_one_row: b
     rows = torch.repeat_interleave(torch.arange(len(sequences)), counts, output_size=len(targets))
     places = torch.cat([torch.arange(one.first, len(one.ids)) for one in sequences])
     ids = [one.ids for one in sequences]
+    inputs = packed(ids) if in_one_row else pad_right(ids, torch.device("cpu"))
     if in_one_row:
         starts = torch.tensor([0, *accumulate(map(len, ids[:-1]))])
-        places, rows = places + starts[rows], torch.zeros_like(rows)
+        places, rows = inputs["where"][places + starts[rows]], torch.zeros_like(rows)
     return {
-        **(packed(ids) if in_one_row else pad_right(ids, torch.device("cpu"))),
+        **inputs,
         "rows": rows,
         "places": places,
         "terms": torch.cat([one.terms for one in sequences]),

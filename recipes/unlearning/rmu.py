@@ -83,12 +83,8 @@ class RmuLoss:
             return self._stream(model, inputs)[inputs["attention_mask"].bool()]
         with reading_packed(batch) as inputs:
             stream = self._stream(model, inputs)[0]
-        sizes = torch.tensor([len(key) for key in batch["keys"]])
-        total = len(stream)
-        # The row's order is by length, the batch's is not.
-        moved = batch["begins"] - (sizes.cumsum(0) - sizes).to(stream.device)
-        moved = moved.repeat_interleave(sizes.to(stream.device), output_size=total)
-        return stream[torch.arange(total, device=stream.device) + moved]
+        # As often as sequences share it, and in the batch's order.
+        return stream[batch["where"]]
 
     def _stream(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return read_streams(causal_model(model), self.row, inputs, [self.point])[self.point]

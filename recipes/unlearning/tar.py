@@ -174,8 +174,7 @@ class TarLoss:
         # One forward gives both terms.
         with streams_kept(causal_model(model), self.row, points) as streams:
             nats = _nats_a_token(model, batch)
-        # A row of packed sequences has no padding.
-        tokens = batch["attention_mask"].bool() if "attention_mask" in batch else slice(None)
+        tokens = _tokens_of(batch)
         # Each of the base's streams is let go once it is compared: gradients need the difference alone.
         far = [wide(streams[p][tokens] - base.pop(p)[tokens].to(streams[p].device)).norm(dim=-1).mean() for p in points]
         return nats + torch.stack([one.to(nats.device) for one in far]).mean()
@@ -188,6 +187,14 @@ class TarLoss:
         return read_streams(
             causal_model(model), self.row, {key: batch[key] for key in ("input_ids", "attention_mask")}, points
         )
+
+
+def _tokens_of(batch: dict[str, Any]) -> Any:
+    """Where the tokens of all sequences are; one that several share counts as often as in padded rows."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    # A row of packed sequences has no padding, and where nothing is shared, no copy of it is made.
+    return (0, batch["where"]) if batch["again"].shape[1] else slice(None)
 
 
 def _examples_of(batch: dict[str, Any]) -> list[Example]:

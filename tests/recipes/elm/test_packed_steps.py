@@ -109,7 +109,8 @@ def test_lengths_far_apart_attend_in_blocks_of_their_own():
     model = _model("llama", max_position_embeddings=1024)
     with torch.no_grad(), packing(model) as can:
         assert can
-        together = read_packed(model, packed(rows))
+        inputs = packed(rows)
+        together = read_packed(model, inputs)[inputs["where"]]
         alone = final_hidden(model, {"input_ids": torch.tensor(rows[:1])})[0]
         torch.testing.assert_close(together[5:10], alone, atol=1e-5, rtol=1e-4)
 
