@@ -32,6 +32,7 @@ from ..artifacts.reporting.results import (
 from ..artifacts.upgrade import SCHEMA_VERSION
 from ..editing.errors import RequestError
 from ..editing.modules import language_config
+from ..editing.training.packing import packing
 from ..eval.concept import Concept
 from ..eval.inference.generation import Reply, set_aside
 from ..eval.measurements.lm_eval import Tasks, find_tasks
@@ -312,7 +313,8 @@ def _measure(job: EvaluateJob, source: AnyModel, base: MeasuredModel | None, eve
                 raise RequestError(
                     f"{source.name} has another vocabulary than its base; give the base that it was made from"
                 )
-            scores = measure(subject)
+            with packing(subject.model):
+                scores = measure(subject)
             # Only the base is compared with.
             own_baseline = subject.baseline() if source is job.base else None
             replies = subject.replies("concept")

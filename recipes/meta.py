@@ -28,6 +28,7 @@ from ..artifacts.models.load import LoadedModel, choose_device, choose_dtype, lo
 from ..artifacts.models.source import ModelSource
 from ..editing.edits.fake_quantization import rounded_weights
 from ..editing.errors import EditError, RequestError, counted
+from ..editing.training.packing import packing
 from ..eval.concept import Concept, Question
 from ..eval.intervals import Interval
 from ..eval.measurements.table import measure, workload
@@ -275,7 +276,8 @@ def _values(job: MetaJob, source: ModelSource, events: Events, *states: str) -> 
 def _measured(job: MetaJob, source: ModelSource, loaded: LoadedModel, state: str, events: Events) -> list[Scores]:
     with events.stage(f"measure {source.name}, {state}", workload(job.concept, job.settings)) as stage:
         subject = ModelUnderTest(loaded.model, loaded.tokenizer, job.concept, job.settings, None, stage.advance)
-        scores = measure(subject)
+        with packing(subject.model):
+            scores = measure(subject)
     words = torch.frombuffer(bytearray(_SCORES.dump_json(scores)), dtype=torch.uint8)
     _cache(job, source).put({_WORDS: words}, *_key(job, state))
     return scores

@@ -11,13 +11,15 @@ Example:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...editing.modules import language_config
+from ...editing.modules import language_config, unembedding
+from ...editing.training.packing import is_packing, on_device, packed, read_packed
 from ..completed import asked
 from .batches import read_in_batches
 from .chat import render
@@ -224,16 +226,13 @@ def padded_logits(model: Any, rows: Sequence[Sequence[int]], first: int) -> Floa
 
 def score_rows(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tuple[int, Scored]]) -> list[Likelihood]:
     """Run rows once and score every member: the index of its row, and the part of the row to score."""
-    # The logits at a position are about the next token, hence the 1 here and in ``positions``.
-    first = min(part.start for _, part in members) - 1
-    logits = padded_logits(model, rows, first)
     places = [place for place, part in members for _ in part.ids[part.start :]]
-    positions = [p - 1 - first for _, part in members for p in range(part.start, len(part.ids))]
+    # The logits at a position are about the next token.
+    positions = [p - 1 for _, part in members for p in range(part.start, len(part.ids))]
+    read = _packed_logits if is_packing(model) else _padded_logits
+    logits, inverse = read(model, rows, torch.tensor(places), torch.tensor(positions))
     targets = torch.tensor([token for _, part in members for token in part.ids[part.start :]], device=logits.device)
-    # Choices of one question share positions; normalizing each distribution once saves most of the work.
-    cells, inverse = torch.unique(torch.tensor([places, positions]), dim=1, return_inverse=True)
-    inverse = inverse.to(logits.device)
-    log_probabilities = logits[cells[0].to(logits.device), cells[1].to(logits.device)].float().log_softmax(-1)
+    inverse, log_probabilities = inverse.to(logits.device), logits.float().log_softmax(-1)
     chosen = log_probabilities[inverse, targets]
     greedy = log_probabilities.argmax(-1)[inverse] == targets
     lengths = [len(part.ids) - part.start for _, part in members]
@@ -245,3 +244,27 @@ def score_rows(model: Any, rows: Sequence[Sequence[int]], members: Sequence[tupl
     sums = [float(piece.sum()) for piece in chosen.cpu().double().split(lengths)]
     hits = [tuple(piece.tolist()) for piece in greedy.cpu().split(lengths)]
     return [Likelihood(total, len(hit), hit, rank) for total, hit, rank in zip(sums, hits, ranks.tolist(), strict=True)]
+
+
+def _padded_logits(
+    model: Any, rows: Sequence[Sequence[int]], places: Tensor, positions: Tensor
+) -> tuple[Float[Tensor, "cells vocab"], Tensor]:
+    """Logits at some positions of some rows, by their place among the rows, and which of them is each one's.
+
+    Choices of one question share positions; normalizing each distribution once saves most of the work.
+    """
+    first = int(positions.min())
+    logits = padded_logits(model, rows, first)
+    cells, inverse = torch.unique(torch.stack([places, positions - first]), dim=1, return_inverse=True)
+    return logits[cells[0].to(logits.device), cells[1].to(logits.device)], inverse
+
+
+def _packed_logits(
+    model: Any, rows: Sequence[Sequence[int]], places: Tensor, positions: Tensor
+) -> tuple[Float[Tensor, "cells vocab"], Tensor]:
+    """The same of rows that are read as one, what they begin with once."""
+    inputs = packed(rows)
+    starts = torch.tensor([0, *accumulate(map(len, rows[:-1]))])
+    cells, inverse = torch.unique(inputs["where"][starts[places] + positions], return_inverse=True)
+    states = read_packed(model, on_device(inputs, model.device))
+    return unembedding(model)(states[cells.to(states.device)]), inverse

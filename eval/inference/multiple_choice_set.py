@@ -5,14 +5,12 @@ Example:
     >>> accuracy = sum(questions.hits(model)) / len(questions.ids)
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from transformers import DynamicCache
 
 from ...editing.modules import causal_model, unembedding
 from ..concept import Concept, Question
@@ -30,6 +28,7 @@ from .likelihood import (
     share_rows,
 )
 from .questions import questions_by_split, requests_of
+from .read_prompts import read_prompts
 
 CELLS = 1024
 """Distributions over the vocabulary held in memory at a time."""
@@ -255,20 +254,10 @@ class _Reading:
         self.questions, self.parts = questions, parts
         self.row = {index: row for row, (_, members) in enumerate(questions) for index in members}
         # A soft prompt stands at the positions 0 and following, which no padding has.
-        prompts = [(0,) * placeholders + parts[members[0]].ids[:length] for length, members in questions]
-        width = max(map(len, prompts))
-        # Padded on the left, so that in the cache every prompt ends where its answers go on.
-        ids = torch.tensor([(0,) * (width - len(row)) + row for row in prompts], device=self.device)
-        self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.device)
-        self.cache = DynamicCache(config=self.decoder.config)
-        output = self.decoder(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=(self.mask.cumsum(-1) - 1).clamp_min(0),
-            past_key_values=self.cache,
-            use_cache=True,
+        self.prompts = read_prompts(
+            model, [(0,) * placeholders + parts[members[0]].ids[:length] for length, members in questions]
         )
-        log_p = self.head(output.last_hidden_state[:, -1].to(self.device)).float().log_softmax(-1)
+        log_p = self.head(self.prompts.last).float().log_softmax(-1)
         rows = torch.tensor(list(self.row.values()), device=self.device)
         firsts = torch.tensor(
             [parts[index].ids[questions[row][0]] for index, row in self.row.items()], device=self.device
@@ -300,10 +289,7 @@ class _Reading:
             return
         self.unread -= set(longer)
         rows = [self.row[index] for index in longer]
-        # A forward appends to its cache, and answers that are read later need the prompts alone.
-        cache, before = copy.deepcopy(self.cache), self.mask[rows]
-        # Indices on the processor, because each layer's cache lies where the layer does.
-        cache.batch_select_indices(torch.tensor(rows))
+        cache, before = self.prompts.cache_of(self.decoder.config, rows), self.prompts.mask[rows]
         inputs = pad_right(
             [self.parts[i].ids[self.questions[row][0] : -1] for i, row in zip(longer, rows, strict=True)], self.device
         )

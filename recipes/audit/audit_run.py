@@ -11,6 +11,7 @@ from ...artifacts.models.cache import cache_folder
 from ...artifacts.models.load import LoadedModel, load_model
 from ...artifacts.runs import CURVES
 from ...artifacts.upgrade import SCHEMA_VERSION
+from ...editing.training.packing import packing
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet
 from ..common.run_folder import start_folder
 from ..common.run_inputs import checksums
@@ -113,6 +114,11 @@ class AuditRun:
 
     def attack(self, target: Target) -> None:
         """All attacks on one model, or those of this process's part; curves that are there already are not made again."""
+        # What questions begin with is read once for all of them, where the model can.
+        with packing(target.model):
+            self._attack(target)
+
+    def _attack(self, target: Target) -> None:
         if self._wants(target.subject, UNTRAINED):
             with self.curves.claimed(target.subject, UNTRAINED):
                 self._measure_untouched(target)

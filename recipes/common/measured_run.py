@@ -24,6 +24,7 @@ from ...artifacts.reporting.results import (
     write_results,
 )
 from ...editing.edits.base import WeightEdit
+from ...editing.training.packing import packing
 from ...eval.inference.generation import Reply, set_aside
 from ...eval.items import clusters_of
 from ...eval.measurements.fluency import novice_text, reverse_perplexity
@@ -99,7 +100,9 @@ def measure_subject(job: Job, subject: ModelUnderTest, name: str, events: Events
     """Every measurement of the table."""
     with events.stage(f"measure {name}", workload(job.measured, subject.settings)) as stage:
         subject.advance = stage.advance
-        scores = measure(subject)
+        # What questions begin with is read once for all of them, where the model can.
+        with packing(subject.model):
+            scores = measure(subject)
         stage.advance(0, **{f"{item.name}/{item.split}": item.value() for item in scores if not item.is_empty})
     return scores
 

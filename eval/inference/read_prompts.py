@@ -1,0 +1,104 @@
+"""Prompts that a model has read, and what answers go on from.
+
+Where the model reads packed rows (``excise.editing.training.packing``), what prompts begin with is read once for all.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ...editing.modules import causal_model, language_config
+from ...editing.training.packing import is_packing, on_device, packed, reading_packed
+
+
+@dataclass(frozen=True)
+class ReadPrompts:
+    """Prompts that were read, padded on the left: there every prompt ends where its answers go on."""
+
+    last: Float[Tensor, "rows d"]
+    """Hidden states that the unembedding reads at each prompt's end."""
+    mask: Tensor
+    """Which of the cached positions are a prompt's [rows, width]."""
+    _cache: DynamicCache
+    _places: Tensor | None
+    """Of each cached position its place in the packed row [rows, width]; None where the cache holds a row a prompt."""
+
+    def cache_of(self, config: Any, rows: Sequence[int]) -> DynamicCache:
+        """A cache of some prompts, which forwards may append to.
+
+        Args:
+            config: Of the decoder.
+        """
+        if self._places is None:
+            # A forward appends to its cache, and answers that are read later need the prompts alone.
+            cache = copy.deepcopy(self._cache)
+            # Indices on the processor, because each layer's cache lies where the layer does.
+            cache.batch_select_indices(torch.tensor(rows))
+            return cache
+        places, cache = self._places[list(rows)], DynamicCache(config=config)
+        for number, layer in enumerate(self._cache.layers):
+            cache.update(*(_rows_of(states, places) for states in (layer.keys, layer.values)), number)
+        return cache
+
+
+def read_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
+    """Read some prompts, without a gradient; of a model whose cache can be repeated.
+
+    Args:
+        prompts: Token ids.
+    """
+    packed_ones = _read_packed(model, prompts) if is_packing(model) else None
+    return packed_ones or _read_padded(model, prompts)
+
+
+def _read_padded(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
+    decoder, device = causal_model(model).base_model, model.device
+    width = max(map(len, prompts))
+    ids = torch.tensor([(0,) * (width - len(row)) + tuple(row) for row in prompts], device=device)
+    mask, cache = _mask(prompts, width, device), DynamicCache(config=decoder.config)
+    output = decoder(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return ReadPrompts(output.last_hidden_state[:, -1].to(device), mask, cache, None)
+
+
+def _read_packed(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts | None:
+    """None where the model's cache does not hold every position of every layer: some share layers, or keep a window."""
+    device, inputs, cache = model.device, packed(prompts), DynamicCache()
+    with reading_packed(on_device(inputs, device)) as row:
+        states = causal_model(model).base_model(**row, past_key_values=cache, use_cache=True).last_hidden_state
+    read, layers = inputs["input_ids"].shape[1], language_config(model).num_hidden_layers
+    if len(cache.layers) != layers or not all(_holds(layer, read) for layer in cache.layers):
+        return None
+    width = max(map(len, prompts))
+    pieces = inputs["where"].split([len(row) for row in prompts])
+    # Where there is padding, any place will do.
+    places = torch.stack([torch.cat([piece.new_zeros(width - len(piece)), piece]) for piece in pieces])
+    return ReadPrompts(
+        states[0, places[:, -1].to(states.device)].to(device), _mask(prompts, width, device), cache, places
+    )
+
+
+def _holds(layer: Any, read: int) -> bool:
+    return type(layer) is DynamicLayer and layer.is_initialized and layer.keys.shape[-2] == read
+
+
+def _rows_of(states: Float[Tensor, "1 heads n d"], places: Tensor) -> Float[Tensor, "rows heads width d"]:
+    rows, width = places.shape
+    chosen = states[0].index_select(1, places.flatten().to(states.device))
+    return chosen.unflatten(1, (rows, width)).transpose(0, 1)
+
+
+def _mask(prompts: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
+    return torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)

@@ -1,0 +1,102 @@
+"""Prompts read in one row: what they begin with once, and answers, probabilities and likelihoods as of padded rows."""
+
+import collections
+from types import SimpleNamespace
+
+import pytest
+import torch
+from excise.editing.hooks.token_counts import count_tokens
+from excise.editing.training.packing import packing
+from excise.editing.training.parallel_adapters import soft_prompt_attackers
+from excise.eval.inference.likelihood import Scored, score_parts
+from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
+from excise.eval.inference.read_prompts import _read_packed, read_prompts
+from helpers import PICO, make_pico
+from transformers import AutoConfig, AutoModelForCausalLM
+
+PROMPTS = [(5, 6, 7, 8), (5, 6, 7), (5, 6, 7, 9, 4, 4), (5, 6, 7, 8), (3, 6)]
+PARTS = [Scored((*prompt, 9, token, 11), len(prompt)) for prompt in PROMPTS for token in (1, 2, 3)]
+
+
+def _model(name="llama"):
+    if name == "a window":
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("mistral", **PICO["mistral"] | {"sliding_window": 3})
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
+    model = make_pico(name).double()
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def _questions(parts):
+    """Questions of three choices each, without a tokenizer."""
+    questions = MultipleChoiceSet.__new__(MultipleChoiceSet)
+    questions.ids = tuple(map(str, range(len(parts) // 3)))
+    questions.answers, questions._sizes, questions._parts = [0] * len(questions.ids), [3] * len(questions.ids), parts
+    questions._layout = [(parts[3 * n].start, [3 * n, 3 * n + 1, 3 * n + 2]) for n in range(len(questions.ids))]
+    return questions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "a window"])
+def test_answers_go_on_from_prompts_that_were_read_in_one_row(name):
+    model, questions = _model(name), _questions(PARTS)
+    wanted = questions.log_probabilities(model)
+    # The definition, each choice alone.
+    for value, part in zip(wanted, PARTS, strict=True):
+        log_p = model(torch.tensor([part.ids])).logits[0].log_softmax(-1)
+        naive = sum(float(log_p[at - 1, part.ids[at]]) for at in range(part.start, len(part.ids)))
+        assert value == pytest.approx(naive, abs=1e-5)
+    with packing(model) as can:
+        assert can and read_prompts(model, PROMPTS)._places is not None
+        assert questions.log_probabilities(model) == pytest.approx(wanted, abs=1e-5)
+        assert questions.hits(model) == questions._marked(wanted)
+        found = [one.log_probability for one in score_parts(model, PARTS)]
+    assert found == pytest.approx(wanted, abs=1e-5)
+    # Prompts in one row without their positions would be answered otherwise.
+    assert max(abs(a - b) for a, b in zip(wanted, wanted[3:], strict=False)) > 1e-3
+
+
+@torch.no_grad()
+def test_what_prompts_begin_with_is_read_once():
+    model, seen = _model(), collections.Counter()
+    count_tokens(model, lambda name, number: seen.update({name: int(number)}))
+    read_prompts(model, PROMPTS)
+    assert seen["tokens"] == len(PROMPTS) * 6
+    with packing(model):
+        seen.clear()
+        read_prompts(model, PROMPTS)
+        assert seen["tokens"] == len({row[:end] for row in PROMPTS for end in range(1, len(row) + 1)}) == 9
+        seen.clear()
+        score_parts(model, PARTS)
+        rows = {part.ids[:-1] for part in PARTS}
+        assert seen["tokens"] == len({row[:end] for row in rows for end in range(1, len(row) + 1)})
+
+
+@torch.no_grad()
+def test_a_soft_prompts_placeholders_are_read_once():
+    model, questions, seen = _model(), _questions(PARTS), collections.Counter()
+    model.float()
+    count_tokens(model, lambda name, number: seen.update({name: int(number)}))
+    with packing(model), soft_prompt_attackers(model, 4, [0]) as attackers, attackers.only(0):
+        hits = questions.hits(model, 4)
+        seen.clear()
+        values = read_prompts(model, [(0,) * 4 + row for row in PROMPTS]).last
+        assert seen["tokens"] == 4 + 9
+    with soft_prompt_attackers(model, 4, [0]) as attackers, attackers.only(0):
+        assert questions.hits(model, 4) == hits
+        seen.clear()
+        wanted = read_prompts(model, [(0,) * 4 + row for row in PROMPTS]).last
+        assert seen["tokens"] == len(PROMPTS) * (4 + 6)
+    torch.testing.assert_close(values, wanted, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_that_does_not_hold_every_layer_is_not_gathered_from(monkeypatch):
+    model = _model()
+    with packing(model):
+        assert _read_packed(model, PROMPTS) is not None
+        # As of a model whose last layers read the keys and values of earlier ones.
+        layers = SimpleNamespace(num_hidden_layers=model.config.num_hidden_layers + 1)
+        monkeypatch.setattr("excise.eval.inference.read_prompts.language_config", lambda _: layers)
+        assert _read_packed(model, PROMPTS) is None and read_prompts(model, PROMPTS)._places is None
