@@ -48,9 +48,10 @@ class _Updated(torch.autograd.Function):
         dtype = _computed_in(x.device, down.dtype)
         ctx.scale, ctx.shape, ctx.x_dtype, ctx.trained_in = scale, x.shape, x.dtype, down.dtype
         flat, down, up = (part.to(dtype) for part in (x.reshape(-1, x.shape[-1]), down, up))
-        lowered = flat @ down.mT
+        # Here and below a narrow factor stands on the left: processors multiply in that order up to four times faster.
+        lowered = down @ flat.mT
         ctx.save_for_backward(flat, lowered, down, up)
-        result = torch.addmm(output.reshape(-1, output.shape[-1]).to(dtype), lowered, up.mT, alpha=scale)
+        result = torch.addmm(output.reshape(-1, output.shape[-1]).to(dtype), lowered.mT, up.mT, alpha=scale)
         return result.to(output.dtype).view(output.shape)
 
     @staticmethod
@@ -58,16 +59,15 @@ class _Updated(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         flat, lowered, down, up = ctx.saved_tensors
         flat_gradient = gradient.reshape(-1, gradient.shape[-1]).to(lowered.dtype)
-        of_lowered = (flat_gradient @ up).mul_(ctx.scale)
-        of_x = (of_lowered @ down).view(ctx.shape).to(ctx.x_dtype) if ctx.needs_input_grad[1] else None
+        of_lowered = (up.mT @ flat_gradient.mT).mul_(ctx.scale)
+        of_x = (of_lowered.mT @ down).view(ctx.shape).to(ctx.x_dtype) if ctx.needs_input_grad[1] else None
         # Summed over positions, which is where the narrow types lose most: scaled afterwards, in the parameters' type.
-        # Transposed twice: processors multiply a narrow factor from the left faster.
-        of_up = (lowered.mT @ flat_gradient).mT.contiguous().to(ctx.trained_in).mul_(ctx.scale)
-        of_down = (of_lowered.mT @ flat).to(ctx.trained_in)
+        of_up = (lowered @ flat_gradient).mT.contiguous().to(ctx.trained_in).mul_(ctx.scale)
+        of_down = (of_lowered @ flat).to(ctx.trained_in)
         return gradient if ctx.needs_input_grad[0] else None, of_x, of_down, of_up, None
 
 
-class _Summed(torch.autograd.Function):
+class Summed(torch.autograd.Function):
     """``x (weight + scale up down)^T + bias``, with gradients of x and of the update."""
 
     @staticmethod
@@ -87,12 +87,12 @@ class _Summed(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (above @ torch.addmm(weight, up, down, alpha=ctx.scale)).view(x.shape)
-        of_down = (above @ up).mul_(ctx.scale).mT @ flat
-        of_up = ((flat @ down.mT).mT @ above).mT.contiguous().mul_(ctx.scale)
+        of_down = (up.mT @ above.mT).mul_(ctx.scale) @ flat
+        of_up = ((down @ flat.mT) @ above).mT.contiguous().mul_(ctx.scale)
         return of_x, None, None, of_down, of_up, None
 
 
-def _sums_first(layer: Any, x: Tensor, down: Tensor) -> bool:
+def sums_first(layer: Any, x: Tensor, down: Tensor) -> bool:
     """Whether frozen weight and update are summed before the product: that costs what the weight's size is, and saves
     what the positions' is."""
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or layer.weight.requires_grad:
@@ -119,9 +119,9 @@ def low_rank_layer() -> type[nn.Module]:
             (name,) = names
             # The modules are called by their weights: they are made here, without a bias, and never offloaded.
             down, up = self.lora_A[name].weight, self.lora_B[name].weight
-            if _sums_first(self.base_layer, x, down):
+            if sums_first(self.base_layer, x, down):
                 frozen = self.base_layer
-                result: Tensor = _Summed.apply(x, frozen.weight, frozen.bias, down, up, self.scaling[name])
+                result: Tensor = Summed.apply(x, frozen.weight, frozen.bias, down, up, self.scaling[name])
                 return result
             return updated(self.base_layer(x), x, down, up, self.scaling[name])
 

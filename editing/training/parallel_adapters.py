@@ -22,6 +22,7 @@ from ..modules import decoder_of, is_conv1d
 from ..numerics.cpu_products import faster_in_float32
 from ..numerics.wide import as_given
 from ..wiring.row import Architecture
+from .low_rank_layer import Summed, sums_first
 
 
 class ParallelAdapters:
@@ -121,13 +122,20 @@ class SideBySide(nn.Module):
     def _in_pieces(self, x: Tensor) -> Tensor:
         """The same with a product for each attacker, which may have positions of any number."""
         places, counts = self.attackers.assigned, self.attackers.counts(len(x), x.numel() // x.shape[-1])
-        factors = (*(self.down[place] for place in places), *(self.up[place] for place in places))
+        downs, ups = [self.down[place] for place in places], [self.up[place] for place in places]
         inner: Any = self.inner
-        hooked = inner._forward_hooks or inner._forward_pre_hooks
-        widened = type(inner) is nn.Linear and not hooked and faster_in_float32(inner.weight, sum(counts))
-        frozen, *of_inner = (None, inner.weight, inner.bias) if widened else (inner(x), None, None)
         with as_given(x.device):
-            return _Updated.apply(x, frozen, *of_inner, counts, self.scale, *factors)
+            if len(places) == 1 and sums_first(inner, x, downs[0]):
+                # One product does the work of both: that is how each attacker is asked.
+                return Summed.apply(x, inner.weight, inner.bias, downs[0], ups[0], self.scale)
+            plain = type(inner) is nn.Linear and not (inner._forward_hooks or inner._forward_pre_hooks)
+            exact = plain and x.dtype == inner.weight.dtype == downs[0].dtype and x.device == inner.weight.device
+            if exact or (plain and faster_in_float32(inner.weight, sum(counts))):
+                # Made inside, its output is nobody else's, and what is added to it needs no copy.
+                return _Updated.apply(x, None, inner.weight, inner.bias, counts, self.scale, *downs, *ups)
+        frozen = inner(x)
+        with as_given(x.device):
+            return _Updated.apply(x, frozen, None, None, counts, self.scale, *downs, *ups)
 
 
 class _Updated(torch.autograd.Function):
@@ -153,20 +161,21 @@ class _Updated(torch.autograd.Function):
             rounded = weight.dtype
         else:
             out, rounded = frozen.reshape(len(flat), -1).to(kind, copy=True), frozen.dtype
-        lowered = flat.new_empty(len(flat), downs[0].shape[0])
-        pieces = zip(flat.split(counts), lowered.split(counts), out.split(counts), downs, ups, strict=True)
-        for piece, low, updated, down, up in pieces:
-            torch.mm(piece, down.mT, out=low)
+        lowered = []
+        for piece, updated, down, up in zip(flat.split(counts), out.split(counts), downs, ups, strict=True):
+            # Here and below a narrow factor stands on the left: processors multiply in that order up to four times faster.
+            lowered.append(down @ piece.mT)
             # Summed in the update's fp32 and rounded to the model's dtype once.
-            updated.addmm_(low, up.mT, alpha=scale)
-        ctx.save_for_backward(x, lowered, weight, *factors)
+            updated.addmm_(lowered[-1].mT, up.mT, alpha=scale)
+        ctx.save_for_backward(x, weight, *lowered, *factors)
         ctx.counts, ctx.scale = counts, scale
         return out.to(rounded).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        x, lowered, weight, *factors = ctx.saved_tensors
+        x, weight, *others = ctx.saved_tensors
+        lowered, factors = others[: len(ctx.counts)], others[len(ctx.counts) :]
         kind, downs, ups = factors[0].dtype, *_halves(factors)
         flat, above = x.reshape(-1, x.shape[-1]).to(kind), gradient.reshape(-1, gradient.shape[-1]).to(kind)
         below = None
@@ -174,13 +183,13 @@ class _Updated(torch.autograd.Function):
         with as_given(x.device):
             if ctx.needs_input_grad[0]:
                 below = torch.zeros_like(flat) if weight is None else above @ weight.to(kind)
-            for count, down, up in zip(ctx.counts, downs, ups, strict=True):
+            for count, read, down, up in zip(ctx.counts, lowered, downs, ups, strict=True):
                 piece = slice(start, start + count)
-                low = (above[piece] @ up).mul_(ctx.scale)
-                of_downs.append(low.mT @ flat[piece])
-                of_ups.append((lowered[piece].mT @ above[piece]).mT.contiguous().mul_(ctx.scale))
+                low = (up.mT @ above[piece].mT).mul_(ctx.scale)
+                of_downs.append(low @ flat[piece])
+                of_ups.append((read @ above[piece]).mT.contiguous().mul_(ctx.scale))
                 if below is not None:
-                    below[piece].addmm_(low, down)
+                    below[piece].addmm_(low.mT, down)
                 start += count
         of_frozen = gradient if ctx.needs_input_grad[1] else None
         of_x = None if below is None else below.to(x.dtype).view_as(x)

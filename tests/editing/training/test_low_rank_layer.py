@@ -39,7 +39,7 @@ def test_output_and_gradients_are_those_of_the_definition(positions, sums, bias)
     layer = _layer(bias=bias)
     x = torch.randn(2, positions, layer.base_layer.in_features, requires_grad=True)
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    assert low_rank_layer._sums_first(layer.base_layer, x, down) == sums
+    assert low_rank_layer.sums_first(layer.base_layer, x, down) == sums
     out = layer(x)
     upstream = torch.randn_like(out)
     found = [out, *torch.autograd.grad(out, (x, down, up), upstream)]
@@ -54,14 +54,14 @@ def test_a_sum_is_formed_only_where_it_rounds_nothing_and_nobody_looks_on():
     layer = _layer()
     down = layer.lora_A["default"].weight
     asked = layer.base_layer, x, down
-    assert low_rank_layer._sums_first(*asked)
+    assert low_rank_layer.sums_first(*asked)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not low_rank_layer._sums_first(*asked)
-    assert not low_rank_layer._sums_first(layer.base_layer, x.bfloat16(), down)
+        assert not low_rank_layer.sums_first(*asked)
+    assert not low_rank_layer.sums_first(layer.base_layer, x.bfloat16(), down)
     narrow = _layer(torch.bfloat16)
-    assert not low_rank_layer._sums_first(narrow.base_layer, x.bfloat16(), narrow.lora_A["default"].weight)
+    assert not low_rank_layer.sums_first(narrow.base_layer, x.bfloat16(), narrow.lora_A["default"].weight)
     # A hook sees what the frozen layer alone says, and ablations change it.
     with layer.base_layer.register_forward_hook(lambda *_: None):
-        assert not low_rank_layer._sums_first(*asked)
+        assert not low_rank_layer.sums_first(*asked)
     layer.base_layer.weight.requires_grad_(True)
-    assert not low_rank_layer._sums_first(*asked)
+    assert not low_rank_layer.sums_first(*asked)

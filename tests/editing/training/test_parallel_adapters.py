@@ -4,6 +4,7 @@ import pytest
 import torch
 from excise.editing.architectures import ARCHITECTURES
 from excise.editing.modules import final_hidden
+from excise.editing.numerics.operation_counts import OperationCounts
 from excise.editing.training import parallel_adapters
 from excise.editing.training.adapters import adapter_modules
 from excise.editing.training.packing import packed, packing, read_packed
@@ -16,6 +17,7 @@ from excise.editing.training.parallel_adapters import (
     soft_prompt_attackers,
 )
 from helpers import make_pico
+from torch import nn
 
 IDS = torch.tensor([[5, 9, 7, 3, 11], [8, 2, 6, 4, 10], [3, 3, 5, 9, 1], [7, 6, 5, 4, 3]])
 
@@ -222,3 +224,51 @@ def test_a_product_in_bfloat16_is_made_in_float32_and_rounded_once(bias, monkeyp
         assert one.dtype == other.dtype
         far = [float((got.double() - exact).norm() / exact.norm()) for got in (one, other)]
         assert far[1] <= far[0] * 1.01 < 0.01 and far[1] < 0.003
+
+
+def _layer(counts, positions=64):
+    """A linear layer with attackers, inputs with a gradient, and what it is to compute, in float64 from the definition."""
+    torch.manual_seed(0)
+    linear, attackers = nn.Linear(32, 24), ParallelAdapters(len(counts))
+    linear.requires_grad_(False)
+    layer = SideBySide(linear, attackers, 4, 8.0, range(len(counts)))
+    with torch.no_grad():
+        for up in layer.up:
+            up += 0.3 * torch.randn_like(up)
+    x = torch.randn(1, sum(counts), 32, requires_grad=True)
+    wide = [one.detach().double().requires_grad_() for one in (x, *layer.down, *layer.up)]
+    downs, ups = wide[1 : 1 + len(counts)], wide[1 + len(counts) :]
+    weight, bias = linear.weight.double(), linear.bias.double()
+    pieces = zip(wide[0][0].split(list(counts)), downs, ups, strict=True)
+    wanted = torch.cat([piece @ (weight + 2.0 * up @ down).mT + bias for piece, down, up in pieces])[None]
+    return layer, attackers, x, wanted, wide
+
+
+@pytest.mark.parametrize(("counts", "products"), [((64,), 1), ((3,), 3), ((20, 50), 5)])
+def test_a_layers_output_and_gradients_are_the_definitions_in_few_products(counts, products):
+    layer, attackers, x, wanted, wide = _layer(counts)
+    with attackers.sharing(range(len(counts)), counts):
+        with torch.no_grad(), OperationCounts() as operations:
+            layer(x)
+        found = layer(x)
+    # Of one attacker who is asked much, weight and update are summed, and one product serves both.
+    named = operations.by_name
+    assert named["aten.mm"] + named["aten.addmm_"] + named["aten.addmm"] - (products == 1) == products
+    above = torch.randn(wanted.shape, dtype=torch.float64)
+    wanted.backward(above)
+    found.backward(above.float())
+    torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=1e-4)
+    for narrow, exact in zip((x, *layer.down, *layer.up), wide, strict=True):
+        assert narrow.grad.is_contiguous()
+        torch.testing.assert_close(narrow.grad.double(), exact.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_a_hooked_layer_is_called_and_another_attackers_factors_give_another_output():
+    layer, attackers, x, wanted, _ = _layer((64,))
+    with attackers.only(0), torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), wanted, atol=1e-4, rtol=1e-4)
+        handle = layer.inner.register_forward_hook(lambda module, args, output: output + 1)
+        torch.testing.assert_close(layer(x).double(), wanted + 1, atol=1e-4, rtol=1e-4)
+        handle.remove()
+        layer.up[0] += 0.1
+        assert (layer(x).double() - wanted).abs().max() > 0.01
