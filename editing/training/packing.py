@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -135,16 +136,18 @@ def _shared(rows: Sequence[Sequence[int]], owners: Sequence[int]) -> _Shared:
 
 
 def _block_sizes(lengths: Sequence[int]) -> list[int]:
-    """Sizes of consecutive blocks with the fewest scores, padding among them."""
-    best: list[tuple[int, list[int]]] = [(0, []), *[(1 << 62, [])] * len(lengths)]
-    for end in range(1, len(lengths) + 1):
-        longest = 0
-        for start in range(end - 1, -1, -1):
-            longest = max(longest, lengths[start])
+    """Sizes of consecutive blocks with the fewest scores, padding among them; lengths come in order."""
+    # Sequences of one length stand in one block: to divide them would save no padding.
+    counts = [len([*some]) for _, some in groupby(lengths)]
+    ends, each = list(accumulate(counts, initial=0)), sorted(set(lengths))
+    best: list[tuple[int, list[int]]] = [(0, []), *[(1 << 62, [])] * len(counts)]
+    for end in range(1, len(counts) + 1):
+        for start in range(end):
             cost, sizes = best[start]
-            cost += (end - start) * longest**2 + BLOCK
+            size = ends[end] - ends[start]
+            cost += size * each[end - 1] ** 2 + BLOCK
             if cost < best[end][0] and len(sizes) < MOST_BLOCKS:
-                best[end] = cost, [*sizes, end - start]
+                best[end] = cost, [*sizes, size]
     return best[-1][1]
 
 

@@ -1,7 +1,7 @@
 """Reading many rows that begin alike: what they share is computed once."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from ...editing.modules import causal_model
 from ...editing.numerics.cpu_attention import products_everywhere
+from ...editing.training.packing import is_packing, on_device, packed, read_packed
 from ...eval.inference.batches import read_in_batches
 from ...eval.inference.caches import repeats_cache
 from ...eval.inference.likelihood import batch_budget, pad_right
@@ -27,8 +28,12 @@ READ = 1024
 def final_hidden_states(model: Any, wanted: Mapping[Row, int]) -> Iterator[tuple[Row, Tensor]]:
     """Hidden states that the unembedding reads at the last ``count`` positions of each row [count, d].
 
-    Personas, examples and chat templates stand before many texts; their keys and values are computed once.
+    Personas, examples and chat templates stand before many texts; their keys and values are computed once. Inside
+    ``packing``, so is all that any rows begin with.
     """
+    if is_packing(model):
+        yield from _read_as_one(model, wanted)
+        return
     rows = list(wanted)
     decoder, device = causal_model(model).base_model, model.device
     groups = group_by_prefix(rows, list(wanted.values())) if repeats_cache(model) else [(0, [*range(len(rows))])]
@@ -41,12 +46,56 @@ def final_hidden_states(model: Any, wanted: Mapping[Row, int]) -> Iterator[tuple
         ) -> Tensor:
             return _read_rest(decoder, cache, shared, [rows[members[place]][shared:] for place in batch], device)
 
-        budget = 4 * batch_budget(model) if device.type == "cuda" else READ
-        for batch, hidden in read_in_batches(lengths, budget, read):
+        for batch, hidden in read_in_batches(lengths, _budget(model), read):
             for row, states in zip([rows[members[place]] for place in batch], hidden, strict=True):
                 end = len(row) - shared
                 # A copy, because a view would keep the states of the whole batch alive.
                 yield row, states[end - wanted[row] : end].clone()
+
+
+def _budget(model: Any) -> int:
+    return 4 * batch_budget(model) if model.device.type == "cuda" else READ
+
+
+def _read_as_one(model: Any, wanted: Mapping[Row, int]) -> Iterator[tuple[Row, Tensor]]:
+    for rows in by_beginning(wanted, _budget(model)):
+        lengths = [len(row) for row in rows]
+
+        @products_everywhere()
+        def read(batch: list[int], rows: list[Row] = rows) -> list[Tensor]:
+            inputs = packed([rows[place] for place in batch])
+            states = read_packed(model, on_device(inputs, model.device))
+            places = inputs["where"].split([len(rows[place]) for place in batch])
+            counts = [wanted[rows[place]] for place in batch]
+            return [
+                states[one[len(one) - count :].to(states.device)] for one, count in zip(places, counts, strict=True)
+            ]
+
+        # All at once, unless memory runs out.
+        for batch, hidden in read_in_batches(lengths, len(rows) * max(lengths), read):
+            yield from zip([rows[place] for place in batch], hidden, strict=True)
+
+
+def by_beginning(rows: Iterable[Row], budget: int) -> Iterator[list[Row]]:
+    """Rows in parts of so many distinct beginnings, and of four times as many tokens, at most; those that begin alike
+    stand side by side.
+
+    Example:
+        >>> [*by_beginning([(1, 2, 3), (4, 5), (1, 2, 4)], 4)]
+        [[(1, 2, 3), (1, 2, 4)], [(4, 5)]]
+    """
+    part: list[Row] = []
+    distinct = total = 0
+    for row in sorted(rows):
+        # Sorted, what a row shares with all before it is what it shares with the last.
+        new = len(row) - (_common(part[-1], row) if part else 0)
+        if part and (distinct + new > budget or total + len(row) > 4 * budget):
+            yield part
+            part, distinct, total, new = [], 0, 0, len(row)
+        part.append(row)
+        distinct, total = distinct + new, total + len(row)
+    if part:
+        yield part
 
 
 def group_by_prefix(rows: Sequence[Row], counts: Sequence[int]) -> list[tuple[int, list[int]]]:

@@ -16,6 +16,7 @@ from ...artifacts.models.cache import cache_folder
 from ...artifacts.models.load import LoadedModel
 from ...editing.edits.base import WeightEdit
 from ...editing.errors import EditError, counted
+from ...editing.training.packing import packing
 from ...eval.inference.chat import encode_prompt
 from ...eval.inference.likelihood import tokens_of_batch
 from ..common import adapter_run
@@ -99,6 +100,12 @@ def learn(job: ElmJob, loaded: LoadedModel, events: Events, work: Path, _: dict[
 
 def _training(job: ElmJob, loaded: LoadedModel, events: Events, work: Path) -> "ElmTraining":
     """Everything before the first gradient step."""
+    # What contexts begin with is read once for all of them, where the model can.
+    with packing(loaded.model):
+        return _prepared(job, loaded, events, work)
+
+
+def _prepared(job: ElmJob, loaded: LoadedModel, events: Events, work: Path) -> "ElmTraining":
     settings = job.settings
     expert: ExpertContext = nullcontext
     if settings.contrast == "reinforced":
