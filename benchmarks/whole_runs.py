@@ -17,6 +17,7 @@ bfloat16 widened to fp32 for one product, as attackers make them where that is f
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -102,13 +103,14 @@ def main() -> None:
             out = Path(place) / name
             if name == "audit" and edited is None:
                 sys.exit("audit needs the edit of a run before it: elm,audit")
-            whole = run(command(name, out, edited, options), Path(place) / f"{name}-cache")
+            whole, processor = run(command(name, out, edited, options), Path(place) / f"{name}-cache")
             edited = edited if name == "audit" else out
             found[name] = stages(out / "events.jsonl", whole, rate)
             if not options.json:
                 header = ["stage", "seconds", "tokens", "padding", "floor", "ratio"]
                 print(
-                    f"\n{name}: {whole:.0f} s\n{aligned(header, [one.cells() for one in found[name]], 110)}", flush=True
+                    f"\n{name}: {whole:.0f} s, of processors {processor:.0f}\n{aligned(header, [one.cells() for one in found[name]], 110)}",
+                    flush=True,
                 )
     if options.json:
         print(json.dumps({name: [asdict(one) for one in lines] for name, lines in found.items()}, indent=1))
@@ -123,9 +125,9 @@ def command(name: str, out: Path, edited: Path | None, options: argparse.Namespa
     return words + ([word for pair in options.settings for word in ("--set", pair)] if name != "audit" else [])
 
 
-def run(words: list[str], cache: Path) -> float:
-    """Seconds of a whole command."""
-    start = time.perf_counter()
+def run(words: list[str], cache: Path) -> tuple[float, float]:
+    """Seconds of a whole command, and what processors worked for it, which other work beside it changes less."""
+    start, before = time.perf_counter(), _processor_seconds()
     done = subprocess.run(
         [sys.executable, "-m", "excise.cli", *words],
         capture_output=True,
@@ -135,7 +137,12 @@ def run(words: list[str], cache: Path) -> float:
     )
     if done.returncode:
         sys.exit(f"excise {' '.join(words)}\n{done.stderr[-2000:]}")
-    return time.perf_counter() - start
+    return time.perf_counter() - start, _processor_seconds() - before
+
+
+def _processor_seconds() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def stages(events: Path, whole: float, rate: Rate) -> list[StageTime]:

@@ -77,7 +77,7 @@ def _read_as_one(model: Any, wanted: Mapping[Row, int]) -> Iterator[tuple[Row, T
 
 
 def by_beginning(rows: Iterable[Row], budget: int) -> Iterator[list[Row]]:
-    """Rows in parts of so many distinct beginnings, and of four times as many tokens, at most; those that begin alike
+    """Rows in parts of so many distinct beginnings, and of twice as many tokens, at most; those that begin alike
     stand side by side.
 
     Example:
@@ -89,7 +89,7 @@ def by_beginning(rows: Iterable[Row], budget: int) -> Iterator[list[Row]]:
     for row in sorted(rows):
         # Sorted, what a row shares with all before it is what it shares with the last.
         new = len(row) - (_common(part[-1], row) if part else 0)
-        if part and (distinct + new > budget or total + len(row) > 4 * budget):
+        if part and (distinct + new > budget or total + len(row) > 2 * budget):
             yield part
             part, distinct, total, new = [], 0, 0, len(row)
         part.append(row)
