@@ -31,6 +31,7 @@ from ..data.unlearning_sets import retain_examples
 from .after import EditedModel, differences, together
 from .controls import accuracies
 from .gradients import BATCH, base_weights, gradients, sequences_to_forget, train_adversary
+from .mend import mended, planned_mending
 from .request import RECIPE, RepselectJob, RepselectSettings, all_numbers, components_of, describe, prepare
 from .story import story
 
@@ -74,11 +75,13 @@ def memory(job: RepselectJob) -> MemoryPlan:
     copies = (3 if settings.controls else 2) * sums if adapter.run.device.type == "cpu" else 0
     tried = needs.measuring("choose the strength")
     stages.append(replace(tried, kept=tried.kept + copies))
-    if job.after is None:
-        return needs.measured_run(stages, edit=sums)
-    # The edited model stands beside the base, and which of its weights differ is seen once they are read.
-    beside_base = [replace(stage, weights=stage.weights + needs.weights) for stage in stages]
-    return needs.measured_run(beside_base, edit=4 * all_numbers(adapter.run.checkpoint))
+    edit = 4 * all_numbers(adapter.run.checkpoint) if job.after or job.mending else sums
+    if job.after:
+        # The edited model stands beside the base, and which of its weights differ is seen once they are read.
+        stages = [replace(stage, weights=stage.weights + needs.weights) for stage in stages]
+    if job.mending:
+        stages += planned_mending(job, needs, edit if adapter.run.device.type == "cpu" else 0)
+    return needs.measured_run(stages, edit=edit)
 
 
 def run(job: RepselectJob, events: Events) -> Finished:
@@ -121,10 +124,18 @@ def learn(job: RepselectJob, loaded: LoadedModel, events: Events, work: Path, _:
             "a search turns the strength of a whole edit, and with after only the step has one; search without after,"
             " with the edited model as --model"
         )
+    if job.mending is not None:
+        raise RequestError("a search turns the strength of the step, which mend follows; search with mend=0")
     return _learn(job, loaded, work, events).edit
 
 
 def _whole_edit(job: RepselectJob, loaded: LoadedModel, work: Path, events: Events) -> WeightEdit:
+    """The step, and what mends it, as one edit of the base."""
+    edit = _step_of_base(job, loaded, work, events)
+    return edit if job.mending is None else mended(job, loaded, edit, work, events)
+
+
+def _step_of_base(job: RepselectJob, loaded: LoadedModel, work: Path, events: Events) -> DenseUpdate:
     """The step from the base, or from an edited model together with the edit that made it."""
     if job.after is None:
         return _within_budget(job, loaded, work, events)

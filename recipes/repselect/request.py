@@ -14,11 +14,12 @@ from ...editing.edits.base import Plan
 from ...editing.errors import RequestError
 from ...editing.numerics.spectrum import Rule, Sides
 from ..common import adapter_job, measured_run
-from ..common.adapter_job import AdapterJob, AdapterSettings, LayersToTrain
+from ..common.adapter_job import MOST_ROWS, AdapterJob, AdapterSettings, LayersToTrain
 from ..common.budgets import Budgets
 from ..common.measured_job import MeasuredSettings
 from ..common.run_record import of_its_run
 from ..data.facts import Facts, find_facts
+from ..distill.request import DistillSettings
 from .after import EditedModel, edited_model
 
 RECIPE = "repselect"
@@ -66,6 +67,11 @@ class RepselectSettings(MeasuredSettings):
     """LoRA alpha of these adapters (paper: 8)."""
     batch_size: int = Field(4, ge=1)
     """Sequences a step of this training."""
+    mend: int = Field(0, ge=0, le=MOST_ROWS)
+    """Steps of training after the step, which mend what it cost: toward the base's predictions on what must stay, and toward
+    what the step left on the concept. 0 takes none."""
+    mend_rate: float = Field(3e-4, gt=0)
+    """Peak learning rate of AdamW while mending."""
     controls: bool = True
     """Also measure the plain gradient, nothing made smaller, at the same budget."""
     kl_budget: float = Field(0.01, gt=0)
@@ -78,13 +84,9 @@ class RepselectSettings(MeasuredSettings):
 
     def adversary_settings(self) -> AdapterSettings:
         """How the adapters are trained. The number of steps is known once the texts are read."""
-        shared = {key: getattr(self, key) for key in MeasuredSettings.model_fields if key != "concept"}
         return AdapterSettings(
-            **shared,
-            concept=self.concept,
-            layers=self.layers,
+            **self._shared(),
             modules=self.modules,
-            experts=self.experts,
             rank=self.rank,
             alpha=self.alpha,
             batch_size=self.batch_size,
@@ -93,6 +95,17 @@ class RepselectSettings(MeasuredSettings):
             schedule="constant",
             max_grad_norm=0.0,
         )
+
+    def mend_settings(self) -> DistillSettings:
+        """How what must stay is mended: distillation from where the step ended, nothing moved toward noise."""
+        return DistillSettings(
+            **self._shared(), teacher="the step", samples=0, steps=self.mend, learning_rate=self.mend_rate
+        )
+
+    def _shared(self) -> dict[str, Any]:
+        """Settings that every part of the run has."""
+        fields = (*MeasuredSettings.model_fields, "concept", "layers", "experts")
+        return {key: getattr(self, key) for key in dict.fromkeys(fields)}
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,8 @@ class RepselectJob:
     facts: Facts
     after: EditedModel | None = None
     """What the step goes on from; None where that is the base."""
+    mending: AdapterJob | None = None
+    """What trains after the step; None where nothing does."""
 
     @property
     def numbers(self) -> int:
@@ -127,11 +142,20 @@ def prepare(settings: RepselectSettings, *, resume: bool = False) -> RepselectJo
     after = edited_model(settings.after, run.checkpoint) if settings.after else None
     # A float32 addend for each weight is stored twice: in the run's working folder, and in the checkpoint. Which weights
     # the edit before changed is seen once they are read.
-    numbers = _numbers(adapter, plan) if after is None else all_numbers(run.checkpoint)
+    whole = after is not None or settings.mend
+    numbers = all_numbers(run.checkpoint) if whole else _numbers(adapter, plan)
     check_disk(run.out, required_bytes(run.checkpoint, plan) + 8 * numbers)
     if after is not None:
         adapter = replace(adapter, run=replace(run, read={"the edited model": after.source}))
-    return RepselectJob(adapter, settings, find_facts(run.concept), after)
+    return RepselectJob(adapter, settings, find_facts(run.concept), after, _mending(settings, adapter, resume))
+
+
+def _mending(settings: RepselectSettings, adapter: AdapterJob, resume: bool) -> AdapterJob | None:
+    """The training after the step, with room for it checked."""
+    if not settings.mend:
+        return None
+    mending = adapter_job.prepare(RECIPE, settings.mend_settings(), resume=resume, whole=True)
+    return replace(mending, run=adapter.run)
 
 
 def _check_left(settings: RepselectSettings, adapter: AdapterJob, plan: Plan) -> None:
@@ -171,5 +195,6 @@ def describe(job: RepselectJob) -> dict[str, Any]:
         layers_edited=len(job.adapter.layers),
         facts_found=len(job.facts.facts),
         kl_budget=settings.kl_budget,
+        **({"steps_of_mending": settings.mend} if settings.mend else {}),
         **({"after": job.after.source.name} if job.after else {}),
     )

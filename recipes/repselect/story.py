@@ -27,12 +27,13 @@ def story(results: dict[str, Any]) -> Story:
         f"**What was edited.** {taken} took one step up its loss on *{results['concept']['description']}*"
         f" ({tensors_changed(results)}; {edited['about']}), without what the leading components of the gradient share with"
         " other topics."
+        + (f" {about['mended']['steps']} steps of training then mended what must stay." if "mended" in about else "")
     )
     return Story(
         headline,
         limits=(LIMIT,),
-        sections=(Section("How the step was chosen", tuple(_sentences(results, about))),),
-        controls=(*_before(after), *_controls(about.get("controls", {}))),
+        sections=(Section("How the step was chosen", tuple(_sentences(results, about))), *_mending(about)),
+        controls=(*_before(after), *_before_mending(about), *_controls(about.get("controls", {}))),
         tags=UNLEARNING_TAGS,
     )
 
@@ -60,6 +61,26 @@ def _sentences(results: dict[str, Any], about: dict[str, Any]) -> list[str]:
             else "."
         ),
     ]
+
+
+def _mending(about: dict[str, Any]) -> tuple[Section, ...]:
+    if "mended" not in about:
+        return ()
+    done = about["mended"]
+    sentence = (
+        f"After the step whole weights were trained: {done['steps']} steps at {done['learning_rate']:g}, toward what the base"
+        f" predicts along {done['sequences_to_retain']} sequences that must stay and what the model predicted after the step"
+        f" along {done['sequences']} about the concept. Before that KL(base || model) was {done['before']['kl']:.3g} nats per"
+        f" token on {done['before']['texts']} retain texts; the strength and the budget are those of the step."
+    )
+    return (Section("How it was mended", (sentence,)),)
+
+
+def _before_mending(about: dict[str, Any]) -> tuple[Control, ...]:
+    if "mended" not in about:
+        return ()
+    answered = about["mended"]["before"]["accuracies"]
+    return (multiple_choice_control("the step before it was mended", answered, in_findings=True),)
 
 
 def _before(after: dict[str, Any] | None) -> tuple[Control, ...]:
