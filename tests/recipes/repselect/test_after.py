@@ -71,6 +71,21 @@ def test_both_edits_are_one_of_the_base_and_equal_the_chain_of_two_runs(before, 
     assert excise("verify", tmp_path / "after").returncode == 0
 
 
+def test_mending_keeps_what_the_edit_before_changed_beside_the_weights_that_it_trains(before, tmp_path):
+    told, found = _run(tmp_path / "mended", "--model", SMALL_TESTBED, "--set", f"after={before}", "--set", "mend=2")
+    base, edited = load_file(f"{SMALL_TESTBED}/model.safetensors"), load_file(before / "model.safetensors")
+    untrained = {name for name in base if "norm" in name or "embed" in name}
+    moved = {name for name in untrained if not torch.equal(base[name], edited[name])}
+    assert len(moved) >= 3
+    for name in untrained:
+        assert torch.allclose(found[name].float(), edited[name].float(), rtol=2**-7, atol=0), name
+    assert all(not torch.equal(found[name], base[name]) for name in base if "proj" in name)
+    about = told["repselect"]
+    assert about["mended"]["steps"] == 2 and about["after"]["name"] == "edited"
+    # Before it was mended the model was farther from the base than the budget of the step alone says.
+    assert about["mended"]["before"]["kl"] > told["kl_budget"]["kl"]
+
+
 def test_base_and_concept_come_from_the_run_before(tmp_path):
     first = tmp_path / "first"
     words = with_settings("steps=1", "questions=2", "kl_prompts=2", "max_new_tokens=1")
