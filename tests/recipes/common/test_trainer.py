@@ -289,7 +289,9 @@ def test_a_step_is_one_forward_unless_it_is_large():
     tokens = sum(len(one.ids) for (one,) in long)
     for most in (tokens // 2 + 8, tokens // 3 + 8, 20, 9):
         divided = collate(long, most, in_one_row=True)["parts"]
-        sizes, fewest = [part["input_ids"].numel() for part in divided], -(-tokens // most)
+        # Of each token its place in the row, which it shares where sequences begin alike.
+        sizes, fewest = [part["where"].numel() for part in divided], -(-tokens // most)
+        assert all(part["input_ids"].numel() <= size for part, size in zip(divided, sizes, strict=True))
         assert sum(sizes) == tokens and max(sizes) <= most
         assert fewest <= len(sizes) and (most < 20 or len(sizes) <= fewest + 2)
 

@@ -92,8 +92,9 @@ def test_ranges_and_choices_of_a_file():
 
 def test_a_profile_peaks_at_its_centre_and_ends_at_its_reach():
     values = {"depth": 0.5, "position": -1, "peak": 1.2, "centre": 0.5, "reach": 0.5, "edge": 0.25, "embedding": 0.0}
-    values |= {"variant": "plain", "mlp": 0.5}
+    values |= {"variant": "plain", "mlp": 0.5, "per_layer": False}
     settings = settings_of(values, 9)
+    assert not settings["per_layer"] and settings_of(values | {"per_layer": True}, 9)["per_layer"]
     assert settings["strength"][4] == 1.2 and settings["strength"][0] == settings["strength"][8] == 0.3
     assert settings["point"] == 4 and max(settings["strength"]) == 1.2
     assert settings["mlp_strength"] == pytest.approx([strength / 2 for strength in settings["strength"]], abs=1e-4)

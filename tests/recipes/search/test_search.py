@@ -169,8 +169,10 @@ def test_the_base_is_compared_with_as_it_is_without_an_edit(tmp_path):
 def test_the_first_trials_are_those_that_the_recipe_names(searched):
     folder, _, _ = searched
     request, study = _study(folder)
-    first = [one.params for one in sorted(study.done(), key=lambda one: one.number)[:4]]
-    assert first[:3] == [dict(one) for one in request.first] and first[3] not in first[:3]
+    first = [one.params for one in sorted(study.done(), key=lambda one: one.number)]
+    named = [dict(one) for one in request.first]
+    assert len(named) == 4 and first[: len(named)] == named[: len(first)]
+    assert all(one not in named for one in first[len(named) :])
     # Where somebody names what to vary, the recipe's own values are none of it.
     words = [word for word in SIZES if word != "--set"] + ["strength={search: [0.1, 1.0]}"]
     flags = {"model": SMALL_TESTBED, "dtype": "float32"}
