@@ -58,6 +58,13 @@ class RunSettings(PromptSettings):
         """
         return self
 
+    def check_searchable(self) -> None:
+        """Raise unless a search can try these settings.
+
+        Raises:
+            RequestError: What a search turns would not be the whole edit.
+        """
+
     def published(self, *left_out: str) -> dict[str, Any]:
         """Settings as they may be published: of a local path the last part."""
         plain = self.model_dump(mode="json", exclude=set(left_out))

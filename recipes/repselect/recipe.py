@@ -17,7 +17,7 @@ from ...artifacts.events import Events, Stage
 from ...artifacts.models.load import LoadedModel, load_model
 from ...editing.edits.base import WeightEdit
 from ...editing.edits.dense import Delta, DenseUpdate
-from ...editing.errors import EditError, RequestError
+from ...editing.errors import EditError
 from ...editing.modules import is_conv1d
 from ...editing.numerics.spectrum import leading_components, reshaped
 from ...editing.training.adapters import attach, detach
@@ -119,13 +119,7 @@ def _warnings(about: dict[str, Any]) -> list[str]:
 
 def learn(job: RepselectJob, loaded: LoadedModel, events: Events, work: Path, _: dict[str, Any]) -> WeightEdit:
     """The edit alone, for a search; the base is unchanged afterwards."""
-    if job.after is not None:
-        raise RequestError(
-            "a search turns the strength of a whole edit, and with after only the step has one; search without after,"
-            " with the edited model as --model"
-        )
-    if job.mending is not None:
-        raise RequestError("a search turns the strength of the step, which mend follows; search with mend=0")
+    job.settings.check_searchable()
     return _learn(job, loaded, work, events).edit
 
 

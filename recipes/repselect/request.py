@@ -82,6 +82,20 @@ class RepselectSettings(MeasuredSettings):
         """Base and concept from the record of the run that made ``after``, where they were not given."""
         return self.model_copy(update=of_its_run(self, self.after)) if self.after else self
 
+    def check_searchable(self) -> None:
+        """Raise unless the step is the whole edit.
+
+        Raises:
+            RequestError: It goes on from another edit, or is mended.
+        """
+        if self.after is not None:
+            raise RequestError(
+                "a search turns the strength of a whole edit, and with after only the step has one; search without after,"
+                " with the edited model as --model"
+            )
+        if self.mend:
+            raise RequestError("a search turns the strength of the step, which mend follows; search with mend=0")
+
     def adversary_settings(self) -> AdapterSettings:
         """How the adapters are trained. The number of steps is known once the texts are read."""
         return AdapterSettings(

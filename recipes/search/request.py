@@ -59,7 +59,9 @@ class Request:
     def job_with(self, settings: Mapping[str, Any], folder: Path) -> Any:
         """What the recipe prepares for a trial; checks it as a run of its own would be."""
         shared = self.base.model_dump(exclude_unset=True) | {"out": folder, "items": "search"}
-        return self.module.prepare(load_settings(type(self.base), None, [], {**shared, **settings}), resume=False)
+        chosen = load_settings(type(self.base), None, [], {**shared, **settings})
+        chosen.check_searchable()
+        return self.module.prepare(chosen, resume=False)
 
 
 class _Record(Form):
@@ -112,6 +114,7 @@ def prepare(
     fixed = {key: value for key, value in (ready.fixed if ready else {}).items() if key not in base.model_fields_set}
     changes: dict[str, Any] = {**fixed, "items": "search", "out": folder / "trials" / "0"}
     base = load_settings(type(base), None, [], base.model_dump(exclude_unset=True) | changes)
+    base.check_searchable()
     job = measured_job_of(module.prepare(base, resume=False))
     rules = Rules(
         tuple(map(objective, tuple(objectives) or _usual_objectives(recipe, ready, job))), tuple(map(guard, guards))

@@ -13,6 +13,7 @@ from excise.editing.errors import RequestError
 from excise.recipes.common import adapter_run, kl_budget
 from excise.recipes.distill.training import Distillation
 from excise.recipes.repselect.recipe import RepselectSettings, _step_of_base, describe, learn, memory, prepare, run
+from excise.recipes.search.request import prepare as search
 from helpers import SMALL_TESTBED, excise
 from safetensors.torch import load_file
 
@@ -119,3 +120,11 @@ def test_a_search_refuses_it_in_one_line(tmp_path):
     with pytest.raises(RequestError, match="search with mend=0") as caught:
         learn(job, loaded, Events(), tmp_path, {})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("setting", "told"), [("mend=4", "search with mend=0"), ("after=x", "search without after")])
+def test_a_search_says_so_before_it_loads_a_model(setting, told, tmp_path):
+    flags = {"model": SMALL_TESTBED, "dtype": "float32"}
+    with pytest.raises(RequestError, match=told):
+        search("repselect", tmp_path / "x", assignments=[setting], flags=flags, write=False)
+    assert search("repselect", tmp_path / "x", assignments=["mend=0"], flags=flags, write=False).base.mend == 0
