@@ -1,6 +1,7 @@
 """What a command does before and after its work: quiet libraries, progress on stderr, settings, what to type next."""
 
 import gc
+import json
 import os
 import shlex
 import sys
@@ -174,10 +175,22 @@ def after_run(settings: Any, results: dict[str, Any]) -> list[str]:
     commands = [["excise", "chat", str(settings.out), *base]]
     if settings.budget == "quick":
         again = ["excise", "run", results["run"]["recipe"], "--model", settings.model, "--concept", settings.concept]
-        commands.append([*again, "--budget", "standard"])
+        commands.append([*again, "--budget", "standard", *_given(settings)])
     commands.append(_audit(str(settings.out), settings.concept, settings.model, settings.reference))
     commands.append(["excise", "push", str(settings.out), "OWNER/NAME", "--dry-run"])
     return [shlex.join(command) for command in commands]
+
+
+def _given(settings: Any) -> list[str]:
+    """Flags for what is neither the default nor the budget's."""
+    usual = {key: field.default for key, field in type(settings).model_fields.items()} | settings.set_by(
+        settings.budget
+    )
+    named = {"model", "concept", "out", "budget"}
+    values = settings.model_dump(mode="json")
+    chosen = [key for key in values if key not in named and getattr(settings, key) != usual[key]]
+    said = {key: values[key] if isinstance(values[key], str) else json.dumps(values[key]) for key in chosen}
+    return [word for key in chosen for word in ("--set", f"{key}={said[key]}")]
 
 
 def after_audit(settings: Any) -> list[str]:

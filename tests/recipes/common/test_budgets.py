@@ -5,6 +5,7 @@ import importlib
 import pytest
 from excise.artifacts.reporting.findings import _quick
 from excise.recipes import RECIPES
+from excise.recipes.commands.session import after_run
 from excise.recipes.common.budgets import MEASURED
 from excise.recipes.common.settings import load_settings
 from helpers import SMALL_TESTBED, excise, run_once, with_settings
@@ -37,6 +38,20 @@ def test_settings_that_are_given_win_over_the_budget_and_over_a_preset():
     chosen = load_settings(_kind("elm"), None, ["steps=7", "preset=paper"], {"budget": "quick", "max_new_tokens": 5})
     assert (chosen.steps, chosen.max_new_tokens, chosen.rank) == (7, 5, 4)
     assert (chosen.batch_size, chosen.max_contexts, chosen.questions) == (4, 240, 60)
+
+
+def test_the_command_that_takes_more_time_keeps_what_was_asked_for():
+    words = ["after=runs/elm-1", "kl_budget=0.1", "texts=40", "layers=4-7"]
+    chosen = load_settings(
+        _kind("repselect"), None, words, {"budget": "quick", "model": "m", "concept": "c", "out": "o"}
+    )
+    results = {"base": {"kind": "local", "name": "m"}, "run": {"recipe": "repselect"}}
+    (again,) = [command for command in after_run(chosen, results) if "--budget standard" in command]
+    assert again.startswith("excise run repselect --model m --concept c --budget standard ")
+    given = again.partition("standard ")[2]
+    assert sorted(given.split("--set ")[1:]) == ["after=runs/elm-1 ", "kl_budget=0.1 ", "layers=4-7 ", "texts=40"]
+    plain = load_settings(_kind("repselect"), None, [], {"budget": "quick", "model": "m", "concept": "c", "out": "o"})
+    assert after_run(plain, results)[1].endswith("--budget standard")
 
 
 def test_a_wrong_budget_is_one_line():
