@@ -1,7 +1,6 @@
 """What a command does before and after its work: quiet libraries, progress on stderr, settings, what to type next."""
 
 import gc
-import json
 import os
 import shlex
 import sys
@@ -183,14 +182,15 @@ def after_run(settings: Any, results: dict[str, Any]) -> list[str]:
 
 def _given(settings: Any) -> list[str]:
     """Flags for what is neither the default nor the budget's."""
+    from ..common.settings import as_flags
+
     usual = {key: field.default for key, field in type(settings).model_fields.items()} | settings.set_by(
         settings.budget
     )
     named = {"model", "concept", "out", "budget"}
     values = settings.model_dump(mode="json")
-    chosen = [key for key in values if key not in named and getattr(settings, key) != usual[key]]
-    said = {key: values[key] if isinstance(values[key], str) else json.dumps(values[key]) for key in chosen}
-    return [word for key in chosen for word in ("--set", f"{key}={said[key]}")]
+    chosen = {key: value for key, value in values.items() if key not in named and getattr(settings, key) != usual[key]}
+    return as_flags(chosen)
 
 
 def after_audit(settings: Any) -> list[str]:

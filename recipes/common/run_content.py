@@ -1,6 +1,5 @@
 """Everything that ``eval.json`` holds of a run beside its measurements."""
 
-import json
 from typing import Any
 
 from ...artifacts.checkpoints.export import Export
@@ -10,6 +9,7 @@ from ...editing.edits.base import WeightEdit
 from ...eval.items import measured_on
 from .kl_budget import RECORD
 from .measured_job import Job, derived_row
+from .settings import as_flags
 
 
 def run_content(
@@ -73,8 +73,5 @@ def _command(job: Job, published_settings: dict[str, Any]) -> str:
     fields = type(job.settings).model_fields
     words = ["excise", "run", job.recipe, "--model", job.source.address, "--concept", job.concept.ref]
     words += ["--seed", str(job.settings.seed)]
-    for key, value in published_settings.items():
-        if key != "seed" and value != fields[key].default:
-            # JSON is YAML too, so ``--set`` reads such a value back.
-            words += ["--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}"]
-    return " ".join(words)
+    chosen = {k: value for k, value in published_settings.items() if k != "seed" and value != fields[k].default}
+    return " ".join([*words, *as_flags(chosen)])

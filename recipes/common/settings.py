@@ -1,8 +1,9 @@
 """Settings of a recipe from a YAML file and ``key=value`` flags, with every mistake found at once."""
 
+import json
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -156,6 +157,18 @@ def _from_assignments(assignments: list[str], problems: list[str]) -> Assignment
         except Unreadable as error:
             problems.append(f"--set {text:.200}: the value cannot be read: {error}")
     return parsed
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Settings as the words of a command that reads them back.
+
+    Example:
+        >>> as_flags({"layers": "4-7", "rank": 8})
+        ['--set', 'layers=4-7', '--set', 'rank=8']
+    """
+    # JSON is YAML too, so ``--set`` reads such a value back.
+    said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return [word for key, value in said.items() for word in ("--set", f"{key}={value}")]
 
 
 def _from_flags(flags: dict[str, Any]) -> Assignments:
