@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from excise.artifacts.checkpoints.manifest import amend_folder
 from excise.artifacts.checkpoints.read import open_checkpoint
 from excise.artifacts.models.find import find_model
 from excise.artifacts.progress import PlainLines
+from excise.cli import SPINS
 from excise.editing.errors import RequestError
 from excise.recipes.chat import recorded_base
 from excise.recipes.commands.failures import Interrupted, explained, interruptible
@@ -306,3 +308,15 @@ def _one_after_the_other(commands):
     words = json.dumps([["excise", *map(str, command)] for command in commands])
     codes, modules = in_fresh_process(code, words, cold=True)
     return codes, modules
+
+
+@pytest.mark.parametrize(("given", "held"), [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_that_wait_soon_sleep_unless_the_user_said_otherwise(given, held):
+    """OpenMP reads it while torch is imported."""
+    script = (
+        "import os, sys; from excise import cli; cli._divide = lambda _: print(os.environ['GOMP_SPINCOUNT'],"
+        " 'torch' in sys.modules); sys.argv = ['excise', '--version']; cli.main()"
+    )
+    inherited = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**inherited, **given})
+    assert done.stdout.splitlines()[0] == f"{held} False", done.stderr

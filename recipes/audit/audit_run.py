@@ -25,7 +25,7 @@ from .formats import FormatQuestions
 from .locked import lock_of
 from .locked_control import locked_control
 from .novel_facts import novel_concept
-from .parts import UNTRAINED, Part, by_method
+from .parts import PARTS, UNTRAINED, Part, by_method
 from .request import MADE_FROM_BASE, AuditJob, format_questions, other_questions, questions_at_looks
 from .suppressed_control import suppressed_control
 
@@ -48,13 +48,14 @@ class AuditRun:
     """One audit: its job, the curves so far, and where progress goes."""
 
     def __init__(self, job: AuditJob, events: Events, part: Part | None = None):
-        """``part`` is all that is attacked here, beside other processes in the same folder; by default everything is."""
+        """``part`` is all that is attacked here, beside other processes in the same folder; by default everything is. A
+        worker is given one part after the other."""
         self.job, self.events, self.part = job, events, part
         models = {f"the {name} model": source for name, source in job.sources.items()}
         inputs = checksums(job.settings, models, job.concept)
         self.work: Path = start_folder(job.out, "audit", job.settings, inputs, alone=part is None)
         self.curves = CurveStore(self.work / CURVES, _earlier_curves(job))
-        self.scratch = self.work / "parts" / part.name if part else self.work
+        self.scratch = self.work / PARTS / part.name if part else self.work
         """For the trainer's files."""
         events.path = part.events(self.work) if part else job.out / "events.jsonl"
         events.path.parent.mkdir(exist_ok=True)

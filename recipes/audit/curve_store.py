@@ -184,6 +184,16 @@ class CurveStore:
         finally:
             lock.release()
 
+    @contextmanager
+    def alone_at(self, name: str) -> Iterator[bool]:
+        """Whether no other worker is at a part of the audit; while this lasts, none begins it."""
+        lock = Lock.take(self.folder / f"part-{name}.lock")
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None:
+                lock.release()
+
     def reuse(self, subject: str, name: str, beside: Sequence[str] = ()) -> None:
         """Take one over from an earlier audit, if that stored it."""
         if self.earlier is None or self.has(subject, name):

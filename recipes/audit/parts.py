@@ -10,6 +10,8 @@ from .request import MADE_FROM_BASE, AuditJob
 
 UNTRAINED = "untrained"
 """In place of a method: the model as it is, and the attacks that train nothing."""
+PARTS = "parts"
+"""Folder, in the working folder of an audit, with what its processes tell and their trainers' files."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,12 @@ class Part:
 
     def events(self, work: Path) -> Path:
         """Where it tells its progress."""
-        return work / "parts" / f"{self.name}.jsonl"
+        return work / PARTS / f"{self.name}.jsonl"
+
+
+def events_of_parts(work: Path) -> list[Path]:
+    """What the processes of an audit told so far."""
+    return sorted((work / PARTS).glob("*.jsonl"))
 
 
 def parts_of(job: AuditJob) -> list[Part]:

@@ -12,20 +12,21 @@ from typing import Any
 from ...artifacts.event_log import gather_events
 from ...artifacts.events import Events
 from ...editing.errors import ExciseError
-from ..jobs.engines import Engine
-from ..jobs.job import Job
+from ..jobs.board import board
+from ..jobs.engines import Engine, Local
 from ..jobs.run import run_jobs
 from .anatomy import anatomy_of
 from .audit_run import AuditRun
 from .behaviour_results import conclude_behaviour
 from .behaviour_run import attack_behaviour
 from .depth import depth_of
-from .parts import Part, part_called, parts_of
+from .parts import events_of_parts, part_called, parts_of
 from .plan import describe, memory
 from .request import AuditJob, AuditSettings, prepare
 from .results import conclude, write_results
+from .workers import is_worker, job_of, parts_for, processes_for, workers_of
 
-__all__ = ["AuditJob", "AuditSettings", "describe", "memory", "prepare", "run", "run_part", "run_split"]
+__all__ = ["AuditJob", "AuditSettings", "describe", "memory", "prepare", "run", "run_beside", "run_part", "run_split"]
 
 
 def run(job: AuditJob, events: Events) -> dict[str, Any]:
@@ -42,8 +43,19 @@ def run(job: AuditJob, events: Events) -> dict[str, Any]:
     return _concluded(audit)
 
 
+def run_beside(job: AuditJob, events: Events, again: str) -> dict[str, Any]:
+    """The same, in as many processes as are fastest on this machine: one where nothing is gained."""
+    count = processes_for(job)
+    if count == 1:
+        return run(job, events)
+    events.note(f"{count} processes attack beside each other; --jobs local:1 takes one")
+    return run_split(job, events, Local(count), again)
+
+
 def run_split(job: AuditJob, events: Events, engine: Engine, again: str) -> dict[str, Any]:
     """The same, in parts that an engine runs beside each other; curves, and so the results, are those of ``run``.
+
+    Processes of this machine take one part after the other; on a cluster each part is a job.
 
     Args:
         again: The command that goes on after an interrupt or a failure.
@@ -54,35 +66,36 @@ def run_split(job: AuditJob, events: Events, engine: Engine, again: str) -> dict
     audit = AuditRun(job, events)
     if not job.settings.fresh:
         audit.reuse_earlier_curves()
-    parts = [part for part in parts_of(job) if not audit.is_done(part)]
-    outcomes = run_jobs([_job_of(job, audit, part) for part in parts], engine, audit.work, again=again)
-    gather_events([part.events(audit.work) for part in parts_of(job)], job.out / "events.jsonl")
+    if isinstance(engine, Local):
+        jobs = workers_of(job, audit, engine.at_once)
+    else:
+        jobs = [job_of(job, audit, part.name) for part in parts_of(job) if not audit.is_done(part)]
+    outcomes = run_jobs(jobs, engine, audit.work, again=again, shown=board(stages=isinstance(engine, Local)))
+    gather_events(events_of_parts(audit.work), job.out / "events.jsonl")
     if failed := [outcome for outcome in outcomes if outcome.failed]:
         first = failed[0]
         raise ExciseError(
-            f"{len(failed)} of {len(outcomes)} parts of the audit failed; {first.job.name}: {first.error} (log:"
-            f" {first.log}). The other parts are kept; then go on with {again}"
+            f"{len(failed)} of {len(outcomes)} {'processes' if isinstance(engine, Local) else 'parts'} of the audit failed;"
+            f" {first.job.name}: {first.error} (log: {first.log}). What was made is kept; then go on with {again}"
         )
     return _concluded(audit)
 
 
 def run_part(job: AuditJob, events: Events, name: str) -> dict[str, Any]:
-    """One part alone, for ``run_split``; its curves stay in the working folder.
+    """One part alone, for ``run_split``, or, of a worker, all that no other is at; curves stay in the working folder.
 
     Raises:
         RequestError: The audit has no such part.
     """
+    if is_worker(name):
+        for audit in parts_for(job, events, name):
+            _attack_part(audit)
+        return {"part": name}
     part = part_called(job, name)
     audit = AuditRun(job, events, part)
     if not audit.is_done(part):
-        # Without a model that never knew the concept, the floor is made from the base, as the suppressed control is.
-        _attack(audit, part.subject if part.subject in job.sources else "base")
+        _attack_part(audit)
     return {"part": name}
-
-
-def _job_of(job: AuditJob, audit: AuditRun, part: Part) -> Job:
-    command = ("audit", job.settings.model, "--out", str(job.out), "--resume", "--part", part.name)
-    return Job(part.name, command, job.out, own_folder=False, events=part.events(audit.work))
 
 
 def _concluded(audit: AuditRun) -> dict[str, Any]:
@@ -95,6 +108,13 @@ def _concluded(audit: AuditRun) -> dict[str, Any]:
     write_results(audit.job, results)
     shutil.rmtree(audit.work)
     return results
+
+
+def _attack_part(audit: AuditRun) -> None:
+    """The part of this process."""
+    assert audit.part is not None
+    # Without a model that never knew the concept, the floor is made from the base, as the suppressed control is.
+    _attack(audit, audit.part.subject if audit.part.subject in audit.job.sources else "base")
 
 
 def _attack(audit: AuditRun, subject: str) -> None:

@@ -180,17 +180,19 @@ def audit(
         say("\n" + next_steps(commands))
 
 
-def _in_parts(jobs: str | None, part: str | None) -> Callable[[AuditJob, Events, str], Any] | None:
-    """How an audit runs that is not one process: split up on an engine, or as one of the parts."""
+def _in_parts(jobs: str | None, part: str | None) -> Callable[[AuditJob, Events, str], Any]:
+    """How an audit runs: split up on an engine, as one of the parts, or in as many processes as are fastest."""
     from ..audit import recipe
 
     if part:
         return lambda job, events, _: recipe.run_part(job, events, part)
     if not jobs:
-        return None
-    from ..jobs.engines import parse_engine
+        return recipe.run_beside
+    from ..jobs.engines import Local, parse_engine
 
     engine = parse_engine(jobs)
+    if engine == Local(1):
+        return lambda job, events, _: recipe.run(job, events)
     return lambda job, events, again: recipe.run_split(job, events, engine, again)
 
 

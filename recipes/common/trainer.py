@@ -19,7 +19,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from ...artifacts.events import Stage
 from ...artifacts.files.written import SEAL, files_in, seal_files
-from ...artifacts.models.load import bfloat16_is_fast
 from ...editing.errors import ExciseError, OutOfMemory, one_line
 from ...editing.modules import causal_model
 from ...editing.numerics.out_of_memory import give_back, memory_ran_out
@@ -428,9 +427,13 @@ FSDP = {"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": "SHARDED
 
 
 def precision(device: torch.device, half: bool) -> dict[str, bool]:
-    """In what products are computed while training; ``half`` says that frozen weights are in float16."""
+    """What the library does about types; ``half`` says that frozen weights are in float16.
+
+    Else nothing: products are computed in the type that the model was loaded in. The library would compute what calls the
+    whole model in bfloat16 wherever that is fast, also where the user asked for float32, and not what calls its decoder.
+    """
     # With fp16 the library scales the loss, because gradients below 6e-8 are 0 in it; it can on CUDA alone.
-    return {"fp16": half and device.type == "cuda", "bf16": bfloat16_is_fast(device) and not half}
+    return {"fp16": half and device.type == "cuda", "bf16": False}
 
 
 def _grouped(groups: Sequence[Group], schedule: Schedule) -> torch.optim.Optimizer:

@@ -148,6 +148,10 @@ class JobFolder:
         with _told(self.folder / "order.json"):
             return list(validated(_Order, read_object(self.folder / "order.json")).names)
 
+    def is_finished(self, name: str) -> bool:
+        """Whether a job of this name was run here and ended well."""
+        return self._path(name).is_file() and self.read(name).state == "finished"
+
     def register(self, jobs: Sequence[Job]) -> None:
         """Begin a record of each new job; those that are there already must be of the same commands.
 

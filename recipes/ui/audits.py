@@ -13,6 +13,8 @@ from ...artifacts.reporting.audit_page import headline_of
 from ...artifacts.reporting.charts import SERIES
 from ...artifacts.runs import Run
 from ...artifacts.upgrade import read_json
+from ..audit.parts import events_of_parts
+from ..common.run_folder import WORK
 from .frame import Audit, Workbench, base_of, frame, known, say
 
 EVERY = 1.0
@@ -95,7 +97,7 @@ def watch_page(bench: Workbench, name: str) -> None:
         drawn: dict[str, Any] = {}
 
         def look() -> None:
-            events = _events(folder / "events.jsonl")
+            events = _events(folder)
             for attack, series in recovery(events).items():
                 if attack not in drawn:
                     with charts, ui.element("figure"):
@@ -160,8 +162,12 @@ def recovery(events: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[flo
     }
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
-    return read_events(path) if path.is_file() else []
+def _events(folder: Path) -> list[dict[str, Any]]:
+    """What an audit told so far; processes that share it tell each in a file of its own, until it ends."""
+    files = [folder / "events.jsonl", *events_of_parts(folder / WORK)]
+    # A file may go between the look and the reading: the audit has ended.
+    events = [event for path in files if path.is_file() for event in read_events(path)]
+    return sorted(events, key=lambda event: event.get("time", 0.0))
 
 
 def _chart() -> dict[str, Any]:

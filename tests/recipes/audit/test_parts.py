@@ -7,13 +7,16 @@ import time
 import pytest
 from excise.artifacts.events import Events
 from excise.editing.errors import RequestError
-from excise.recipes.audit import locked_control
+from excise.recipes.audit import locked_control, workers
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit.attackers import AttackTraining
 from excise.recipes.audit.attacks.table import BUDGETS, Budget
+from excise.recipes.audit.audit_run import AuditRun
 from excise.recipes.audit.curve_store import CurveStore
 from excise.recipes.audit.locked import locked_control as locked_control_of
 from excise.recipes.audit.parts import UNTRAINED, Part, part_called, parts_of
+from excise.recipes.audit.workers import parts_for, workers_of
+from excise.recipes.jobs.job import JobFolder
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise
 
 ATTACKS = ("few_shot", "rtt", "soft_prompt", "int8")
@@ -77,7 +80,56 @@ def test_an_audit_in_parts_gives_the_figures_of_one_process(tmp_path):
         for name in ("one", "parts")
     ]
     assert stages[0] == stages[1]
-    assert parts.stderr.count("finished after") == 3
+    # Two workers, which take the parts one after the other.
+    assert parts.stderr.count("finished after") == 2 and "worker-1: load " in parts.stderr
+
+
+def test_a_worker_takes_what_nobody_is_at_and_what_another_left_undone(tmp_path):
+    settings = audit.AuditSettings(
+        **{**SETTINGS, "attacks": ("few_shot",)}, questions=20, fresh=True, out=tmp_path / "a"
+    )
+    job = audit.prepare(settings)
+    whole = AuditRun(job, Events())
+    assert [each.name for each in workers_of(job, whole, 2)] == ["worker-1", "worker-2"]
+    first, second = (parts_for(job, Events(), name) for name in ("worker-1", "worker-2"))
+    taken = [next(worker).part for worker in (first, second)]
+    assert taken == parts_of(job)[:2]
+    # The second dies in its part, so that the first goes on with it, and a new one begins with what is left.
+    second.close()
+    assert next(first).part == taken[1]
+    assert next(parts_for(job, Events(), "worker-3")).part == taken[0]
+
+
+def test_a_worker_that_ended_well_is_not_needed_again_but_another_one_may_be(tmp_path):
+    settings = audit.AuditSettings(
+        **{**SETTINGS, "attacks": ("few_shot",)}, questions=20, fresh=True, out=tmp_path / "a"
+    )
+    job = audit.prepare(settings)
+    whole = AuditRun(job, Events())
+    records = JobFolder(whole.work)
+    records.register(workers_of(job, whole, 2))
+    records.update("worker-1", state="finished")
+    records.update("worker-2", state="failed")
+    # A record that says finished would be skipped, and nobody would make what is left.
+    assert [each.name for each in workers_of(job, whole, 2)] == ["worker-2", "worker-3"]
+    assert len(workers_of(job, whole, 20)) == len(parts_of(job))
+
+
+def test_an_audit_takes_several_processes_only_where_they_make_it_faster(tmp_path, monkeypatch):
+    def processes(**chosen):
+        settings = {**SETTINGS, "attacks": ("rtt", "int8"), "questions": 20, **chosen}
+        return workers.processes_for(audit.prepare(audit.AuditSettings(**settings, out=tmp_path / "a")))
+
+    monkeypatch.setattr(workers, "threads_each", lambda _: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    # The small test model is audited before another process has begun.
+    assert processes() == 1
+    monkeypatch.setattr(workers, "FEWEST_PARAMETERS", 0)
+    assert processes() == 4 and processes(attacks=("few_shot", "int8")) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert processes() == 2
+    monkeypatch.setattr(workers, "SHARE", 1e-9)
+    assert processes() == 1
 
 
 def test_attackers_that_train_in_parts_get_as_far_as_in_one_process_and_none_trains_twice(tmp_path, monkeypatch):

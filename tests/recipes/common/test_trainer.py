@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from excise.artifacts.models import load
 from excise.editing.errors import EditError, ExciseError, RequestError
-from excise.recipes.common import trainer
 from excise.recipes.common.examples import FORWARD, cycled, split_by_length
 from excise.recipes.common.step_parts import add_shares
 from excise.recipes.common.trainer import LAST_GOOD, Group, Schedule, _StepCallback, fit, precision
@@ -79,20 +79,25 @@ def test_what_a_training_held_is_gone_when_it_ends(tmp_path):
     assert held and all(one() is None for one in held)
 
 
-def test_what_a_trained_model_is_asked_is_computed_in_its_own_type(tmp_path, monkeypatch):
-    """Where bfloat16 is fast, the library puts its autocast on the model while it trains."""
-    monkeypatch.setattr(trainer, "bfloat16_is_fast", lambda device: True)
-    model, ids, seen = make_pico("llama"), torch.tensor([[5, 9, 7]]), []
+@pytest.mark.parametrize("reads", [lambda model, ids: model(ids).logits, lambda model, ids: model.model(ids)[0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_trains_in_its_own_type_whether_a_loss_calls_all_of_it_or_its_decoder(
+    reads, dtype, tmp_path, monkeypatch
+):
+    """Where bfloat16 is fast, the library would put its autocast on the whole model's forward alone."""
+    monkeypatch.setattr(load, "bfloat16_is_faster", lambda: True)
+    model, ids, seen = make_pico("llama").to(dtype), torch.tensor([[5, 9, 7]]), []
 
     def loss(model, batch):
-        seen.append(model(ids).logits)
-        return {"any": seen[-1].square().mean()}
+        seen.append(reads(model, ids))
+        return {"any": seen[-1].float().square().mean()}
 
     fit(model, range(4), Stage(), tmp_path, loss, Schedule(2, 2, 1e-3, 0, save_every=0), lambda rows: {"rows": rows})
-    fresh = make_pico("llama")
-    assert not torch.allclose(seen[0], fresh(ids).logits, atol=1e-4), "the autocast was on"
+    fresh = make_pico("llama").to(dtype)
+    assert torch.equal(seen[0], reads(fresh, ids))
     fresh.load_state_dict(model.state_dict())
-    assert torch.equal(model(ids).logits, fresh(ids).logits) and "forward" not in vars(model)
+    assert torch.equal(reads(model, ids), reads(fresh, ids)) and "forward" not in vars(model)
+    assert not torch.equal(seen[0], reads(model, ids))
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole(tmp_path):
@@ -341,7 +346,7 @@ def test_attackers_gradients_are_clipped_without_their_scale():
 
 @pytest.mark.parametrize(
     ("device", "half", "expected"),
-    [("cuda", True, (True, False)), ("cuda", False, (False, True)), ("cpu", True, (False, False))],
+    [("cuda", True, (True, False)), ("cuda", False, (False, False)), ("cpu", True, (False, False))],
 )
 def test_weights_in_float16_train_with_a_scaled_loss_on_cuda_alone(device, half, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=False: True)

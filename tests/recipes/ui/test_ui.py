@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import pytest
 from browser import opened
+from excise.recipes.ui import audits
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, run_on_knowledge, started
 
 pytest.importorskip("nicegui", reason="no nicegui: pip install '.[ui]'")
@@ -215,3 +216,17 @@ def test_a_wrong_request_is_one_line(words, message, tmp_path):
         taken.listen()
         done = excise("ui", *(str(taken.getsockname()[1]) if word == "TAKEN" else word for word in words), cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_running_audit_in_several_processes_shows_the_curves_of_all(tmp_path):
+    parts = tmp_path / ".work" / "parts"
+    parts.mkdir(parents=True)
+    for number, subject in enumerate(("base", "edited")):
+        event = {"time": 2.0 - number, "stage": f"attack {subject}: rtt", "step": 1, "metrics": {"at": 4, "rtt": 0.5}}
+        (parts / f"worker-{number}.jsonl").write_text(json.dumps(event) + "\n")
+    assert audits.recovery(audits._events(tmp_path)) == {"rtt": {"base": [(4, 0.5)], "edited": [(4, 0.5)]}}
+    assert [event["time"] for event in audits._events(tmp_path)] == [1.0, 2.0]
+    # Once the audit has ended, one file tells it all.
+    shutil.rmtree(parts)
+    (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    assert audits.recovery(audits._events(tmp_path)) == {"rtt": {"edited": [(4, 0.5)]}}

@@ -1,0 +1,84 @@
+"""Processes that share an audit: each takes the next part that nobody is at, until none is left.
+
+A process of its own for each part would spend longer on its imports than on the smallest parts.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+
+from ...artifacts.checkpoints.read import open_checkpoint
+from ...artifacts.events import Events
+from ..common.memory_sizes import Unplanned
+from ..jobs.engines import threads_each
+from ..jobs.job import Job, JobFolder
+from .attacks.table import ATTACKS
+from .audit_run import AuditRun
+from .parts import Part, parts_of
+from .plan import memory
+from .request import AuditJob
+
+WORKER = "worker-"
+FEWEST_PARAMETERS = 2_000_000
+"""Below, an audit is done before further processes have made their imports."""
+SHARE = 0.8
+"""Of the free memory that several processes may take; a plan is right to some percent."""
+
+
+def is_worker(name: str) -> bool:
+    """Whether a process is to take any part, not a named one."""
+    return name.startswith(WORKER)
+
+
+def workers_of(job: AuditJob, audit: AuditRun, count: int) -> list[Job]:
+    """Workers for what is left to do, with names that none has who ended well: such a job is not run again."""
+    records = JobFolder(audit.work)
+    left = sum(not audit.is_done(part) for part in parts_of(job))
+    numbered = (f"{WORKER}{number}" for number in range(1, 1 << 30))
+    free = (name for name in numbered if not records.is_finished(name))
+    return [job_of(job, audit, name) for name, _ in zip(free, range(min(count, left)), strict=False)]
+
+
+def job_of(job: AuditJob, audit: AuditRun, name: str) -> Job:
+    """The job of a part or a worker, by its name."""
+    command = ("audit", job.settings.model, "--out", str(job.out), "--resume", "--part", name)
+    return Job(name, command, job.out, own_folder=False, events=Part(name).events(audit.work))
+
+
+def parts_for(job: AuditJob, events: Events, name: str) -> Iterator[AuditRun]:
+    """An audit with one part after the other, for a worker that makes what it is given before it asks for the next."""
+    audit = AuditRun(job, events, Part(name))
+    for part in parts_of(job):
+        if audit.is_done(part):
+            continue
+        with audit.curves.alone_at(part.name) as alone:
+            # Another worker may have made it in the meantime.
+            if alone and not audit.is_done(part):
+                audit.part = part
+                yield audit
+
+
+def processes_for(job: AuditJob) -> int:
+    """How many processes make an audit fastest on a processor: small operations gain little from more threads.
+
+    One on a GPU, for small models, where attacks train nothing, and where memory holds no second process.
+    """
+    training = {ATTACKS[name].method for name in job.attacks if ATTACKS[name].trains}
+    cores = _cores()
+    if job.device.type != "cpu" or cores < 2 or not training:
+        return 1
+    tensors = open_checkpoint(job.sources["base"].folder).tensors.values()
+    if sum(math.prod(tensor.shape) for tensor in tensors) < FEWEST_PARAMETERS:
+        return 1
+    try:
+        plan = memory(job)
+    except Unplanned:
+        return 1
+    fitting = int(SHARE * plan.free / max(1, plan.peak.total))
+    return max(1, min(cores, fitting, len(parts_of(job))))
+
+
+def _cores() -> int:
+    """Cores that this process may use; fewer where the user said so."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return min(threads_each(1), int(given)) if given.isdigit() and int(given) else threads_each(1)
