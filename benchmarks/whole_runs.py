@@ -1,7 +1,7 @@
 """Where the time of whole runs goes: every stage's seconds and tokens, beside what its matrix products alone would take.
 
     python benchmarks/whole_runs.py [elm,orthogonalize,...] [--model builtin:testbed] [--concept PACK] [--set key=value]
-        [--device cpu] [--dtype auto] [--json]
+        [--device cpu] [--dtype auto] [--rounds 3] [--json]
     python benchmarks/whole_runs.py --products [--model builtin:testbed]
 
 Each run is the real command line, in a process of its own and with an empty cache. Stages say themselves how many
@@ -9,8 +9,10 @@ tokens they read (``events.jsonl``). The floor of a stage is the time of the lay
 left out, and of the unembedding's with the positions that are scored, forward and, where there is a gradient, back to
 the inputs; each at the rate that this machine reaches for that product now, with 512 tokens at a time. A ratio of 1
 would be a run that does nothing else. Decoding reads few tokens at a time, at a lower rate than that, and an update of
-whole weights takes one more product. ``audit`` is the quick one of the edit before it. Runs of different machines
-compare by tokens, padding and ratio. ``--products`` runs nothing and times the products alone: in fp32, in bfloat16, and in
+whole weights takes one more product. ``audit`` is the quick one of the edit before it; its processes work beside each
+other, so that its stages may take more seconds than the whole. With ``--rounds`` each run is made so often, one after the
+other in turn, and the table is that of the run with the median time. Runs of different machines compare by tokens,
+padding and ratio. ``--products`` runs nothing and times the products alone: in fp32, in bfloat16, and in
 bfloat16 widened to fp32 for one product, as attackers make them where that is faster.
 """
 
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,21 @@ class StageTime:
 
 
 @dataclass(frozen=True)
+class TimedRun:
+    """A whole command."""
+
+    seconds: float
+    processor: float
+    """What processors worked for it."""
+    stages: list[StageTime]
+
+    def table(self) -> str:
+        """All stages."""
+        header = ["stage", "seconds", "tokens", "padding", "floor", "ratio"]
+        return aligned(header, [one.cells() for one in self.stages], 110)
+
+
+@dataclass(frozen=True)
 class Rate:
     """Seconds of matrix products."""
 
@@ -92,28 +110,43 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=1, help="How often each is run; the median counts.")
     parser.add_argument("--json", action="store_true", help="One object for all runs, to stdout.")
     parser.add_argument("--products", action="store_true", help="Time products in fp32, in bfloat16 and widened.")
     options = parser.parse_args()
     if options.products:
         return print(products(options.model))
-    rate, found, edited = measured_rate(options.model, options.device, options.dtype), {}, None
-    with tempfile.TemporaryDirectory(prefix="excise-whole-runs-") as place:
-        for name in options.runs.split(","):
-            out = Path(place) / name
-            if name == "audit" and edited is None:
-                sys.exit("audit needs the edit of a run before it: elm,audit")
-            whole, processor = run(command(name, out, edited, options), Path(place) / f"{name}-cache")
-            edited = edited if name == "audit" else out
-            found[name] = stages(out / "events.jsonl", whole, rate)
-            if not options.json:
-                header = ["stage", "seconds", "tokens", "padding", "floor", "ratio"]
-                print(
-                    f"\n{name}: {whole:.0f} s, of processors {processor:.0f}\n{aligned(header, [one.cells() for one in found[name]], 110)}",
-                    flush=True,
-                )
+    rate = measured_rate(options.model, options.device, options.dtype)
+    made: dict[str, list[TimedRun]] = {}
+    for number in range(options.rounds):
+        with tempfile.TemporaryDirectory(prefix="excise-whole-runs-") as place:
+            for name, timed in once(options, rate, Path(place)):
+                made.setdefault(name, []).append(timed)
+                if not options.json:
+                    print(f"round {number + 1}: {name} {timed.seconds:.0f} s", flush=True)
+    found = {name: sorted(runs, key=lambda one: one.seconds)[len(runs) // 2] for name, runs in made.items()}
+    if not options.json:
+        for name, one in found.items():
+            print(f"\n{name}: {one.seconds:.0f} s, of processors {one.processor:.0f}{every(made[name])}\n{one.table()}")
     if options.json:
-        print(json.dumps({name: [asdict(one) for one in lines] for name, lines in found.items()}, indent=1))
+        print(json.dumps({name: [asdict(one) for one in timed.stages] for name, timed in found.items()}, indent=1))
+
+
+def once(options: argparse.Namespace, rate: Rate, place: Path) -> Iterator[tuple[str, TimedRun]]:
+    """Each of the runs, one after the other."""
+    edited = None
+    for name in options.runs.split(","):
+        out = place / name
+        if name == "audit" and edited is None:
+            sys.exit("audit needs the edit of a run before it: elm,audit")
+        seconds, processor = run(command(name, out, edited, options), place / f"{name}-cache")
+        edited = edited if name == "audit" else out
+        yield name, TimedRun(seconds, processor, stages(out / "events.jsonl", seconds, rate))
+
+
+def every(runs: Sequence[TimedRun]) -> str:
+    """The times of several runs, of which the median is shown."""
+    return f" (median of {', '.join(f'{one.seconds:.0f}' for one in runs)})" if len(runs) > 1 else ""
 
 
 def command(name: str, out: Path, edited: Path | None, options: argparse.Namespace) -> list[str]:
@@ -158,7 +191,10 @@ def stages(events: Path, whole: float, rate: Rate) -> list[StageTime]:
         for name, counts in sums.items()
     ]
     shown = [line for line in lines if line.seconds >= FEWEST_SECONDS]
-    rest = StageTime("start-up, and the rest", whole - sum(line.seconds for line in shown))
+    spent = sum(line.seconds for line in shown)
+    rest = StageTime(
+        "start-up, and the rest" if spent < whole else "stages of several processes overlap", whole - spent
+    )
     tokens, padding = sum(line.tokens for line in lines), sum(line.padding for line in lines)
     return [*shown, rest, StageTime("whole run", whole, tokens, padding, sum(line.floor for line in lines))]
 
