@@ -7,6 +7,8 @@ from typing import Any, TextIO
 
 SAY_AGAIN = 60.0
 """Seconds between two lines about the same stage, where there is no terminal."""
+NO_LENGTH = 0.05
+"""Seconds below which a stage is a note, which took no time worth telling."""
 COUNTED_BELOW = 1_000_000
 """Totals from here on are bytes, which are shown as a share."""
 
@@ -58,7 +60,8 @@ class Terminal:
             return
         task = self.progress.tasks[0]
         self.progress.stop()
-        self.console.print(f"  {task.description} [dim]{task.elapsed or 0:.1f} s[/dim]", highlight=False)
+        elapsed = f" [dim]{task.elapsed:.1f} s[/dim]" if (task.elapsed or 0) >= NO_LENGTH else ""
+        self.console.print(f"  {task.description}{elapsed}", highlight=False)
         self.progress = None
 
 

@@ -105,10 +105,10 @@ def clock(seconds: float) -> str:
 
 
 def progress(row: Row) -> str:
-    """Stage and step of a row that runs, and how long it says nothing."""
+    """Step and stage of a row that runs, and how long it says nothing; the step first, because a narrow terminal cuts the end."""
     text = row.stage
-    if row.total and row.step is not None:
-        text += f" {min(row.step, row.total)}/{row.total}" if row.total < 1_000_000 else ""
+    if row.total and row.step is not None and row.total < 1_000_000:
+        text = f"{min(row.step, row.total)}/{row.total} {text}"
     if row.state == "running" and row.silent > SILENCE_SHOWN:
         text += f" (no news for {clock(row.silent)})"
     return text or row.more
