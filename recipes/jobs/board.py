@@ -128,6 +128,7 @@ def _event(row: Row) -> str:
 def _table(rows: Sequence[Row], most: int) -> Any:
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     # Those at work first where not all fit.
     places = {"running": 0, "stopped": 1, "failed": 2, "waiting": 3, "finished": 4}
@@ -136,10 +137,11 @@ def _table(rows: Sequence[Row], most: int) -> Any:
     table.add_column(overflow="fold", min_width=12)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
-    table.add_column(no_wrap=True, overflow="ellipsis")
+    # Only what may wrap gives way, the widest first; so the column may, and its texts do not.
+    table.add_column()
     for row in shown:
         seconds = clock(row.seconds) if row.seconds else ""
         text = row.error if row.state == "failed" else progress(row)
-        table.add_row(row.name, row.state, seconds, text)
+        table.add_row(row.name, row.state, seconds, Text(text, no_wrap=True, overflow="ellipsis"))
     left = len(rows) - len(shown)
     return Group(table, f"{len(rows)} jobs: {counts(rows)}" + (f"; {left} not shown" if left else ""))

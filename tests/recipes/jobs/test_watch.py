@@ -136,7 +136,12 @@ def test_boards_say_each_change_once_and_the_error_of_what_failed(tmp_path):
         board.show([Row(f"job-{n}", "waiting") for n in range(200)] + [Row("at-work", "running", long, 3, 9)])
     shown = path.read_text()
     # A narrow terminal cuts the end of a long stage, and shows the step nevertheless.
-    assert "at-work" in shown and "3/9 attack" in shown and long not in shown and "201 jobs: 1 running, 200 waiting" in shown
+    assert (
+        "at-work" in shown
+        and "3/9 attack" in shown
+        and long not in shown
+        and "201 jobs: 1 running, 200 waiting" in shown
+    )
 
 
 def test_events_of_parts_are_gathered_in_the_order_of_their_times(tmp_path):
