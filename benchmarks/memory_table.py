@@ -182,7 +182,7 @@ def audit_plan(config: dict[str, Any], **settings: Any) -> MemoryPlan:
     job: Any = SimpleNamespace(
         sources={"base": source}, device=base.device, dtype=base.dtype, concept=base.concept, attacks=attacks,
         budget=BUDGETS["standard"], optimizer="adamw", settings=base.settings, behaviour=None,
-        suppressed_attacks=attacks, locked_attacks=("rtt",),
+        suppressed_attacks=attacks, locked_attacks=("rtt",), removed_attacks=("rtt",),
     )  # fmt: skip
     return audit.memory(job)
 

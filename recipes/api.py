@@ -305,8 +305,8 @@ def audit(
         resume: Continue the unfinished audit in ``out``.
         progress: Show progress, where the error stream is a terminal.
         **settings: Further settings: ``reference`` (a model that never learned the concept), ``attacks`` (names, where
-            not those of the budget), ``questions`` (of group V, at most), ``locked``, ``seed``, ``device``, ``dtype``,
-            ``fresh``.
+            not those of the budget), ``questions`` (of group V, at most), ``locked``, ``removed``, ``seed``, ``device``,
+            ``dtype``, ``fresh``.
 
     Returns:
         ``verdict``, ``reasons`` and a table with one row for each attack; it shows itself in a notebook.

@@ -13,7 +13,10 @@ from ...eval.statistics import Measurement
 from .results import Row
 from .sections import Figure
 
-SERIES = {"base": "#2456a6", "edited": "#a3312a", "reference": "#0a6b4f", "suppressed": "#8a5f00", "locked": "#6b4a9e"}
+SERIES = {
+    "base": "#2456a6", "edited": "#a3312a", "reference": "#0a6b4f", "suppressed": "#8a5f00", "locked": "#6b4a9e",
+    "removed": "#5a6470",
+}  # fmt: skip
 """A colour for each model, the same everywhere; a page's style sheet has them as variables."""
 INK, FAINT = "#1c2024", "#888888"
 DPI = 150

@@ -32,6 +32,8 @@ class Compared:
     rates: Mapping[str, float]
     locked: RecoveryCurve | None = None
     """The password-locked control under the same attack, without its password."""
+    removed: RecoveryCurve | None = None
+    """The removal control under the same attack."""
     diverged: int = 0
     guessing: float | None = None
     """What whoever guesses scores under it, where that is not the chance of a single choice."""
@@ -147,6 +149,8 @@ class Compared:
             curves["suppressed"] = self.control
         if self.locked:
             curves["locked"] = self.locked
+        if self.removed:
+            curves["removed"] = self.removed
         return [
             {"step": step, "tokens": tokens}
             | {name: float(curve.accuracy[place]) for name, curve in curves.items()}

@@ -19,13 +19,14 @@ from .attack_data import Answers, AttackData, FormatAsking
 from .attackers import AttackTraining
 from .attacks.table import ATTACKS
 from .behaviours.data import BehaviourData
-from .curve_store import CONTROLS, OPENED, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest, one_point
+from .curve_store import CONTROLS, OPENED, TAUGHT, UNTOUCHED, UTILITY, AttackCurves, CurveStore, code_digest, one_point
 from .floor import floor_questions, invented_facts
 from .formats import FormatQuestions
-from .locked import lock_of
 from .locked_control import locked_control
+from .more_controls import lock_of, removal_of
 from .novel_facts import novel_concept
 from .parts import PARTS, UNTRAINED, Part, by_method
+from .removal_control import removal_control
 from .request import MADE_FROM_BASE, AuditJob, format_questions, other_questions, questions_at_looks
 from .suppressed_control import suppressed_control
 
@@ -38,7 +39,7 @@ class Target:
     """A model under attack."""
 
     subject: str
-    """base, edited, suppressed, locked or reference."""
+    """base, edited, suppressed, locked, removed or reference."""
     model: Any
     data: AttackData | BehaviourData
     attacks: tuple[str, ...]
@@ -64,7 +65,7 @@ class AuditRun:
         """Take over what earlier audits measured of base and controls."""
         for subject in CONTROLS:
             attacks = self._attacks_on(subject)
-            for name in (UNTOUCHED, UTILITY, OPENED, *(name for name in attacks if not ATTACKS[name].trains)):
+            for name in (UNTOUCHED, UTILITY, OPENED, TAUGHT, *(name for name in attacks if not ATTACKS[name].trains)):
                 self.curves.reuse(subject, name)
             # Curves of attacks that trained side by side depend on each other's rounding, so they are reused together
             # only.
@@ -73,8 +74,9 @@ class AuditRun:
                     self.curves.reuse(subject, name, self._beside(names))
 
     def _attacks_on(self, subject: str) -> tuple[str, ...]:
-        made = {"suppressed": self.job.suppressed_attacks, "locked": self.job.locked_attacks}
-        return made.get(subject, self.job.attacks)
+        job = self.job
+        made = {"suppressed": job.suppressed_attacks, "locked": job.locked_attacks, "removed": job.removed_attacks}
+        return made.get(subject, job.attacks)
 
     def _beside(self, names: Sequence[str]) -> tuple[str, ...]:
         """What curves of attacks depend on: who trained side by side, and states of an optimizer that are not in full."""
@@ -84,8 +86,11 @@ class AuditRun:
     def is_complete(self, subject: str) -> bool:
         """Whether a model need not be loaded; controls that are made from the base count with it."""
         complete = self._has(subject, self.job.attacks)
-        controls = (self.suppressed_is_complete, self.locked_is_complete, self.reference_is_complete)
-        return complete and (subject != "base" or all(is_complete() for is_complete in controls))
+        controls = {"base": [self.suppressed_is_complete, self.locked_is_complete, self.reference_is_complete]}
+        controls.setdefault("reference" if "reference" in self.job.sources else "base", []).append(
+            self.removed_is_complete
+        )
+        return complete and all(is_complete() for is_complete in controls.get(subject, []))
 
     def load(self, subject: str) -> Target:
         """A model of the request, ready to be attacked."""
@@ -157,17 +162,36 @@ class AuditRun:
 
     def attack_novel_facts(self, base: Target) -> None:
         """Without a model that never knew the concept: the base, attacked about facts that nobody knows."""
-        if self.reference_is_complete():
+        if self.job.reference not in MADE_FROM_BASE:
             return
         assert isinstance(base.data, AttackData)
         job = self.job
         if job.novel:
             data = replace(base.data, concept=job.novel.concept, questions=job.novel.questions, others=())
-            return self.attack(replace(base, subject="reference", data=self._with_formats(data)))
-        facts, forget = invented_facts(job)
-        concept, held_out = novel_concept(job.concept, facts, forget), floor_questions(job)
-        data = replace(base.data, concept=concept, facts=facts, questions=held_out, others=())
-        self.attack(replace(base, subject="reference", data=self._with_formats(data)))
+        else:
+            facts, forget = invented_facts(job)
+            concept, held_out = novel_concept(job.concept, facts, forget), floor_questions(job)
+            data = replace(base.data, concept=concept, facts=facts, questions=held_out, others=())
+        floor = replace(base, subject="reference", data=self._with_formats(data))
+        if not self.reference_is_complete():
+            self.attack(floor)
+        self.attack_removal_control(floor)
+
+    def attack_removal_control(self, floor: Target) -> None:
+        """The model that never knew, taught the concept in known weights, which are then taken out: attacks must find
+        nothing."""
+        if self.removed_is_complete() or not self.wants("removed"):
+            return
+        assert isinstance(floor.data, AttackData)
+        others = questions_at_looks(self.job.concept, self.job.budget.others)
+        with removal_control(floor.model, floor.data, others, self.events, self.scratch / "removed") as removal:
+            rest = {UTILITY: removal.others[1]} if removal.others else {}
+            for name, curve in {UNTOUCHED: removal.left, TAUGHT: removal.taught, **rest}.items():
+                self.curves.put("removed", name, AttackCurves({0.0: curve}, 0))
+            # One that never learned it, or is broken, would show nothing.
+            attacks = () if removal.problem else self.job.removed_attacks
+            data = replace(floor.data, others=(), formats=None)
+            self.attack(replace(floor, subject="removed", data=data, attacks=attacks))
 
     def _with_formats(self, data: AttackData) -> AttackData:
         """The same data, with the questions that are asked in several formats."""
@@ -225,6 +249,8 @@ class AuditRun:
             return self.suppressed_is_complete()
         if part.subject == "locked":
             return self.locked_is_complete()
+        if part.subject == "removed":
+            return self.removed_is_complete()
         attacks = [name for name in self.job.attacks if ATTACKS[name].trains == (part.method != UNTRAINED)]
         if part.method == UNTRAINED:
             return self._has(part.subject, attacks)
@@ -253,6 +279,15 @@ class AuditRun:
             return True
         # Without what the base knows, nothing says why it was not attacked.
         return self.curves.has("base", UNTOUCHED) and lock_of(self.job, self.curves).problem is not None
+
+    def removed_is_complete(self) -> bool:
+        """Whether the removal control was put to all its attacks, or could not be made."""
+        attacks = self.job.removed_attacks
+        if not attacks:
+            return True
+        if not self.curves.has("removed", UNTOUCHED, TAUGHT):
+            return False
+        return self.curves.has("removed", *attacks) or removal_of(self.job, self.curves).problem is not None
 
     def reference_is_complete(self) -> bool:
         """Whether the floor, where it is made from the base, was put to all attacks."""

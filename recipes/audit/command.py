@@ -32,8 +32,9 @@ def command(job: AuditJob, *, public: bool = False) -> str:
         words += ["--questions", str(settings.questions)]
     if settings.dtype != "auto":
         words += ["--dtype", settings.dtype]
-    if settings.locked is not None:
-        words += ["--set", f"locked={str(settings.locked).lower()}"]
+    for name in ("locked", "removed"):
+        if (wanted := getattr(settings, name)) is not None:
+            words += ["--set", f"{name}={str(wanted).lower()}"]
     return shlex.join(words)
 
 

@@ -1,6 +1,6 @@
 """The curves of an audit so far: in its own folder, so that a killed one goes on. Base and controls: in a cache too.
 
-Base, suppressed control and reference are attacked alike in every audit of the same base and concept; the next one
+Base, reference and the controls made of them are attacked alike in every audit of the same base and concept; the next one
 reuses their curves from there. The edited model is always attacked anew.
 """
 
@@ -26,12 +26,14 @@ from ...editing.errors import RequestError
 from ...eval.audit.recovery import Curves, RecoveryCurve
 from ..common import run_inputs
 
-CONTROLS = ("base", "suppressed", "locked", "reference")
+CONTROLS = ("base", "suppressed", "locked", "removed", "reference")
 """Subjects that the edited model is compared with."""
 UNTOUCHED, UTILITY = "untouched", "utility"
 """What is measured without an attack: questions of group V, and questions on everything else."""
 OPENED = "opened"
 """Group V of the password-locked control, asked after the password."""
+TAUGHT = "taught"
+"""Group V of the removal control, while it has what it was taught."""
 PACKAGE = Path(__file__).parents[2]
 COMPUTES = ("editing", "eval", "recipes", "artifacts/models")
 """Folders whose code decides what an attack measures."""

@@ -67,7 +67,7 @@ def locked_control(
     """
     config = model.config.to_dict()
     modules = adapter_modules(model, architecture_of(config), range(layer_count(config)))
-    asked = _Asked(model, data, MultipleChoiceSet(data.tokenizer, others) if others else None)
+    asked = AskedModel(model, data, MultipleChoiceSet(data.tokenizer, others) if others else None)
     base, base_others = asked.of_concept(), asked.of_others()
     with events.stage("train the locked control") as stage:
         # Read from the base, so before anything is put into it.
@@ -93,7 +93,7 @@ def _pair(one: RecoveryCurve | None, other: RecoveryCurve | None) -> tuple[Recov
 
 
 @dataclass(frozen=True)
-class _Asked:
+class AskedModel:
     """The model, asked as it is now."""
 
     model: Any

@@ -44,6 +44,7 @@ def parts_of(job: AuditJob) -> list[Part]:
     controls = [
         *([Part("suppressed")] if job.suppressed_attacks else []),
         *([Part("locked")] if job.locked_attacks else []),
+        *([Part("removed")] if job.removed_attacks else []),
     ]
     return [*controls, *trained, *(Part(subject, UNTRAINED) for subject in subjects)]
 

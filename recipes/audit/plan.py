@@ -13,7 +13,7 @@ from ..common.measured_memory import choosing_bytes
 from ..common.memory_plan import TEMPLATE_TOKENS, MemoryPlan, RunMemory, StageMemory, fit_step
 from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
 from ..common.whole_weights import need_of, products_in
-from . import locked_control, suppressed_control
+from . import locked_control, removal_control, suppressed_control
 from .attack_data import LONGEST_RETAIN, AttackData
 from .attackers import MOST_ATTACKERS, gradients_of_attackers
 from .attacks.prompts import shots, texts_as_hints
@@ -44,8 +44,9 @@ def describe(job: AuditJob) -> dict[str, Any]:
         "floor": job.reference,
         "questions": len(job.behaviour.asked if job.behaviour else job.questions),
         "attacks": list(job.attacks),
-        # Of five models at most: base, edited, suppressed control, password-locked control and reference.
-        "attackers_that_train": sum(_count(job, row) for row in training) * (5 if job.locked_attacks else 4),
+        # Of six models at most: base, edited, reference, and the suppressed, the password-locked and the removal control.
+        "attackers_that_train": sum(_count(job, row) for row in training)
+        * (4 + bool(job.locked_attacks) + bool(job.removed_attacks)),
         "controls": [name for name, attacks in _controls(job).items() if attacks],
         "steps_each": budget.steps,
         "search": [asdict(setup) for row in training if row.searched for setup in budget.setups_of(row, seed).values()],
@@ -54,7 +55,7 @@ def describe(job: AuditJob) -> dict[str, Any]:
 
 
 def _controls(job: AuditJob) -> dict[str, tuple[str, ...]]:
-    return {"suppressed": job.suppressed_attacks, "locked": job.locked_attacks}
+    return {"suppressed": job.suppressed_attacks, "locked": job.locked_attacks, "removed": job.removed_attacks}
 
 
 def _asked(job: AuditJob) -> dict[str, Any]:
@@ -101,6 +102,8 @@ def memory(job: AuditJob) -> MemoryPlan:
         stages.append(_suppressing(job, needs, asked))
     if job.locked_attacks:
         stages.append(_locking(job, needs, asked))
+    if job.removed_attacks:
+        stages.append(_removing(job, needs, asked))
     if job.device.type == "cpu":
         stages.append(_comparing(needs))
     return needs.plan(stages)
@@ -132,6 +135,20 @@ def _locking(job: AuditJob, needs: RunMemory, asked: StageMemory) -> StageMemory
     step = sizes.step(Rows(locked_control.BATCH, longest), Gradients(shape, attackers=1)) + sizes.head(job.device)
     return StageMemory(
         "train the locked control", needs.weights, STATE_BYTES * sizes.adapter(shape), max(step, asked.work)
+    )
+
+
+def _removing(job: AuditJob, needs: RunMemory, asked: StageMemory) -> StageMemory:
+    """The control that learns the concept in one update of all layers, and everything else in another."""
+    sizes = needs.sizes
+    modules = adapter_modules(sizes.model, sizes.row, range(sizes.depth))
+    # Of both together, no more than of one whose rank is theirs.
+    shape = AdapterShape(2 * removal_control.RANK, removal_control.ALPHA, modules)
+    longest = _longest(job, needs, [ATTACKS[name] for name in job.removed_attacks])
+    # Both kinds of sequences are read before either is gone back through.
+    step = sizes.step(Rows(2 * removal_control.BATCH, longest), Gradients(shape, attackers=1)) + sizes.head(job.device)
+    return StageMemory(
+        "train the removal control", needs.weights, STATE_BYTES * sizes.adapter(shape), max(step, asked.work)
     )
 
 

@@ -2,8 +2,8 @@
 
 The subjects: ``base`` knows the concept; ``edited`` is the model in question; ``suppressed`` is the base trained to
 answer wrongly, which attacks must bring back; ``locked``, in longer audits, the base trained to answer rightly only
-after a password; ``reference`` was never trained on the concept (or is the base on made-up
-facts).
+after a password; ``reference`` was never trained on the concept (or is the base on made-up facts); ``removed``, in longer
+audits, the reference, taught the concept in known weights that were then taken out.
 """
 
 import shutil
@@ -114,7 +114,8 @@ def _attack_part(audit: AuditRun) -> None:
     """The part of this process."""
     assert audit.part is not None
     # Without a model that never knew the concept, the floor is made from the base, as the suppressed control is.
-    _attack(audit, audit.part.subject if audit.part.subject in audit.job.sources else "base")
+    source = "reference" if audit.part.subject == "removed" else audit.part.subject
+    _attack(audit, source if source in audit.job.sources else "base")
 
 
 def _attack(audit: AuditRun, subject: str) -> None:
@@ -127,3 +128,5 @@ def _attack(audit: AuditRun, subject: str) -> None:
         audit.attack_suppressed_control(target)
         audit.attack_locked_control(target)
         audit.attack_novel_facts(target)
+    if subject == "reference":
+        audit.attack_removal_control(target)

@@ -72,6 +72,9 @@ class AuditSettings(RunSettings):
     locked: bool | None = None
     """Whether a second control that knows the concept is attacked too: the base, trained to answer rightly only after a
     password. Empty: in a standard or long audit of knowledge."""
+    removed: bool | None = None
+    """Whether a control whose knowledge is surely gone is attacked too: the reference, taught the concept in known weights,
+    which are then taken out. Empty: in a standard or long audit of knowledge."""
     card: bool = False
     """Also write the audit into the checkpoint that excise made: a section of its card, and audit.json."""
     fresh: bool = False
@@ -159,7 +162,23 @@ class AuditJob:
     def locked_attacks(self) -> tuple[str, ...]:
         """The attacks that it is put to: those of the suppressed control that do not see group V, because the others
         teach what was locked. Without any it is not made."""
-        return tuple(name for name in self.suppressed_attacks if self.wants_locked and not ATTACKS[name].known)
+        return self._without_v if self.wants_locked else ()
+
+    @property
+    def wants_removed(self) -> bool:
+        """Whether there is to be a removal control."""
+        wanted = self.budget.removed if self.settings.removed is None else self.settings.removed
+        return wanted and not self.behaviour
+
+    @property
+    def removed_attacks(self) -> tuple[str, ...]:
+        """The attacks that it is put to: those of the password-locked control. It is made of the floor, so guessing has
+        none."""
+        return self._without_v if self.wants_removed and self.reference != GUESSING else ()
+
+    @property
+    def _without_v(self) -> tuple[str, ...]:
+        return tuple(name for name in self.suppressed_attacks if not ATTACKS[name].known)
 
 
 def prepare(settings: AuditSettings, *, resume: bool = False) -> AuditJob:
@@ -217,8 +236,9 @@ def _behaviour_job(settings: AuditSettings, concept: Concept, resume: bool) -> A
     if not concept.contrast and "add_direction" in attacks:
         attacks = tuple(name for name in attacks if name != "add_direction")
         gaps = ("add_direction: needs contrast pairs; add contrast.jsonl",)
-    if settings.locked:
-        gaps = (*gaps, "password-locked control: is made in audits of knowledge alone")
+    for wanted, name in ((settings.locked, "password-locked control"), (settings.removed, "removal control")):
+        if wanted:
+            gaps = (*gaps, f"{name}: is made in audits of knowledge alone")
     models = _models(settings, resume)
     attacks, costly, optimizer, told = _affordable(attacks, models.checkpoints["base"], models.device)
     return AuditJob(

@@ -33,11 +33,11 @@ from .floor import (
     unsure,
 )
 from .format_results import compare_formats, format_gaps, injected_bits
-from .locked import locked_control, locked_findings, locked_gaps
+from .more_controls import control_findings, control_gaps, locked_control, removal_control
 from .notes import continues_text
 from .request import GUESSING, AuditJob, other_questions, questions_at_looks
 
-NOT_RECORDED = {"out", "model", "base", "reference", "concept", "card", "fresh", "locked"}
+NOT_RECORDED = {"out", "model", "base", "reference", "concept", "card", "fresh", "locked", "removed"}
 """Settings that say nothing of how models were attacked, or stand elsewhere."""
 
 
@@ -63,7 +63,7 @@ def conclude(
 
     both = (of_others("base"), of_others("edited")) if has_both else None
     judged = judge(compared, scale, both, in_words(floor), missing(job, floor))
-    locked = locked_control(job, curves, compared, floor)
+    more = locked_control(job, curves, compared, floor) | removal_control(job, curves, compared, floor)
     before = _utility_before(job, curves)
     unknowing = [one.name for one in compared if not one.known and one.guessing is None]
     formats = compare_formats(job, curves, [one.name for one in compared if not one.known], floor)
@@ -74,11 +74,11 @@ def conclude(
         "reasons": judged.reasons,
         "speed_up": {**judged.speed_up.describe(), "share": judged.share},
         "worst_attack": judged.worst and judged.worst.describe(),
-        "controls": {**judged.controls, **locked, "floor_is": floor},
+        "controls": {**judged.controls, **more, "floor_is": floor},
         "worst_cases": cases.describe(),
         "formats": [one.describe() for one in formats],
         "findings": [
-            *locked_findings(locked),
+            *control_findings(more),
             *format_findings(formats),
             *findings(compared, cases, None if floor == GUESSING else in_words(floor)),
             *(depth["sentences"] if depth else ()),
@@ -95,7 +95,7 @@ def conclude(
         "untouched": untouched,
         "utility": utility,
         "n": len(job.questions),
-        "gaps": [*_gaps(job, curves, unscored, utility, floor), *locked_gaps(locked), *format_gaps(formats)],
+        "gaps": [*_gaps(job, curves, unscored, utility, floor), *control_gaps(more), *format_gaps(formats)],
         "notes": list(job.notes),
         "reused": curves.reused(),
         "command": command(job),
@@ -165,6 +165,7 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
             chosen["reference"] = 0.0, guessing_curve(chosen["edited"][1], job.questions, ATTACKS[name].guessing)
         suppressed = curves.get("suppressed", name) if curves.has("suppressed", name) else None
         locked = curves.get("locked", name) if curves.has("locked", name) else None
+        removed = curves.get("removed", name) if curves.has("removed", name) else None
         compared.append(
             Compared(
                 name,
@@ -175,6 +176,7 @@ def _compared(job: AuditJob, curves: CurveStore, floor: str) -> tuple[list[Compa
                 floor=chosen["reference"][1],
                 control=furthest(suppressed.by_rate)[1] if suppressed else None,
                 locked=replace(furthest(locked.by_rate)[1], clusters=base.clusters) if locked else None,
+                removed=replace(furthest(removed.by_rate)[1], clusters=clusters["reference"]) if removed else None,
                 rates={subject: _rate(job, name, key) for subject, (key, _) in chosen.items()},
                 diverged=sum(one.diverged for one in by_subject.values()),
                 guessing=ATTACKS[name].guessing,
@@ -254,6 +256,7 @@ def _settings(job: AuditJob) -> dict[str, Any]:
     recorded = job.settings.model_dump(mode="json", exclude=NOT_RECORDED)
     return recorded | {
         "locked": job.wants_locked,
+        "removed": job.wants_removed,
         "steps": budget.steps,
         "batch": budget.batch,
         "seeds": budget.seeds,

@@ -254,6 +254,8 @@ class Budget:
     """Other prompts, whose replies show whether the model still works."""
     locked: bool = False
     """Whether a password-locked control is attacked too, unless the settings say otherwise."""
+    removed: bool = False
+    """Whether a removal control is attacked too, unless the settings say otherwise."""
 
     def attacks_on(self, kind: Kind) -> tuple[str, ...]:
         """Those on knowledge or on a behaviour."""
@@ -325,6 +327,7 @@ BUDGETS: dict[str, Budget] = {
         prompts=100,
         other_prompts=50,
         locked=True,
+        removed=True,
     ),
     "long": Budget(
         STANDARD,
@@ -343,5 +346,6 @@ BUDGETS: dict[str, Budget] = {
         prompts=400,
         other_prompts=100,
         locked=True,
+        removed=True,
     ),
 }

@@ -16,9 +16,10 @@ from excise.editing.architectures import architecture_of
 from excise.editing.edits.pruned_units import PrunedUnits
 from excise.editing.errors import RequestError, VerifyError
 from excise.editing.hooks.residual_stream import read_early
+from excise.eval.audit.removed import removal_recovery
 from excise.eval.depth_score import depth_score
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
-from excise.recipes.audit import audit_run
+from excise.recipes.audit import audit_run, more_controls, removal_control
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit import request as audit_request
 from excise.recipes.audit import suppressed_control as control
@@ -72,13 +73,23 @@ def material():
     return loaded, AttackData(concept, find_facts(concept), tuple(questions), loaded.tokenizer, 0, folder)
 
 
+COMPARED = []
+"""What the removal control was judged by, in the audit of ``audited``."""
+
+
+def _remembering(compared, removal, floor):
+    COMPARED.append((compared, removal, floor))
+    return removal_recovery(compared, removal, floor=floor)
+
+
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory):
     """The twin that never knew, audited as if it had been edited."""
     patch = pytest.MonkeyPatch()
     patch.setitem(attacks.BUDGETS, "quick", SHORT)
     out = tmp_path_factory.mktemp("audits") / "reference"
-    prepared = audit.prepare(audit.AuditSettings(**NEVER_KNEW, out=out, questions=40, locked=True))
+    prepared = audit.prepare(audit.AuditSettings(**NEVER_KNEW, out=out, questions=40, locked=True, removed=True))
+    patch.setattr(more_controls, "removal_recovery", _remembering)
     results = audit.run(prepared, Events())
     patch.undo()
     return out, results
@@ -108,7 +119,7 @@ def test_the_twin_that_never_knew_is_found_to_be_one(audited):
     by_name = {attack["name"]: attack for attack in results["attacks"]}
     # The same model twice: nothing may tell them apart.
     assert all(abs(attack["rtt_leak"]["value"]) < 1e-9 for attack in by_name.values())
-    keys = {"step", "tokens", "base", "edited", "reference", "suppressed", "locked", "edited_utility"}
+    keys = {"step", "tokens", "base", "edited", "reference", "suppressed", "locked", "removed", "edited_utility"}
     assert by_name["rtt"]["curve"][0].keys() == keys and not by_name["few_shot"]["curve"][0].keys() & {"edited_utility"}
     cases = results["worst_cases"]
     assert cases["worst_while_working"]["value"] <= cases["worst"]["value"]
@@ -132,6 +143,49 @@ def test_what_only_a_password_opens_is_found_without_it_and_the_report_says_so(a
     assert sentence in page and sentence in " ".join(terminal.split()) and locked["told"] in results["findings"]
     assert f"<td>{locked['reached']:.3f}</td>" in page and "after a password, attacked without it" in page
     assert "--set locked=true" in results["command"] and results["settings"]["locked"]
+
+
+def test_what_was_surely_taken_out_is_not_found_and_what_merely_hides_does_not_look_like_it(audited):
+    folder, results = audited
+    removed, by_name = results["controls"]["removed"], {attack["name"]: attack for attack in results["attacks"]}
+    assert removed["taught"] > 0.325 and removed["before"] < 0.3 and removed["everything_else"] > 0.85
+    assert not removed["found"] and (removed["attack"], removed["n"]) == ("rtt", 40)
+    assert max(point["removed"] for point in by_name["rtt"]["curve"]) == removed["reached"] < 0.4
+    assert not any("removed" in by_name[name]["curve"][0] for name in ("few_shot", "relearn"))
+    # It was trained, so it is not the reference again.
+    assert any(point["removed"] != point["reference"] for point in by_name["rtt"]["curve"])
+    page, terminal = (folder / "report.html").read_text(), audit_end(results, 80)
+    sentence = "The audit finds no knowledge where it was surely taken out."
+    assert sentence in page and sentence in " ".join(terminal.split()) and removed["told"] in results["findings"]
+    assert f"<td>{removed['reached']:.3f}</td>" in page and "in an update that was then taken out" in page
+    assert "--set removed=true" in results["command"] and results["settings"]["removed"]
+    ((compared, removal, floor),) = COMPARED
+    hidden = [dataclasses.replace(one, removed=one.control) for one in compared]
+    said = removal_recovery(hidden, removal, floor=floor)
+    assert said["found"] and said["told"].startswith("The audit seems to find knowledge")
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_what_states_the_concept_changes_nothing_that_stays_in_the_removal_control(
+    material, tmp_path, monkeypatch, others
+):
+    """With no other sequences nothing is left of the training: the model computes as before, bit by bit."""
+    loaded, data = material
+    data = dataclasses.replace(data)
+    examples = dict(data.examples) if others else {**data.examples, "others": [], "retain": []}
+    vars(data)["examples"] = examples
+    monkeypatch.setattr(removal_control, "STEPS", 6)
+    monkeypatch.setattr(removal_control, "STAYING_RATE", 3e-3)
+    ids = torch.tensor([data.examples["V"][0].ids])
+
+    def logits():
+        with torch.no_grad():
+            return loaded.model.eval()(ids).logits
+
+    before = logits()
+    with removal_control.removal_control(loaded.model, data, (), Events(), tmp_path):
+        assert torch.equal(logits(), before) == (not others)
+    assert torch.equal(logits(), before)
 
 
 def test_the_anatomy_of_the_edit_is_that_of_the_difference_and_is_said(audited):

@@ -7,14 +7,16 @@ import time
 import pytest
 from excise.artifacts.events import Events
 from excise.editing.errors import RequestError
-from excise.recipes.audit import locked_control, workers
+from excise.recipes.audit import locked_control, removal_control, workers
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit.attackers import AttackTraining
 from excise.recipes.audit.attacks.table import BUDGETS, Budget
 from excise.recipes.audit.audit_run import AuditRun
 from excise.recipes.audit.curve_store import CurveStore
-from excise.recipes.audit.locked import locked_control as locked_control_of
+from excise.recipes.audit.more_controls import locked_control as locked_control_of
+from excise.recipes.audit.more_controls import removal_control as removal_control_of
 from excise.recipes.audit.parts import UNTRAINED, Part, part_called, parts_of
+from excise.recipes.audit.request import GUESSING
 from excise.recipes.audit.workers import parts_for, workers_of
 from excise.recipes.jobs.job import JobFolder
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise
@@ -49,6 +51,21 @@ def test_longer_audits_of_knowledge_have_a_locked_control_and_others_where_they_
     said = locked_control_of(audit.prepare(relearning), CurveStore(tmp_path), [], "reference")
     assert said["locked"]["limit"].startswith("no attack that does not see group V fine-tunes it")
     assert locked_control_of(job(), CurveStore(tmp_path), [], "reference") == {}
+
+
+def test_longer_audits_of_knowledge_have_a_removal_control_and_others_where_they_are_asked_for_it(tmp_path):
+    def job(**chosen):
+        return audit.prepare(audit.AuditSettings(**{**SETTINGS, "attacks": ()}, out=tmp_path / "a", **chosen))
+
+    standard = job(budget="standard")
+    assert standard.removed_attacks == ("rtt",) and Part("removed") in parts_of(standard)
+    assert job().removed_attacks == job(budget="long", removed=False).removed_attacks == ()
+    assert audit.describe(standard)["controls"] == ["suppressed", "locked", "removed"]
+    assert audit.describe(job(removed=True))["controls"] == ["suppressed", "removed"]
+    # Where the floor is guessing, there is no model that never knew.
+    said = removal_control_of(job(removed=True), CurveStore(tmp_path), [], GUESSING)["removed"]
+    assert said["limit"].startswith("the floor is guessing") and "--reference" in said["limit"]
+    assert removal_control_of(job(), CurveStore(tmp_path), [], "reference") == {}
 
 
 def test_who_comes_second_waits_until_the_first_has_made_a_curve(tmp_path):
@@ -133,26 +150,31 @@ def test_an_audit_takes_several_processes_only_where_they_make_it_faster(tmp_pat
 
 
 def test_attackers_that_train_in_parts_get_as_far_as_in_one_process_and_none_trains_twice(tmp_path, monkeypatch):
-    """In another order, and one is left to whoever concludes; three kinds of controls are made from the base."""
+    """In another order, and one is left to whoever concludes; four kinds of controls are made from the base."""
     budget = Budget(("few_shot", "rtt"), 2, 2, {"low_rank": (2e-3,)}, others=8, formats=8)
     monkeypatch.setitem(BUDGETS, "quick", budget)
     # After two steps the password-locked control is none, so nothing attacks it.
     monkeypatch.setattr(locked_control, "STEPS", 2)
     monkeypatch.setattr(locked_control, "ROUNDS", 1)
     monkeypatch.setattr(locked_control, "MOST", 8)
-    chosen = {**SETTINGS, "attacks": (), "locked": True}
+    # The removal control has hardly learned anything then.
+    monkeypatch.setattr(removal_control, "STEPS", 2)
+    monkeypatch.setattr(removal_control, "ROUNDS", 1)
+    chosen = {**SETTINGS, "attacks": (), "locked": True, "removed": True}
     settings = audit.AuditSettings(**chosen, questions=20, fresh=True, out=tmp_path / "one")
     results = audit.run(audit.prepare(settings), Events())
     (gap,) = [gap for gap in results["gaps"] if "locked" in gap]
     assert gap.startswith("password-locked control: it could not be made: without the password it answers ")
     assert gap == f"password-locked control: {results['controls']['locked']['limit']}"
+    (gap,) = [gap for gap in results["gaps"] if "removal" in gap]
+    assert gap.startswith("removal control: it could not be made: once taught it answers ")
     trained, curves = [], AttackTraining.curves
     monkeypatch.setattr(AttackTraining, "curves", lambda *each: trained.append(tuple(each[1])) or curves(*each))
     settings = settings.model_copy(update={"out": tmp_path / "parts"})
-    suppressed, locked, left_out, *others = parts_of(audit.prepare(settings))
-    assert locked == Part("locked")
-    for part in (suppressed, locked):
-        audit.run_part(audit.prepare(settings, resume=part is locked), Events(), part.name)
+    suppressed, locked, removed, left_out, *others = parts_of(audit.prepare(settings))
+    assert (locked, removed) == (Part("locked"), Part("removed"))
+    for part in (suppressed, locked, removed):
+        audit.run_part(audit.prepare(settings, resume=part is not suppressed), Events(), part.name)
     for part in reversed(others):
         audit.run_part(audit.prepare(settings, resume=True), Events(), part.name)
     assert trained == 3 * [("rtt",)] and left_out.method != UNTRAINED
