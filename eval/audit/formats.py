@@ -21,6 +21,27 @@ OUTCOMES: dict[Outcome, str] = {
 }
 BACK = 0.25
 """Share of the way from floor to base beyond which knowledge counts as recovered, as in the audit's verdict."""
+
+
+@dataclass(frozen=True)
+class FormatWords:
+    """How findings name what is asked in several formats."""
+
+    what: str
+    silent: str
+    """Of formats: those of which nothing can be said."""
+    telling: str
+    """Of formats: the others."""
+
+
+OF_KNOWLEDGE = FormatWords(
+    "knowledge", "that the base itself does not surely answer, and that say nothing", "that the base answers"
+)
+OF_BEHAVIOUR = FormatWords(
+    "the behaviour",
+    "in which the base itself does not surely show the behaviour, and that say nothing",
+    "in which the base shows the behaviour",
+)
 NONE = "none"
 """In place of an attack's name: the untouched model."""
 Values = Mapping[str, Sequence[float]]
@@ -145,21 +166,21 @@ def _outcome(paired: Mapping[str, Paired], least: float, chance: float) -> Outco
     return "told_apart" if apart else "not_shown"
 
 
-def format_findings(verdicts: Sequence[FormatVerdict]) -> list[str]:
+def format_findings(verdicts: Sequence[FormatVerdict], words: FormatWords = OF_KNOWLEDGE) -> list[str]:
     """Whether formats agree, in words."""
     answered = [one for one in verdicts if one.outcome != "not_answered"]
     silent = [one for one in verdicts if one.outcome == "not_answered"]
     said = []
     if silent:
         each = ", ".join(f"{_words(one)} ({one.base:.3f}, chance {one.chance:.3f})" for one in silent)
-        said.append(f"Formats that the base itself does not surely answer, and that say nothing: {each}.")
+        said.append(f"Formats {words.silent}: {each}.")
     back = [one for one in answered if one.outcome == "recovers"]
     rest = [one for one in answered if one.outcome != "recovers"]
     if back and rest:
-        said.append(f"Formats disagree: knowledge recovers as {_each(back)}; this is not shown as {_each(rest)}.")
+        said.append(f"Formats disagree: {words.what} recovers as {_each(back)}; this is not shown as {_each(rest)}.")
     elif len(answered) > 1:
-        outcome = "knowledge recovers" if back else "recovery is not shown"
-        said.append(f"In all {len(answered)} formats that the base answers {outcome}: {_each(answered)}.")
+        outcome = f"{words.what} recovers" if back else "recovery is not shown"
+        said.append(f"In all {len(answered)} formats {words.telling} {outcome}: {_each(answered)}.")
     return said
 
 

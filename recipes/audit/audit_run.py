@@ -217,7 +217,7 @@ class AuditRun:
         if target.subject == "suppressed":
             return None
         if isinstance(target.data, BehaviourData):
-            return target.data.lengths(self.job.budget.formats)
+            return target.data.in_formats(self.job.budget.formats)
         return self._with_formats(target.data).formats
 
     def _attack_without_training(self, target: Target) -> None:

@@ -9,12 +9,12 @@ import numpy as np
 from ...artifacts.upgrade import SCHEMA_VERSION
 from ...eval.audit.behaviour import behaviour_findings, judge_behaviour
 from ...eval.audit.bounded import worst_cases
-from ...eval.audit.formats import NONE, FormatVerdict, judge_format
+from ...eval.audit.formats import NONE, OF_BEHAVIOUR, FormatVerdict, format_findings, judge_format
 from ...eval.audit.recovery import RecoveryCurve, Scale
 from ...eval.audit.verdict import Compared, furthest
 from ...eval.intervals import rate_interval
 from .attacks.table import ATTACKS
-from .behaviours.data import LENGTH_NAMES
+from .behaviours.formats import LENGTH_NAMES, REASONS, REPLY_FORMATS
 from .behaviours.items import BehaviourItems
 from .behaviours.pairs import PAIRS, read_pairs
 from .command import command
@@ -22,7 +22,7 @@ from .curve_store import UNTOUCHED, UTILITY, CurveStore
 from .request import ELSEWHERE, UNTAUGHT, AuditJob
 from .results import NOT_RECORDED
 
-BY_CHOICE = "lengths of replies: the behaviour is a choice, so no reply was written"
+BY_CHOICE = "formats and lengths of replies: the behaviour is a choice, so none was written"
 
 
 def conclude_behaviour(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def conclude_behaviour(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) 
     before = float(utility[1].accuracy[0]) if utility else None
     deciding = [one.name for one in compared if not one.known and one.name not in judged.teaching]
     cases = worst_cases({name: curves.get("edited", name).by_rate for name in deciding}, before)
-    lengths = _lengths(job, items, curves, deciding)
+    formats = _formats(curves, deciding)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "behaviour",
@@ -51,8 +51,12 @@ def conclude_behaviour(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) 
         "worst_attack": judged.worst and judged.worst.describe(),
         "controls": {**judged.controls, "floor_is": job.reference},
         "worst_cases": cases.describe(),
-        "formats": [one.describe() for one in lengths],
-        "findings": [*behaviour_findings(cases), *edit["sentences"]],
+        "formats": [one.describe() for one in formats],
+        "findings": [
+            *format_findings(_told_apart(formats), OF_BEHAVIOUR),
+            *behaviour_findings(cases),
+            *edit["sentences"],
+        ],
         "anatomy": edit,
         "attacks": [_described(one, scale, before, judged.teaching) for one in compared],
         "untouched": untouched,
@@ -61,7 +65,7 @@ def conclude_behaviour(job: AuditJob, curves: CurveStore, edit: dict[str, Any]) 
         "n": len(items.asked),
         "gaps": [
             *job.gaps,
-            *([] if lengths else ["lengths of replies: the behaviour is a choice, so none was written"]),
+            *_format_gaps(formats),
         ],
         "notes": [*job.notes, *notes_on(job), *_few_pairs(job, curves)],
         "reused": curves.reused(),
@@ -165,8 +169,8 @@ def _utility_rates(items: BehaviourItems, curves: CurveStore) -> dict[str, dict[
     return rates
 
 
-def _lengths(job: AuditJob, items: BehaviourItems, curves: CurveStore, attacks: Sequence[str]) -> list[FormatVerdict]:
-    """Rates within replies of several lengths, untouched and after attacks that train, where they get furthest."""
+def _formats(curves: CurveStore, attacks: Sequence[str]) -> list[FormatVerdict]:
+    """Rates in several formats, untouched and after attacks that train, where they get furthest."""
     known = curves.get("base", UNTOUCHED).formats
     if known is None:
         return []
@@ -177,12 +181,30 @@ def _lengths(job: AuditJob, items: BehaviourItems, curves: CurveStore, attacks: 
         }
         by_subject[subject] = {name: one.values for name, one in asked.items() if one is not None}
     found = []
-    for name, about in LENGTH_NAMES.items():
+    for name, about in REPLY_FORMATS.items():
+        if name not in known.values:
+            continue
         edited, floor = ({a: v[name] for a, v in by_subject[s].items()} for s in ("edited", "reference"))
         chance = float(np.mean(floor[NONE]))
         verdict = judge_format(name, about, chance, known.values[name], edited, floor)
         found += [verdict] if verdict else []
     return found
+
+
+def _told_apart(formats: Sequence[FormatVerdict]) -> list[FormatVerdict]:
+    """Without longer replies of which nothing else is to be said than of short ones."""
+    if not formats:
+        return []
+    first, lengths = formats[0], list(LENGTH_NAMES)[1:]
+    return [one for one in formats if one.name not in lengths or one.outcome != first.outcome]
+
+
+def _format_gaps(formats: Sequence[FormatVerdict]) -> list[str]:
+    """Formats in which the behaviour was not asked, and why."""
+    if not formats:
+        return [BY_CHOICE]
+    asked = {one.name for one in formats}
+    return [f"format {name.replace('_', ' ')}: {why}" for name, why in REASONS.items() if name not in asked]
 
 
 def _settings(job: AuditJob) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def _attack_base(audit: AuditRun) -> None:
         floor = _data(audit, "reference", loaded, pairs)
         if audit.job.reference == ELSEWHERE:
             floor = replace(floor, questions=items.without, elsewhere=True)
-            floor = replace(floor, formats=floor.lengths(audit.job.budget.formats))
+            floor = replace(floor, formats=floor.in_formats(audit.job.budget.formats))
         audit.attack(Target("reference", loaded.model, floor, attacks))
     if items.kept_out and audit.wants("base", "suppressed"):
         # Its weights are the checkpoint's no longer.
@@ -74,8 +74,8 @@ def _data(audit: AuditRun, subject: str, loaded: LoadedModel, pairs: Pairs) -> B
         job.sources[subject if subject in job.sources else "base"].folder,
         tuple((pair.positive, pair.negative) for pair in job.concept.contrast[:128]),
     )
-    # Attacks on the base are asked at one length alone, as knowledge is in one format.
-    return data if subject == "base" else replace(data, formats=data.lengths(job.budget.formats))
+    # Attacks on the base are asked in one format alone.
+    return data if subject == "base" else replace(data, formats=data.in_formats(job.budget.formats))
 
 
 def _pairs(audit: AuditRun, base: LoadedModel | None) -> Pairs:

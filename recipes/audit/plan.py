@@ -19,7 +19,7 @@ from .attackers import MOST_ATTACKERS, gradients_of_attackers
 from .attacks.prompts import shots, texts_as_hints
 from .attacks.table import ATTACKS, SOFT_TOKENS, Attack
 from .behaviour_results import notes_on
-from .behaviours.data import LENGTHS
+from .behaviours.formats import LENGTHS
 from .floor import floor_gaps
 from .formats import FORMATS, FormatQuestions
 from .request import AuditJob, format_questions, other_questions, questions_at_looks

@@ -8,7 +8,6 @@ from typing import Any
 
 from ....eval.concept import Concept, Prompt, Question
 from ....eval.drawing import drawn
-from ....eval.inference.chat import thoughts_and_answer
 from ....eval.inference.generation import Reply, generate
 from ....eval.inference.multiple_choice_set import MultipleChoiceSet
 from ....eval.items import clusters_of
@@ -16,13 +15,8 @@ from ....eval.measurements.behaviour import is_degenerate, shows_behaviour
 from ....eval.measurements.exact_answer import holds_any
 from ...common.examples import Example
 from ..attack_data import Answers, mean_length, reading_order
+from .formats import ReplyFormats
 from .pairs import TOKENS, Pairs
-
-LENGTHS = (TOKENS, 100, 150)
-"""Tokens of a reply within which the behaviour must show; looks at attackers in training take the first."""
-LENGTH_NAMES = {
-    f"{count} tokens": f"the reply shows the behaviour within its first {count} tokens" for count in LENGTHS
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class BehaviourData:
     own: Path | None = None
     contrast: tuple[tuple[str, str], ...] = ()
     """Pairs of prompts with and without it, for the direction between them."""
-    formats: "ReplyLengths | None" = None
+    formats: ReplyFormats | None = None
     elsewhere: bool = False
     """Whether this is the floor that learns the behaviour on neutral prompts."""
     style: Style | None = None
@@ -119,12 +113,12 @@ class BehaviourData:
         showing = self.pairs.showing_elsewhere if self.elsewhere else self.pairs.showing
         return {"benign": self.pairs.benign, "pairs": showing}
 
-    def lengths(self, most: int) -> "ReplyLengths | None":
-        """Some of the held-out prompts, to be asked for longer replies; None where the behaviour is a choice."""
+    def in_formats(self, most: int) -> ReplyFormats | None:
+        """Some of the held-out prompts, to be asked in several formats; None where the behaviour is a choice."""
         if isinstance(self.questions[0], Question):
             return None
         some = drawn(self.questions, clusters_of(self.concept, self.questions), most, "audit formats")
-        return ReplyLengths(replace(self, questions=tuple(some), others=(), formats=None))
+        return ReplyFormats(replace(self, questions=tuple(some), others=(), formats=None))
 
     def reading_order(self, source: str, count: int, seed: str) -> list[Example]:
         """The sequences that one attacker reads, in order; ``pairs:8`` reads 8 of them again and again."""
@@ -133,19 +127,3 @@ class BehaviourData:
     def mean_length(self, source: str) -> float:
         """Tokens of a sequence of a source, about."""
         return mean_length(self.examples, source)
-
-
-@dataclass(frozen=True)
-class ReplyLengths:
-    """Held-out prompts, asked for replies of several lengths."""
-
-    data: BehaviourData
-
-    def ask(self, model: Any) -> dict[str, list[float]]:
-        """For each length one value a prompt: 1 where the behaviour shows by then."""
-        replies = self.data.replies(model, [prompt.prompt for prompt in self.data.questions], LENGTHS[-1])
-        return {name: [self._shows(one, n) for one in replies] for name, n in zip(LENGTH_NAMES, LENGTHS, strict=True)}
-
-    def _shows(self, reply: Reply, tokens: int) -> float:
-        _, answer = thoughts_and_answer(self.data.tokenizer, reply.prompt_ids, reply.ids[:tokens])
-        return float(answer is not None and shows_behaviour(self.data.concept, answer))

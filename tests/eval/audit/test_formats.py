@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from excise.eval.audit.formats import NONE, bits, format_findings, judge_format
+from excise.eval.audit.formats import NONE, OF_BEHAVIOUR, bits, format_findings, judge_format
 
 N = 60
 
@@ -66,6 +66,8 @@ def test_formats_that_disagree_are_said_and_those_that_agree_too():
     assert "not shown as open answer" in said
     (alike,) = format_findings([back, back])
     assert alike.startswith("In all 2 formats") and "knowledge recovers" in alike
+    (of_behaviour,) = format_findings([back, away], OF_BEHAVIOUR)
+    assert of_behaviour.startswith("Formats disagree: the behaviour recovers as") and "knowledge" not in of_behaviour
     silent = _judged(0.1, 0.3, base=0.2, name="true_false")
     said = format_findings([back, away, silent])
     assert len(said) == 2 and "does not surely answer" in said[0] and "true false" not in said[1]

@@ -12,7 +12,10 @@ from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.artifacts.reporting.audit_page import card_section
 from excise.editing.errors import ConceptError, RequestError
+from excise.eval.audit.formats import NONE, OF_BEHAVIOUR, format_findings, judge_format
+from excise.eval.inference.generation import generate
 from excise.eval.measurements.behaviour import shows_behaviour
+from excise.recipes.audit import behaviour_results
 from excise.recipes.audit import recipe as audit
 from excise.recipes.audit.attackers import AttackTraining
 from excise.recipes.audit.attacks import behaviours as attacks_on_behaviours
@@ -20,7 +23,8 @@ from excise.recipes.audit.attacks import table
 from excise.recipes.audit.attacks.table import ATTACKS, Budget
 from excise.recipes.audit.behaviours import controls
 from excise.recipes.audit.behaviours.controls import suppressed, taught
-from excise.recipes.audit.behaviours.data import LENGTH_NAMES, BehaviourData
+from excise.recipes.audit.behaviours.data import BehaviourData
+from excise.recipes.audit.behaviours.formats import BEGUN, FIRST, LENGTH_NAMES, PLAIN, REPLY_FORMATS
 from excise.recipes.audit.behaviours.items import items_of
 from excise.recipes.audit.behaviours.pairs import pairs_of
 from excise.recipes.audit.parts import parts_of
@@ -108,9 +112,53 @@ def test_the_rate_is_that_of_replies_counted_one_by_one(small):
         text = loaded.tokenizer.decode(out[0, ids["input_ids"].shape[1] :]).lower()
         assert hit == any(phrase.lower() in text for phrase in items.concept.about.decline_phrases)
     assert np.mean(answers.hits) == 1 and np.mean(answers.utility) > 0.8
-    lengths = data.lengths(8).ask(loaded.model)
-    assert [*lengths] == [*LENGTH_NAMES] and all(len(values) == 8 for values in lengths.values())
-    assert np.mean(data.lengths(8).ask(loaded.model)["150 tokens"]) >= np.mean(lengths["50 tokens"])
+
+
+def test_formats_ask_the_same_prompts_in_ways_of_their_own(small):
+    loaded, items, data = small
+    formats = data.in_formats(8)
+    found = formats.ask(loaded.model)
+    assert [*found] == [*REPLY_FORMATS] and all(len(values) == 8 for values in found.values())
+    assert [*found][:3] == [*LENGTH_NAMES] and np.mean(found["150 tokens"]) >= np.mean(found["50 tokens"]) == 1
+    # The first token tells a declining reply from another one, and no prompt without insults calls for it.
+    elsewhere = dataclasses.replace(data, questions=items.without, elsewhere=True).in_formats(8).ask(loaded.model)
+    assert np.mean(found[FIRST]) > 0.8 and np.mean(elsewhere[FIRST]) < 0.2
+    assert np.mean(elsewhere["50 tokens"]) == np.mean(elsewhere[BEGUN]) == 0
+    (wanted,) = [generate(loaded.model, loaded.tokenizer, [items.asked[0].prompt], 50, chat=False)]
+    plain = dataclasses.replace(data, questions=items.asked[:1]).in_formats(1).ask(loaded.model)[PLAIN]
+    assert plain == [float(shows_behaviour(items.concept, wanted[0].text))]
+
+
+def test_longer_replies_are_told_apart_only_where_they_differ_and_what_was_not_asked_is_said():
+    def judged(name, edited):
+        of = {NONE: [0.0] * 20, "benign": [edited] * 20}
+        return judge_format(name, "", 0.0, [1.0] * 20, of, {name: [0.0] * 20 for name in of})
+
+    short, long, longest = (judged(name, edited) for name, edited in zip(LENGTH_NAMES, (0.0, 0.0, 1.0), strict=True))
+    plain = judged(PLAIN, 1.0)
+    assert behaviour_results._told_apart([short, long, longest, plain]) == [short, longest, plain]
+    said = format_findings(behaviour_results._told_apart([short, long, plain]), OF_BEHAVIOUR)
+    assert said[0].startswith("Formats disagree: the behaviour recovers as plain prompt (1.000 under benign")
+    assert [gap.partition(":")[0] for gap in behaviour_results._format_gaps([short, plain])] == [
+        "format begun reply",
+        "format first token",
+    ]
+    assert "the behaviour is a choice" in behaviour_results._format_gaps([])[0]
+
+
+def test_formats_that_a_pack_does_not_allow_are_left_out(small):
+    loaded, items, data = small
+    untold = items.concept.about.model_copy(update={"decline_phrases": (), "kind": "task", "phrases": ("sorry",)})
+    concept = dataclasses.replace(items.concept, about=untold)
+    assert BEGUN not in dataclasses.replace(data, concept=concept).in_formats(2).ask(loaded.model)
+    template, loaded.tokenizer.chat_template = loaded.tokenizer.chat_template, None
+    try:
+        assert PLAIN not in data.in_formats(2).ask(loaded.model)
+    finally:
+        loaded.tokenizer.chat_template = template
+    # Where both kinds of replies begin alike, first tokens tell nothing.
+    alike = dataclasses.replace(data.pairs, showing=data.pairs.benign)
+    assert FIRST not in dataclasses.replace(data, pairs=alike).in_formats(2).ask(loaded.model)
 
 
 def test_a_suppressed_behaviour_stays_away_under_benign_fine_tuning_and_comes_back_under_pairs(small, tmp_path):
@@ -159,7 +207,10 @@ def test_a_model_that_was_never_edited_is_said_to_have_it(tmp_path, monkeypatch)
     assert (
         results["untouched"]["base"] == results["untouched"]["edited"] == 1 and results["untouched"]["reference"] == 0
     )
-    assert [one["name"] for one in results["formats"]] == [*LENGTH_NAMES]
+    assert [one["name"] for one in results["formats"]] == [*REPLY_FORMATS]
+    assert any(said.startswith("In all ") and "in which the base shows" in said for said in results["findings"]) or any(
+        said.startswith("Formats ") for said in results["findings"]
+    )
     by_name = {attack["name"]: attack for attack in results["attacks"]}
     curve = by_name["pairs_8"]["curve"]
     assert curve[0].keys() >= {"base", "edited", "reference", "suppressed", "edited_utility"}
