@@ -61,6 +61,8 @@ STAGES = {
     "question edited": "ask the questions",
     "attack edited: rtt": "attack: low_rank",
     "train the suppressed control": "train the suppressed control",
+    "train the locked control": "train the locked control",
+    "train the removal control": "train the removal control",
     "compare the weights": "compare the weights",
 }
 """Stages of a run, and of the plan."""
@@ -184,8 +186,8 @@ def one(
 
     from excise.artifacts.events import Events
     from excise.recipes import RECIPES as TABLE
+    from excise.recipes.audit import locked_control, removal_control, suppressed_control
     from excise.recipes.audit import recipe as audit
-    from excise.recipes.audit import suppressed_control
     from excise.recipes.audit.attacks import table
     from excise.recipes.common.settings import load_settings
 
@@ -194,9 +196,10 @@ def one(
         base = {"concept": str(pack), "out": out, "device": "cpu", "dtype": dtype, "seed": 0}
         if recipe == "audit":
             edited = copy_of(model, Path(place) / "edited")
-            suppressed_control.STEPS = 2
+            suppressed_control.STEPS = locked_control.STEPS = removal_control.STEPS = 2
+            locked_control.ROUNDS = removal_control.ROUNDS = 1
             table.BUDGETS["quick"] = table.Budget((), 2, 2, {"low_rank": (1e-3,)}, batch=2)
-            words = ["questions=20", "attacks=[few_shot, rtt]", "fresh=true"]
+            words = ["questions=20", "attacks=[few_shot, rtt]", "fresh=true", "locked=true", "removed=true"]
             module, kind, base = audit, audit.AuditSettings, {**base, "model": str(edited), "base": model}
         else:
             module = importlib.import_module(TABLE[recipe].module)
