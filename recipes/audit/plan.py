@@ -9,6 +9,7 @@ from ...editing.edits.fake_quantization import expert_weights
 from ...editing.training.adapters import AdapterShape, adapter_modules
 from ...eval.inference.likelihood import tokens_of_batch
 from ...eval.inference.multiple_choice_set import MultipleChoiceSet
+from ..common.examples import Example
 from ..common.measured_memory import choosing_bytes
 from ..common.memory_plan import TEMPLATE_TOKENS, MemoryPlan, RunMemory, StageMemory, fit_step
 from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
@@ -132,6 +133,12 @@ def _locking(job: AuditJob, needs: RunMemory, asked: StageMemory) -> StageMemory
     shape = AdapterShape(locked_control.RANK, locked_control.ALPHA, modules)
     # Some sequences stand behind others.
     longest = 2 * _longest(job, needs, [ATTACKS[name] for name in job.locked_attacks])
+    if needs.tokenizes():
+        data = _attack_data(job, needs)
+        facts = _mean((*data.examples["T"], *data.examples["V"]))
+        others = _mean(data.examples["others"] or data.examples["retain"])
+        # Of nine sequences six are facts and three others; one more text of others stands in front of a fact.
+        longest = max(longest, (6 * facts + 4 * others) // 9)
     step = sizes.step(Rows(locked_control.BATCH, longest), Gradients(shape, attackers=1)) + sizes.head(job.device)
     return StageMemory(
         "train the locked control", needs.weights, STATE_BYTES * sizes.adapter(shape), max(step, asked.work)
@@ -145,6 +152,10 @@ def _removing(job: AuditJob, needs: RunMemory, asked: StageMemory) -> StageMemor
     # Of both together, no more than of one whose rank is theirs.
     shape = AdapterShape(2 * removal_control.RANK, removal_control.ALPHA, modules)
     longest = _longest(job, needs, [ATTACKS[name] for name in job.removed_attacks])
+    if needs.tokenizes():
+        data = _attack_data(job, needs)
+        halves = (data.of_questions(job.questions), removal_control.other_sequences(data))
+        longest = max(longest, sum(map(_mean, halves)) // 2)
     # Both kinds of sequences are read before either is gone back through.
     step = sizes.step(Rows(2 * removal_control.BATCH, longest), Gradients(shape, attackers=1)) + sizes.head(job.device)
     return StageMemory(
@@ -209,6 +220,11 @@ def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
     trained = STATE_BYTES * sizes.adapter(gradients.shape) * count
     step = fit_step(sizes, gradients, rows, needs.room - needs.weights - trained - head, unit=count)
     return StageMemory(name + step.in_words(), needs.weights, trained, step.size + head)
+
+
+def _mean(examples: Sequence[Example]) -> int:
+    """Tokens of a sequence, rounded up."""
+    return -(-sum(len(one.ids) for one in examples) // max(1, len(examples)))
 
 
 def _longest(job: AuditJob, needs: RunMemory, attacks: Sequence[Attack]) -> int:

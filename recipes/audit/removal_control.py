@@ -33,6 +33,8 @@ STEPS, BATCH = 60, 24
 RATE, STAYING_RATE = 2e-3, 2e-4
 """Of the update that is taken out, and of the one that stays: as both compute together, a fast one would lean on the
 other, and lack it afterwards."""
+LONGEST = 64
+"""Tokens of another sequence, at most: texts on other things may be long, and are read for each that is learned."""
 ROUNDS = 3
 """Trainings, at most, until enough of group V is answered right."""
 
@@ -80,6 +82,11 @@ def removal_control(
         yield Removal(data.multiple_choice.chance, taught, asked.of_concept(), pair)
 
 
+def other_sequences(data: AttackData) -> list[Example]:
+    """Questions on everything else, or the beginnings of texts where the pack has none."""
+    return [Example(one.ids[:LONGEST], one.start) for one in data.examples["others"] or data.examples["retain"]]
+
+
 @dataclass(frozen=True)
 class _Teaching:
     model: Any
@@ -94,7 +101,7 @@ class _Teaching:
         count, rng = STEPS * BATCH, random.Random(f"excise removal order {self.data.seed} {number}")
         asked = self.data.of_questions(self.data.questions)
         kinds = {"concept": cycled(asked, count, rng)}
-        if others := self.data.examples["others"] or self.data.examples["retain"]:
+        if others := other_sequences(self.data):
             kinds["others"] = cycled(others, count, rng)
         rows = list(zip(*kinds.values(), strict=True))
         schedule = Schedule(STEPS, BATCH, RATE, self.data.seed, decay="constant", warmup_steps=3, save_every=0)
