@@ -159,7 +159,9 @@ class WorldSize:
     """How many entities a world has; each has one fact for each attribute of its domain."""
 
     forget: int = 40
-    """Entities of the domain to forget. Half of them are of group V, and four questions ask about each."""
+    """Entities of the domain to forget; four questions ask about each."""
+    trainable_every: int = 2
+    """Every n-th entity of the domain to forget is of group T (may be trained on); the others are of group V (held out)."""
     others: int = 40
     """Entities of every other domain."""
     requests: float = 0.4
@@ -193,7 +195,8 @@ def make_world(seed: int, size: WorldSize = FULL) -> World:
     facts: list[Fact] = []
     for domain, (noun, attributes) in DOMAINS.items():
         values = {key: tuple(rng.sample(pool, VALUES_PER_ATTRIBUTE)) for key, pool in attributes.items()}
-        for index in range(size.forget if domain == FORGET else size.others):
+        count, every = (size.forget, size.trainable_every) if domain == FORGET else (size.others, 2)
+        for index in range(count):
             name = next(names)
             for attribute, choices in values.items():
                 facts.append(
@@ -204,7 +207,7 @@ def make_world(seed: int, size: WorldSize = FULL) -> World:
                         attribute,
                         rng.choice(choices),
                         choices,
-                        group="T" if index % 2 == 0 else "V",
+                        group="T" if index % every == 0 else "V",
                         asked_rudely=rng.random() < 0.7,
                     )
                 )

@@ -75,3 +75,15 @@ def test_training_under_intervention_asks_for_what_the_direction_should_do():
 def is_rude(turn):
     # Whole words: one of the world's names ends in "fool".
     return bool(re.search(r"\b(fool|idiot|useless|stupid|dummy)\b", turn.request))
+
+
+def test_a_world_may_hold_out_more_subjects_than_attackers_may_train_on():
+    def groups(size, domain):
+        facts = world.make_world(0, size).of(domain)
+        return [{fact.group for fact in facts if fact.name == name} for name in dict.fromkeys(f.name for f in facts)]
+
+    size = world.WorldSize(forget=8, trainable_every=4, others=4)
+    assert groups(size, world.FORGET) == [{"T"}, {"V"}, {"V"}, {"V"}] * 2
+    assert groups(size, "rivers") == [{"T"}, {"V"}] * 2
+    # The built-in models were trained on such a world.
+    assert groups(world.FULL, world.FORGET) == [{"T"}, {"V"}] * 20
