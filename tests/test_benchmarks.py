@@ -103,6 +103,13 @@ def test_the_calibration_asks_as_many_questions_as_a_model_that_never_knew_needs
     assert len(held_out) == 516 and len({fact.name for fact in held_out}) == 129
 
 
+def test_locked_models_of_the_calibration_read_enough_of_everything_else_however_much_is_to_be_forgotten():
+    repeats_of = runpy.run_path(str(ROOT / "benchmarks" / "calibration.py"))["repeats_of"]
+    for others, opened in ((512, 1536), (416, 4128)):  # of a small world, and of one with more to forget
+        kept = others * repeats_of(others, opened)
+        assert 0.2 < kept / (kept + 2 * opened) < 0.3
+
+
 def test_each_training_of_a_model_of_the_calibration_reads_other_rows():
     """Rows that every training leaves out are forgotten: that is why no locked model could be made."""
     making = runpy.run_path(str(ROOT / "benchmarks" / "calibration.py"))["Making"]
