@@ -4,13 +4,12 @@ It is judged by the rule by which an edited model recovers, and decides no verdi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from ..intervals import holm
 from .compared import Compared
 from .controls import KNOWN, WORKING, is_broken
-from .locked import UNATTACKED
+from .locked import UNATTACKED, attacks_on_control
 from .reasons import show
 from .recovery import RecoveryCurve
 from .verdict import BACK
@@ -73,28 +72,20 @@ def removal_recovery(compared: Sequence[Compared], removal: Removal, *, floor: s
     described = removal.describe()
     if problem := removal.problem:
         return {**described, "limit": f"it could not be made: {problem}"}
-    # As if the control were the model that was edited.
-    attacked = {
-        one.name: replace(one, edited=one.removed) for one in compared if one.removed is not None and not one.known
-    }
-    shares = {name: one.regained() for name, one in attacked.items()}
-    told = [name for name, share in shares.items() if share.value is not None]
-    if not told:
+    attacked = attacks_on_control(compared, {one.name: one.removed for one in compared}, BACK)
+    if attacked is None:
         return {**described, "limit": UNATTACKED}
-    best = max(told, key=lambda name: shares[name].value or 0.0)
-    found = holm({name: attacked[name].beyond(BACK).above for name in told})
-    share, one = shares[best], attacked[best]
-    reached, of_floor = float(one.edited.accuracy.max()), float(one.floor.accuracy.max())
-    figures = {"attack": best, "reached": reached, "floor": of_floor, "regained": share.value, "ci95": list(share.ci95)}
+    best, of_floor = attacked.best, float(attacked.best.floor.accuracy.max())
     return {
         **described,
-        **figures,
-        "leak": one.leak().estimate().describe(),
-        "found": bool(found),
+        **attacked.describe(),
+        "floor": of_floor,
+        "leak": best.leak().estimate().describe(),
         "told": (
-            f"{_verdict(bool(found))} The {NAME} answers {described['taught']:.3f} of group V right while it has the update"
-            f" that was taught them, and {described['before']:.3f} once that update is taken out. {best} then brings it to"
-            f" {reached:.3f}, {floor} to {of_floor:.3f} (share regained {show(share)}, n = {described['n']})."
+            f"{_verdict(attacked.found)} The {NAME} answers {described['taught']:.3f} of group V right while it has the update"
+            f" that was taught them, and {described['before']:.3f} once that update is taken out. {best.name} then brings it"
+            f" to {attacked.reached:.3f}, {floor} to {of_floor:.3f} (share regained {show(attacked.share)}, n ="
+            f" {described['n']})."
         ),
     }
 
