@@ -125,11 +125,12 @@ def main() -> None:
                 if not options.json:
                     print(f"round {number + 1}: {name} {timed.seconds:.0f} s", flush=True)
     found = {name: sorted(runs, key=lambda one: one.seconds)[len(runs) // 2] for name, runs in made.items()}
-    if not options.json:
-        for name, one in found.items():
-            print(f"\n{name}: {one.seconds:.0f} s, of processors {one.processor:.0f}{every(made[name])}\n{one.table()}")
     if options.json:
-        print(json.dumps({name: [asdict(one) for one in timed.stages] for name, timed in found.items()}, indent=1))
+        return print(
+            json.dumps({name: [asdict(one) for one in timed.stages] for name, timed in found.items()}, indent=1)
+        )
+    for name, one in found.items():
+        print(f"\n{name}: {one.seconds:.0f} s, of processors {one.processor:.0f}{every(made[name])}\n{one.table()}")
 
 
 def once(options: argparse.Namespace, rate: Rate, place: Path) -> Iterator[tuple[str, TimedRun]]:
