@@ -47,8 +47,6 @@ ON_THE_PROCESSOR = {
 """Files whose functions get tensors on the processor alone, and why; those of them that get a model are in scenarios."""
 NO_TENSORS = {
     "DirectionSource.__call__": "a protocol",
-    "Summed.forward": "on the processor alone, as sums_first says",
-    "Summed.backward": "on the processor alone, as sums_first says",
     "attend_by_products": "for models on the processor; attention itself is in the scenario products",
     "without_adapter": "counts parameters",
     "adapter_experts": "counts experts",

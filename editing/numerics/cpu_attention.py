@@ -1,6 +1,6 @@
 """Attention of bfloat16 models on CPUs, computed as matrix products, because torch's fused kernel is slower there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from .wide import wide
 
 PRODUCTS = "excise_products"
 """Name of this implementation in a model's config (in memory only)."""
@@ -110,11 +112,16 @@ def attention(
     Source:
         Dao et al. 2022, "FlashAttention", algorithms 2 and 4: the backward pass computes probabilities again.
     """
-    if mask is not None and mask.dtype == torch.bool:
-        # With the smallest float instead of -inf, a fully masked query (padding) attends evenly and stays finite.
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
-    output: Tensor = _Attention.apply(query, key, value, mask, scale, block)
+    output: Tensor = _Attention.apply(query, key, value, None if mask is None else added(mask), scale, block)
     return output
+
+
+def added(mask: Tensor) -> Tensor:
+    """A mask as what is added to scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    # With the smallest float instead of -inf, a fully masked query (padding) attends evenly and stays finite.
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
 class _Attention(torch.autograd.Function):
@@ -125,33 +132,87 @@ class _Attention(torch.autograd.Function):
         batch, heads, queries, _ = query.shape
         # This memory layout lets the output projection, which follows, read it without a copy.
         output = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
-        for piece in _pieces(query, key, block):
-            p = _probabilities(query, key, mask, scale, piece)
-            _of(output, key, piece).copy_(
-                (p.to(value.dtype) @ _flat(value[piece[:2]])).view_as(_of(output, key, piece))
-            )
-        ctx.save_for_backward(query, key, value, mask, output)
+        kept = attended(query, key, value, mask, scale, output, block, keep=any(ctx.needs_input_grad))
+        ctx.save_for_backward(query, key, value, mask, output, *kept)
         ctx.scale, ctx.block = scale, block
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, output = ctx.saved_tensors
-        of_query = torch.empty_like(query)
-        # Pieces of different queries add to the same keys and values; in bfloat16 the sum would lose small addends.
-        of_key, of_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value))
-        for piece in _pieces(query, key, ctx.block):
-            p = _probabilities(query, key, mask, ctx.scale, piece)
-            rows, keys, values = (_flat(x) for x in (_of(query, key, piece), key[piece[:2]], value[piece[:2]]))
-            out, down = (_flat(_of(tensor, key, piece)) for tensor in (output, gradient))
-            of_value[piece[:2]] += (p.to(value.dtype).mT @ down).view_as(value[piece[:2]])
-            # Softmax gradient: p * (dp - sum(p * dp)). The sum equals sum(output * gradient), which needs no p.
-            change = (down @ values.mT).float().sub_((down.float() * out.float()).sum(-1, keepdim=True))
-            change = change.mul_(p).mul_(ctx.scale).to(query.dtype)
-            _of(of_query, key, piece).copy_((change @ keys).view_as(_of(query, key, piece)))
-            of_key[piece[:2]] += (change.mT @ rows).view_as(key[piece[:2]])
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
+        query, key, value, mask, output, *kept = ctx.saved_tensors
+        along = (gradient.float() * output.float()).sum(-1, keepdim=True)
+        found = attended_back(query, key, value, mask, kept, gradient, along, ctx.scale, ctx.block)
+        of_query, of_key, of_value = (one.to(query.dtype) for one in found)
+        return of_query, of_key, of_value, None, None, None
+
+
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    output: Tensor,
+    block: int = BLOCK,
+    *,
+    keep: bool,
+) -> list[Tensor]:
+    """Fill ``output`` with what ``attention`` computes of a mask that is added.
+
+    Returns:
+        The probabilities of each piece of the work, if they are to be kept and take no more memory than a few hidden
+        states; else nothing.
+    """
+    keep, kept = keep and key.shape[2] <= KEPT * query.shape[-1], []
+    for piece in _pieces(query, key, block):
+        p = _probabilities(query, key, mask, scale, piece).to(value.dtype)
+        _of(output, key, piece).copy_((p @ _flat(value[piece[:2]])).view_as(_of(output, key, piece)))
+        if keep:
+            kept.append(p)
+    return kept
+
+
+def attended_back(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kept: Sequence[Tensor],
+    gradient: Tensor,
+    along: Float[Tensor, "batch heads queries 1"],
+    scale: float,
+    block: int = BLOCK,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, and in float32 of keys and values; what ``attended`` did not keep is computed again.
+
+    Args:
+        along: Of each query the sum of gradient times output.
+    """
+    of_query = torch.empty_like(query)
+    # Pieces of different queries add to the same keys and values; in bfloat16 the sum would lose small addends.
+    of_key, of_value = (torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (key, value))
+    for number, piece in enumerate(_pieces(query, key, block)):
+        p = kept[number] if kept else _probabilities(query, key, mask, scale, piece).to(value.dtype)
+        rows, keys, values = (_flat(x) for x in (_of(query, key, piece), key[piece[:2]], value[piece[:2]]))
+        down = _flat(_of(gradient, key, piece))
+        # Softmax gradient: p * (dp - sum(p * dp)). The sum equals sum(output * gradient), which needs no p.
+        change = wide(down @ values.mT).sub_(_flat(_of(along, key, piece))).mul_(wide(p)).to(query.dtype)
+        # Scaled here, where there is least of it.
+        _of(of_query, key, piece).copy_((change @ keys).mul_(scale).view_as(_of(query, key, piece)))
+        _put(of_key[piece[:2]], (change.mT @ rows).mul_(scale), first=piece[2].start == 0)
+        _put(of_value[piece[:2]], p.mT @ down, first=piece[2].start == 0)
+    return of_query, of_key, of_value
+
+
+KEPT = 4
+"""Keys for each number of a head's query, at most, up to which probabilities are kept for the backward pass: they take as
+much memory as so many hidden states."""
+
+
+def _put(place: Tensor, values: Tensor, *, first: bool) -> None:
+    """Put what the first piece of queries gives, and add what the others do."""
+    (place.copy_ if first else place.add_)(values.view_as(place))
 
 
 def _pieces(query: Tensor, key: Tensor, block: int) -> Iterator[Piece]:
@@ -183,7 +244,7 @@ def _probabilities(query: Tensor, key: Tensor, bias: Tensor | None, scale: float
     """Attention probabilities of a piece [rows * groups, heads * queries, keys], in float32."""
     rows, groups, queries = piece
     of_piece = _of(query, key, piece)
-    scores = (_flat(of_piece) @ _flat(key[rows, groups]).mT).float().mul_(scale)
+    scores = wide(_flat(of_piece) @ _flat(key[rows, groups]).mT).mul_(scale)
     if bias is not None:
         scores.view(*of_piece.shape[:-1], -1).add_(
             bias[rows if len(bias) > 1 else slice(None), :, queries].unsqueeze(1)

@@ -20,6 +20,16 @@ def in_float64(values: Tensor) -> Tensor:
     return (values.cpu() if values.device.type in NO_FLOAT64 else values).double()
 
 
+def wide(values: Tensor) -> Tensor:
+    """Values in fp32, or wider where they are already.
+
+    Example:
+        >>> wide(torch.ones(2, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def widest(device: torch.device) -> torch.dtype:
     """float64 where a device has it, otherwise float32."""
     return torch.float32 if device.type in NO_FLOAT64 else torch.float64
@@ -34,5 +44,5 @@ def as_given(device: torch.device) -> AbstractContextManager[object]:
         torch.float32
     """
     # Of a kind of device that has no autocast, none can be made.
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

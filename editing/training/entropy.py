@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..modules import Head
-from .soft_targets import positions_at_once, wide
+from ..numerics.wide import wide
+from .soft_targets import positions_at_once
 
 
 def entropy_of_hidden(hidden: Float[Tensor, "n d"], head: Head, budget: int | None = None) -> Float[Tensor, " n"]:

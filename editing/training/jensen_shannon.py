@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..modules import Head
-from .soft_targets import positions_at_once, wide
+from ..numerics.wide import wide
+from .soft_targets import positions_at_once
 
 
 def from_certain(log_p: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -1,13 +1,13 @@
 """A linear layer with a low-rank update, computed in few operations: the library's takes three times as many.
 
 The library's layer casts the input up and the result down, and lets autocast cast them back; on small batches that is
-most of the work. Here one operation adds the update to the frozen layer's output, in the type that products are computed
-in, and the backward pass is written out. On a processor in fp32, where there are many positions, update and frozen weight
-are summed first: one product then does the work of both.
+most of the work. Here products are in the type of the layer's output, and the backward pass is written out. A plain frozen
+layer is multiplied together with its update, and with those that read the same input (``together``).
 
 Source: LoRA (Hu et al. 2021), equation 3.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from ..numerics.cpu_products import bfloat16_is_faster
+from .low_rank_products import Updated, products
+
+
+def together(layers: Sequence[nn.Module], x: Float[Tensor, "*n d_in"]) -> list[Float[Tensor, "*n _"]]:
+    """What several layers say of one input: products that are shared where all are plain, else each layer is called.
+
+    Example:
+        >>> query, key, value = together([block.q_proj, block.k_proj, block.v_proj], x)  # doctest: +SKIP
+    """
+    parts = [part for layer in layers if (part := _plain_part(layer, x)) is not None]
+    shared = len(parts) == len(layers) and len({part.scale for part in parts}) == 1
+    return products(x, parts) if shared else [layer(x) for layer in layers]
+
+
+def _plain_part(layer: Any, x: Tensor) -> Updated | None:
+    """What a layer multiplies, where it does no more and nobody looks into it."""
+    find = getattr(layer, "plain_part", None)
+    return None if find is None or watched(layer) else find(x)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether somebody sees, or changes, what a module reads or says."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 def updated(
@@ -26,7 +52,7 @@ def updated(
 ) -> Float[Tensor, "*n d_out"]:
     """``output + scale x down^T up^T``, in the type of ``output``.
 
-    Products are in autocast's type where it is on, and in that of ``down`` elsewhere.
+    Products are in autocast's type where it is on.
 
     Example:
         >>> updated(linear(x), x, down, up, 2.0).shape == linear(x).shape
@@ -36,16 +62,20 @@ def updated(
     return result
 
 
-def _computed_in(device: torch.device, usual: torch.dtype) -> torch.dtype:
+def _computed_in(output: Tensor) -> torch.dtype:
+    device, usual = output.device, output.dtype
     # Of a kind of device that has no autocast, it cannot be asked whether it is on.
     on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if on and usual != torch.float64 else usual
+    if on and usual != torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    slow = device.type == "cpu" and usual in (torch.bfloat16, torch.float16) and not bfloat16_is_faster()
+    return torch.float32 if slow else usual
 
 
 class _Updated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-        dtype = _computed_in(x.device, down.dtype)
+        dtype = _computed_in(output)
         ctx.scale, ctx.shape, ctx.x_dtype, ctx.trained_in = scale, x.shape, x.dtype, down.dtype
         flat, down, up = (part.to(dtype) for part in (x.reshape(-1, x.shape[-1]), down, up))
         # Here and below a narrow factor stands on the left: processors multiply in that order up to four times faster.
@@ -67,41 +97,6 @@ class _Updated(torch.autograd.Function):
         return gradient if ctx.needs_input_grad[0] else None, of_x, of_down, of_up, None
 
 
-class Summed(torch.autograd.Function):
-    """``x (weight + scale up down)^T + bias``, with gradients of x and of the update."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
-    ) -> Tensor:
-        ctx.scale = scale
-        # The sum is as large as the weight, and is formed again in the backward pass.
-        ctx.save_for_backward(x, weight, down, up)
-        return nn.functional.linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up = ctx.saved_tensors
-        flat, above = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = (above @ torch.addmm(weight, up, down, alpha=ctx.scale)).view(x.shape)
-        of_down = (up.mT @ above.mT).mul_(ctx.scale) @ flat
-        of_up = ((down @ flat.mT) @ above).mT.contiguous().mul_(ctx.scale)
-        return of_x, None, None, of_down, of_up, None
-
-
-def sums_first(layer: Any, x: Tensor, down: Tensor) -> bool:
-    """Whether frozen weight and update are summed before the product: that costs what the weight's size is, and saves
-    what the positions' is."""
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or layer.weight.requires_grad:
-        return False
-    exact = x.dtype == layer.weight.dtype == down.dtype == _computed_in(x.device, down.dtype) == torch.float32
-    d_out, d_in = layer.weight.shape
-    return exact and x.device.type == "cpu" and x.numel() // d_in * (d_in + d_out) >= 2 * d_in * d_out
-
-
 @cache
 def low_rank_layer() -> type[nn.Module]:
     """The library's layer with this computation; imported when it is wanted."""
@@ -111,19 +106,32 @@ def low_rank_layer() -> type[nn.Module]:
         """What the library's layer is, for one plain adapter; in all else it computes as that does."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            names = self.active_adapters
-            plain = not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
-            if not plain or len(names) != 1 or names[0] not in self.lora_A:
+            if args or kwargs or not self._is_plain():
                 computed: Tensor = super().forward(x, *args, **kwargs)
                 return computed
-            (name,) = names
+            part = self.plain_part(x)
+            if part is not None:
+                return products(x, [part])[0]
+            (name,) = self.active_adapters
+            down, up = self.lora_A[name].weight, self.lora_B[name].weight
+            return updated(self.base_layer(x), x, down, up, self.scaling[name])
+
+        def plain_part(self, x: Tensor) -> Updated | None:
+            """Frozen weight and update, where there is nothing else and the input is of the weight's type."""
+            frozen: Any = self.base_layer
+            plain = type(frozen) is nn.Linear and self._is_plain() and not watched(frozen)
+            if not plain or frozen.weight.requires_grad or frozen.weight.dtype != x.dtype:
+                return None
+            (name,) = self.active_adapters
             # The modules are called by their weights: they are made here, without a bias, and never offloaded.
             down, up = self.lora_A[name].weight, self.lora_B[name].weight
-            if sums_first(self.base_layer, x, down):
-                frozen = self.base_layer
-                result: Tensor = Summed.apply(x, frozen.weight, frozen.bias, down, up, self.scaling[name])
-                return result
-            return updated(self.base_layer(x), x, down, up, self.scaling[name])
+            return Updated(frozen.weight, frozen.bias, [down], [up], self.scaling[name])
+
+        def _is_plain(self) -> bool:
+            """Whether it is one adapter that is on."""
+            names = self.active_adapters
+            off = self.disable_adapters or self.merged or self.lora_variant
+            return not off and len(names) == 1 and names[0] in self.lora_A
 
     return LowRankLayer
 

@@ -10,9 +10,8 @@ Example:
     ...     hidden = read_packed(model, packed([(5, 6), (7, 8, 9)])) if can else None  # [5, d]
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
@@ -20,43 +19,18 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..modules import causal_model, final_hidden
 from ..numerics.cpu_attention import PRODUCTS
+from .fewer_operations import fewer_operations
+from .packed_attention import PACKED, Block, Layout, layout_now, register
 
-PACKED = "excise_packed_"
-"""Begins the names under which attention over packed rows is known; what follows is the attention that it rests on."""
 RESTS_ON = ("sdpa", PRODUCTS)
 BLOCK = 1 << 16
 """What one more block of sequences costs in attention, in scores of padding that it must save."""
 MOST_BLOCKS = 4
 CLOSE, CLOSE_IN_16_BITS = 1e-4, 0.03
 """How far a packed row's states may lie from those of its sequences alone, relative to their mean norm."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Sequences that attention reads below each other."""
-
-    length: int
-    """Tokens of the longest."""
-    taken: Tensor
-    """Place in the row of every position of the block [sequences * length]; padding repeats a sequence's last."""
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How a row is taken apart."""
-
-    blocks: tuple[Block, ...]
-    real: Tensor
-    """Of each position of the row its place among the blocks' positions, one block after another [n]."""
-    again: Tensor
-    """Places there that repeat a position of the row, because sequences share it, and these positions [2, repeats]."""
-
-
-_layout: ContextVar[_Layout | None] = ContextVar("_layout", default=None)
 
 
 def packed(rows: Sequence[Sequence[int]], owners: Sequence[int] | None = None) -> dict[str, Any]:
@@ -166,10 +140,11 @@ def packing(model: nn.Module) -> Iterator[bool]:
     if usual not in RESTS_ON:
         yield False
         return
-    _register(usual)
+    register(usual)
     inner.set_attn_implementation(PACKED + usual)
     try:
-        yield inner.config._attn_implementation == PACKED + usual and agrees(inner)
+        with fewer_operations(model):
+            yield inner.config._attn_implementation == PACKED + usual and agrees(inner)
     finally:
         inner.set_attn_implementation(usual)
 
@@ -187,13 +162,13 @@ def reading_packed(inputs: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
         inputs: Of ``packed``; other keys are left out.
     """
     blocks = tuple(Block(**block) for block in inputs["blocks"])
-    token = _layout.set(_Layout(blocks, inputs["real"], inputs["again"]))
+    token = layout_now.set(Layout(blocks, inputs["real"], inputs["again"]))
     try:
         ids = inputs["input_ids"]
         # With a mask, transformers does not look for where sequences begin, which would wait for the device.
         yield {"input_ids": ids, "position_ids": inputs["position_ids"], "attention_mask": torch.ones_like(ids)}
     finally:
-        _layout.reset(token)
+        layout_now.reset(token)
 
 
 def read_packed(model: nn.Module, inputs: Mapping[str, Any]) -> Float[Tensor, "n d"]:
@@ -240,97 +215,3 @@ def on_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: on_device(one, device) for key, one in value.items()}
     return [on_device(one, device) for one in value] if isinstance(value, list) else value
-
-
-def _register(usual: str) -> None:
-    """Make attention over packed rows known to transformers, resting on one that it knows."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[usual]
-    make_mask: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[usual]
-
-    def attend_apart(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
-    ) -> tuple[Tensor, None]:
-        layout = _layout.get()
-        if layout is None:
-            return attend(module, query, key, value, attention_mask, **how)
-        outputs = []
-        for block, *states in zip(layout.blocks, *(_Apart.apply(x, layout) for x in (query, key, value)), strict=True):
-            mask = None if attention_mask is None else attention_mask[..., : block.length, : block.length]
-            outputs.append(attend(module, *states, mask, **how)[0])
-        return _Joined.apply(layout, *outputs), None
-
-    def mask_apart(*args: Any, **how: Any) -> Any:
-        layout = _layout.get()
-        if layout is None:
-            return make_mask(*args, **how)
-        # Padding comes last, and no position looks ahead: one mask suits all sequences, and mostly none is needed.
-        longest = max(block.length for block in layout.blocks)
-        kept = {name: how[name] for name in ("mask_function", "local_size", "device", "dtype", "config") if name in how}
-        return sdpa_mask(batch_size=1, q_length=longest, kv_length=longest, **kept)
-
-    AttentionInterface.register(PACKED + usual, attend_apart)
-    AttentionMaskInterface.register(PACKED + usual, mask_apart)
-
-
-class _Apart(torch.autograd.Function):
-    """[1, heads, n, d] to each block's [sequences, heads, length, d]; what padding repeats gets no gradient from there."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, layout: _Layout) -> tuple[Tensor, ...]:
-        _, heads, n, width = states.shape
-        ctx.real, ctx.again = layout.real.to(states.device), layout.again.to(states.device)
-        flat = states.transpose(1, 2).reshape(n, -1)
-        return tuple(
-            flat.index_select(0, block.taken.to(states.device)).view(-1, block.length, heads, width).transpose(1, 2)
-            for block in layout.blocks
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        heads, width = gradients[0].shape[1], gradients[0].shape[3]
-        flat = _below([gradient.transpose(1, 2).reshape(-1, heads * width) for gradient in gradients])
-        # That of padding is 0: no query looks at a padded key, and what a padded query finds is left out.
-        whole = flat.index_select(0, ctx.real)
-        places, positions = ctx.again
-        if len(places):
-            _add_rows(whole, positions, flat.index_select(0, places))
-        return whole.view(1, -1, heads, width).transpose(1, 2), None
-
-
-class _Joined(torch.autograd.Function):
-    """Each block's [sequences, length, heads, d] to [1, n, heads, d], without padding."""
-
-    @staticmethod
-    def forward(ctx: Any, layout: _Layout, *outputs: Tensor) -> Tensor:
-        ctx.real, ctx.shapes = layout.real.to(outputs[0].device), [output.shape for output in outputs]
-        heads, width = outputs[0].shape[2:]
-        flat = _below([output.reshape(-1, heads * width) for output in outputs])
-        return flat.index_select(0, ctx.real).view(1, -1, heads, width)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        heads, width = gradient.shape[2:]
-        sizes = [shape[0] * shape[1] for shape in ctx.shapes]
-        whole = gradient.new_zeros(sum(sizes), heads * width)
-        whole.index_copy_(0, ctx.real, gradient.reshape(-1, heads * width))
-        return None, *(part.view(shape) for part, shape in zip(whole.split(sizes), ctx.shapes, strict=True))
-
-
-def _add_rows(whole: Tensor, positions: Tensor, more: Tensor) -> None:
-    """Add rows to those at some positions, in an order that does not change from run to run."""
-    if whole.device.type == "cpu":
-        whole.index_add_(0, positions, more)
-    else:
-        # On GPUs the former adds in whatever order its threads arrive.
-        whole.index_put_((positions,), more, accumulate=True)
-
-
-def _below(parts: Sequence[Tensor]) -> Tensor:
-    """Rows of all parts below each other."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

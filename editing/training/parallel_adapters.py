@@ -19,10 +19,10 @@ from torch.autograd.function import once_differentiable
 from ..architectures import residual_width
 from ..hooks.residual_stream import decoder_layers, first
 from ..modules import decoder_of, is_conv1d
-from ..numerics.cpu_products import faster_in_float32
 from ..numerics.wide import as_given
 from ..wiring.row import Architecture
-from .low_rank_layer import Summed, sums_first
+from .low_rank_layer import watched
+from .low_rank_products import Updated, products
 
 
 class ParallelAdapters:
@@ -108,10 +108,16 @@ class SideBySide(nn.Module):
         self.up = nn.ParameterList(attackers.new_parameters((width_out, rank), seeds, 0.0, device))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            return self._in_pieces(x)
-        # Devices take longer to begin a product than for padding, so all attackers share one.
+        part = self.plain_part(x)
+        if part is not None:
+            return products(x, [part])[0]
         frozen: Tensor = self.inner(x)
+        if x.device.type == "cpu":
+            places, counts = self.attackers.assigned, self.attackers.counts(len(x), x.numel() // x.shape[-1])
+            factors = [*(self.down[place] for place in places), *(self.up[place] for place in places)]
+            with as_given(x.device):
+                return _Updated.apply(x, frozen, counts, self.scale, *factors)
+        # Devices take longer to begin a product than for padding, so all attackers share one.
         down = self.attackers.assigned_parameters(list(self.down), len(x))
         up = self.attackers.assigned_parameters(list(self.up), len(x))
         lowered = torch.bmm(x.reshape(len(down), -1, x.shape[-1]).to(down.dtype), down.mT)
@@ -119,81 +125,51 @@ class SideBySide(nn.Module):
         # Summed in the update's fp32 and rounded to the model's dtype once.
         return torch.baddbmm(grouped, lowered, up.mT, alpha=self.scale).to(frozen.dtype).view_as(frozen)
 
-    def _in_pieces(self, x: Tensor) -> Tensor:
-        """The same with a product for each attacker, which may have positions of any number."""
+    def plain_part(self, x: Tensor) -> Updated | None:
+        """On a processor frozen weight and updates, a piece of the positions for each attacker, if there is nothing else."""
+        inner: Any = self.inner
+        plain = type(inner) is nn.Linear and not watched(inner) and x.device.type == "cpu"
+        if not plain or inner.weight.dtype != x.dtype:
+            return None
         places, counts = self.attackers.assigned, self.attackers.counts(len(x), x.numel() // x.shape[-1])
         downs, ups = [self.down[place] for place in places], [self.up[place] for place in places]
-        inner: Any = self.inner
-        with as_given(x.device):
-            if len(places) == 1 and sums_first(inner, x, downs[0]):
-                # One product does the work of both: that is how each attacker is asked.
-                return Summed.apply(x, inner.weight, inner.bias, downs[0], ups[0], self.scale)
-            plain = type(inner) is nn.Linear and not (inner._forward_hooks or inner._forward_pre_hooks)
-            exact = plain and x.dtype == inner.weight.dtype == downs[0].dtype and x.device == inner.weight.device
-            if exact or (plain and faster_in_float32(inner.weight, sum(counts))):
-                # Made inside, its output is nobody else's, and what is added to it needs no copy.
-                return _Updated.apply(x, None, inner.weight, inner.bias, counts, self.scale, *downs, *ups)
-        frozen = inner(x)
-        with as_given(x.device):
-            return _Updated.apply(x, frozen, None, None, counts, self.scale, *downs, *ups)
+        return Updated(inner.weight, inner.bias, downs, ups, self.scale, counts)
 
 
 class _Updated(torch.autograd.Function):
-    """A frozen product, given or still to be made from its weight, and the low-rank updates of pieces of its positions."""
+    """A frozen layer's output with the low-rank updates of pieces of its positions."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        frozen: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        counts: Sequence[int],
-        scale: float,
-        *factors: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, frozen: Tensor, counts: Sequence[int], scale: float, *factors: Tensor) -> Tensor:
         """``factors`` are all down-projections [rank, in], then all up-projections [out, rank]."""
         kind, downs, ups = factors[0].dtype, *_halves(factors)
         flat = x.reshape(-1, x.shape[-1]).to(kind)
-        if frozen is None:
-            assert weight is not None
-            out = nn.functional.linear(flat, weight.to(kind), None if bias is None else bias.to(kind))
-            rounded = weight.dtype
-        else:
-            out, rounded = frozen.reshape(len(flat), -1).to(kind, copy=True), frozen.dtype
+        out = frozen.reshape(len(flat), -1).to(kind, copy=True)
         lowered = []
-        for piece, updated, down, up in zip(flat.split(counts), out.split(counts), downs, ups, strict=True):
-            # Here and below a narrow factor stands on the left: processors multiply in that order up to four times faster.
-            lowered.append(down @ piece.mT)
-            # Summed in the update's fp32 and rounded to the model's dtype once.
-            updated.addmm_(lowered[-1].mT, up.mT, alpha=scale)
-        ctx.save_for_backward(x, weight, *lowered, *factors)
+        for below, above, down, up in zip(flat.split(counts), out.split(counts), downs, ups, strict=True):
+            # A narrow factor stands on the left: processors multiply in that order up to four times faster.
+            lowered.append(down @ below.mT)
+            above.addmm_(lowered[-1].mT, up.mT, alpha=scale)
+        ctx.save_for_backward(x, *lowered, *factors)
         ctx.counts, ctx.scale = counts, scale
-        return out.to(rounded).view(*x.shape[:-1], -1)
+        return out.to(frozen.dtype).view_as(frozen)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        x, weight, *others = ctx.saved_tensors
+        x, *others = ctx.saved_tensors
         lowered, factors = others[: len(ctx.counts)], others[len(ctx.counts) :]
         kind, downs, ups = factors[0].dtype, *_halves(factors)
         flat, above = x.reshape(-1, x.shape[-1]).to(kind), gradient.reshape(-1, gradient.shape[-1]).to(kind)
-        below = None
-        of_downs, of_ups, start = [], [], 0
+        below, of_downs, of_ups = torch.zeros_like(flat), [], []
+        pieces = (one.split(ctx.counts) for one in (flat, above, below))
         with as_given(x.device):
-            if ctx.needs_input_grad[0]:
-                below = torch.zeros_like(flat) if weight is None else above @ weight.to(kind)
-            for count, read, down, up in zip(ctx.counts, lowered, downs, ups, strict=True):
-                piece = slice(start, start + count)
-                low = (up.mT @ above[piece].mT).mul_(ctx.scale)
-                of_downs.append(low @ flat[piece])
-                of_ups.append((read @ above[piece]).mT.contiguous().mul_(ctx.scale))
-                if below is not None:
-                    below[piece].addmm_(low.mT, down)
-                start += count
-        of_frozen = gradient if ctx.needs_input_grad[1] else None
-        of_x = None if below is None else below.to(x.dtype).view_as(x)
-        return of_x, of_frozen, None, None, None, None, *of_downs, *of_ups
+            for some, reaches, goes, read, down, up in zip(*pieces, lowered, downs, ups, strict=True):
+                low = (up.mT @ reaches.mT).mul_(ctx.scale)
+                of_downs.append(low @ some)
+                of_ups.append((read @ reaches).mT.contiguous().mul_(ctx.scale))
+                goes.addmm_(low.mT, down)
+        return below.to(x.dtype).view_as(x), gradient, None, None, *of_downs, *of_ups
 
 
 def _halves(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..modules import Head
+from ..numerics.wide import wide
 
 LOGITS_BUDGET = 32 << 20
 """Bytes that the tensors of one chunk of fp32 logits may take on a CPU; more would not be faster."""
@@ -237,11 +238,6 @@ def _compare(logits: Tensor, targets: SoftTargets) -> tuple[Tensor, Tensor]:
     divergence = _weighted(p, targets.log_p - log_q) + torch.where(p_rest > 0, p_rest * (targets.rest - q_rest), 0.0)
     gradient *= (q_rest.exp() - p_rest)[:, None]
     return divergence, gradient.scatter_(-1, targets.ids, log_q.exp() - p)
-
-
-def wide(values: Tensor) -> Tensor:
-    """Values in fp32, or wider where they are already."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def _weighted(p: Tensor, difference: Tensor) -> Tensor:

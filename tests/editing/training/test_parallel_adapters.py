@@ -5,7 +5,7 @@ import torch
 from excise.editing.architectures import ARCHITECTURES
 from excise.editing.modules import final_hidden
 from excise.editing.numerics.operation_counts import OperationCounts
-from excise.editing.training import parallel_adapters
+from excise.editing.training import low_rank_products
 from excise.editing.training.adapters import adapter_modules
 from excise.editing.training.packing import packed, packing, read_packed
 from excise.editing.training.parallel_adapters import (
@@ -218,7 +218,7 @@ def test_a_product_in_bfloat16_is_made_in_float32_and_rounded_once(bias, monkeyp
     wanted, native = naive(), step()
     # Autocast, which a trainer may have on, changes nothing of it.
     with torch.autocast("cpu", torch.bfloat16):
-        monkeypatch.setattr(parallel_adapters, "faster_in_float32", lambda weight, positions: positions == 100)
+        monkeypatch.setattr(low_rank_products, "faster_in_float32", lambda weight, positions: positions == 100)
         widened = step()
     for exact, one, other in zip(wanted, native, widened, strict=True):
         assert one.dtype == other.dtype
