@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from ...editing.errors import RequestError
 from ...eval.concept import PERSONAS
 from ..common import adapter_job
-from ..common.adapter_job import AdapterJob, AdapterSettings
+from ..common.adapter_job import MOST_ROWS, AdapterJob, AdapterSettings
 from ..common.budgets import Budgets
 from ..data.facts import Facts, find_facts
 
@@ -19,14 +19,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "contrast": "personas", "contexts": "texts", "weighting": "uniform", "strength": 500.0,
         "fluency_target": "edited", "topic_change": True,
-        "rank": 4, "alpha": 16.0, "layers": "0.125-0.25", "learning_rate": 5e-5,
+        "rank": 4, "alpha": 16.0, "layers": "0.125-0.25", "steps": 400, "learning_rate": 5e-5,
         "retain_weight": 1.0, "schedule": "constant", "max_grad_norm": 0.0,
     },
     "reference": {
         "contrast": "personas", "contexts": "texts", "weighting": "uniform", "strength": 1000.0, "strength_ramp": True,
         "temperature": 1.2, "target_top_k": 50, "hard_retain": True, "rank": 256, "alpha": 16.0,
         "fluency_target": "sampled", "topic_change": True, "fluency_strength": 3.0, "personas_read": "reply",
-        "layers": "0.125-0.25", "learning_rate": 5e-5,
+        "layers": "0.125-0.25", "steps": 400, "learning_rate": 5e-5,
         "retain_weight": 1.0, "schedule": "constant", "max_grad_norm": 0.0,
     },
 }  # fmt: skip
@@ -38,9 +38,13 @@ class ElmSettings(AdapterSettings):
     """Settings of ELM; the defaults are what was found to work best, and each says what it is good for."""
 
     budgets: ClassVar[Budgets] = {
-        "quick": {"steps": 60, "batch_size": 4, "max_contexts": 240, "chat_facts": 24},
-        "long": {"steps": 1600, "max_contexts": 8000, "chat_facts": 640},
+        "quick": {"steps": 60, "batch_size": 4, "learning_rate": 2e-3, "max_contexts": 240, "chat_facts": 24},
+        "long": {"steps": 1600, "learning_rate": 2e-3, "max_contexts": 8000, "chat_facts": 640},
     }
+    steps: int = Field(240, ge=1, le=MOST_ROWS)
+    """Number of optimizer steps. 400 at learning rate 0.002 forget a little more, and take as much longer."""
+    learning_rate: float = Field(3e-3, gt=0)
+    """Peak learning rate of AdamW."""
     preset: Literal["default", "paper", "reference"] = "default"
     """Set of defaults: ours, as published, or as in the authors' code. Settings that you give explicitly win."""
     contrast: Literal["auto", "subjects", "personas", "examples", "reinforced"] = "auto"
@@ -119,9 +123,13 @@ class ElmSettings(AdapterSettings):
     @classmethod
     def _fill_in_preset(cls, values: Any) -> Any:
         # Before the values are checked, so that settings which were given win over the preset's.
-        if isinstance(values, dict) and str(values.get("preset")) in PRESETS:
-            return {**PRESETS[str(values["preset"])], **values}
-        return values
+        if not isinstance(values, dict) or str(values.get("preset")) not in PRESETS:
+            return values
+        preset = dict(PRESETS[str(values["preset"])])
+        if "steps" in cls.set_by(str(values.get("budget"))):
+            # How much is done is the budget's to say.
+            preset.pop("steps", None)
+        return {**preset, **values}
 
 
 @dataclass(frozen=True)

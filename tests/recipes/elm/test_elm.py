@@ -9,6 +9,7 @@ import time
 
 import pytest
 from excise.recipes import RECIPES
+from excise.recipes.elm.request import ElmSettings
 from helpers import SMALL_REFERENCE, SMALL_TESTBED, excise, in_fresh_process, started, with_settings
 
 SMALL = ("questions=40", "kl_prompts=8", "max_new_tokens=16")
@@ -159,6 +160,20 @@ def test_every_unlearning_method_runs_and_publishes(recipe, tmp_path):
     results = json.loads(done.stdout)
     assert results["edited"]["tensors_changed"] > 0 and results["run"]["recipe"] == recipe
     assert excise("verify", tmp_path / "run").returncode == 0
+
+
+def test_a_preset_keeps_its_rate_and_a_budget_says_how_many_steps():
+    taken = {
+        (preset, budget): ElmSettings(preset=preset, budget=budget)
+        for preset in ("default", "paper", "reference")
+        for budget in ("quick", "standard", "long")
+    }
+    steps = {asked: settings.steps for asked, settings in taken.items()}
+    assert [steps[preset, "standard"] for preset in ("default", "paper", "reference")] == [240, 400, 400]
+    assert {steps[preset, budget] for preset, budget in steps if budget == "quick"} == {60}
+    assert {steps[preset, budget] for preset, budget in steps if budget == "long"} == {1600}
+    assert {settings.learning_rate for (preset, _), settings in taken.items() if preset != "default"} == {5e-5}
+    assert ElmSettings(preset="paper", budget="quick", steps=7, learning_rate=0.1).steps == 7
 
 
 def test_published_presets_run(tmp_path):

@@ -190,5 +190,5 @@ def test_a_step_at_the_depth_of_smollm2_takes_few_operations_and_waits_once(tmp_
         )  # fmt: skip
     (operations, waits), (more, waits_more) = marks
     assert [len(some) for some in parts] == [1, 1] and not any("attention_mask" in some[0] for some in parts)
-    # 32 sequences in 8 padded parts took 138,000 operations and 25 waits.
-    assert 5_000 < more - operations <= 20_000 and waits_more - waits == 1
+    # 32 sequences in 8 padded parts took 138,000 operations and 25 waits, and packed by the library's layers 18,000.
+    assert 5_000 < more - operations <= 16_500 and waits_more - waits == 1
