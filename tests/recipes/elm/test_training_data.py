@@ -559,7 +559,9 @@ def test_the_teacher_reads_no_more_than_the_steps_do_and_few_contexts_mean_few_c
     assert counts[1] == (8, 8) and counts[400] > (100, 100)
     settings = ElmSettings(max_contexts=8)
     assert settings.chat_facts_read == 8 < ElmSettings().chat_facts_read == ElmSettings().chat_facts
-    assert ElmSettings().contexts_read == ElmSettings().max_contexts
+    # 240 steps of 8 groups, and 400, which are more than there may be.
+    assert ElmSettings().contexts_read == 1920
+    assert ElmSettings(steps=400).contexts_read == ElmSettings().max_contexts == 2000
 
 
 def test_what_does_not_fit_into_memory_is_read_from_files_that_go_with_it():
