@@ -1,4 +1,5 @@
-"""Attention of bfloat16 models on CPUs, computed as matrix products, because torch's fused kernel is slower there."""
+"""Attention on CPUs, computed as matrix products: of bfloat16 models, and of packed rows, where torch's fused kernel is
+slower."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -110,7 +111,7 @@ def attention(
         block: Approximate bytes of scores computed at a time.
 
     Source:
-        Dao et al. 2022, "FlashAttention", algorithms 2 and 4: the backward pass computes probabilities again.
+        Dao et al. 2022, "FlashAttention", algorithms 2 and 4: the backward pass computes probabilities again, unless they are small.
     """
     output: Tensor = _Attention.apply(query, key, value, None if mask is None else added(mask), scale, block)
     return output

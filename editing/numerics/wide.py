@@ -43,6 +43,14 @@ def as_given(device: torch.device) -> AbstractContextManager[object]:
         ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
         torch.float32
     """
-    # Of a kind of device that has no autocast, none can be made.
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on; of a kind of device that has none, torch cannot be asked.
+
+    Example:
+        >>> autocasts(torch.device("cpu"))
+        False
+    """
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..numerics.cpu_products import bfloat16_is_faster
+from ..numerics.wide import autocasts
 from .low_rank_products import Updated, products
 
 
@@ -64,9 +65,7 @@ def updated(
 
 def _computed_in(output: Tensor) -> torch.dtype:
     device, usual = output.device, output.dtype
-    # Of a kind of device that has no autocast, it cannot be asked whether it is on.
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    if on and usual != torch.float64:
+    if autocasts(device) and usual != torch.float64:
         return torch.get_autocast_dtype(device.type)
     slow = device.type == "cpu" and usual in (torch.bfloat16, torch.float16) and not bfloat16_is_faster()
     return torch.float32 if slow else usual

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..numerics.cpu_products import faster_in_float32
-from ..numerics.wide import as_given
+from ..numerics.wide import as_given, autocasts
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,11 @@ def products(x: Float[Tensor, "*n d_in"], parts: Sequence[Updated]) -> list[Floa
     kind, counts = _type_of_products(first.weight, x), first.counts or [x.numel() // x.shape[-1]]
     exact = kind == torch.float32 == first.weight.dtype and len(counts) == 1
     how = _How(kind, exact and all(sums_pay(part.weight, x) for part in parts), first.scale, counts)
-    downs, ups = ([one for part in parts for one in some(part)] for some in (_downs, _ups))
+    downs = [down for part in parts for down in part.downs]
+    ups = [up for part in parts for up in part.ups]
     frozen = (*(part.weight for part in parts), *(part.bias for part in parts))
     with as_given(x.device):
         return list(_Products.apply(x, how, *frozen, *downs, *ups))
-
-
-def _downs(part: Updated) -> Sequence[Tensor]:
-    return part.downs
-
-
-def _ups(part: Updated) -> Sequence[Tensor]:
-    return part.ups
 
 
 def sums_pay(weight: Tensor, x: Tensor) -> bool:
@@ -72,10 +65,8 @@ def sums_pay(weight: Tensor, x: Tensor) -> bool:
 def _type_of_products(weight: Tensor, x: Tensor) -> torch.dtype:
     if x.device.type == "cpu":
         return torch.float32 if faster_in_float32(weight, x.numel() // x.shape[-1]) else x.dtype
-    # Of a kind of device that has no autocast, it cannot be asked whether it is on.
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on and x.dtype != torch.float64 else x.dtype
+    on = autocasts(x.device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,9 @@ def _by_head(layout: Layout, heads: int) -> _ByHead:
         places.append(lies.reshape(-1, heads))
         start = end
     place = torch.cat(places)
-    return _ByHead(taken, owned, place[layout.real].flatten(), torch.stack(
-        (place[layout.again[0]].flatten(), (layout.again[1][:, None] * heads + each).flatten())
-    ))  # fmt: skip
+    repeated, position = layout.again
+    again = torch.stack((place[repeated].flatten(), (position[:, None] * heads + each).flatten()))
+    return _ByHead(taken, owned, place[layout.real].flatten(), again)
 
 
 class _InBlocks(torch.autograd.Function):

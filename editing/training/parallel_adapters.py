@@ -161,15 +161,17 @@ class _Updated(torch.autograd.Function):
         lowered, factors = others[: len(ctx.counts)], others[len(ctx.counts) :]
         kind, downs, ups = factors[0].dtype, *_halves(factors)
         flat, above = x.reshape(-1, x.shape[-1]).to(kind), gradient.reshape(-1, gradient.shape[-1]).to(kind)
-        below, of_downs, of_ups = torch.zeros_like(flat), [], []
+        wanted, below, of_downs, of_ups = ctx.needs_input_grad[0], torch.zeros_like(flat), [], []
         pieces = (one.split(ctx.counts) for one in (flat, above, below))
         with as_given(x.device):
             for some, reaches, goes, read, down, up in zip(*pieces, lowered, downs, ups, strict=True):
                 low = (up.mT @ reaches.mT).mul_(ctx.scale)
                 of_downs.append(low @ some)
                 of_ups.append((read @ reaches).mT.contiguous().mul_(ctx.scale))
-                goes.addmm_(low.mT, down)
-        return below.to(x.dtype).view_as(x), gradient, None, None, *of_downs, *of_ups
+                if wanted:
+                    goes.addmm_(low.mT, down)
+        of_x = below.to(x.dtype).view_as(x) if wanted else None
+        return of_x, gradient if ctx.needs_input_grad[1] else None, None, None, *of_downs, *of_ups
 
 
 def _halves(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
