@@ -14,7 +14,7 @@ from .recipes.commands import concept, edit, jobs, look, measure, packs, publish
 from .recipes.commands.failures import INTERRUPTED, explained
 from .recipes.commands.flags import say
 from .recipes.commands.help import PanelGroup, SettingsCommand
-from .recipes.commands.session import settle, tell, watcher
+from .recipes.commands.session import rarely_collect, settle, tell, watcher
 from .recipes.common.ranks import LAUNCH, launch_of, work_alone
 
 app = typer.Typer(
@@ -111,6 +111,7 @@ def main() -> None:
     """Entry point: turns every error into one line and an exit code."""
     # Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    rarely_collect()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     _divide(arguments)

@@ -308,7 +308,7 @@ def attackers(place: Placed) -> Result:
         batch = likelihood.pad_right([ROWS[0]] * 4, model.device)
         with {
             "low_rank": lambda m=model, r=row: parallel_adapters.low_rank_attackers(
-                m, adapters.adapter_modules(m, r, [1]), 2, 4.0, [0, 1]
+                m, adapters.adapter_modules(m, r, [1]), [2, 3], 2.0, [0, 1]
             ),
             "soft_prompt": lambda m=model, r=row: parallel_adapters.soft_prompt_attackers(m, 2, [0, 1]),
             "latent": lambda m=model, r=row: parallel_adapters.latent_attackers(m, r, 0, [0, 1]),

@@ -9,6 +9,7 @@ Source: LoRA (Hu et al. 2021), equation 3.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ def products(x: Float[Tensor, "*n d_in"], parts: Sequence[Updated]) -> list[Floa
     first = parts[0]
     kind, counts = _type_of_products(first.weight, x), first.counts or [x.numel() // x.shape[-1]]
     exact = kind == torch.float32 == first.weight.dtype and len(counts) == 1
-    how = _How(kind, exact and all(sums_pay(part.weight, x) for part in parts), first.scale, counts)
+    ranks = [[len(down) for down in part.downs] for part in parts]
+    sums = exact and all(sums_pay(part.weight, x) for part in parts)
+    how = _How(kind, sums, first.scale, counts, _groups(kind, ranks[0]), ranks)
     downs = [down for part in parts for down in part.downs]
     ups = [up for part in parts for up in part.ups]
     frozen = (*(part.weight for part in parts), *(part.bias for part in parts))
@@ -78,32 +81,94 @@ class _How:
     scale: float
     counts: Sequence[int]
     """Positions of each piece."""
+    groups: Sequence[range]
+    """Pieces whose updates are multiplied together."""
+    ranks: Sequence[Sequence[int]]
+    """Of each part's updates, piece by piece."""
 
-    def pieces(self, positions: Tensor) -> Sequence[Tensor]:
-        """Positions [n, ...] of each piece."""
-        return (positions,) if len(self.counts) == 1 else positions.split(list(self.counts))
+    def of_groups(self, positions: Tensor) -> Sequence[Tensor]:
+        """Positions [n, ...] of each group."""
+        sizes = [sum(self.counts[group.start : group.stop]) for group in self.groups]
+        return (positions,) if len(sizes) == 1 else positions.split(sizes)
+
+    def ranks_of(self, group: range) -> list[int]:
+        """Rank of each part's and piece's update of a group, in the order in which they stand below each other."""
+        return [ranks[piece] for ranks in self.ranks for piece in group]
+
+    def by_part(self, lowered: Tensor, group: range) -> Sequence[Tensor]:
+        """What is lowered for each part."""
+        return lowered.split([sum(ranks[group.start : group.stop]) for ranks in self.ranks])
+
+    def leave_own(self, lowered: Tensor, group: range) -> Tensor:
+        """Set to 0 what a piece's positions were lowered to by the updates of other pieces."""
+        if len(group) > 1:
+            ranks, counts = tuple(self.ranks_of(group)), tuple(self.counts[group.start : group.stop])
+            # Layers share it. What only has a shape, in a plan of memory, is not to be found again.
+            own = _own_of_layers if type(lowered) is Tensor else _own
+            lowered.mul_(own(ranks, counts, lowered.dtype, lowered.device))
+        return lowered
+
+
+def _groups(kind: torch.dtype, ranks: Sequence[int]) -> list[range]:
+    """Pieces that are multiplied together: in bfloat16 a processor takes as long for one narrow product as for several."""
+    most, starts, total = MOST_TOGETHER if kind == torch.bfloat16 else 0, [0], 0
+    for place, rank in enumerate(ranks):
+        total += rank
+        if total > most and place > starts[-1]:
+            starts.append(place)
+            total = rank
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(ranks)], strict=True)]
+
+
+MOST_TOGETHER = 32
+"""Ranks that are multiplied together, at most: so wide a product takes hardly longer than a narrower one."""
+
+
+def _own(ranks: Sequence[int], counts: Sequence[int], kind: torch.dtype, device: torch.device) -> Tensor:
+    """1 where a row belongs to the piece of a position [sum of ranks, sum of counts]."""
+    rows = torch.tensor([place % len(counts) for place, rank in enumerate(ranks) for _ in range(rank)], device=device)
+    positions = torch.tensor([place for place, count in enumerate(counts) for _ in range(count)], device=device)
+    return (rows[:, None] == positions).to(kind)
+
+
+_own_of_layers = lru_cache(maxsize=64)(_own)
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, how: _How, *given: Any) -> tuple[Tensor, ...]:
-        count = len(how.counts)
-        parts = len(given) // (2 + 2 * count)
+        count, parts = len(how.counts), len(how.ranks)
         weights, biases, downs, ups = _divided(given, parts, parts, parts * count, parts * count)
-        ctx.how, ctx.ranks, ctx.trained_in = how, [len(down) for down in downs[::count]], downs[0].dtype
-        # Of each piece those of all parts, below each other.
-        downs = [torch.cat(downs[turn::count]).mul_(how.scale).to(how.kind) for turn in range(count)]
-        ups = [up.to(how.kind) for up in ups]
+        ctx.how, ctx.trained_in = how, downs[0].dtype
+        # Of each group those of all parts, below each other.
+        downs = [
+            torch.cat([downs[part * count + piece] for part in range(parts) for piece in group])
+            .mul_(how.scale)
+            .to(how.kind)
+            for group in how.groups
+        ]
+        ups = [
+            _beside(ups[part * count + group.start : part * count + group.stop]).to(how.kind)
+            for part in range(parts)
+            for group in how.groups
+        ]
         flat = x.reshape(-1, x.shape[-1]).to(how.kind)
         # Here and below a narrow factor stands on the left: processors multiply in that order up to four times faster.
-        lowered = [] if how.sums else [down @ some.mT for down, some in zip(downs, how.pieces(flat), strict=True)]
-        by_part = [low.split(ctx.ranks) for low in lowered]
+        lowered = (
+            []
+            if how.sums
+            else [
+                how.leave_own(down @ some.mT, group)
+                for down, some, group in zip(downs, how.of_groups(flat), how.groups, strict=True)
+            ]
+        )
+        by_part = [how.by_part(low, group) for low, group in zip(lowered, how.groups, strict=not how.sums)]
         outputs = []
         for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            up = ups[number * count :][:count]
-            whole = _whole(weight, up, downs, number, ctx)
+            up = ups[number * len(how.groups) :][: len(how.groups)]
+            whole = _whole(weight, up, downs, number, how)
             out = nn.functional.linear(flat, whole, None if bias is None else bias.to(how.kind))
-            for some, low, one in zip(how.pieces(out), by_part, up, strict=not how.sums):
+            for some, low, one in zip(how.of_groups(out), by_part, up, strict=not how.sums):
                 some.addmm_(low[number].mT, one.mT)
             outputs.append(out.to(x.dtype).view(*x.shape[:-1], -1))
         ctx.save_for_backward(x, *weights, *downs, *ups, *lowered)
@@ -118,38 +183,54 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def gradients(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
         """Of x and of all factors."""
-        how, parts, count = ctx.how, len(gradients), len(ctx.how.counts)
+        how: _How = ctx.how
+        parts, count = len(gradients), len(how.groups)
         x, *saved = ctx.saved_tensors
         weights, downs, ups, lowered = _divided(saved, parts, count, parts * count, len(saved))
         flat = x.reshape(-1, x.shape[-1]).to(how.kind)
         lowered = lowered or [down @ flat.mT for down in downs]
         of_lowered, of_ups, below = [torch.empty_like(low) for low in lowered], [], None
-        reads, goes = ([low.split(ctx.ranks) for low in some] for some in (lowered, of_lowered))
+        reads, goes = (
+            [how.by_part(low, group) for low, group in zip(some, how.groups, strict=True)]
+            for some in (lowered, of_lowered)
+        )
         for number, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
             above, up = gradient.reshape(-1, gradient.shape[-1]).to(how.kind), ups[number * count :][:count]
-            for some, one, read, goes_to in zip(how.pieces(above), up, reads, goes, strict=True):
+            pieces = zip(how.groups, how.of_groups(above), up, reads, goes, strict=True)
+            for group, some, one, read, goes_to in pieces:
                 torch.mm(one.mT, some.mT, out=goes_to[number])
-                of_ups.append((read[number] @ some).mT.contiguous().to(ctx.trained_in))
+                of_up = (read[number] @ some).to(ctx.trained_in)
+                ranks = how.ranks[number][group.start : group.stop]
+                # Copies, here and below: a gradient has its memory for itself.
+                of_ups += [rows.mT.clone(memory_format=torch.contiguous_format) for rows in of_up.split(ranks)]
             if ctx.needs_input_grad[0]:
-                whole = _whole(weight, up, downs, number, ctx)
+                whole = _whole(weight, up, downs, number, how)
                 # The gradients of what several parts read are summed where they are computed.
                 below = above @ whole if below is None else below.addmm_(above, whole)
+        for low, group in zip(of_lowered, how.groups, strict=True):
+            how.leave_own(low, group)
         if below is not None and not how.sums:
-            for some, low, down in zip(how.pieces(below), of_lowered, downs, strict=True):
+            for some, low, down in zip(how.of_groups(below), of_lowered, downs, strict=True):
                 some.addmm_(low.mT, down)
         of_x = None if below is None else below.to(x.dtype).view(x.shape)
-        of_downs = [(low @ some).mul_(how.scale) for low, some in zip(of_lowered, how.pieces(flat), strict=True)]
-        # Copies: a gradient has its memory for itself.
-        by_piece = [[one.to(ctx.trained_in, copy=True) for one in down.split(ctx.ranks)] for down in of_downs]
-        by_part = [down for some in zip(*by_piece, strict=True) for down in some]
-        return of_x, None, *[None] * 2 * parts, *by_part, *of_ups
+        of_downs: list[list[Tensor]] = [[] for _ in range(parts)]
+        for group, low, some in zip(how.groups, of_lowered, how.of_groups(flat), strict=True):
+            each = iter((low @ some).mul_(how.scale).split(how.ranks_of(group)))
+            for of_part in of_downs:
+                of_part += [next(each).to(ctx.trained_in, copy=True) for _ in group]
+        return of_x, None, *[None] * 2 * parts, *(one for of_part in of_downs for one in of_part), *of_ups
 
 
-def _whole(weight: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor], number: int, ctx: Any) -> Tensor:
+def _beside(ups: Sequence[Tensor]) -> Tensor:
+    """Factors beside each other."""
+    return ups[0] if len(ups) == 1 else torch.cat(list(ups), 1)
+
+
+def _whole(weight: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor], number: int, how: _How) -> Tensor:
     """A frozen weight in the type of products, and with its update where they are summed."""
-    if not ctx.how.sums:
-        return weight.to(ctx.how.kind)
-    return torch.addmm(weight, ups[0], downs[0].split(ctx.ranks)[number])
+    if not how.sums:
+        return weight.to(how.kind)
+    return torch.addmm(weight, ups[0], how.by_part(downs[0], how.groups[0])[number])
 
 
 def _divided(values: Sequence[Any], *sizes: int) -> Iterator[list[Any]]:

@@ -29,6 +29,8 @@ RESTS_ON = ("sdpa", PRODUCTS)
 BLOCK = 1 << 16
 """What one more block of sequences costs in attention, in scores of padding that it must save."""
 MOST_BLOCKS = 4
+SHORTEST = 16
+"""Keys of a block, at least: of fewer than a vector holds, processors take the softmax one by one, ten times as long."""
 CLOSE, CLOSE_IN_16_BITS = 1e-4, 0.03
 """How far a packed row's states may lie from those of its sequences alone, relative to their mean norm."""
 
@@ -56,7 +58,7 @@ def packed(rows: Sequence[Sequence[int]], owners: Sequence[int] | None = None) -
     again: list[tuple[int, int]] = []
     for count in _block_sizes([len(rows[number]) for number in order]):
         numbers = order[first : first + count]
-        longest = max(len(rows[number]) for number in numbers)
+        longest = max(SHORTEST, *(len(rows[number]) for number in numbers))
         taken: list[int] = []
         for number in numbers:
             places = row.places[number]
@@ -119,7 +121,7 @@ def _block_sizes(lengths: Sequence[int]) -> list[int]:
         for start in range(end):
             cost, sizes = best[start]
             size = ends[end] - ends[start]
-            cost += size * each[end - 1] ** 2 + BLOCK
+            cost += size * max(SHORTEST, each[end - 1]) ** 2 + BLOCK
             if cost < best[end][0] and len(sizes) < MOST_BLOCKS:
                 best[end] = cost, [*sizes, size]
     return best[-1][1]

@@ -73,11 +73,11 @@ class ParallelAdapters:
             raise ValueError(f"{rows} rows cannot be shared equally by {len(self.assigned)} attackers")
 
     def new_parameters(
-        self, shape: Sequence[int], seeds: Sequence[int], spread: float, device: torch.device
+        self, shapes: Sequence[Sequence[int]], seeds: Sequence[int], spread: float, device: torch.device
     ) -> list[nn.Parameter]:
         """Make a new fp32 parameter for each attacker: normal values times ``spread``, from the attacker's seed."""
         made = []
-        for attacker, seed in enumerate(seeds):
+        for attacker, (shape, seed) in enumerate(zip(shapes, seeds, strict=True)):
             # A seed for each parameter of each attacker: an attacker starts the same whoever is trained beside it.
             generator = torch.Generator().manual_seed(1000 * seed + len(self.owned[attacker]))
             # Drawn on the processor, so that an attacker starts the same on every device.
@@ -85,12 +85,13 @@ class ParallelAdapters:
             self.owned[attacker].append(made[-1])
         return made
 
-    def assigned_parameters(self, values: Sequence[nn.Parameter], rows: int) -> Tensor:
-        """Parameters of the assigned attackers [attackers, ...], for a batch of ``rows`` rows."""
+    def assigned_parameters(self, values: Sequence[Tensor], rows: int) -> Tensor:
+        """Parameters of the assigned attackers [attackers, ...], for a batch of ``rows`` rows; behind those with fewer rows
+        than others stand zeros."""
         self._check(rows)
-        return torch.stack([values[attacker] for attacker in self.assigned])
+        return nn.utils.rnn.pad_sequence([values[attacker] for attacker in self.assigned], batch_first=True)
 
-    def by_row(self, values: Sequence[nn.Parameter], rows: int) -> Tensor:
+    def by_row(self, values: Sequence[Tensor], rows: int) -> Tensor:
         """The parameter that each row uses [rows, ...]."""
         return self.assigned_parameters(values, rows).repeat_interleave(rows // len(self.assigned), 0)
 
@@ -98,14 +99,17 @@ class ParallelAdapters:
 class SideBySide(nn.Module):
     """A frozen linear module with a low-rank update for each attacker."""
 
-    def __init__(self, inner: nn.Module, attackers: ParallelAdapters, rank: int, alpha: float, seeds: Sequence[int]):
+    def __init__(
+        self, inner: nn.Module, attackers: ParallelAdapters, ranks: Sequence[int], scale: float, seeds: Sequence[int]
+    ):
         super().__init__()
-        self.inner, self.attackers, self.scale = inner, attackers, alpha / rank
+        self.inner, self.attackers, self.scale = inner, attackers, scale
         width_in, width_out = linear_widths(inner)
         device = next(inner.parameters()).device
-        self.down = nn.ParameterList(attackers.new_parameters((rank, width_in), seeds, width_in**-0.5, device))
+        downs, ups = [(rank, width_in) for rank in ranks], [(width_out, rank) for rank in ranks]
+        self.down = nn.ParameterList(attackers.new_parameters(downs, seeds, width_in**-0.5, device))
         # As in LoRA, one factor starts at 0, so that an attacker starts as the base model.
-        self.up = nn.ParameterList(attackers.new_parameters((width_out, rank), seeds, 0.0, device))
+        self.up = nn.ParameterList(attackers.new_parameters(ups, seeds, 0.0, device))
 
     def forward(self, x: Tensor) -> Tensor:
         part = self.plain_part(x)
@@ -119,7 +123,7 @@ class SideBySide(nn.Module):
                 return _Updated.apply(x, frozen, counts, self.scale, *factors)
         # Devices take longer to begin a product than for padding, so all attackers share one.
         down = self.attackers.assigned_parameters(list(self.down), len(x))
-        up = self.attackers.assigned_parameters(list(self.up), len(x))
+        up = self.attackers.assigned_parameters([one.mT for one in self.up], len(x)).mT
         lowered = torch.bmm(x.reshape(len(down), -1, x.shape[-1]).to(down.dtype), down.mT)
         grouped = frozen.reshape(len(up), -1, frozen.shape[-1]).to(up.dtype)
         # Summed in the update's fp32 and rounded to the model's dtype once.
@@ -190,15 +194,21 @@ def linear_widths(module: nn.Module) -> tuple[int, int]:
 
 @contextmanager
 def low_rank_attackers(
-    model: nn.Module, modules: Sequence[str], rank: int, alpha: float, seeds: Sequence[int]
+    model: nn.Module, modules: Sequence[str], rank: int | Sequence[int], scale: float, seeds: Sequence[int]
 ) -> Iterator[ParallelAdapters]:
-    """Train low-rank adapters, one per attacker, on the named linear modules; the base weights do not change."""
+    """Train low-rank adapters, one per attacker, on the named linear modules; the base weights do not change.
+
+    Args:
+        rank: Of all attackers, or of each.
+        scale: What updates are multiplied by: LoRA's alpha over its rank.
+    """
     attackers, inner = ParallelAdapters(len(seeds)), {}
+    ranks = [rank] * len(seeds) if isinstance(rank, int) else rank
     with _frozen(model):
         try:
             for name in modules:
                 inner[name] = model.get_submodule(name)
-                model.set_submodule(name, SideBySide(inner[name], attackers, rank, alpha, seeds))
+                model.set_submodule(name, SideBySide(inner[name], attackers, ranks, scale, seeds))
             yield attackers
         finally:
             for name, module in inner.items():
@@ -217,8 +227,8 @@ def soft_prompt_attackers(model: Any, tokens: int, seeds: Sequence[int]) -> Iter
     embedding = model.get_input_embeddings()
     # Soft prompts start as large as the embeddings that they stand among.
     spread = float(embedding.weight.detach().float().std()) * embedding_scale(model)
-    values = attackers.new_parameters((tokens, embedding.weight.shape[1]), seeds, spread, embedding.weight.device)
-
+    shapes = [(tokens, embedding.weight.shape[1])] * len(seeds)
+    values = attackers.new_parameters(shapes, seeds, spread, embedding.weight.device)
     told: list[Tensor | None] = [None]
 
     def note(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
@@ -263,7 +273,7 @@ def latent_attackers(
     attackers = ParallelAdapters(len(seeds))
     config: Any = model.config
     device = next(model.parameters()).device
-    values = attackers.new_parameters((residual_width(config.to_dict()),), seeds, 1e-3, device)
+    values = attackers.new_parameters([(residual_width(config.to_dict()),)] * len(seeds), seeds, 1e-3, device)
 
     def add(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = first(output)

@@ -72,7 +72,7 @@ def locked_control(
     with events.stage("train the locked control") as stage:
         # Read from the base, so before anything is put into it.
         lessons = _Lessons.of(model, data)
-        with low_rank_attackers(model, modules, RANK, ALPHA, [data.seed]) as update:
+        with low_rank_attackers(model, modules, RANK, ALPHA / RANK, [data.seed]) as update:
             rng = random.Random(f"excise lock order {data.seed}")
             training = _Locking(model, update.owned[0], lessons, data.seed, stage, folder, rng)
             for _ in range(ROUNDS):

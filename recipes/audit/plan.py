@@ -16,7 +16,7 @@ from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
 from ..common.whole_weights import need_of, products_in
 from . import locked_control, removal_control, suppressed_control
 from .attack_data import LONGEST_RETAIN, AttackData
-from .attackers import MOST_ATTACKERS, gradients_of_attackers
+from .attackers import MOST_ATTACKERS
 from .attacks.prompts import shots, texts_as_hints
 from .attacks.table import ATTACKS, SOFT_TOKENS, Attack
 from .behaviour_results import notes_on
@@ -24,6 +24,7 @@ from .behaviours.formats import LENGTHS
 from .floor import floor_gaps
 from .formats import FORMATS, FormatQuestions
 from .request import AuditJob, format_questions, other_questions, questions_at_looks
+from .side_by_side import gradients_of_attackers
 
 PREFIXES = {"few_shot": shots, "hints": texts_as_hints}
 """What attacks put in front of questions."""

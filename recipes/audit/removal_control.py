@@ -64,10 +64,10 @@ def removal_control(
     modules = adapter_modules(model, architecture_of(config), range(layer_count(config)))
     asked = AskedModel(model, data, MultipleChoiceSet(data.tokenizer, others) if others else None)
     before = asked.of_others()
-    with low_rank_attackers(model, modules, RANK, ALPHA, [data.seed]) as staying:
+    with low_rank_attackers(model, modules, RANK, ALPHA / RANK, [data.seed]) as staying:
         with (
             events.stage("train the removal control") as stage,
-            low_rank_attackers(model, modules, RANK, ALPHA, [data.seed + 1]) as leaving,
+            low_rank_attackers(model, modules, RANK, ALPHA / RANK, [data.seed + 1]) as leaving,
         ):
             training = _Teaching(model, leaving.owned[0], staying.owned[0], data, stage, folder)
             for number in range(ROUNDS):

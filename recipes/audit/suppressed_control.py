@@ -50,7 +50,7 @@ def suppressed_control(model: Any, data: AttackData, events: Events, folder: Pat
     """
     config = model.config.to_dict()
     modules = adapter_modules(model, architecture_of(config), [layer_count(config) - 1])
-    with low_rank_attackers(model, modules, RANK, ALPHA, [data.seed]) as update:
+    with low_rank_attackers(model, modules, RANK, ALPHA / RANK, [data.seed]) as update:
         with events.stage("train the suppressed control") as stage:
             _Suppression(model, update, data, stage, folder).train()
         yield

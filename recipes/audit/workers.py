@@ -9,10 +9,15 @@ from collections.abc import Iterator
 
 from ...artifacts.checkpoints.read import open_checkpoint
 from ...artifacts.events import Events
+from ...artifacts.models.memory import free_memory
+from ...eval.inference.likelihood import VOCABULARY_BUDGET
+from ..common.memory_plan import RunMemory, surely_fits
 from ..common.memory_sizes import Unplanned
 from ..jobs.engines import threads_each
 from ..jobs.job import Job, JobFolder
-from .attacks.table import ATTACKS
+from .attack_data import LONGEST_RETAIN, LONGEST_TEXT
+from .attackers import MOST_ATTACKERS
+from .attacks.table import ATTACKS, SOFT_TOKENS
 from .audit_run import AuditRun
 from .parts import Part, parts_of
 from .plan import memory
@@ -68,14 +73,31 @@ def processes_for(job: AuditJob) -> int:
     if job.device.type != "cpu" or cores < 2 or not training:
         return 1
     tensors = open_checkpoint(job.sources["base"].folder).tensors.values()
-    if sum(math.prod(tensor.shape) for tensor in tensors) < FEWEST_PARAMETERS:
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    if parameters < FEWEST_PARAMETERS:
         return 1
+    parts = len(parts_of(job))
+    if not job.behaviour and plainly_fit(job, parameters, cores):
+        return min(cores, parts)
     try:
         plan = memory(job)
     except Unplanned:
         return 1
     fitting = int(SHARE * plan.free / max(1, plan.peak.total))
-    return max(1, min(cores, fitting, len(parts_of(job))))
+    return max(1, min(cores, fitting, parts))
+
+
+def plainly_fit(job: AuditJob, parameters: int, count: int) -> bool:
+    """Whether so many processes of an audit on knowledge are so small that no plan is needed, which would take seconds."""
+    source = job.sources["base"]
+    needs = RunMemory(source, open_checkpoint(source.folder), job.device, job.dtype, job.concept)
+    longest = needs.longest(job.concept.texts(), max(LONGEST_TEXT, LONGEST_RETAIN)) + SOFT_TOKENS
+    trained = [ATTACKS[name] for name in job.attacks if ATTACKS[name].trains]
+    setups = [setup for row in trained for setup in job.budget.setups_of(row, job.settings.seed).values()]
+    tokens = MOST_ATTACKERS * max(setup.batch for setup in setups) * longest
+    # Weights and what each of many attackers holds of its own, in fp32 with the moments, and some logits.
+    room = int(SHARE * free_memory(job.device)) // count - 16 * parameters - 4 * VOCABULARY_BUDGET
+    return surely_fits(needs.checkpoint.config, tokens, job.dtype.itemsize, room)
 
 
 def _cores() -> int:

@@ -22,6 +22,14 @@ def tell(line: str) -> None:
     sys.stderr.write(f"excise: {line}\n")
 
 
+COLLECTED = gc.get_threshold()
+
+
+def rarely_collect() -> None:
+    """While libraries are imported: thousands of modules are no garbage, and to look for it took a fifth of the time."""
+    gc.set_threshold(100_000)
+
+
 def settle() -> None:
     """Before a model: freed memory is used again, and libraries keep their own bars and notices off the terminal."""
     from ..common.memory import keep_freed_memory
@@ -36,6 +44,7 @@ def settle() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    gc.set_threshold(*COLLECTED)
     # What was imported lives as long as the process; each training and each model that goes would look through it again
     # for garbage, which takes longer than many a step.
     gc.freeze()

@@ -243,7 +243,7 @@ class ModelSizes:
                 yield self.model
         elif gradients.attackers:
             seeds = list(range(gradients.attackers))
-            with low_rank_attackers(self.model, shape.modules, shape.rank, shape.alpha, seeds) as adapters:
+            with low_rank_attackers(self.model, shape.modules, shape.rank, shape.alpha / shape.rank, seeds) as adapters:
                 adapters.assigned = seeds
                 yield self.model
         else:

@@ -47,8 +47,6 @@ class Schedule:
     seed: int
     decay: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = 0
-    idle_first_step: bool = True
-    """Begin a warm-up at a learning rate of 0, as the library does, so that the first step changes nothing."""
     weight_decay: float = 0.0
     beta2: float = 0.98
     max_grad_norm: float = 1.0
@@ -67,6 +65,9 @@ class Group:
 
     parameters: Sequence[nn.Parameter]
     learning_rate: float
+    share: Callable[[int], float] | None = None
+    """Of the learning rate, after a number of steps; by default the schedule decides, for all groups. All have one, or
+    none."""
 
 
 ROWS = "rows"
@@ -302,7 +303,7 @@ def fit(
         args=_arguments(schedule, folder, device, clipped=not groups, half=half, sharded=shares is not None),
         train_dataset=list(rows),
         data_collator=lambda some: {ROWS: _Rows(some)},
-        optimizers=(optimizer, _warm_from_the_first_step(optimizer, schedule)),
+        optimizers=(optimizer, _by_groups(optimizer, groups)),
         callbacks=[steps],
     )
     trainer.recipe_loss, trainer.recipe_collate = loss, collate or default_data_collator
@@ -450,9 +451,10 @@ def _grouped(groups: Sequence[Group], schedule: Schedule) -> torch.optim.Optimiz
     return optimizer
 
 
-def _warm_from_the_first_step(optimizer: torch.optim.Optimizer | None, schedule: Schedule) -> LambdaLR | None:
-    """A constant rate whose warm-up takes its first step too; None leaves the schedule to the library."""
-    if schedule.idle_first_step:
+def _by_groups(optimizer: torch.optim.Optimizer | None, groups: Sequence[Group]) -> LambdaLR | None:
+    """Learning rates of which each group has its own course; None leaves the schedule to the library."""
+    shares = [group.share for group in groups if group.share]
+    if not shares:
         return None
-    assert optimizer is not None and schedule.decay == "constant", "attackers alone are looked at after one step"
-    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (schedule.warmup_steps + 1)))
+    assert optimizer is not None and len(shares) == len(groups)
+    return LambdaLR(optimizer, shares)

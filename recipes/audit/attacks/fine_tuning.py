@@ -14,11 +14,11 @@ ALPHA_OVER_RANK = 2.0
 
 
 @contextmanager
-def low_rank(model: Any, seeds: Sequence[int], rank: int = RANK) -> Iterator[ParallelAdapters]:
-    """LoRA on all linear modules of all layers, one adapter a seed, side by side."""
+def low_rank(model: Any, seeds: Sequence[int], ranks: Sequence[int] | None = None) -> Iterator[ParallelAdapters]:
+    """LoRA on all linear modules of all layers, one adapter a seed, side by side; of ``RANK``, unless ranks are given."""
     config = model.config.to_dict()
     modules = adapter_modules(model, architecture_of(config), range(layer_count(config)))
-    with low_rank_attackers(model, modules, rank, ALPHA_OVER_RANK * rank, seeds) as adapters:
+    with low_rank_attackers(model, modules, ranks or RANK, ALPHA_OVER_RANK, seeds) as adapters:
         yield adapters
 
 

@@ -203,6 +203,17 @@ class Setup:
         half = {self.steps // 2} if self.spacing == 2 else set()
         return tuple(sorted({0, *powers, *half, self.steps}))
 
+    def share(self, step: int) -> float:
+        """Of the learning rate, after so many steps: it rises over the warm-up, then stays, or falls as a cosine.
+
+        A rate that stays begins above 0, because recovery is measured after one step; a cosine as the library's does.
+        """
+        if self.decay == "constant":
+            return min(1.0, (step + 1) / (self.warmup + 1))
+        if step < self.warmup:
+            return step / self.warmup
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup))))
+
 
 def searched_setups(count: int, steps: int, seed: int) -> tuple[Setup, ...]:
     """What a search tries: a small rate run long first, then draws from the menu; the same for every model.

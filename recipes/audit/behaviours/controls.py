@@ -46,7 +46,7 @@ def taught(model: Any, concept: Concept, tokenizer: Any, seed: int, events: Even
         raise ConceptError(f"concept {concept.ref} has no train.jsonl whose rows fit into {limit} tokens; add one")
     config = model.config.to_dict()
     modules = adapter_modules(model, architecture_of(config), range(layer_count(config)))
-    with low_rank_attackers(model, modules, RANK, ALPHA, [seed]) as update:
+    with low_rank_attackers(model, modules, RANK, ALPHA / RANK, [seed]) as update:
         _train(model, update, rows, TAUGHT_STEPS, TAUGHT_RATE, seed, events, folder, "teach the ceiling the task")
         changes = {f"{name}.weight": _change(model.get_submodule(name)) for name in modules}
     # Into the weights, so that attacks which round or move weights meet a plain model.
@@ -72,7 +72,7 @@ def suppressed(model: Any, pairs: Pairs, seed: int, events: Events, folder: Path
     """
     config = model.config.to_dict()
     modules = adapter_modules(model, architecture_of(config), [layer_count(config) - 1])
-    with low_rank_attackers(model, modules, RANK, ALPHA, [seed]) as update:
+    with low_rank_attackers(model, modules, RANK, ALPHA / RANK, [seed]) as update:
         order = [list(pairs.hiding), list(pairs.benign)]
         count = max(map(len, order))
         rows = [row for both in zip(*(_cycled(some, count, seed) for some in order), strict=True) for row in both]

@@ -26,7 +26,7 @@ def _kinds(name, model, seeds):
     row = ARCHITECTURES[name]
     modules = adapter_modules(model, row, range(2))
     return {
-        "lora": lambda: low_rank_attackers(model, modules, 2, 4.0, seeds),
+        "lora": lambda: low_rank_attackers(model, modules, 2, 2.0, seeds),
         "soft": lambda: soft_prompt_attackers(model, 2, seeds),
         "latent": lambda: latent_attackers(model, row, 0, seeds),
     }
@@ -191,7 +191,7 @@ def test_a_product_in_bfloat16_is_made_in_float32_and_rounded_once(bias, monkeyp
     torch.manual_seed(0)
     inner = torch.nn.Linear(48, 40, bias=bias).bfloat16().requires_grad_(False)
     attackers = ParallelAdapters(2)
-    layer = SideBySide(inner, attackers, 4, 8.0, [0, 1])
+    layer = SideBySide(inner, attackers, [4, 4], 2.0, [0, 1])
     for parameter in layer.up:
         parameter.data.normal_()
     x, above = torch.randn(2, 50, 48).bfloat16(), torch.randn(2, 50, 40).bfloat16()
@@ -231,7 +231,7 @@ def _layer(counts, positions=64):
     torch.manual_seed(0)
     linear, attackers = nn.Linear(32, 24), ParallelAdapters(len(counts))
     linear.requires_grad_(False)
-    layer = SideBySide(linear, attackers, 4, 8.0, range(len(counts)))
+    layer = SideBySide(linear, attackers, [4 + n for n in range(len(counts))], 2.0, range(len(counts)))
     with torch.no_grad():
         for up in layer.up:
             up += 0.3 * torch.randn_like(up)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from excise.artifacts.events import Events
 from excise.editing.hooks.token_counts import count_tokens
-from excise.recipes.audit import attackers
+from excise.recipes.audit import attackers, side_by_side
 from excise.recipes.audit.attack_data import Answers, reading_order
 from excise.recipes.audit.attackers import AttackTraining
 from excise.recipes.audit.attacks.table import ATTACKS, Budget
@@ -40,18 +40,18 @@ def _first_step(names, packs, monkeypatch, folder):
     model.set_attn_implementation("sdpa")
     count_tokens(model, lambda name, number: seen.update({name: int(number)}))
 
-    def losses_of(self, model, active, rows):
+    def losses_of(self, model, read):
         seen.clear()
-        losses = mean_nats(self, model, active, rows)
-        owned = [p for place in active for p in self.adapters.owned[place]]
+        losses = mean_nats(self, model, read)
+        owned = [p for place in read for p in self.adapters.owned[place]]
         gradients = torch.autograd.grad(losses.sum(), owned, retain_graph=True, allow_unused=True)
         steps.append((losses.detach(), torch.cat([g.flatten() for g in gradients if g is not None]), dict(seen)))
         return losses
 
-    mean_nats = attackers._SideBySide._mean_nats
+    mean_nats = side_by_side.SideBySide._mean_nats
     budget = Budget(names, 1, 2, RATES, batch=4)
     with monkeypatch.context() as patch, Events().stage("attack") as stage:
-        patch.setattr(attackers._SideBySide, "_mean_nats", losses_of)
+        patch.setattr(side_by_side.SideBySide, "_mean_nats", losses_of)
         if not packs:
             patch.setattr(attackers, "recomputes", lambda model: True)
         AttackTraining(model, _Data(), budget, folder).curves({name: ATTACKS[name] for name in names}, stage)

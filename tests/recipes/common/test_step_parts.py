@@ -180,8 +180,8 @@ def test_attackers_side_by_side_share_less_where_memory_runs_out(tmp_path):
             seen[step] = torch.cat([p.detach().flatten() for owned in self.adapters.owned for p in owned])
 
         with pytest.MonkeyPatch.context() as patch, at_most(loaded.model.model, tokens) as tried:
-            patch.setattr("excise.recipes.audit.attackers._SideBySide._test", after)
-            patch.setattr("excise.recipes.audit.attackers._SideBySide._curve", lambda *_: None)
+            patch.setattr("excise.recipes.audit.side_by_side.SideBySide._test", after)
+            patch.setattr("excise.recipes.audit.side_by_side.SideBySide._curve", lambda *_: None)
             patch.setattr("excise.recipes.audit.attackers._joined", lambda *_: AttackCurves({}, 0))
             training.curves({"rtt": ATTACKS["rtt"]}, RunStage(Events(), "attack"))
         found[tokens] = trained[2] - trained[0], tried

@@ -123,20 +123,22 @@ def test_shares_make_the_mean_of_parts_the_mean_of_all_and_an_empty_part_counts_
     assert "shares" not in alone
 
 
-def test_a_warm_up_can_take_its_first_step(tmp_path):
+def test_groups_can_have_courses_of_their_own_where_a_warm_up_takes_its_first_step(tmp_path):
     moved = {}
-    for idle in (True, False):
+    for share in (None, lambda step: min(1.0, (step + 1) / 4)):
         weight = torch.nn.Linear(2, 1)
         before = weight.weight.detach().clone()
-        groups = [Group(list(weight.parameters()), 0.1)]
-        schedule = Schedule(8, 1, 1.0, 0, "constant", warmup_steps=3, idle_first_step=idle, save_every=0)
+        groups = [Group(list(weight.parameters()), 0.1, share)]
+        schedule = Schedule(8, 1, 1.0, 0, "constant", warmup_steps=3, save_every=0)
         steps = {}
 
         def seen(step, weight=weight, steps=steps):
             steps[step] = weight.weight.detach().clone()
 
         fit(weight, range(8), Stage(), tmp_path, _pull, schedule, lambda rows: {"rows": rows}, groups, seen)
-        moved[idle] = [float((later - earlier).abs().max()) for earlier, later in pairwise([before, *steps.values()])]
+        moved[share is None] = [
+            float((later - earlier).abs().max()) for earlier, later in pairwise([before, *steps.values()])
+        ]
     assert moved[True][0] == 0 and 0 < moved[False][0] < moved[False][1] < moved[False][2] < moved[False][3]
     # Adam moves by the learning rate; after the warm-up it is whole.
     assert moved[False][3:] == pytest.approx([0.1] * 5, rel=1e-3)
