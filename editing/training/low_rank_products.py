@@ -27,8 +27,8 @@ class Updated:
 
     weight: Float[Tensor, "d_out d_in"]
     bias: Float[Tensor, " d_out"] | None
-    downs: Sequence[Float[Tensor, "r d_in"]]
-    ups: Sequence[Float[Tensor, "d_out r"]]
+    downs: Sequence[Float[Tensor, "_ d_in"]]
+    ups: Sequence[Float[Tensor, "d_out _"]]
     scale: float
     counts: Sequence[int] | None = None
     """Positions of each piece, in their order; None where there is one piece."""
@@ -104,8 +104,9 @@ class _How:
         if len(group) > 1:
             ranks, counts = tuple(self.ranks_of(group)), tuple(self.counts[group.start : group.stop])
             # Layers share it. What only has a shape, in a plan of memory, is not to be found again.
-            own = _own_of_layers if type(lowered) is Tensor else _own
-            lowered.mul_(own(ranks, counts, lowered.dtype, lowered.device))
+            foreign = _foreign_in_layers if type(lowered) is Tensor else _foreign
+            # Not multiplied by 0, which would keep what is not finite.
+            lowered.masked_fill_(foreign(ranks, counts, lowered.device), 0.0)
         return lowered
 
 
@@ -124,14 +125,14 @@ MOST_TOGETHER = 32
 """Ranks that are multiplied together, at most: so wide a product takes hardly longer than a narrower one."""
 
 
-def _own(ranks: Sequence[int], counts: Sequence[int], kind: torch.dtype, device: torch.device) -> Tensor:
-    """1 where a row belongs to the piece of a position [sum of ranks, sum of counts]."""
+def _foreign(ranks: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
+    """Where a row belongs to another piece than a position [sum of ranks, sum of counts]."""
     rows = torch.tensor([place % len(counts) for place, rank in enumerate(ranks) for _ in range(rank)], device=device)
     positions = torch.tensor([place for place, count in enumerate(counts) for _ in range(count)], device=device)
-    return (rows[:, None] == positions).to(kind)
+    return rows[:, None] != positions
 
 
-_own_of_layers = lru_cache(maxsize=64)(_own)
+_foreign_in_layers = lru_cache(maxsize=64)(_foreign)
 
 
 class _Products(torch.autograd.Function):

@@ -39,7 +39,9 @@ class AttackTraining:
             stage: Advances once for each attacker at each mark of its own.
         """
         (method,) = {attack.method: attack for attack in attacks.values()}.values()
-        attackers = attackers_of(self.data, self.budget, attacks)
+        # Attackers that read sequences of like length waste little on padding.
+        by_length = sorted(attacks, key=lambda name: self.data.mean_length(attacks[name].data))
+        attackers = attackers_of({name: attacks[name] for name in by_length}, self.budget, self.data.seed)
         results: dict[Attacker, tuple[RecoveryCurve, bool]] = {}
         formats: dict[str, list[Furthest]] = {}
         # What others train is small.
@@ -71,16 +73,14 @@ class AttackTraining:
         return {name: replace(_joined(name, results), formats=_best_formats(formats.get(name, []))) for name in attacks}
 
 
-def attackers_of(data: Attackable, budget: Budget, attacks: Mapping[str, Attack]) -> list[Attacker]:
+def attackers_of(attacks: Mapping[str, Attack], budget: Budget, seed: int) -> list[Attacker]:
     """All attackers of attacks of one method."""
-    # Attackers that read sequences of like length waste little on padding.
-    by_length = sorted(attacks, key=lambda name: data.mean_length(attacks[name].data))
     return [
         # The order does not depend on the learning rate, so that rates are compared on the same reading.
-        Attacker(name, attacks[name].data, key, setup, number, f"{data.seed}-{number}")
-        for name in by_length
-        for key, setup in budget.setups_of(attacks[name], data.seed).items()
-        for number in range(budget.seeds_of(attacks[name]))
+        Attacker(name, attack.data, key, setup, number, f"{seed}-{number}")
+        for name, attack in attacks.items()
+        for key, setup in budget.setups_of(attack, seed).items()
+        for number in range(budget.seeds_of(attack))
     ]
 
 

@@ -16,7 +16,7 @@ from ..common.memory_sizes import STATE_BYTES, Gradients, Rows
 from ..common.whole_weights import need_of, products_in
 from . import locked_control, removal_control, suppressed_control
 from .attack_data import LONGEST_RETAIN, AttackData
-from .attackers import MOST_ATTACKERS
+from .attackers import attackers_of, groups_of
 from .attacks.prompts import shots, texts_as_hints
 from .attacks.table import ATTACKS, SOFT_TOKENS, Attack
 from .behaviour_results import notes_on
@@ -192,18 +192,19 @@ def _asking(job: AuditJob, needs: RunMemory) -> StageMemory:
 def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
     """Attackers of one method, as many as train side by side."""
     sizes, budget, concept = needs.sizes, job.budget, job.concept
-    # Those of a search train in groups of their own, of which each is smaller.
-    rows_of = [ATTACKS[name] for name in job.attacks if ATTACKS[name].method == method]
-    attackers = max(1, sum(_count(job, row) for row in rows_of if not row.searched))
+    attacks = {name: ATTACKS[name] for name in job.attacks if ATTACKS[name].method == method}
+    attackers = attackers_of(attacks, budget, job.settings.seed)
+    groups = groups_of(attackers, whole=method == "all_weights", in_one_row=job.device.type == "cpu")
+    largest = max(groups, key=lambda group: sum(one.setup.batch for one in group))
+    count, rank = len(largest), -(-sum(one.setup.rank for one in largest) // len(largest))
     if job.behaviour:
         # Models write what is read here: a prompt in their template, and a reply.
         prompts = [prompt.prompt for prompt in concept.prompts]
         prompts += [text for pair in concept.contrast for text in (pair.positive, pair.negative)]
         longest = needs.longest(prompts, LONGEST_RETAIN) + TEMPLATE_TOKENS + LENGTHS[0]
     else:
-        longest = _longest(job, needs, rows_of)
-    count = 1 if method == "all_weights" else min(attackers, MOST_ATTACKERS)
-    rows, head = Rows(count * budget.batch, longest), sizes.head(job.device)
+        longest = _longest(job, needs, list(attacks.values()))
+    rows, head = Rows(sum(one.setup.batch for one in largest), longest), sizes.head(job.device)
     name = f"attack: {method}"
     if method == "all_weights":
         whole = need_of(needs.weights // sizes.dtype.itemsize, job.optimizer)
@@ -216,7 +217,7 @@ def _attackers(job: AuditJob, needs: RunMemory, method: str) -> StageMemory:
         rows = Rows(rows.count, longest + SOFT_TOKENS)
         step = fit_step(sizes, Gradients(), rows, needs.room - needs.weights - head, unit=count)
         return StageMemory(name + step.in_words(), needs.weights, work=step.size + head)
-    gradients = gradients_of_attackers(sizes, count)
+    gradients = gradients_of_attackers(sizes, count, rank)
     assert gradients.shape is not None
     trained = STATE_BYTES * sizes.adapter(gradients.shape) * count
     step = fit_step(sizes, gradients, rows, needs.room - needs.weights - trained - head, unit=count)

@@ -209,7 +209,7 @@ class SideBySide:
         longest = self.adapters.prefix + max(len(example.ids) for row in rows for example in row if example)
         config, count, model = self.model.config.to_dict(), len(self.attackers), self.model
         room = int(SPARE * free_memory(self.device))
-        read = Rows(count * self.batch, longest)
+        read = Rows(sum(one.setup.batch for one in self.attackers), longest)
         if surely_fits(config, read.tokens, model.dtype.itemsize, room):
             return 1
         trained = sum(p.numel() for owned in self.adapters.owned for p in owned)
@@ -237,14 +237,17 @@ class SideBySide:
                 # A loss needs a gradient, so the first parameter stays in it at weight 0.
                 return {"nothing to read": 0.0 * self.adapters.owned[0][0].nan_to_num().sum()}
             losses = self._losses(model, read)
-            broken = {place for place, value in zip(read, losses.tolist(), strict=True) if not math.isfinite(value)}
-            if not broken:
+            suspects = [place for place, value in zip(read, losses.tolist(), strict=True) if not math.isfinite(value)]
+            if not suspects:
                 # The mean over an attacker's batch, of which this part of the step holds some.
                 parts = self.batch / len(batch["rows"])
                 shares = [parts * len(some) / self.attackers[place].setup.batch for place, some in read.items()]
                 return {f"attacker {place}": losses[n] * shares[n] for n, place in enumerate(read)}
-            # Even times 0 what is not finite would reach the others' gradients.
-            self.diverged |= broken
+            # Even times 0 what is not finite would reach the others: in products that they share, and in gradients. Alone
+            # each shows what is its own.
+            with torch.no_grad():
+                alone = {place: float(self._mean_nats(model, {place: read[place]})) for place in suspects}
+            self.diverged |= {place for place, value in alone.items() if not math.isfinite(value)} or set(suspects)
 
     def _read(self, rows: Sequence[Sequence[Example | None]]) -> dict[int, list[Example]]:
         """What each attacker that still learns reads of some rows, the shortest first, behind its prefix."""

@@ -272,3 +272,41 @@ def test_a_hooked_layer_is_called_and_another_attackers_factors_give_another_out
         handle.remove()
         layer.up[0] += 0.1
         assert (layer(x).double() - wanted).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("counts", "together"), [((20, 50, 30, 10, 16), 1), ((9,) * 8, 2)])
+def test_narrow_products_in_bfloat16_are_shared_and_each_attacker_gets_its_own(counts, together, monkeypatch):
+    monkeypatch.setattr("excise.editing.training.low_rank_products.faster_in_float32", lambda *_: False)
+    layer, attackers, x, _, _ = _layer(counts)
+    layer = layer.bfloat16()
+    exact = [one.detach().double().requires_grad_() for one in (x.bfloat16(), *layer.down, *layer.up)]
+    downs, ups = exact[1 : 1 + len(counts)], exact[1 + len(counts) :]
+    weight, bias = layer.inner.weight.double(), layer.inner.bias.double()
+    pieces = zip(exact[0][0].split(list(counts)), downs, ups, strict=True)
+    wanted = torch.cat([piece @ (weight + 2.0 * up @ down).mT + bias for piece, down, up in pieces])[None]
+    narrow = x.detach().bfloat16().requires_grad_()
+    with attackers.sharing(range(len(counts)), counts):
+        with torch.no_grad(), OperationCounts() as operations:
+            before = layer(narrow)
+        found = layer(narrow)
+        named = operations.by_name
+        # The frozen weight's, and for each group one down and one up.
+        assert named["aten.mm"] + named["aten.addmm_"] + named["aten.addmm"] == 1 + 2 * together
+        above = torch.randn(wanted.shape)
+        found.backward(above.bfloat16())
+        wanted.backward(above.bfloat16().double())
+        values = [
+            (found, wanted),
+            *((a.grad, b.grad) for a, b in zip((narrow, *layer.down, *layer.up), exact, strict=True)),
+        ]
+        for got, truth in values:
+            assert (got.double() - truth).norm() < 0.01 * truth.norm() and truth.norm() > 1
+        # Another attacker's factors, of whatever size, change nothing of what is not its own.
+        with torch.no_grad():
+            layer.down[1].mul_(1e30)
+            after = layer(narrow)
+    own = slice(counts[0], counts[0] + counts[1])
+    assert not torch.equal(after[0, own], before[0, own])
+    rest = torch.ones(sum(counts), dtype=torch.bool)
+    rest[own] = False
+    assert torch.equal(after[0, rest], before[0, rest])
