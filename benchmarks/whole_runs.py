@@ -1,7 +1,7 @@
 """Where the time of whole runs goes: every stage's seconds and tokens, beside what its matrix products alone would take.
 
     python benchmarks/whole_runs.py [elm,orthogonalize,...] [--model builtin:testbed] [--concept PACK] [--set key=value]
-        [--device cpu] [--dtype auto] [--rounds 3] [--json]
+        [--device cpu] [--dtype auto] [--rounds 3] [--before FOLDER] [--json]
     python benchmarks/whole_runs.py --products [--model builtin:testbed]
 
 Each run is the real command line, in a process of its own and with an empty cache. Stages say themselves how many
@@ -12,7 +12,8 @@ would be a run that does nothing else. Decoding reads few tokens at a time, at a
 whole weights takes one more product. ``audit`` is the quick one of the edit before it; its processes work beside each
 other, so that its stages may take more seconds than the whole. With ``--rounds`` each run is made so often, one after the
 other in turn, and the table is that of the run with the median time. Runs of different machines compare by tokens,
-padding and ratio. ``--products`` runs nothing and times the products alone: in fp32, in bfloat16, and in
+padding and ratio. With ``--before``, another checkout of this repository, its code makes the same runs in turn with this
+one, and what each of its runs took stands beside. ``--products`` runs nothing and times the products alone: in fp32, in bfloat16, and in
 bfloat16 widened to fp32 for one product, as attackers make them where that is faster.
 """
 
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=1, help="How often each is run; the median counts.")
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="A checkout whose code makes the same runs.")
     parser.add_argument("--json", action="store_true", help="One object for all runs, to stdout.")
     parser.add_argument("--products", action="store_true", help="Time products in fp32, in bfloat16 and widened.")
     options = parser.parse_args()
@@ -118,31 +120,62 @@ def main() -> None:
         return print(products(options.model))
     rate = measured_rate(options.model, options.device, options.dtype)
     made: dict[str, list[TimedRun]] = {}
+    before: dict[str, list[TimedRun]] = {}
+    codes = [(before, options.before), (made, None)] if options.before else [(made, None)]
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory(prefix="excise-whole-runs-") as place:
-            for name, timed in once(options, rate, Path(place)):
-                made.setdefault(name, []).append(timed)
-                if not options.json:
-                    print(f"round {number + 1}: {name} {timed.seconds:.0f} s", flush=True)
+            runs = [
+                (into, once(options, rate, Path(place) / str(turn), code)) for turn, (into, code) in enumerate(codes)
+            ]
+            for _ in options.runs.split(","):
+                for into, each in runs:
+                    name, timed = next(each)
+                    into.setdefault(name, []).append(timed)
+                    if not options.json:
+                        which = "" if into is made else " before"
+                        print(f"round {number + 1}: {name}{which} {timed.seconds:.0f} s", flush=True)
     found = {name: sorted(runs, key=lambda one: one.seconds)[len(runs) // 2] for name, runs in made.items()}
     if options.json:
-        return print(
-            json.dumps({name: [asdict(one) for one in timed.stages] for name, timed in found.items()}, indent=1)
-        )
+        return print(json.dumps(as_json(found, made, before), indent=1))
     for name, one in found.items():
-        print(f"\n{name}: {one.seconds:.0f} s, of processors {one.processor:.0f}{every(made[name])}\n{one.table()}")
+        print(f"\n{name}: {one.seconds:.0f} s, of processors {one.processor:.0f}{every(made[name])}")
+        if before:
+            ratios = sorted(early.seconds / late.seconds for early, late in zip(before[name], made[name], strict=True))
+            median = sorted(early.seconds for early in before[name])[len(ratios) // 2]
+            told = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            print(f"before: {median:.0f} s{every(before[name])}; pairs' ratios {told}")
+        print(one.table())
 
 
-def once(options: argparse.Namespace, rate: Rate, place: Path) -> Iterator[tuple[str, TimedRun]]:
-    """Each of the runs, one after the other."""
+def as_json(found: dict[str, TimedRun], made: dict[str, list[TimedRun]], before: dict[str, list[TimedRun]]) -> Any:
+    """The stages of each median run, and the seconds of all."""
+    return {
+        name: {
+            "stages": [asdict(one) for one in timed.stages],
+            "seconds": [one.seconds for one in made[name]],
+            "before": [one.seconds for one in before.get(name, [])],
+        }
+        for name, timed in found.items()
+    }
+
+
+def once(options: argparse.Namespace, rate: Rate, place: Path, code: Path | None) -> Iterator[tuple[str, TimedRun]]:
+    """Each of the runs, one after the other, by this code or another's."""
     edited = None
+    place.mkdir()
+    if code is not None:
+        # The package's name is the folder's.
+        (place / "code").mkdir()
+        (place / "code" / "excise").symlink_to(code.resolve(), target_is_directory=True)
     for name in options.runs.split(","):
         out = place / name
         if name == "audit" and edited is None:
             sys.exit("audit needs the edit of a run before it: elm,audit")
-        seconds, processor = run(command(name, out, edited, options), place / f"{name}-cache")
+        words = command(name, out, edited, options)
+        seconds, processor = run(words, place / f"{name}-cache", place / "code" if code else None)
         edited = edited if name == "audit" else out
-        yield name, TimedRun(seconds, processor, stages(out / "events.jsonl", seconds, rate))
+        # Earlier code may have told its stages in another way.
+        yield name, TimedRun(seconds, processor, [] if code else stages(out / "events.jsonl", seconds, rate))
 
 
 def every(runs: Sequence[TimedRun]) -> str:
@@ -159,15 +192,17 @@ def command(name: str, out: Path, edited: Path | None, options: argparse.Namespa
     return words + ([word for pair in options.settings for word in ("--set", pair)] if name != "audit" else [])
 
 
-def run(words: list[str], cache: Path) -> tuple[float, float]:
+def run(words: list[str], cache: Path, code: Path | None) -> tuple[float, float]:
     """Seconds of a whole command, and what processors worked for it, which other work beside it changes less."""
+    paths = [str(code)] if code else []
+    paths += [path for path in (os.environ.get("PYTHONPATH"),) if path]
     start, before = time.perf_counter(), _processor_seconds()
     done = subprocess.run(
-        [sys.executable, "-m", "excise.cli", *words],
+        [sys.executable, "-P", "-m", "excise.cli", *words],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": os.pathsep.join(paths)},
     )
     if done.returncode:
         sys.exit(f"excise {' '.join(words)}\n{done.stderr[-2000:]}")

@@ -102,9 +102,11 @@ class _StepCallback(TrainerCallback):
         # Each group is clipped apart: one attacker's large gradient must not shrink the steps of the others.
         for group in self.groups if self.max_grad_norm else ():
             _clip(group.parameters, self.max_grad_norm)
+        if state.global_step:
+            return
         in_groups = [p for group in self.groups for p in group.parameters]
         trained = in_groups or [p for p in model.parameters() if p.requires_grad]
-        if state.global_step == 0 and not any(p.grad is not None and bool(p.grad.any()) for p in trained):
+        if not any(p.grad is not None and bool(p.grad.any()) for p in trained):
             raise ExciseError(
                 "no gradient reached what is to be trained, so training would change nothing; "
                 "check the layers and the weights of the loss terms"
