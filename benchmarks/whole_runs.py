@@ -194,19 +194,31 @@ def command(name: str, out: Path, edited: Path | None, options: argparse.Namespa
 
 def run(words: list[str], cache: Path, code: Path | None) -> tuple[float, float]:
     """Seconds of a whole command, and what processors worked for it, which other work beside it changes less."""
-    paths = [str(code)] if code else []
-    paths += [path for path in (os.environ.get("PYTHONPATH"),) if path]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    if code:
+        # Alone: beside this code, a checkout without an __init__.py would not be found.
+        environment["PYTHONPATH"] = str(code)
+        _check(code, environment)
     start, before = time.perf_counter(), _processor_seconds()
     done = subprocess.run(
         [sys.executable, "-P", "-m", "excise.cli", *words],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": os.pathsep.join(paths)},
+        env=environment,
     )
     if done.returncode:
         sys.exit(f"excise {' '.join(words)}\n{done.stderr[-2000:]}")
     return time.perf_counter() - start, _processor_seconds() - before
+
+
+def _check(code: Path, environment: dict[str, str]) -> None:
+    """Refuse a checkout whose code is not what would run, because an installed one comes first."""
+    asked = [sys.executable, "-P", "-c", "import excise.cli; print(excise.cli.__file__)"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment).stdout.strip()
+    wanted = code / "excise" / "cli.py"
+    if not told or not wanted.exists() or not wanted.samefile(told):
+        sys.exit(f"--before: {wanted.resolve()} would not run, but {told or 'nothing'}; install excise with -e")
 
 
 def _processor_seconds() -> float:
