@@ -2,9 +2,10 @@
 
     python benchmarks/layers.py [MODEL] [--concept builtin:potions] [--rounds 9] [--threads 2] [--dtype auto]
 
-One adapter of rank 8 on all layers, a step of at most 32 of the pack's texts (256 tokens of each at most), loss and gradients. *Libraries*: transformers' and
-peft's own layers, texts padded in groups of like length, each group forward and backward. *excise*: one row without
-padding, in layers of fewer operations. Both in this process, in turn; medians, and the quartiles of the pairs' ratios.
+One adapter of rank 8 on all layers, a step of at most 32 of the pack's texts (256 tokens of each at most), loss and
+gradients. *Libraries*: transformers' and peft's own layers, texts padded in groups of like length, each group forward
+and backward. *excise*: one row without padding, in layers of fewer operations. Both in this process, in turn; medians,
+and the quartiles of the pairs' ratios.
 """
 
 import argparse

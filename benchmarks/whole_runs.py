@@ -12,9 +12,9 @@ would be a run that does nothing else. Decoding reads few tokens at a time, at a
 whole weights takes one more product. ``audit`` is the quick one of the edit before it; its processes work beside each
 other, so that its stages may take more seconds than the whole. With ``--rounds`` each run is made so often, one after the
 other in turn, and the table is that of the run with the median time. Runs of different machines compare by tokens,
-padding and ratio. With ``--before``, another checkout of this repository, its code makes the same runs in turn with this
-one, and what each of its runs took stands beside. ``--products`` runs nothing and times the products alone: in fp32, in bfloat16, and in
-bfloat16 widened to fp32 for one product, as attackers make them where that is faster.
+padding and ratio. With ``--before``, another checkout of this repository, its code makes the same runs in turn with
+this one, and what each of its runs took stands beside. ``--products`` runs nothing and times the products alone: in
+fp32, in bfloat16, and in bfloat16 widened to fp32 for one product, as attackers make them where that is faster.
 """
 
 import argparse

@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from excise.artifacts.progress import PlainLines
 from excise.cli import SPINS
 from excise.editing.errors import RequestError
 from excise.recipes.chat import recorded_base
+from excise.recipes.commands import session
 from excise.recipes.commands.failures import Interrupted, explained, interruptible
 from excise.recipes.commands.help import PANELS
 from excise.recipes.commands.lists import KINDS
@@ -320,3 +322,14 @@ def test_threads_that_wait_soon_sleep_unless_the_user_said_otherwise(given, held
     inherited = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**inherited, **given})
     assert done.stdout.splitlines()[0] == f"{held} False", done.stderr
+
+
+def test_garbage_is_looked_for_as_usual_once_libraries_are_imported():
+    usual = gc.get_threshold()
+    try:
+        session.rarely_collect()
+        assert gc.get_threshold()[0] > 10 * usual[0]
+        session.settle()
+        assert gc.get_threshold() == session.COLLECTED
+    finally:
+        gc.set_threshold(*usual)

@@ -111,7 +111,8 @@ def attention(
         block: Approximate bytes of scores computed at a time.
 
     Source:
-        Dao et al. 2022, "FlashAttention", algorithms 2 and 4: the backward pass computes probabilities again, unless they are small.
+        Dao et al. 2022, "FlashAttention", algorithms 2 and 4: the backward pass computes probabilities again, unless
+        they are small.
     """
     output: Tensor = _Attention.apply(query, key, value, None if mask is None else added(mask), scale, block)
     return output

@@ -111,7 +111,7 @@ class _How:
 
 
 def _groups(kind: torch.dtype, ranks: Sequence[int]) -> list[range]:
-    """Pieces that are multiplied together: in bfloat16 a processor takes as long for one narrow product as for several."""
+    """Pieces that are multiplied together: in bfloat16, processors take hardly longer for several than for one."""
     most, starts, total = MOST_TOGETHER if kind == torch.bfloat16 else 0, [0], 0
     for place, rank in enumerate(ranks):
         total += rank

@@ -30,7 +30,8 @@ BLOCK = 1 << 16
 """What one more block of sequences costs in attention, in scores of padding that it must save."""
 MOST_BLOCKS = 4
 SHORTEST = 16
-"""Keys of a block, at least: of fewer than a vector holds, processors take the softmax one by one, ten times as long."""
+"""Keys of a block, at least: of fewer than a vector holds, processors take the softmax number by number, which takes
+ten times as long."""
 CLOSE, CLOSE_IN_16_BITS = 1e-4, 0.03
 """How far a packed row's states may lie from those of its sequences alone, relative to their mean norm."""
 

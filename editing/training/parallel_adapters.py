@@ -86,8 +86,8 @@ class ParallelAdapters:
         return made
 
     def assigned_parameters(self, values: Sequence[Tensor], rows: int) -> Tensor:
-        """Parameters of the assigned attackers [attackers, ...], for a batch of ``rows`` rows; behind those with fewer rows
-        than others stand zeros."""
+        """Parameters of the assigned attackers [attackers, ...], for a batch of ``rows`` rows; zeros fill up those
+        of lower rank."""
         self._check(rows)
         return nn.utils.rnn.pad_sequence([values[attacker] for attacker in self.assigned], batch_first=True)
 

@@ -233,6 +233,11 @@ def _longest(job: AuditJob, needs: RunMemory, attacks: Sequence[Attack]) -> int:
     """Tokens of a row of attacks on knowledge."""
     if needs.tokenizes():
         return _mean_length(job, needs, attacks)
+    return longest_row(job, needs)
+
+
+def longest_row(job: AuditJob, needs: RunMemory) -> int:
+    """Tokens of the longest text or question of a pack, at most what attackers read of one."""
     return needs.longest((*job.concept.texts(), *(q.prompt for q in job.concept.questions)), LONGEST_RETAIN)
 
 

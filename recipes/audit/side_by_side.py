@@ -158,7 +158,7 @@ class SideBySide:
 
     @torch.no_grad()
     def formats(self) -> dict[str, Furthest]:
-        """Ask in several formats, of each attack at the look at which it got furthest; afterwards no attacker goes on."""
+        """Ask in several formats, of each attack at the look where it got furthest; afterwards no attacker goes on."""
         questions = self.data.formats
         if questions is None or self.adapters.prefix:
             # Behind a soft prompt, questions are asked in one format alone.
@@ -243,8 +243,8 @@ class SideBySide:
                 parts = self.batch / len(batch["rows"])
                 shares = [parts * len(some) / self.attackers[place].setup.batch for place, some in read.items()]
                 return {f"attacker {place}": losses[n] * shares[n] for n, place in enumerate(read)}
-            # Even times 0 what is not finite would reach the others: in products that they share, and in gradients. Alone
-            # each shows what is its own.
+            # Even times 0 what is not finite reaches the others, in products that they share and in gradients. So each
+            # of them is looked at alone.
             with torch.no_grad():
                 alone = {place: float(self._mean_nats(model, {place: read[place]})) for place in suspects}
             self.diverged |= {place for place, value in alone.items() if not math.isfinite(value)} or set(suspects)

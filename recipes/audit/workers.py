@@ -10,17 +10,16 @@ from collections.abc import Iterator
 from ...artifacts.checkpoints.read import open_checkpoint
 from ...artifacts.events import Events
 from ...artifacts.models.memory import free_memory
-from ...eval.inference.likelihood import VOCABULARY_BUDGET
+from ...eval.inference.likelihood import VOCABULARY_BUDGET, tokens_of_batch
 from ..common.memory_plan import RunMemory, surely_fits
 from ..common.memory_sizes import Unplanned
 from ..jobs.engines import threads_each
 from ..jobs.job import Job, JobFolder
-from .attack_data import LONGEST_RETAIN, LONGEST_TEXT
 from .attackers import MOST_ATTACKERS
 from .attacks.table import ATTACKS, SOFT_TOKENS
 from .audit_run import AuditRun
 from .parts import Part, parts_of
-from .plan import memory
+from .plan import longest_row, memory
 from .request import AuditJob
 
 WORKER = "worker-"
@@ -88,16 +87,17 @@ def processes_for(job: AuditJob) -> int:
 
 
 def plainly_fit(job: AuditJob, parameters: int, count: int) -> bool:
-    """Whether so many processes of an audit on knowledge are so small that no plan is needed, which would take seconds."""
+    """Whether so many processes of an audit on knowledge are so small that they need no plan, which takes seconds."""
     source = job.sources["base"]
     needs = RunMemory(source, open_checkpoint(source.folder), job.device, job.dtype, job.concept)
-    longest = needs.longest(job.concept.texts(), max(LONGEST_TEXT, LONGEST_RETAIN)) + SOFT_TOKENS
     trained = [ATTACKS[name] for name in job.attacks if ATTACKS[name].trains]
     setups = [setup for row in trained for setup in job.budget.setups_of(row, job.settings.seed).values()]
-    tokens = MOST_ATTACKERS * max(setup.batch for setup in setups) * longest
-    # Weights and what each of many attackers holds of its own, in fp32 with the moments, and some logits.
-    room = int(SHARE * free_memory(job.device)) // count - 16 * parameters - 4 * VOCABULARY_BUDGET
-    return surely_fits(needs.checkpoint.config, tokens, job.dtype.itemsize, room)
+    step = MOST_ATTACKERS * max(setup.batch for setup in setups) * (longest_row(job, needs) + SOFT_TOKENS)
+    asked = tokens_of_batch(needs.sizes.vocabulary, job.device)
+    # Weights, their gradients and moments in fp32, as much again for each attacker beside them, and some logits.
+    held = 16 * (1 + MOST_ATTACKERS) * parameters + 4 * VOCABULARY_BUDGET
+    room = int(SHARE * free_memory(job.device)) // count - held
+    return surely_fits(needs.checkpoint.config, max(step, asked), job.dtype.itemsize, room)
 
 
 def _cores() -> int:

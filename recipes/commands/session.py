@@ -23,10 +23,11 @@ def tell(line: str) -> None:
 
 
 COLLECTED = gc.get_threshold()
+"""How often Python looks for garbage by itself."""
 
 
 def rarely_collect() -> None:
-    """While libraries are imported: thousands of modules are no garbage, and to look for it took a fifth of the time."""
+    """While libraries are imported, look for garbage rarely: modules are none, and it took a fifth of the time."""
     gc.set_threshold(100_000)
 
 

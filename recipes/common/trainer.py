@@ -66,8 +66,8 @@ class Group:
     parameters: Sequence[nn.Parameter]
     learning_rate: float
     share: Callable[[int], float] | None = None
-    """Of the learning rate, after a number of steps; by default the schedule decides, for all groups. All have one, or
-    none."""
+    """What the learning rate is multiplied by after a number of steps; by default the schedule decides. Either all
+    groups of a training have one or none has."""
 
 
 ROWS = "rows"

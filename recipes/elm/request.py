@@ -42,7 +42,7 @@ class ElmSettings(AdapterSettings):
         "long": {"steps": 1600, "learning_rate": 2e-3, "max_contexts": 8000, "chat_facts": 640},
     }
     steps: int = Field(240, ge=1, le=MOST_ROWS)
-    """Number of optimizer steps. With steps=400 and learning_rate=0.002 a run forgets a little more and trains longer."""
+    """Number of optimizer steps. steps=400 with learning_rate=0.002 forgets a little more and trains longer."""
     learning_rate: float = Field(3e-3, gt=0)
     """Peak learning rate of AdamW."""
     preset: Literal["default", "paper", "reference"] = "default"

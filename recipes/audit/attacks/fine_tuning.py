@@ -15,7 +15,7 @@ ALPHA_OVER_RANK = 2.0
 
 @contextmanager
 def low_rank(model: Any, seeds: Sequence[int], ranks: Sequence[int] | None = None) -> Iterator[ParallelAdapters]:
-    """LoRA on all linear modules of all layers, one adapter a seed, side by side; of ``RANK``, unless ranks are given."""
+    """LoRA on all linear modules of all layers, one adapter a seed; of ``RANK`` unless ranks are given."""
     config = model.config.to_dict()
     modules = adapter_modules(model, architecture_of(config), range(layer_count(config)))
     with low_rank_attackers(model, modules, ranks or RANK, ALPHA_OVER_RANK, seeds) as adapters:

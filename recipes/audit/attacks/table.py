@@ -204,7 +204,7 @@ class Setup:
         return tuple(sorted({0, *powers, *half, self.steps}))
 
     def share(self, step: int) -> float:
-        """Of the learning rate, after so many steps: it rises over the warm-up, then stays, or falls as a cosine.
+        """What the learning rate is multiplied by after so many steps: it rises, then stays or falls as a cosine.
 
         A rate that stays begins above 0, because recovery is measured after one step; a cosine as the library's does.
         """

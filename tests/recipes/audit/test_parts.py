@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from excise.artifacts.events import Events
@@ -130,6 +131,22 @@ def test_a_worker_that_ended_well_is_not_needed_again_but_another_one_may_be(tmp
     # A record that says finished would be skipped, and nobody would make what is left.
     assert [each.name for each in workers_of(job, whole, 2)] == ["worker-2", "worker-3"]
     assert len(workers_of(job, whole, 20)) == len(parts_of(job))
+
+
+def test_no_plan_is_made_where_memory_is_ample_and_one_is_where_it_is_short_or_questions_are_long(
+    tmp_path, monkeypatch
+):
+    job = audit.prepare(audit.AuditSettings(**{**SETTINGS, "attacks": ("rtt",)}, out=tmp_path / "a"))
+    few = 100_000
+    monkeypatch.setattr(workers, "free_memory", lambda _: 16 << 30)
+    assert workers.plainly_fit(job, few, 2) and not workers.plainly_fit(job, few, 16)
+    monkeypatch.setattr(workers, "free_memory", lambda _: 2 << 30)
+    assert not workers.plainly_fit(job, few, 2)
+    # A pack of questions alone has no texts, but attackers read its questions.
+    monkeypatch.setattr(workers, "free_memory", lambda _: 16 << 30)
+    long = [question.model_copy(update={"prompt": question.prompt * 40}) for question in job.concept.questions]
+    concept = replace(job.concept, forget=(), retain=(), questions=tuple(long))
+    assert not workers.plainly_fit(replace(job, concept=concept), few, 2)
 
 
 def test_an_audit_takes_several_processes_only_where_they_make_it_faster(tmp_path, monkeypatch):
