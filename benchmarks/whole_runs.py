@@ -1,7 +1,7 @@
-"""Where the time of whole runs goes: every stage's seconds and tokens, beside what its matrix products alone would take.
+"""Where the time of whole runs goes: every stage's seconds and tokens, beside what its matrix products alone take.
 
     python benchmarks/whole_runs.py [elm,orthogonalize,...] [--model builtin:testbed] [--concept PACK] [--set key=value]
-        [--device cpu] [--dtype auto] [--rounds 3] [--before FOLDER] [--json]
+        [--device cpu] [--dtype auto] [--rounds 3] [--before FOLDER] [--attacks NAMES] [--json]
     python benchmarks/whole_runs.py --products [--model builtin:testbed]
 
 Each run is the real command line, in a process of its own and with an empty cache. Stages say themselves how many
@@ -10,11 +10,12 @@ left out, and of the unembedding's with the positions that are scored, forward a
 the inputs; each at the rate that this machine reaches for that product now, with 512 tokens at a time. A ratio of 1
 would be a run that does nothing else. Decoding reads few tokens at a time, at a lower rate than that, and an update of
 whole weights takes one more product. ``audit`` is the quick one of the edit before it; its processes work beside each
-other, so that its stages may take more seconds than the whole. With ``--rounds`` each run is made so often, one after the
-other in turn, and the table is that of the run with the median time. Runs of different machines compare by tokens,
+other, so that its stages may take more seconds than the whole. With ``--rounds`` each run is made so often, one after
+the other in turn, and the table is that of the run with the median time. Runs of different machines compare by tokens,
 padding and ratio. With ``--before``, another checkout of this repository, its code makes the same runs in turn with
-this one, and what each of its runs took stands beside. ``--products`` runs nothing and times the products alone: in
-fp32, in bfloat16, and in bfloat16 widened to fp32 for one product, as attackers make them where that is faster.
+this one, and what each of its runs took stands beside; ``--attacks`` lets both audits make the same attacks.
+``--products`` runs nothing and times the products alone: in fp32, in bfloat16, and in bfloat16 widened to fp32 for one
+product, as attackers make them where that is faster.
 """
 
 import argparse
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=1, help="How often each is run; the median counts.")
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="A checkout whose code makes the same runs.")
+    parser.add_argument("--attacks", help="Of audit, comma-separated; by default those of its budget.")
     parser.add_argument("--json", action="store_true", help="One object for all runs, to stdout.")
     parser.add_argument("--products", action="store_true", help="Time products in fp32, in bfloat16 and widened.")
     options = parser.parse_args()
@@ -186,6 +188,8 @@ def every(runs: Sequence[TimedRun]) -> str:
 def command(name: str, out: Path, edited: Path | None, options: argparse.Namespace) -> list[str]:
     """The words of one run."""
     words = ["audit", str(edited), "--budget", "quick"] if name == "audit" else ["run", name, "--model", options.model]
+    if name == "audit" and options.attacks:
+        words += ["--attacks", options.attacks]
     words += ["--device", options.device, "--dtype", options.dtype, "--out", str(out), "--json"]
     if options.concept:
         words += ["--concept", options.concept]
@@ -288,7 +292,7 @@ def products(ref: str) -> str:
 def seconds_of_product(
     width: int, outputs: int, device: torch.device, dtype: torch.dtype, *, widened: bool = False
 ) -> float:
-    """Of one token with one matrix, the fastest of several times; ``widened`` converts operands to fp32 and the result back."""
+    """Of a token with one matrix, the fastest of several; ``widened`` converts operands to fp32 and the result back."""
     inputs = torch.randn(AT_ONCE, width, device=device, dtype=dtype)
     weight = torch.randn(outputs, width, device=device, dtype=dtype)
     best = float("inf")

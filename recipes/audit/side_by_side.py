@@ -60,6 +60,33 @@ class Furthest:
     """By format; asked of whole models at once, and of others after the last step."""
 
 
+def beginnings(attackers: Sequence[Attacker], orders: Sequence[Sequence[Example]]) -> dict[int, tuple[int, int]]:
+    """Of attackers that are at first what an earlier one is: its place, and for how many steps.
+
+    The same seed, setup and reading make the same attacker, so it need not be trained twice: whoever repairs a model
+    first begins as whoever does nothing else.
+
+    Args:
+        orders: What each reads.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    for place, one in enumerate(attackers):
+        for earlier in range(place):
+            other = attackers[earlier]
+            if earlier in found or (other.seed, other.setup) != (one.seed, one.setup):
+                continue
+            steps = _common(orders[earlier], orders[place]) // one.setup.batch
+            if steps > found.get(place, (0, 0))[1]:
+                found[place] = (earlier, steps)
+    return found
+
+
+def _common(some: Sequence[Example], others: Sequence[Example]) -> int:
+    """With how many sequences both begin."""
+    pairs = enumerate(zip(some, others, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(some), len(others)))
+
+
 class SideBySide:
     """Some attackers on one model. Each reads, learns and is asked as if it were alone, but for rounding."""
 
@@ -96,6 +123,8 @@ class SideBySide:
         self.orders = [
             data.reading_order(one.source, one.setup.steps * one.setup.batch, one.order) for one in attackers
         ]
+        self.begin_as = beginnings(attackers, self.orders) if self.in_one_row else {}
+        """Of attackers that are at first what an earlier one is: its place, and for how many steps."""
         self.answers: list[list[Answers]] = [[] for _ in attackers]
         """Of each attacker, at each of its marks so far."""
         self.diverged: set[int] = set()
@@ -120,8 +149,8 @@ class SideBySide:
             optimizer=self.optimizer,
         )
         groups = [
-            Group(owned, one.setup.rate, one.setup.share)
-            for one, owned in zip(self.attackers, self.adapters.owned, strict=True)
+            Group(owned, one.setup.rate, one.setup.share, self.begin_as.get(place))
+            for place, (one, owned) in enumerate(zip(self.attackers, self.adapters.owned, strict=True))
         ]
         rows = self._rows(schedule.steps)
         # Progress counts the tests of attackers, so the trainer's own steps are told to nobody.
@@ -136,7 +165,7 @@ class SideBySide:
             schedule,
             collate=lambda some: {"rows": some},
             groups=groups,
-            after_step=self._test,
+            after_step=self._after_step,
             less=self._less,
             parts=self._parts(rows),
             products=self.products,
@@ -145,12 +174,14 @@ class SideBySide:
         return [(self._curve(place), place in self.diverged) for place in range(len(self.attackers))]
 
     def _rows(self, steps: int) -> list[tuple[Example | None, ...]]:
-        """What all attackers read, each in its own order; None beyond an attacker's batch and after its last step."""
+        """What all attackers read, each in its own order; None beyond an attacker's batch, after its last step, and
+        while it is what another is."""
         setups = [one.setup for one in self.attackers]
+        first = [self.begin_as.get(place, (0, 0))[1] for place in range(len(setups))]
         return [
             tuple(
-                order[step * setup.batch + number] if number < setup.batch and step < setup.steps else None
-                for order, setup in zip(self.orders, setups, strict=True)
+                order[step * setup.batch + number] if number < setup.batch and begin <= step < setup.steps else None
+                for order, setup, begin in zip(self.orders, setups, first, strict=True)
             )
             for step in range(steps)
             for number in range(self.batch)
@@ -185,7 +216,8 @@ class SideBySide:
             # The untouched model is asked elsewhere.
             if step == 0 or place in self.diverged or (best is not None and value <= best.value):
                 continue
-            owned = [] if self.whole else [parameter.detach().clone() for parameter in self.adapters.owned[place]]
+            trained = self.adapters.owned[self._is_now(place, step)]
+            owned = [] if self.whole else [parameter.detach().clone() for parameter in trained]
             # A copy of all weights would take as much memory again.
             answers = questions.ask(self.model) if self.whole else {}
             self.furthest[attacker.attack] = Furthest(value, attacker.key, step, place, owned, answers)
@@ -309,6 +341,18 @@ class SideBySide:
             start += size
         return total / count
 
+    def _is_now(self, place: int, step: int) -> int:
+        """The place of the attacker that one is after some steps: its own, once it goes another way."""
+        other, steps = self.begin_as.get(place, (place, 0))
+        return other if step <= steps else place
+
+    def _after_step(self, step: int) -> None:
+        """Ask, and take out whoever would go on from what has diverged."""
+        for place, (other, steps) in self.begin_as.items():
+            if step == steps and other in self.diverged:
+                self.diverged.add(place)
+        self._test(step)
+
     @torch.no_grad()
     def _test(self, step: int) -> None:
         """Ask the attackers that have a mark at this step."""
@@ -337,6 +381,10 @@ class SideBySide:
             if step == 0 and answers and not self.adapters.prefix:
                 # Before its first step an attacker changes nothing.
                 answers.append(answers[0])
+                continue
+            if (other := self._is_now(place, step)) != place:
+                # It has the same setup, so it was asked just before.
+                answers.append(answers[asked.index(other)])
                 continue
             with self.adapters.only(place):
                 answers.append(nothing if place in self.diverged else data.ask(self.model, self.adapters.prefix))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...artifacts.checkpoints.originals import originals_of
 from ...artifacts.events import Events
 from ...artifacts.files.opened import Telling
 from ...artifacts.files.written import read_sealed, write_sealed
@@ -15,14 +16,15 @@ from ...artifacts.models.memory import release_memory
 from ...artifacts.reporting.results import measurements_as_json
 from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Subspace
+from ...editing.edits.base import WeightEdit
+from ...editing.edits.in_place import edits_in_place
 from ...editing.errors import RequestError
 from ...editing.hooks.concept_ablation import Ablation, Mode, Value, concept_ablated
-from ...editing.modules import causal_model
 from ...editing.wiring.row import Architecture
 from ...eval.concept import ContrastPair
 from ...eval.measurements.behaviour import learned
 from ...eval.measurements.multiple_choice import scores as multiple_choice
-from ...eval.statistics import summarize
+from ...eval.statistics import Scores, summarize
 from ..common import adapter_job, adapter_run
 from ..common.examples import Example, completion_loss, example_batch
 from ..common.measured_run import subject_of
@@ -121,17 +123,30 @@ class ControlRuns:
                     products=adapter_job.products_of(prepared.adapter),
                 )
             model.eval()
-            readings = self.read()
-            subject = subject_of(
-                prepared.adapter.run, LoadedModel(causal_model(model), self.loaded.tokenizer, self.loaded.source)
-            )
-            with self.events.stage(f"measure the control: {name}"):
-                scores = [*multiple_choice(subject), *learned(subject)]
+            readings, edit = self.read(), tuned.edit({})
+            quantized = prepared.adapter.base_bits != 16
+            if quantized:
+                # Weights in 4 bits take no update.
+                scores = self._measured(name)
         # What the adapter leaves behind is in cycles of references, and the next control needs its memory.
         release_memory()
+        if not quantized:
+            scores = self._measured_as_exported(name, edit)
         return Control(
             measurements_as_json([summarize(item, "edited") for item in scores if not item.is_empty]), readings
         )
+
+    def _measured_as_exported(self, name: str, edit: WeightEdit) -> list[Scores]:
+        """With what was learned in the weights, as the edited model is measured; decoding is faster so, too."""
+        job, model = self.prepared.adapter.run, self.loaded.model
+        with edits_in_place(model, job.checkpoint.config, originals_of(job.checkpoint, model)) as tries:
+            tries.apply(edit)
+            return self._measured(name)
+
+    def _measured(self, name: str) -> list[Scores]:
+        subject = subject_of(self.prepared.adapter.run, self.loaded)
+        with self.events.stage(f"measure the control: {name}"):
+            return [*multiple_choice(subject), *learned(subject)]
 
 
 class DriftMonitor:

@@ -68,6 +68,9 @@ class Group:
     share: Callable[[int], float] | None = None
     """What the learning rate is multiplied by after a number of steps; by default the schedule decides. Either all
     groups of a training have one or none has."""
+    begins_as: tuple[int, int] | None = None
+    """Another group, by its place, and a number of steps: after these, parameters and moments are copied from there. Until
+    then the loss has no gradient for this group."""
 
 
 ROWS = "rows"
@@ -116,6 +119,9 @@ class _StepCallback(TrainerCallback):
         for parameter in (p for group in self.groups for p in group.parameters):
             # The trainer knows of the model's own parameters alone.
             parameter.grad = None
+        for group in self.groups:
+            if group.begins_as and group.begins_as[1] == state.global_step:
+                _go_on_as(group, self.groups[group.begins_as[0]], self.trainer.optimizer)
         self.skipped += bool(self.trainer.accelerator.optimizer_step_was_skipped)
         self.stage.advance(state.global_step - self.stage.step)
         if self.after_step:
@@ -143,6 +149,8 @@ class _Trainer(Trainer):
     is_fsdp_enabled: bool
     shares: Shares | None = None
     """How the processes that hold a part of the model each divide a step."""
+    trained: list[nn.Parameter] | None = None
+    """All that is trained, once it was looked for."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """The library's; on processors it knows how to shard, and does not switch that on."""
@@ -181,10 +189,16 @@ class _Trainer(Trainer):
         )
         return loader
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """None: the library would count all parameters at every step, and nothing here reads what it finds."""
+        return 0
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """All parts of a step; where memory runs out, the same step again in smaller ones."""
         rows = inputs[ROWS].rows
-        model.train()
+        if not model.training:
+            # It goes through all modules, so not at every step.
+            model.train()
         while True:
             try:
                 return self._whole_step(model, rows)
@@ -242,11 +256,25 @@ class _Trainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self.accelerator.unscale_gradients()
-        return _clip([p for p in model.parameters() if p.requires_grad], self.args.max_grad_norm)
+        if self.trained is None:
+            self.trained = [p for p in model.parameters() if p.requires_grad]
+        return _clip(self.trained, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """What clipping found; the library measures it where nothing is clipped, and nothing here reads that."""
         return grad_norm
+
+
+@torch.no_grad()
+def _go_on_as(group: Group, other: Group, optimizer: Any) -> None:
+    """Give a group the parameters and moments of another."""
+    states = getattr(optimizer, "optimizer", optimizer).state
+    for parameter, like in zip(group.parameters, other.parameters, strict=True):
+        parameter.copy_(like)
+        if like in states:
+            states[parameter] = {
+                name: value.clone() if isinstance(value, Tensor) else value for name, value in states[like].items()
+            }
 
 
 def _clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:

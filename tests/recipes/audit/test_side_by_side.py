@@ -1,6 +1,7 @@
 """Attackers that train side by side learn what each learns alone, whatever their setups are."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from excise.recipes.audit.attack_data import Answers, reading_order
 from excise.recipes.audit.attackers import MOST_ATTACKERS, groups_of
 from excise.recipes.audit.attacks.fine_tuning import low_rank
 from excise.recipes.audit.attacks.table import Setup
-from excise.recipes.audit.side_by_side import Attacker, SideBySide
+from excise.recipes.audit.side_by_side import Attacker, SideBySide, beginnings
 from helpers import make_pico
 from transformers import get_cosine_schedule_with_warmup
 from unlearning_rows import FORGET, RETAIN
@@ -35,12 +36,12 @@ class _Data:
         return reading_order({"T": FORGET, "retain": RETAIN}, source, count, seed)
 
 
-def _trained(setups, folder, dtype=torch.float32, less=0):
+def _trained(setups, folder, dtype=torch.float32, less=0, seeds=range(99)):
     """What attackers with these setups, and curves, are after training side by side."""
     model = make_pico("llama").to(dtype)
     model.set_attn_implementation("sdpa")
     attackers = [
-        Attacker("rtt", source, float(number), setup, number, f"0-{number}")
+        Attacker("rtt", source, float(number), setup, seeds[number], f"0-{seeds[number]}")
         for number, (source, setup) in enumerate(setups)
     ]
     seeds, ranks = [one.seed for one in attackers], [one.setup.rank for one in attackers]
@@ -74,6 +75,49 @@ def test_tokens_are_counted_at_an_attackers_own_marks(tmp_path):
         order = reading_order({"T": FORGET}, "T", setup.steps * setup.batch, f"0-{number}")
         read = [sum(len(one.ids) for one in order[: mark * setup.batch]) for mark in setup.marks]
         assert list(curve.tokens) == read and np.shape(curve.hits) == (1, len(setup.marks), 1)
+
+
+REPAIR = Setup(1e-2, 4, 6, "constant", 1)
+
+
+def test_whoever_begins_as_another_is_trained_once_until_there_and_ends_where_it_ends_alone(tmp_path, monkeypatch):
+    read = []
+    losses = SideBySide._mean_nats
+    monkeypatch.setattr(
+        SideBySide, "_mean_nats", lambda self, model, rows: read.append(list(rows)) or losses(self, model, rows)
+    )
+    pairs = [("retain", REPAIR), ("retain+T", REPAIR), ("T", REPAIR)]
+    (first, second, _), together = _trained(pairs, tmp_path / "together", seeds=[0, 0, 0])
+    assert read == [[0, 2]] * 3 + [[0, 1, 2]] * 3
+    assert first[0].steps == second[0].steps and first[0].tokens != second[0].tokens
+    (_,), (alone,) = _trained([pairs[1]], tmp_path / "alone", seeds=[0])
+    assert (together[1] - alone).norm() < 2e-3 * alone.norm()
+    # Without the moments, or from the beginning, it would end elsewhere.
+    assert (together[0] - together[1]).norm() > 1e-2 * alone.norm()
+    monkeypatch.setattr("excise.recipes.common.trainer._go_on_as", lambda *_: None)
+    _, late = _trained(pairs, tmp_path / "late", seeds=[0, 0, 0])
+    assert (late[1] - alone).norm() > 1e-2 * alone.norm()
+
+
+def test_other_seeds_and_setups_begin_as_nobody(tmp_path):
+    def made(source, setup, seed):
+        return Attacker("rtt", source, 0.0, setup, seed, f"0-{seed}")
+
+    def found(*attackers):
+        orders = [_Data().reading_order(one.source, one.setup.steps * one.setup.batch, one.order) for one in attackers]
+        return beginnings(attackers, orders)
+
+    retain, repair = made("retain", REPAIR, 0), made("retain+T", REPAIR, 0)
+    assert found(retain, repair) == found(retain, repair, made("T", REPAIR, 0)) == {1: (0, 3)}
+    assert found(retain, made("retain+T", REPAIR, 1)) == {}
+    assert found(retain, made("retain+T", replace(REPAIR, rate=2e-2), 0)) == {}
+    assert found(retain, made("T", REPAIR, 0)) == {}
+
+
+def test_what_begins_as_a_diverged_one_has_diverged(tmp_path):
+    wild = replace(REPAIR, rate=1e38)
+    curves, _ = _trained([("retain", wild), ("retain+T", wild), ("T", REPAIR)], tmp_path, seeds=[0, 0, 0])
+    assert [broken for _, broken in curves] == [True, True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
