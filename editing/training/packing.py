@@ -12,6 +12,7 @@ Example:
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
@@ -32,6 +33,11 @@ MOST_BLOCKS = 4
 SHORTEST = 16
 """Keys of a block, at least: of fewer than a vector holds, processors take the softmax number by number, which takes
 ten times as long."""
+GRAIN = 8
+"""Of few shapes, lengths of blocks and tokens of owners are multiples of this."""
+in_few_shapes: ContextVar[bool] = ContextVar("in_few_shapes", default=False)
+"""Whether rows and blocks that are packed now are filled up to one of few lengths. Processors compile a product in 16 bits
+for each shape anew, which takes as long as several products of a small model."""
 CLOSE, CLOSE_IN_16_BITS = 1e-4, 0.03
 """How far a packed row's states may lie from those of its sequences alone, relative to their mean norm."""
 
@@ -40,7 +46,7 @@ def packed(rows: Sequence[Sequence[int]], owners: Sequence[int] | None = None) -
     """Inputs of one row that holds all sequences in this order: ids, positions, and the blocks that attention reads.
 
     ``where`` holds of each token of all sequences, one after another, its place in the row; ``owned`` how many tokens
-    each owner has there.
+    each owner has there; ``filling`` the places that hold no token of any, where ``in_few_shapes`` says so.
 
     Args:
         rows: Token ids.
@@ -51,15 +57,21 @@ def packed(rows: Sequence[Sequence[int]], owners: Sequence[int] | None = None) -
         >>> inputs["input_ids"].tolist(), inputs["where"].tolist()
         ([[5, 6, 7, 8]], [0, 1, 2, 0, 1, 3])
     """
-    row = _shared(rows, owners or [0] * len(rows))
+    few = in_few_shapes.get()
+    row = _shared(rows, owners or [0] * len(rows), few=few)
     # Sequences of like length stand in one block, wherever they stand in the row.
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     blocks, first, before = [], 0, 0
     real: dict[int, int] = {}
     again: list[tuple[int, int]] = []
+    unread = 0
     for count in _block_sizes([len(rows[number]) for number in order]):
         numbers = order[first : first + count]
-        longest = max(SHORTEST, *(len(rows[number]) for number in numbers))
+        shortest, longest = len(rows[numbers[0]]), _length(len(rows[numbers[-1]]), few=few)
+        if row.filling and not first:
+            # What fills the row up takes what nobody reads of a block, of which there must be some.
+            longest += GRAIN * (shortest == longest)
+            unread = shortest
         taken: list[int] = []
         for number in numbers:
             places = row.places[number]
@@ -75,7 +87,8 @@ def packed(rows: Sequence[Sequence[int]], owners: Sequence[int] | None = None) -
         "where": torch.tensor([place for places in row.places for place in places]),
         "owned": row.owned,
         "blocks": blocks,
-        "real": torch.tensor([real[place] for place in range(len(row.ids))]),
+        "real": torch.tensor([real.get(place, unread) for place in range(len(row.ids))]),
+        "filling": torch.tensor(row.filling, dtype=torch.long),
         "again": torch.tensor(again, dtype=torch.long).reshape(-1, 2).mT.contiguous(),
     }
 
@@ -90,15 +103,18 @@ class _Shared:
     """Of each token of each sequence its place among ``ids``."""
     owned: list[int]
     """Tokens of each owner among ``ids``."""
+    filling: list[int]
+    """Places among ``ids`` that are of no sequence, behind an owner's tokens."""
 
 
-def _shared(rows: Sequence[Sequence[int]], owners: Sequence[int]) -> _Shared:
+def _shared(rows: Sequence[Sequence[int]], owners: Sequence[int], *, few: bool) -> _Shared:
     ids: list[int] = []
     positions: list[int] = []
     places: list[list[int]] = []
     known: dict[tuple[int, int], int] = {}
     owned = dict.fromkeys(owners, 0)
-    for row, owner in zip(rows, owners, strict=True):
+    filling: list[int] = []
+    for number, (row, owner) in enumerate(zip(rows, owners, strict=True)):
         # Places are 0 and more, so that what is below tells the owners' beginnings apart.
         at = -1 - owner
         places.append([])
@@ -109,7 +125,23 @@ def _shared(rows: Sequence[Sequence[int]], owners: Sequence[int]) -> _Shared:
                 positions.append(position)
                 owned[owner] += 1
             places[-1].append(at)
-    return _Shared(ids, positions, places, list(owned.values()))
+        last = number + 1 == len(rows)
+        if few and (last or owners[number + 1] != owner):
+            more = -(len(ids) if last else owned[owner]) % (_grain(len(ids)) if last else GRAIN)
+            filling += range(len(ids), len(ids) + more)
+            owned[owner] += more
+            ids, positions = [*ids, *[0] * more], [*positions, *[0] * more]
+    return _Shared(ids, positions, places, list(owned.values()), filling)
+
+
+def _grain(tokens: int) -> int:
+    """What the tokens of a row are a multiple of: between a sixteenth and an eighth of them, and at least ``GRAIN``."""
+    return int(max(GRAIN, 1 << max(0, tokens.bit_length() - 4)))
+
+
+def _length(longest: int, *, few: bool) -> int:
+    """Keys of a block whose longest sequence has so many tokens."""
+    return max(SHORTEST, -(-longest // GRAIN) * GRAIN if few else longest)
 
 
 def _block_sizes(lengths: Sequence[int]) -> list[int]:
@@ -145,10 +177,12 @@ def packing(model: nn.Module) -> Iterator[bool]:
         return
     register(usual)
     inner.set_attn_implementation(PACKED + usual)
+    few = in_few_shapes.set(inner.device.type == "cpu" and inner.dtype.itemsize == 2)
     try:
         with fewer_operations(model):
             yield inner.config._attn_implementation == PACKED + usual and agrees(inner)
     finally:
+        in_few_shapes.reset(few)
         inner.set_attn_implementation(usual)
 
 
@@ -169,7 +203,10 @@ def reading_packed(inputs: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
     try:
         ids = inputs["input_ids"]
         # With a mask, transformers does not look for where sequences begin, which would wait for the device.
-        yield {"input_ids": ids, "position_ids": inputs["position_ids"], "attention_mask": torch.ones_like(ids)}
+        mask = torch.ones_like(ids)
+        if inputs["filling"].numel():
+            mask[0, inputs["filling"]] = 0
+        yield {"input_ids": ids, "position_ids": inputs["position_ids"], "attention_mask": mask}
     finally:
         layout_now.reset(token)
 

@@ -51,7 +51,7 @@ class TrainedSettings(MeasuredSettings):
     steps: int = Field(400, ge=1, le=MOST_ROWS)
     """Number of optimizer steps."""
     batch_size: int = Field(8, ge=1, le=MOST_ROWS)
-    """Groups a step. A group is one sequence to forget and one of each kind to retain."""
+    """Groups a step. A group has one sequence to forget, and one to retain or one of each kind."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Number of parts that a step is computed in. More parts take less memory; the gradient is that of the whole
     step."""

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,7 @@ from ..common.tokens import Row
 from ..common.trainer import Loss, Terms
 
 TERMS = ("erase", "fluency", "retain")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,31 @@ class TrainingSequence:
         return len(self.ids) - len(self.targets)
 
 
-def arrange(kinds: Mapping[str, Sequence[TrainingSequence]], groups: int, seed: int) -> list[list[TrainingSequence]]:
-    """Groups of one sequence of each kind; each kind is gone through in a shuffled order, again and again."""
+def arrange(
+    kinds: Mapping[str, Sequence[TrainingSequence]], groups: int, seed: int, *, in_turn: bool = False
+) -> list[list[TrainingSequence]]:
+    """Groups of one sequence of each kind; each kind is gone through in a shuffled order, again and again.
+
+    Args:
+        in_turn: A group has the first kind and one of the others, each in its turn.
+    """
     orders = [
         cycled(sequences, groups, random.Random(f"excise lessons {kind} {seed}")) for kind, sequences in kinds.items()
     ]
-    return [list(group) for group in zip(*orders, strict=True)]
+    return _grouped(orders, in_turn=in_turn)
 
 
-def largest_part(kinds: Sequence[Sequence[int]], steps: int, batch_size: int, most: int, seed: int) -> Rows:
+def _grouped(orders: Sequence[Sequence[T]], *, in_turn: bool) -> list[list[T]]:
+    """Groups of what each kind has in its order."""
+    if not in_turn or len(orders) < 2:
+        return [list(group) for group in zip(*orders, strict=True)]
+    first, *others = orders
+    return [[one, others[turn % len(others)][turn // len(others)]] for turn, one in enumerate(first)]
+
+
+def largest_part(
+    kinds: Sequence[Sequence[int]], steps: int, batch_size: int, most: int, seed: int, *, in_turn: bool = False
+) -> Rows:
     """What the largest forward of a training reads, about: sequences of these lengths, drawn as ``arrange`` draws them.
 
     Args:
@@ -58,7 +75,7 @@ def largest_part(kinds: Sequence[Sequence[int]], steps: int, batch_size: int, mo
     # More than will be read, because it is drawn in another order than here.
     rng, groups = random.Random(f"excise plan {seed}"), min(4 * steps + 20, PLANNED_STEPS) * batch_size
     drawn = [cycled(lengths, groups, rng) for lengths in kinds if lengths]
-    tokens = [sum(group) for group in zip(*drawn, strict=True)]
+    tokens = [sum(group) for group in _grouped(drawn, in_turn=in_turn)]
     largest = max(sum(tokens[start : start + batch_size]) for start in range(0, groups, batch_size))
     count = -(-min(most, largest) // max(map(max, drawn)))
     return Rows(count, -(-min(most, largest) // count))

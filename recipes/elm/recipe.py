@@ -65,7 +65,9 @@ def memory(job: ElmJob) -> MemoryPlan:
     largest = max(Rows(rows, context), Rows(read, longest), key=lambda one: one.tokens)
     decode = needs.reading("read the teacher", largest, cached=True, kept=teacher + targets)
     most = part_size(run.device)
-    part = largest_part(kinds, settings.steps, settings.batch_size, most, settings.seed)
+    part = largest_part(
+        kinds, settings.steps, settings.batch_size, most, settings.seed, in_turn=settings.retain_in_turn
+    )
     # Gradients of the parts are summed beside those of the step.
     summed = 4 * sizes.adapter(job.adapter.shape)
     return needs.measured_run([decode, needs.training(job.adapter, part, kept=targets, work=summed)])
@@ -143,7 +145,8 @@ def _cache(job: ElmJob) -> TensorCache | None:
 
 
 class ElmTraining(SequenceTraining):
-    """Groups of one sequence to forget and one of each kind to retain, trained toward the teacher's distributions."""
+    """Groups of one sequence to forget and one to retain, or one of each kind, trained toward the teacher's
+    distributions."""
 
     def __init__(
         self,
@@ -158,7 +161,7 @@ class ElmTraining(SequenceTraining):
         self.job, self.check, self.forget, self.retain = job, check, forget, retain
         self.source, self.strength = source, erasure.strength
         self.sequences = {"forget": forget.sequences, **retain.sequences}
-        self.rows = arrange(self.sequences, settings.steps * settings.batch_size, settings.seed)
+        self.rows = arrange(self.sequences, settings.groups, settings.seed, in_turn=settings.retain_in_turn)
         self.checked_rows = [one.ids for sequences in self.sequences.values() for one in sequences[:8]]
         self.tokens_at_once = tokens_at_once(job.adapter, part_size(job.adapter.run.device))
         weights = {"erase": settings.erase_weight, "fluency": settings.fluency_weight, "retain": settings.retain_weight}
@@ -172,7 +175,7 @@ class ElmTraining(SequenceTraining):
             "contrast": self.source.name,
             "strength": self.strength,
             "steps": settings.steps,
-            "rows": settings.batch_size * len(self.sequences),
+            "rows": settings.batch_size * len(self.rows[0]),
             "data": f"{forget.contexts} contexts elicit the concept, from {facts} facts found in the pack",
             "contexts": forget.contexts,
             "contexts_without_contrast": forget.without_contrast,

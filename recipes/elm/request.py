@@ -42,8 +42,8 @@ class ElmSettings(AdapterSettings):
         "long": {"steps": 1600, "learning_rate": 2e-3, "max_contexts": 8000, "chat_facts": 640},
     }
     steps: int = Field(240, ge=1, le=MOST_ROWS)
-    """Number of optimizer steps. steps=400 with learning_rate=0.002 forgets a little more and trains longer."""
-    learning_rate: float = Field(3e-3, gt=0)
+    """Number of optimizer steps. More of them with a lower learning_rate forget a little more and train longer."""
+    learning_rate: float = Field(4e-3, gt=0)
     """Peak learning rate of AdamW."""
     preset: Literal["default", "paper", "reference"] = "default"
     """Set of defaults: ours, as published, or as in the authors' code. Settings that you give explicitly win."""
@@ -54,6 +54,9 @@ class ElmSettings(AdapterSettings):
     """Optimizer steps that the expert of contrast=reinforced is trained on the pack's texts."""
     contexts: Literal["both", "texts", "questions"] = "both"
     """Where the concept is elicited: in the pack's texts, in group-T questions of several formats, or in both."""
+    retain_in_turn: bool = True
+    """A group has one sequence to retain, of each kind in its turn, with the weight of all. False takes one of every kind:
+    up to twice as many tokens for the same edit."""
     max_contexts: int = Field(2000, ge=8)
     """Most contexts to forget, and most retain sequences of each kind; never more than the steps can read. More take
     longer: the teacher reads each once."""

@@ -31,16 +31,18 @@ def retain_sequences(erasure: Erasure) -> RetainData:
         whole = [row for row in dict.fromkeys(rows) if len(row) > 1]
         unnamed = without_subjects(whole, erasure.facts, erasure.tokenizer) if kind == "chats" else whole
         skipped += len(whole) - len(unnamed)
-        # Sequences that no step will read need no targets.
-        clean[kind] = spread(unnamed, settings.groups, f"excise groups {kind} {settings.seed}")
+        clean[kind] = unnamed
     clean = {kind: rows for kind, rows in clean.items() if rows}
+    # The term is the mean over the kinds that there are, in a group or from group to group.
+    beside = 1 if settings.retain_in_turn else len(clean)
     sequences = {}
-    for kind, rows in clean.items():
+    for kind, whole in clean.items():
+        # Sequences that no step will read need no targets.
+        read = -(-settings.groups * beside // len(clean))
+        rows = spread(whole, read, f"excise groups {kind} {settings.seed}")
         targets = erasure.teacher.top(rows, [0] * len(rows), settings.stored_tokens)
         sequences[kind] = [
-            # A pack without other questions has a kind less, and the term is the mean over those that there are.
-            retain_sequence(erasure, row, target, len(clean))
-            for row, target in zip(rows, targets, strict=True)
+            retain_sequence(erasure, row, target, beside) for row, target in zip(rows, targets, strict=True)
         ]
     return RetainData(sequences, skipped)
 
@@ -67,7 +69,7 @@ def _rows_by_kind(erasure: Erasure) -> dict[str, list[Row]]:
 
 
 def retain_sequence(erasure: Erasure, row: Row, target: SoftTargets, kinds: int) -> TrainingSequence:
-    """A sequence to retain; one of each kind is in a group, so that the term is their mean."""
+    """A sequence to retain; those of so many kinds are in a group, so that the term is their mean."""
     n = len(row)
     weights, terms = torch.full((n,), 1 / (n * kinds)), torch.full((n,), TERMS.index("retain"))
     return TrainingSequence(row, target.largest(1) if erasure.settings.hard_retain else target, weights, terms)

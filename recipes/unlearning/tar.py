@@ -193,8 +193,8 @@ def _tokens_of(batch: dict[str, Any]) -> Any:
     """Where the tokens of all sequences are; one that several share counts as often as in padded rows."""
     if "attention_mask" in batch:
         return batch["attention_mask"].bool()
-    # A row of packed sequences has no padding, and where nothing is shared, no copy of it is made.
-    return (0, batch["where"]) if batch["again"].shape[1] else slice(None)
+    # Where nothing is shared and nothing fills the row up, no copy of it is made.
+    return (0, batch["where"]) if batch["again"].shape[1] or len(batch["filling"]) else slice(None)
 
 
 def _examples_of(batch: dict[str, Any]) -> list[Example]:

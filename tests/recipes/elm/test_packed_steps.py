@@ -1,5 +1,7 @@
 """Sequences packed into one row give the loss and the gradients of sequences read one by one, in few operations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from excise.editing.architectures import ARCHITECTURES
@@ -162,6 +164,29 @@ def test_training_on_packed_rows_ends_in_the_weights_of_padded_ones(tmp_path):
         ends[in_one_row] = trained_weights(adapted)
         assert (ends[in_one_row] - before).norm() > 0.01
     torch.testing.assert_close(ends[True], ends[False], atol=2e-4, rtol=1e-3)
+
+
+def test_kinds_that_take_turns_are_read_as_often_and_teach_in_the_mean_what_all_of_a_group_teach(tmp_path):
+    kinds = {"forget": lessons(24, 1), "b": lessons(6, 2), "c": lessons(6, 3), "d": lessons(6, 4)}
+    turns, every = arrange(kinds, 18, 0, in_turn=True), arrange(kinds, 18, 0)
+    assert [len(group) for group in turns] == [2] * 18 and [len(group) for group in every] == [4] * 18
+    assert [group[0] for group in turns] == [group[0] for group in every]
+    read = [[group[1] for group in turns][start::3] for start in range(3)]
+    assert all(sorted(map(id, some)) == sorted(map(id, kinds[kind])) for some, kind in zip(read, "bcd", strict=True))
+    model = _adapted(_model("llama"))
+
+    def gradient(groups):
+        model.zero_grad()
+        torch.stack(list(sequence_loss(WEIGHTS)(model, collate(groups)).values())).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    # What is to be retained alone; of each kind a third of the weight where all stand in a group.
+    thirds = [[replace(one, weights=one.weights / 3) for one in group[1:]] for group in every]
+    torch.testing.assert_close(gradient([group[1:] for group in turns]), gradient(thirds), atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(gradient([group[1:] for group in turns[:9]]), gradient(thirds), atol=1e-4)
+    # A single kind has every turn.
+    pair = {"forget": kinds["forget"], "b": kinds["b"]}
+    assert arrange(pair, 18, 0, in_turn=True) == arrange(pair, 18, 0)
 
 
 SMOLLM2 = {

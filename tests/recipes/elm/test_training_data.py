@@ -22,6 +22,7 @@ from excise.recipes.common.tokens import encode
 from excise.recipes.data.facts import Context, Fact, bare_question, fact_contexts, find_facts, question_contexts
 from excise.recipes.elm import decoding, teacher
 from excise.recipes.elm import reinforced_expert as reinforced_module
+from excise.recipes.elm.batches import arrange
 from excise.recipes.elm.continuations import _FirstTokens
 from excise.recipes.elm.contrast import (
     PersonaContrast,
@@ -529,9 +530,10 @@ def test_kept_tensors_make_room_for_new_ones(tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.glob("*")) <= 3000
 
 
+@pytest.mark.parametrize("in_turn", [True, False])
 @pytest.mark.parametrize("questions", [True, False])
 @pytest.mark.parametrize("template", [True, False])
-def test_the_retain_term_is_the_mean_over_the_kinds_that_there_are(concept, loaded, questions, template):
+def test_the_retain_term_is_the_mean_over_the_kinds_that_there_are(concept, loaded, questions, template, in_turn):
     few = replace(
         concept,
         retain=concept.retain[:6],
@@ -539,12 +541,15 @@ def test_the_retain_term_is_the_mean_over_the_kinds_that_there_are(concept, load
     )
     tokenizer = copy.deepcopy(loaded.tokenizer)
     tokenizer.chat_template = tokenizer.chat_template if template else None
-    settings = ElmSettings(stored_tokens=16, max_contexts=8, chat_facts=2, max_new_tokens=4)
+    settings = ElmSettings(stored_tokens=16, max_contexts=8, chat_facts=2, max_new_tokens=4, retain_in_turn=in_turn)
     asked = Erasure(Teacher(loaded.model), tokenizer, few, find_facts(few), settings)
     sequences = retain_sequences(asked).sequences
     assert list(sequences) == ["texts"] + ["questions"] * questions + ["chats"] * template
-    group = [kind[0] for kind in sequences.values()]
-    assert sum(float(one.weights.sum()) for one in group) == pytest.approx(1.0, abs=1e-5)
+    forget = [replace(sequences["texts"][0], weights=torch.zeros(0))]
+    groups = arrange({"forget": forget, **sequences}, 12, 0, in_turn=in_turn)
+    for group in groups:
+        assert len(group) == (2 if in_turn else 1 + len(sequences))
+        assert sum(float(one.weights.sum()) for one in group) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_the_teacher_reads_no_more_than_the_steps_do_and_few_contexts_mean_few_chats(erasure, loaded):
@@ -555,8 +560,10 @@ def test_the_teacher_reads_no_more_than_the_steps_do_and_few_contexts_mean_few_c
         contexts = forget_contexts(asked, source)
         retained = retain_sequences(asked).sequences
         counts[steps] = len(contexts), max(map(len, retained.values()))
-    # A step of 8 groups reads one context to forget in each, and one sequence of each kind to retain.
-    assert counts[1] == (8, 8) and counts[400] > (100, 100)
+    # A step of 8 groups reads one context to forget in each, and one sequence to retain, of three kinds in turn.
+    assert counts[1] == (8, 3) and counts[400] > (100, 100)
+    every = retain_sequences(erasure(steps=1, batch_size=8, max_new_tokens=4, retain_in_turn=False)).sequences
+    assert max(map(len, every.values())) == 8
     settings = ElmSettings(max_contexts=8)
     assert settings.chat_facts_read == 8 < ElmSettings().chat_facts_read == ElmSettings().chat_facts
     # 240 steps of 8 groups, and 400, which are more than there may be.
