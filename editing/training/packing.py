@@ -36,8 +36,8 @@ ten times as long."""
 GRAIN = 8
 """Of few shapes, lengths of blocks and tokens of owners are multiples of this."""
 in_few_shapes: ContextVar[bool] = ContextVar("in_few_shapes", default=False)
-"""Whether rows and blocks that are packed now are filled up to one of few lengths. Processors compile a product in 16 bits
-for each shape anew, which takes as long as several products of a small model."""
+"""Whether rows and blocks that are packed now are filled up to one of few lengths: processors compile a product in 16 bits
+anew for each shape, which takes as long as several products of a small model."""
 CLOSE, CLOSE_IN_16_BITS = 1e-4, 0.03
 """How far a packed row's states may lie from those of its sequences alone, relative to their mean norm."""
 

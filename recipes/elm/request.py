@@ -55,8 +55,8 @@ class ElmSettings(AdapterSettings):
     contexts: Literal["both", "texts", "questions"] = "both"
     """Where the concept is elicited: in the pack's texts, in group-T questions of several formats, or in both."""
     retain_in_turn: bool = True
-    """A group has one sequence to retain, of each kind in its turn, with the weight of all. False takes one of every kind:
-    up to twice as many tokens for the same edit."""
+    """A group has one sequence to retain, of each kind in its turn, with the weight of all. False takes one of every
+    kind: up to twice as many tokens for the same edit."""
     max_contexts: int = Field(2000, ge=8)
     """Most contexts to forget, and most retain sequences of each kind; never more than the steps can read. More take
     longer: the teacher reads each once."""

@@ -1,4 +1,4 @@
-"""Rows that are filled up to one of few lengths, for processors that compile a product for each: nothing else changes."""
+"""Rows filled up to one of few lengths, for processors that compile a product for each: nothing else changes."""
 
 import collections
 import random
