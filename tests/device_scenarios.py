@@ -447,6 +447,7 @@ def packs(place: Placed) -> Result:
         "blocks": blocks,
         "real": place(inputs["real"]),
         "again": place(inputs["again"]),
+        "filling": place(inputs["filling"]),
     }
     with packing.packing(model) as can:
         hidden = packing.read_packed(model, inputs)
