@@ -36,8 +36,8 @@ ten times as long."""
 GRAIN = 8
 """Of few shapes, lengths of blocks and tokens of owners are multiples of this."""
 in_few_shapes: ContextVar[bool] = ContextVar("in_few_shapes", default=False)
-"""Whether rows and blocks that are packed now are filled up to one of few lengths: processors compile a product in 16 bits
-anew for each shape, which takes as long as several products of a small model."""
+"""Whether rows and blocks that are packed now are filled up to one of few lengths: processors compile a product in 16
+bits anew for each shape, which takes as long as several products of a small model."""
 CLOSE, CLOSE_IN_16_BITS = 1e-4, 0.03
 """How far a packed row's states may lie from those of its sequences alone, relative to their mean norm."""
 
@@ -64,14 +64,13 @@ def packed(rows: Sequence[Sequence[int]], owners: Sequence[int] | None = None) -
     blocks, first, before = [], 0, 0
     real: dict[int, int] = {}
     again: list[tuple[int, int]] = []
-    unread = 0
+    # What fills the row up takes what nobody reads of a block: behind the shortest sequence, which comes first.
+    unread = len(rows[order[0]])
     for count in _block_sizes([len(rows[number]) for number in order]):
         numbers = order[first : first + count]
-        shortest, longest = len(rows[numbers[0]]), _length(len(rows[numbers[-1]]), few=few)
-        if row.filling and not first:
-            # What fills the row up takes what nobody reads of a block, of which there must be some.
-            longest += GRAIN * (shortest == longest)
-            unread = shortest
+        longest = _length(len(rows[numbers[-1]]), few=few)
+        if row.filling and longest == unread:
+            longest += GRAIN
         taken: list[int] = []
         for number in numbers:
             places = row.places[number]

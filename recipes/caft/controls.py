@@ -18,7 +18,7 @@ from ...editing.directions.sae_latents import SparseLatents
 from ...editing.directions.subspaces import Subspace
 from ...editing.edits.base import WeightEdit
 from ...editing.edits.in_place import edits_in_place
-from ...editing.errors import RequestError
+from ...editing.errors import EditError, RequestError
 from ...editing.hooks.concept_ablation import Ablation, Mode, Value, concept_ablated
 from ...editing.wiring.row import Architecture
 from ...eval.concept import ContrastPair
@@ -140,7 +140,10 @@ class ControlRuns:
         """With what was learned in the weights, as the edited model is measured; decoding is faster so, too."""
         job, model = self.prepared.adapter.run, self.loaded.model
         with edits_in_place(model, job.checkpoint.config, originals_of(job.checkpoint, model)) as tries:
-            tries.apply(edit)
+            if not any(change.changed for change in tries.apply(edit)):
+                raise EditError(
+                    f"the control {name} changed no weight as it would be stored; train longer or at a higher rate"
+                )
             return self._measured(name)
 
     def _measured(self, name: str) -> list[Scores]:

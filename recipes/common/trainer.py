@@ -69,8 +69,8 @@ class Group:
     """What the learning rate is multiplied by after a number of steps; by default the schedule decides. Either all
     groups of a training have one or none has."""
     begins_as: tuple[int, int] | None = None
-    """Another group, by its place, and a number of steps: after these, parameters and moments are copied from there. Until
-    then the loss has no gradient for this group."""
+    """Another group, by its place, and a number of steps: after these, parameters and moments are copied from there.
+    Until then the loss has no gradient for this group."""
 
 
 ROWS = "rows"
