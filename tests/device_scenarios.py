@@ -36,6 +36,7 @@ from excise.editing.training.edited_target import TargetEdit
 from excise.editing.training.fewer_operations import fewer_operations
 from excise.eval import depth_score, localization
 from excise.eval.inference import candidates, generation, kept, likelihood, token_statistics
+from excise.eval.inference.lockstep import Lockstep
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet, accuracies
 from excise.eval.measurements import MEASUREMENTS, behaviour
 from excise.eval.measurements.fluency import reverse_perplexity
@@ -409,6 +410,12 @@ def inference(place: Placed) -> Result:
     asked.append(questions.hits_and_probabilities(model))
     asked.append(accuracies(model, tokenizer, _less("potions", 5), 3))
     log_p = generation.reply_log_probabilities(model, replies)
+    with generation.plain_decoding(model, {2}):
+        asked.append(model.generate(torch.tensor([[5, 9]], device=model.device), max_new_tokens=3).tolist())
+    lockstep = Lockstep(model, [(5, 9, 7), (40,)], 2)
+    lockstep.read()
+    lockstep.keep(torch.tensor([1], device=model.device))
+    asked.append(lockstep.feed(torch.tensor([11], device=model.device)).tolist())
     return [], [[reply.ids for reply in replies], nats, [(one.log_p, one.mean) for one in read], asked, log_p]
 
 

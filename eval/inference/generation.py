@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +11,15 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ...editing.errors import RequestError
-from ...editing.modules import causal_model
+from ...editing.modules import causal_model, unembedding
+from ...editing.numerics.wide import wide
 from .batches import read_in_batches
 from .chat import encode_prompt, thoughts_and_answer
 from .likelihood import batch_budget, context_of, pad_left, padded_logits
+from .lockstep import Lockstep, draw, goes_on_in_step, tokens_of_replies
+
+LOOK = 8
+"""Tokens after which an accelerator is asked which replies have ended, for which it is waited."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +91,22 @@ def generate(
         )
     ends = end_tokens(model, tokenizer)
     replies: list[Reply | None] = [None] * len(prompts)
-    decode = (
-        partial(_as_shipped, causal_model(model), tokenizer)
-        if as_shipped
-        else partial(_greedy_or_drawn, causal_model(model), sample_seed)
-    )
+    chances = None
+    if sample_seed is not None:
+        # Drawn for all prompts before any is read, so that draws do not depend on which share a batch.
+        chances = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(sample_seed))
+
+    def decode(batch: list[int]) -> list[list[int]]:
+        rows = [encoded[index] for index in batch]
+        if as_shipped:
+            return _as_shipped(causal_model(model), tokenizer, rows, tokens, ends)
+        if not goes_on_in_step(model):
+            return _by_library(causal_model(model), sample_seed, rows, tokens, ends)
+        return _in_step(model, rows, tokens, ends, None if chances is None else chances[batch])
+
     # Replies are counted at the length that they may reach.
-    lengths, budget = [len(ids) + tokens for ids in encoded], max(batch_budget(model), 4096)
-    for batch, continued in read_in_batches(
-        lengths, budget, lambda batch: decode([encoded[i] for i in batch], tokens, ends)
-    ):
+    lengths = [len(ids) + tokens for ids in encoded]
+    for batch, continued in read_in_batches(lengths, tokens_of_replies(model, model.device), decode):
         for index, ids in zip(batch, continued, strict=True):
             replies[index] = _reply(tokenizer, prompts[index], encoded[index], ids)
         advance(len(batch))
@@ -108,7 +118,40 @@ def _reply(tokenizer: Any, prompt: str, prompt_ids: Sequence[int], ids: Sequence
     return Reply(prompt, tuple(prompt_ids), tuple(ids), answer or "", thoughts, answer is not None)
 
 
-def _greedy_or_drawn(
+def _in_step(
+    model: Any, rows: Sequence[list[int]], tokens: int, ends: set[int], chances: Float[Tensor, "rows tokens"] | None
+) -> list[list[int]]:
+    """Continue rows by what is likeliest, or by draws from the whole distribution."""
+    lockstep, head = Lockstep(model, rows, tokens), unembedding(model)
+    device = lockstep.ids.device
+    last = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+    said = torch.zeros(len(rows), tokens, dtype=torch.long, device=device)
+    going, ended = torch.arange(len(rows), device=device), torch.zeros(len(rows), dtype=torch.bool, device=device)
+    # A processor has no answer to wait for.
+    look = 1 if device.type == "cpu" else LOOK
+    states = lockstep.read()[:, -1]
+    for turn in range(tokens):
+        logits = head(states)
+        if chances is None:
+            chosen = logits.argmax(-1)
+        else:
+            chosen = draw(wide(logits).log_softmax(-1), chances.to(device)[going, turn])
+        said[going, turn] = chosen
+        ended |= torch.isin(chosen, last)
+        if turn % look == 0:
+            left = (~ended).nonzero()[:, 0]
+            if not len(left):
+                break
+            # To take rows out copies what the others have left behind.
+            if 2 * len(left) <= len(going):
+                lockstep.keep(left)
+                going, ended, chosen = going[left], ended[left], chosen[left]
+        if turn < tokens - 1:
+            states = lockstep.feed(chosen)
+    return [_until_end(ids, ends) for ids in said.tolist()]
+
+
+def _by_library(
     model: Any, seed: int | None, rows: Sequence[list[int]], tokens: int, ends: set[int]
 ) -> list[list[int]]:
     with plain_decoding(model, ends):

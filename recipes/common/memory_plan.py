@@ -20,6 +20,7 @@ from ...eval.concept import Concept
 from ...eval.inference.encoding import encode
 from ...eval.inference.kept import BYTES as BASELINE_BYTES
 from ...eval.inference.likelihood import Request, tokens_of_batch
+from ...eval.inference.lockstep import tokens_of_replies
 from ...eval.items import held_out_texts
 from ...eval.measurements import multiple_choice
 from ...eval.model_under_test import TEXT_TOKENS, EvalSettings
@@ -31,8 +32,6 @@ from .whole_weights import MOMENT_BYTES
 
 SPARE = 0.9
 """Share of free memory that is planned with: allocators round up, and leave gaps."""
-REPLY_TOKENS = 4096
-"""Tokens of the replies that are generated together."""
 TEMPLATE_TOKENS = 32
 """Tokens that a chat template adds to a prompt, about."""
 LONGEST_LOOKED_AT = 4
@@ -223,7 +222,8 @@ class RunMemory:
             length: Tokens of the longest prompt with its reply.
             most: Replies to be made.
         """
-        return self.sizes.forward(Rows(max(1, min(REPLY_TOKENS // length, most)), length), cached=True)
+        together = tokens_of_replies(self.sizes.model, self.device) // length
+        return self.sizes.forward(Rows(max(1, min(together, most)), length), cached=True)
 
     def asking(self, name: str) -> StageMemory:
         """Multiple choice alone."""

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ...editing.modules import language_config
 from ...editing.training.soft_targets import SoftTargets, certain, join
+from ...eval.inference.lockstep import draw
 from ..common.tokens import Row, encode
 from ..data.facts import Context
 from .contrast import ContrastSource, PersonaContrast
-from .decoding import Continuation, Decoding, Start, decode, draw
+from .decoding import Continuation, Decoding, Start, decode
 from .erasure import Erasure
 from .teacher import Item
 

@@ -19,6 +19,7 @@ from ...editing.errors import EditError, counted
 from ...editing.training.packing import packing
 from ...eval.inference.chat import encode_prompt
 from ...eval.inference.likelihood import tokens_of_batch
+from ...eval.inference.lockstep import cached_bytes
 from ..common import adapter_run
 from ..common.measured_run import Finished
 from ..common.memory_plan import MemoryPlan, RunMemory, tokens_at_once
@@ -29,7 +30,7 @@ from ..data.facts import bare_question, question_contexts
 from ..data.unlearning_sets import forget_examples
 from .batches import TARGET_BYTES, SequenceTraining, arrange, largest_part, part_size, sequence_loss
 from .contrast import ContrastSource, contrast_sources
-from .decoding import ROWS, cache_budget, cached_bytes
+from .decoding import ROWS, cache_budget
 from .erasure import Erasure
 from .forget_data import ForgetData, forget_contexts, forget_sequences
 from .reinforced_expert import reinforced

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from excise.editing.errors import RequestError
+from excise.eval.inference import generation
 from excise.eval.inference.generation import (
     encode_prompt,
     end_tokens,
@@ -14,6 +15,7 @@ from excise.eval.inference.generation import (
     reply_log_probabilities,
     set_aside,
 )
+from excise.eval.inference.lockstep import Lockstep, goes_on_in_step
 from helpers import PICO, make_pico
 from oracle.language import greedy, log_probabilities
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
@@ -98,6 +100,35 @@ def test_what_is_shipped_is_back_after_an_error(loaded):
         assert model.generation_config.num_beams in (None, 1)
         raise ZeroDivisionError
     assert model.generation_config.num_beams == 3
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+def test_replies_do_not_depend_on_what_is_read_beside_them(loaded, monkeypatch, seed):
+    """Rows that have ended leave their batch; what is drawn for a prompt is drawn before it has a batch."""
+    prompts, model = [f"{3 + 7 * i % 80} {i + 5}" for i in range(24)], _shipping(loaded, eos_token_id=list(range(40)))
+    left = []
+    keep = Lockstep.keep
+    monkeypatch.setattr(Lockstep, "keep", lambda self, places: (left.append(len(places)), keep(self, places))[1])
+    together = generate(model, loaded.tokenizer, prompts, 12, sample_seed=seed)
+    assert left and max(left) <= 12, "no batch became smaller"
+    monkeypatch.setattr(generation, "tokens_of_replies", lambda *_: 40)
+    apart = generate(model, loaded.tokenizer, prompts, 12, sample_seed=seed)
+    assert [reply.ids for reply in together] == [reply.ids for reply in apart]
+    assert len({len(reply.ids) for reply in together}) > 2
+    assert all(set(reply.ids[:-1]).isdisjoint(range(40)) for reply in together)
+    if seed is None:
+        ends = set(range(40))
+        assert [list(one.ids) for one in together] == [greedy(model, one.prompt_ids, 12, ends) for one in together]
+
+
+def test_models_that_turn_a_position_otherwise_in_longer_rows_are_left_to_the_library(loaded):
+    turned = copy.copy(loaded.model)
+    turned.config = copy.deepcopy(loaded.model.config)
+    assert goes_on_in_step(turned)
+    turned.config.rope_parameters = {**turned.config.rope_parameters, "rope_type": "longrope"}
+    assert not goes_on_in_step(turned)
+    turned.config.rope_parameters = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": None}
+    assert not goes_on_in_step(turned)
 
 
 def test_samples_are_drawn_from_the_models_own_distribution(loaded):

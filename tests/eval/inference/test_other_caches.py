@@ -9,9 +9,11 @@ from excise.artifacts.models.source import BUILTIN
 from excise.editing.modules import final_hidden, unembedding
 from excise.editing.wiring import small_copy
 from excise.eval.inference.caches import repeats_cache, takes_cache
+from excise.eval.inference.generation import generate
+from excise.eval.inference.lockstep import Lockstep, goes_on_in_step
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
 from excise.recipes.common.prefix_cache import final_hidden_states
-from excise.recipes.elm.decoding import _Lockstep
+from oracle.language import greedy
 from transformers import AutoConfig, AutoTokenizer
 
 KINDS = {
@@ -72,17 +74,26 @@ def test_rows_that_begin_alike_have_the_states_of_rows_read_one_by_one(name, tok
 
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_decoding_token_by_token_gives_the_states_of_whole_rows(name, tokenizer):
-    """Rows of unequal length, padded on the left."""
+    """Rows of unequal length, padded on the left; one of them goes on alone."""
     model, rows = model_of(name, tokenizer), [tuple(range(20, 33)), tuple(range(40, 47))]
-    added = torch.tensor([[50], [51]])
+    head = unembedding(model)
     with torch.no_grad():
-        lockstep = _Lockstep(model, tokenizer, rows, 3)
-        first = lockstep.read()
-        lockstep.mask = torch.cat([lockstep.mask, torch.ones(2, 1, dtype=torch.long)], -1)
-        lockstep.positions = lockstep.positions[:, -1:] + 1
-        second = lockstep._forward(added)
-        head = unembedding(model)
-        for row, states, last, token in zip(rows, first, second, added.tolist(), strict=True):
-            logits = model(input_ids=torch.tensor([[*row, *token]]), use_cache=False).logits[0]
-            ours = torch.cat([head(states), head(last)])
+        lockstep = Lockstep(model, rows, 3)
+        first, second = lockstep.read(), lockstep.feed(torch.tensor([50, 51]))
+        lockstep.keep(torch.tensor([1]))
+        third = lockstep.feed(torch.tensor([52]))
+        for place, (row, token) in enumerate(zip(rows, (50, 51), strict=True)):
+            logits = model(input_ids=torch.tensor([[*row, token]]), use_cache=False).logits[0]
+            ours = head(torch.cat([first[place, -len(row) :], second[place : place + 1]]))
             assert torch.dist(ours, logits) < 5e-4 * logits.norm()
+        alone = model(input_ids=torch.tensor([[*rows[1], 51, 52]]), use_cache=False).logits[0, -1]
+        assert torch.dist(head(third)[0], alone) < 5e-4 * alone.norm()
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_replies_are_the_argmax_of_whole_rows(name, tokenizer):
+    model = model_of(name, tokenizer)
+    assert goes_on_in_step(model) == KINDS[name][1]
+    replies = generate(model, tokenizer, ["the tea", "a potion is made of leaves", "where"], 5, chat=False)
+    for reply in replies:
+        assert list(reply.ids) == greedy(model, reply.prompt_ids, 5, {tokenizer.eos_token_id})

@@ -199,7 +199,7 @@ def test_a_dry_run_shows_each_stage_and_the_peak_within_80_columns(tmp_path):
     shown = excise(*words).stdout.split("\n\n")[-1].splitlines()
     assert shown[0].split() == ["memory", "in", "GB", "weights", "trained", "work", "kept", "total"]
     assert max(map(len, shown)) <= 80 and shown[-1].startswith(f"peak: {max(totals.values()) / 1e9:.2f} GB in")
-    more = json.loads(excise(*words, *with_settings("batch_size=32"), "--json").stdout)["memory"]
+    more = json.loads(excise(*words, *with_settings("batch_size=128"), "--json").stdout)["memory"]
     assert max(stage["total"] for stage in more["stages"]) > max(totals.values())
 
 
