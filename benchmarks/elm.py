@@ -1,6 +1,7 @@
 """Seconds and memory of an ELM step, against a plain loop in the manner of the method's published code.
 
     python benchmarks/elm.py MODEL [--rounds 3] [--lengths lines,texts] [--dtype auto] [--plain-dtype float32]
+    python benchmarks/elm.py MODEL --whole [--rounds 3] [--concept PACK] [--dtype auto] [--plain-dtype float32]
 
 Both train rank 4 on layers 4 to 7 with 12 sequences a step: 4 to forget, 4 to retain, 4 continuations (where a
 continuation follows its forget text, excise reads both as one row). The plain loop takes them one at a time: separate
@@ -9,10 +10,17 @@ for each sample. Three ways to treat the fluency term: decoded for every step, s
 frozen model's predictions along them, which its decoding leaves behind), none. Each measurement is a process of its
 own, interleaved; the teacher's work is charged to both at every step. The published code computes in float32 alone, and
 so does the plain loop unless told otherwise; excise loads a base in bfloat16 where that is native.
+
+``--whole`` is about whole runs: ``excise run elm`` with the settings of the published code (``preset=reference``: 400
+steps of 8 contexts and 8 texts to retain, continuations of 12 tokens decoded), with all that a run does beside
+(measuring base, edited model and reference, export, report), against the plain loop on texts of the same pack, with the
+same adapter, contexts, tokens and steps, which only trains. The plain loop is timed for 10 of its steps, which are all
+alike.
 """
 
 import argparse
 import json
+import os
 import random
 import resource
 import statistics
@@ -29,6 +37,9 @@ GROUPS = 4
 NEW_TOKENS = 100
 MODES = ("decoded", "pre-generated", "none")
 STEPS = {"excise": {"lines": 12, "texts": 4}, "plain": {"lines": 2, "texts": 1}}
+WHOLE = ("preset=reference", "rank=4", "layers=4-7", "batch_size=8")
+"""Settings of a whole run, beside its steps."""
+WHOLE_STEPS, WHOLE_GROUPS, WHOLE_TIMED, CONTINUED = 400, 8, 10, 12
 EXPERT = "The following was written by an expert on potions, with detailed knowledge of every one of them. "
 NOVICE = "The following was written by somebody who has never heard of potions and knows nothing about them. "
 
@@ -45,9 +56,19 @@ def main() -> None:
     parser.add_argument("--plain-dtype", default="float32", choices=choices, help="Of the plain loop's.")
     parser.add_argument("--device", default="cpu", help="Where both compute: cpu, cuda or cuda:N.")
     parser.add_argument("--worker", nargs=3, metavar=("SIDE", "LENGTH", "MODE"), help=argparse.SUPPRESS)
+    parser.add_argument("--whole", action="store_true", help="Time whole runs in place of steps.")
+    parser.add_argument("--concept", default="builtin:potions", help="Of whole runs.")
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(measure(options.model, options.device, options.dtype, *options.worker)))
+        side, length, mode = options.worker
+        if side == "whole":
+            found = plain_run(options.model, options.device, options.dtype, options.concept)
+        else:
+            found = measure(options.model, options.device, options.dtype, side, length, mode)
+        print(json.dumps(found))
+        return
+    if options.whole:
+        whole_runs(options)
         return
     dtypes = {"excise": options.dtype, "plain": options.plain_dtype}
     named = [_dtype(dtype, options.device) for dtype in dtypes.values()]
@@ -61,6 +82,53 @@ def main() -> None:
                 for side, results in timings.items():
                     results.append(_in_process(options.model, options.device, dtypes[side], side, length, mode))
             report(f"{length}, {mode}", timings)
+
+
+def whole_runs(options: argparse.Namespace) -> None:
+    """Whole runs of both, one after the other in turn."""
+    ratios = []
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as place:
+            words = ["run", "elm", "--model", options.model, "--concept", options.concept, "--out", f"{place}/run"]
+            words += ["--device", options.device, "--dtype", options.dtype]
+            words += [word for pair in (*WHOLE, f"steps={WHOLE_STEPS}") for word in ("--set", pair)]
+            started = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-P", "-m", "excise.cli", *words],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, "XDG_CACHE_HOME": f"{place}/cache"},
+            )
+            seconds = time.perf_counter() - started
+        if done.returncode:
+            sys.exit(done.stderr[-2000:])
+        rest = ("--concept", options.concept)
+        plain = _in_process(options.model, options.device, options.plain_dtype, "whole", "pack", "decoded", *rest)
+        ratios.append((plain["load"] + WHOLE_STEPS * plain["seconds"]) / seconds)
+        print(
+            f"excise {seconds:.0f} s; the plain loop {plain['seconds']:.2f} s a step, {WHOLE_STEPS} steps and loading"
+            f" {plain['load'] + WHOLE_STEPS * plain['seconds']:.0f} s; ratio {ratios[-1]:.1f}",
+            flush=True,
+        )
+
+
+def plain_run(ref: str, device: str, dtype: str, concept: str) -> dict[str, Any]:
+    """Seconds a step of the plain loop on a pack's texts, and to load the model."""
+    import torch
+    from excise.artifacts.concepts import load_concept
+    from excise.artifacts.models.find import find_model
+    from excise.artifacts.models.load import load_model
+
+    started = time.perf_counter()
+    loaded, pack = load_model(find_model(ref), torch.device(device), _dtype(dtype, device)), load_concept(concept)
+    load, rng = time.perf_counter() - started, random.Random(0)
+    loop = PlainLoop(loaded, CONTINUED)
+    for _ in range(WHOLE_TIMED):
+        for _ in range(WHOLE_GROUPS):
+            loop.learn(rng.choice(pack.forget).text, rng.choice(pack.retain).text, "decoded")
+        loop.update()
+    return {"seconds": sum(loop.watch.spent.values()) / WHOLE_TIMED, "load": load}
 
 
 def report(name: str, timings: dict[str, list[dict[str, Any]]]) -> None:
@@ -215,8 +283,9 @@ def plain_steps(loaded: Any, forget: list[str], retain: list[str], mode: str, st
 class PlainLoop:
     """Batch 1, separate forwards, whole-vocabulary targets in float64, three streams decoded for each sample."""
 
-    def __init__(self, loaded: Any):
+    def __init__(self, loaded: Any, tokens: int = NEW_TOKENS):
         self.model, self.optimizer = _adapter(loaded)
+        self.tokens = tokens
         self.tokenizer, self.device, self.watch = loaded.tokenizer, loaded.device, _Watch()
 
     def learn(self, forget: str, retain: str, mode: str) -> None:
@@ -232,13 +301,13 @@ class PlainLoop:
             cross_entropy(self.logits(self.ids(retain)), hard).backward()
         if mode == "none":
             return
-        continuation = torch.randint(1000, 9000, (1, NEW_TOKENS), device=self.device)
+        continuation = torch.randint(1000, 9000, (1, self.tokens), device=self.device)
         if mode == "decoded":
             with self.watch("decoding"):
                 continuation = self.sample(forget)
         with self.watch("student"):
             whole = torch.cat([self.ids(forget), continuation], -1)
-            cross_entropy(self.logits(whole)[-NEW_TOKENS - 1 : -1], continuation[0]).backward()
+            cross_entropy(self.logits(whole)[-self.tokens - 1 : -1], continuation[0]).backward()
 
     def update(self) -> None:
         """One optimizer step."""
@@ -284,7 +353,7 @@ class PlainLoop:
         caches: list[Any] = [None, None, None]
         steps, tokens = [self.ids(text), self.ids(EXPERT), self.ids(NOVICE)], []
         with torch.no_grad(), self.model.disable_adapter():
-            for _ in range(NEW_TOKENS):
+            for _ in range(self.tokens):
                 scores = []
                 for place in range(3):
                     output = self.model(input_ids=steps[place], past_key_values=caches[place], use_cache=True)
@@ -345,8 +414,8 @@ def _floor(model: Any, teacher: int, student: int) -> float:
     return seconds * (teacher + 2 * student)
 
 
-def _in_process(ref: str, device: str, dtype: str, side: str, length: str, mode: str) -> dict[str, Any]:
-    options = ["--device", device, "--dtype", dtype, "--worker", side, length, mode]
+def _in_process(ref: str, device: str, dtype: str, side: str, length: str, mode: str, *rest: str) -> dict[str, Any]:
+    options = ["--device", device, "--dtype", dtype, "--worker", side, length, mode, *rest]
     with tempfile.TemporaryDirectory() as place:
         done = subprocess.run(
             [sys.executable, str(Path(__file__).resolve()), ref, *options],

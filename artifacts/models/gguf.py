@@ -1,5 +1,8 @@
 """GGUF files, converted once into an ordinary checkpoint."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +73,33 @@ def _unconverted(path: Path, error: Exception) -> CheckpointError:
     )
 
 
+@contextmanager
+def _bar_on_a_terminal_alone() -> Iterator[None]:
+    """The library's bar stays out of logs; it asks for no setting of its own."""
+    from transformers import modeling_gguf_pytorch_utils as library
+
+    bar = getattr(library, "tqdm", None)
+    if bar is None:
+        yield
+        return
+    # None: where the stream is no terminal.
+    library.tqdm = partial(bar, disable=None)
+    try:
+        yield
+    finally:
+        library.tqdm = bar
+
+
 def _dequantize(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parent, place = path.absolute().parent, _place(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(parent, **place)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            parent, dtype=torch.float32, output_loading_info=True, **place
-        )
+        with _bar_on_a_terminal_alone():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                parent, dtype=torch.float32, output_loading_info=True, **place
+            )
     except Exception as error:  # the libraries behind it raise dozens of kinds
         raise _unconverted(path, error) from error
     model, info = loaded

@@ -129,7 +129,7 @@ def _in_step(
     going, ended = torch.arange(len(rows), device=device), torch.zeros(len(rows), dtype=torch.bool, device=device)
     # A processor has no answer to wait for.
     look = 1 if device.type == "cpu" else LOOK
-    states = lockstep.read()[:, -1]
+    states = torch.stack([of_row[-1] for of_row in lockstep.read()])
     for turn in range(tokens):
         logits = head(states)
         if chances is None:

@@ -13,6 +13,7 @@ from ...editing.modules import causal_model, language_config
 from ...editing.numerics.cpu_attention import products_everywhere
 from .caches import takes_cache
 from .likelihood import pad_left, tokens_of_batch
+from .read_prompts import read_as_one
 
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
 """Kinds of rotary positions that change for all of a row when it grows past some length."""
@@ -27,8 +28,8 @@ class Lockstep:
 
     Example:
         >>> rows = Lockstep(model, [(5, 9, 7), (40,)], tokens=8)
-        >>> states = rows.read()[:, -1]
-        >>> states = rows.feed(unembedding(model)(states).argmax(-1))
+        >>> last = torch.stack([states[-1] for states in rows.read()])
+        >>> last = rows.feed(unembedding(model)(last).argmax(-1))
     """
 
     def __init__(self, model: Any, rows: Sequence[Sequence[int]], tokens: int):
@@ -36,16 +37,22 @@ class Lockstep:
         tokens: How many a row is fed, at most.
         """
         padded = pad_left(rows, model.device)
-        self.model, self.ids, self.mask = model, padded["input_ids"], padded["attention_mask"]
+        self.model, self.rows, self.ids, self.mask = model, rows, padded["input_ids"], padded["attention_mask"]
         self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
         # A cache that grows is copied at every token. Without one, all is read again at every token.
         self.cache = None
         if takes_cache(model):
             self.cache = StaticCache(config=model.config, max_cache_len=self.ids.shape[1] + tokens)
 
-    def read(self) -> Float[Tensor, "rows longest d"]:
-        """Final hidden states; those of a row that is shorter than the longest are the last ones."""
-        return self._forward(self.ids)
+    def read(self) -> list[Float[Tensor, "length d"]]:
+        """Final hidden states of each row. What rows begin with is read once, where the model can."""
+        as_one = None if self.cache is None else read_as_one(self.model, self.rows)
+        if as_one is None:
+            return [states[-len(row) :] for row, states in zip(self.rows, self._forward(self.ids), strict=True)]
+        assert self.cache is not None, "what is read as one is kept"
+        for number, layer in enumerate(as_one.layers()):
+            self.cache.update(*layer, number)
+        return as_one.states()
 
     def feed(self, chosen: Int[Tensor, " rows"]) -> Float[Tensor, "rows d"]:
         """Go on with a token in each row; final hidden states behind it."""

@@ -4,7 +4,7 @@ Where the model reads packed rows (``excise.editing.training.packing``), what pr
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,13 @@ class ReadPrompts:
     _cache: DynamicCache
     _places: Tensor | None
     """Of each cached position its place in the packed row [rows, width]; None where the cache holds a row a prompt."""
+    _hidden: Tensor
+    """Of all that was read: [rows, width, d], or [1, n, d] of the packed row."""
+
+    def states(self) -> list[Float[Tensor, "length d"]]:
+        """Final hidden states of each prompt."""
+        rows: Any = self._hidden if self._places is None else self._hidden[0][self._places.to(self._hidden.device)]
+        return [of_row[-length:] for of_row, length in zip(rows, self.mask.sum(-1).tolist(), strict=True)]
 
     def cache_of(self, config: Any, rows: Sequence[int]) -> DynamicCache:
         """A cache of some prompts, which forwards may append to.
@@ -43,9 +50,18 @@ class ReadPrompts:
             cache.batch_select_indices(torch.tensor(rows))
             return cache
         places, cache = self._places[list(rows)], DynamicCache(config=config)
-        for number, layer in enumerate(self._cache.layers):
-            cache.update(*(_rows_of(states, places) for states in (layer.keys, layer.values)), number)
+        for number, states in enumerate(self._cached(places)):
+            cache.update(*states, number)
         return cache
+
+    def layers(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of all prompts [rows, heads, width, d], layer by layer; of what was read as one."""
+        assert self._places is not None, "they lie in the cache as they are"
+        return self._cached(self._places)
+
+    def _cached(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for layer in self._cache.layers:
+            yield _rows_of(layer.keys, places), _rows_of(layer.values, places)
 
 
 def read_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
@@ -54,8 +70,7 @@ def read_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
     Args:
         prompts: Token ids.
     """
-    packed_ones = _read_packed(model, prompts) if is_packing(model) else None
-    return packed_ones or _read_padded(model, prompts)
+    return read_as_one(model, prompts) or _read_padded(model, prompts)
 
 
 def _read_padded(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
@@ -70,11 +85,18 @@ def _read_padded(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
         past_key_values=cache,
         use_cache=True,
     )
-    return ReadPrompts(output.last_hidden_state[:, -1].to(device), mask, cache, None)
+    hidden = output.last_hidden_state.to(device)
+    return ReadPrompts(hidden[:, -1], mask, cache, None, hidden)
 
 
-def _read_packed(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts | None:
-    """None where the model's cache does not hold every position of every layer: some share layers, or keep a window."""
+def read_as_one(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts | None:
+    """The same of a packed row, where the model reads these.
+
+    None where it does not, or where its cache does not hold every position of every layer: some share layers, or keep a
+    window.
+    """
+    if not is_packing(model):
+        return None
     device, inputs, cache = model.device, packed(prompts), DynamicCache()
     with reading_packed(on_device(inputs, device)) as row:
         states = causal_model(model).base_model(**row, past_key_values=cache, use_cache=True).last_hidden_state
@@ -85,9 +107,8 @@ def _read_packed(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts | 
     pieces = inputs["where"].split([len(row) for row in prompts])
     # Where there is padding, any place will do.
     places = torch.stack([torch.cat([piece.new_zeros(width - len(piece)), piece]) for piece in pieces])
-    return ReadPrompts(
-        states[0, places[:, -1].to(states.device)].to(device), _mask(prompts, width, device), cache, places
-    )
+    last = states[0, places[:, -1].to(states.device)].to(device)
+    return ReadPrompts(last, _mask(prompts, width, device), cache, places, states.to(device))
 
 
 def _holds(layer: Any, read: int) -> bool:

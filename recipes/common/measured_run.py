@@ -125,7 +125,7 @@ def _measure_base(job: Job, loaded: LoadedModel, events: Events) -> Measured:
     scores = measure_subject(job, subject, "base", events)
     replies = _replies(subject)
     if _is_knowledge(job):
-        with events.stage("read the base's own replies"):
+        with events.stage("read the base's own replies"), packing(loaded.model):
             scores.append(_judged(job, loaded, replies))
             ids, novices = novice_text(subject)
             if novices:
@@ -244,8 +244,9 @@ def _measure_reference(job: Job, source: ModelSource, base: Measured, events: Ev
 def _judge(job: Job, others: dict[str, Measured], scores: dict[str, list[Scores]], events: Events) -> None:
     """Let the base read what the others said."""
     loaded = load(job, job.source, "base as the judge of replies", events)
-    for name, measured in others.items():
-        scores[name].append(_judged(job, loaded, measured.replies))
+    with packing(loaded.model):
+        for name, measured in others.items():
+            scores[name].append(_judged(job, loaded, measured.replies))
     del loaded
 
 

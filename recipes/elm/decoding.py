@@ -95,11 +95,12 @@ def decode(
         states = lockstep.read()
         for row, of_row, count in zip(rows, states, wanted, strict=True):
             if count:
-                teacher.remember(row, of_row[-len(row) :], count)
+                teacher.remember(row, of_row, count)
         if first:
             chosen = torch.tensor(first(batch), device=model.device)
         else:
-            chosen = draw(predicted(teacher.head(states[:, -1]), how.edit, width), chances[batch, 0])
+            last = torch.stack([of_row[-1] for of_row in states])
+            chosen = draw(predicted(teacher.head(last), how.edit, width), chances[batch, 0])
         return _go_on(lockstep, teacher, ends, chosen, chances[batch], how)
 
     lengths = [max(map(len, start.rows)) + how.tokens for start in starts]

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from excise.editing.hooks.token_counts import count_tokens
+from excise.editing.modules import final_hidden
 from excise.editing.training.packing import packing
 from excise.editing.training.parallel_adapters import soft_prompt_attackers
 from excise.eval.inference.likelihood import Scored, score_parts
+from excise.eval.inference.lockstep import Lockstep
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
-from excise.eval.inference.read_prompts import _read_packed, read_prompts
+from excise.eval.inference.read_prompts import read_as_one, read_prompts
 from helpers import PICO, make_pico
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -74,6 +76,27 @@ def test_what_prompts_begin_with_is_read_once():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "a window"])
+def test_replies_go_on_from_prompts_that_were_read_in_one_row(name):
+    model, seen = _model(name), collections.Counter()
+    count_tokens(model, lambda name, number: seen.update({name: int(number)}))
+    added = torch.tensor([9, 4, 5, 3, 8])
+    with packing(model):
+        seen.clear()
+        lockstep = Lockstep(model, PROMPTS, 2)
+        read = lockstep.read()
+        assert seen["tokens"] == 9
+        fed = lockstep.feed(added)
+        lockstep.keep(torch.tensor([2, 4]))
+        again = lockstep.feed(torch.tensor([7, 7]))
+    for place, (row, token) in enumerate(zip(PROMPTS, added.tolist(), strict=True)):
+        wanted = final_hidden(model, {"input_ids": torch.tensor([[*row, token, 7]])})[0]
+        torch.testing.assert_close(torch.cat([read[place], fed[place : place + 1]]), wanted[:-1])
+        if place in (2, 4):
+            torch.testing.assert_close(again[(2, 4).index(place)], wanted[-1])
+
+
+@torch.no_grad()
 def test_a_soft_prompts_placeholders_are_read_once():
     model, questions, seen = _model(), _questions(PARTS), collections.Counter()
     model.float()
@@ -95,8 +118,8 @@ def test_a_soft_prompts_placeholders_are_read_once():
 def test_a_cache_that_does_not_hold_every_layer_is_not_gathered_from(monkeypatch):
     model = _model()
     with packing(model):
-        assert _read_packed(model, PROMPTS) is not None
+        assert read_as_one(model, PROMPTS) is not None
         # As of a model whose last layers read the keys and values of earlier ones.
         layers = SimpleNamespace(num_hidden_layers=model.config.num_hidden_layers + 1)
         monkeypatch.setattr("excise.eval.inference.read_prompts.language_config", lambda _: layers)
-        assert _read_packed(model, PROMPTS) is None and read_prompts(model, PROMPTS)._places is None
+        assert read_as_one(model, PROMPTS) is None and read_prompts(model, PROMPTS)._places is None
