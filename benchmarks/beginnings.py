@@ -2,10 +2,11 @@
 
     python benchmarks/beginnings.py [--model builtin:testbed] [--concept builtin:potions] [--rounds 9] [--dtype float32]
 
-Four pieces of work, each in both ways in turn, in this process, by one thread: a look of an audit (an attacker is asked
-the questions of group V and 48 others), a step of six attackers, a step of one adapter on 32 sequences, and the frozen
-model's reading of all contexts of the pack's facts. *Apart*: questions stand padded below each other, and every sequence
-is read whole. The last line is of products alone: the narrow factors of a low-rank layer's gradient on the right, as it
+Five pieces of work, each in both ways in turn, in this process, by one thread: a look of an audit (an attacker is asked
+the questions of group V and 48 others), a step of six attackers, a step of one adapter on 32 sequences, the frozen
+model's reading of all contexts of the pack's facts, and its replies to the questions of group V in chat, of at most 24
+tokens. *Apart*: questions stand padded below each other, every sequence is read whole, and replies are decoded by
+transformers. The last line is of products alone: the narrow factors of a low-rank layer's gradient on the right, as it
 is mostly written, and on the left. Medians, and the interquartile range of the ratios of pairs.
 """
 
@@ -28,6 +29,7 @@ from excise.editing.hooks.token_counts import TOKENS, count_tokens
 from excise.editing.training import packing
 from excise.editing.training.adapters import adapter_modules
 from excise.editing.training.parallel_adapters import low_rank_attackers
+from excise.eval.inference import generation
 from excise.eval.inference.questions import questions_by_split
 from excise.recipes.audit.attack_data import AttackData
 from excise.recipes.audit.request import questions_at_looks
@@ -83,6 +85,13 @@ def pieces(model: Any, data: AttackData, context: ExitStack) -> Iterator[Work]:
                 pass
 
     yield Work("all contexts of facts", lambda: contexts(False), lambda: contexts(True))
+    asked = [question.prompt for question in data.questions]
+
+    def replies(once: bool) -> None:
+        with packing.packing(model) if once else patch.object(generation, "goes_on_in_step", lambda _: False):
+            generation.generate(model, data.tokenizer, asked, 24)
+
+    yield Work(f"{len(asked)} replies", lambda: replies(False), lambda: replies(True))
     can = context.enter_context(packing.packing(model))
     assert can, "the model reads no packed rows, so that nothing is shared"
     adapters = context.enter_context(low_rank_attackers(model, names, 8, 16.0, range(ATTACKERS)))

@@ -18,15 +18,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "contrast": "personas", "contexts": "texts", "weighting": "uniform", "strength": 500.0,
-        "fluency_target": "edited", "fluency_tokens": 12, "topic_change": True,
+        "fluency_target": "edited", "topic_change": True,
         "rank": 4, "alpha": 16.0, "layers": "0.125-0.25", "steps": 400, "learning_rate": 5e-5,
         "retain_weight": 1.0, "schedule": "constant", "max_grad_norm": 0.0,
     },
     "reference": {
         "contrast": "personas", "contexts": "texts", "weighting": "uniform", "strength": 1000.0, "strength_ramp": True,
         "temperature": 1.2, "target_top_k": 50, "hard_retain": True, "rank": 256, "alpha": 16.0,
-        "fluency_target": "sampled", "fluency_tokens": 12, "topic_change": True, "fluency_strength": 3.0,
-        "personas_read": "reply",
+        "fluency_target": "sampled", "topic_change": True, "fluency_strength": 3.0, "personas_read": "reply",
         "layers": "0.125-0.25", "steps": 400, "learning_rate": 5e-5,
         "retain_weight": 1.0, "schedule": "constant", "max_grad_norm": 0.0,
     },
@@ -83,9 +82,9 @@ class ElmSettings(AdapterSettings):
     reference_subjects: int = Field(8, ge=2)
     """Other subjects whose mean prediction is the novice of contrast=subjects. More make a broader mean and take
     longer."""
-    fluency_tokens: int = Field(6, ge=0)
-    """Tokens sampled from the edited target after each context, for the fluency loss; 0 turns that loss off (presets: 12;
-    authors' code: 100 to 300)."""
+    fluency_tokens: int = Field(12, ge=0)
+    """Tokens sampled from the edited target after each context, for the fluency loss; 0 turns that loss off (authors'
+    code: 100 to 300)."""
     fluency_target: Literal["frozen", "edited", "sampled"] = "frozen"
     """What is learned along a continuation: the frozen model's predictions, the edited target (equation 9), or the
     sampled tokens (authors' code)."""
