@@ -116,6 +116,8 @@ def step(model: Any, adapters: Any, groups: Sequence[Sequence[Example]], once: b
     with nullcontext() if once else nothing_shared():
         batch = example_batch(examples, in_one_row=True, by_length=False, every=not once, owners=owners)
     counts = batch["owned"] if once else [sum(len(one.ids) for one in group) for group in groups]
+    # What a row is filled up with stands at its end.
+    counts = [*counts[:-1], batch["input_ids"].numel() - sum(counts[:-1])]
     with adapters.sharing(range(len(groups)), counts):
         loss = sequence_nll(model, batch).sum()
     owned = [parameter for place in range(len(groups)) for parameter in adapters.owned[place]]
@@ -126,7 +128,7 @@ def step(model: Any, adapters: Any, groups: Sequence[Sequence[Example]], once: b
 def nothing_shared() -> Iterator[None]:
     """Every sequence has an owner of its own."""
     shared = packing._shared
-    with patch.object(packing, "_shared", lambda rows, owners: shared(rows, range(len(rows)))):
+    with patch.object(packing, "_shared", lambda rows, owners, **how: shared(rows, range(len(rows)), **how)):
         yield
 
 
