@@ -86,7 +86,6 @@ def main() -> None:
 
 def whole_runs(options: argparse.Namespace) -> None:
     """Whole runs of both, one after the other in turn."""
-    ratios = []
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as place:
             words = ["run", "elm", "--model", options.model, "--concept", options.concept, "--out", f"{place}/run"]
@@ -105,10 +104,10 @@ def whole_runs(options: argparse.Namespace) -> None:
             sys.exit(done.stderr[-2000:])
         rest = ("--concept", options.concept)
         plain = _in_process(options.model, options.device, options.plain_dtype, "whole", "pack", "decoded", *rest)
-        ratios.append((plain["load"] + WHOLE_STEPS * plain["seconds"]) / seconds)
+        as_many = plain["load"] + WHOLE_STEPS * plain["seconds"]
         print(
             f"excise {seconds:.0f} s; the plain loop {plain['seconds']:.2f} s a step, {WHOLE_STEPS} steps and loading"
-            f" {plain['load'] + WHOLE_STEPS * plain['seconds']:.0f} s; ratio {ratios[-1]:.1f}",
+            f" {as_many:.0f} s; ratio {as_many / seconds:.1f}",
             flush=True,
         )
 

@@ -46,13 +46,11 @@ class Lockstep:
 
     def read(self) -> list[Float[Tensor, "length d"]]:
         """Final hidden states of each row. What rows begin with is read once, where the model can."""
-        as_one = None if self.cache is None else read_as_one(self.model, self.rows)
-        if as_one is None:
-            return [states[-len(row) :] for row, states in zip(self.rows, self._forward(self.ids), strict=True)]
-        assert self.cache is not None, "what is read as one is kept"
-        for number, layer in enumerate(as_one.layers()):
-            self.cache.update(*layer, number)
-        return as_one.states()
+        if self.cache is not None and (as_one := read_as_one(self.model, self.rows)) is not None:
+            for number, layer in enumerate(as_one.layers()):
+                self.cache.update(*layer, number)
+            return as_one.states()
+        return [states[-len(row) :] for row, states in zip(self.rows, self._forward(self.ids), strict=True)]
 
     def feed(self, chosen: Int[Tensor, " rows"]) -> Float[Tensor, "rows d"]:
         """Go on with a token in each row; final hidden states behind it."""
@@ -88,8 +86,8 @@ class Lockstep:
 
 
 def goes_on_in_step(model: Any) -> bool:
-    """Whether rows of this model may go on so: it is the library's own, reads on from a cache, and turns a position by the
-    same angles however long the row has become."""
+    """Whether rows of this model may go on so: it is the library's own, reads on from a cache, and turns a position by
+    the same angles however long the row has become."""
     inner = causal_model(model)
     turns = getattr(language_config(model), "rope_parameters", None) or {}
     # Layers of different kinds may each have their own.
