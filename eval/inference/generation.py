@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ...editing.errors import RequestError
+from ...editing.errors import ExciseError, RequestError
 from ...editing.modules import causal_model, unembedding
 from ...editing.numerics.wide import wide
 from .batches import read_in_batches
@@ -75,6 +75,7 @@ def generate(
 
     Raises:
         RequestError: A prompt holds no token.
+        ExciseError: A reply is to be drawn from probabilities that are NaN.
 
     Example:
         >>> generate(model, tokenizer, ["Why is the sky blue?"], 40)[0].text
@@ -129,13 +130,16 @@ def _in_step(
     going, ended = torch.arange(len(rows), device=device), torch.zeros(len(rows), dtype=torch.bool, device=device)
     # A processor has no answer to wait for.
     look = 1 if device.type == "cpu" else LOOK
-    states = torch.stack([of_row[-1] for of_row in lockstep.read()])
+    states, broken = torch.stack([of_row[-1] for of_row in lockstep.read()]), torch.zeros((), device=device)
     for turn in range(tokens):
         logits = head(states)
         if chances is None:
             chosen = logits.argmax(-1)
         else:
-            chosen = draw(wide(logits).log_softmax(-1), chances.to(device)[going, turn])
+            log_p = wide(logits).log_softmax(-1)
+            # One logit that is NaN or infinite makes all of its row NaN, from which any token would be drawn.
+            broken += log_p[:, 0].isnan().any()
+            chosen = draw(log_p, chances.to(device)[going, turn])
         said[going, turn] = chosen
         ended |= torch.isin(chosen, last)
         if turn % look == 0:
@@ -148,6 +152,11 @@ def _in_step(
                 going, ended, chosen = going[left], ended[left], chosen[left]
         if turn < tokens - 1:
             states = lockstep.feed(chosen)
+    if broken:
+        raise ExciseError(
+            "no reply can be drawn: the model's probabilities of the next token are NaN; its weights or activations hold"
+            " NaN or infinity, so use another checkpoint, or --dtype float32"
+        )
     return [_until_end(ids, ends) for ids in said.tolist()]
 
 

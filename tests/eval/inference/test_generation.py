@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from excise.editing.errors import RequestError
+from excise.editing.errors import ExciseError, RequestError
 from excise.eval.inference import generation
 from excise.eval.inference.generation import (
     encode_prompt,
@@ -145,6 +145,14 @@ def test_samples_are_drawn_from_the_models_own_distribution(loaded):
     count = sum(ids == (token,) for ids in drawn[0])
     assert abs(count - 400 * share) <= 4 * max(1.0, (400 * share * (1 - share)) ** 0.5)
     assert len(set(drawn[0])) > 5
+
+
+def test_nothing_is_drawn_from_probabilities_that_are_none(loaded):
+    broken = copy.deepcopy(loaded.model)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[7, 0] = torch.nan
+    with pytest.raises(ExciseError, match="no reply can be drawn"):
+        generate(broken, loaded.tokenizer, PROMPTS, 3, sample_seed=1)
 
 
 def _absolute(**options):
