@@ -102,15 +102,21 @@ testbed_app.command("build", rich_help_panel="Testbed", epilog="Example: excise 
 )
 
 
-SPINS = "2000"
-"""How often a thread looks for work before it sleeps. GNU OpenMP's own 300,000 keep a core from whoever else needs it, such as
-another thread of this process: beside other work a step took many times as long (``docs/measured.md``)."""
+LIBRARIES = {
+    # How often a thread looks for work before it sleeps. GNU OpenMP's own 300,000 keep a core from whoever else needs it,
+    # such as another thread of this process: beside other work a step took many times as long (``docs/measured.md``).
+    "GOMP_SPINCOUNT": "2000",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Otherwise the tokenizers library warns whenever a process is forked.
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What libraries read while they are imported; a user's own settings stand."""
 
 
 def main() -> None:
     """Entry point: turns every error into one line and an exit code."""
-    # Read when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    for variable, value in LIBRARIES.items():
+        os.environ.setdefault(variable, value)
     rarely_collect()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1

@@ -14,7 +14,7 @@ from excise.artifacts.checkpoints.manifest import amend_folder
 from excise.artifacts.checkpoints.read import open_checkpoint
 from excise.artifacts.models.find import find_model
 from excise.artifacts.progress import PlainLines
-from excise.cli import SPINS
+from excise.cli import LIBRARIES
 from excise.editing.errors import RequestError
 from excise.recipes.chat import recorded_base
 from excise.recipes.commands import session
@@ -312,7 +312,7 @@ def _one_after_the_other(commands):
     return codes, modules
 
 
-@pytest.mark.parametrize(("given", "held"), [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize(("given", "held"), [({}, LIBRARIES["GOMP_SPINCOUNT"]), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_threads_that_wait_soon_sleep_unless_the_user_said_otherwise(given, held):
     """OpenMP reads it while torch is imported."""
     script = (

@@ -234,7 +234,7 @@ def _become(request: dict[str, Any], files: list[int]) -> NoReturn:
     def command() -> None:
         if code:
             exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
-        elif module and module.partition(".")[0] != "excise":
+        elif module not in ("", "excise"):
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         else:
             from excise.cli import main

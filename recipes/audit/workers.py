@@ -4,7 +4,6 @@ A process of its own for each part would spend longer on its imports than on the
 """
 
 import math
-import os
 from collections.abc import Iterator
 
 from ...artifacts.checkpoints.read import open_checkpoint
@@ -13,7 +12,7 @@ from ...artifacts.models.memory import free_memory
 from ...eval.inference.likelihood import VOCABULARY_BUDGET, tokens_of_batch
 from ..common.memory_plan import RunMemory, surely_fits
 from ..common.memory_sizes import Unplanned
-from ..jobs.engines import threads_each
+from ..jobs.engines import own_cores
 from ..jobs.job import Job, JobFolder
 from .attackers import MOST_ATTACKERS
 from .attacks.table import ATTACKS, SOFT_TOKENS
@@ -68,7 +67,7 @@ def processes_for(job: AuditJob) -> int:
     One on a GPU, for small models, where attacks train nothing, and where memory holds no second process.
     """
     training = {ATTACKS[name].method for name in job.attacks if ATTACKS[name].trains}
-    cores = _cores()
+    cores = own_cores()
     if job.device.type != "cpu" or cores < 2 or not training:
         return 1
     tensors = open_checkpoint(job.sources["base"].folder).tensors.values()
@@ -98,9 +97,3 @@ def plainly_fit(job: AuditJob, parameters: int, count: int) -> bool:
     held = 16 * (1 + MOST_ATTACKERS) * parameters + 4 * VOCABULARY_BUDGET
     room = int(SHARE * free_memory(job.device)) // count - held
     return surely_fits(needs.checkpoint.config, max(step, asked), job.dtype.itemsize, room)
-
-
-def _cores() -> int:
-    """Cores that this process may use; fewer where the user said so."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return min(threads_each(1), int(given)) if given.isdigit() and int(given) else threads_each(1)

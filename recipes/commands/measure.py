@@ -136,6 +136,8 @@ def audit(
     Runs the same attacks on the model, its base and a reference that never had the knowledge or the behaviour, and reports
     a verdict.
     """
+    if not dry_run and not part:
+        _import_beside(jobs)
     from ...artifacts.reporting.terminal import next_steps, paths, terminal_width
     from ..audit import recipe
     from . import shown
@@ -178,6 +180,15 @@ def audit(
     say(paths({name: settings.out / file for name, file in files.items()}))
     if commands := after_audit(settings):
         say("\n" + next_steps(commands))
+
+
+def _import_beside(jobs: str | None) -> None:
+    """Where further processes are likely, begin what they are copied from: its imports take as long as this one's."""
+    from ..jobs.engines import own_cores
+    from ..jobs.fork_server import fork_server
+
+    if own_cores() > 1 and (jobs is None or (jobs.startswith("local:") and jobs != "local:1")):
+        fork_server()
 
 
 def _in_parts(jobs: str | None, part: str | None) -> Callable[[AuditJob, Events, str], Any]:

@@ -1,7 +1,6 @@
 """What a command does before and after its work: quiet libraries, progress on stderr, settings, what to type next."""
 
 import gc
-import os
 import shlex
 import sys
 import warnings
@@ -36,9 +35,6 @@ def settle() -> None:
     from ..common.memory import keep_freed_memory
 
     keep_freed_memory()
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Otherwise the tokenizers library warns whenever a process is forked.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # These are addressed to the libraries' own developers.
     warnings.simplefilter("ignore", FutureWarning)
     from transformers.utils import logging
@@ -52,8 +48,7 @@ def settle() -> None:
 
 
 def quiet_hub() -> None:
-    """The Hub's client shows its bars on a terminal only, and reports nothing to anybody."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    """The Hub's client shows its bars on a terminal only."""
     if not sys.stderr.isatty():
         # The variable for this is read while the client is imported, which may have happened by now.
         from huggingface_hub.utils import disable_progress_bars

@@ -122,6 +122,12 @@ def threads_each(at_once: int) -> int:
     return max(1, cores // at_once)
 
 
+def own_cores() -> int:
+    """Cores that this process may use; fewer where the user said so."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return min(threads_each(1), int(given)) if given.isdigit() and int(given) else threads_each(1)
+
+
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA names them; none is counted with a driver that does not answer."""
     if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:

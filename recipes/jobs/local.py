@@ -8,7 +8,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .engines import threads_each, visible_gpus
+from .engines import own_cores, threads_each, visible_gpus
+from .fork_server import Forked, fork_server
 from .job import Job, JobFolder
 
 PATIENCE = 30.0
@@ -42,7 +43,7 @@ class LocalRunner:
         self.folder, self.retries = folder, retries
         self.at_once = at_once
         self.waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, subprocess.Popen[bytes] | Forked] = {}
         self.guard, self.stopping = threading.Lock(), False
         self.fault: BaseException | None = None
         self.threads: list[threading.Thread] = []
@@ -123,7 +124,7 @@ class LocalRunner:
                 self.folder.update(job.name, state="finished", more="")
                 return None
             self.folder.begin(job)
-            process = start(job, self.folder, environment, pass_fds=(descriptor,))
+            process = self._start(job, environment, descriptor)
             self.processes[job.name] = process
         self.folder.update(job.name, process=process.pid)
         code = process.wait()
@@ -132,12 +133,20 @@ class LocalRunner:
         self.folder.end(job, code)
         return code
 
+    def _start(self, job: Job, environment: Mapping[str, str], descriptor: int) -> "subprocess.Popen[bytes] | Forked":
+        """Its process: a copy of one that has imported what it needs, where that is possible."""
+        if (server := fork_server()) is not None:
+            job.clear_rests()
+            with self.folder.log(job.name).open("ab") as log:
+                forked = server.start(job.arguments(), environment, log.fileno(), descriptor)
+            if forked is not None:
+                return forked
+        return start(job, self.folder, environment, pass_fds=(descriptor,))
+
 
 def _environment(at_once: int, gpus: Sequence[str], slot: int) -> dict[str, str]:
     """This process's own, with a share of the cores and, where there are several GPUs, one of them."""
-    threads = threads_each(at_once)
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(min(threads, int(given)) if given.isdigit() else threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(min(threads_each(at_once), own_cores()))}
     if len(gpus) > 1:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     return environment

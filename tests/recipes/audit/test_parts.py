@@ -154,7 +154,7 @@ def test_an_audit_takes_several_processes_only_where_they_make_it_faster(tmp_pat
         settings = {**SETTINGS, "attacks": ("rtt", "int8"), "questions": 20, **chosen}
         return workers.processes_for(audit.prepare(audit.AuditSettings(**settings, out=tmp_path / "a")))
 
-    monkeypatch.setattr(workers, "threads_each", lambda _: 4)
+    monkeypatch.setattr("excise.recipes.jobs.engines.threads_each", lambda _: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     # The small test model is audited before another process has begun.
     assert processes() == 1

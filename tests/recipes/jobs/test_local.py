@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from excise.artifacts.files.opened import sha256_of
 from excise.editing.errors import RequestError
-from excise.recipes.jobs import local
+from excise.recipes.jobs import fork_server, local
 from excise.recipes.jobs.engines import Local, Slurm, minutes_of, parse_engine, threads_each
 from excise.recipes.jobs.job import Job, JobFolder
 from excise.recipes.jobs.run import run_jobs
@@ -119,6 +119,8 @@ def test_a_job_that_is_killed_each_time_is_given_up(tmp_path, monkeypatch):
     (tmp_path / "killed").write_text("#!/bin/sh\nkill -9 $$\n")
     (tmp_path / "killed").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "killed"))
+    # The first time it is what jobs are copied from that is killed.
+    monkeypatch.setattr(fork_server, "_started", [])
     (end,) = run_jobs([Job("one", ("list", "recipes"), tmp_path, own_folder=False)], "local:1", tmp_path, retries=2)
     assert (end.state, end.attempts, end.error) == ("failed", 3, "ended by signal 9")
 
