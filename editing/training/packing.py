@@ -10,7 +10,7 @@ Example:
     ...     hidden = read_packed(model, packed([(5, 6), (7, 8, 9)])) if can else None  # [5, d]
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -42,7 +42,13 @@ CLOSE, CLOSE_IN_16_BITS = 1e-4, 0.03
 """How far a packed row's states may lie from those of its sequences alone, relative to their mean norm."""
 
 
-def packed(rows: Sequence[Sequence[int]], owners: Sequence[int] | None = None) -> dict[str, Any]:
+def packed(
+    rows: Sequence[Sequence[int]],
+    owners: Sequence[int] | None = None,
+    *,
+    ends: Collection[int] | None = None,
+    trained: bool = True,
+) -> dict[str, Any]:
     """Inputs of one row that holds all sequences in this order: ids, positions, and the blocks that attention reads.
 
     ``where`` holds of each token of all sequences, one after another, its place in the row; ``owned`` how many tokens
@@ -51,6 +57,9 @@ def packed(rows: Sequence[Sequence[int]], owners: Sequence[int] | None = None) -
     Args:
         rows: Token ids.
         owners: Of each sequence a number, such as its attacker's; those of different owners share no tokens.
+        ends: Owners that end what is multiplied together; by default each does.
+        trained: Whether a gradient is taken. Without one a row has a third of the products, and those that are read again
+            are often the same, so that it is hardly filled up.
 
     Example:
         >>> inputs = packed([(5, 6, 7), (5, 6, 8)])
@@ -58,7 +67,8 @@ def packed(rows: Sequence[Sequence[int]], owners: Sequence[int] | None = None) -
         ([[5, 6, 7, 8]], [0, 1, 2, 0, 1, 3])
     """
     few = in_few_shapes.get()
-    row = _shared(rows, owners or [0] * len(rows), few=few)
+    owners = owners or [0] * len(rows)
+    row = _shared(rows, owners, {*owners} if ends is None else ends, few=few, coarse=trained)
     # Sequences of like length stand in one block, wherever they stand in the row.
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     blocks, first, before = [], 0, 0
@@ -103,10 +113,12 @@ class _Shared:
     owned: list[int]
     """Tokens of each owner among ``ids``."""
     filling: list[int]
-    """Places among ``ids`` that are of no sequence, behind an owner's tokens."""
+    """Places among ``ids`` that are of no sequence, behind the tokens of some owners."""
 
 
-def _shared(rows: Sequence[Sequence[int]], owners: Sequence[int], *, few: bool) -> _Shared:
+def _shared(
+    rows: Sequence[Sequence[int]], owners: Sequence[int], ends: Collection[int], *, few: bool, coarse: bool
+) -> _Shared:
     ids: list[int] = []
     positions: list[int] = []
     places: list[list[int]] = []
@@ -125,8 +137,8 @@ def _shared(rows: Sequence[Sequence[int]], owners: Sequence[int], *, few: bool) 
                 owned[owner] += 1
             places[-1].append(at)
         last = number + 1 == len(rows)
-        if few and (last or owners[number + 1] != owner):
-            more = -(len(ids) if last else owned[owner]) % (_grain(len(ids)) if last else GRAIN)
+        if few and (last or (owners[number + 1] != owner and owner in ends)):
+            more = -len(ids) % (_grain(len(ids)) if last and coarse else GRAIN)
             filling += range(len(ids), len(ids) + more)
             owned[owner] += more
             ids, positions = [*ids, *[0] * more], [*positions, *[0] * more]

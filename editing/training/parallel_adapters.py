@@ -22,7 +22,7 @@ from ..modules import decoder_of, is_conv1d
 from ..numerics.wide import as_given
 from ..wiring.row import Architecture
 from .low_rank_layer import watched
-from .low_rank_products import Updated, products
+from .low_rank_products import Updated, multiplied_together, products
 
 
 class ParallelAdapters:
@@ -35,8 +35,16 @@ class ParallelAdapters:
         self.tokens: Sequence[int] | None = None
         """Where a batch is one packed row: how many tokens of it each of them has, in this order."""
         self.owned: list[list[nn.Parameter]] = [[] for _ in range(count)]
+        self.ranks: Sequence[int] = ()
+        """Of each attacker's low-rank updates; empty of attackers that have none."""
         self.prefix = 0
         """Number of tokens in front of every row whose embeddings are the attackers' parameters."""
+
+    def ends(self, attackers: Sequence[int], dtype: torch.dtype) -> set[int]:
+        """Of some attackers that share a packed row, the places of those that end what is multiplied together there."""
+        if not self.ranks:
+            return set()
+        return {group[-1] for group in multiplied_together(dtype, [self.ranks[place] for place in attackers])}
 
     @contextmanager
     def only(self, attacker: int) -> Iterator[None]:
@@ -203,7 +211,7 @@ def low_rank_attackers(
         scale: What updates are multiplied by: LoRA's alpha over its rank.
     """
     attackers, inner = ParallelAdapters(len(seeds)), {}
-    ranks = [rank] * len(seeds) if isinstance(rank, int) else rank
+    ranks = attackers.ranks = [rank] * len(seeds) if isinstance(rank, int) else rank
     with _frozen(model):
         try:
             for name in modules:

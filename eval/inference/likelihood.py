@@ -263,7 +263,7 @@ def _packed_logits(
     model: Any, rows: Sequence[Sequence[int]], places: Tensor, positions: Tensor
 ) -> tuple[Float[Tensor, "cells vocab"], Tensor]:
     """The same of rows that are read as one, what they begin with once."""
-    inputs = packed(rows)
+    inputs = packed(rows, trained=False)
     starts = torch.tensor([0, *accumulate(map(len, rows[:-1]))])
     cells, inverse = torch.unique(inputs["where"][starts[places] + positions], return_inverse=True)
     states = read_packed(model, on_device(inputs, model.device))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ...editing.modules import causal_model, unembedding
 from ..concept import Concept, Question
@@ -204,8 +206,9 @@ class MultipleChoiceSet:
 
     def _right(self, model: Any, batch: Sequence[int], placeholders: int) -> list[int]:
         """The questions of a batch that are answered rightly."""
-        reading = _Reading(model, [self._layout[place] for place in batch], self._parts, placeholders)
         standing = {place: self._layout[place][1][self.answers[place]] for place in batch}
+        questions = [self._layout[place] for place in batch]
+        reading = _Reading(model, questions, self._parts, placeholders, [*standing.values()])
         reading.finish(standing.values())
         rivals = {
             place: sorted(set(self._layout[place][1]) - {answer}, key=reading.at_most, reverse=True)
@@ -248,15 +251,22 @@ class _Reading:
     """A batch of questions whose prompts were read by the model; ``finish`` reads chosen answers to their ends."""
 
     def __init__(
-        self, model: Any, questions: Sequence[tuple[int, list[int]]], parts: Sequence[Scored], placeholders: int = 0
+        self,
+        model: Any,
+        questions: Sequence[tuple[int, list[int]]],
+        parts: Sequence[Scored],
+        placeholders: int = 0,
+        answers: Sequence[int] = (),
     ):
+        """``answers``: of each question the choice that is read with its prompt, where the model can."""
         self.decoder, self.head, self.device = causal_model(model).base_model, unembedding(model), model.device
         self.questions, self.parts = questions, parts
         self.row = {index: row for row, (_, members) in enumerate(questions) for index in members}
         # A soft prompt stands at the positions 0 and following, which no padding has.
-        self.prompts = read_prompts(
-            model, [(0,) * placeholders + parts[members[0]].ids[:length] for length, members in questions]
-        )
+        prompts = [(0,) * placeholders + parts[members[0]].ids[:length] for length, members in questions]
+        known = zip(answers, questions, strict=bool(answers))
+        endings = [parts[answer].ids[length:-1] for answer, (length, _) in known]
+        self.prompts = read_prompts(model, prompts, endings)
         log_p = self.head(self.prompts.last).float().log_softmax(-1)
         rows = torch.tensor(list(self.row.values()), device=self.device)
         firsts = torch.tensor(
@@ -271,6 +281,9 @@ class _Reading:
         }
         """Summed log-probability of the tokens read so far of each choice, in nats."""
         self.unread = {index for index, row in self.row.items() if len(parts[index].ids) - 1 > questions[row][0]}
+        if answers and self.prompts.behind is not None:
+            longer = self.unread.intersection(answers)
+            self._add(self.prompts.behind, {index: self.row[index] for index in longer})
 
     def at_most(self, index: int) -> float:
         """Upper bound of a choice's log-probability per token; exact once the choice was read to its end."""
@@ -287,7 +300,6 @@ class _Reading:
         longer = [index for index in choices if index in self.unread]
         if not longer:
             return
-        self.unread -= set(longer)
         rows = [self.row[index] for index in longer]
         cache, before = self.prompts.cache_of(self.decoder.config, rows), self.prompts.mask[rows]
         inputs = pad_right(
@@ -302,17 +314,27 @@ class _Reading:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
+        self._add(hidden, {index: place for place, index in enumerate(longer)})
+
+    def _add(self, hidden: Float[Tensor, "rows more d"], read: Mapping[int, int]) -> None:
+        """Add the log-probabilities of the tokens after the first of choices that were read.
+
+        Args:
+            hidden: States behind the prompts.
+            read: Of each choice its row there.
+        """
+        self.unread -= read.keys()
+        lengths = {index: self.questions[self.row[index]][0] for index in read}
         cells = [
-            (place, at - self.questions[row][0] - 1, index, self.parts[index].ids[at])
-            for place, (index, row) in enumerate(zip(longer, rows, strict=True))
-            for at in range(max(self.parts[index].start, self.questions[row][0] + 1), len(self.parts[index].ids))
+            (place, at - lengths[index] - 1, index, self.parts[index].ids[at])
+            for index, place in read.items()
+            for at in range(max(self.parts[index].start, lengths[index] + 1), len(self.parts[index].ids))
         ]
-        places, offsets, indices, tokens = (list(column) for column in zip(*cells, strict=True))
         for start in range(0, len(cells), CELLS):
-            chunk = slice(start, start + CELLS)
-            logits = self.head(hidden[places[chunk], offsets[chunk]].to(self.device)).float().log_softmax(-1)
-            values = logits.gather(-1, torch.tensor(tokens[chunk], device=self.device)[:, None])[:, 0]
-            for index, value in zip(indices[chunk], values.tolist(), strict=True):
+            places, offsets, indices, tokens = zip(*cells[start : start + CELLS], strict=True)
+            logits = self.head(hidden[list(places), list(offsets)].to(self.device)).float().log_softmax(-1)
+            values = logits.gather(-1, torch.tensor(tokens, device=self.device)[:, None])[:, 0]
+            for index, value in zip(indices, values.tolist(), strict=True):
                 self.log_p[index] += value
 
 

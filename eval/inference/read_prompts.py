@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -31,6 +32,8 @@ class ReadPrompts:
     """Of each cached position its place in the packed row [rows, width]; None where the cache holds a row a prompt."""
     _hidden: Tensor
     """Of all that was read: [rows, width, d], or [1, n, d] of the packed row."""
+    behind: Float[Tensor, "rows more d"] | None
+    """Hidden states of what was read behind each prompt, padded on the right; None where nothing was."""
 
     def states(self) -> list[Float[Tensor, "length d"]]:
         """Final hidden states of each prompt."""
@@ -64,13 +67,15 @@ class ReadPrompts:
             yield _rows_of(layer.keys, places), _rows_of(layer.values, places)
 
 
-def read_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
+def read_prompts(model: Any, prompts: Sequence[Sequence[int]], endings: Sequence[Sequence[int]] = ()) -> ReadPrompts:
     """Read some prompts, without a gradient; of a model whose cache can be repeated.
 
     Args:
         prompts: Token ids.
+        endings: Of each prompt, what is to be read behind it where the model reads packed rows: there it costs no more
+            than its tokens. What goes on from a prompt does not see it.
     """
-    return read_as_one(model, prompts) or _read_padded(model, prompts)
+    return read_as_one(model, prompts, endings) or _read_padded(model, prompts)
 
 
 def _read_padded(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
@@ -86,10 +91,12 @@ def _read_padded(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts:
         use_cache=True,
     )
     hidden = output.last_hidden_state.to(device)
-    return ReadPrompts(hidden[:, -1], mask, cache, None, hidden)
+    return ReadPrompts(hidden[:, -1], mask, cache, None, hidden, None)
 
 
-def read_as_one(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts | None:
+def read_as_one(
+    model: Any, prompts: Sequence[Sequence[int]], endings: Sequence[Sequence[int]] = ()
+) -> ReadPrompts | None:
     """The same of a packed row, where the model reads these.
 
     None where it does not, or where its cache does not hold every position of every layer: some share layers, or keep a
@@ -97,18 +104,24 @@ def read_as_one(model: Any, prompts: Sequence[Sequence[int]]) -> ReadPrompts | N
     """
     if not is_packing(model):
         return None
-    device, inputs, cache = model.device, packed(prompts), DynamicCache()
+    rows = [(*prompt, *more) for prompt, more in zip(prompts, endings or [()] * len(prompts), strict=True)]
+    device, inputs, cache = model.device, packed(rows, trained=False), DynamicCache()
     with reading_packed(on_device(inputs, device)) as row:
         states = causal_model(model).base_model(**row, past_key_values=cache, use_cache=True).last_hidden_state
     read, layers = inputs["input_ids"].shape[1], language_config(model).num_hidden_layers
     if len(cache.layers) != layers or not all(_holds(layer, read) for layer in cache.layers):
         return None
-    width = max(map(len, prompts))
-    pieces = inputs["where"].split([len(row) for row in prompts])
+    pieces = [
+        piece.tensor_split([len(prompt)])
+        for piece, prompt in zip(inputs["where"].split(list(map(len, rows))), prompts, strict=True)
+    ]
     # Where there is padding, any place will do.
-    places = torch.stack([torch.cat([piece.new_zeros(width - len(piece)), piece]) for piece in pieces])
+    places = pad_sequence([of_prompt for of_prompt, _ in pieces], batch_first=True, padding_side="left")
+    after = pad_sequence([more for _, more in pieces], batch_first=True).to(states.device)
     last = states[0, places[:, -1].to(states.device)].to(device)
-    return ReadPrompts(last, _mask(prompts, width, device), cache, places, states.to(device))
+    behind = states[0][after].to(device) if after.numel() else None
+    mask = _mask(prompts, places.shape[1], device)
+    return ReadPrompts(last, mask, cache, places, states.to(device), behind)
 
 
 def _holds(layer: Any, read: int) -> bool:

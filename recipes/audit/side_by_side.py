@@ -321,7 +321,14 @@ class SideBySide:
         if self.in_one_row:
             examples = [example for some in sequences for example in some]
             owners = [number for number, some in enumerate(sequences) for _ in some]
-            batch = example_batch(examples, in_one_row=True, by_length=False, every=False, owners=owners)
+            batch = example_batch(
+                examples,
+                in_one_row=True,
+                by_length=False,
+                every=False,
+                owners=owners,
+                ends=self.adapters.ends(places, self.model.dtype),
+            )
             with self.adapters.sharing(places, batch["owned"]):
                 batch = send_to_device(batch, self.device)
                 nats = sequence_nll(model, batch) / batch["lengths"]

@@ -1,7 +1,7 @@
 """Training sequences: batches, likelihoods of their scored tokens, and the order in which they are read."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ def example_batch(
     by_length: bool = True,
     every: bool = True,
     owners: Sequence[int] | None = None,
+    ends: Collection[int] | None = None,
 ) -> dict[str, Any]:
     """Sequences as one forward reads them; in one row the shortest first, or, without ``by_length``, as they come.
 
@@ -44,6 +45,7 @@ def example_batch(
     Args:
         every: In one row, read the last tokens too, which predict nothing that is scored.
         owners: In one row, those of different owners share no tokens; the numbers 0 and following, in order.
+        ends: As ``packed`` takes it.
     """
     lengths = torch.tensor([len(example.ids) - example.start for example in examples])
     rows = torch.repeat_interleave(torch.arange(len(examples)), lengths)
@@ -60,7 +62,8 @@ def example_batch(
     # Of a sequence of which nothing is scored, one token is read all the same.
     ids = [example.ids if every else example.ids[: max(1, len(example.ids) - 1)] for example in examples]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]) if by_length else index)
-    inputs = packed([ids[index] for index in order], None if owners is None else [owners[index] for index in order])
+    ordered = None if owners is None else [owners[index] for index in order]
+    inputs = packed([ids[index] for index in order], ordered, ends=ends)
     pieces = inputs["where"].split([len(ids[index]) for index in order])
     where = torch.cat([pieces[place] for place in sorted(range(len(order)), key=order.__getitem__)])
     begins = torch.tensor([0, *accumulate(map(len, ids[:-1]))])

@@ -8,6 +8,7 @@ import torch
 from excise.editing.hooks.token_counts import count_tokens
 from excise.editing.modules import final_hidden
 from excise.editing.training.packing import GRAIN, in_few_shapes, packed, packing, read_packed
+from excise.editing.training.parallel_adapters import ParallelAdapters
 from helpers import make_pico
 
 ROWS = [(5, 6, 7, 8, 9), (5, 6, 7, 3), (4, 6, 7), (5, 6), (5, 6, 7, 8, 2, 2, 2), (4, 6, 7), (8, 9, 5, 6, 7, 8)]
@@ -15,10 +16,10 @@ ALIKE = [tuple(random.Random(n).choices(range(3, 90), k=16)) for n in range(3)]
 """As long as a block's shortest, so that nothing of the block is padding."""
 
 
-def _packed(rows, owners=None):
+def _packed(rows, owners=None, **how):
     token = in_few_shapes.set(True)
     try:
-        return packed(rows, owners)
+        return packed(rows, owners, **how)
     finally:
         in_few_shapes.reset(token)
 
@@ -83,3 +84,22 @@ def test_each_owners_tokens_are_filled_up_behind_its_own():
     assert inputs["owned"] == [8, 8] and inputs["filling"].tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
     assert inputs["where"].tolist() == [0, 1, 2, 0, 1, 3, 8, 9, 10, 8, 11]
     assert len(inputs["real"]) == 16 and len(set(inputs["real"][inputs["filling"]].tolist())) == 1
+
+
+def test_owners_that_are_multiplied_together_are_filled_up_once_and_what_is_only_read_hardly():
+    rows, owners = [(number, 7, 7) for number in range(20, 60)], [number // 10 for number in range(40)]
+    assert _packed(rows, owners)["owned"] == [32, 32, 32, 32]
+    inputs = _packed(rows, owners, ends={1, 3})
+    assert inputs["owned"] == [30, 34, 30, 34] and inputs["filling"].tolist() == [60, 61, 62, 63, 124, 125, 126, 127]
+    assert _packed(rows, owners, ends=())["owned"] == [30, 30, 30, 30]
+    long = [tuple(range(number, number + 9)) for number in range(100, 900, 10)]
+    assert _packed(long)["input_ids"].shape == (1, 768) and _packed(long, trained=False)["input_ids"].shape == (1, 720)
+
+
+def test_attackers_of_few_ranks_end_together_in_bfloat16_alone():
+    attackers = ParallelAdapters(6)
+    assert attackers.ends(range(6), torch.bfloat16) == set()
+    attackers.ranks = [8, 8, 16, 8, 32, 4]
+    assert attackers.ends(range(6), torch.bfloat16) == {2, 3, 4, 5}
+    assert attackers.ends([0, 1, 3, 5], torch.bfloat16) == {3}
+    assert attackers.ends(range(6), torch.float32) == set(range(6))

@@ -77,6 +77,26 @@ def test_what_prompts_begin_with_is_read_once():
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "a window"])
+def test_an_ending_is_read_with_its_prompt_and_whatever_else_goes_on_does_not_see_it(name):
+    model, endings = _model(name), [(9, 4), (9, 4, 5), (), (2,), (8, 8, 8, 8)]
+    with packing(model):
+        plain, read = read_prompts(model, PROMPTS), read_prompts(model, PROMPTS, endings)
+        assert read.behind.shape[:2] == (5, 4)
+    for place, (prompt, ending) in enumerate(zip(PROMPTS, endings, strict=True)):
+        wanted = final_hidden(model, {"input_ids": torch.tensor([[*prompt, *ending]])})[0]
+        torch.testing.assert_close(read.last[place], wanted[len(prompt) - 1])
+        torch.testing.assert_close(read.behind[place, : len(ending)], wanted[len(prompt) :])
+    for some, others in zip(plain.layers(), read.layers(), strict=True):
+        # But for what stands in front of shorter prompts, which the mask hides.
+        for one, other in zip(some, others, strict=True):
+            shown = plain.mask[:, None, :, None].bool()
+            torch.testing.assert_close(one * shown, other * shown)
+    # Where rows are padded nothing is read behind prompts.
+    assert read_prompts(model, PROMPTS, endings).behind is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "a window"])
 def test_replies_go_on_from_prompts_that_were_read_in_one_row(name):
     model, seen = _model(name), collections.Counter()
     count_tokens(model, lambda name, number: seen.update({name: int(number)}))
