@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from ...editing.errors import ExciseError, RequestError
 from ...editing.modules import causal_model, unembedding
 from ...editing.numerics.wide import wide
+from ...editing.training.packing import is_packing, on_device, packed, read_packed
 from .batches import read_in_batches
 from .chat import encode_prompt, thoughts_and_answer
 from .likelihood import batch_budget, context_of, pad_left, padded_logits
@@ -247,17 +248,25 @@ def batched_log_probabilities(
 ) -> Iterator[tuple[int, Float[Tensor, "tokens vocab"]]]:
     """The same, reply by reply with its place, in the order in which batches are read."""
     rows = [reply.prompt_ids + reply.ids for reply in replies]
+    # The logits at a position are about the next token, so a reply's logits start one position before it.
+    firsts = [len(reply.prompt_ids) - 1 for reply in replies]
 
-    def read(batch: list[int]) -> tuple[int, Tensor]:
-        # The logits at a position are about the next token, so a reply's logits start one position before it.
-        first = min(len(replies[index].prompt_ids) for index in batch) - 1
-        return first, padded_logits(model, [rows[index] for index in batch], first)
+    def padded(batch: list[int]) -> list[Tensor]:
+        first = min(firsts[index] for index in batch)
+        logits = padded_logits(model, [rows[index] for index in batch], first)
+        return [logits[n, firsts[i] - first :][: len(replies[i].ids)] for n, i in enumerate(batch)]
 
-    for batch, (first, logits) in read_in_batches([len(row) for row in rows], batch_budget(model), read):
-        for place, index in enumerate(batch):
-            start = len(replies[index].prompt_ids) - 1 - first
-            reply_logits = logits[place, start : start + len(replies[index].ids)]
-            yield index, reply_logits.float().log_softmax(-1).cpu()
+    def as_one(batch: list[int]) -> list[Tensor]:
+        inputs, lengths = packed([rows[i] for i in batch], trained=False), [len(replies[i].ids) for i in batch]
+        states, pieces = read_packed(model, on_device(inputs, model.device)), inputs["where"]
+        read = zip(pieces.split([len(rows[i]) for i in batch]), batch, lengths, strict=True)
+        where = torch.cat([piece[firsts[i] :][:length] for piece, i, length in read])
+        return [*unembedding(model)(states[where.to(states.device)]).split(lengths)]
+
+    read = as_one if is_packing(model) else padded
+    for batch, logits in read_in_batches([len(row) for row in rows], batch_budget(model), read):
+        for index, of_reply in zip(batch, logits, strict=True):
+            yield index, of_reply.float().log_softmax(-1).cpu()
 
 
 def divergence(base: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:

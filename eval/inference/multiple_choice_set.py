@@ -34,6 +34,9 @@ from .read_prompts import read_prompts
 
 CELLS = 1024
 """Distributions over the vocabulary held in memory at a time."""
+OPERATIONS, WEIGHTS = 5_000_000, 16
+"""Positions of padding that a further forward of a processor must save: by the square of the model's width, what its
+operations take whatever they read, and what it takes to read the weights."""
 T = TypeVar("T")
 Hits = tuple[float, ...]
 """For each question, 1 if the model answers correctly, else 0."""
@@ -298,8 +301,13 @@ class _Reading:
     def finish(self, choices: Iterable[int]) -> None:
         """Read these choices to their ends."""
         longer = [index for index in choices if index in self.unread]
-        if not longer:
-            return
+        lengths = [len(self.parts[index].ids) - self.questions[self.row[index]][0] for index in longer]
+        forward = OPERATIONS // self.prompts.last.shape[-1] ** 2 + WEIGHTS
+        for places in alike(lengths, forward if self.device.type == "cpu" else 1 << 62):
+            self._read([longer[place] for place in places])
+
+    def _read(self, longer: Sequence[int]) -> None:
+        """Read these choices, which have more tokens than their first, to their ends in one forward."""
         rows = [self.row[index] for index in longer]
         cache, before = self.prompts.cache_of(self.decoder.config, rows), self.prompts.mask[rows]
         inputs = pad_right(
@@ -336,6 +344,28 @@ class _Reading:
             values = logits.gather(-1, torch.tensor(tokens, device=self.device)[:, None])[:, 0]
             for index, value in zip(indices, values.tolist(), strict=True):
                 self.log_p[index] += value
+
+
+def alike(lengths: Sequence[int], forward: int) -> list[list[int]]:
+    """Places of rows in groups of like length, each read in a forward of its own.
+
+    Args:
+        forward: Positions of padding that a further one must save.
+
+    Example:
+        >>> alike([1, 9, 1, 1, 9], 20)
+        [[0, 2, 3], [1, 4]]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+
+    def saved(end: int) -> int:
+        return end * (lengths[order[-1]] - lengths[order[end - 1]])
+
+    end = max(range(len(order)), key=saved, default=0)
+    if not end or saved(end) < forward:
+        return [order] if order else []
+    groups = (order[:end], order[end:])
+    return [[of[place] for place in some] for of in groups for some in alike([lengths[one] for one in of], forward)]
 
 
 def accuracies(model: Any, tokenizer: Any, concept: Concept, most: int) -> dict[str, dict[str, Any]]:

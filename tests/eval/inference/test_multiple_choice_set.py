@@ -1,12 +1,14 @@
 """An exam laid out once gives what scoring each choice by itself gives."""
 
+import random
+
 import pytest
 import torch
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
 from excise.editing.training.parallel_adapters import soft_prompt_attackers
-from excise.eval.inference.multiple_choice_set import MultipleChoiceSet, _Reading
+from excise.eval.inference.multiple_choice_set import MultipleChoiceSet, _Reading, alike
 from excise.eval.measurements.multiple_choice import margin
 from excise.eval.model_under_test import EvalSettings, ModelUnderTest
 from helpers import excise
@@ -112,3 +114,15 @@ def test_the_probability_of_an_answer_is_that_of_its_tokens(asked):
 def test_attacks_are_listed():
     done = excise("list", "attacks")
     assert done.returncode == 0 and "rtt" in done.stdout and "relearn" in done.stdout
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_answers_of_like_length_stand_together_where_that_saves_more_than_a_forward_costs(seed):
+    rng = random.Random(seed)
+    for _ in range(50):
+        lengths, forward = rng.choices(range(1, 12), k=rng.randint(0, 60)), rng.randint(1, 80)
+        groups = alike(lengths, forward)
+        assert sorted(place for group in groups for place in group) == [*range(len(lengths))]
+        taken = sum(len(group) * max(lengths[place] for place in group) + forward for group in groups)
+        assert taken <= len(lengths) * max(lengths, default=0) + forward
+    assert alike([1, 1, 9], 16) == [[0, 1], [2]] and alike([1, 1, 9], 17) == [[0, 1, 2]]

@@ -9,6 +9,7 @@ from excise.editing.hooks.token_counts import count_tokens
 from excise.editing.modules import final_hidden
 from excise.editing.training.packing import packing
 from excise.editing.training.parallel_adapters import soft_prompt_attackers
+from excise.eval.inference.generation import Reply, reply_log_probabilities
 from excise.eval.inference.likelihood import Scored, score_parts
 from excise.eval.inference.lockstep import Lockstep
 from excise.eval.inference.multiple_choice_set import MultipleChoiceSet
@@ -73,6 +74,25 @@ def test_what_prompts_begin_with_is_read_once():
         score_parts(model, PARTS)
         rows = {part.ids[:-1] for part in PARTS}
         assert seen["tokens"] == len({row[:end] for row in rows for end in range(1, len(row) + 1)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "a window"])
+def test_distributions_along_replies_are_those_of_each_reply_alone_and_beginnings_are_read_once(name):
+    model, seen = _model(name), collections.Counter()
+    count_tokens(model, lambda name, number: seen.update({name: int(number)}))
+    replies = [Reply("", prompt, prompt[: 1 + place % 3], "") for place, prompt in enumerate(PROMPTS)]
+    with packing(model):
+        seen.clear()
+        found = reply_log_probabilities(model, replies)
+        rows = [reply.prompt_ids + reply.ids for reply in replies]
+        assert (
+            seen["tokens"] == len({row[:end] for row in rows for end in range(1, len(row) + 1)}) < sum(map(len, rows))
+        )
+    assert seen["padding"] == 0
+    for log_p, reply, row in zip(found, replies, rows, strict=True):
+        wanted = model(torch.tensor([row])).logits[0].log_softmax(-1)
+        torch.testing.assert_close(log_p, wanted[len(reply.prompt_ids) - 1 : -1].float(), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
