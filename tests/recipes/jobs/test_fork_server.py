@@ -27,14 +27,20 @@ def server():
 def start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
+    begun = []
+
     def begin(server, *arguments):
         lock = Lock.take(tmp_path / "lock")
         with (tmp_path / "log").open("ab") as log:
             process = server.start(arguments, os.environ, log.fileno(), lock.descriptor)
         lock.release()
+        begun.append(process)
         return process
 
-    return begin
+    yield begin
+    for process in begun:
+        if process is not None and process.pid and is_held(tmp_path / "lock"):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def _when(ready, seconds=60):
