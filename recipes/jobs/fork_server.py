@@ -1,10 +1,11 @@
 """A process that has imported what jobs need: each job begins as a copy of it, and so without seconds of imports.
 
-It computes nothing itself, so that a copy finds neither threads nor a device in use. Linux alone copies a process of
-which libraries know so little; where there is an accelerator each job is a process that begins anew, as elsewhere.
+It computes nothing itself, so that a copy finds neither threads nor a device in use. The libraries of other systems than
+Linux do not work in such a copy, nor do drivers of accelerators; there each job is a process that begins anew.
 """
 
 import atexit
+import gc
 import json
 import os
 import select
@@ -20,7 +21,7 @@ from typing import Any
 
 IMPORTED = ("transformers.trainer", "peft", "excise.recipes.audit.recipe", "excise.cli")
 """What the server imports, the slowest first."""
-ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*")
+ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/dxg")
 LONGEST = 1 << 20
 """Bytes of a request, which holds the environment."""
 KILLED = -signal.SIGKILL
@@ -196,8 +197,12 @@ def become(request: Mapping[str, Any]) -> None:
 def main() -> None:
     """The server, or what it becomes."""
     channel = socket.socket(fileno=int(sys.argv[1]))
+    # Modules are no garbage, and no copy is to look through them for it.
+    gc.disable()
     for name in IMPORTED:
         import_module(name)
+    gc.freeze()
+    gc.enable()
     if (request := serve(channel)) is not None:
         become(request)
 
