@@ -312,16 +312,18 @@ def _one_after_the_other(commands):
     return codes, modules
 
 
-@pytest.mark.parametrize(("given", "held"), [({}, LIBRARIES["GOMP_SPINCOUNT"]), ({"GOMP_SPINCOUNT": "7"}, "7")])
-def test_threads_that_wait_soon_sleep_unless_the_user_said_otherwise(given, held):
-    """OpenMP reads it while torch is imported."""
+@pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}])
+def test_what_libraries_read_is_set_before_they_are_imported_unless_the_user_said_otherwise(given):
+    """How soon threads that wait sleep, that the Hub's client reports nothing, that forks need no warning."""
     script = (
-        "import os, sys; from excise import cli; cli._divide = lambda _: print(os.environ['GOMP_SPINCOUNT'],"
-        " 'torch' in sys.modules); sys.argv = ['excise', '--version']; cli.main()"
+        "import json, os, sys; from excise import cli; sys.argv = ['excise', '--version'];"
+        "cli._divide = lambda _: print(json.dumps([{name: os.environ.get(name) for name in cli.LIBRARIES},"
+        " [name in sys.modules for name in ('torch', 'huggingface_hub', 'tokenizers')]])); cli.main()"
     )
-    inherited = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    inherited = {name: value for name, value in os.environ.items() if name not in LIBRARIES}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**inherited, **given})
-    assert done.stdout.splitlines()[0] == f"{held} False", done.stderr
+    held, imported = json.loads(done.stdout.splitlines()[0])
+    assert held == {**LIBRARIES, **given} and not any(imported), done.stderr
 
 
 def test_garbage_is_looked_for_as_usual_once_libraries_are_imported():

@@ -86,7 +86,7 @@ class _How:
     ranks: Sequence[Sequence[int]]
     """Of each part's updates, piece by piece."""
 
-    def ofmultiplied_together(self, positions: Tensor) -> Sequence[Tensor]:
+    def of_groups(self, positions: Tensor) -> Sequence[Tensor]:
         """Positions [n, ...] of each group."""
         sizes = [sum(self.counts[group.start : group.stop]) for group in self.groups]
         return (positions,) if len(sizes) == 1 else positions.split(sizes)
@@ -160,7 +160,7 @@ class _Products(torch.autograd.Function):
             if how.sums
             else [
                 how.leave_own(down @ some.mT, group)
-                for down, some, group in zip(downs, how.ofmultiplied_together(flat), how.groups, strict=True)
+                for down, some, group in zip(downs, how.of_groups(flat), how.groups, strict=True)
             ]
         )
         by_part = [how.by_part(low, group) for low, group in zip(lowered, how.groups, strict=not how.sums)]
@@ -169,7 +169,7 @@ class _Products(torch.autograd.Function):
             up = ups[number * len(how.groups) :][: len(how.groups)]
             whole = _whole(weight, up, downs, number, how)
             out = nn.functional.linear(flat, whole, None if bias is None else bias.to(how.kind))
-            for some, low, one in zip(how.ofmultiplied_together(out), by_part, up, strict=not how.sums):
+            for some, low, one in zip(how.of_groups(out), by_part, up, strict=not how.sums):
                 some.addmm_(low[number].mT, one.mT)
             outputs.append(out.to(x.dtype).view(*x.shape[:-1], -1))
         ctx.save_for_backward(x, *weights, *downs, *ups, *lowered)
@@ -197,7 +197,7 @@ class _Products(torch.autograd.Function):
         )
         for number, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
             above, up = gradient.reshape(-1, gradient.shape[-1]).to(how.kind), ups[number * count :][:count]
-            pieces = zip(how.groups, how.ofmultiplied_together(above), up, reads, goes, strict=True)
+            pieces = zip(how.groups, how.of_groups(above), up, reads, goes, strict=True)
             for group, some, one, read, goes_to in pieces:
                 torch.mm(one.mT, some.mT, out=goes_to[number])
                 of_up = (read[number] @ some).to(ctx.trained_in)
@@ -211,11 +211,11 @@ class _Products(torch.autograd.Function):
         for low, group in zip(of_lowered, how.groups, strict=True):
             how.leave_own(low, group)
         if below is not None and not how.sums:
-            for some, low, down in zip(how.ofmultiplied_together(below), of_lowered, downs, strict=True):
+            for some, low, down in zip(how.of_groups(below), of_lowered, downs, strict=True):
                 some.addmm_(low.mT, down)
         of_x = None if below is None else below.to(x.dtype).view(x.shape)
         of_downs: list[list[Tensor]] = [[] for _ in range(parts)]
-        for group, low, some in zip(how.groups, of_lowered, how.ofmultiplied_together(flat), strict=True):
+        for group, low, some in zip(how.groups, of_lowered, how.of_groups(flat), strict=True):
             each = iter((low @ some).mul_(how.scale).split(how.ranks_of(group)))
             for of_part in of_downs:
                 of_part += [next(each).to(ctx.trained_in, copy=True) for _ in group]

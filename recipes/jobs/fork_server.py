@@ -6,7 +6,6 @@ Linux do not work in such a copy, nor do drivers of accelerators; there each job
 
 import atexit
 import gc
-import json
 import os
 import select
 import signal
@@ -15,9 +14,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from glob import glob
 from importlib import import_module
-from typing import Any
 
 IMPORTED = ("transformers.trainer", "peft", "excise.recipes.audit.recipe", "excise.cli")
 """What the server imports, the slowest first."""
@@ -25,6 +24,27 @@ ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/dxg")
 LONGEST = 1 << 20
 """Bytes of a request, which holds the environment."""
 KILLED = -signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a copy is to be: a command, and what it finds when it starts."""
+
+    folder: str
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def encoded(self) -> bytes:
+        """In bytes, of which none of its parts holds a 0; a path need not be UTF-8."""
+        variables = (f"{name}={value}" for name, value in self.environment.items())
+        return b"\0".join(map(os.fsencode, (self.folder, str(len(self.arguments)), *self.arguments, *variables)))
+
+    @classmethod
+    def decoded(cls, message: bytes) -> "Request":
+        """What ``encoded`` gave."""
+        folder, count, *rest = map(os.fsdecode, message.split(b"\0"))
+        arguments, variables = rest[: int(count)], rest[int(count) :]
+        return cls(folder, tuple(arguments), dict(variable.split("=", 1) for variable in variables))
 
 
 def forks_here() -> bool:
@@ -100,9 +120,9 @@ class ForkServer:
             held: Descriptor that it keeps as long as it lives.
         """
         telling, told = os.pipe()
-        request = json.dumps({"arguments": [*arguments], "environment": {**environment}, "folder": os.getcwd()})
+        request = Request(os.getcwd(), tuple(arguments), environment)
         try:
-            socket.send_fds(self.channel, [request.encode()], [log, told, held])
+            socket.send_fds(self.channel, [request.encoded()], [log, told, held])
         except OSError:
             os.close(telling)
             return None
@@ -131,7 +151,7 @@ def fork_server() -> ForkServer | None:
     return _started[0] if _started[0].process.poll() is None else None
 
 
-def serve(channel: socket.socket) -> dict[str, Any] | None:
+def serve(channel: socket.socket) -> Request | None:
     """Fork a process for each request; returns the request in that process, and None here once nobody asks any more."""
     told: dict[int, int] = {}
     woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -156,7 +176,7 @@ def serve(channel: socket.socket) -> dict[str, Any] | None:
             # Who waits for the end of one of these is to see it even while another runs.
             for descriptor in (log, telling, woken, waker, channel.detach(), *told.values()):
                 os.close(descriptor)
-            return dict(json.loads(message))
+            return Request.decoded(message)
         os.close(log)
         os.close(held)
         told[number] = telling
@@ -179,18 +199,18 @@ def _write(descriptor: int, number: int) -> None:
         os.write(descriptor, b"%d\n" % number)
 
 
-def become(request: Mapping[str, Any]) -> None:
+def become(request: Request) -> None:
     """Be what ``python -m excise`` with these arguments is."""
     import runpy
 
     import torch
 
     os.setsid()
-    os.chdir(request["folder"])
+    os.chdir(request.folder)
     os.environ.clear()
-    os.environ.update(request["environment"])
+    os.environ.update(request.environment)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    sys.argv = ["excise", *request["arguments"]]
+    sys.argv = ["excise", *request.arguments]
     runpy.run_module("excise", run_name="__main__", alter_sys=True)
 
 

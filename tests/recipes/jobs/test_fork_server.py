@@ -9,7 +9,7 @@ import time
 import pytest
 from excise.artifacts.files.locks import Lock, is_held
 from excise.recipes.jobs import fork_server
-from excise.recipes.jobs.fork_server import KILLED, ForkServer
+from excise.recipes.jobs.fork_server import KILLED, ForkServer, Request
 from excise.recipes.jobs.local import is_alive
 
 LONG = ("testbed", "build", "--seed", "3", "--out")
@@ -48,6 +48,18 @@ def _when(ready, seconds=60):
     while not ready():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request("/a b", ("list", "--set", "x=1=2", ""), {"EMPTY": "", "TWO": "a=b\nc", "TEXT": "ü"}),
+        Request(os.fsdecode(b"/not \xff UTF-8"), (), {"PATH": os.fsdecode(b"\xfe")}),
+        Request("/", (), {}),
+    ],
+)
+def test_a_request_arrives_as_it_was_sent_whatever_its_bytes(request_):
+    assert Request.decoded(request_.encoded()) == request_
 
 
 def test_a_copy_is_a_process_of_excise_with_an_exit_code_of_its_own(server, start, tmp_path):
