@@ -103,8 +103,9 @@ testbed_app.command("build", rich_help_panel="Testbed", epilog="Example: excise 
 
 
 LIBRARIES = {
-    # How often a thread looks for work before it sleeps. GNU OpenMP's own 300,000 keep a core from whoever else needs it,
-    # such as another thread of this process: beside other work a step took many times as long (``docs/measured.md``).
+    # How often a thread looks for work before it sleeps. GNU OpenMP's own 300,000 keep a core from whoever else needs
+    # it, such as another thread of this process: beside other work a step took many times as long
+    # (``docs/measured.md``).
     "GOMP_SPINCOUNT": "2000",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     # Otherwise the tokenizers library warns whenever a process is forked.

@@ -11,6 +11,7 @@ import torch
 from excise.artifacts.concepts import load_concept
 from excise.artifacts.models.find import find_model
 from excise.artifacts.models.load import load_model
+from excise.editing.training.packing import packed
 from excise.eval.items import half_of
 from excise.eval.statistics import Scores
 from excise.recipes.common.examples import Example
@@ -64,6 +65,14 @@ def test_the_table_of_planned_memory_has_a_cell_for_every_recipe_and_amount(tmp_
     cells = [row.strip("| ").split(" | ") for row in rows]
     assert len({(cell[0], cell[1]) for cell in cells}) == len(cells) == 18
     assert all(re.match(r"yes|no: \d", cell[2]) for cell in cells)
+
+
+def test_beginnings_are_compared_with_rows_that_share_none():
+    nothing_shared = runpy.run_path(str(ROOT / "benchmarks" / "beginnings.py"))["nothing_shared"]
+    rows = [(5, 6, 7), (5, 6, 8)]
+    with nothing_shared():
+        assert packed(rows)["input_ids"].tolist() == [[5, 6, 7, 5, 6, 8]]
+    assert packed(rows)["input_ids"].tolist() == [[5, 6, 7, 8]]
 
 
 def test_intervals_hold_the_truth_on_simulated_items():

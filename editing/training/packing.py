@@ -58,8 +58,8 @@ def packed(
         rows: Token ids.
         owners: Of each sequence a number, such as its attacker's; those of different owners share no tokens.
         ends: Owners that end what is multiplied together; by default each does.
-        trained: Whether a gradient is taken. Without one a row has a third of the products, and those that are read again
-            are often the same, so that it is hardly filled up.
+        trained: Whether a gradient is taken. Without one a row is hardly filled up: it has a third of the products, and
+            is often read again as it is.
 
     Example:
         >>> inputs = packed([(5, 6, 7), (5, 6, 8)])
@@ -68,7 +68,7 @@ def packed(
     """
     few = in_few_shapes.get()
     owners = owners or [0] * len(rows)
-    row = _shared(rows, owners, {*owners} if ends is None else ends, few=few, coarse=trained)
+    row = _shared(rows, owners, ends={*owners} if ends is None else ends, few=few, coarse=trained)
     # Sequences of like length stand in one block, wherever they stand in the row.
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     blocks, first, before = [], 0, 0
@@ -117,7 +117,7 @@ class _Shared:
 
 
 def _shared(
-    rows: Sequence[Sequence[int]], owners: Sequence[int], ends: Collection[int], *, few: bool, coarse: bool
+    rows: Sequence[Sequence[int]], owners: Sequence[int], *, ends: Collection[int], few: bool, coarse: bool
 ) -> _Shared:
     ids: list[int] = []
     positions: list[int] = []

@@ -155,8 +155,8 @@ def _in_step(
             states = lockstep.feed(chosen)
     if broken:
         raise ExciseError(
-            "no reply can be drawn: the model's probabilities of the next token are NaN; its weights or activations hold"
-            " NaN or infinity, so use another checkpoint, or --dtype float32"
+            "no reply can be drawn: the model's probabilities of the next token are NaN; its weights or activations"
+            " hold NaN or infinity, so use another checkpoint, or --dtype float32"
         )
     return [_until_end(ids, ends) for ids in said.tolist()]
 

@@ -14,6 +14,7 @@ from ...artifacts.events import Events
 from ...editing.errors import ExciseError
 from ..jobs.board import board
 from ..jobs.engines import Engine, Local
+from ..jobs.fork_server import end_fork_server
 from ..jobs.run import run_jobs
 from .anatomy import anatomy_of
 from .audit_run import AuditRun
@@ -47,6 +48,7 @@ def run_beside(job: AuditJob, events: Events, again: str) -> dict[str, Any]:
     """The same, in as many processes as are fastest on this machine: one where nothing is gained."""
     count = processes_for(job)
     if count == 1:
+        end_fork_server()
         return run(job, events)
     events.note(f"{count} processes attack beside each other; --jobs local:1 takes one")
     return run_split(job, events, Local(count), again)

@@ -1,7 +1,7 @@
 """A process that has imported what jobs need: each job begins as a copy of it, and so without seconds of imports.
 
-It computes nothing itself, so that a copy finds neither threads nor a device in use. The libraries of other systems than
-Linux do not work in such a copy, nor do drivers of accelerators; there each job is a process that begins anew.
+It computes nothing itself, so that a copy finds neither threads nor a device in use. The libraries of other systems
+than Linux do not work in such a copy, nor do drivers of accelerators; there each job is a process that begins anew.
 """
 
 import atexit
@@ -149,6 +149,12 @@ def fork_server() -> ForkServer | None:
         # With one thread, so that numerical libraries start none when they are imported.
         _started.append(ForkServer({**os.environ, "OMP_NUM_THREADS": "1"}))
     return _started[0] if _started[0].process.poll() is None else None
+
+
+def end_fork_server() -> None:
+    """End the server of this process, if there is one, where no job is to come: it holds the memory of its imports."""
+    for server in _started:
+        server.end()
 
 
 def serve(channel: socket.socket) -> Request | None:

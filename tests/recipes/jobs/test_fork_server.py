@@ -118,6 +118,15 @@ def test_the_server_ends_with_whoever_started_it():
     _when(lambda: not is_alive(number))
 
 
+def test_a_server_that_no_job_is_to_begin_from_is_ended(monkeypatch):
+    monkeypatch.setattr(fork_server, "_started", [])
+    fork_server.end_fork_server()
+    server = fork_server.fork_server()
+    assert server is not None and server is fork_server.fork_server() and server.process.poll() is None
+    fork_server.end_fork_server()
+    assert server.process.poll() is not None and fork_server.fork_server() is None
+
+
 def test_where_there_is_an_accelerator_each_job_begins_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(fork_server, "_started", [])
     monkeypatch.setattr(fork_server, "ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
